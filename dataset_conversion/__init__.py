@@ -1,0 +1,1 @@
+"""Converters of public data sets to nnU-Net's raw format."""

@@ -1,0 +1,174 @@
+"""The command `confkd`: one subcommand a tool, each imported only when it is called."""
+from __future__ import annotations
+
+import argparse
+import sys
+from contextlib import nullcontext
+
+from nnunet_confkd.errors import InputError
+
+DEFAULT_TRAINER = "ConfKDTrainer"
+
+
+def _value_of(argv: list[str], flag: str) -> str | None:
+    """The value that nnU-Net's argparse would see for a flag given as `-x VALUE` or `-x=VALUE`; the last one counts."""
+    value = None
+    for i, word in enumerate(argv):
+        if word == flag and i + 1 < len(argv):
+            value = argv[i + 1]
+        elif word.startswith(f"{flag}="):
+            value = word[len(flag) + 1:]
+    return value
+
+
+def _replaced(argv: list[str], flag: str, value: str) -> list[str]:
+    """argv with the value of `flag` replaced."""
+    out = list(argv)
+    for i, word in enumerate(out):
+        if word == flag and i + 1 < len(out):
+            out[i + 1] = value
+        elif word.startswith(f"{flag}="):
+            out[i] = f"{flag}={value}"
+    return out
+
+
+def _run(entry_point, name: str, argv: list[str]) -> None:
+    """Call an entry point of nnU-Net's as its command would be."""
+    before, sys.argv = sys.argv, [name, *argv]
+    try:
+        entry_point()
+    finally:
+        sys.argv = before
+
+
+def _wants_help(argv: list[str]) -> bool:
+    return "-h" in argv or "--help" in argv
+
+
+def train(argv: list[str]) -> None:
+    from nnunetv2.run.run_training import run_training_entry
+
+    from nnunet_confkd.discovery import make_findable
+    from nnunet_confkd.loading import pretrained_for_both_branches
+
+    make_findable()
+    if _wants_help(argv):
+        print(f"confkd train: nnUNetv2_train with the ConfKD trainers in reach; -tr {DEFAULT_TRAINER} where none is given,\n"
+              "and -pretrained_weights takes stock nnU-Net checkpoints too. All else is nnUNetv2_train's:\n")
+    if _value_of(argv, "-tr") is None:
+        argv = [*argv, "-tr", DEFAULT_TRAINER]
+    pretrained = _value_of(argv, "-pretrained_weights")
+    with (nullcontext() if pretrained is None else pretrained_for_both_branches(pretrained)) as adapted:
+        if adapted is not None and not _value_of(argv, "-tr").endswith("_partialOnly"):
+            argv = _replaced(argv, "-pretrained_weights", adapted)
+        _run(run_training_entry, "nnUNetv2_train", argv)
+
+
+def predict(argv: list[str]) -> None:
+    from nnunetv2.inference.predict_from_raw_data import predict_entry_point, predict_entry_point_modelfolder
+
+    from nnunet_confkd.discovery import make_findable
+    from nnunet_confkd.network import BRANCHES, predicting
+
+    make_findable()
+    own = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    own.add_argument("--branch", choices=BRANCHES, default="student")
+    own, argv = own.parse_known_args(argv)
+    if _wants_help(argv):
+        print("confkd predict: nnUNetv2_predict (with -m FOLDER: nnUNetv2_predict_from_modelfolder) with the ConfKD trainers\n"
+              "in reach, and one flag more:\n  --branch {student,teacher,mean}  which branch predicts (default: student; "
+              "mean: of the logits)\nAll else is nnU-Net's:\n")
+    from_folder = _value_of(argv, "-m") is not None
+    if not from_folder and _value_of(argv, "-tr") is None:
+        argv = [*argv, "-tr", DEFAULT_TRAINER]
+    if own.branch != "student" and not _wants_help(argv):
+        _require_branches(argv)
+    with predicting(own.branch):
+        if from_folder:
+            _run(predict_entry_point_modelfolder, "nnUNetv2_predict_from_modelfolder", argv)
+        else:
+            _run(predict_entry_point, "nnUNetv2_predict", argv)
+
+
+def _require_branches(argv: list[str]) -> None:
+    """Raise InputError where the model has no teacher: --branch would be ignored without a word."""
+    from nnunetv2.utilities.file_path_utilities import get_output_folder
+
+    from nnunet_confkd.loading import fold_folders, load_checkpoint
+    from nnunet_confkd.network import has_teacher
+
+    folder = _value_of(argv, "-m")
+    if folder is None:
+        dataset, configuration = _value_of(argv, "-d"), _value_of(argv, "-c")
+        if dataset is None or configuration is None:
+            return  # nnU-Net says what is missing
+        folder = get_output_folder(dataset, _value_of(argv, "-tr"), _value_of(argv, "-p") or "nnUNetPlans", configuration)
+    checkpoint = sorted(fold_folders(folder)[0].glob("checkpoint_*.pth"))[0]
+    if not has_teacher(load_checkpoint(checkpoint)["network_weights"]):
+        raise InputError(f"{checkpoint}: holds no teacher, so --branch has nothing to choose from")
+
+
+def export(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(prog="confkd export", description=(
+        "Write one branch of a trained ConfKD model as a model of stock nnU-Net, which needs no plugin."))
+    parser.add_argument("--model", required=True, metavar="FOLDER",
+                        help="the trained model: TRAINER__PLANS__CONFIGURATION under nnUNet_results")
+    where = parser.add_mutually_exclusive_group(required=True)
+    where.add_argument("--output", metavar="FOLDER", help="the folder to write; it must not exist")
+    where.add_argument("--install", action="store_true",
+                       help="place it under nnUNet_results, as nnUNetTrainer__PLANS__CONFIGURATION with a new plans name")
+    parser.add_argument("--branch", choices=("student", "teacher"), default="student")
+    args = parser.parse_args(argv)
+
+    from nnunet_confkd.export import export
+
+    print("written:", export(args.model, args.output, args.branch, args.install))
+
+
+def trainer_dir(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(prog="confkd trainer-dir", description=(
+        "Print the folder that the environment variable nnUNet_extTrainer must name, and nothing else."))
+    parser.add_argument("--export", action="store_true", help="print the whole line for the shell instead; it keeps what "
+                                                              "the variable already holds")
+    args = parser.parse_args(argv)
+
+    from nnunet_confkd.discovery import export_line, trainer_dir
+
+    print(export_line() if args.export else trainer_dir())
+
+
+def demo(argv: list[str]) -> None:
+    from nnunet_confkd.demo import main
+
+    main(argv)
+
+
+COMMANDS = {
+    "train": (train, "nnUNetv2_train with the ConfKD trainers"),
+    "predict": (predict, "nnUNetv2_predict, with a choice of the branch"),
+    "export": (export, "a trained model as a stock nnU-Net one"),
+    "trainer-dir": (trainer_dir, "the folder for nnUNet_extTrainer"),
+    "demo": (demo, "the main job on generated or given data"),
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    argv = sys.argv[1:] if argv is None else argv
+    if not argv or argv[0] in ("-h", "--help") or argv[0] not in COMMANDS:
+        known = bool(argv) and argv[0] in ("-h", "--help")
+        if argv and not known:
+            print(f"confkd: there is no command '{argv[0]}'", file=sys.stderr)
+        print("usage: confkd COMMAND ...   (confkd COMMAND --help tells more)\n\n"
+              + "\n".join(f"  {name:<13}{text}" for name, (_, text) in COMMANDS.items()),
+              file=sys.stdout if known else sys.stderr)
+        return 0 if known else 2
+    try:
+        COMMANDS[argv[0]][0](argv[1:])
+    except InputError as error:
+        print(f"confkd {argv[0]}: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

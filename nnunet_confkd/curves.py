@@ -1,0 +1,38 @@
+"""The training curves that ConfKD adds to nnU-Net's: which there are, and how they are drawn."""
+from __future__ import annotations
+
+import os
+
+import matplotlib
+
+matplotlib.use("agg")
+import matplotlib.pyplot as plt  # noqa: E402  (the backend must be chosen first: training has no display)
+
+# one value an epoch; unweighted, mean over the epoch
+CURVES = ("loss_teacher", "loss_student", "loss_kl", "loss_entropy", "student_confidence", "annotated_share",
+          "teacher_mean_fg_dice", "teacher_dice_per_class_or_region")
+
+
+def plot_curves(curves: dict[str, list], path: str) -> None:
+    """Draw the losses, the branches' pseudo-Dice, and confidence and annotation over the epochs to a PNG file.
+
+    curves: values per epoch by name, nnU-Net's and those of `CURVES`.
+    """
+    panels = (("supervised loss", {"teacher": "loss_teacher", "student": "loss_student"}),
+              ("KL and entropy [nats]", {"KL": "loss_kl", "entropy": "loss_entropy"}),
+              ("pseudo-Dice", {"teacher": "teacher_mean_fg_dice", "student": "mean_fg_dice",
+                               "student, moving average": "ema_fg_dice"}),
+              ("share", {"student's mean confidence": "student_confidence", "annotated voxels": "annotated_share"}))
+    with plt.rc_context({"font.size": 11, "axes.grid": True, "grid.alpha": 0.3, "axes.facecolor": "white"}):
+        figure, axes = plt.subplots(2, 2, figsize=(12, 8), sharex=True, layout="constrained")
+        for axis, (title, lines) in zip(axes.flat, panels):
+            for (label, key), style in zip(lines.items(), ("-", "--", ":")):
+                axis.plot(curves[key], style, label=label, linewidth=2, marker="o" if len(curves[key]) < 3 else None)
+            axis.set_title(title)
+            axis.legend()
+        for axis in axes[1]:
+            axis.set_xlabel("epoch")
+        aside = f"{path}.part"
+        figure.savefig(aside, format="png", dpi=80)
+        plt.close(figure)
+    os.replace(aside, path)

@@ -1,0 +1,257 @@
+"""The ConfKD objective: partial supervision, distillation and confidence, on one encoder with two decoders.
+
+    L = w_teacher * L_s + w_student * L_w + w_kl * L_kd + w_entropy * L_ent
+
+| term  | branch  | images                     | formula                                                        |
+|-------|---------|----------------------------|----------------------------------------------------------------|
+| L_s   | teacher | fully labelled             | supervised loss over all voxels                                |
+| L_w   | student | all (or the partial ones)  | supervised loss over the annotated voxels                      |
+| L_kd  | student | fully labelled             | mean over voxels of KL(p_teacher || p_student)                 |
+| L_ent | student | partial and unlabelled     | mean over voxels of the Shannon entropy of p_student           |
+
+Source: B. Liu, C. Desrosiers, I. Ben Ayed, J. Dolz, "Segmentation with mixed supervision: Confidence maximization
+helps knowledge distillation", Medical Image Analysis 2023, arXiv 2109.10902; and J. Dolz, C. Desrosiers,
+I. Ben Ayed, "Teach me to segment with mixed supervision", IPMI 2021, arXiv 2012.08051 ("the conference paper").
+
+Layout: logits are `(B, C, *spatial)`, a label map is `(B, 1, *spatial)`. With *regions* (overlapping targets) every
+channel is a sigmoid head of its own, and entropy and KL are sums over heads of their two-outcome (Bernoulli) forms.
+Entropy and KL are in nats and are computed in float32, inside autocast too.
+"""
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+TERMS = ("teacher", "student", "kl", "entropy")
+
+
+def _zero_with_graph(tensor: Tensor) -> Tensor:
+    """A float32 zero that depends on `tensor`; an empty sum, so that no inf or NaN in it can reach the zero."""
+    return tensor.flatten()[:0].float().sum()
+
+
+def _check_logits(logits: Tensor, name: str = "logits") -> None:
+    if logits.ndim < 3:
+        raise ValueError(f"{name} must be (B, C, *spatial), got shape {tuple(logits.shape)}")
+
+
+def _full_precision(logits: Tensor) -> Tensor:
+    """Half precision (autocast) becomes float32; float32 and float64 stay."""
+    return logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
+
+
+def _mean(values: Tensor) -> Tensor:
+    """Mean over all voxels, `(B, *spatial)` -> scalar; zero, with a graph, where there is no image."""
+    return values.mean() if values.numel() else _zero_with_graph(values)
+
+
+def entropy(logits: Tensor, regions: bool = False) -> Tensor:
+    """Shannon entropy of the prediction at each voxel, in nats.
+
+    Softmax labels: `H(p) = -sum_c p_c log p_c`, between 0 and log C. Regions: the sum over heads of
+    `-p log p - (1 - p) log(1 - p)`, between 0 and C log 2.
+
+    logits: `(B, C, *spatial)`. Returns `(B, *spatial)`.
+    The conference paper's code divides by C as well; this does not (the term is the papers' formula).
+    """
+    _check_logits(logits)
+    logits = _full_precision(logits)
+    if regions:
+        return -(torch.sigmoid(logits) * F.logsigmoid(logits) + torch.sigmoid(-logits) * F.logsigmoid(-logits)).sum(1)
+    log_p = F.log_softmax(logits, 1)
+    return -(log_p.exp() * log_p).sum(1)
+
+
+def kl_divergence(p_logits: Tensor, q_logits: Tensor, regions: bool = False) -> Tensor:
+    """`KL(p || q)` at each voxel, in nats: how much is lost where q stands in for p.
+
+    Softmax labels: `sum_c p_c (log p_c - log q_c)`. Regions: the sum over heads of the Bernoulli KL.
+    Nothing is detached here.
+
+    p_logits, q_logits: `(B, C, *spatial)`, same shape. Returns `(B, *spatial)`.
+    Raises ValueError where the shapes differ.
+    """
+    _check_logits(p_logits, "p_logits")
+    if p_logits.shape != q_logits.shape:
+        raise ValueError(f"p_logits {tuple(p_logits.shape)} and q_logits {tuple(q_logits.shape)} differ in shape")
+    p_logits, q_logits = _full_precision(p_logits), _full_precision(q_logits)
+    if regions:
+        inside = torch.sigmoid(p_logits) * (F.logsigmoid(p_logits) - F.logsigmoid(q_logits))
+        outside = torch.sigmoid(-p_logits) * (F.logsigmoid(-p_logits) - F.logsigmoid(-q_logits))
+        return (inside + outside).sum(1)
+    log_p, log_q = F.log_softmax(p_logits, 1), F.log_softmax(q_logits, 1)
+    return (log_p.exp() * (log_p - log_q)).sum(1)
+
+
+def distillation(teacher: Tensor, student: Tensor, *, regions: bool = False, reference: str = "teacher",
+                 detach_teacher: bool = True, temperature: float = 1.0, softmax_twice: bool = False) -> Tensor:
+    """The distillation term at each voxel, in nats: `T^2 KL(reference || other)` of logits divided by T.
+
+    teacher, student: logits, `(B, C, *spatial)`.
+    reference: the branch whose distribution is the first argument of the KL. "teacher" is the journal paper's
+        direction; the conference paper's code takes the student.
+    detach_teacher: the gradient stops at the teacher's logits (journal paper); False lets it flow (conference paper).
+    temperature: T. The factor T^2 keeps the size of the gradient (Hinton, Vinyals, Dean 2015, arXiv 1503.02531).
+    softmax_twice: the conference paper's form, `T^2 / 2` times the KL of a softmax over the *softmax outputs* divided
+        by T. For softmax labels only.
+    Returns `(B, *spatial)`. Raises ValueError for an unknown reference, or softmax_twice with regions.
+    """
+    if reference not in ("teacher", "student"):
+        raise ValueError(f"reference must be 'teacher' or 'student', got {reference!r}")
+    if detach_teacher:
+        teacher = teacher.detach()
+    teacher, student = _full_precision(teacher), _full_precision(student)
+    scale = temperature ** 2
+    if softmax_twice:
+        if regions:
+            raise ValueError("the softmax over the softmax is defined for softmax labels, not for regions")
+        teacher, student = teacher.softmax(1), student.softmax(1)
+        scale /= 2
+    p, q = (teacher, student) if reference == "teacher" else (student, teacher)
+    return scale * kl_divergence(p / temperature, q / temperature, regions)
+
+
+def annotated_voxels(target: Tensor, ignore_label: int | None, regions: bool = False) -> Tensor:
+    """Where a voxel carries a label: bool, `(B, 1, *spatial)`.
+
+    target: a label map `(B, 1, *spatial)`; for regions nnU-Net's one-hot `(B, R + 1, *spatial)`, whose last channel
+    is the ignore mask. `ignore_label=None`: everything is annotated.
+    """
+    if ignore_label is None:
+        return torch.ones_like(target[:, :1], dtype=torch.bool)
+    return ~target[:, -1:].bool() if regions else target != ignore_label
+
+
+@torch.no_grad()
+def confidence(logits: Tensor, regions: bool = False) -> Tensor:
+    """Mean over voxels of the winning probability: 1/C (regions: 1/2) where unsure, 1 where certain. A scalar."""
+    if regions:
+        return torch.sigmoid(logits.float().abs()).mean()
+    return logits.float().softmax(1).amax(1).mean()
+
+
+class PartialSupervision(nn.Module):
+    """nnU-Net's supervised loss over the annotated voxels of some images of a batch.
+
+    loss: `loss(logits, target)`, which masks the ignore label itself (nnU-Net's do); its value is returned to the bit
+        wherever there is anything annotated.
+    gather: the loss sums its Dice over the ranks (DDP with batch Dice). It must then be called by every rank, and with
+        equal shapes, so the batch axis is folded into space (`(1, C, B, *spatial)`): the sums are the same, and ranks
+        may hold different numbers of images, none included. (Without an ignore label every image is full on every
+        rank, and nothing needs folding.)
+
+    Returns a scalar; zero, with a graph, where no voxel is annotated.
+    """
+
+    def __init__(self, loss: Callable[[Tensor, Tensor], Tensor], ignore_label: int | None, regions: bool = False,
+                 gather: bool = False):
+        super().__init__()
+        self.loss, self.ignore_label, self.regions, self.gather = loss, ignore_label, regions, gather
+
+    def forward(self, logits: Tensor, target: Tensor) -> Tensor:
+        if logits.shape[0] != target.shape[0] or logits.shape[2:] != target.shape[2:]:
+            raise ValueError(f"logits {tuple(logits.shape)} and target {tuple(target.shape)} do not match")
+        if self.gather and self.ignore_label is not None:
+            value = self.loss(logits.transpose(0, 1)[None], target.transpose(0, 1)[None])
+        elif annotated_voxels(target, self.ignore_label, self.regions).any():
+            value = self.loss(logits, target)
+        else:
+            value = 0
+        # nnU-Net's losses, too, return a plain 0 where they find nothing to learn from
+        return value if torch.is_tensor(value) else _zero_with_graph(logits)
+
+
+class ConfKDLoss(nn.Module):
+    """The joint objective over a batch whose first `num_full` images are fully labelled.
+
+    supervised: the loss of L_s and L_w, e.g. :class:`PartialSupervision`; called with the logits and the target of the
+        images concerned.
+    weights: of the terms, keys as in `TERMS`. A term of weight 0 is not computed.
+    resolution_weights: of the deep supervision outputs, highest resolution first (nnU-Net's); resolutions of weight 0
+        are not computed. One entry where there is no deep supervision.
+    regions: sigmoid heads instead of softmax labels.
+    student_images: "all", or "partial": the fully labelled images enter L_w only through the KL.
+    student_average: "separate": L_w is the mean of the losses of the two kinds of images, so that a handful of
+        points is not drowned in whole masks; "joint": one loss over the whole batch, as nnU-Net's.
+    kl_images: "full", or "all" (the teacher must then be given for the whole batch).
+    entropy_images: "partial" (all but the fully labelled ones), "full" or "all".
+    kl_options: keyword arguments of :func:`distillation`.
+    extra_resolutions: "all" supervised resolutions for KL and entropy, or only the "highest".
+
+    Call with the student's logits, the teacher's (both a tensor, or a list over resolutions), the target (likewise),
+    `num_full`, and the ramps: factors of the KL's and the entropy's weight at this point of the training.
+    Returns the scalar to minimise and the unweighted terms, detached scalars by name.
+
+    Every mean is over the voxels, of all images concerned together, of this process.
+    """
+
+    def __init__(self, supervised: nn.Module, weights: dict[str, float], *, resolution_weights: Sequence[float] = (1.0,),
+                 regions: bool = False, student_images: str = "all", student_average: str = "separate",
+                 kl_images: str = "full", entropy_images: str = "partial", kl_options: dict | None = None,
+                 extra_resolutions: str = "all"):
+        super().__init__()
+        if set(weights) != set(TERMS):
+            raise ValueError(f"weights must name the terms {TERMS}, got {sorted(weights)}")
+        self.supervised = supervised
+        self.weights = dict(weights)
+        self.resolution_weights = tuple(float(w) for w in resolution_weights)
+        self.regions = regions
+        self.student_images, self.student_average = student_images, student_average
+        self.kl_images, self.entropy_images = kl_images, entropy_images
+        self.kl_options = dict(kl_options or {})
+        self.extra_resolutions = extra_resolutions
+
+    def _student_term(self, student: Tensor, target: Tensor, num_full: int) -> Tensor:
+        """L_w at one resolution."""
+        if self.student_images == "partial":
+            return self.supervised(student[num_full:], target[num_full:])
+        if self.student_average == "joint":
+            return self.supervised(student, target)
+        full = self.supervised(student[:num_full], target[:num_full])
+        partial = self.supervised(student[num_full:], target[num_full:])
+        kinds = (num_full > 0) + (num_full < student.shape[0])
+        return (full + partial) / kinds
+
+    def _terms(self, student: Tensor, teacher: Tensor | None, target: Tensor, num_full: int,
+               extra: bool) -> dict[str, Tensor]:
+        """The unweighted terms at one resolution; the extra ones (KL, entropy) only on request."""
+        terms = {}
+        if self.weights["teacher"]:
+            terms["teacher"] = self.supervised(teacher[:num_full], target[:num_full])
+        if self.weights["student"]:
+            terms["student"] = self._student_term(student, target, num_full)
+        if self.weights["kl"] and extra:
+            images = slice(None) if self.kl_images == "all" else slice(num_full)
+            terms["kl"] = _mean(distillation(teacher[images], student[images], regions=self.regions,
+                                                   **self.kl_options))
+        if self.weights["entropy"] and extra:
+            images = {"partial": slice(num_full, None), "full": slice(num_full), "all": slice(None)}
+            terms["entropy"] = _mean(entropy(student[images[self.entropy_images]], self.regions))
+        return terms
+
+    def forward(self, student, teacher, target, num_full: int, *, kl_ramp: float = 1.0,
+                entropy_ramp: float = 1.0) -> tuple[Tensor, dict[str, Tensor]]:
+        student, teacher, target = ([x] if torch.is_tensor(x) else x for x in (student, teacher, target))
+        if teacher is None:
+            if self.weights["teacher"] or self.weights["kl"]:
+                raise ValueError("the weights of 'teacher' and 'kl' are above 0, but no teacher's logits were given")
+            teacher = [None] * len(student)
+        if not len(student) == len(teacher) == len(target) == len(self.resolution_weights):
+            raise ValueError(f"{len(student)} student outputs, {len(teacher)} teacher outputs and {len(target)} targets "
+                             f"for {len(self.resolution_weights)} resolution weights")
+        weights = self.weights | {"kl": self.weights["kl"] * kl_ramp, "entropy": self.weights["entropy"] * entropy_ramp}
+        total = 0.0
+        sums = {term: _zero_with_graph(student[0]) for term in TERMS}
+        for i, resolution_weight in enumerate(self.resolution_weights):
+            if resolution_weight == 0:
+                continue
+            at_all = self.extra_resolutions == "all"
+            terms = self._terms(student[i], teacher[i], target[i], num_full, extra=at_all or i == 0)
+            for term, value in terms.items():
+                share = resolution_weight if at_all or term in ("teacher", "student") else 1.0
+                total = total + share * weights[term] * value
+                sums[term] = sums[term] + share * value.detach()
+        return total, {term: value.detach() for term, value in sums.items()}

@@ -1,0 +1,141 @@
+"""Two decoders on one encoder: the network of nnU-Net's plans, with a teacher beside its decoder.
+
+The decoder that nnU-Net built is the *student*'s and keeps its name, so a ConfKD state dict is a stock one plus
+`teacher_decoder.*`.
+"""
+from __future__ import annotations
+
+from contextlib import contextmanager
+from contextvars import ContextVar
+from copy import deepcopy
+
+import torch
+from torch import Tensor, nn
+from torch._dynamo import OptimizedModule
+from torch.nn.parallel import DistributedDataParallel
+
+from nnunet_confkd.errors import InputError
+
+TEACHER_PREFIX = "teacher_decoder."
+BRANCHES = ("student", "teacher", "mean")
+
+_predicted_branch: ContextVar[str] = ContextVar("predicted_branch", default="student")
+
+
+@contextmanager
+def predicting(branch: str):
+    """Networks that are built inside this context predict with `branch`: "student", "teacher" or "mean" (of logits).
+
+    nnU-Net builds the network for a prediction itself, from the trainer's class alone.
+    """
+    if branch not in BRANCHES:
+        raise ValueError(f"branch must be one of {BRANCHES}, got {branch!r}")
+    token = _predicted_branch.set(branch)
+    try:
+        yield
+    finally:
+        _predicted_branch.reset(token)
+
+
+class TwoBranchUNet(nn.Module):
+    """A U-Net of nnU-Net's plans with a second decoder, the teacher's, on the same encoder.
+
+    unet: a network with the children `encoder` (input -> list of skips) and `decoder` (skips -> logits, or a list of
+        logits, highest resolution first, where `decoder.deep_supervision` is set), and no others.
+
+    The teacher has the decoder's shape and an initialisation of its own. It holds no reference to the encoder, so the
+    encoder is stored as often as in the stock network.
+
+    Raises InputError, naming the architecture, for any other network.
+    """
+
+    def __init__(self, unet: nn.Module):
+        super().__init__()
+        children = dict(unet.named_children())
+        if set(children) != {"encoder", "decoder"} or not hasattr(unet.decoder, "deep_supervision"):
+            raise InputError(
+                f"the plans ask for the architecture {type(unet).__module__}.{type(unet).__name__}, which is not a U-Net "
+                f"of one encoder and one decoder (its parts: {sorted(children)}). ConfKDTrainer needs PlainConvUNet, "
+                f"ResidualEncoderUNet or a network built like them: choose other plans, or another trainer.")
+        self.encoder = unet.encoder
+        self.decoder = unet.decoder
+        # the memo keeps the copy from copying the encoder, to which a decoder holds a reference
+        self.teacher_decoder = deepcopy(unet.decoder, {id(unet.encoder): unet.encoder})
+        if hasattr(self.teacher_decoder, "encoder"):
+            del self.teacher_decoder.encoder
+        for module in self.teacher_decoder.modules():
+            if hasattr(module, "reset_parameters"):
+                module.reset_parameters()
+        if hasattr(unet, "initialize"):
+            self.teacher_decoder.apply(unet.initialize)
+        self.branch = _predicted_branch.get()
+
+    def set_deep_supervision(self, enabled: bool) -> None:
+        self.decoder.deep_supervision = enabled
+        self.teacher_decoder.deep_supervision = enabled
+
+    def forward(self, x: Tensor, num_teacher: int | None = None):
+        """Without `num_teacher`: what a stock network returns, of the branch that predicts (`self.branch`: the
+        student's, unless asked otherwise).
+
+        With it, for training: the student's output on the batch `(B, C, *spatial)` and the teacher's on its first
+        `num_teacher` images; the teacher's decoder sees no others.
+        """
+        skips = self.encoder(x)
+        if num_teacher is None:
+            if self.branch == "student":
+                return self.decoder(skips)
+            if self.branch == "teacher":
+                return self.teacher_decoder(skips)
+            return _combine(self.decoder(skips), self.teacher_decoder(skips), self.branch)
+        student = self.decoder(skips)
+        if num_teacher > 0:
+            return student, self.teacher_decoder([skip[:num_teacher] for skip in skips])
+        # No image for the teacher: empty outputs that still depend on its parameters, whose gradient is then zero
+        # rather than missing. DDP fails on parameters without gradient.
+        anchor = sum(p.flatten()[0] * 0 for p in self.teacher_decoder.parameters())
+        if torch.is_tensor(student):
+            return student, student[:0].detach() + anchor
+        return student, [s[:0].detach() + anchor for s in student]
+
+
+def _combine(student, teacher, how: str):
+    """The branches' logits: their "mean", or "both" one after the other on the channel axis, `(B, 2C, *spatial)`."""
+    if not torch.is_tensor(student):
+        return [_combine(s, t, how) for s, t in zip(student, teacher)]
+    return torch.cat((student, teacher), 1) if how == "both" else (student + teacher) / 2
+
+
+def unwrap(network: nn.Module) -> nn.Module:
+    """The module inside DDP and torch.compile."""
+    if isinstance(network, DistributedDataParallel):
+        network = network.module
+    return network._orig_mod if isinstance(network, OptimizedModule) else network
+
+
+def has_teacher(weights: dict) -> bool:
+    """Whether a state dict is of a two-branch network. Names decide, not the trainer's: users subclass."""
+    return any(name.startswith(TEACHER_PREFIX) for name in weights)
+
+
+def branch_weights(weights: dict[str, Tensor], branch: str) -> dict[str, Tensor]:
+    """One branch of a two-branch state dict, as a stock state dict.
+
+    branch: "student" or "teacher". Raises ValueError where the state dict holds no teacher.
+    """
+    if not has_teacher(weights):
+        raise ValueError(f"these weights hold no teacher (no '{TEACHER_PREFIX}*')")
+    stock = {name: w for name, w in weights.items() if not name.startswith(TEACHER_PREFIX)}
+    if branch == "student":
+        return stock
+    if branch != "teacher":
+        raise ValueError(f"branch must be 'student' or 'teacher', got {branch!r}")
+    return {name: weights.get(name.replace("decoder.", TEACHER_PREFIX, 1) if name.startswith("decoder.") else name, w)
+            for name, w in stock.items()}
+
+
+def add_teacher(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A stock state dict with its decoder as the teacher's too: both branches start from it."""
+    teacher = {TEACHER_PREFIX + name.removeprefix("decoder."): w for name, w in weights.items()
+               if name.startswith("decoder.") and not name.startswith("decoder.encoder.")}
+    return {**weights, **teacher}

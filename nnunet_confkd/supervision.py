@@ -1,0 +1,277 @@
+"""Which case is fully, partially or not labelled; batches that hold a set share of fully labelled images.
+
+The kind of a case follows from its *preprocessed* label, because that is what training sees: resampling may drop
+single annotated voxels.
+"""
+from __future__ import annotations
+
+import json
+import os
+import warnings
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+from nnunetv2.training.dataloading.data_loader import nnUNetDataLoader
+from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
+from nnunetv2.utilities.crossval_split import generate_crossval_split
+from nnunetv2.utilities.label_handling.label_handling import LabelManager
+
+from nnunet_confkd.errors import InputError
+
+FULL, PARTIAL, UNLABELLED = "full", "partial", "unlabelled"
+KINDS = (FULL, PARTIAL, UNLABELLED)  # from the most to the least annotation
+TABLE_KEY = "supervision"  # the table's key in dataset.json: {case: kind}
+OUTSIDE = -1  # nnU-Net's value for background outside of the non-zero part of an image
+
+
+# ---- counting -------------------------------------------------------------------------------------------------------
+
+def count_voxels(seg: np.ndarray, labels: Iterable[int]) -> dict[int, int]:
+    """Voxels of each label in a label map of any shape."""
+    return {label: int(np.count_nonzero(seg == label)) for label in labels}
+
+
+def kind_of(counts: dict[int, int], ignore_label: int | None) -> str:
+    """Kind of a case with these voxel counts per label (`ignore_label` and `OUTSIDE` included)."""
+    ignored = counts.get(ignore_label, 0)
+    if not ignored:
+        return FULL
+    return PARTIAL if sum(counts.values()) > ignored else UNLABELLED
+
+
+def annotation_counts(folder: str | Path, cases: Iterable[str], label_manager: LabelManager,
+                      cache: str | Path | None = None, processes: int = 8) -> dict[str, dict[int, int]]:
+    """Voxels per label of each case of a preprocessed configuration, counted in parallel.
+
+    folder: the configuration's preprocessed folder.
+    cache: a JSON file that keeps the counts, each with the size and the time of the label file it was counted in: what
+        changed is counted again. It must not lie inside `folder`, where nnU-Net would take it for a case.
+    Returns {case: {label: voxels}}, labels being those of the data set, `OUTSIDE` and the ignore label.
+    Raises InputError, naming the case, for a label file that is missing or holds any other value.
+    """
+    folder, cases = Path(folder), sorted(cases)
+    labels = [OUTSIDE, *(int(label) for label in label_manager.all_labels)]
+    if label_manager.has_ignore_label:
+        labels.append(int(label_manager.ignore_label))
+    known = _read_cache(cache, labels)
+    dataset = infer_dataset_class(str(folder))(str(folder), list(cases))
+
+    def count(case: str) -> dict:
+        stamp = _stamp(folder, case)
+        if case in known and known[case]["stamp"] == stamp:
+            return known[case]
+        seg = np.asarray(dataset.load_case(case)[1][:])
+        counts = count_voxels(seg, labels)
+        if sum(counts.values()) != seg.size:
+            strange = sorted(set(np.unique(seg).tolist()) - set(labels))
+            raise InputError(f"{folder / case}: the label holds the values {strange}, which dataset.json does not "
+                                   f"list. Correct the label or dataset.json and preprocess again.")
+        return {"stamp": stamp, "counts": [counts[label] for label in labels]}
+
+    with ThreadPoolExecutor(processes) as pool:
+        entries = dict(zip(cases, pool.map(count, cases)))
+    if cache is not None and any(known.get(case) != entry for case, entry in entries.items()):
+        _write_cache(cache, labels, known | entries)
+    return {case: dict(zip(labels, entry["counts"])) for case, entry in entries.items()}
+
+
+def _stamp(folder: Path, case: str) -> list[int]:
+    """Size and modification time of the file that holds a case's preprocessed label."""
+    for name in (f"{case}_seg.b2nd", f"{case}.npz"):
+        if (folder / name).is_file():
+            status = (folder / name).stat()
+            return [status.st_size, status.st_mtime_ns]
+    raise InputError(f"{folder}: no preprocessed label of the case '{case}'. Run nnUNetv2_preprocess again, or "
+                           f"correct splits_final.json if there is no such case.")
+
+
+def _read_cache(cache: str | Path | None, labels: list[int]) -> dict:
+    try:
+        content = json.loads(Path(cache).read_text())
+        return content["cases"] if content["labels"] == labels else {}
+    except (TypeError, OSError, ValueError, KeyError):  # none asked for, none there, or not ours
+        return {}
+
+
+def _write_cache(cache: str | Path, labels: list[int], cases: dict) -> None:
+    aside = Path(f"{cache}.{os.getpid()}")
+    try:
+        aside.write_text(json.dumps({"labels": labels, "cases": cases}))
+        os.replace(aside, cache)
+    except OSError as error:  # read-only data is no reason not to train
+        warnings.warn(f"could not keep the annotation counts in {cache}: {error}", stacklevel=2)
+
+
+# ---- deciding -------------------------------------------------------------------------------------------------------
+
+def decide_kinds(counts: dict[str, dict[int, int]], label_manager: LabelManager, table: dict | None = None,
+                 ) -> dict[str, str]:
+    """Kind of each case: that of its label, lowered where `table` (dataset.json's "supervision") says so.
+
+    Raises InputError, with all that is wrong in one text: a case or a kind that does not exist, a case declared
+    full whose label has ignored voxels, a case declared partial or unlabelled in a data set without an ignore label.
+    """
+    table = {} if table is None else table
+    if not isinstance(table, dict):
+        raise InputError(f"dataset.json: \"{TABLE_KEY}\" must be an object {{case: kind}}, got {table!r}")
+    kinds = {}
+    problems = [f"{case}: there is no such case among the preprocessed ones" for case in sorted(set(table) - set(counts))]
+    for case, found in ((case, kind_of(c, label_manager.ignore_label)) for case, c in counts.items()):
+        declared = table.get(case, found)
+        if declared not in KINDS:
+            problems.append(f"{case}: '{declared}' is no kind of supervision; use one of {', '.join(KINDS)}")
+        elif declared == FULL != found:
+            problems.append(f"{case}: declared full, but {counts[case][label_manager.ignore_label]} of its voxels are "
+                            f"ignored; declare it {found} or leave it out of the table")
+        elif declared != FULL and not label_manager.has_ignore_label:
+            problems.append(f"{case}: declared {declared}, but the labels in dataset.json have no \"ignore\" (the "
+                            f"highest label plus one), without which no voxel can be without a label")
+        else:
+            kinds[case] = max(declared, found, key=KINDS.index)
+    if problems:
+        raise InputError("dataset.json, \"supervision\":\n  " + "\n  ".join(problems))
+    return kinds
+
+
+def require_full(kinds: dict[str, str]) -> None:
+    """Raise InputError where no case is fully labelled: there would be nothing to teach the teacher."""
+    if FULL not in kinds.values():
+        raise InputError(
+            f"none of the {len(kinds)} training cases is fully labelled ({summary(kinds)}), so there is no teacher. Label "
+            f"at least one case completely, or train nnU-Net with its ignore label alone (-tr nnUNetTrainer).")
+
+
+def summary(kinds: dict[str, str]) -> str:
+    """E.g. "3 full, 57 partial, 0 unlabelled"."""
+    return ", ".join(f"{sum(k == kind for k in kinds.values())} {kind}" for kind in KINDS)
+
+
+def lost_annotations(cases: Iterable[str], label_folder: str | Path, file_ending: str, reader_writer,
+                     ignore_label: int, processes: int = 8) -> list[str]:
+    """Those of `cases` whose original label has annotated voxels: resampling has dropped every one of them.
+
+    cases: whose preprocessed label has none. label_folder: of the original labels (nnU-Net's `gt_segmentations`); a
+    case that has no file there is passed over. reader_writer: an instance of nnU-Net's reader for these files.
+    """
+    files = {case: Path(label_folder) / (case + file_ending) for case in cases}
+
+    def annotated(case: str) -> bool:
+        return bool((reader_writer.read_seg(str(files[case]))[0] != ignore_label).any())
+
+    present = [case for case in files if files[case].is_file()]
+    with ThreadPoolExecutor(processes) as pool:
+        return [case for case, lost in zip(present, pool.map(annotated, present)) if lost]
+
+
+def split_full_cases(kinds: dict[str, str]) -> list[dict[str, list[str]]]:
+    """nnU-Net's seeded cross-validation, of the fully labelled cases alone; all the others train in every fold.
+
+    Up to five folds, as many as there are fully labelled cases. A validation on partial labels would measure the
+    annotated voxels only. Raises InputError where there is only one fully labelled case.
+    """
+    full = sorted(case for case, kind in kinds.items() if kind == FULL)
+    others = sorted(case for case, kind in kinds.items() if kind != FULL)
+    if len(full) < 2:
+        raise InputError(
+            "only one case is fully labelled, so it cannot both teach and validate. Train on fold 'all', or write a "
+            "splits_final.json into the data set's preprocessed folder.")
+    splits = generate_crossval_split(full, seed=12345, n_splits=min(5, len(full)))
+    return [{"train": sorted([*split["train"], *others]), "val": list(split["val"])} for split in splits]
+
+
+def check_labels(dataset_json: dict) -> None:
+    """Raise InputError where the ignore label is not the highest label plus one."""
+    labels = dict(dataset_json["labels"])
+    ignore = labels.pop("ignore", None)
+    highest = max(int(v) for value in labels.values() for v in (value if isinstance(value, (list, tuple)) else [value]))
+    if ignore is not None and ignore != highest + 1:
+        raise InputError(
+            f"dataset.json: the ignore label is {ignore!r}, but nnU-Net needs the highest other label plus one, "
+            f"{highest + 1}. Change it there and in the label files, then plan and preprocess again.")
+
+
+# ---- loading --------------------------------------------------------------------------------------------------------
+
+class HiddenLabels:
+    """A data set some of whose labels are not to be seen: cases declared unlabelled that carry annotations."""
+
+    def __init__(self, dataset, hidden: Iterable[str], ignore_label: int):
+        self.dataset, self.hidden, self.ignore_label = dataset, set(hidden), ignore_label
+        self.identifiers = dataset.identifiers
+
+    def load_case(self, case: str):
+        data, seg, seg_prev, properties = self.dataset.load_case(case)
+        if case in self.hidden:
+            seg = np.full(seg.shape, self.ignore_label, np.int16)
+            properties = {**properties, "class_locations": {c: [] for c in properties["class_locations"]}}
+        return data, seg, seg_prev, properties
+
+
+def full_images_per_batch(batch_size: int, share: float, others: bool) -> int:
+    """Fully labelled images in a batch of two or more: the share, rounded, but never none and, where there are other
+    cases, never all."""
+    if not others:
+        return batch_size
+    return min(max(round(share * batch_size), 1), batch_size - 1)
+
+
+class StratifiedLoader(nnUNetDataLoader):
+    """nnU-Net's loader with a set share of fully labelled images in every batch, which come first in it.
+
+    kinds: {case: kind} of all the cases of the data set.
+    full_share: share of fully labelled images. A batch of one is full as often as the share says, regularly; `offset`
+        (the rank) and the number of the worker shift the order, so that not all of them hold the same kind at once.
+
+    A batch has one more entry than nnU-Net's, `num_full`. In each stratum the share of patches that are forced to
+    hold foreground is nnU-Net's for the whole batch, over many batches.
+    """
+
+    def __init__(self, data, *args, kinds: dict[str, str], full_share: float, offset: int = 0, **kwargs):
+        super().__init__(data, *args, **kwargs)
+        self.full_cases = [case for case in data.identifiers if kinds[case] == FULL]
+        self.other_cases = [case for case in data.identifiers if kinds[case] != FULL]
+        if not self.full_cases:
+            raise InputError("no fully labelled case to draw from")
+        self.full_share, self.offset = full_share, offset
+        self.batches = 0
+        stock = [self._oversample_last_XX_percent(i) for i in range(self.batch_size)]
+        self.forced_share = sum(stock) / self.batch_size
+        self.forced: list[bool] = []
+        if self.get_do_oversample == self._oversample_last_XX_percent:
+            self.get_do_oversample = self._oversample_stratum
+
+    def _oversample_stratum(self, sample_idx: int) -> bool:
+        return self.forced[sample_idx]
+
+    def _draw_forced(self, size: int) -> list[bool]:
+        """Which patches of a stratum are forced to hold foreground: the last, and one more as often as needed."""
+        wanted = size * self.forced_share
+        number = int(wanted) + (np.random.uniform() < wanted - int(wanted))
+        return [i >= size - number for i in range(size)]
+
+    def _draw_num_full(self) -> int:
+        if not self.other_cases or self.batch_size > 1:
+            return full_images_per_batch(self.batch_size, self.full_share, bool(self.other_cases))
+        # a whole step of count * share: a full image is due
+        count = self.batches + self.offset + self.thread_id
+        return int((count + 1) * self.full_share) - int(count * self.full_share)
+
+    def get_indices(self):
+        self.num_full = self._draw_num_full()
+        num_other = self.batch_size - self.num_full
+        self.batches += 1
+        self.forced = self._draw_forced(self.num_full) + self._draw_forced(num_other)
+        drawn = list(np.random.choice(self.full_cases, self.num_full))
+        return drawn + (list(np.random.choice(self.other_cases, num_other)) if num_other else [])
+
+    def get_bbox(self, data_shape, force_fg, class_locations, *args, **kwargs):
+        if self.has_ignore and len(class_locations[self.annotated_classes_key]) == 0:
+            # nothing to centre on: with no classes to choose from nnU-Net crops anywhere, and does not warn
+            force_fg, class_locations = True, {}
+        return super().get_bbox(data_shape, force_fg, class_locations, *args, **kwargs)
+
+    def generate_train_batch(self):
+        batch = super().generate_train_batch()
+        return {**batch, "num_full": self.num_full}

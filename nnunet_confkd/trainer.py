@@ -1,0 +1,477 @@
+"""ConfKDTrainer: nnU-Net's trainer with a teacher and a student decoder, trained from mixed supervision.
+
+It joins the network, the losses, the supervision and the settings by nnU-Net's hooks, and computes nothing itself.
+"""
+from __future__ import annotations
+
+import json
+import os
+import random
+import warnings
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from batchgenerators.dataloading.nondet_multi_threaded_augmenter import NonDetMultiThreadedAugmenter
+from batchgenerators.dataloading.single_threaded_augmenter import SingleThreadedAugmenter
+from batchgenerators.utilities.file_and_folder_operations import isfile, join, load_json, save_json
+from nnunetv2.paths import nnUNet_preprocessed
+from nnunetv2.training.dataloading.data_loader import nnUNetDataLoader
+from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
+from nnunetv2.training.loss.deep_supervision import DeepSupervisionWrapper
+from nnunetv2.training.loss.dice import get_tp_fp_fn_tn
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+from nnunetv2.utilities.collate_outputs import collate_outputs
+from nnunetv2.utilities.default_n_proc_DA import get_allowed_n_proc_DA
+from nnunetv2.utilities.helpers import dummy_context
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+
+from nnunet_confkd import __version__
+from nnunet_confkd.curves import CURVES, plot_curves
+from nnunet_confkd.errors import InputError
+from nnunet_confkd.losses import TERMS, ConfKDLoss, PartialSupervision, annotated_voxels, confidence
+from nnunet_confkd.network import TwoBranchUNet, unwrap
+from nnunet_confkd.settings import Settings
+from nnunet_confkd.supervision import (FULL, TABLE_KEY, UNLABELLED, HiddenLabels, StratifiedLoader, annotation_counts,
+                                       check_labels, decide_kinds, lost_annotations, require_full, split_full_cases,
+                                       summary)
+from nnunet_confkd.validation import validate
+
+
+class ConfKDTrainer(nnUNetTrainer):
+    """nnU-Net's trainer for full, partial and missing labels in one run (see :mod:`nnunet_confkd.losses`).
+
+    The student (nnU-Net's decoder) predicts after training; the teacher is a second decoder on the same encoder.
+    Settings: :class:`nnunet_confkd.settings.Settings`, overridden by a `confkd` block in the configuration, and by
+    `fixed_settings` of a variant, which always wins: the variant's name is what the results are filed under.
+
+    Raises InputError before any training: unknown or bad settings, an ignore label that is not the
+    highest, plans of another data set, no fully labelled case, a network without encoder and decoder.
+    """
+
+    fixed_settings: dict = {}
+
+    def __init__(self, plans: dict, configuration: str, fold: int, dataset_json: dict,
+                 device: torch.device = torch.device('cuda')):
+        # before nnU-Net makes any folder
+        configuration_dict = PlansManager(plans).get_configuration(configuration).configuration
+        self.settings = Settings.from_blocks(configuration_dict.get("confkd", {}), self.fixed_settings)
+        check_labels(dataset_json)
+        _check_plans_belong(plans, dataset_json)
+        super().__init__(plans, configuration, fold, dataset_json, device)
+        if self.settings.epochs is not None:
+            self.num_epochs = self.settings.epochs
+        if self.settings.iterations_per_epoch is not None:
+            self.num_iterations_per_epoch = self.settings.iterations_per_epoch
+            self.num_val_iterations_per_epoch = max(1, self.num_iterations_per_epoch // 5)  # nnU-Net's share
+        # plans travel with the model: so do the settings that it was trained with
+        self.plans_manager.plans["configurations"][configuration]["confkd"] = self.settings.as_dict()
+        self.kinds: dict[str, str] | None = None  # -> find_supervision
+        self._add_missing_curves()
+
+    # ---- network and loss -------------------------------------------------------------------------------------------
+
+    def initialize(self):
+        if self.settings.seed is not None:
+            self._seed(self.settings.seed)  # equal on all ranks: they start from equal weights
+        super().initialize()
+
+    @staticmethod
+    def build_network_architecture(plans_manager, configuration_manager, num_input_channels, num_output_channels,
+                                   enable_deep_supervision=True):
+        return TwoBranchUNet(nnUNetTrainer.build_network_architecture(
+            plans_manager, configuration_manager, num_input_channels, num_output_channels, enable_deep_supervision))
+
+    @property
+    def two_branches(self) -> bool:
+        return isinstance(unwrap(self.network), TwoBranchUNet)
+
+    def set_deep_supervision_enabled(self, enabled: bool):
+        super().set_deep_supervision_enabled(enabled)
+        if self.two_branches:
+            unwrap(self.network).set_deep_supervision(enabled)
+
+    def _build_loss(self):
+        stock, resolution_weights = super()._build_loss(), (1.0,)
+        if isinstance(stock, DeepSupervisionWrapper):
+            stock, resolution_weights = stock.loss, stock.weight_factors
+        if len(resolution_weights) == 1:
+            resolution_weights = (1.0,)  # nnU-Net gives the lowest resolution weight 0, and would divide by it here
+        s, regions = self.settings, self.label_manager.has_regions
+        if s.supervised_loss == "ce":
+            stock.weight_dice = 0
+        if s.kl_softmax_twice and regions:
+            raise InputError("confkd: 'kl_softmax_twice' is defined for softmax labels; this data set has regions")
+        supervised = PartialSupervision(stock, self.label_manager.ignore_label, regions,
+                                        gather=self.is_ddp and self.configuration_manager.batch_dice)
+        return ConfKDLoss(
+            supervised, {term: getattr(s, f"weight_{term}") for term in TERMS}, resolution_weights=resolution_weights,
+            regions=regions, student_images=s.student_images, student_average=s.student_average,
+            kl_images=s.kl_images, entropy_images=s.entropy_images, extra_resolutions=s.extra_resolutions,
+            kl_options={"reference": s.kl_reference, "detach_teacher": s.kl_detach_teacher,
+                        "temperature": s.kl_temperature, "softmax_twice": s.kl_softmax_twice})
+
+    # ---- supervision and data ---------------------------------------------------------------------------------------
+
+    def find_supervision(self) -> dict[str, str]:
+        """Kind of every preprocessed case; found once, said in the log."""
+        if self.kinds is not None:
+            return self.kinds
+        if self.dataset_class is None:
+            self.dataset_class = infer_dataset_class(self.preprocessed_dataset_folder)
+        cases = self.dataset_class.get_identifiers(self.preprocessed_dataset_folder)
+        cache = join(self.preprocessed_dataset_folder_base,
+                     f"confkd_supervision_{self.configuration_manager.data_identifier}.json")
+        counts = annotation_counts(self.preprocessed_dataset_folder, cases, self.label_manager, cache)
+        table = self.dataset_json.get(TABLE_KEY)
+        kinds = decide_kinds(counts, self.label_manager, table)
+        self.print_to_log_file(f"Supervision of the data set: {summary(kinds)}")
+        suspects = [case for case, kind in kinds.items() if kind == UNLABELLED != (table or {}).get(case)]
+        if self.local_rank == 0 and suspects:
+            lost = lost_annotations(suspects, join(self.preprocessed_dataset_folder_base, "gt_segmentations"),
+                                    self.dataset_json["file_ending"], self.plans_manager.image_reader_writer_class(),
+                                    self.label_manager.ignore_label)
+            if lost:
+                self.print_to_log_file(f"WARNING: resampling dropped every annotated voxel of {len(lost)} partially "
+                                       f"labelled case(s), which count as unlabelled now: {', '.join(lost)}")
+        self.kinds = kinds
+        return kinds
+
+    def do_split(self):
+        """nnU-Net's, but never a random split, and never by default a validation on partial labels."""
+        if self.fold != "all":
+            kinds = self.find_supervision()
+            splits_file = join(self.preprocessed_dataset_folder_base, "splits_final.json")
+            if isfile(splits_file):
+                num_splits = len(load_json(splits_file))
+            elif set(kinds.values()) == {FULL}:
+                num_splits = 5  # nnU-Net's own
+            else:
+                require_full(kinds)
+                splits = split_full_cases(kinds)
+                num_splits = len(splits)
+                self.print_to_log_file(f"Writing {splits_file}: {num_splits} folds of the fully labelled cases; all "
+                                       f"others train in every fold.")
+                save_json(splits, splits_file)
+            if self.fold >= num_splits:
+                raise InputError(
+                    f"fold {self.fold} was asked for, but {splits_file} has {num_splits} fold(s), 0 to {num_splits - 1}. "
+                    f"nnU-Net would make a random split here, with partially labelled cases in validation. Use one of "
+                    f"these folds, add one to the file, or train on fold 'all'.")
+        return super().do_split()
+
+    def get_tr_and_val_datasets(self):
+        kinds = self.find_supervision()
+        dataset_tr, dataset_val = super().get_tr_and_val_datasets()
+        missing = sorted({*dataset_tr.identifiers, *dataset_val.identifiers} - set(kinds))
+        if missing:
+            raise InputError(f"splits_final.json names cases that are not preprocessed: {', '.join(missing)}")
+        training = {case: kinds[case] for case in dataset_tr.identifiers}
+        require_full(training)
+        self.print_to_log_file(f"Training cases: {summary(training)}")
+        if set(training.values()) == {FULL}:
+            self.print_to_log_file("WARNING: every training case is fully labelled. Nothing is left for the student to "
+                                   "learn from partial labels; this is nnU-Net with self-distillation.")
+        hidden = [case for case, kind in training.items() if kind == UNLABELLED]
+        if hidden:
+            dataset_tr = HiddenLabels(dataset_tr, hidden, self.label_manager.ignore_label)
+        full = [case for case in dataset_val.identifiers if kinds[case] == FULL]
+        if len(full) < len(dataset_val.identifiers):
+            self.print_to_log_file(f"WARNING: {len(dataset_val.identifiers) - len(full)} validation case(s) are not fully "
+                                   f"labelled. " + ("The pseudo-Dice is that of the others." if full else "There is no "
+                                                    "other: the pseudo-Dice counts annotated voxels only."))
+        dataset_val.identifiers = full or dataset_val.identifiers
+        self._record(training, dataset_val.identifiers)
+        return dataset_tr, dataset_val
+
+    def get_dataloaders(self):
+        """nnU-Net's body, with a stratified loader: there is no hook for the class."""
+        if self.dataset_class is None:
+            self.dataset_class = infer_dataset_class(self.preprocessed_dataset_folder)
+        patch_size = self.configuration_manager.patch_size
+        deep_supervision_scales = self._get_deep_supervision_scales()
+        (rotation_for_DA, do_dummy_2d_data_aug, initial_patch_size,
+         mirror_axes) = self.configure_rotation_dummyDA_mirroring_and_inital_patch_size()
+        labels = dict(is_cascaded=self.is_cascaded, foreground_labels=self.label_manager.foreground_labels,
+                      regions=self.label_manager.foreground_regions if self.label_manager.has_regions else None,
+                      ignore_label=self.label_manager.ignore_label)
+        tr_transforms = self.get_training_transforms(
+            patch_size, rotation_for_DA, deep_supervision_scales, mirror_axes, do_dummy_2d_data_aug,
+            use_mask_for_norm=self.configuration_manager.use_mask_for_norm, **labels)
+        val_transforms = self.get_validation_transforms(deep_supervision_scales, **labels)
+        dataset_tr, dataset_val = self.get_tr_and_val_datasets()
+        options = dict(oversample_foreground_percent=self.oversample_foreground_percent, sampling_probabilities=None,
+                       pad_sides=None, probabilistic_oversampling=self.probabilistic_oversampling)
+        dl_tr = StratifiedLoader(dataset_tr, self.batch_size, initial_patch_size, patch_size, self.label_manager,
+                                 kinds=self.kinds, full_share=self.settings.full_share, offset=self.local_rank,
+                                 transforms=tr_transforms, **options)
+        dl_val = nnUNetDataLoader(dataset_val, self.batch_size, patch_size, patch_size, self.label_manager,
+                                  transforms=val_transforms, **options)
+        processes = get_allowed_n_proc_DA()
+        if self.settings.seed is not None:
+            # differs between ranks, and after a restart, which must not see the first batches again
+            seed = self.settings.seed + 1009 * self.local_rank + 100003 * self.current_epoch
+            self._seed(seed)
+        if processes == 0:
+            loaders = SingleThreadedAugmenter(dl_tr, None), SingleThreadedAugmenter(dl_val, None)
+        else:
+            def start(loader, processes, cached, offset):
+                seeds = None if self.settings.seed is None else [seed + offset + i for i in range(processes)]
+                return NonDetMultiThreadedAugmenter(
+                    data_loader=loader, transform=None, num_processes=processes, num_cached=cached, seeds=seeds,
+                    pin_memory=self.device.type == 'cuda', wait_time=0.002)
+            loaders = (start(dl_tr, processes, max(6, processes // 2), 0),
+                       start(dl_val, max(1, processes // 2), max(3, processes // 4), 503))
+        for loader in loaders:
+            next(loader)
+        return loaders
+
+    @staticmethod
+    def _seed(seed: int) -> None:
+        seed %= 2 ** 32
+        random.seed(seed)
+        np.random.seed(seed)
+        torch.manual_seed(seed)
+
+    def _record(self, training: dict[str, str], validation: list[str]) -> None:
+        """Write what is trained on what into the fold's folder."""
+        if self.local_rank == 0:
+            record = {"trainer": type(self).__name__, "nnunet_confkd": __version__, "settings": self.settings.as_dict(),
+                      "supervision": training, "pseudo_dice_on": list(validation)}
+            with open(join(self.output_folder, "confkd.json"), "w") as f:
+                json.dump(record, f, indent=2)
+
+    # ---- training ---------------------------------------------------------------------------------------------------
+
+    def on_train_start(self):
+        super().on_train_start()
+        self.print_to_log_file(f"ConfKD settings: {self.settings}")
+
+    def _forward(self, data: torch.Tensor, num_teacher: int):
+        """The outputs of student and teacher; None for the teacher of a network that has none."""
+        if self.two_branches:
+            return self.network(data, num_teacher)
+        return self.network(data), None
+
+    def _to_device(self, batch: dict):
+        data, target = batch['data'].to(self.device, non_blocking=True), batch['target']
+        if isinstance(target, list):
+            return data, [t.to(self.device, non_blocking=True) for t in target]
+        return data, target.to(self.device, non_blocking=True)
+
+    def _autocast(self):
+        return torch.autocast(self.device.type, enabled=True) if self.device.type == 'cuda' else dummy_context()
+
+    def train_step(self, batch: dict) -> dict:
+        data, target = self._to_device(batch)
+        num_full = batch['num_full']
+        num_teacher = data.shape[0] if self.settings.kl_images == "all" else num_full
+        progress = (self.current_epoch + 1) / self.num_epochs
+
+        self.optimizer.zero_grad(set_to_none=True)
+        with self._autocast():
+            student, teacher = self._forward(data, num_teacher)
+            loss, terms = self.loss(student, teacher, target, num_full, kl_ramp=self.settings.ramp("kl", progress),
+                                    entropy_ramp=self.settings.ramp("entropy", progress))
+
+        if self.grad_scaler is not None:
+            self.grad_scaler.scale(loss).backward()
+            self.grad_scaler.unscale_(self.optimizer)
+            torch.nn.utils.clip_grad_norm_(self.network.parameters(), 12)
+            self.grad_scaler.step(self.optimizer)
+            self.grad_scaler.update()
+        else:
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(self.network.parameters(), 12)
+            self.optimizer.step()
+
+        regions = self.label_manager.has_regions
+        highest = student[0] if self.enable_deep_supervision else student
+        labelled = annotated_voxels(target[0] if self.enable_deep_supervision else target,
+                                    self.label_manager.ignore_label, regions)
+        values = {"loss": loss.detach(), **{f"loss_{term}": value for term, value in terms.items()},
+                  "student_confidence": confidence(highest.detach(), regions), "annotated_share": labelled.float().mean()}
+        # one transfer for all of them
+        return dict(zip(values, torch.stack([v.float() for v in values.values()]).cpu().numpy()))
+
+    def on_train_epoch_end(self, train_outputs: list[dict]):
+        super().on_train_epoch_end(train_outputs)
+        outputs = collate_outputs(train_outputs)
+        for key in outputs:
+            if key != "loss":
+                self.logger.log(key, float(np.mean(self._gather(np.mean(outputs[key])))), self.current_epoch)
+
+    def _gather(self, value) -> list:
+        """A value of every rank."""
+        if not self.is_ddp:
+            return [value]
+        values = [None] * dist.get_world_size()
+        dist.all_gather_object(values, value)
+        return values
+
+    # ---- validation -------------------------------------------------------------------------------------------------
+
+    def validation_step(self, batch: dict) -> dict:
+        data, target = self._to_device(batch)
+        with self._autocast():
+            student, teacher = self._forward(data, data.shape[0])
+            if not self.enable_deep_supervision:
+                student, teacher, target = [student], [teacher], [target]
+            loss = sum(w * self.loss.supervised(s, t)
+                       for w, s, t in zip(self.loss.resolution_weights, student, target) if w)
+        result = {"loss": loss.cpu().numpy(), **self._hard_counts(student[0], target[0])}
+        if self.two_branches:
+            result |= {f"teacher_{k}": v for k, v in self._hard_counts(teacher[0], target[0]).items()}
+        return result
+
+    def _hard_counts(self, output: torch.Tensor, target: torch.Tensor) -> dict[str, np.ndarray]:
+        """True positives, false positives and false negatives per foreground class or region, of the annotated voxels,
+        as nnU-Net counts them for its pseudo-Dice."""
+        regions, ignore_label = self.label_manager.has_regions, self.label_manager.ignore_label
+        mask = None
+        if ignore_label is not None:
+            mask = annotated_voxels(target, ignore_label, regions)
+            target = target[:, :-1] if regions else torch.where(mask, target, 0)
+        if regions:
+            predicted = output > 0  # sigmoid > 0.5
+        else:
+            predicted = torch.zeros_like(output, dtype=torch.bool).scatter_(1, output.argmax(1, keepdim=True), True)
+        axes = [0, *range(2, output.ndim)]
+        counts = get_tp_fp_fn_tn(predicted.float(), target, axes, None if mask is None else mask.float())[:3]
+        first = 0 if regions else 1  # without the background
+        return {key: c.cpu().numpy()[first:] for key, c in zip(("tp_hard", "fp_hard", "fn_hard"), counts)}
+
+    def on_validation_epoch_end(self, val_outputs: list[dict]):
+        curves = self.logger.local_logger.my_fantastic_logging
+        previous = curves["ema_fg_dice"][-1] if curves["ema_fg_dice"] else 0.0
+        with warnings.catch_warnings():
+            # a class in no patch of the epoch: 0 / 0, its Dice is NaN
+            warnings.simplefilter("ignore", RuntimeWarning)
+            super().on_validation_epoch_end(val_outputs)
+            teacher = self._teacher_dice(val_outputs)
+            self.logger.log("teacher_mean_fg_dice", float(np.nanmean(teacher)), self.current_epoch)
+        self.logger.log("teacher_dice_per_class_or_region", teacher, self.current_epoch)
+        if np.isnan(curves["ema_fg_dice"][-1]):
+            # one epoch without any foreground would make the moving average NaN for good, and no checkpoint the best
+            curves["ema_fg_dice"][-1] = previous
+
+    def _teacher_dice(self, val_outputs: list[dict]) -> list[float]:
+        outputs = collate_outputs(val_outputs)
+        if "teacher_tp_hard" not in outputs:
+            return [float("nan")] * len(outputs["tp_hard"][0])
+        tp, fp, fn = (sum(self._gather(np.sum(outputs[f"teacher_{key}"], 0))) for key in ("tp_hard", "fp_hard", "fn_hard"))
+        return [float(d) for d in 2 * tp / (2 * tp + fp + fn)]
+
+    def on_epoch_end(self):
+        value = self.logger.get_value
+        self.print_to_log_file("terms", {term: round(value(f"loss_{term}", step=-1), 4) for term in TERMS},
+                               "| student's confidence", round(value("student_confidence", step=-1), 4),
+                               "| annotated share", round(value("annotated_share", step=-1), 4))
+        self.print_to_log_file("Pseudo dice of the teacher",
+                               np.round(value("teacher_dice_per_class_or_region", step=-1), 4).tolist())
+        super().on_epoch_end()
+        if self.local_rank == 0:
+            plot_curves(self.logger.local_logger.my_fantastic_logging, join(self.output_folder, "progress_confkd.png"))
+
+    def perform_actual_validation(self, save_probabilities: bool = False):
+        """nnU-Net's, of both branches in one pass (see :func:`nnunet_confkd.validation.validate`)."""
+        validate(self, save_probabilities)
+
+    # ---- checkpoints ------------------------------------------------------------------------------------------------
+
+    def save_checkpoint(self, filename: str) -> None:
+        """nnU-Net's, written aside first: a kill in mid-write leaves the previous checkpoint whole."""
+        aside = f"{filename}.part"
+        super().save_checkpoint(aside)
+        if isfile(aside) and self.local_rank == 0:
+            os.replace(aside, filename)
+
+    def load_checkpoint(self, filename_or_checkpoint) -> None:
+        super().load_checkpoint(filename_or_checkpoint)
+        self._add_missing_curves()
+
+    def _add_missing_curves(self) -> None:
+        """Our curves beside nnU-Net's, as long as those (a checkpoint of another version may lack some)."""
+        curves = self.logger.local_logger.my_fantastic_logging
+        for key in CURVES:
+            curves.setdefault(key, [float("nan")] * len(curves["train_losses"]))
+
+
+def _check_plans_belong(plans: dict, dataset_json: dict) -> None:
+    """nnU-Net takes the data from where the plans say: copied plans would silently train on another data set."""
+    if not nnUNet_preprocessed.is_set():
+        return
+    own = join(nnUNet_preprocessed, plans["dataset_name"], "dataset.json")
+    if not isfile(own) or load_json(own) != dataset_json:
+        raise InputError(
+            f"these plans ('{plans['plans_name']}') are for {plans['dataset_name']}, which is not the data set that was "
+            f"asked for: {own} " + ("differs from its dataset.json" if isfile(own) else "does not exist")
+            + ". Plan and preprocess the data set itself (nnUNetv2_plan_and_preprocess); to carry plans over from another "
+              "one use nnUNetv2_move_plans_between_datasets.")
+
+
+# ---- variants -------------------------------------------------------------------------------------------------------
+
+class ConfKDTrainer_noEntropy(ConfKDTrainer):
+    fixed_settings = {"weight_entropy": 0.0}
+
+
+class ConfKDTrainer_noKL(ConfKDTrainer):
+    fixed_settings = {"weight_kl": 0.0}
+
+
+class ConfKDTrainer_partialOnly(ConfKDTrainer):
+    """One branch, nnU-Net's own network and loss (the ignore label), on the same stratified batches: the fair baseline."""
+
+    fixed_settings = {"weight_teacher": 0.0, "weight_student": 1.0, "weight_kl": 0.0, "weight_entropy": 0.0,
+                      "student_images": "all", "student_average": "joint"}
+    build_network_architecture = staticmethod(nnUNetTrainer.build_network_architecture)
+
+
+class ConfKDTrainer_IPMI2021(ConfKDTrainer):
+    """The conference paper's objective: its weights, cross-entropy alone, the softmax over the softmax with the student
+    as reference and no stop of the gradient, entropy on all images, one full image to five others.
+
+    nnU-Net's remain: network, optimiser, augmentation, normalisation, deep supervision. Not reproduced: the entropy's
+    division by C and its triple count of the full images; full images enter L_w with their whole mask, not with a
+    weakened copy.
+    """
+
+    fixed_settings = {"weight_teacher": 1.0, "weight_student": 0.1, "weight_kl": 50.0, "weight_entropy": 1.0,
+                      "supervised_loss": "ce", "kl_reference": "student", "kl_detach_teacher": False,
+                      "kl_temperature": 2.0, "kl_softmax_twice": True, "entropy_images": "all", "full_share": 1 / 6}
+
+
+class ConfKDTrainer_1epoch(ConfKDTrainer):
+    def __init__(self, plans: dict, configuration: str, fold: int, dataset_json: dict,
+                 device: torch.device = torch.device('cuda')):
+        super().__init__(plans, configuration, fold, dataset_json, device)
+        self.num_epochs = 1
+
+
+class ConfKDTrainer_5epochs(ConfKDTrainer):
+    def __init__(self, plans: dict, configuration: str, fold: int, dataset_json: dict,
+                 device: torch.device = torch.device('cuda')):
+        super().__init__(plans, configuration, fold, dataset_json, device)
+        self.num_epochs = 5
+
+
+class ConfKDTrainer_50epochs(ConfKDTrainer):
+    def __init__(self, plans: dict, configuration: str, fold: int, dataset_json: dict,
+                 device: torch.device = torch.device('cuda')):
+        super().__init__(plans, configuration, fold, dataset_json, device)
+        self.num_epochs = 50
+
+
+class ConfKDTrainer_100epochs(ConfKDTrainer):
+    def __init__(self, plans: dict, configuration: str, fold: int, dataset_json: dict,
+                 device: torch.device = torch.device('cuda')):
+        super().__init__(plans, configuration, fold, dataset_json, device)
+        self.num_epochs = 100
+
+
+class ConfKDTrainer_250epochs(ConfKDTrainer):
+    def __init__(self, plans: dict, configuration: str, fold: int, dataset_json: dict,
+                 device: torch.device = torch.device('cuda')):
+        super().__init__(plans, configuration, fold, dataset_json, device)
+        self.num_epochs = 250

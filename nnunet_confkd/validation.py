@@ -1,0 +1,203 @@
+"""The final validation of both branches, in one pass over the encoder; and the cascade's input for training cases."""
+from __future__ import annotations
+
+import multiprocessing
+import os
+from contextlib import contextmanager
+from time import sleep
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from batchgenerators.utilities.file_and_folder_operations import isfile, join, load_json, maybe_mkdir_p
+from nnunetv2.configuration import default_num_processes
+from nnunetv2.evaluation.evaluate_predictions import compute_metrics_on_folder
+from nnunetv2.inference.export_prediction import export_prediction_from_logits, resample_and_save
+from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
+from nnunetv2.inference.sliding_window_prediction import compute_gaussian
+from nnunetv2.paths import nnUNet_preprocessed
+from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
+from nnunetv2.utilities.file_path_utilities import check_workers_alive_and_busy
+from nnunetv2.utilities.label_handling.label_handling import convert_labelmap_to_one_hot
+
+from nnunet_confkd.network import TwoBranchUNet, unwrap
+
+VALIDATION_FOLDERS = {"student": "validation", "teacher": "validation_teacher"}
+
+
+class _Heads:
+    """What nnUNetPredictor asks of a label manager while it slides its window: the number of output channels."""
+
+    def __init__(self, num_segmentation_heads: int):
+        self.num_segmentation_heads = num_segmentation_heads
+
+
+class CasePredictor:
+    """Predicts preprocessed cases with nnU-Net's sliding window, for one branch or for both in one pass.
+
+    The network's outputs of all branches are treated as channels of one output, so the encoder runs once.
+    """
+
+    def __init__(self, trainer, branches: list[str]):
+        self.trainer, self.branches = trainer, branches
+        self.predictor = nnUNetPredictor(tile_step_size=0.5, use_gaussian=True, use_mirroring=True,
+                                         perform_everything_on_device=True, device=trainer.device, verbose=False,
+                                         verbose_preprocessing=False, allow_tqdm=False)
+        self.predictor.manual_initialization(trainer.network, trainer.plans_manager, trainer.configuration_manager, None,
+                                             trainer.dataset_json, type(trainer).__name__,
+                                             trainer.inference_allowed_mirroring_axes)
+        self.heads = trainer.label_manager.num_segmentation_heads
+        self.predictor.label_manager = _Heads(self.heads * len(branches))
+
+    @contextmanager
+    def _output_of_branches(self):
+        module = unwrap(self.trainer.network)
+        if len(self.branches) < 2:
+            yield
+            return
+        before, module.branch = module.branch, "both"
+        try:
+            yield
+        finally:
+            module.branch = before
+
+    def __call__(self, data: np.ndarray, seg_prev: np.ndarray | None) -> dict[str, np.ndarray]:
+        """data: `(C, *spatial)`; seg_prev: the previous stage's labels `(*spatial)`, for a cascade. Returns the logits
+        of each branch, `(heads, *spatial)`."""
+        if self.trainer.is_cascaded:
+            data = np.vstack((data, convert_labelmap_to_one_hot(
+                seg_prev, self.trainer.label_manager.foreground_labels, output_dtype=data.dtype)))
+        with self._output_of_branches():
+            logits = self.predictor.predict_sliding_window_return_logits(torch.tensor(data)).cpu().numpy()
+        return {branch: np.ascontiguousarray(logits[i * self.heads:(i + 1) * self.heads])
+                for i, branch in enumerate(self.branches)}
+
+
+class _ExportPool:
+    """A pool of spawned processes that never has more than a few results waiting."""
+
+    def __init__(self):
+        self.pool = multiprocessing.get_context("spawn").Pool(default_num_processes)
+        self.workers = list(self.pool._pool)
+        self.results = []
+
+    def __enter__(self):
+        return self
+
+    def wait_for_room(self):
+        while check_workers_alive_and_busy(self.pool, self.workers, self.results, allowed_num_queued=2):
+            sleep(0.1)
+
+    def submit(self, function, *args):
+        self.results.append(self.pool.apply_async(function, args))
+
+    def __exit__(self, kind, *_):
+        if kind is None:
+            for result in self.results:
+                result.get()
+        self.pool.terminate()
+        self.pool.join()
+
+
+def _save_for_next_stage(prediction, target_shape, output_file, *args):
+    """nnU-Net's resample_and_save, written aside first: folds that train at once may write the same case."""
+    aside = f"{output_file}.{os.getpid()}"
+    resample_and_save(prediction, target_shape, aside, *args)
+    for ending in (".b2nd", ".npz"):
+        if isfile(aside + ending):
+            os.replace(aside + ending, output_file + ending)
+
+
+def _submit_next_stages(trainer, pool: _ExportPool, case: str, logits: np.ndarray, properties: dict) -> None:
+    for stage in trainer.configuration_manager.next_stage_names or []:
+        configuration = trainer.plans_manager.get_configuration(stage)
+        folder = join(nnUNet_preprocessed, trainer.plans_manager.dataset_name, configuration.data_identifier)
+        dataset_class = infer_dataset_class(folder)
+        try:
+            data, _, _, _ = dataset_class(folder, [case]).load_case(case)
+        except FileNotFoundError:
+            trainer.print_to_log_file(f"Predicting the next stage {stage} failed for {case}: its preprocessed file is "
+                                      f"missing. Run the preprocessing of {stage} first.")
+            continue
+        output_folder = join(trainer.output_folder_base, "predicted_next_stage", stage)
+        maybe_mkdir_p(output_folder)
+        pool.submit(_save_for_next_stage, logits, data.shape[1:], join(output_folder, case), trainer.plans_manager,
+                    trainer.configuration_manager, properties, trainer.dataset_json, default_num_processes,
+                    dataset_class)
+
+
+def _cases_of_no_validation(trainer) -> list[str]:
+    """Training cases that no fold validates: no fold would predict them for the next stage of a cascade."""
+    train, val = trainer.do_split()
+    if trainer.fold == "all":
+        return []
+    splits = load_json(join(trainer.preprocessed_dataset_folder_base, "splits_final.json"))
+    return sorted(set(train) - set(val) - {case for split in splits for case in split["val"]})
+
+
+def _predict_cases(trainer, cases: list[str], branches: list[str], pool: _ExportPool, folders: dict[str, str],
+                   save_probabilities: bool) -> None:
+    """Predict cases and write what is asked for: segmentations into the branches' folders, and the next stage's input
+    from the student. Under DDP each rank takes its share of the cases."""
+    ranks = dist.get_world_size() if trainer.is_ddp else 1
+    mine = sorted(cases)[trainer.local_rank::ranks]
+    common = len(cases) // ranks  # what every rank has: barriers must not outnumber it
+    dataset = trainer.dataset_class(trainer.preprocessed_dataset_folder, mine,
+                                    folder_with_segs_from_previous_stage=trainer.folder_with_segs_from_previous_stage)
+    predict = CasePredictor(trainer, branches)
+    for i, case in enumerate(dataset.identifiers):
+        pool.wait_for_room()
+        data, _, seg_prev, properties = dataset.load_case(case)
+        trainer.print_to_log_file(f"predicting {case}, shape {data.shape}, rank {trainer.local_rank}")
+        logits = predict(data[:], None if seg_prev is None else seg_prev[:])
+        for branch, folder in folders.items():
+            pool.submit(export_prediction_from_logits, logits[branch], properties, trainer.configuration_manager,
+                        trainer.plans_manager, trainer.dataset_json, join(folder, case), save_probabilities)
+        _submit_next_stages(trainer, pool, case, logits["student"], properties)
+        # as nnU-Net does: without a barrier from time to time nccl times out on large data sets
+        if trainer.is_ddp and i < common - 1 and (i + 1) % 20 == 0:
+            dist.barrier()
+
+
+def validate(trainer, save_probabilities: bool) -> None:
+    """The final validation. Writes `validation/` (the student, as nnU-Net does) and `validation_teacher/`, each with
+    its `summary.json`, and, before a cascade's next stage, `predicted_next_stage` for validation cases and for training
+    cases that no fold validates."""
+    trainer.set_deep_supervision_enabled(False)
+    trainer.network.eval()
+    branches = ["student", "teacher"] if isinstance(unwrap(trainer.network), TwoBranchUNet) else ["student"]
+    folders = {branch: join(trainer.output_folder, VALIDATION_FOLDERS[branch]) for branch in branches}
+    for folder in folders.values():
+        maybe_mkdir_p(folder)
+    _, val_cases = trainer.do_split()
+
+    with _ExportPool() as pool:
+        _predict_cases(trainer, val_cases, branches, pool, folders, save_probabilities)
+        if trainer.configuration_manager.next_stage_names:
+            _predict_cases(trainer, _cases_of_no_validation(trainer), ["student"], pool, {}, False)
+
+    if trainer.is_ddp:
+        dist.barrier()
+    if trainer.local_rank == 0:
+        for branch, folder in folders.items():
+            _report(trainer, branch, folder)
+    trainer.set_deep_supervision_enabled(True)
+    compute_gaussian.cache_clear()
+
+
+def _report(trainer, branch: str, folder: str) -> None:
+    labels = trainer.label_manager
+    metrics = compute_metrics_on_folder(
+        join(trainer.preprocessed_dataset_folder_base, "gt_segmentations"), folder, join(folder, "summary.json"),
+        trainer.plans_manager.image_reader_writer_class(), trainer.dataset_json["file_ending"],
+        labels.foreground_regions if labels.has_regions else labels.foreground_labels, labels.ignore_label, chill=True,
+        num_processes=default_num_processes)
+    prefix = "final_val" if branch == "student" else "final_val_teacher"
+    for label, values in metrics["mean"].items():
+        trainer.logger.log_summary(f"{prefix}/class_{label}_dice", values["Dice"])
+    dice = metrics["foreground_mean"]["Dice"]
+    trainer.logger.log_summary(f"{prefix}/foreground_dice", dice)
+    if branch == "student":
+        trainer.print_to_log_file("Validation complete")
+    trainer.print_to_log_file("Mean Validation Dice: " if branch == "student" else "Mean Validation Dice of the teacher: ",
+                              dice)

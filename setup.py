@@ -1,0 +1,12 @@
+"""The package map; all other metadata is in pyproject.toml."""
+from setuptools import setup
+
+if __name__ == "__main__":
+    setup(
+        packages=["nnunet_confkd", "nnunet_confkd.trainers", "nnunet_confkd.dataset_conversion"],
+        package_dir={
+            "nnunet_confkd": "nnunet_confkd",
+            "nnunet_confkd.trainers": "trainers",
+            "nnunet_confkd.dataset_conversion": "dataset_conversion",
+        },
+    )

@@ -1,0 +1,13 @@
+"""What nnU-Net finds through nnUNet_extTrainer: the trainers' names; the classes live in the installed package."""
+from nnunet_confkd.trainer import (  # noqa: F401
+    ConfKDTrainer,
+    ConfKDTrainer_1epoch,
+    ConfKDTrainer_5epochs,
+    ConfKDTrainer_50epochs,
+    ConfKDTrainer_100epochs,
+    ConfKDTrainer_250epochs,
+    ConfKDTrainer_IPMI2021,
+    ConfKDTrainer_noEntropy,
+    ConfKDTrainer_noKL,
+    ConfKDTrainer_partialOnly,
+)
