@@ -1,8 +1,8 @@
-"""A generated data set that looks like short-axis cardiac MRI, for demonstrations and tests: no download, no patients.
+"""A generated data set that looks like short-axis cardiac MRI, for demonstrations and tests.
 
-The left ventricle (LV) lies in a ring of myocardium (MYO), the right ventricle (RV) is a crescent that touches the ring
-from one side, and all shrink towards the apex. Vessels and tissue of the same brightness lie around, so brightness
-alone does not tell the classes.
+The left ventricle (LV) lies in a ring of myocardium (MYO), the right ventricle (RV) is a crescent that
+touches the ring from one side, and all shrink towards the apex. Vessels and tissue of the same brightness lie
+around, so brightness alone does not tell the classes. It needs no download and no patients.
 """
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ def generate_dataset(folder: Path, *, num_full: int = 4, num_partial: int = 12, 
     folder: the dataset's folder, which must not exist.
     dimensions: 3 for volumes of about 8 x 64 x 64 voxels, 2 for a single slice per case.
 
-    Case k has the same image whatever the counts; the cases are numbered in the order of the arguments. Validation and
-    test cases are fully labelled; the test cases lie in `imagesTs` and `labelsTs`.
+    Case k has the same image whatever the counts; the cases are numbered in the order of the arguments.
+    Validation and test cases are fully labelled; the test cases lie in `imagesTs` and `labelsTs`.
 
     Returns the case names of "full", "partial", "unlabelled", "validation" and "test".
     Raises FileExistsError if folder exists, ValueError if dimensions is neither 2 nor 3.
     """
     if dimensions not in (2, 3):
         raise ValueError(f"dimensions must be 2 or 3, got {dimensions}")
-    counts = {"full": num_full, "partial": num_partial, "unlabelled": num_unlabelled, "validation": num_validation,
-              "test": num_test}
+    counts = {"full": num_full, "partial": num_partial, "unlabelled": num_unlabelled,
+              "validation": num_validation, "test": num_test}
     names = (f"heart_{k:03d}" for k in range(sum(counts.values())))
     cases = {role: [next(names) for _ in range(count)] for role, count in counts.items()}
     supervision = {}
@@ -101,8 +101,9 @@ def _draw(rng: np.random.Generator, depth: np.ndarray, shape: tuple[int, ...],
     intensity = tissues[np.digitize(field, np.array([-0.5, 0.2, 0.9]) + rng.uniform(-0.25, 0.25, 3))]
 
     # the heart's axis is oblique, and breathing moves each slice a little
-    centre_y, centre_x = (rng.uniform(-9, 9) + rng.uniform(-6, 6) * (depth - 0.5) + rng.normal(0, 0.5, depth.shape)
-                          for _ in range(2))
+    centre_y, centre_x = (
+        rng.uniform(-9, 9) + rng.uniform(-6, 6) * (depth - 0.5) + rng.normal(0, 0.5, depth.shape)
+        for _ in range(2))
     centre_x = centre_x + 6  # room for the right ventricle
     dy, dx = y - centre_y, x - centre_x
     distance, angle = np.hypot(dy, dx), np.arctan2(dy, dx)
@@ -126,16 +127,16 @@ def _draw(rng: np.random.Generator, depth: np.ndarray, shape: tuple[int, ...],
     rv_edge = _wobble(rng, np.arctan2(across, offset_along), 0.12)
     rv = (elliptic < rv_edge) & ~heart
 
-    # vessels of blood, as bright as the ventricles; the first has a wall and looks like a small left ventricle
+    # vessels, as bright as the ventricles; the first has a wall and looks like a small left ventricle
     for number in range(3):
         radius = rng.uniform(5, 8)
         direction = side + np.pi + (rng.uniform(-1.3, 1.3) if number == 0 else rng.uniform(-np.pi, np.pi))
         reach = ring.max() + radius + rng.uniform(1, 10)
         drift = rng.uniform(-5, 5, 2)
         # inside the image, or it would distract nobody
-        vessel_y = np.clip(centre_y.mean() + reach * np.sin(direction), y.min() + 4, y.max() - 4) + drift[0] * depth
-        vessel_x = np.clip(centre_x.mean() + reach * np.cos(direction), x.min() + 4, x.max() - 4) + drift[1] * depth
-        ey, ex = y - vessel_y, x - vessel_x
+        vessel_y = np.clip(centre_y.mean() + reach * np.sin(direction), y.min() + 4, y.max() - 4)
+        vessel_x = np.clip(centre_x.mean() + reach * np.cos(direction), x.min() + 4, x.max() - 4)
+        ey, ex = y - vessel_y - drift[0] * depth, x - vessel_x - drift[1] * depth
         from_vessel = np.hypot(ey, ex) / _wobble(rng, np.arctan2(ey, ex), 0.15)
         if number == 0:
             intensity[from_vessel < radius + 2.5] = muscle
@@ -156,7 +157,7 @@ def _draw(rng: np.random.Generator, depth: np.ndarray, shape: tuple[int, ...],
 
 
 def _acquire(rng: np.random.Generator, intensity: np.ndarray, spacing: tuple[float, ...]) -> np.ndarray:
-    """What the scanner makes of it: texture, blur, coil sensitivity, noise and an arbitrary unit; int16, above 0."""
+    """As the scanner sees it: texture, blur, coil sensitivity, noise, an arbitrary unit; int16, above 0."""
     intensity = intensity * (1 + 0.08 * _smooth_noise(rng, intensity.shape, spacing, 3))
     intensity = gaussian_filter(intensity, (0, *2 * [rng.uniform(0.8, 1.2) / spacing[1]]))
     intensity = intensity * np.exp(rng.uniform(0.1, 0.25) * _smooth_noise(rng, intensity.shape, spacing, 35))
@@ -175,7 +176,7 @@ def _smooth_noise(rng: np.random.Generator, shape: tuple[int, ...], spacing: tup
 
 
 def _wobble(rng: np.random.Generator, angle: np.ndarray, amplitude: float) -> np.ndarray:
-    """A factor about 1, periodic in the angle: the contour of an irregular disc; within 1 +- 1.1 amplitude."""
+    """A factor about 1, periodic in the angle: an irregular disc's contour; within 1 +- 1.1 amplitude."""
     return 1 + amplitude * sum(rng.uniform(0.3, 1) / k * np.cos(k * angle + rng.uniform(0, 2 * np.pi))
                                for k in (2, 3, 4))
 

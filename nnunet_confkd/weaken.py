@@ -1,7 +1,7 @@
 """Weak labels made from full ones, for experiments: what would it have cost to annotate less?
 
-Everything random is seeded per case, so the same case, style and seed give the same label whatever the order or the
-number of processes.
+Everything random is seeded per case, so the same case, style and seed give the same label whatever the order
+or the number of processes.
 """
 from __future__ import annotations
 
@@ -33,14 +33,17 @@ def points(label: np.ndarray, ignore_label: int, rng: np.random.Generator, *, ra
     every: annotate the slices 0, every, 2 * every, ... along `slice_axis`, which a 2-D label does not use.
 
     Returns the label's shape and dtype, `ignore_label` wherever nothing is annotated.
-    Raises ValueError where label is not 2-D or 3-D or already holds `ignore_label`, or a setting is out of range.
+    Raises ValueError where label is not 2-D or 3-D or already holds `ignore_label`, or a setting is out of
+    range.
     """
     if label.ndim not in (2, 3):
         raise ValueError(f"a label must be (Z, Y, X) or (Y, X), got shape {label.shape}")
     if radius < 0 or every < 1:
-        raise ValueError(f"radius must be at least 0 and every at least 1, got radius={radius}, every={every}")
+        raise ValueError(f"radius must be at least 0 and every at least 1, got radius={radius}, "
+                         f"every={every}")
     if (label == ignore_label).any():
-        raise ValueError(f"the label already holds the ignore label {ignore_label}: points are made from full labels")
+        raise ValueError(f"the label already holds the ignore label {ignore_label}: points are made from "
+                         f"full labels")
     weak = nothing(label, ignore_label)
     # both are views: what is written to a slice of weak_slices lands in weak
     slices, weak_slices = (
@@ -66,26 +69,26 @@ def weaken_dataset(source: Path, target: Path, *, full: Collection[str], unlabel
                    slice_axis: int = 0) -> dict[str, str]:
     """Write a mixed copy of a fully labelled dataset in nnU-Net's raw format.
 
-    source: a folder with `imagesTr`, `labelsTr` and `dataset.json`; `imagesTs` and `labelsTs` come along if there.
+    source: a folder with `imagesTr`, `labelsTr` and `dataset.json`; `imagesTs` and `labelsTs` come along.
     target: the folder to write; it appears when all of it is written.
     full: the cases that keep their label, for training. keep: the same, for validation.
     unlabelled: the cases of which nothing stays annotated. All cases named nowhere are turned to `points`.
     radius, every, slice_axis: see `points`.
 
-    Images are hard links where the file system allows it, else copies; labels that stay are copied byte for byte.
+    Images are hard links, or copies where the file system has none; labels that stay are copied as they are.
     dataset.json gains the label "ignore", one above the highest, unless it has it already, and the table
     `"supervision"`: {case: "full" | "partial" | "unlabelled"}, which is also what this returns.
 
-    Raises FileExistsError if target exists; ValueError for case names that the source does not have or that are both
-    labelled and unlabelled, for region-based labels, for a dataset.json that lists its files, and for a label file that
-    holds anything but the integers named in dataset.json.
+    Raises FileExistsError if target exists; ValueError for case names that the source does not have or that
+    are both labelled and unlabelled, for region-based labels, for a dataset.json that lists its files, and
+    for a label file that holds anything but the integers named in dataset.json.
     """
     source, target = Path(source), Path(target)
     dataset = json.loads((source / "dataset.json").read_text(encoding="utf-8"))
     if "dataset" in dataset:
         # the list would go on pointing to the full labels of the source
-        raise ValueError(f"{source / 'dataset.json'} lists its files under \"dataset\"; only the folders imagesTr and "
-                         f"labelsTr are supported")
+        raise ValueError(f"{source / 'dataset.json'} lists its files under \"dataset\"; only the folders "
+                         f"imagesTr and labelsTr are supported")
     ending = dataset["file_ending"]
     cases = sorted(f.name[:-len(ending)] for f in (source / "labelsTr").iterdir() if f.name.endswith(ending))
     supervision = _supervision(cases, full=set(full) | set(keep), unlabelled=set(unlabelled))
@@ -108,7 +111,8 @@ def weaken_dataset(source: Path, target: Path, *, full: Collection[str], unlabel
             # wide enough for the ignore label, whatever the type of the file was
             label = label.astype(np.uint8 if ignore_label < 256 else np.uint16)
             weak = nothing(label, ignore_label) if supervision[case] == "unlabelled" else points(
-                label, ignore_label, case_rng(case, "points", seed), radius=radius, every=every, slice_axis=slice_axis)
+                label, ignore_label, case_rng(case, "points", seed), radius=radius, every=every,
+                slice_axis=slice_axis)
             weak_image = sitk.GetImageFromArray(weak)
             weak_image.CopyInformation(image)
             sitk.WriteImage(weak_image, str(weak_file), True)
@@ -116,7 +120,7 @@ def weaken_dataset(source: Path, target: Path, *, full: Collection[str], unlabel
         for subfolder, carry in (("imagesTs", _link_or_copy), ("labelsTs", shutil.copyfile)):
             if (source / subfolder).is_dir():
                 (folder / subfolder).mkdir()
-                for file in (source / subfolder).iterdir():
+                for file in (source / subfolder).glob(f"*{ending}"):
                     carry(file, folder / subfolder / file.name)
         dataset |= {"labels": labels, "numTraining": len(cases), "supervision": supervision}
         (folder / "dataset.json").write_text(json.dumps(dataset, indent=4) + "\n", encoding="utf-8")
@@ -125,7 +129,7 @@ def weaken_dataset(source: Path, target: Path, *, full: Collection[str], unlabel
 
 @contextmanager
 def new_folder(target: Path) -> Iterator[Path]:
-    """A hidden folder beside target to write to; it becomes target at the end, or vanishes if an error is raised.
+    """A hidden folder beside target to write to; it becomes target at the end, or vanishes on an error.
 
     Raises FileExistsError if target exists.
     """
@@ -149,14 +153,16 @@ def _supervision(cases: list[str], full: set[str], unlabelled: set[str]) -> dict
     both = sorted(full & unlabelled)
     if both:
         raise ValueError(f"cases cannot be both labelled and unlabelled: {', '.join(both)}")
-    return {case: "full" if case in full else "unlabelled" if case in unlabelled else "partial" for case in cases}
+    return {case: "full" if case in full else "unlabelled" if case in unlabelled else "partial"
+            for case in cases}
 
 
 def _with_ignore(labels: dict[str, int]) -> tuple[dict[str, int], int]:
     """A copy of the labels of dataset.json with "ignore" among them, and its value."""
     regions = sorted(name for name, value in labels.items() if not isinstance(value, int))
     if regions:
-        raise ValueError(f"only labels that are plain integers are supported here, not regions: {', '.join(regions)}")
+        raise ValueError(f"only labels that are plain integers are supported here, not regions: "
+                         f"{', '.join(regions)}")
     ignore_label = labels.get("ignore", max(labels.values()) + 1)
     return {**labels, "ignore": ignore_label}, ignore_label
 

@@ -1,0 +1,363 @@
+"""Two decoders on one encoder, held against the stock networks of the same seed."""
+from __future__ import annotations
+
+import pickle
+from copy import deepcopy
+
+import pytest
+import torch
+from dynamic_network_architectures.architectures.primus import Primus
+from dynamic_network_architectures.architectures.unet import PlainConvUNet, ResidualEncoderUNet, ResidualUNet
+from torch import nn
+
+from nnunet_confkd.errors import InputError
+from nnunet_confkd.network import TwoBranchUNet, add_teacher, branch_weights, has_teacher, predicting, unwrap
+
+CLASSES = 3
+BATCH = 3
+ARCHITECTURES = (PlainConvUNet, ResidualEncoderUNet, ResidualUNet)
+
+each_network = pytest.mark.parametrize("architecture, ndim, stages", [
+    (architecture, ndim, stages) for architecture in ARCHITECTURES for ndim, stages in ((2, 4), (3, 2))],
+    ids=lambda x: getattr(x, "__name__", str(x)))
+deep_or_not = pytest.mark.parametrize("deep_supervision", (True, False), ids=("deep", "flat"))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Threads that wait for each other on a busy machine make tensors this small a hundred times slower."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def stock(architecture=PlainConvUNet, ndim: int = 2, stages: int = 3, deep_supervision: bool = True, seed: int = 0):
+    """A tiny network, built and initialised as nnU-Net's get_network_from_plans does."""
+    torch.manual_seed(seed)
+    blocks = "n_conv_per_stage" if architecture is PlainConvUNet else "n_blocks_per_stage"
+    network = architecture(
+        input_channels=1, n_stages=stages, features_per_stage=[8, 12, 16, 16][:stages],
+        conv_op={2: nn.Conv2d, 3: nn.Conv3d}[ndim], kernel_sizes=3, strides=[1, 2, 2, 2][:stages], num_classes=CLASSES,
+        n_conv_per_stage_decoder=1, conv_bias=True, norm_op={2: nn.InstanceNorm2d, 3: nn.InstanceNorm3d}[ndim],
+        norm_op_kwargs={"eps": 1e-5, "affine": True}, nonlin=nn.LeakyReLU, nonlin_kwargs={"inplace": True},
+        deep_supervision=deep_supervision, **{blocks: 1})
+    network.apply(network.initialize)
+    return network
+
+
+def two_branches(*args, **kwargs) -> TwoBranchUNet:
+    return TwoBranchUNet(stock(*args, **kwargs))
+
+
+def images(ndim: int = 2) -> torch.Tensor:
+    return torch.randn(BATCH, 1, *ndim * [16], generator=torch.Generator().manual_seed(1))
+
+
+def as_list(outputs) -> list[torch.Tensor]:
+    return [outputs] if torch.is_tensor(outputs) else list(outputs)
+
+
+def equal(a, b) -> bool:
+    a, b = as_list(a), as_list(b)
+    return len(a) == len(b) and all(torch.equal(x, y) for x, y in zip(a, b))
+
+
+def total(outputs) -> torch.Tensor:
+    """A scalar whose gradient reaches every output (the sum of an instance-normed map would hardly depend on it)."""
+    return sum((x ** 2).sum() for x in as_list(outputs))
+
+
+def gradients(module: nn.Module) -> list[torch.Tensor | None]:
+    return [p.grad for p in module.parameters()]
+
+
+def decoder_gradients(decoder: nn.Module) -> dict[str, torch.Tensor | None]:
+    return {name: p.grad for name, p in decoder.named_parameters() if not name.startswith("encoder.")}
+
+
+# ---- construction ---------------------------------------------------------------------------------------------------
+
+@each_network
+def test_the_state_dict_is_the_stock_one_plus_the_teachers_decoder(architecture, ndim, stages):
+    names = list(stock(architecture, ndim, stages).state_dict())
+    decoder = [n.removeprefix("decoder.") for n in names
+               if n.startswith("decoder.") and not n.startswith("decoder.encoder.")]
+    assert list(two_branches(architecture, ndim, stages).state_dict()) == names + [f"teacher_decoder.{n}" for n in decoder]
+
+
+@each_network
+def test_the_encoder_is_stored_as_often_as_in_the_stock_network(architecture, ndim, stages):
+    def distinct_and_named(network):
+        encoder = [w for n, w in network.state_dict().items() if "encoder." in n]
+        return len({w.data_ptr() for w in encoder}), len(encoder)
+    network = two_branches(architecture, ndim, stages)
+    assert distinct_and_named(network) == distinct_and_named(stock(architecture, ndim, stages))
+    assert network.decoder.encoder is network.encoder
+    assert not any("encoder" in name for name, _ in network.teacher_decoder.named_modules())
+
+
+@each_network
+@deep_or_not
+def test_the_student_is_the_stock_network_of_the_same_seed_to_the_bit(architecture, ndim, stages, deep_supervision):
+    network = two_branches(architecture, ndim, stages, deep_supervision)
+    reference = stock(architecture, ndim, stages, deep_supervision)
+    weights = network.state_dict()
+    assert all(torch.equal(weights[name], w) for name, w in reference.state_dict().items())
+    assert equal(network(images(ndim)), reference(images(ndim)))
+    assert type(network(images(ndim))) is type(reference(images(ndim)))
+
+
+@each_network
+def test_the_teacher_has_the_students_shapes_and_an_initialisation_of_its_own(architecture, ndim, stages):
+    network = two_branches(architecture, ndim, stages)
+    teacher = dict(network.teacher_decoder.named_parameters())
+    student = {n: p for n, p in network.decoder.named_parameters() if not n.startswith("encoder.")}
+    assert list(teacher) == list(student)
+    for name, weight in teacher.items():
+        assert weight.shape == student[name].shape and weight.data_ptr() != student[name].data_ptr()
+        if weight.ndim == 1:  # biases and norms start from constants, the same ones
+            assert torch.equal(weight, student[name]), name
+        else:
+            assert not torch.equal(weight, student[name]), name
+
+
+@each_network
+def test_the_teachers_convolutions_start_with_the_spread_that_nnunet_gives_them(architecture, ndim, stages):
+    # He: std sqrt(2 / (1 + 0.01^2) / fan_in). torch's own start would be smaller by sqrt(6), about 2.4.
+    for name, module in two_branches(architecture, ndim, stages).teacher_decoder.named_modules():
+        if "Conv" in type(module).__name__ and hasattr(module, "weight") and module.weight.numel() >= 200:
+            fan_in = module.weight[0].numel()  # what kaiming_normal_ counts, for transposed convolutions too
+            assert module.weight.std().item() == pytest.approx((2 / 1.0001 / fan_in) ** 0.5, rel=0.3), name
+
+
+def test_two_teachers_of_one_seed_are_equal_and_of_two_seeds_are_not():
+    first, again, other = (two_branches(seed=seed).teacher_decoder.state_dict() for seed in (0, 0, 1))
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert not all(torch.equal(first[name], other[name]) for name in first)
+
+
+@each_network
+def test_the_parameters_are_the_stock_ones_and_one_more_decoders(architecture, ndim, stages):
+    reference = stock(architecture, ndim, stages)
+    count = len(list(reference.parameters()))
+    decoder = count - len(list(reference.encoder.parameters()))
+    optimizer = torch.optim.SGD(two_branches(architecture, ndim, stages).parameters(), 0.1)
+    assert len(optimizer.param_groups[0]["params"]) == count + decoder
+
+
+class ThreeParts(nn.Module):
+    def __init__(self):
+        super().__init__()
+        network = stock()
+        self.encoder, self.decoder, self.head = network.encoder, network.decoder, nn.Identity()
+
+
+class OtherDecoder(nn.Module):
+    """Of the right parts, but nothing to switch deep supervision with."""
+
+    def __init__(self):
+        super().__init__()
+        self.encoder, self.decoder = nn.Identity(), nn.Identity()
+
+
+def primus() -> nn.Module:
+    return Primus(1, embed_dim=24, patch_embed_size=(8, 8, 8), num_classes=2, eva_depth=1, eva_numheads=2,
+                  input_shape=(16, 16, 16))
+
+
+@pytest.mark.parametrize("build", (ThreeParts, OtherDecoder, lambda: nn.Sequential(nn.Conv2d(1, 2, 1)), primus),
+                         ids=("ThreeParts", "OtherDecoder", "Sequential", "Primus"))
+def test_other_architectures_are_refused_by_name(build):
+    network = build()
+    with pytest.raises(InputError) as error:
+        TwoBranchUNet(network)
+    assert f"{type(network).__module__}.{type(network).__name__}" in str(error.value)
+    assert "ResidualEncoderUNet" in str(error.value)  # what to use instead
+
+
+# ---- forward --------------------------------------------------------------------------------------------------------
+
+class Calls:
+    """Batch sizes that a decoder was run with."""
+
+    def __init__(self, decoder: nn.Module):
+        self.batch_sizes: list[int] = []
+        decoder.register_forward_pre_hook(lambda _, args: self.batch_sizes.append(args[0][0].shape[0]))
+
+
+@each_network
+@deep_or_not
+def test_prediction_is_the_stock_networks_and_does_not_run_the_teacher(architecture, ndim, stages, deep_supervision):
+    network = two_branches(architecture, ndim, stages, deep_supervision).eval()
+    student, teacher = Calls(network.decoder), Calls(network.teacher_decoder)
+    with torch.no_grad():
+        assert equal(network(images(ndim)), stock(architecture, ndim, stages, deep_supervision).eval()(images(ndim)))
+    assert student.batch_sizes == [BATCH]
+    assert teacher.batch_sizes == []
+
+
+@each_network
+@deep_or_not
+@pytest.mark.parametrize("num_teacher", (1, BATCH))
+def test_in_training_the_teacher_sees_the_first_images_only(architecture, ndim, stages, deep_supervision, num_teacher):
+    network = two_branches(architecture, ndim, stages, deep_supervision)
+    calls = Calls(network.decoder), Calls(network.teacher_decoder)
+    student, teacher = network(images(ndim), num_teacher)
+    assert [c.batch_sizes for c in calls] == [[BATCH], [num_teacher]]
+    assert equal(student, stock(architecture, ndim, stages, deep_supervision)(images(ndim)))
+    assert len(as_list(student)) == (stages - 1 if deep_supervision else 1)
+    assert [(num_teacher, *s.shape[1:]) for s in as_list(student)] == [t.shape for t in as_list(teacher)]
+    skips = network.encoder(images(ndim)[:num_teacher])
+    for result, expected in zip(as_list(teacher), as_list(network.teacher_decoder(skips))):
+        torch.testing.assert_close(result, expected)
+
+
+@each_network
+@deep_or_not
+def test_without_an_image_for_the_teacher_its_gradient_is_zero_and_not_missing(architecture, ndim, stages,
+                                                                             deep_supervision):
+    network = two_branches(architecture, ndim, stages, deep_supervision)
+    calls = Calls(network.teacher_decoder)
+    student, teacher = network(images(ndim), 0)
+    assert calls.batch_sizes == []
+    assert [(0, *s.shape[1:]) for s in as_list(student)] == [t.shape for t in as_list(teacher)]
+    (total(student) + total(teacher)).backward()
+    assert all(g is not None and (g == 0).all() for g in gradients(network.teacher_decoder))
+
+    reference = stock(architecture, ndim, stages, deep_supervision)
+    total(reference(images(ndim))).backward()
+    for ours, stocks in zip(gradients(network.encoder) + list(decoder_gradients(network.decoder).values()),
+                            gradients(reference.encoder) + list(decoder_gradients(reference.decoder).values())):
+        assert ours is stocks is None or torch.equal(ours, stocks)
+
+
+@each_network
+def test_each_branch_gives_its_gradient_to_its_own_decoder_and_the_encoder(architecture, ndim, stages):
+    for branch in (0, 1):
+        network = two_branches(architecture, ndim, stages)
+        decoders = network.decoder, network.teacher_decoder
+        total(network(images(ndim), BATCH)[branch]).backward()
+        assert all(g is not None for g in gradients(network.encoder))
+        assert any(g.abs().sum() > 0 for g in gradients(network.encoder))
+        assert all(g is not None for g in decoder_gradients(decoders[branch]).values())
+        assert any(g.abs().sum() > 0 for g in decoder_gradients(decoders[branch]).values())
+        assert all(g is None for g in decoder_gradients(decoders[1 - branch]).values())
+
+
+@deep_or_not
+def test_deep_supervision_is_switched_in_both_branches(deep_supervision):
+    network = two_branches(deep_supervision=not deep_supervision)
+    network.set_deep_supervision(deep_supervision)
+    outputs = network(images(), BATCH)
+    assert [type(output) for output in outputs] == 2 * [list if deep_supervision else torch.Tensor]
+    assert equal(outputs[0], stock(deep_supervision=deep_supervision)(images()))
+
+
+# ---- the branch that predicts ---------------------------------------------------------------------------------------
+
+@deep_or_not
+def test_each_branch_their_mean_and_both_can_predict(deep_supervision):
+    network = two_branches(deep_supervision=deep_supervision)
+    student, teacher = map(as_list, network(images(), BATCH))
+    expected = {"student": student, "teacher": teacher, "mean": [(s + t) / 2 for s, t in zip(student, teacher)],
+                "both": [torch.cat((s, t), 1) for s, t in zip(student, teacher)]}
+    for network.branch, outputs in expected.items():
+        assert equal(network(images()), outputs), network.branch
+        assert torch.is_tensor(network(images())) == (not deep_supervision)
+
+
+def test_a_network_built_to_predict_with_a_branch_keeps_it():
+    assert two_branches().branch == "student"
+    with predicting("teacher"):
+        teacher = two_branches()
+        with predicting("mean"):
+            mean = two_branches()
+        assert two_branches().branch == "teacher"
+    assert (teacher.branch, mean.branch, two_branches().branch) == ("teacher", "mean", "student")
+    student_calls = Calls(teacher.decoder)
+    assert equal(teacher(images()), teacher(images(), BATCH)[1])
+    assert student_calls.batch_sizes == [BATCH]  # of the training call: to predict, the teacher alone is run
+
+
+def test_the_branch_is_the_students_again_after_an_error():
+    with pytest.raises(KeyError), predicting("teacher"):
+        raise KeyError
+    assert two_branches().branch == "student"
+
+
+def test_an_unknown_branch_to_predict_with_is_refused():
+    with pytest.raises(ValueError, match="'master'"), predicting("master"):
+        pass
+
+
+# ---- weights --------------------------------------------------------------------------------------------------------
+
+@each_network
+@pytest.mark.parametrize("branch", ("student", "teacher"))
+def test_the_weights_of_a_branch_make_the_stock_network_that_branch_to_the_bit(architecture, ndim, stages, branch):
+    network = two_branches(architecture, ndim, stages)
+    exported = stock(architecture, ndim, stages, seed=7)
+    exported.load_state_dict(branch_weights(network.state_dict(), branch), strict=True)
+    assert equal(exported(images(ndim)), network(images(ndim), BATCH)[branch == "teacher"])
+
+
+@each_network
+def test_a_stock_network_with_a_teacher_added_has_two_equal_branches(architecture, ndim, stages):
+    reference = stock(architecture, ndim, stages)
+    network = two_branches(architecture, ndim, stages, seed=7)
+    network.load_state_dict(add_teacher(reference.state_dict()), strict=True)
+    student, teacher = network(images(ndim), BATCH)
+    assert equal(student, reference(images(ndim)))
+    assert equal(teacher, student)
+
+
+def test_adding_a_teacher_and_taking_a_branch_are_inverse():
+    weights = stock().state_dict()
+    for branch in ("student", "teacher"):
+        result = branch_weights(add_teacher(weights), branch)
+        assert list(result) == list(weights)
+        assert all(result[name] is weights[name] for name in weights)
+
+
+def test_names_tell_whether_weights_hold_a_teacher():
+    assert has_teacher(two_branches().state_dict())
+    assert not has_teacher(stock().state_dict())
+
+
+def test_a_branch_of_stock_weights_and_an_unknown_branch_are_refused():
+    with pytest.raises(ValueError, match="teacher_decoder"):
+        branch_weights(stock().state_dict(), "student")
+    with pytest.raises(ValueError, match="'mean'"):
+        branch_weights(two_branches().state_dict(), "mean")
+
+
+@each_network
+def test_weights_survive_a_strict_round_trip(architecture, ndim, stages, tmp_path):
+    network, other = (two_branches(architecture, ndim, stages, seed=seed) for seed in (0, 1))
+    torch.save(network.state_dict(), tmp_path / "weights.pth")
+    other.load_state_dict(torch.load(tmp_path / "weights.pth"), strict=True)
+    for ours, theirs in zip(network(images(ndim), BATCH), other(images(ndim), BATCH)):
+        assert equal(ours, theirs)
+
+
+@each_network
+def test_copies_and_pickles_compute_the_same_and_share_nothing(architecture, ndim, stages):
+    network = two_branches(architecture, ndim, stages)
+    before = [[x.detach() for x in branch] for branch in network(images(ndim), BATCH)]
+    copies = [deepcopy(network)]
+    if architecture is PlainConvUNet:  # the stock residual networks hold lambdas, which cannot be pickled
+        copies.append(pickle.loads(pickle.dumps(network)))
+    for copy in copies:
+        assert all(equal(a, b) for a, b in zip(copy(images(ndim), BATCH), before))
+        assert copy.decoder.encoder is copy.encoder
+        with torch.no_grad():
+            for p in copy.parameters():
+                p.add_(1)
+    assert all(equal(a, b) for a, b in zip(network(images(ndim), BATCH), before))
+
+
+def test_unwrap_finds_the_network_inside_torch_compile():
+    network = two_branches()
+    assert unwrap(network) is network
+    assert unwrap(torch.compile(network)) is network
