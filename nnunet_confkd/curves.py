@@ -23,7 +23,8 @@ def plot_curves(curves: dict[str, list], path: str) -> None:
               ("pseudo-Dice", {"teacher": "teacher_mean_fg_dice", "student": "mean_fg_dice",
                                "student, moving average": "ema_fg_dice"}),
               ("share", {"student's mean confidence": "student_confidence", "annotated voxels": "annotated_share"}))
-    with plt.rc_context({"font.size": 11, "axes.grid": True, "grid.alpha": 0.3, "axes.facecolor": "white"}):
+    # from the defaults: nnU-Net's own plots leave seaborn's large fonts behind
+    with plt.style.context(["default", {"font.size": 11, "axes.grid": True, "grid.alpha": 0.3}]):
         figure, axes = plt.subplots(2, 2, figsize=(12, 8), sharex=True, layout="constrained")
         for axis, (title, lines) in zip(axes.flat, panels):
             for (label, key), style in zip(lines.items(), ("-", "--", ":")):

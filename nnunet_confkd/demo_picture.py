@@ -39,6 +39,12 @@ def draw(raw: Path, student: Path, teacher: Path, test_cases: list[str], partial
               (f"teacher, Dice {dice['teacher']:.2f}", image, read(teacher / (case + ending))[here]),
               (f"student, Dice {dice['student']:.2f}", image, read(student / (case + ending))[here])]
 
+    with plt.style.context("default"):  # nnU-Net's own plots leave seaborn's large fonts behind
+        _draw_panels(panels, names, ignore, path)
+
+
+def _draw_panels(panels: list[tuple], names: dict[int, str], ignore: int | None, path: Path) -> None:
+    """panels: (title, image, label map or None), all 2-D; names: of the foreground labels."""
     figure, axes = plt.subplots(1, len(panels), figsize=(3 * len(panels), 3.7), layout="constrained")
     for axis, (title, grey, label) in zip(axes, panels):
         low, high = np.percentile(grey, (1, 99))

@@ -95,8 +95,8 @@ def distillation(teacher: Tensor, student: Tensor, *, regions: bool = False, ref
         direction; the conference paper's code takes the student.
     detach_teacher: the gradient stops at the teacher's logits (journal paper); False lets it flow (conference paper).
     temperature: T. The factor T^2 keeps the size of the gradient (Hinton, Vinyals, Dean 2015, arXiv 1503.02531).
-    softmax_twice: the conference paper's form, `T^2 / 2` times the KL of a softmax over the *softmax outputs* divided
-        by T. For softmax labels only.
+    softmax_twice: the conference paper's form, `T^2 / (2 C)` times the KL of a softmax over the *softmax outputs*
+        divided by T; the C because its code averages over the channels, too. For softmax labels only.
     Returns `(B, *spatial)`. Raises ValueError for an unknown reference, or softmax_twice with regions.
     """
     if reference not in ("teacher", "student"):
@@ -109,7 +109,7 @@ def distillation(teacher: Tensor, student: Tensor, *, regions: bool = False, ref
         if regions:
             raise ValueError("the softmax over the softmax is defined for softmax labels, not for regions")
         teacher, student = teacher.softmax(1), student.softmax(1)
-        scale /= 2
+        scale /= 2 * teacher.shape[1]
     p, q = (teacher, student) if reference == "teacher" else (student, teacher)
     return scale * kl_divergence(p / temperature, q / temperature, regions)
 
@@ -143,7 +143,7 @@ class PartialSupervision(nn.Module):
         may hold different numbers of images, none included. (Without an ignore label every image is full on every
         rank, and nothing needs folding.)
 
-    Returns a scalar; zero, with a graph, where no voxel is annotated.
+    Returns a scalar; zero, with a graph, where no voxel is annotated (with `gather`: zero in its gradient).
     """
 
     def __init__(self, loss: Callable[[Tensor, Tensor], Tensor], ignore_label: int | None, regions: bool = False,
@@ -185,7 +185,8 @@ class ConfKDLoss(nn.Module):
     `num_full`, and the ramps: factors of the KL's and the entropy's weight at this point of the training.
     Returns the scalar to minimise and the unweighted terms, detached scalars by name.
 
-    Every mean is over the voxels, of all images concerned together, of this process.
+    Every mean is over the voxels of all images concerned, together, in this process; a rank without such images counts
+    as zero in the average that DDP makes of the gradients.
     """
 
     def __init__(self, supervised: nn.Module, weights: dict[str, float], *, resolution_weights: Sequence[float] = (1.0,),
@@ -212,7 +213,9 @@ class ConfKDLoss(nn.Module):
             return self.supervised(student, target)
         full = self.supervised(student[:num_full], target[:num_full])
         partial = self.supervised(student[num_full:], target[num_full:])
-        kinds = (num_full > 0) + (num_full < student.shape[0])
+        # Where the Dice is summed over the ranks, each of them has both kinds; else those of its own images.
+        gathered = getattr(self.supervised, "gather", False)
+        kinds = 2 if gathered else (num_full > 0) + (num_full < student.shape[0])
         return (full + partial) / kinds
 
     def _terms(self, student: Tensor, teacher: Tensor | None, target: Tensor, num_full: int,

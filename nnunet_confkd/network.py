@@ -93,7 +93,7 @@ class TwoBranchUNet(nn.Module):
             return student, self.teacher_decoder([skip[:num_teacher] for skip in skips])
         # No image for the teacher: empty outputs that still depend on its parameters, whose gradient is then zero
         # rather than missing. DDP fails on parameters without gradient.
-        anchor = sum(p.flatten()[0] * 0 for p in self.teacher_decoder.parameters())
+        anchor = sum(p.flatten()[0] for p in self.teacher_decoder.parameters())
         if torch.is_tensor(student):
             return student, student[:0].detach() + anchor
         return student, [s[:0].detach() + anchor for s in student]

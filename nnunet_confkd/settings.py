@@ -46,7 +46,7 @@ class Settings:
     kl_reference: str = _choice("teacher", "student", doc="first argument of the KL: KL(teacher || student) or reverse")
     kl_detach_teacher: bool = _flag(True, "the KL does not update the teacher")
     kl_temperature: float = _number(1.0, 1e-2, 1e2, "temperature T of the KL, which is scaled by T^2")
-    kl_softmax_twice: bool = _flag(False, "the conference paper's softmax over the softmax outputs, scaled by T^2 / 2")
+    kl_softmax_twice: bool = _flag(False, "the conference paper's softmax over the softmax outputs, scaled by T^2 / (2 C)")
     kl_images: str = _choice("full", "all", doc="images on which the KL acts")
     kl_ramp_start: float = _number(0.0, 0, 1, "share of the epochs after which the KL's weight starts to rise")
     kl_ramp_end: float = _number(0.0, 0, 1, "share of the epochs after which the KL has its whole weight")
@@ -134,5 +134,5 @@ def settings_table() -> str:
             allowed = "`true`, `false`"
         default = {True: "true", False: "false", None: "null"}.get(f.default, f.default) if not isinstance(
             f.default, (int, float)) or isinstance(f.default, bool) else f"{f.default:g}"
-        rows.append(f"| `{f.name}` | {default} | {allowed} | {f.metadata['doc']} |")
+        rows.append(f"| `{f.name}` | {default} | {allowed} | {f.metadata['doc'].replace('|', chr(92) + '|')} |")
     return "\n".join(rows)

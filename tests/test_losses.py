@@ -255,28 +255,27 @@ def test_at_a_high_temperature_the_gradient_is_the_difference_of_the_centred_log
                                rtol=1e-3, atol=1e-4)
 
 
-def test_softmax_twice_is_the_kl_of_a_softmax_over_the_softmax_times_half_the_squared_temperature():
+def test_softmax_twice_is_the_kl_of_a_softmax_over_the_softmax_times_half_the_squared_temperature_by_class():
     teacher, student = (random_logits(2, CHANNELS, 4, 4, seed=s) for s in (0, 1))
     p, q = (scipy.special.softmax(scipy.special.softmax(x.numpy(), 1) / 2, 1) for x in (teacher, student))
     np.testing.assert_allclose(distillation(teacher, student, temperature=2.0, softmax_twice=True),
-                               2 * scipy.stats.entropy(p, q, axis=1), rtol=1e-9)
+                               2 / CHANNELS * scipy.stats.entropy(p, q, axis=1), rtol=1e-9)
 
 
 def test_softmax_twice_is_a_gentle_squared_difference_for_two_classes():
     # The softmax of (p, 1 - p) / 2 is sigmoid(p - 1/2). The KL of two sigmoids is, exactly, half the squared
     # difference of their arguments times sigmoid' at some point between them (Taylor's remainder; log(1 + e^x) has
     # the second derivative sigmoid'). Here the arguments lie within +-1/2, so sigmoid' within 0.2350 and 0.25, and
-    #     50 KD = 50 * T^2 / 2 * 1/2 sigmoid' (p_t - p_b)^2 = 50 sigmoid' (p_t - p_b)^2,  11.75 to 12.5 times.
-    # (Averaged over the two channels as well, as torch's KLDivLoss does by default, it is half of that: about 6.)
+    #     50 KD = 50 * T^2 / (2 C) * 1/2 sigmoid' (p_t - p_b)^2 = 25 sigmoid' (p_t - p_b)^2,  5.87 to 6.25 times.
     p_t, p_b = torch.meshgrid(*2 * [torch.linspace(0.02, 0.98, 25, dtype=torch.float64)], indexing="ij")
     teacher, student = (torch.stack((p.log(), (1 - p).log()))[None] for p in (p_t, p_b))
     apart = p_t != p_b
     squared = ((p_t - p_b) ** 2)[apart]
     ratio = 50 * distillation(teacher, student, temperature=2.0, softmax_twice=True)[0][apart] / squared
     slope = scipy.special.expit(0.5) * scipy.special.expit(-0.5)
-    assert ratio.min() >= 50 * slope and ratio.max() <= 12.5
-    # a plain KL is at least 2 (p_t - p_b)^2 (Pinsker), at weight 50 then at least eight times as much
-    assert (50 * distillation(teacher, student)[0][apart] / squared >= 8 * ratio).all()
+    assert ratio.min() >= 25 * slope and ratio.max() <= 6.25
+    # a plain KL is at least 2 (p_t - p_b)^2 (Pinsker), at weight 50 then at least sixteen times as much
+    assert (50 * distillation(teacher, student)[0][apart] / squared >= 16 * ratio).all()
 
 
 def test_unknown_references_and_softmax_twice_on_regions_are_refused():
@@ -471,7 +470,8 @@ def test_the_terms_are_the_formulas_and_the_total_their_weighted_sum():
     nnunets = stock_loss(2, False)
     expected = {
         "teacher": nnunets(teacher[:NUM_FULL], target[:NUM_FULL]),
-        "student": (nnunets(student[:NUM_FULL], target[:NUM_FULL]) + nnunets(student[NUM_FULL:], target[NUM_FULL:])) / 2,
+        "student": (nnunets(student[:NUM_FULL], target[:NUM_FULL])
+                    + nnunets(student[NUM_FULL:], target[NUM_FULL:])) / 2,
         "kl": scipy.stats.entropy(outcomes(teacher[:NUM_FULL], False), outcomes(student[:NUM_FULL], False)).mean(),
         "entropy": scipy.stats.entropy(outcomes(student[NUM_FULL:], False)).mean()}
     assert list(terms) == list(TERMS)

@@ -83,7 +83,8 @@ def test_the_state_dict_is_the_stock_one_plus_the_teachers_decoder(architecture,
     names = list(stock(architecture, ndim, stages).state_dict())
     decoder = [n.removeprefix("decoder.") for n in names
                if n.startswith("decoder.") and not n.startswith("decoder.encoder.")]
-    assert list(two_branches(architecture, ndim, stages).state_dict()) == names + [f"teacher_decoder.{n}" for n in decoder]
+    expected = names + [f"teacher_decoder.{n}" for n in decoder]
+    assert list(two_branches(architecture, ndim, stages).state_dict()) == expected
 
 
 @each_network
@@ -129,6 +130,22 @@ def test_the_teachers_convolutions_start_with_the_spread_that_nnunet_gives_them(
         if "Conv" in type(module).__name__ and hasattr(module, "weight") and module.weight.numel() >= 200:
             fan_in = module.weight[0].numel()  # what kaiming_normal_ counts, for transposed convolutions too
             assert module.weight.std().item() == pytest.approx((2 / 1.0001 / fan_in) ** 0.5, rel=0.3), name
+
+
+class Uninitialised(nn.Module):
+    """A U-Net without an `initialize` of its own."""
+
+    def __init__(self):
+        super().__init__()
+        network = stock()
+        self.encoder, self.decoder = network.encoder, network.decoder
+
+
+def test_the_teacher_of_a_network_without_an_initialisation_gets_torchs():
+    network = TwoBranchUNet(Uninitialised())
+    weights = network.state_dict()
+    for name in (n for n, p in network.teacher_decoder.named_parameters() if p.ndim > 1):
+        assert not torch.equal(weights[f"teacher_decoder.{name}"], weights[f"decoder.{name}"]), name
 
 
 def test_two_teachers_of_one_seed_are_equal_and_of_two_seeds_are_not():
