@@ -17,16 +17,18 @@ ENDINGS = (".nii.gz", ".nii", ".nrrd", ".mha")
 LIMITS = {"test": 8, "validation": 5, "full": 5, "unlabelled": 10, "partial": 30}
 
 
-def import_dataset(source: Path, raw: Path, seed: int = 0) -> dict[str, list[str]]:
+def import_dataset(source: Path, raw: Path, seed: int = 0, limits: dict[str, int] | None = None) -> dict[str, list[str]]:
     """Write some of the cases of `source` as a mixed data set in nnU-Net's raw format.
 
     source: holds `imagesTr`, `labelsTr` and, unless the labels are to be read from the label files, `dataset.json`.
         Fully labelled data are weakened: some cases stay full, some keep points only, some nothing; data that have an
         "ignore" label already are taken as they are.
     raw: the folder to write; must not exist. The source is only read.
+    limits: at most how many cases of each role; default `LIMITS`.
     Returns the cases by role: full, partial, unlabelled, validation, test.
     Raises InputError where the folder has another layout, or too few fully labelled cases.
     """
+    limits = LIMITS if limits is None else limits
     labels, ending, channels = _read_layout(source)
     cases = sorted(f.name[:-len(ending)] for f in (source / "labelsTr").iterdir()
                    if f.name.endswith(ending) and not f.name.startswith("."))
@@ -37,16 +39,16 @@ def import_dataset(source: Path, raw: Path, seed: int = 0) -> dict[str, list[str
         raise InputError(f"{source}: has {len(full)} fully labelled cases; the demo needs 3 at least, one each to train, to "
                          f"validate and to test on")
     # of a small data set a fifth each for test and validation
-    held_back = {role: min(LIMITS[role], max(1, len(full) // 5)) for role in ("test", "validation")}
+    held_back = {role: min(limits[role], max(1, len(full) // 5)) for role in ("test", "validation")}
     rest = iter(full)
     roles = {role: [next(rest) for _ in range(count)] for role, count in held_back.items()}
-    roles["full"] = [case for case, _ in zip(rest, range(LIMITS["full"]))]
+    roles["full"] = [case for case, _ in zip(rest, range(limits["full"]))]
     others = iter([c for c in cases if c not in full] if mixed else rest)
     if mixed:
-        roles |= {"partial": [c for c, _ in zip(others, range(LIMITS["partial"]))], "unlabelled": []}
+        roles |= {"partial": [c for c, _ in zip(others, range(limits["partial"]))], "unlabelled": []}
     else:
-        others = list(others)[:LIMITS["partial"] + LIMITS["unlabelled"]]
-        cut = len(others) * LIMITS["unlabelled"] // (LIMITS["partial"] + LIMITS["unlabelled"])
+        others = list(others)[:limits["partial"] + limits["unlabelled"]]
+        cut = len(others) * limits["unlabelled"] // (limits["partial"] + limits["unlabelled"])
         roles |= {"unlabelled": others[:cut], "partial": others[cut:]}
 
     target = raw if mixed else raw.with_name("fully_labelled")

@@ -84,10 +84,12 @@ def test_the_branches_predict_differently_and_the_mean_is_that_of_the_logits(pre
         p = {branch: np.load(predictions / branch / name)["probabilities"].astype(np.float64)
              for branch in ("student", "teacher", "mean")}
         assert not np.array_equal(p["student"], p["teacher"])
-        # the softmax of the mean of logits is the normalised geometric mean; the logits were averaged over mirrored and
-        # overlapping patches before, linearly, and kept in half precision and resampled: hence the tolerance
+        # The softmax of the mean of logits is the normalised geometric mean. nnU-Net keeps sums of logits in half
+        # precision, which is coarse in the corners, where the weights of the sliding window are small.
         geometric = np.sqrt(p["student"] * p["teacher"])
-        np.testing.assert_allclose(p["mean"], geometric / geometric.sum(0), atol=5e-3)
+        error = np.abs(p["mean"] - geometric / geometric.sum(0))
+        assert error.mean() < 1e-3 and error.max() < 0.05
+        assert min(np.abs(p["mean"] - p[branch]).mean() for branch in ("student", "teacher")) > 10 * error.mean()
 
 
 def test_nothing_in_the_exported_files_needs_or_names_the_plugin(hippocampus_model, tmp_path):

@@ -15,6 +15,7 @@ from nnunet_confkd.losses import TERMS
 from nnunet_confkd.network import TwoBranchUNet
 
 HIPPOCAMPUS = "Dataset004_Hippocampus"
+WHOLE = {"max_patch": 56, "batch_size": 2}  # a patch holds a whole image: one step of the sliding window
 SHORT = {"epochs": 1, "iterations_per_epoch": 3, "seed": 0}
 
 
@@ -388,7 +389,7 @@ def test_one_pass_for_both_branches_equals_one_pass_each(nnunet, hippocampus, hi
 
 
 def test_fold_all_and_validation_only(nnunet, regions):
-    configuration = nnunet.configure(regions, "all", "3d_fullres", SHORT)
+    configuration = nnunet.configure(regions, "all", "3d_fullres", SHORT, **WHOLE)
     fold = nnunet.train(regions, configuration, fold="all")
     assert len(json.loads((fold / "validation" / "summary.json").read_text())["metric_per_case"]) == 6
     shutil.rmtree(fold / "validation")
@@ -400,8 +401,8 @@ def test_cascade_gets_its_input_for_training_cases_that_no_fold_validates(nnunet
     """nnU-Net writes it for validation cases only: the second stage would find no file for the partial ones."""
     from nnunetv2.experiment_planning.plan_and_preprocess_api import preprocess
     plans_file = nnunet.preprocessed(regions) / "nnUNetPlans.json"
-    nnunet.configure(regions, "3d_cascade_fullres", "3d_fullres", SHORT)
-    nnunet.configure(regions, "3d_lowres", "3d_fullres", SHORT)
+    nnunet.configure(regions, "3d_cascade_fullres", "3d_fullres", SHORT, **WHOLE)
+    nnunet.configure(regions, "3d_lowres", "3d_fullres", SHORT, **WHOLE)
     plans = json.loads(plans_file.read_text())
     plans["configurations"]["3d_lowres"] |= {"spacing": [1.5, 1.5, 1.5], "data_identifier": "nnUNetPlans_3d_lowres",
                                              "next_stage": "3d_cascade_fullres"}
