@@ -22,10 +22,15 @@ DATASET = "Dataset901_Demo"
 
 def one_run(work: str, configuration: str, share: float, seed: int) -> dict:
     """Train and validate once; `configuration` is in the plans already."""
-    from nnunet_confkd import cli
+    import torch
+    from nnunetv2.run.run_training import run_training
 
+    from nnunet_confkd.discovery import make_findable
+
+    make_findable()
+    torch.set_num_threads(1)
     start = time.time()
-    cli.train([DATASET, configuration, "0", "-device", "cpu"])
+    run_training(DATASET, configuration, 0, "ConfKDTrainer", device=torch.device("cpu"))
     model = Path(work) / "results" / DATASET / f"ConfKDTrainer__nnUNetPlans__{configuration}" / "fold_0"
     dice = {branch: json.loads((model / folder / "summary.json").read_text())["foreground_mean"]["Dice"]
             for branch, folder in (("student", "validation"), ("teacher", "validation_teacher"))}
@@ -39,7 +44,7 @@ def main() -> None:
     parser.add_argument("--output", required=True, help="the JSON file to write")
     parser.add_argument("--shares", type=float, nargs="+", default=[0.25, 0.5, 0.75])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
-    parser.add_argument("--epochs", type=int, default=10)
+    parser.add_argument("--epochs", type=int, default=8)
     parser.add_argument("--iterations", type=int, default=100)
     parser.add_argument("--processes", type=int, default=2)
     args = parser.parse_args()

@@ -29,6 +29,8 @@ def main(argv: list[str]) -> None:
     folder = _new_run_folder(Path(args.output).resolve())
     # for this process and its children only, and before nnU-Net is imported, which reads them then
     os.environ.update({f"nnUNet_{name}": str(folder / name) for name in ("raw", "preprocessed", "results")})
+    # threads that wait without spinning: on a busy machine spinning ones slow a training down many times
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("nnUNet_def_n_proc", str(min(4, os.cpu_count() or 1)))
     for name in ("raw", "preprocessed", "results"):
         (folder / name).mkdir()
@@ -50,6 +52,7 @@ def _new_run_folder(output: Path) -> Path:
 def run(folder: Path, data: Path | None, epochs: int, iterations: int, seed: int) -> dict[str, float]:
     """The whole job; nnU-Net's folders (raw, preprocessed, results) are those of `folder`. Returns the mean Dice."""
     from nnunet_confkd import cli
+    from nnunet_confkd.discovery import make_findable
 
     start = time.time()
 
@@ -77,8 +80,12 @@ def run(folder: Path, data: Path | None, epochs: int, iterations: int, seed: int
 
     say(3, f"training: ConfKDTrainer, {epochs} epochs of {iterations} steps")
     import torch
+    from nnunetv2.run.run_training import run_training
+    make_findable()
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    cli.train([str(DATASET_ID), CONFIGURATION, "0", "-device", device])
+    # nnU-Net's command would take all cores for the network; the augmentation needs one of them
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) - 1))
+    run_training(name, CONFIGURATION, 0, "ConfKDTrainer", device=torch.device(device))
 
     say(4, "prediction of held-back images (nnU-Net's predictor), student and teacher")
     model = folder / "results" / name / f"ConfKDTrainer__{PLANS}__{CONFIGURATION}"

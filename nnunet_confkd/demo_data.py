@@ -42,10 +42,10 @@ def import_dataset(source: Path, raw: Path, seed: int = 0, limits: dict[str, int
     held_back = {role: min(limits[role], max(1, len(full) // 5)) for role in ("test", "validation")}
     rest = iter(full)
     roles = {role: [next(rest) for _ in range(count)] for role, count in held_back.items()}
-    roles["full"] = [case for case, _ in zip(rest, range(limits["full"]))]
+    roles["full"] = [case for _, case in zip(range(limits["full"]), rest)]
     others = iter([c for c in cases if c not in full] if mixed else rest)
     if mixed:
-        roles |= {"partial": [c for c, _ in zip(others, range(limits["partial"]))], "unlabelled": []}
+        roles |= {"partial": [c for _, c in zip(range(limits["partial"]), others)], "unlabelled": []}
     else:
         others = list(others)[:limits["partial"] + limits["unlabelled"]]
         cut = len(others) * limits["unlabelled"] // (limits["partial"] + limits["unlabelled"])

@@ -74,7 +74,7 @@ def test_acdc_trains_predicts_and_exports(nnunet, acdc, base, tmp_path):
         # ACDC's slices are few and thick: no pooling along them
         file = nnunet.preprocessed(ACDC) / "nnUNetPlans.json"
         plans = json.loads(file.read_text())
-        plans["configurations"][configuration]["patch_size"] = [12, 128, 128]
+        plans["configurations"][configuration]["patch_size"] = [12, 256, 224]
         plans["configurations"][configuration]["architecture"]["arch_kwargs"]["strides"] = [[1, 1, 1], [1, 2, 2], [1, 2, 2]]
         file.write_text(json.dumps(plans))
     fold = nnunet.train(ACDC, configuration)
