@@ -142,17 +142,16 @@ class ConfKDTrainer(nnUNetTrainer):
         if self.fold != "all":
             kinds = self.find_supervision()
             splits_file = join(self.preprocessed_dataset_folder_base, "splits_final.json")
-            if isfile(splits_file):
-                num_splits = len(load_json(splits_file))
-            elif set(kinds.values()) == {FULL}:
-                num_splits = 5  # nnU-Net's own
-            else:
+            mixed = set(kinds.values()) != {FULL}
+            if mixed and self.local_rank == 0 and not isfile(splits_file):
                 require_full(kinds)
                 splits = split_full_cases(kinds)
-                num_splits = len(splits)
-                self.print_to_log_file(f"Writing {splits_file}: {num_splits} folds of the fully labelled cases; all "
+                self.print_to_log_file(f"Writing {splits_file}: {len(splits)} folds of the fully labelled cases; all "
                                        f"others train in every fold.")
                 save_json(splits, splits_file)
+            if self.is_ddp:
+                dist.barrier()  # no rank reads a file that is half written
+            num_splits = len(load_json(splits_file)) if isfile(splits_file) else 5  # nnU-Net's own
             if self.fold >= num_splits:
                 raise InputError(
                     f"fold {self.fold} was asked for, but {splits_file} has {num_splits} fold(s), 0 to {num_splits - 1}. "
