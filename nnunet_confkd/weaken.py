@@ -16,6 +16,8 @@ from pathlib import Path
 import numpy as np
 import SimpleITK as sitk
 
+from nnunet_confkd.errors import InputError
+
 
 def case_rng(case: str, style: str, seed: int) -> np.random.Generator:
     """The random generator of one case; it depends on nothing but the three arguments."""
@@ -33,16 +35,16 @@ def points(label: np.ndarray, ignore_label: int, rng: np.random.Generator, *, ra
     every: annotate the slices 0, every, 2 * every, ... along `slice_axis`, which a 2-D label does not use.
 
     Returns the label's shape and dtype, `ignore_label` wherever nothing is annotated.
-    Raises ValueError where label is not 2-D or 3-D or already holds `ignore_label`, or a setting is out of
+    Raises InputError where label is not 2-D or 3-D or already holds `ignore_label`, or a setting is out of
     range.
     """
     if label.ndim not in (2, 3):
-        raise ValueError(f"a label must be (Z, Y, X) or (Y, X), got shape {label.shape}")
+        raise InputError(f"a label must be (Z, Y, X) or (Y, X), got shape {label.shape}")
     if radius < 0 or every < 1:
-        raise ValueError(f"radius must be at least 0 and every at least 1, got radius={radius}, "
+        raise InputError(f"radius must be at least 0 and every at least 1, got radius={radius}, "
                          f"every={every}")
     if (label == ignore_label).any():
-        raise ValueError(f"the label already holds the ignore label {ignore_label}: points are made from "
+        raise InputError(f"the label already holds the ignore label {ignore_label}: points are made from "
                          f"full labels")
     weak = nothing(label, ignore_label)
     # both are views: what is written to a slice of weak_slices lands in weak
@@ -79,7 +81,7 @@ def weaken_dataset(source: Path, target: Path, *, full: Collection[str], unlabel
     dataset.json gains the label "ignore", one above the highest, unless it has it already, and the table
     `"supervision"`: {case: "full" | "partial" | "unlabelled"}, which is also what this returns.
 
-    Raises FileExistsError if target exists; ValueError for case names that the source does not have or that
+    Raises FileExistsError if target exists; InputError for case names that the source does not have or that
     are both labelled and unlabelled, for region-based labels, for a dataset.json that lists its files, and
     for a label file that holds anything but the integers named in dataset.json.
     """
@@ -87,7 +89,7 @@ def weaken_dataset(source: Path, target: Path, *, full: Collection[str], unlabel
     dataset = json.loads((source / "dataset.json").read_text(encoding="utf-8"))
     if "dataset" in dataset:
         # the list would go on pointing to the full labels of the source
-        raise ValueError(f"{source / 'dataset.json'} lists its files under \"dataset\"; only the folders "
+        raise InputError(f"{source / 'dataset.json'} lists its files under \"dataset\"; only the folders "
                          f"imagesTr and labelsTr are supported")
     ending = dataset["file_ending"]
     cases = sorted(f.name[:-len(ending)] for f in (source / "labelsTr").iterdir() if f.name.endswith(ending))
@@ -149,10 +151,10 @@ def new_folder(target: Path) -> Iterator[Path]:
 def _supervision(cases: list[str], full: set[str], unlabelled: set[str]) -> dict[str, str]:
     unknown = sorted((full | unlabelled) - set(cases))
     if unknown:
-        raise ValueError(f"no such cases in labelsTr: {', '.join(unknown)}")
+        raise InputError(f"no such cases in labelsTr: {', '.join(unknown)}")
     both = sorted(full & unlabelled)
     if both:
-        raise ValueError(f"cases cannot be both labelled and unlabelled: {', '.join(both)}")
+        raise InputError(f"cases cannot be both labelled and unlabelled: {', '.join(both)}")
     return {case: "full" if case in full else "unlabelled" if case in unlabelled else "partial"
             for case in cases}
 
@@ -161,7 +163,7 @@ def _with_ignore(labels: dict[str, int]) -> tuple[dict[str, int], int]:
     """A copy of the labels of dataset.json with "ignore" among them, and its value."""
     regions = sorted(name for name, value in labels.items() if not isinstance(value, int))
     if regions:
-        raise ValueError(f"only labels that are plain integers are supported here, not regions: "
+        raise InputError(f"only labels that are plain integers are supported here, not regions: "
                          f"{', '.join(regions)}")
     ignore_label = labels.get("ignore", max(labels.values()) + 1)
     return {**labels, "ignore": ignore_label}, ignore_label
@@ -172,10 +174,10 @@ def _integers(image: sitk.Image, allowed: set[int], file: Path) -> np.ndarray:
     label = sitk.GetArrayFromImage(image)
     values = np.unique(label)
     if not np.array_equal(values, np.rint(values)):
-        raise ValueError(f"{file} holds values that are no integers: {values[values != np.rint(values)][:5]}")
+        raise InputError(f"{file} holds values that are no integers: {values[values != np.rint(values)][:5]}")
     unexpected = sorted({int(v) for v in values} - allowed)
     if unexpected:
-        raise ValueError(f"{file} holds the values {unexpected[:5]}; a full label has only {sorted(allowed)}")
+        raise InputError(f"{file} holds the values {unexpected[:5]}; a full label has only {sorted(allowed)}")
     return label.astype(np.int64)
 
 
