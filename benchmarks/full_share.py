@@ -1,6 +1,6 @@
 """Which share of fully labelled images in a batch? The measurement behind the default of `full_share`.
 
-Hippocampus, 2-D, the demo's small plan on the CPU; 5 full, the others points; several shares and seeds, chosen by the
+Hippocampus, 2-D, the demo's small network on the CPU, batches of 12; 5 full, the others points; several shares and seeds, chosen by the
 student's mean foreground Dice on fully labelled validation cases (no test case is looked at).
 
     python benchmarks/full_share.py --data .../hippocampus --work FOLDER --output benchmarks/full_share.json
@@ -71,7 +71,8 @@ def main() -> None:
         for share in args.shares:
             configuration = f"2d_share{round(100 * share)}_seed{seed}"
             settings = {"epochs": args.epochs, "iterations_per_epoch": args.iterations, "seed": seed, "full_share": share}
-            add_small_configuration(work / "preprocessed" / DATASET / "nnUNetPlans.json", configuration, "2d", settings)
+            add_small_configuration(work / "preprocessed" / DATASET / "nnUNetPlans.json", configuration, "2d", settings,
+                                    batch_size=12)
             jobs.append((str(work), configuration, share, seed))
     with ProcessPoolExecutor(args.processes, get_context("spawn")) as pool:
         runs = [future.result() for future in [pool.submit(one_run, *job) for job in jobs]]

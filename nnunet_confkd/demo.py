@@ -126,7 +126,7 @@ def plan_and_preprocess(dataset_id: int, configurations: list[str]) -> None:
 
 
 def add_small_configuration(plans_file: Path, name: str, base: str, confkd: dict | None = None, *,
-                            features: tuple[int, ...] = (16, 32, 64, 128), batch_size: int = 12,
+                            features: tuple[int, ...] = (16, 32, 64, 128), batch_size: int = 8,
                             max_patch: int = 96) -> dict:
     """Add a configuration to a plans file that trains on a CPU: `base` with a small U-Net, patch and batch.
 
