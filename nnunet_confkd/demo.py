@@ -21,8 +21,8 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--data", metavar="FOLDER", help="a folder in the layout of an MSD task or of nnU-Net's raw format; "
                                                          "default: a generated cardiac-like data set")
     parser.add_argument("--output", metavar="FOLDER", default="demo_output", help="each run makes a new folder in it")
-    parser.add_argument("--epochs", type=int, default=10)
-    parser.add_argument("--iterations", type=int, default=100, help="training steps an epoch")
+    parser.add_argument("--epochs", type=int, default=12)
+    parser.add_argument("--iterations", type=int, default=90, help="training steps an epoch")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
 
