@@ -59,7 +59,7 @@ def train(argv: list[str]) -> None:
         argv = [*argv, "-tr", DEFAULT_TRAINER]
     pretrained = _value_of(argv, "-pretrained_weights")
     with (nullcontext() if pretrained is None else pretrained_for_both_branches(pretrained)) as adapted:
-        if adapted is not None and not _value_of(argv, "-tr").endswith("_partialOnly"):
+        if adapted is not None:
             argv = _replaced(argv, "-pretrained_weights", adapted)
         _run(run_training_entry, "nnUNetv2_train", argv)
 

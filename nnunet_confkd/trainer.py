@@ -382,7 +382,7 @@ class ConfKDTrainer(nnUNetTrainer):
         """nnU-Net's, written aside first: a kill in mid-write leaves the previous checkpoint whole."""
         aside = f"{filename}.part"
         super().save_checkpoint(aside)
-        if isfile(aside) and self.local_rank == 0:
+        if self.local_rank == 0 and not self.disable_checkpointing:
             os.replace(aside, filename)
 
     def load_checkpoint(self, filename_or_checkpoint) -> None:

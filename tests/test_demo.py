@@ -19,7 +19,7 @@ from nnunet_confkd.synthetic import generate_dataset
 
 def write(file: Path, array: np.ndarray) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
-    image = sitk.GetImageFromArray(array)
+    image = sitk.GetImageFromArray(array, isVector=False)
     image.SetSpacing([0.5 + i for i in range(image.GetDimension())])
     sitk.WriteImage(image, str(file))
 

@@ -301,6 +301,27 @@ def test_a_case_declared_unlabelled_is_trained_without_its_annotations(nnunet, h
 
 # ---- whole runs -----------------------------------------------------------------------------------------------------
 
+def test_every_curve_reaches_the_other_loggers_too(nnunet, hippocampus):
+    """As Weights & Biases gets them: one call a curve and epoch, lists as one value a class."""
+    class Remembers:
+        def __init__(self):
+            self.seen = {}
+
+        def update_config(self, config):
+            pass
+
+        def log(self, key, value, step):
+            self.seen[key] = float(value)
+
+    trainer = nnunet.trainer(HIPPOCAMPUS, nnunet.configure(HIPPOCAMPUS, "logged", "2d", SHORT | {"iterations_per_epoch": 1}))
+    remembers = Remembers()
+    trainer.logger.loggers.append(remembers)
+    trainer.run_training()
+    assert {f"loss_{term}" for term in TERMS} <= set(remembers.seen)
+    assert {"student_confidence", "annotated_share", "teacher_mean_fg_dice", "mean_fg_dice",
+            "teacher_dice_per_class_or_region/class_2"} <= set(remembers.seen)
+
+
 def test_a_killed_run_resumes_and_keeps_its_curves(nnunet, hippocampus, monkeypatch):
     configuration = nnunet.configure(HIPPOCAMPUS, "resume", "2d", {"epochs": 3, "iterations_per_epoch": 2, "seed": 0})
     trainer = nnunet.trainer(HIPPOCAMPUS, configuration)
@@ -342,6 +363,8 @@ def test_a_checkpoint_killed_in_mid_write_leaves_the_previous_one(nnunet, hippoc
     monkeypatch.setattr(torch, "save", torn)
     with pytest.raises(OSError, match="killed"):
         trainer.save_checkpoint(file)
+    trainer.disable_checkpointing = True
+    trainer.save_checkpoint(file)  # and what was left half written is taken for no checkpoint
     assert open(file, "rb").read() == before
 
 
