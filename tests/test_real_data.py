@@ -32,12 +32,13 @@ def test_the_student_learns_and_keeps_up_with_its_teacher(trained):
                         for folder in ("validation", "validation_teacher"))
     first = curves["mean_fg_dice"][0]
     print(f"student {first:.3f} after the first epoch, {student:.3f} at the end; teacher {teacher:.3f}")
-    assert student > first + 0.25
-    assert teacher > 0.35 and student > teacher - 0.1
+    # seen: 0.46 and 0.52. Seeds differ by 0.2, and what the mutations leave is near 0
+    assert student > first + 0.2 and teacher > 0.2 and student > teacher - 0.2
     assert curves["loss_teacher"][-1] < curves["loss_teacher"][0]
-    assert curves["loss_entropy"][-1] < 0.6 * curves["loss_entropy"][0]
+    assert 0 < curves["loss_entropy"][-1] < 0.7 * curves["loss_entropy"][0]
+    assert curves["student_confidence"][-1] > curves["student_confidence"][0]
     # the student has come to agree with its teacher: a KL of the wrong sign drives them apart
-    assert 0 < curves["loss_kl"][-1] < 0.5 * curves["loss_kl"][0]
+    assert 0 < curves["loss_kl"][-1] < curves["loss_kl"][0]
 
 
 @pytest.fixture(scope="module")
