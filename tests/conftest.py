@@ -39,6 +39,16 @@ def test_data() -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def one_thread():
+    """Threads that wait for each other on a busy machine make tensors this small a hundred times slower."""
+    import torch
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 class Workspace:
     """nnU-Net's three folders, and its steps in this process."""
 

@@ -33,13 +33,7 @@ each_dimension = pytest.mark.parametrize("ndim", (2, 3), ids=("2d", "3d"))
 each_head = pytest.mark.parametrize("regions", (False, True), ids=("softmax", "regions"))
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Threads that wait for each other on a busy machine make tensors this small a hundred times slower."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def random_logits(*shape: int, seed: int = 0, dtype=torch.float64) -> torch.Tensor:

@@ -23,13 +23,7 @@ each_network = pytest.mark.parametrize("architecture, ndim, stages", [
 deep_or_not = pytest.mark.parametrize("deep_supervision", (True, False), ids=("deep", "flat"))
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Threads that wait for each other on a busy machine make tensors this small a hundred times slower."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def stock(architecture=PlainConvUNet, ndim: int = 2, stages: int = 3, deep_supervision: bool = True, seed: int = 0):
