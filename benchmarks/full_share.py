@@ -61,7 +61,7 @@ def main() -> None:
     from nnunet_confkd.demo import add_small_configuration, plan_and_preprocess
     from nnunet_confkd.demo_data import import_dataset
 
-    cases = import_dataset(Path(args.data), work / "raw" / DATASET, seed=0, limits=LIMITS)
+    cases = import_dataset(Path(args.data), 901, DATASET[11:], seed=0, limits=LIMITS)
     plan_and_preprocess(901, ["2d"])
     os.environ["nnUNet_n_proc_DA"] = "0"
     split = [{"train": sorted(cases["full"] + cases["partial"]), "val": sorted(cases["validation"])}]

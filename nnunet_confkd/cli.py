@@ -4,6 +4,7 @@ from __future__ import annotations
 import argparse
 import sys
 from contextlib import nullcontext
+from pathlib import Path
 
 from nnunet_confkd.errors import InputError
 
@@ -137,6 +138,70 @@ def trainer_dir(argv: list[str]) -> None:
     print(export_line() if args.export else trainer_dir())
 
 
+def convert(argv: list[str]) -> None:
+    from importlib import import_module
+
+    from nnunet_confkd.dataset_conversion import CONVERTERS
+    from nnunet_confkd.dataset_conversion.writer import PROCESSES, summary
+
+    def converter(name: str):
+        return import_module(f"nnunet_confkd.dataset_conversion.{name}")
+
+    if argv and argv[0] == "--list":
+        print("\n".join(f"{name:<11}{converter(name).DESCRIPTION}" for name in CONVERTERS))
+        return
+    parser = argparse.ArgumentParser(prog="confkd convert", description=(
+        "Write a public data set in nnU-Net's raw format, checked, with its supervision table and a split. confkd convert NAME "
+        "--help tells the options of one; confkd convert --list what each of them reads."))
+    parsers = parser.add_subparsers(dest="converter", required=True, metavar="NAME")
+    for name in CONVERTERS:
+        if argv and argv[0] in CONVERTERS and argv[0] != name:
+            continue  # its module need not be imported
+        sub = parsers.add_parser(name, help=converter(name).DESCRIPTION, description=converter(name).__doc__,
+                                 formatter_class=argparse.RawDescriptionHelpFormatter)
+        sub.add_argument("--source", required=True, type=Path, metavar="DIR", help="the data set as published")
+        sub.add_argument("--id", required=True, type=int, help="id of the data set to write")
+        sub.add_argument("--name", help="its name, Dataset027_NAME")
+        sub.add_argument("--seed", type=int, default=0, help="of the choice of patients")
+        sub.add_argument("--processes", type=int, default=PROCESSES)
+        sub.add_argument("--link", action="store_true", help="hard links instead of copies of images: no space, but what "
+                        "writes to one writes to the other")
+        converter(name).add_arguments(sub)
+    args = {key: value for key, value in vars(parser.parse_args(argv)).items() if value is not None}
+    function = converter(args.pop("converter")).convert
+    print(summary(function(args.pop("source"), args.pop("id"), **args)))
+
+
+def mix(argv: list[str]) -> None:
+    from nnunet_confkd.mix import main
+
+    main(argv)
+
+
+def weaken(argv: list[str]) -> None:
+    from nnunet_confkd.weaken import main
+
+    main(argv)
+
+
+def check(argv: list[str]) -> int:
+    from nnunet_confkd.check import main
+
+    return main(argv)
+
+
+def plan(argv: list[str]) -> None:
+    from nnunet_confkd.planning import main
+
+    main(argv)
+
+
+def download(argv: list[str]) -> None:
+    from nnunet_confkd.download import main
+
+    main(argv)
+
+
 def demo(argv: list[str]) -> None:
     from nnunet_confkd.demo import main
 
@@ -144,10 +209,16 @@ def demo(argv: list[str]) -> None:
 
 
 COMMANDS = {
+    "convert": (convert, "a public data set to nnU-Net's format"),
+    "mix": (mix, "folders of full, partial and no labels to one data set"),
+    "weaken": (weaken, "a fully labelled data set to a mixed one, for experiments"),
+    "check": (check, "what is wrong with a data set, and which case is what"),
+    "plan": (plan, "nnUNetv2_plan_and_preprocess that keeps every annotation"),
     "train": (train, "nnUNetv2_train with the ConfKD trainers"),
     "predict": (predict, "nnUNetv2_predict, with a choice of the branch"),
     "export": (export, "a trained model as a stock nnU-Net one"),
     "trainer-dir": (trainer_dir, "the folder for nnUNet_extTrainer"),
+    "download": (download, "a public data set, for a first try"),
     "demo": (demo, "the main job on generated or given data"),
 }
 
@@ -163,11 +234,10 @@ def main(argv: list[str] | None = None) -> int:
               file=sys.stdout if known else sys.stderr)
         return 0 if known else 2
     try:
-        COMMANDS[argv[0]][0](argv[1:])
+        return COMMANDS[argv[0]][0](argv[1:]) or 0
     except InputError as error:
         print(f"confkd {argv[0]}: {error}", file=sys.stderr)
         return 1
-    return 0
 
 
 if __name__ == "__main__":

@@ -67,7 +67,7 @@ def run(folder: Path, data: Path | None, epochs: int, iterations: int, seed: int
         cases = generate_dataset(raw, seed=seed)
     else:
         from nnunet_confkd.demo_data import import_dataset
-        cases = import_dataset(data, raw, seed=seed)
+        cases = import_dataset(data, DATASET_ID, name[11:], seed=seed)
     print(", ".join(f"{len(members)} {role}" for role, members in cases.items()))
 
     say(2, "planning and preprocessing (nnU-Net)")

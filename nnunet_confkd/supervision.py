@@ -165,20 +165,23 @@ def lost_annotations(cases: Iterable[str], label_folder: str | Path, file_ending
         return [case for case, lost in zip(present, pool.map(annotated, present)) if lost]
 
 
-def split_full_cases(kinds: dict[str, str]) -> list[dict[str, list[str]]]:
-    """nnU-Net's seeded cross-validation, of the fully labelled cases alone; all the others train in every fold.
+def split_full_cases(kinds: dict[str, str], patients: dict[str, str] | None = None) -> list[dict[str, list[str]]]:
+    """nnU-Net's seeded cross-validation, of the patients all of whose cases are fully labelled; all others train in
+    every fold.
 
-    Up to five folds, as many as there are fully labelled cases. A validation on partial labels would measure the
-    annotated voxels only. Raises InputError where there is only one fully labelled case.
+    patients: {case: patient}; None: each case is its own. Up to five folds, as many as there are such patients. A
+    validation on partial labels would measure the annotated voxels only, and a patient on both sides nothing at all.
+    Raises InputError where there is only one such patient.
     """
-    full = sorted(case for case, kind in kinds.items() if kind == FULL)
-    others = sorted(case for case, kind in kinds.items() if kind != FULL)
+    patients = patients or {case: case for case in kinds}
+    full = sorted({patients[case] for case in kinds} - {patients[case] for case, kind in kinds.items() if kind != FULL})
     if len(full) < 2:
         raise InputError(
-            "only one case is fully labelled, so it cannot both teach and validate. Train on fold 'all', or write a "
-            "splits_final.json into the data set's preprocessed folder.")
+            "fewer than two patients are fully labelled in all of their cases, so none can be spared for validation. Train "
+            "on fold 'all', or write a splits_final.json into the data set's preprocessed folder.")
     splits = generate_crossval_split(full, seed=12345, n_splits=min(5, len(full)))
-    return [{"train": sorted([*split["train"], *others]), "val": list(split["val"])} for split in splits]
+    return [{"train": sorted(case for case in kinds if patients[case] not in split["val"]),
+             "val": sorted(case for case in kinds if patients[case] in split["val"])} for split in splits]
 
 
 def check_labels(dataset_json: dict) -> None:

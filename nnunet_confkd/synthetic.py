@@ -7,13 +7,17 @@ around, so brightness alone does not tell the classes. It needs no download and 
 from __future__ import annotations
 
 import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import SimpleITK as sitk
 from scipy.ndimage import gaussian_filter
 
-from nnunet_confkd import weaken
+from nnunet_confkd.weak_labels import case_rng, nothing, weaken
 
 LABELS = {"background": 0, "RV": 1, "MYO": 2, "LV": 3, "ignore": 4}
 
@@ -40,16 +44,16 @@ def generate_dataset(folder: Path, *, num_full: int = 4, num_partial: int = 12, 
     cases = {role: [next(names) for _ in range(count)] for role, count in counts.items()}
     supervision = {}
 
-    with weaken.new_folder(folder) as unfinished:
+    with _new_folder(folder) as unfinished:
         for subfolder in ("imagesTr", "labelsTr", "imagesTs", "labelsTs"):
             (unfinished / subfolder).mkdir()
         for role, of_role in cases.items():
             for case in of_role:
                 image, label, spacing = generate_case(case, dimensions=dimensions, seed=seed)
                 if role == "partial":
-                    label = weaken.points(label, LABELS["ignore"], weaken.case_rng(case, "points", seed))
+                    label = weaken(label, "points", LABELS["ignore"], case_rng(case, "points", seed))
                 elif role == "unlabelled":
-                    label = weaken.nothing(label, LABELS["ignore"])
+                    label = nothing(label, LABELS["ignore"])
                 split = "Ts" if role == "test" else "Tr"
                 _write(unfinished / f"images{split}" / f"{case}_0000.nii.gz", image, spacing)
                 _write(unfinished / f"labels{split}" / f"{case}.nii.gz", label, spacing)
@@ -61,10 +65,26 @@ def generate_dataset(folder: Path, *, num_full: int = 4, num_partial: int = 12, 
     return cases
 
 
+@contextmanager
+def _new_folder(target: Path) -> Iterator[Path]:
+    """A hidden folder beside target to write to; it becomes target at the end, or vanishes on an error."""
+    target = Path(target)
+    if target.exists():
+        raise FileExistsError(f"{target} exists already; remove it or choose another name")
+    unfinished = target.with_name(f".{target.name}.{os.getpid()}.unfinished")
+    unfinished.mkdir(parents=True)
+    try:
+        yield unfinished
+        unfinished.rename(target)
+    except BaseException:
+        shutil.rmtree(unfinished)
+        raise
+
+
 def generate_case(case: str, *, dimensions: int = 3, seed: int = 0
                   ) -> tuple[np.ndarray, np.ndarray, tuple[float, float, float]]:
     """One heart: image (Z, Y, X) int16, full label (Z, Y, X) uint8, and spacing_mm in the same order."""
-    rng = weaken.case_rng(case, f"synthetic {dimensions}d", seed)
+    rng = case_rng(case, f"synthetic {dimensions}d", seed)
     in_plane = rng.uniform(1.3, 1.5)
     size = rng.integers(62, 67, 2)
     if dimensions == 3:

@@ -28,6 +28,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunet_confkd import __version__
 from nnunet_confkd.curves import CURVES, plot_curves
+from nnunet_confkd.dataset_conversion.writer import patients_of
 from nnunet_confkd.errors import InputError
 from nnunet_confkd.losses import TERMS, ConfKDLoss, PartialSupervision, annotated_voxels, confidence
 from nnunet_confkd.network import TwoBranchUNet, unwrap
@@ -142,10 +143,11 @@ class ConfKDTrainer(nnUNetTrainer):
         if self.fold != "all":
             kinds = self.find_supervision()
             splits_file = join(self.preprocessed_dataset_folder_base, "splits_final.json")
-            mixed = set(kinds.values()) != {FULL}
-            if mixed and self.local_rank == 0 and not isfile(splits_file):
+            pattern = self.dataset_json.get("patient_pattern")
+            ours = pattern is not None or set(kinds.values()) != {FULL}
+            if ours and self.local_rank == 0 and not isfile(splits_file):
                 require_full(kinds)
-                splits = split_full_cases(kinds)
+                splits = split_full_cases(kinds, patients_of(kinds, pattern))
                 self.print_to_log_file(f"Writing {splits_file}: {len(splits)} folds of the fully labelled cases; all "
                                        f"others train in every fold.")
                 save_json(splits, splits_file)

@@ -1,188 +1,167 @@
-"""Weak labels made from full ones, for experiments: what would it have cost to annotate less?
-
-Everything random is seeded per case, so the same case, style and seed give the same label whatever the order
-or the number of processes.
-"""
+"""A mixed-supervision data set out of a fully labelled one, for experiments: what would it have cost to annotate less?"""
 from __future__ import annotations
 
-import hashlib
+import argparse
 import json
-import os
-import shutil
-from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import numpy as np
-import SimpleITK as sitk
 
+from nnunet_confkd.dataset_conversion import writer
+from nnunet_confkd.dataset_conversion.volumes import Picture, Volume, read
+from nnunet_confkd.dataset_conversion.writer import FULL, PARTIAL, PROCESSES, UNLABELLED, Case, Dataset
 from nnunet_confkd.errors import InputError
+from nnunet_confkd.weak_labels import STYLES, case_rng, weaken
 
 
-def case_rng(case: str, style: str, seed: int) -> np.random.Generator:
-    """The random generator of one case; it depends on nothing but the three arguments."""
-    # not hash(): Python salts it anew in every process
-    digest = hashlib.sha256(repr((str(case), str(style), int(seed))).encode()).digest()
-    return np.random.default_rng(int.from_bytes(digest[:16], "big"))
+def weaken_dataset(source: int | str, dataset_id: int, *, full: list[str], style: str, unlabelled: int = 0, seed: int = 0,
+                   name: str | None = None, patient_pattern: str | None = None, processes: int = PROCESSES, link: bool = False,
+                   **options) -> Path:
+    """Write a mixed copy of a fully labelled data set of nnU-Net; returns its folder.
 
+    source: id or name of the data set. full: the training patients that stay full, names or one number (of the same seed,
+    fewer lie within more). The source's validation cases (fold 0) stay full; without a split about a fifth of the
+    patients are chosen. unlabelled: number of further patients that lose all labels; the rest is turned to `style`.
+    patient_pattern: regular expression whose first group in the name of a case is the patient; default: the source's.
+    options: those of :func:`nnunet_confkd.weak_labels.weaken`. Each case is seeded by its name, the style and `seed`.
 
-def points(label: np.ndarray, ignore_label: int, rng: np.random.Generator, *, radius: int = 1, every: int = 1,
-           slice_axis: int = 0) -> np.ndarray:
-    """Per slice and class present, background included: one disc round a random voxel, clipped to the class.
-
-    label: integers, (Z, Y, X), or (Y, X), which is one slice.
-    radius: of the disc, in voxels of the slice's plane; 0 is a single voxel.
-    every: annotate the slices 0, every, 2 * every, ... along `slice_axis`, which a 2-D label does not use.
-
-    Returns the label's shape and dtype, `ignore_label` wherever nothing is annotated.
-    Raises InputError where label is not 2-D or 3-D or already holds `ignore_label`, or a setting is out of
-    range.
+    Raises InputError with all that is wrong: no such data set, patients or validation cases, labels that are not full.
     """
-    if label.ndim not in (2, 3):
-        raise InputError(f"a label must be (Z, Y, X) or (Y, X), got shape {label.shape}")
-    if radius < 0 or every < 1:
-        raise InputError(f"radius must be at least 0 and every at least 1, got radius={radius}, "
-                         f"every={every}")
-    if (label == ignore_label).any():
-        raise InputError(f"the label already holds the ignore label {ignore_label}: points are made from "
-                         f"full labels")
-    weak = nothing(label, ignore_label)
-    # both are views: what is written to a slice of weak_slices lands in weak
-    slices, weak_slices = (
-        (label[None], weak[None]) if label.ndim == 2 else
-        (np.moveaxis(label, slice_axis, 0), np.moveaxis(weak, slice_axis, 0)))
-    for full_slice, weak_slice in zip(slices[::every], weak_slices[::every]):
-        rows, columns = np.ogrid[:full_slice.shape[0], :full_slice.shape[1]]
-        for value in np.unique(full_slice):
-            of_class = full_slice == value
-            row, column = rng.choice(np.argwhere(of_class))
-            disc = (rows - row) ** 2 + (columns - column) ** 2 <= radius ** 2
-            weak_slice[disc & of_class] = value
-    return weak
+    found = writer.find_dataset(source)
+    folder = writer.raw_folder() / found
+    described, cases = read_raw(folder)
+    pattern = patient_pattern or described.get("patient_pattern")
+    patients = writer.patients_of(cases, pattern)
+    validation = _validation_of(found, patients)
+    roles = writer.choose_patients(patients.values(), seed, full, validation)
+    others = [patient for patient, role in roles.items() if role == "other"]  # in seeded order
+    if not 0 <= unlabelled <= len(others):
+        raise InputError(f"{unlabelled} unlabelled patients are asked for; {len(others)} are neither full nor for validation")
+    nothing = set(others if style == "none" else others[len(others) - unlabelled:])
+    kinds = {case: UNLABELLED if patients[case] in nothing else PARTIAL if roles[patients[case]] == "other" else FULL
+             for case in cases}
+    dataset = weak_dataset(folder, name or f"{found[11:]}_{style}", kinds, style, seed, **options)
+    dataset.validation = [case for case in cases if roles[patients[case]] == "validation"]
+    dataset.patient_pattern = pattern
+    dataset.more["weakened"] = {"source": found, "style": style, "seed": seed, **options}
+    return writer.write_dataset(dataset, dataset_id, processes, link)
 
 
-def nothing(label: np.ndarray, ignore_label: int) -> np.ndarray:
-    """No voxel is annotated: the label of an unlabelled image, in the label's shape and dtype."""
-    return np.full_like(label, ignore_label)
+def weak_dataset(folder: Path, name: str, kinds: dict[str, str], style: str, seed: int, **options) -> Dataset:
+    """What is to be written: of a raw folder's cases those in `kinds`, as they are, weakened, or without any label."""
+    dataset = raw_dataset(folder, name)
+    dataset.labels = writer.with_ignore(dataset.labels)
+    weaken(np.zeros((4, 4, 4), np.uint8), style, 1, case_rng("", style, seed), **options)  # wrong options: said once, and now
+    full = {case.name: case for case in dataset.training}
+    dataset.training = [weakened(full[case], kind, dataset.labels, style, seed, **options) for case, kind in kinds.items()]
+    return dataset
 
 
-def weaken_dataset(source: Path, target: Path, *, full: Collection[str], unlabelled: Collection[str] = (),
-                   keep: Collection[str] = (), seed: int = 0, radius: int = 1, every: int = 1,
-                   slice_axis: int = 0) -> dict[str, str]:
-    """Write a mixed copy of a fully labelled dataset in nnU-Net's raw format.
-
-    source: a folder with `imagesTr`, `labelsTr` and `dataset.json`; `imagesTs` and `labelsTs` come along.
-    target: the folder to write; it appears when all of it is written.
-    full: the cases that keep their label, for training. keep: the same, for validation.
-    unlabelled: the cases of which nothing stays annotated. All cases named nowhere are turned to `points`.
-    radius, every, slice_axis: see `points`.
-
-    Images are hard links, or copies where the file system has none; labels that stay are copied as they are.
-    dataset.json gains the label "ignore", one above the highest, unless it has it already, and the table
-    `"supervision"`: {case: "full" | "partial" | "unlabelled"}, which is also what this returns.
-
-    Raises FileExistsError if target exists; InputError for case names that the source does not have or that
-    are both labelled and unlabelled, for region-based labels, for a dataset.json that lists its files, and
-    for a label file that holds anything but the integers named in dataset.json.
-    """
-    source, target = Path(source), Path(target)
-    dataset = json.loads((source / "dataset.json").read_text(encoding="utf-8"))
-    if "dataset" in dataset:
-        # the list would go on pointing to the full labels of the source
-        raise InputError(f"{source / 'dataset.json'} lists its files under \"dataset\"; only the folders "
-                         f"imagesTr and labelsTr are supported")
-    ending = dataset["file_ending"]
-    cases = sorted(f.name[:-len(ending)] for f in (source / "labelsTr").iterdir() if f.name.endswith(ending))
-    supervision = _supervision(cases, full=set(full) | set(keep), unlabelled=set(unlabelled))
-    labels, ignore_label = _with_ignore(dataset["labels"])
-
-    with new_folder(target) as folder:
-        for subfolder in ("imagesTr", "labelsTr"):
-            (folder / subfolder).mkdir()
-        for case in cases:
-            for channel in range(len(dataset["channel_names"])):
-                name = f"{case}_{channel:04d}{ending}"
-                _link_or_copy(source / "imagesTr" / name, folder / "imagesTr" / name)
-
-            file, weak_file = (parent / "labelsTr" / f"{case}{ending}" for parent in (source, folder))
-            image = sitk.ReadImage(str(file))
-            label = _integers(image, set(labels.values()) - {ignore_label}, file)
-            if supervision[case] == "full":
-                shutil.copyfile(file, weak_file)
-                continue
-            # wide enough for the ignore label, whatever the type of the file was
-            label = label.astype(np.uint8 if ignore_label < 256 else np.uint16)
-            weak = nothing(label, ignore_label) if supervision[case] == "unlabelled" else points(
-                label, ignore_label, case_rng(case, "points", seed), radius=radius, every=every,
-                slice_axis=slice_axis)
-            weak_image = sitk.GetImageFromArray(weak)
-            weak_image.CopyInformation(image)
-            sitk.WriteImage(weak_image, str(weak_file), True)
-
-        for subfolder, carry in (("imagesTs", _link_or_copy), ("labelsTs", shutil.copyfile)):
-            if (source / subfolder).is_dir():
-                (folder / subfolder).mkdir()
-                for file in (source / subfolder).glob(f"*{ending}"):
-                    carry(file, folder / subfolder / file.name)
-        dataset |= {"labels": labels, "numTraining": len(cases), "supervision": supervision}
-        (folder / "dataset.json").write_text(json.dumps(dataset, indent=4) + "\n", encoding="utf-8")
-    return supervision
+def weakened(case: Case, kind: str, labels: dict, style: str, seed: int, **options) -> Case:
+    """A full case as it is, weakened, or without its label. labels: of dataset.json, "ignore" among them."""
+    allowed = frozenset(writer.label_values(labels) - {labels["ignore"]})
+    reader = partial(_read_weak, case=case.name, style=style, ignore_label=labels["ignore"], allowed=allowed, seed=seed,
+                     options=options)
+    label = {FULL: case.label, PARTIAL: Volume(case.label.file, reader=reader), UNLABELLED: None}[kind]
+    return Case(case.name, case.images, label, kind)
 
 
-@contextmanager
-def new_folder(target: Path) -> Iterator[Path]:
-    """A hidden folder beside target to write to; it becomes target at the end, or vanishes on an error.
+def raw_dataset(folder: Path, name: str) -> Dataset:
+    """A data set in nnU-Net's raw format, its training cases taken for full."""
+    described, cases = read_raw(folder)
+    known = ("labels", "channel_names", "file_ending", "regions_class_order", "licence", "reference", "dataset", "name",
+             "numTraining", "supervision", "patient_pattern")
+    return Dataset(
+        name=name, channel_names=list(described["channel_names"].values()), labels=described["labels"],
+        file_ending=described["file_ending"], test=_test_cases(folder, described),
+        training=[Case(case, tuple(Volume(f) for f in images), Volume(label)) for case, (images, label) in cases.items()],
+        regions_class_order=described.get("regions_class_order"), licence=described.get("licence", "unknown"),
+        reference=described.get("reference", ""), more={key: value for key, value in described.items() if key not in known})
 
-    Raises FileExistsError if target exists.
-    """
-    target = Path(target)
-    if target.exists():
-        raise FileExistsError(f"{target} exists already; remove it or choose another name")
-    unfinished = target.with_name(f".{target.name}.{os.getpid()}.unfinished")
-    unfinished.mkdir(parents=True)
+
+def read_raw(folder: Path) -> tuple[dict, dict[str, tuple[list[Path], Path]]]:
+    """dataset.json and {case: (images, label)} of a data set in nnU-Net's raw format."""
+    from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
+
     try:
-        yield unfinished
-        unfinished.rename(target)
-    except BaseException:
-        shutil.rmtree(unfinished)
-        raise
+        described = json.loads((folder / "dataset.json").read_text(encoding="utf-8"))
+        cases = get_filenames_of_train_images_and_targets(str(folder), described)
+        return described, {str(case): ([Path(f) for f in files["images"]], Path(files["label"])) for case, files in cases.items()}
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(f"{folder}: is no data set in nnU-Net's raw format ({type(error).__name__}: {error}); confkd check tells "
+                         f"more") from error
 
 
-def _supervision(cases: list[str], full: set[str], unlabelled: set[str]) -> dict[str, str]:
-    unknown = sorted((full | unlabelled) - set(cases))
+def _test_cases(folder: Path, described: dict) -> list[Case]:
+    ending, cases = described["file_ending"], []
+    images = folder / "imagesTs"
+    names = {f.name[:-len(ending) - 5] for f in images.glob(f"*_????{ending}")} if images.is_dir() else set()
+    for name in sorted(names):
+        label = folder / "labelsTs" / (name + ending)
+        cases.append(Case(name, tuple(Volume(f) for f in sorted(images.glob(f"{_escaped(name)}_????{ending}"))),
+                          Volume(label) if label.is_file() else None))
+    return cases
+
+
+def _escaped(name: str) -> str:
+    from glob import escape
+    return escape(name)
+
+
+def _validation_of(dataset: str, patients: dict[str, str]) -> set[str] | None:
+    """The patients that the source's first fold validates on; None without a split."""
+    file = writer.preprocessed_folder() / dataset / "splits_final.json"
+    if not file.is_file():
+        return None
+    try:
+        cases = json.loads(file.read_text(encoding="utf-8"))[0]["val"]
+    except (ValueError, LookupError, TypeError) as error:
+        raise InputError(f"{file}: is no list of folds with \"train\" and \"val\"; correct or remove it") from error
+    unknown = [case for case in cases if case not in patients]
     if unknown:
-        raise InputError(f"no such cases in labelsTr: {', '.join(unknown)}")
-    both = sorted(full & unlabelled)
-    if both:
-        raise InputError(f"cases cannot be both labelled and unlabelled: {', '.join(both)}")
-    return {case: "full" if case in full else "unlabelled" if case in unlabelled else "partial"
-            for case in cases}
+        raise InputError(f"{file}: names cases that {dataset} does not have: {', '.join(unknown[:10])}")
+    return {patients[case] for case in cases}
 
 
-def _with_ignore(labels: dict[str, int]) -> tuple[dict[str, int], int]:
-    """A copy of the labels of dataset.json with "ignore" among them, and its value."""
-    regions = sorted(name for name, value in labels.items() if not isinstance(value, int))
-    if regions:
-        raise InputError(f"only labels that are plain integers are supported here, not regions: "
-                         f"{', '.join(regions)}")
-    ignore_label = labels.get("ignore", max(labels.values()) + 1)
-    return {**labels, "ignore": ignore_label}, ignore_label
+def _read_weak(file: Path, *, case: str, style: str, ignore_label: int, allowed: frozenset[int], seed: int,
+               options: dict) -> Picture:
+    """Module level, because it is sent to other processes."""
+    full = read(file)
+    values = np.unique(full.voxels)
+    strange = [value for value in values.tolist() if value not in allowed]
+    if strange:
+        raise InputError(f"{file}: holds the values {', '.join(map(str, strange[:10]))}; a full label may hold "
+                         f"{', '.join(map(str, sorted(allowed)))}")
+    label = full.voxels[0].astype(np.uint8 if ignore_label < 256 else np.uint16)
+    weak = weaken(label, style, ignore_label, case_rng(case, style, seed), spacing=full.geometry.spacing[::-1], **options)
+    return Picture(weak[None], full.geometry)
 
 
-def _integers(image: sitk.Image, allowed: set[int], file: Path) -> np.ndarray:
-    """The voxels of a label file; some files in the wild are float typed, with integral values."""
-    label = sitk.GetArrayFromImage(image)
-    values = np.unique(label)
-    if not np.array_equal(values, np.rint(values)):
-        raise InputError(f"{file} holds values that are no integers: {values[values != np.rint(values)][:5]}")
-    unexpected = sorted({int(v) for v in values} - allowed)
-    if unexpected:
-        raise InputError(f"{file} holds the values {unexpected[:5]}; a full label has only {sorted(allowed)}")
-    return label.astype(np.int64)
-
-
-def _link_or_copy(file: Path, copy: Path) -> None:
-    try:
-        os.link(file.resolve(), copy)
-    except OSError:  # another file system, or one without hard links
-        shutil.copyfile(file, copy)
+def main(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(prog="confkd weaken", description=__doc__)
+    parser.add_argument("--source", required=True, metavar="ID", help="the fully labelled data set, id or name")
+    parser.add_argument("--id", required=True, type=int, help="id of the data set to write")
+    parser.add_argument("--name", help="its name; default: that of the source and the style")
+    parser.add_argument("--full", required=True, nargs="+", metavar="N|PATIENT", help="training patients that stay full: a number, "
+                        "or names (with one seed, fewer lie within more)")
+    parser.add_argument("--style", required=True, choices=STYLES)
+    parser.add_argument("--fraction", type=float, help="share of the slices that are annotated (default: all; slices: 0.2)")
+    parser.add_argument("--dimension", choices=("2d", "3d"), default="2d", help="strokes per slice, or in the volume")
+    parser.add_argument("--slice-axis", type=int, choices=(0, 1, 2), help="axis of the array (z, y, x) along which slices lie; "
+                        "default: that of the largest spacing")
+    parser.add_argument("--radius", type=int, default=1, help="of the points, in voxels")
+    parser.add_argument("--no-background", action="store_true", help="annotate no background")
+    parser.add_argument("--unlabelled", type=int, default=0, metavar="N", help="patients that lose all labels")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--patient-pattern", metavar="REGEX", help="its first group in the name of a case is the patient; default: "
+                        "that of the source, or a case a patient")
+    parser.add_argument("--processes", type=int, default=PROCESSES)
+    parser.add_argument("--link", action="store_true", help="hard links instead of copies of images: no space, but what "
+                        "writes to one writes to the other")
+    args = parser.parse_args(argv)
+    folder = weaken_dataset(
+        args.source, args.id, full=args.full, style=args.style, unlabelled=args.unlabelled, seed=args.seed, name=args.name,
+        patient_pattern=args.patient_pattern, processes=args.processes, link=args.link, fraction=args.fraction,
+        dimension=args.dimension, slice_axis=args.slice_axis, radius=args.radius, background=not args.no_background)
+    print(writer.summary(folder))

@@ -114,7 +114,7 @@ def hippocampus(nnunet, test_data) -> dict[str, list[str]]:
     """Real MSD Hippocampus as Dataset004: 5 full, 30 point-labelled, 10 unlabelled training cases; 2-D and 3-D. Returns
     the cases by role."""
     from nnunet_confkd.demo_data import import_dataset
-    roles = import_dataset(test_data / "hippocampus", nnunet.raw(HIPPOCAMPUS), seed=1)
+    roles = import_dataset(test_data / "hippocampus", 4, HIPPOCAMPUS[11:], seed=1)
     training = [*roles["full"], *roles["partial"], *roles["unlabelled"]]
     nnunet.prepare(HIPPOCAMPUS, ["2d", "3d_fullres"], {"train": sorted(training), "val": sorted(roles["validation"])})
     return roles

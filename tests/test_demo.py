@@ -39,53 +39,61 @@ def msd(tmp_path) -> Path:
     return folder
 
 
-def test_an_msd_task_with_two_channels_becomes_a_mixed_data_set(msd, tmp_path):
-    roles = import_dataset(msd, tmp_path / "raw")
+@pytest.fixture
+def raw(tmp_path, monkeypatch):
+    """Where the data set will lie."""
+    for name in ("raw", "preprocessed", "results"):
+        monkeypatch.setenv(f"nnUNet_{name}", str(tmp_path / name))
+    return tmp_path / "raw" / "Dataset001_Small"
+
+
+def test_an_msd_task_with_two_channels_becomes_a_mixed_data_set(msd, raw):
+    roles = import_dataset(msd, 1, "Small")
     assert {role: len(cases) for role, cases in roles.items()} == {
         "test": 2, "validation": 2, "full": 5, "unlabelled": 0, "partial": 3}
     assert len({case for cases in roles.values() for case in cases}) == 12
-    described = json.loads((tmp_path / "raw" / "dataset.json").read_text())
+    described = json.loads((raw / "dataset.json").read_text())
     assert described["labels"] == {"background": 0, "thing": 1, "ignore": 2} and len(described["channel_names"]) == 2
     case = roles["partial"][0]
     source = sitk.ReadImage(str(msd / "imagesTr" / f"{case}.nii.gz"))
     for c in range(2):
-        image = sitk.ReadImage(str(tmp_path / "raw" / "imagesTr" / f"{case}_{c:04d}.nii.gz"))
+        image = sitk.ReadImage(str(raw / "imagesTr" / f"{case}_{c:04d}.nii.gz"))
         np.testing.assert_array_equal(sitk.GetArrayFromImage(image), sitk.GetArrayFromImage(source)[c])
         assert image.GetSpacing() == source.GetSpacing()[:3]
-    assert 2 in sitk.GetArrayFromImage(sitk.ReadImage(str(tmp_path / "raw" / "labelsTr" / f"{case}.nii.gz")))
-    full = sitk.GetArrayFromImage(sitk.ReadImage(str(tmp_path / "raw" / "labelsTr" / f"{roles['full'][0]}.nii.gz")))
+    assert 2 in sitk.GetArrayFromImage(sitk.ReadImage(str(raw / "labelsTr" / f"{case}.nii.gz")))
+    full = sitk.GetArrayFromImage(sitk.ReadImage(str(raw / "labelsTr" / f"{roles['full'][0]}.nii.gz")))
     assert set(np.unique(full)) == {0, 1}
 
 
-def test_mixed_nnunet_data_are_taken_as_they_are(tmp_path):
+def test_mixed_nnunet_data_are_taken_as_they_are(tmp_path, raw):
     made = generate_dataset(tmp_path / "source", num_full=4, num_partial=3, num_unlabelled=2, num_validation=2, num_test=0)
-    roles = import_dataset(tmp_path / "source", tmp_path / "raw")
+    roles = import_dataset(tmp_path / "source", 1, "Small")
     full = {case for role in ("full", "validation", "test") for case in roles[role]}
     assert full == set(made["full"] + made["validation"]) and len(roles["test"]) == len(roles["validation"]) == 1
-    assert set(roles["partial"]) == set(made["partial"] + made["unlabelled"])
-    for case in roles["partial"]:
+    assert set(roles["partial"]) == set(made["partial"]) and set(roles["unlabelled"]) == set(made["unlabelled"])
+    for case in roles["partial"] + roles["unlabelled"]:
         name = f"labelsTr/{case}.nii.gz"
-        assert (tmp_path / "raw" / name).read_bytes() == (tmp_path / "source" / name).read_bytes()
+        assert (raw / name).read_bytes() == (tmp_path / "source" / name).read_bytes()
 
 
-def test_real_hippocampus_without_its_dataset_json(test_data, tmp_path):
+def test_real_hippocampus_without_its_dataset_json(test_data, raw):
     limits = {"test": 2, "validation": 1, "full": 1, "unlabelled": 1, "partial": 1}
-    import_dataset(test_data / "hippocampus", tmp_path / "raw", limits=limits)
-    labels = json.loads((tmp_path / "raw" / "dataset.json").read_text())["labels"]
+    import_dataset(test_data / "hippocampus", 1, "Small", limits=limits)
+    labels = json.loads((raw / "dataset.json").read_text())["labels"]
     assert labels == {"background": 0, "label_1": 1, "label_2": 2, "ignore": 3}
 
 
-@pytest.mark.parametrize("missing, text", [("imagesTr", "has no imagesTr"), ("labelsTr", "has no labelsTr")])
+@pytest.mark.parametrize("missing, text", [("imagesTr", "has no folder imagesTr"), ("labelsTr", "has no folder labelsTr")])
 def test_another_layout_is_one_clear_error(msd, tmp_path, missing, text, capsys):
     (msd / missing).rename(msd / "elsewhere")
     assert cli.main(["demo", "--data", str(msd), "--output", str(tmp_path / "out")]) == 1
     assert text in capsys.readouterr().err
 
 
-def test_too_few_full_cases_are_refused(tmp_path):
+def test_too_few_full_cases_are_refused(tmp_path, raw):
     generate_dataset(tmp_path / "source", num_full=1, num_partial=1, num_unlabelled=1, num_validation=1, num_test=0)
     with pytest.raises(InputError, match="2 fully labelled cases"):
-        import_dataset(tmp_path / "source", tmp_path / "raw")
+        import_dataset(tmp_path / "source", 1, "Small")
 
 
 def test_the_whole_demo_in_short_ends_with_the_figures_and_the_paths(tmp_path):

@@ -89,6 +89,16 @@ def test_default_folds_validate_each_full_case_once_and_train_the_others_always(
         split_full_cases({"a": FULL, "p": PARTIAL})
 
 
+def test_patients_are_never_split_and_those_with_partial_cases_only_train():
+    kinds = {"p1_a": FULL, "p1_b": FULL, "p2_a": FULL, "p3_a": FULL, "p3_b": PARTIAL, "p4_a": UNLABELLED}
+    splits = split_full_cases(kinds, {case: case[:2] for case in kinds})
+    assert sorted(split["val"] for split in splits) == [["p1_a", "p1_b"], ["p2_a"]]
+    for split in splits:
+        assert sorted(split["train"] + split["val"]) == sorted(kinds)
+    with pytest.raises(InputError, match="fewer than two patients"):
+        split_full_cases({"p1_a": FULL, "p1_b": FULL}, {"p1_a": "p1", "p1_b": "p1"})
+
+
 # ---- counting on real preprocessed data -----------------------------------------------------------------------------
 
 @pytest.fixture

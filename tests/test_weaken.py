@@ -1,48 +1,55 @@
 from __future__ import annotations
 
+import hashlib
 import json
 
 import numpy as np
 import pytest
 import SimpleITK as sitk
 
-from nnunet_confkd.weaken import case_rng, nothing, points, weaken_dataset
+from nnunet_confkd import cli
+from nnunet_confkd.errors import InputError
+from nnunet_confkd.weak_labels import case_rng, weaken
+from nnunet_confkd.weaken import weaken_dataset
 
-IGNORE = 9
-
-
-@pytest.fixture
-def label():
-    """Three classes beside the background, (Z, Y, X), of which one is absent from the last slice."""
-    label = np.zeros((3, 20, 24), dtype=np.uint8)
-    label[:, 2:9, 3:12] = 1
-    label[:, 9:15, 3:12] = 2
-    label[:2, 4, 5] = 3
-    return label
+SOURCE = "Dataset001_Source"
 
 
 @pytest.fixture
-def source(tmp_path):
-    """Four labelled cases with two channels and an oblique geometry; one label file is float typed."""
-    folder = tmp_path / "source"
+def folders(tmp_path, monkeypatch):
+    for name in ("raw", "preprocessed", "results"):
+        (tmp_path / name).mkdir()
+        monkeypatch.setenv(f"nnUNet_{name}", str(tmp_path / name))
+    return tmp_path
+
+
+@pytest.fixture
+def source(folders):
+    """Ten patients of two cases each, two channels, an oblique grid with thick slices; a test case; no split."""
+    folder = folders / "raw" / SOURCE
     rng = np.random.default_rng(0)
-    for k, case in enumerate("abcd"):
-        label = rng.integers(0, 3, (3, 8, 7)).astype(np.float32 if case == "d" else np.uint8)
-        for channel in range(2):
-            _write(folder / "imagesTr" / f"{case}_{channel:04d}.nii.gz", rng.normal(size=label.shape), k)
-        _write(folder / "labelsTr" / f"{case}.nii.gz", label, k)
-    _write(folder / "imagesTs" / "t_0000.nii.gz", rng.normal(size=(3, 8, 7)), 0)
+    for patient in range(10):
+        for visit in "ab":
+            for channel in range(2):
+                _write(folder / "imagesTr" / f"p{patient}_{visit}_{channel:04d}.nii.gz", rng.normal(size=(3, 12, 10)))
+            label = np.zeros((3, 12, 10), np.uint8)
+            top, left = rng.integers(1, 6), rng.integers(1, 3)
+            label[:, top:top + 5, left:left + 4], label[:, top:top + 5, left + 4:left + 7] = 1, 2
+            _write(folder / "labelsTr" / f"p{patient}_{visit}.nii.gz", label)
+    for channel in range(2):
+        _write(folder / "imagesTs" / f"t_{channel:04d}.nii.gz", rng.normal(size=(3, 12, 10)))
+    _write(folder / "labelsTs" / "t.nii.gz", rng.integers(0, 3, (3, 12, 10)).astype(np.uint8))
     (folder / "dataset.json").write_text(json.dumps({
-        "channel_names": {"0": "T1", "1": "T2"}, "labels": {"background": 0, "one": 1, "two": 2},
-        "numTraining": 4, "file_ending": ".nii.gz", "licence": "none"}))
+        "channel_names": {"0": "T1", "1": "T2"}, "labels": {"background": 0, "one": 1, "two": 2}, "numTraining": 20,
+        "file_ending": ".nii.gz", "licence": "none of ours", "patient_pattern": r"(p\d+)_\w", "release": "1.0"}))
     return folder
 
 
-def _write(file, array, k):
+def _write(file, array, spacing=(0.75, 1.25, 5.0)):
     file.parent.mkdir(parents=True, exist_ok=True)
     image = sitk.GetImageFromArray(array)
-    image.SetSpacing((0.7 + k, 0.9, 5.1))
-    image.SetOrigin((-3.5, 11.25, k))
+    image.SetSpacing(spacing)
+    image.SetOrigin((-3.5, 11.25, 2))
     image.SetDirection((0.8, -0.6, 0, 0.6, 0.8, 0, 0, 0, 1))
     sitk.WriteImage(image, str(file))
 
@@ -51,261 +58,264 @@ def _read(file):
     return sitk.GetArrayFromImage(sitk.ReadImage(str(file)))
 
 
+def _json(file):
+    return json.loads(file.read_text())
+
+
+def _weaken(**options):
+    options = {"full": ["3"], "style": "points", "processes": 1, "dataset_id": 2} | options
+    return weaken_dataset(options.pop("source", SOURCE), options.pop("dataset_id"), **options)
+
+
+def _split(folders, name):
+    folds = _json(folders / "preprocessed" / name / "splits_final.json")
+    assert len(folds) == 1
+    return folds[0]
+
+
 def _files(folder):
-    return {f.relative_to(folder).as_posix(): f.read_bytes() for f in folder.rglob("*") if f.is_file()}
+    return {f.relative_to(folder).as_posix(): hashlib.sha256(f.read_bytes()).hexdigest() for f in folder.rglob("*") if f.is_file()}
 
 
-def _edit_dataset_json(folder, **entries):
-    file = folder / "dataset.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | entries))
+def _patients(cases):
+    return {case.split("_")[0] for case in cases}
 
 
-def _assert_points(weak, label, ignore_label, radius):
-    """weak and label, slice by slice: right where annotated, and one disc for each class that is there."""
-    assert weak.shape == label.shape
-    for weak_slice, full_slice in zip(weak, label):
-        assert set(np.unique(weak_slice)) - {ignore_label} == set(np.unique(full_slice))
-        for value in np.unique(full_slice):
-            annotated = np.argwhere(weak_slice == value)
-            assert (full_slice[tuple(annotated.T)] == value).all()
-            # some annotated voxel is the centre: all of the class within the radius of it, and nothing else
-            of_class = np.argwhere(full_slice == value)
-            discs = ({tuple(v) for v in of_class if ((v - centre) ** 2).sum() <= radius ** 2}
-                     for centre in annotated)
-            assert {tuple(v) for v in annotated} in discs
+# ---- what is written ------------------------------------------------------------------------------------------------
+
+def test_each_kind_of_case_has_its_label(source, folders):
+    target = _weaken(unlabelled=2, seed=3)
+    assert target == folders / "raw" / "Dataset002_Source_points"
+    described, split = _json(target / "dataset.json"), _split(folders, target.name)
+    kinds = described["supervision"]
+    assert len(kinds) == 20 and described["numTraining"] == 20
+    of = {kind: {case for case in kinds if kinds[case] == kind} for kind in ("full", "partial", "unlabelled")}
+    assert len(_patients(split["val"])) == 2 and len(_patients(of["full"])) == 5  # 3 and those that validate
+    assert set(split["val"]) < of["full"] and len(_patients(of["unlabelled"])) == 2 and len(_patients(of["partial"])) == 3
+    assert len(of["full"]) == 10 and len(of["partial"]) == 6 and len(of["unlabelled"]) == 4  # both cases of a patient alike
+    for case, kind in kinds.items():
+        full, weak = _read(source / "labelsTr" / f"{case}.nii.gz"), _read(target / "labelsTr" / f"{case}.nii.gz")
+        expected = {"full": full, "unlabelled": np.full_like(full, 3),
+                    "partial": weaken(full, "points", 3, case_rng(case, "points", 3), spacing=(5, 1.25, 0.75))}[kind]
+        assert np.array_equal(weak, expected)
 
 
-# the generator
-
-def test_the_generator_repeats_itself_and_differs_by_case_style_and_seed():
-    def draw(*arguments):
-        return tuple(case_rng(*arguments).integers(0, 2 ** 32, 4))
-
-    assert draw("a", "points", 0) == draw("a", "points", 0)
-    assert len({draw("a", "points", 0), draw("b", "points", 0), draw("a", "scribbles", 0),
-                draw("a", "points", 1), draw("a", "points", -1), draw("apoints", "", 0)}) == 6
-
-
-def test_the_generator_is_the_same_in_every_process():
-    # recorded once; a salted hash would give other numbers in each process
-    raw = case_rng("case_001", "points", 0).bit_generator.random_raw(2)
-    assert raw.tolist() == [3670423718224762555, 3050491565544352342]
-
-
-# points
-
-@pytest.mark.parametrize("radius", [0, 1, 3])
-def test_points_are_one_disc_inside_each_class_of_each_slice(label, radius):
-    _assert_points(points(label, IGNORE, case_rng("a", "points", 0), radius=radius), label, IGNORE, radius)
-
-
-def test_points_fall_on_other_voxels_with_another_generator(label):
-    first, again, other = (points(label, IGNORE, case_rng("a", "points", seed)) for seed in (0, 0, 1))
-    assert np.array_equal(first, again)
-    assert not np.array_equal(first, other)
-
-
-def test_points_may_fall_on_any_voxel_of_a_class():
-    label = np.zeros((4, 3), dtype=np.uint8)
-    rng = case_rng("a", "points", 0)
-    hit = sum((points(label, IGNORE, rng, radius=0) == 0).astype(int) for _ in range(200))
-    # 200 draws over 12 voxels: a given voxel is missed with a probability of 3e-8
-    assert hit.min() > 0 and hit.sum() == 200
-
-
-def test_points_skip_the_slices_between_every_nth(label):
-    label = np.concatenate([label, label])
-    weak = points(label, IGNORE, case_rng("a", "points", 0), every=2)
-    _assert_points(weak[::2], label[::2], IGNORE, 1)
-    assert (weak[1::2] == IGNORE).all()
-
-
-@pytest.mark.parametrize("axis", [1, 2])
-def test_points_along_another_axis_lie_in_the_slices_of_that_axis(label, axis):
-    weak = points(label, IGNORE, case_rng("a", "points", 0), radius=2, slice_axis=axis)
-    _assert_points(np.moveaxis(weak, axis, 0), np.moveaxis(label, axis, 0), IGNORE, 2)
-
-
-def test_a_2d_label_is_one_slice(label):
-    weak_2d = points(label[0], IGNORE, case_rng("a", "points", 0))
-    weak_3d = points(label[:1], IGNORE, case_rng("a", "points", 0))
-    assert np.array_equal(weak_2d, weak_3d[0])
-
-
-@pytest.mark.parametrize("dtype", [np.uint8, np.int16, np.int64])
-def test_weak_labels_keep_the_type_and_leave_the_full_label_alone(label, dtype):
-    full = label.astype(dtype)
-    assert points(full, IGNORE, case_rng("a", "points", 0)).dtype == dtype
-    assert nothing(full, IGNORE).dtype == dtype
-    assert np.array_equal(full, label)
-
-
-def test_nothing_is_annotated_by_nothing(label):
-    assert np.array_equal(nothing(label, IGNORE), np.full((3, 20, 24), IGNORE))
-
-
-def test_points_refuse_a_label_that_is_not_full(label):
-    with pytest.raises(ValueError, match="already holds the ignore label 3"):
-        points(label, 3, case_rng("a", "points", 0))
-
-
-@pytest.mark.parametrize("shape", [(5,), (2, 2, 2, 2)])
-def test_points_refuse_other_dimensions(shape):
-    with pytest.raises(ValueError, match=str(shape[0])):
-        points(np.zeros(shape, dtype=np.uint8), IGNORE, case_rng("a", "points", 0))
-
-
-@pytest.mark.parametrize("setting", [{"radius": -1}, {"every": 0}])
-def test_points_refuse_settings_out_of_range(label, setting):
-    with pytest.raises(ValueError, match="radius must be at least 0 and every at least 1"):
-        points(label, IGNORE, case_rng("a", "points", 0), **setting)
-
-
-# whole datasets
-
-def test_a_weakened_dataset_has_each_kind_of_label(source, tmp_path):
-    target = tmp_path / "new" / "target"
-    supervision = weaken_dataset(source, target, full=["a"], unlabelled=["b"], keep=["c"], seed=3, radius=2)
-
-    assert supervision == {"a": "full", "b": "unlabelled", "c": "full", "d": "partial"}
+def test_all_else_stays(source, folders):
+    target = _weaken()
     before, after = _files(source), _files(target)
     assert before.keys() == after.keys()
-    assert {name for name in before if before[name] != after[name]} == {
-        "dataset.json", "labelsTr/b.nii.gz", "labelsTr/d.nii.gz"}
-    assert (_read(target / "labelsTr" / "b.nii.gz") == 3).all()
-    weak, full = (_read(folder / "labelsTr" / "d.nii.gz") for folder in (target, source))
-    assert np.array_equal(weak, points(full.astype(np.uint8), 3, case_rng("d", "points", 3), radius=2))
-    assert json.loads(after["dataset.json"]) == json.loads(before["dataset.json"]) | {
-        "labels": {"background": 0, "one": 1, "two": 2, "ignore": 3}, "supervision": supervision}
+    partial = {case for case, kind in _json(target / "dataset.json")["supervision"].items() if kind == "partial"}
+    assert {f for f in before if before[f] != after[f]} == {"dataset.json", *(f"labelsTr/{case}.nii.gz" for case in partial)}
+    described = _json(target / "dataset.json")
+    assert described["labels"] == {"background": 0, "one": 1, "two": 2, "ignore": 3}
+    assert described["licence"] == "none of ours" and described["release"] == "1.0"
+    assert described["patient_pattern"] == r"(p\d+)_\w" and described["channel_names"] == {"0": "T1", "1": "T2"}
+    assert described["weakened"]["source"] == SOURCE and described["weakened"]["style"] == "points"
 
 
-def test_weak_labels_keep_the_geometry(source, tmp_path):
-    weaken_dataset(source, tmp_path / "target", full=["a"], unlabelled=["b"])
-    for case in "bcd":
-        full, weak = (sitk.ReadImage(str(folder / "labelsTr" / f"{case}.nii.gz"))
-                      for folder in (source, tmp_path / "target"))
-        assert weak.GetSize() == full.GetSize()
+def test_weak_labels_keep_the_geometry(source):
+    target = _weaken(unlabelled=2)
+    for file in (source / "labelsTr").iterdir():
+        full, weak = sitk.ReadImage(str(file)), sitk.ReadImage(str(target / "labelsTr" / file.name))
         for geometry in ("GetSpacing", "GetOrigin", "GetDirection"):
             assert getattr(weak, geometry)() == pytest.approx(getattr(full, geometry)(), abs=1e-6)
 
 
-def test_the_source_is_untouched(source, tmp_path):
-    before = _files(source)
-    weaken_dataset(source, tmp_path / "target", full=["a"], unlabelled=["b"])
-    assert _files(source) == before
-    # a label is what people edit: it must not be the same file on disk
-    (tmp_path / "target" / "labelsTr" / "a.nii.gz").write_bytes(b"edited")
-    assert _files(source) == before
+def test_slices_lie_across_the_largest_spacing_unless_told(source):
+    def annotated(target):
+        case = next(c for c, kind in _json(target / "dataset.json")["supervision"].items() if kind == "partial")
+        return _read(target / "labelsTr" / f"{case}.nii.gz") != 3
+
+    thick = annotated(_weaken(style="slices", fraction=0.3))
+    assert sorted(thick.all(axis=(1, 2))) == [False, False, True] and thick.sum() == 120
+    told = annotated(_weaken(style="slices", fraction=0.5, slice_axis=2, dataset_id=3, name="Other"))
+    assert told.all(axis=(0, 1)).sum() == 5 and told.sum() == 5 * 36
 
 
-def test_a_case_gets_the_same_points_whatever_the_other_cases_are(source, tmp_path):
-    weaken_dataset(source, tmp_path / "few", full=["a", "b", "c"])
-    weaken_dataset(source, tmp_path / "many", full=[])
-    weaken_dataset(source, tmp_path / "other", full=[], seed=1)
-    few, many, other = (_read(tmp_path / name / "labelsTr" / "d.nii.gz") for name in ("few", "many", "other"))
-    assert np.array_equal(few, many)
-    assert not np.array_equal(few, other)
+@pytest.mark.parametrize("style", ["erosion", "points", "scribbles", "slices", "box"])
+def test_every_style_writes_partial_labels_that_nnunet_accepts(source, style):
+    from nnunetv2.experiment_planning.verify_dataset_integrity import verify_dataset_integrity
+    target = _weaken(style=style)
+    partial = [c for c, kind in _json(target / "dataset.json")["supervision"].items() if kind == "partial"]
+    for case in partial:
+        full, weak = _read(source / "labelsTr" / f"{case}.nii.gz"), _read(target / "labelsTr" / f"{case}.nii.gz")
+        assert (weak == 3).any() and (weak[weak != 3] == full[weak != 3]).all()
+    if style == "points":  # one is enough: it starts processes
+        verify_dataset_integrity(str(target), 1)
 
 
-def test_images_are_copied_where_they_cannot_be_linked(source, tmp_path, monkeypatch):
-    def no_links(*_):
-        raise OSError("no hard links here")
-
-    monkeypatch.setattr("os.link", no_links)
-    weaken_dataset(source, tmp_path / "target", full=["a"])
-    for file in (source / "imagesTr").iterdir():
-        assert (tmp_path / "target" / "imagesTr" / file.name).read_bytes() == file.read_bytes()
+def test_the_style_none_leaves_all_others_without_labels(source):
+    kinds = _json(_weaken(style="none") / "dataset.json")["supervision"]
+    assert sorted(kinds.values()) == ["full"] * 10 + ["unlabelled"] * 10
 
 
-def test_an_ignore_label_that_no_voxel_uses_is_kept(source, tmp_path):
-    _edit_dataset_json(source, labels={"background": 0, "one": 1, "two": 2, "ignore": 3})
-    weaken_dataset(source, tmp_path / "target", full=["a"])
-    assert json.loads((tmp_path / "target" / "dataset.json").read_text())["labels"]["ignore"] == 3
+def test_any_number_of_processes_writes_the_same(source, folders):
+    one = _files(_weaken(style="scribbles", processes=1))
+    two = _files(_weaken(style="scribbles", processes=2, dataset_id=3, name="Source_scribbles"))
+    assert one == two
 
 
-def test_an_existing_target_is_refused_and_stays(source, tmp_path):
-    target = tmp_path / "target"
-    target.mkdir()
-    (target / "mine.txt").write_text("mine")
-    with pytest.raises(FileExistsError, match="target exists already"):
-        weaken_dataset(source, target, full=["a"])
-    assert _files(target) == {"mine.txt": b"mine"}
+def test_fewer_full_patients_lie_within_more_and_the_weak_labels_are_the_same(source, folders):
+    targets = [_weaken(full=[str(n)], unlabelled=1, dataset_id=n + 1, name=f"F{n}") for n in (1, 3, 5)]
+    splits = [_split(folders, target.name) for target in targets]
+    assert splits[0] == splits[1] == splits[2]
+    full = [{c for c, kind in _json(t / "dataset.json")["supervision"].items() if kind == "full"} for t in targets]
+    assert full[0] < full[1] < full[2] and [len(_patients(f)) for f in full] == [3, 5, 7]
+    files = [_files(target) for target in targets]
+    still_weak = [name for name in files[0] if name.startswith("labelsTr") and name[9:13] not in full[2]]
+    assert len(still_weak) == 6 and all(files[0][name] == files[1][name] == files[2][name] for name in still_weak)
 
 
-def test_nothing_half_written_remains_after_an_error(source, tmp_path):
-    (source / "imagesTr" / "d_0001.nii.gz").unlink()
-    with pytest.raises(FileNotFoundError, match="d_0001.nii.gz"):
-        weaken_dataset(source, tmp_path / "target", full=["a"])
-    assert [f.name for f in tmp_path.iterdir()] == ["source"]
+def test_seeds_differ_in_patients_and_strokes(source, folders):
+    first, second = _weaken(seed=0), _weaken(seed=1, dataset_id=3, name="Second")
+    assert _split(folders, first.name) != _split(folders, second.name)
+    both = [c for c, kind in _json(first / "dataset.json")["supervision"].items()
+            if kind == "partial" == _json(second / "dataset.json")["supervision"][c]]
+    assert both and all(not np.array_equal(_read(first / "labelsTr" / f"{c}.nii.gz"), _read(second / "labelsTr" / f"{c}.nii.gz"))
+                        for c in both)
 
 
-def test_unknown_cases_are_listed(source, tmp_path):
-    with pytest.raises(ValueError, match="no such cases in labelsTr: x, y, z"):
-        weaken_dataset(source, tmp_path / "target", full=["a", "y"], unlabelled=["x"], keep=["z"])
+def test_the_sources_validation_cases_stay_full_and_validate(source, folders):
+    (folders / "preprocessed" / SOURCE).mkdir()
+    validation = [f"p{p}_{v}" for p in (0, 7) for v in "ab"]
+    split = {"train": [f.name[:4] for f in (source / "labelsTr").iterdir() if f.name[:4] not in validation], "val": validation}
+    (folders / "preprocessed" / SOURCE / "splits_final.json").write_text(json.dumps([split, {"train": [], "val": []}]))
+    for seed in range(3):
+        target = _weaken(seed=seed, full=["1"], dataset_id=seed + 2, name=f"S{seed}")
+        assert _split(folders, target.name) == {"train": sorted(split["train"]), "val": sorted(validation)}
+        kinds = _json(target / "dataset.json")["supervision"]
+        assert all(kinds[case] == "full" for case in validation)
 
 
-@pytest.mark.parametrize("labelled", ["full", "keep"])
-def test_a_case_cannot_be_labelled_and_unlabelled(source, tmp_path, labelled):
-    with pytest.raises(ValueError, match="both labelled and unlabelled: b"):
-        weaken_dataset(source, tmp_path / "target", **{"full": [], labelled: ["a", "b"]}, unlabelled=["b"])
+def test_the_full_patients_may_be_named(source):
+    kinds = _json(_weaken(full=["p2", "p5"]) / "dataset.json")["supervision"]
+    assert all(kinds[f"{p}_{v}"] == "full" for p in ("p2", "p5") for v in "ab")
+    assert sum(kind == "full" for kind in kinds.values()) == 8  # two patients and two that validate, two cases each
 
 
-def test_regions_are_refused(source, tmp_path):
-    _edit_dataset_json(source, labels={"background": 0, "whole": [1, 2], "two": 2})
-    with pytest.raises(ValueError, match="not regions: whole"):
-        weaken_dataset(source, tmp_path / "target", full=["a"])
+def test_without_a_pattern_every_case_is_its_own_patient(source, folders):
+    described = _json(source / "dataset.json")
+    del described["patient_pattern"]
+    (source / "dataset.json").write_text(json.dumps(described))
+    target = _weaken()
+    assert len(_split(folders, target.name)["val"]) == 4
+    assert sum(kind == "full" for kind in _json(target / "dataset.json")["supervision"].values()) == 7
 
 
-def test_a_dataset_that_lists_its_files_is_refused(source, tmp_path):
-    _edit_dataset_json(source, dataset={})
-    with pytest.raises(ValueError, match='lists its files under "dataset"'):
-        weaken_dataset(source, tmp_path / "target", full=["a"])
+def test_regions_are_weakened_by_their_values(source):
+    described = _json(source / "dataset.json") | {"labels": {"background": 0, "whole": [1, 2], "two": [2]},
+                                                  "regions_class_order": [1, 2]}
+    (source / "dataset.json").write_text(json.dumps(described))
+    described = _json(_weaken() / "dataset.json")
+    assert described["labels"] == {"background": 0, "whole": [1, 2], "two": [2], "ignore": 3}
+    assert described["regions_class_order"] == [1, 2]
 
 
-@pytest.mark.parametrize("value, message", [(0.5, "no integers"), (3, r"the values \[3\]"),
-                                            (-1, r"the values \[-1\]")])
-@pytest.mark.parametrize("full", ["a", "d"])
-def test_a_label_with_other_values_is_refused_by_name(source, tmp_path, value, message, full):
-    label = np.zeros((3, 8, 7), dtype=np.float32)
-    label[1, 2, 3] = value
-    _write(source / "labelsTr" / "d.nii.gz", label, 0)
-    with pytest.raises(ValueError, match=rf"d\.nii\.gz holds .*{message}"):
-        weaken_dataset(source, tmp_path / "target", full=[full])
+def test_a_data_set_that_lists_its_files_is_weakened(source, folders):
+    cases = sorted(f.name[:-7] for f in (source / "labelsTr").iterdir())
+    (source / "imagesTr").rename(folders / "elsewhere")
+    described = _json(source / "dataset.json") | {"dataset": {
+        case: {"images": [str(folders / "elsewhere" / f"{case}_{c:04d}.nii.gz") for c in range(2)],
+               "label": f"labelsTr/{case}.nii.gz"} for case in cases}}
+    (source / "dataset.json").write_text(json.dumps(described))
+    target = _weaken()
+    assert len(list((target / "imagesTr").iterdir())) == 40 and "dataset" not in _json(target / "dataset.json")
 
 
-def test_other_file_formats_are_weakened_and_not_a_number_is_refused(source, tmp_path):
-    # the NIfTI reader turns NaN to 0, others do not
-    for file in list(source.rglob("*.nii.gz")):
-        sitk.WriteImage(sitk.ReadImage(str(file)), str(file).replace(".nii.gz", ".nrrd"))
-        file.unlink()
-    _edit_dataset_json(source, file_ending=".nrrd")
-    weaken_dataset(source, tmp_path / "target", full=["a"])
-    assert _files(source).keys() == _files(tmp_path / "target").keys()
-    assert 3 in _read(tmp_path / "target" / "labelsTr" / "d.nrrd")
-
-    _write(source / "labelsTr" / "d.nrrd", np.full((3, 8, 7), np.nan, dtype=np.float32), 0)
-    with pytest.raises(ValueError, match=r"d\.nrrd holds values that are no integers"):
-        weaken_dataset(source, tmp_path / "other", full=["a"])
+def test_images_are_linked_where_asked_for(source):
+    copied, linked = _weaken(), _weaken(link=True, dataset_id=3, name="Linked")
+    name = "imagesTr/p0_a_0000.nii.gz"
+    assert (linked / name).samefile(source / name) and not (copied / name).samefile(source / name)
+    assert not any((linked / "labelsTr" / f.name).samefile(f) for f in (source / "labelsTr").iterdir())
 
 
-def test_a_real_dataset_is_weakened_along_any_axis(test_data, tmp_path):
-    source = tmp_path / "hippocampus"
-    files = sorted((test_data / "hippocampus" / "labelsTr").glob("*.nii.gz"))[:3]
-    for file in files:
-        image = file.name.replace(".nii.gz", "_0000.nii.gz")
-        for folder, name, original in (("labelsTr", file.name, file), ("imagesTr", image, _image_of(file))):
-            (source / folder).mkdir(parents=True, exist_ok=True)
-            (source / folder / name).write_bytes(original.read_bytes())
-    (source / "dataset.json").write_text(json.dumps({
-        "channel_names": {"0": "MRI"}, "labels": {"background": 0, "anterior": 1, "posterior": 2},
-        "numTraining": 3, "file_ending": ".nii.gz"}))
-    case = files[1].name.removesuffix(".nii.gz")
-    weaken_dataset(source, tmp_path / "target", full=[files[0].name.removesuffix(".nii.gz")], slice_axis=2)
-
-    weak, full = (_read(folder / "labelsTr" / f"{case}.nii.gz") for folder in (tmp_path / "target", source))
-    assert set(np.unique(full)) == {0, 1, 2}
-    _assert_points(np.moveaxis(weak, 2, 0), np.moveaxis(full, 2, 0), 3, 1)
+def test_the_command(source, folders, capsys):
+    code = cli.main(["weaken", "--source", "1", "--id", "9", "--full", "2", "--style", "erosion", "--fraction", "0.5",
+                     "--unlabelled", "1", "--seed", "4", "--processes", "2", "--no-background", "--name", "Weak"])
+    out = capsys.readouterr().out
+    assert code == 0 and "20 training cases (8 full, 10 partial, 2 unlabelled), 4 of them (full) for validation" in out
+    target = folders / "raw" / "Dataset009_Weak"
+    case = next(c for c, kind in _json(target / "dataset.json")["supervision"].items() if kind == "partial")
+    weak = _read(target / "labelsTr" / f"{case}.nii.gz")
+    assert (weak != 0).all() and (weak == 3).all(axis=(1, 2)).sum() == 1  # of three slices round(1.5) = 2 are annotated
 
 
-def _image_of(label_file):
-    return label_file.parent.parent / "imagesTr" / label_file.name
+def test_hippocampus_keeps_points_in_three_planes(test_data, folders):
+    folder = folders / "raw" / SOURCE
+    for file in sorted((test_data / "hippocampus" / "labelsTr").glob("*.nii.gz"))[:5]:
+        image = test_data / "hippocampus" / "imagesTr" / file.name
+        for sub, name, original in (("labelsTr", file.name, file), ("imagesTr", file.name.replace(".nii", "_0000.nii"), image)):
+            (folder / sub).mkdir(parents=True, exist_ok=True)
+            (folder / sub / name).write_bytes(original.read_bytes())
+    (folder / "dataset.json").write_text(json.dumps({
+        "channel_names": {"0": "MRI"}, "labels": {"background": 0, "anterior": 1, "posterior": 2}, "numTraining": 5,
+        "file_ending": ".nii.gz"}))
+    target = _weaken(full=["1"], slice_axis=1)
+    for case, kind in _json(target / "dataset.json")["supervision"].items():
+        if kind == "partial":
+            full, weak = _read(folder / "labelsTr" / f"{case}.nii.gz"), _read(target / "labelsTr" / f"{case}.nii.gz")
+            for k in range(full.shape[1]):
+                assert set(np.unique(weak[:, k])) - {3} == set(np.unique(full[:, k]))
+
+
+# ---- bad input ------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("options, pattern", [
+    ({"source": "5"}, "no data set 5"),
+    ({"source": "Dataset001_Sauce"}, "no data set Dataset001_Sauce"),
+    ({"dataset_id": 1}, r"the id 1 is taken by .*Dataset001_Source"),
+    ({"dataset_id": 1000}, "from 1 to 999"),
+    ({"name": "a b"}, "letters, digits"),
+    ({"full": ["9"]}, "9 full patients are asked for; besides the 2 that validate there are 8"),
+    ({"full": ["0"]}, "0 full patients"),
+    ({"full": ["p1", "p11", "q"]}, "no such patients: p11, q"),
+    ({"unlabelled": 6}, "6 unlabelled patients are asked for; 5 are neither"),
+    ({"unlabelled": -1}, "-1 unlabelled"),
+    ({"style": "scrawl"}, "no style 'scrawl'"),
+    ({"style": "slices", "fraction": 2.0}, "fraction must be above 0 and at most 1, got 2.0"),
+    ({"style": "scribbles", "dimension": "3d"}, "scribbles are made slice by slice"),
+    ({"patient_pattern": r"q(\d)"}, "does not match these cases"),
+    ({"patient_pattern": "p["}, "is no regular expression"),
+])
+def test_wrong_options_write_nothing(source, folders, options, pattern):
+    before = _files(folders)
+    with pytest.raises(InputError, match=pattern) as caught:
+        _weaken(**options)
+    assert "problems; nothing" not in str(caught.value)  # said once, not for every case
+    assert _files(folders) == before
+
+
+def test_wrong_labels_are_listed_together_and_nothing_is_written(source, folders):
+    kinds = _json(_weaken() / "dataset.json")["supervision"]
+    a, b, *_ = [case for case, kind in kinds.items() if kind == "partial"]
+    for case, value in ((a, 3), (b, 7)):
+        label = _read(source / "labelsTr" / f"{case}.nii.gz")
+        label[0, 0, 0] = value
+        _write(source / "labelsTr" / f"{case}.nii.gz", label)
+    before = _files(folders)
+    with pytest.raises(InputError, match="2 problems; nothing was written") as caught:
+        _weaken(dataset_id=4, name="Other")
+    for case, value in ((a, 3), (b, 7)):
+        assert f"{source / 'labelsTr' / case}.nii.gz: holds the values {value}; a full label may hold 0, 1, 2" in str(caught.value)
+    assert _files(folders) == before
+
+
+@pytest.mark.parametrize("content, pattern", [("{", "is no list of folds"), ("[]", "is no list of folds"),
+                                              ('[{"train": [], "val": ["x"]}]', "names cases that Dataset001_Source does not have: x")])
+def test_a_broken_split_is_refused(source, folders, content, pattern):
+    (folders / "preprocessed" / SOURCE).mkdir()
+    (folders / "preprocessed" / SOURCE / "splits_final.json").write_text(content)
+    with pytest.raises(InputError, match=pattern):
+        _weaken()
+
+
+def test_a_folder_that_is_no_data_set_is_refused(source):
+    (source / "dataset.json").unlink()
+    with pytest.raises(InputError, match="is no data set in nnU-Net's raw format"):
+        _weaken()
+
+
+def test_a_missing_label_is_named(source):
+    (source / "labelsTr" / "p3_a.nii.gz").unlink()
+    with pytest.raises(InputError, match=r"p3_a\.nii\.gz: there is no such file"):
+        _weaken(full=["p3"])

@@ -1,0 +1,83 @@
+"""MM-WHS 2017: whole heart in CT and MRI, seven structures.
+
+Zhuang and Shen, Medical Image Analysis 2016, doi 10.1016/j.media.2016.02.006; Zhuang et al., Medical Image Analysis 2019,
+doi 10.1016/j.media.2019.101537. Stray values such as 421 are reported in published MR labels: they are an error unless mapped.
+"""
+from __future__ import annotations
+
+import argparse
+import re
+from pathlib import Path
+
+from nnunet_confkd.dataset_conversion.volumes import Volume
+from nnunet_confkd.dataset_conversion.writer import PROCESSES, Case, Dataset, choose_patients, write_dataset
+from nnunet_confkd.errors import InputError
+
+DESCRIPTION = "MM-WHS, whole heart in CT or MRI (ct_train_10NN_image.nii.gz, ct_train_10NN_label.nii.gz, mr_train_...)"
+LABELS = {"background": 0, "left_ventricle": 1, "right_ventricle": 2, "left_atrium": 3, "right_atrium": 4, "myocardium": 5,
+          "aorta": 6, "pulmonary_artery": 7}
+VALUES = {0: 0, 500: 1, 600: 2, 420: 3, 550: 4, 205: 5, 820: 6, 850: 7}
+CHANNELS = {"ct": "CT", "mr": "MRI"}
+
+
+def _mapping(text: str) -> tuple[int, int]:
+    match = re.fullmatch(r"(\d+)=(\d+)", text)
+    if match is None:
+        raise argparse.ArgumentTypeError(f"{text!r}: give it as STRAY=PUBLISHED, e.g. 421=420")
+    return int(match[1]), int(match[2])
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--modality", choices=sorted(CHANNELS), help="needed where the folder holds both")
+    parser.add_argument("--map", type=_mapping, action="append", dest="mapped", metavar="STRAY=PUBLISHED", help="take a stray label "
+                        "value for a published one, e.g. 421=420, or 421=0 (may be repeated)")
+
+
+def convert(source: Path, dataset_id: int, *, modality: str | None = None, mapped: list[tuple[int, int]] | None = None,
+            name: str | None = None, seed: int = 0, processes: int = PROCESSES, link: bool = False) -> Path:
+    """Write the CT or the MR part as a fully labelled data set of nnU-Net; returns its folder.
+
+    source: the images and labels, or folders such as ct_train that hold them. mapped: (stray value, published value).
+    Raises InputError with all that is wrong with the data, stray label values among it.
+    """
+    source = Path(source)
+    if not source.is_dir():
+        raise InputError(f"{source}: there is no such folder")
+    files = sorted(f for pattern in ("*", "*/*") for f in source.glob(pattern)
+                   if re.fullmatch(r"(ct|mr)_(train|test)_\d+_(image|label)\.nii\.gz", f.name))
+    found = sorted({f.name[:2] for f in files})
+    if modality is None and len(found) == 1:
+        modality = found[0]
+    if modality not in found:
+        raise InputError(f"{source}: holds " + (f"both {' and '.join(found)}; choose one --modality" if len(found) > 1 else
+                                                f"no files {modality or 'ct'}_train_10NN_image.nii.gz"))
+    values, problems = dict(VALUES), []
+    for stray, published in mapped or []:
+        if published not in VALUES:
+            raise InputError(f"--map {stray}={published}: {published} is none of the published values {sorted(VALUES)}")
+        if stray in VALUES:
+            raise InputError(f"--map {stray}={published}: {stray} is itself a published value; only stray ones can be mapped")
+        values[stray] = VALUES[published]
+    cases: dict[str, dict[str, Path]] = {}
+    for file in (f for f in files if f.name.startswith(modality)):
+        stem, part = file.name.removesuffix(".nii.gz").rsplit("_", 1)
+        if part in cases.setdefault(stem, {}):
+            problems.append(f"{file}: is there twice, also as {cases[stem][part]}")
+        cases[stem][part] = file
+    for parts in cases.values():
+        for part, other in (("image", "label"), ("label", "image")):
+            if part in parts and other not in parts and not (part == "image" and "_test_" in parts[part].name):
+                problems.append(f"{parts[part]}: has no {other}")
+    training = [Case(stem, (Volume(parts["image"]),), Volume(parts["label"]), values=values)
+                for stem, parts in cases.items() if "_train_" in stem and len(parts) == 2]
+    test = [Case(stem, (Volume(parts["image"]),), Volume(parts["label"]) if "label" in parts else None, values=values)
+            for stem, parts in cases.items() if "_test_" in stem and "image" in parts]
+    if not training and not problems:
+        raise InputError(f"{source}: holds no training case ({modality}_train_10NN_image.nii.gz)")
+    roles = choose_patients([case.name for case in training], seed) if training else {}
+    return write_dataset(Dataset(
+        name=name or f"MMWHS{modality.upper()}", channel_names=[CHANNELS[modality]], labels=LABELS, file_ending=".nii.gz",
+        training=training, test=test, validation=[case for case, role in roles.items() if role == "validation"],
+        licence="see the publisher's terms (MM-WHS 2017 challenge)",
+        reference="Zhuang and Shen, Medical Image Analysis 2016, doi 10.1016/j.media.2016.02.006", roots=(source,),
+        problems=problems), dataset_id, processes, link)

@@ -1,0 +1,141 @@
+"""Medical Segmentation Decathlon, any task: imagesTr, labelsTr, imagesTs and dataset.json, several channels in one 4-D file.
+
+Antonelli et al., Nature Communications 2022, doi 10.1038/s41467-022-30695-9. nnU-Net's own convert_msd_dataset wants imagesTs,
+checks nothing and writes where the data set will lie, so an interrupted run leaves half of one; hence it is not called. On a
+proper task the images and labels are the same.
+"""
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from pathlib import Path
+
+from nnunet_confkd.dataset_conversion.volumes import Volume, read
+from nnunet_confkd.dataset_conversion.writer import PROCESSES, Case, Dataset, choose_patients, write_dataset
+from nnunet_confkd.errors import InputError
+
+DESCRIPTION = "Medical Segmentation Decathlon, any task (imagesTr, labelsTr, dataset.json)"
+ENDING = ".nii.gz"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--labels", nargs="+", metavar="NAME", help="names of the values 0, 1, ..., where there is no "
+                        "dataset.json")
+    parser.add_argument("--channels", nargs="+", metavar="NAME", help="names of the channels, where there is no dataset.json; "
+                        "\"CT\" chooses nnU-Net's CT normalisation")
+
+
+def convert(source: Path, dataset_id: int, *, labels: list[str] | None = None, channels: list[str] | None = None,
+            name: str | None = None, seed: int = 0, processes: int = PROCESSES, link: bool = False) -> Path:
+    """Write a task as a fully labelled data set of nnU-Net; returns its folder.
+
+    labels, channels: their names, where the task has no dataset.json. name: default: the task's, without its number.
+    Raises InputError with all that is wrong with the data.
+    """
+    return write_dataset(task(source, labels, channels, name, seed), dataset_id, processes, link)
+
+
+def task(source: Path, labels: list[str] | None = None, channels: list[str] | None = None, name: str | None = None,
+         seed: int = 0) -> Dataset:
+    """What `convert` writes."""
+    source = Path(source)
+    missing = [sub for sub in ("imagesTr", "labelsTr") if not (source / sub).is_dir()]
+    if missing:
+        raise InputError(f"{source}: has no folder {' and no folder '.join(missing)}; give the folder of one task, e.g. "
+                         f"Task04_Hippocampus")
+    described = _described(source, labels, channels)
+    problems: list[str] = []
+    channel_names = [described["modality"][key] for key in sorted(described["modality"], key=int)]
+    training = [Case(_name(image), _channels(image, channel_names), Volume(label))
+                for image, label in _pairs(source, described, problems)]
+    test = [Case(_name(image), _channels(image, channel_names)) for image in _files(source / "imagesTs")]
+    if not training and not problems:
+        raise InputError(f"{source / 'imagesTr'}: holds no images ({ENDING})")
+    roles = choose_patients([case.name for case in training], seed) if training else {}
+    return Dataset(
+        name=name or _task_name(source, described), channel_names=channel_names, labels=described["labels"], file_ending=ENDING,
+        training=training, test=test, validation=[case for case, role in roles.items() if role == "validation"],
+        licence=described.get("licence", "CC BY-SA 4.0"), roots=(source,), problems=problems,
+        reference=described.get("reference") or "Antonelli et al., Nature Communications 2022, doi 10.1038/s41467-022-30695-9")
+
+
+def _described(source: Path, labels: list[str] | None, channels: list[str] | None) -> dict:
+    """dataset.json, with labels as {name: value}; or what the options say."""
+    file = source / "dataset.json"
+    if not file.is_file():
+        if labels is None or channels is None:
+            raise InputError(f"{file}: is missing; name the labels and the channels: --labels background NAME ... --channels MRI")
+        described = {"labels": dict(enumerate(labels)), "modality": dict(enumerate(channels))}
+    elif labels is not None or channels is not None:
+        raise InputError(f"{file}: names the labels and the channels; leave out --labels and --channels, or correct the file")
+    else:
+        described = _read_json(file)
+    try:
+        named = {str(label): int(value) for value, label in described["labels"].items()}
+        modality = {str(int(key)): str(channel) for key, channel in described["modality"].items()}
+        list(described.get("training", []))
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise InputError(f"{file}: is no description of a task: \"labels\" and \"modality\" must be objects like "
+                         f'{{"0": "background", "1": "liver"}}, "training" a list ({type(error).__name__}: {error})') from error
+    if sorted(named.values()) != list(range(len(described["labels"]))) or len(named) < 2 or named.get("background") != 0:
+        raise InputError(f"{file}: the labels must be 0, 1, 2, ... with a name of its own each, \"background\" the first, not "
+                         f"{described['labels']}")
+    if sorted(map(int, modality)) != list(range(len(described["modality"]))) or not modality:
+        raise InputError(f"{file}: the modalities must be numbered 0, 1, ..., not {described['modality']}")
+    return {**described, "labels": named, "modality": modality}
+
+
+def _read_json(file: Path) -> dict:
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InputError(f"{file}: is no JSON file; fetch it anew ({error})") from error
+
+
+def _pairs(source: Path, described: dict, problems: list[str]) -> list[tuple[Path, Path]]:
+    """Image and label of every training case: those that dataset.json lists, or, without a list, those in the folders."""
+    images = {_name(file): file for file in _files(source / "imagesTr")}
+    labels = {_name(file): file for file in _files(source / "labelsTr")}
+    if "training" not in described:
+        problems += [f"{images[name]}: has no label in labelsTr" for name in sorted(set(images) - set(labels))]
+        problems += [f"{labels[name]}: has no image in imagesTr" for name in sorted(set(labels) - set(images))]
+        return [(images[name], labels[name]) for name in sorted(set(images) & set(labels))]
+    pairs, listed = [], set()
+    for entry in described["training"]:
+        try:
+            image, label = source / entry["image"], source / entry["label"]
+        except (TypeError, KeyError):  # no object, or not of text
+            problems.append(f"{source / 'dataset.json'}: the entry {entry!r} of \"training\" has no image and label")
+            continue
+        outside = [path for path in (image, label) if not path.resolve().is_relative_to(source.resolve())]
+        absent = [path for path in (image, label) if path not in outside and not path.is_file()]
+        problems += [f"{source / 'dataset.json'}: lists {path}, which lies outside of the folder" for path in outside]
+        problems += [f"{path}: is listed in dataset.json, but is missing" for path in absent]
+        listed |= {image.resolve(), label.resolve()}
+        if not outside and not absent:
+            pairs.append((image, label))
+    problems += [f"{file}: is not listed in dataset.json" for file in sorted([*images.values(), *labels.values()])
+                 if file.resolve() not in listed]
+    return pairs
+
+
+def _files(folder: Path) -> list[Path]:
+    """Images of a folder; macOS leaves hidden ones in the published archives."""
+    if not folder.is_dir():
+        return []
+    return sorted(f for f in folder.iterdir() if f.name.endswith(ENDING) and not f.name.startswith((".", "_")))
+
+
+def _name(file: Path) -> str:
+    return file.name.removesuffix(ENDING)
+
+
+def _channels(image: Path, names: list[str]) -> tuple[Volume, ...]:
+    # not a volume a channel: a channel too many would go unnoticed
+    return (Volume(image) if len(names) == 1 else Volume(image, reader=read),)
+
+
+def _task_name(source: Path, described: dict) -> str:
+    folder = re.sub(r"^Task\d+_", "", source.resolve().name)
+    return re.sub(r"[^A-Za-z0-9_-]", "", folder if folder != source.resolve().name else str(described.get("name", folder))) or "MSD"

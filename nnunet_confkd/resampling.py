@@ -1,0 +1,81 @@
+"""Label resampling that keeps annotations: nnU-Net's own erases isolated annotated voxels."""
+from __future__ import annotations
+
+import numpy as np
+from nnunetv2.preprocessing.preprocessors.default_preprocessor import DefaultPreprocessor
+from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
+
+
+def keep_annotations(seg: np.ndarray, resampled: np.ndarray, ignore_label: int) -> np.ndarray:
+    """A resampled partial label in which the place of every annotated voxel is annotated, by a class that belongs there.
+
+    seg: label before resampling, any number of axes. resampled: the same on another grid over the same extent, with as
+    many axes (nnU-Net's convention, pixel edges aligned: index i of n lies in floor((i + 0.5) m / n) of m).
+    nnU-Net's -1 (background outside of the non-zero region) is a class like any other.
+
+    Where several annotated voxels share a place: a class of theirs that `resampled` has there stays; else the most frequent
+    of their classes, of those the rarest in `seg`, then the lowest. A class that would vanish altogether takes its places,
+    but from no other class the last one. A label without ignored voxels stays as it was resampled.
+
+    Returns a new array of the shape and type of `resampled`.
+    """
+    kept = resampled.copy()
+    annotated = seg != ignore_label
+    if annotated.all():
+        return kept
+    flat = kept.reshape(-1)  # a view
+    place = np.zeros((), dtype=np.int64)
+    for old, new in zip(seg.shape, resampled.shape):
+        # in integers: floats would put a centre that lies on an edge to either side of it
+        place = np.add.outer(place * new, (2 * np.arange(old) + 1) * new // (2 * old))
+    place, label = place[annotated], seg[annotated].astype(np.int64)
+    lowest = label.min(initial=0)
+    frequency = np.bincount(label - lowest)
+
+    settled = np.zeros(flat.size, dtype=bool)
+    settled[place[flat[place] == label]] = True
+    left = ~settled[place]
+    key, count = np.unique(place[left] * frequency.size + (label[left] - lowest), return_counts=True)
+    where, code = np.divmod(key, frequency.size)
+    order = np.lexsort((code, frequency[code], -count, where))
+    where, first = np.unique(where[order], return_index=True)
+    flat[where] = code[order][first] + lowest
+
+    vanished = [code for code in np.flatnonzero(frequency) if not (flat == code + lowest).any()]
+    for code in sorted(vanished, key=lambda code: frequency[code]):
+        own = np.unique(place[label == code + lowest])
+        for other in np.unique(flat[own]):
+            taken = own[flat[own] == other]
+            if taken.size == np.count_nonzero(flat == other):
+                taken = taken[1:]
+            flat[taken] = code + lowest
+    return kept
+
+
+class KeepAnnotations(DefaultPreprocessor):
+    """nnU-Net's preprocessor; in labels with ignored voxels no annotation is lost (see :func:`keep_annotations`).
+
+    It is no preprocessor to be named in plans: these keep naming nnU-Net's, which predicts the same.
+    """
+
+    def run_case_npy(self, data, seg, properties, plans_manager, configuration_manager, dataset_json):
+        ignore_label = plans_manager.get_label_manager(dataset_json).ignore_label
+        if ignore_label is not None:
+            configuration_manager = _KeepingConfiguration(configuration_manager.configuration, ignore_label)
+        return super().run_case_npy(data, seg, properties, plans_manager, configuration_manager, dataset_json)
+
+
+class _KeepingConfiguration(ConfigurationManager):
+    """A configuration of the plans whose label resampling is followed by :func:`keep_annotations`."""
+
+    def __init__(self, configuration_dict: dict, ignore_label: int):
+        super().__init__(configuration_dict)
+        self.ignore_label = ignore_label
+
+    @property
+    def resampling_fn_seg(self):
+        stock = super().resampling_fn_seg
+
+        def resample(seg, *grid):
+            return keep_annotations(seg, stock(seg, *grid), self.ignore_label)
+        return resample
