@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -85,23 +86,24 @@ def convert(source: Path, dataset_id: int, *, convention: str | None = None, tes
     training = _cases(source, rules, problems, labelled=True)
     tests = _cases(Path(test), rules, problems, labelled=False) if test is not None else []
     channels = [channel for channel in rules.channels if any(channel in found for _, found, _ in training)]
-    for folder, found, _ in (*training, *tests):
-        absent = [channel for channel in channels if channel not in found]
-        if absent:
-            problems.append(f"{folder}: has no {', '.join(absent)}, which other cases have")
-    if not 2 <= len(channels) <= 4 and not problems:
+    if training and len(channels) < 2:
         problems.append(f"{source}: two to four channels are expected; found: {', '.join(channels) or 'none'}")
 
-    def case(folder: Path, found: dict[str, Path], seg: Path | None) -> Case:
-        return Case(folder.name, tuple(Volume(found[channel]) for channel in channels if channel in found),
-                    seg and Volume(seg), values=rules.values)
+    def complete(entries: list[tuple[Path, dict[str, Path], Path | None]]) -> Iterator[Case]:
+        for folder, found, seg in entries:
+            absent = [channel for channel in channels if channel not in found]
+            if absent:
+                problems.append(f"{folder}: has no {', '.join(absent)}, which other cases have")
+            elif channels:
+                yield Case(folder.name, tuple(Volume(found[channel]) for channel in channels), seg and Volume(seg),
+                           values=rules.values)
 
-    cases = [case(*entry) for entry in training if entry[1]]
+    cases, test_cases = list(complete(training)), list(complete(tests))
     patient = patients_of([case.name for case in cases], rules.patients)
     roles = choose_patients(patient.values(), seed) if cases else {}
     return write_dataset(Dataset(
         name=name, channel_names=channels, labels=rules.regions, regions_class_order=rules.order, file_ending=".nii.gz",
-        training=cases, test=[case(*entry) for entry in tests if entry[1]], patient_pattern=rules.patients,
+        training=cases, test=test_cases, patient_pattern=rules.patients,
         validation=[case for case, of in patient.items() if roles[of] == "validation"],
         licence="CC BY-NC-SA 3.0" if convention == "2015" else "see the publisher's terms (synapse.org)",
         reference="Menze et al., IEEE TMI 2015, doi 10.1109/TMI.2014.2377694; Baid et al., arXiv 2107.02314",
@@ -113,8 +115,8 @@ def _told_by_names(source: Path) -> str:
     names = [_stem(file) for file in _images(source, *CASES)]
     fitting = [key for key, rules in CONVENTIONS.items() if any(re.search(f"{rules.seg}$", name) for name in names)]
     if len(fitting) != 1:
-        raise InputError(f"{source}: holds " + (f"labels named as in {' and '.join(fitting)}; give one --convention" if fitting
-                         else "no labels (OTMultiClass, CASE_seg or CASE-seg, .nii.gz) in folders of cases"))
+        raise InputError(f"{source}: holds " + (f"labels named as in {' and '.join(fitting)}; give one --convention"
+                         if fitting else "no labels (OTMultiClass, CASE_seg or CASE-seg, .nii.gz) in folders of cases"))
     return fitting[0]
 
 

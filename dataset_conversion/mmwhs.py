@@ -1,7 +1,8 @@
 """MM-WHS 2017: whole heart in CT and MRI, seven structures.
 
 Zhuang and Shen, Medical Image Analysis 2016, doi 10.1016/j.media.2016.02.006; Zhuang et al., Medical Image Analysis 2019,
-doi 10.1016/j.media.2019.101537. Stray values such as 421 are reported in published MR labels: they are an error unless mapped.
+doi 10.1016/j.media.2019.101537. Stray values such as 421 are reported in published MR labels: they are an error unless
+mapped.
 """
 from __future__ import annotations
 
@@ -29,8 +30,8 @@ def _mapping(text: str) -> tuple[int, int]:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--modality", choices=sorted(CHANNELS), help="needed where the folder holds both")
-    parser.add_argument("--map", type=_mapping, action="append", dest="mapped", metavar="STRAY=PUBLISHED", help="take a stray label "
-                        "value for a published one, e.g. 421=420, or 421=0 (may be repeated)")
+    parser.add_argument("--map", type=_mapping, action="append", dest="mapped", metavar="STRAY=PUBLISHED", help="take a "
+                        "stray label value for a published one, e.g. 421=420, or 421=0 (may be repeated)")
 
 
 def convert(source: Path, dataset_id: int, *, modality: str | None = None, mapped: list[tuple[int, int]] | None = None,
@@ -56,7 +57,7 @@ def convert(source: Path, dataset_id: int, *, modality: str | None = None, mappe
         if published not in VALUES:
             raise InputError(f"--map {stray}={published}: {published} is none of the published values {sorted(VALUES)}")
         if stray in VALUES:
-            raise InputError(f"--map {stray}={published}: {stray} is itself a published value; only stray ones can be mapped")
+            raise InputError(f"--map {stray}={published}: {stray} is a published value itself; map stray ones only")
         values[stray] = VALUES[published]
     cases: dict[str, dict[str, Path]] = {}
     for file in (f for f in files if f.name.startswith(modality)):

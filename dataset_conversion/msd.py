@@ -1,8 +1,8 @@
 """Medical Segmentation Decathlon, any task: imagesTr, labelsTr, imagesTs and dataset.json, several channels in one 4-D file.
 
-Antonelli et al., Nature Communications 2022, doi 10.1038/s41467-022-30695-9. nnU-Net's own convert_msd_dataset wants imagesTs,
-checks nothing and writes where the data set will lie, so an interrupted run leaves half of one; hence it is not called. On a
-proper task the images and labels are the same.
+Antonelli et al., Nature Communications 2022, doi 10.1038/s41467-022-30695-9. nnU-Net's own convert_msd_dataset wants
+imagesTs, checks nothing and writes where the data set will lie, so an interrupted run leaves half of one; hence it is not
+called. On a proper task the images and labels are the same.
 """
 from __future__ import annotations
 
@@ -17,13 +17,14 @@ from nnunet_confkd.errors import InputError
 
 DESCRIPTION = "Medical Segmentation Decathlon, any task (imagesTr, labelsTr, dataset.json)"
 ENDING = ".nii.gz"
+REFERENCE = "Antonelli et al., Nature Communications 2022, doi 10.1038/s41467-022-30695-9"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--labels", nargs="+", metavar="NAME", help="names of the values 0, 1, ..., where there is no "
                         "dataset.json")
-    parser.add_argument("--channels", nargs="+", metavar="NAME", help="names of the channels, where there is no dataset.json; "
-                        "\"CT\" chooses nnU-Net's CT normalisation")
+    parser.add_argument("--channels", nargs="+", metavar="NAME", help="names of the channels, where there is no "
+                        "dataset.json; \"CT\" chooses nnU-Net's CT normalisation")
 
 
 def convert(source: Path, dataset_id: int, *, labels: list[str] | None = None, channels: list[str] | None = None,
@@ -54,33 +55,37 @@ def task(source: Path, labels: list[str] | None = None, channels: list[str] | No
         raise InputError(f"{source / 'imagesTr'}: holds no images ({ENDING})")
     roles = choose_patients([case.name for case in training], seed) if training else {}
     return Dataset(
-        name=name or _task_name(source, described), channel_names=channel_names, labels=described["labels"], file_ending=ENDING,
-        training=training, test=test, validation=[case for case, role in roles.items() if role == "validation"],
-        licence=described.get("licence", "CC BY-SA 4.0"), roots=(source,), problems=problems,
-        reference=described.get("reference") or "Antonelli et al., Nature Communications 2022, doi 10.1038/s41467-022-30695-9")
+        name=name or _task_name(source, described), channel_names=channel_names, labels=described["labels"],
+        file_ending=ENDING, training=training, test=test, roots=(source,), problems=problems,
+        validation=[case for case, role in roles.items() if role == "validation"],
+        licence=described.get("licence", "CC BY-SA 4.0"), reference=described.get("reference") or REFERENCE)
 
 
 def _described(source: Path, labels: list[str] | None, channels: list[str] | None) -> dict:
     """dataset.json, with labels as {name: value}; or what the options say."""
-    file = source / "dataset.json"
+    file: Path | str = source / "dataset.json"
     if not file.is_file():
         if labels is None or channels is None:
-            raise InputError(f"{file}: is missing; name the labels and the channels: --labels background NAME ... --channels MRI")
+            raise InputError(f"{file}: is missing; name the labels and the channels: --labels background NAME ... "
+                             f"--channels MRI")
         described = {"labels": dict(enumerate(labels)), "modality": dict(enumerate(channels))}
+        file = "--labels"  # for what is wrong with them
     elif labels is not None or channels is not None:
-        raise InputError(f"{file}: names the labels and the channels; leave out --labels and --channels, or correct the file")
+        raise InputError(f"{file}: names the labels and the channels; leave out --labels and --channels, or correct "
+                         f"the file")
     else:
         described = _read_json(file)
     try:
         named = {str(label): int(value) for value, label in described["labels"].items()}
         modality = {str(int(key)): str(channel) for key, channel in described["modality"].items()}
-        list(described.get("training", []))
+        list(described.get("training", []))  # raises, too
     except (ValueError, KeyError, AttributeError, TypeError) as error:
         raise InputError(f"{file}: is no description of a task: \"labels\" and \"modality\" must be objects like "
-                         f'{{"0": "background", "1": "liver"}}, "training" a list ({type(error).__name__}: {error})') from error
+                         f'{{"0": "background", "1": "liver"}}, "training" a list ({type(error).__name__}: '
+                         f"{error})") from error
     if sorted(named.values()) != list(range(len(described["labels"]))) or len(named) < 2 or named.get("background") != 0:
-        raise InputError(f"{file}: the labels must be 0, 1, 2, ... with a name of its own each, \"background\" the first, not "
-                         f"{described['labels']}")
+        raise InputError(f"{file}: the labels must be 0, 1, 2, ... with a name of its own each, \"background\" the first, "
+                         f"not {described['labels']}")
     if sorted(map(int, modality)) != list(range(len(described["modality"]))) or not modality:
         raise InputError(f"{file}: the modalities must be numbered 0, 1, ..., not {described['modality']}")
     return {**described, "labels": named, "modality": modality}
@@ -105,10 +110,10 @@ def _pairs(source: Path, described: dict, problems: list[str]) -> list[tuple[Pat
     for entry in described["training"]:
         try:
             image, label = source / entry["image"], source / entry["label"]
-        except (TypeError, KeyError):  # no object, or not of text
+            outside = [path for path in (image, label) if not path.resolve().is_relative_to(source.resolve())]
+        except (TypeError, KeyError, ValueError):  # no object, or not of text, or no path
             problems.append(f"{source / 'dataset.json'}: the entry {entry!r} of \"training\" has no image and label")
             continue
-        outside = [path for path in (image, label) if not path.resolve().is_relative_to(source.resolve())]
         absent = [path for path in (image, label) if path not in outside and not path.is_file()]
         problems += [f"{source / 'dataset.json'}: lists {path}, which lies outside of the folder" for path in outside]
         problems += [f"{path}: is listed in dataset.json, but is missing" for path in absent]
@@ -137,5 +142,6 @@ def _channels(image: Path, names: list[str]) -> tuple[Volume, ...]:
 
 
 def _task_name(source: Path, described: dict) -> str:
-    folder = re.sub(r"^Task\d+_", "", source.resolve().name)
-    return re.sub(r"[^A-Za-z0-9_-]", "", folder if folder != source.resolve().name else str(described.get("name", folder))) or "MSD"
+    published = re.fullmatch(r"Task\d+_(.+)", source.resolve().name)
+    name = published[1] if published else str(described.get("name", source.resolve().name))
+    return re.sub(r"[^A-Za-z0-9_-]", "", name) or "MSD"

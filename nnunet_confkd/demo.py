@@ -70,7 +70,7 @@ def run(folder: Path, data: Path | None, epochs: int, iterations: int, seed: int
         cases = import_dataset(data, DATASET_ID, name[11:], seed=seed)
     print(", ".join(f"{len(members)} {role}" for role, members in cases.items()))
 
-    say(2, "planning and preprocessing (nnU-Net)")
+    say(2, "planning and preprocessing (nnU-Net's, as confkd plan does)")
     plan_and_preprocess(DATASET_ID, ["2d"])
     preprocessed = folder / "preprocessed" / name
     training = sorted([*cases["full"], *cases["partial"], *cases["unlabelled"]])
@@ -115,14 +115,13 @@ def run(folder: Path, data: Path | None, epochs: int, iterations: int, seed: int
 
 
 def plan_and_preprocess(dataset_id: int, configurations: list[str]) -> None:
-    """nnU-Net's fingerprint, planning and preprocessing."""
+    """As `confkd plan` does, with as many processes as nnU-Net is set to."""
     from nnunetv2.configuration import default_num_processes
-    from nnunetv2.experiment_planning.plan_and_preprocess_api import (extract_fingerprints, plan_experiments,
-                                                                      preprocess)
 
-    extract_fingerprints([dataset_id], num_processes=default_num_processes, check_dataset_integrity=True)
-    plan_experiments([dataset_id])
-    preprocess([dataset_id], PLANS, configurations, num_processes=[default_num_processes] * len(configurations))
+    from nnunet_confkd.planning import plan
+
+    plan([dataset_id], configurations=configurations, verify_integrity=True,
+         fingerprint_processes=default_num_processes, processes=[default_num_processes])
 
 
 def add_small_configuration(plans_file: Path, name: str, base: str, confkd: dict | None = None, *,

@@ -63,11 +63,13 @@ def weaken(label: np.ndarray, style: str, ignore_label: int, rng: np.random.Gene
     if dimension == "3d":
         weak = annotate(label)
     else:
-        axis = _slice_axis(label.ndim, slice_axis, spacing)
+        axis = _slice_axis(slice_axis, spacing)
         slices = label[None] if label.ndim == 2 else np.moveaxis(label, axis, 0)
         weak = np.stack([annotate(part) for part in slices])
+        if fraction is None:
+            fraction = SLICES_FRACTION if style == "slices" else 1
         # after all slices were annotated: what is drawn in one then does not depend on how many stay
-        weak[~_spread(len(weak), fraction or (SLICES_FRACTION if style == "slices" else 1), rng)] = ignore_label
+        weak[~_spread(len(weak), fraction, rng)] = ignore_label
         weak = weak[0] if label.ndim == 2 else np.ascontiguousarray(np.moveaxis(weak, 0, axis))
     if not background:
         weak[weak == BACKGROUND] = ignore_label
@@ -99,9 +101,8 @@ def points(label: np.ndarray, ignore_label: int, rng: np.random.Generator, *, ra
     for value in np.unique(label):
         of_class = label == value
         centre = np.unravel_index(rng.choice(np.flatnonzero(of_class)), label.shape)
-        window = tuple(slice(max(0, c - int(radius)), c + int(radius) + 1) for c in centre)
-        squares = [(np.arange(w.start, min(w.stop, size)) - c) ** 2 for w, size, c in zip(window, label.shape, centre)]
-        disc = sum(np.meshgrid(*squares, indexing="ij", sparse=True)) <= radius ** 2
+        window = tuple(slice(max(0, c - int(radius)), min(c + int(radius) + 1, n)) for c, n in zip(centre, label.shape))
+        disc = sum((axis - c) ** 2 for axis, c in zip(np.ogrid[window], centre)) <= radius ** 2
         weak[window][disc & of_class[window]] = value
     return weak
 
@@ -114,8 +115,9 @@ def scribbles(label: np.ndarray, ignore_label: int, rng: np.random.Generator) ->
     - The interior stroke is the clamped quadratic B-spline of four random pixels of the component as control points:
       it begins at the first and ends at the last, so a class that is there is always annotated.
     - The border stroke follows the outline of the component, eroded by 2 to 5 pixels (3x3 element, fewer times if
-      nothing would be left), over 7 to 15 % of its length. Its middle is drawn with odds growing with the outline's
-      curvature. The image's border is no border: where the component has no other, there is no such stroke.
+      nothing would be left), over 7 to 15 % of the outline's length, less only where the outline is in pieces and the
+      one piece is shorter. Its middle is drawn with odds growing with the outline's curvature. The image's border is
+      no outline: a component that fills the slice has no such stroke.
 
     label: integers, (Y, X).
     Source: ScribbleBench, K. Gotkowski, K. Maier-Hein, F. Isensee, MICCAI 2025, arXiv 2403.12834, which draws interior
@@ -184,7 +186,7 @@ def _check(label, style, ignore_label, fraction, dimension, slice_axis, spacing,
         raise InputError("\n  ".join(["no weak label can be made:", *problems]))
 
 
-def _slice_axis(ndim: int, slice_axis: int | None, spacing: Sequence[float] | None) -> int:
+def _slice_axis(slice_axis: int | None, spacing: Sequence[float] | None) -> int:
     if slice_axis is not None:
         return slice_axis
     # files round their spacing: what differs by less is isotropic; argmax takes the first, as nnU-Net's 2-D plans do
@@ -232,7 +234,8 @@ def _border_line(component: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     ends = np.cumsum([len(line) for line, _ in outlines])
     which = np.searchsorted(ends, middle, side="right")
     line, mode = outlines[which]
-    length = max(1, round(rng.uniform(0.07, 0.15) * len(line)))
+    # of all outlines: after many erosions there may be fragments, of which shares would be mere dots
+    length = min(len(line), max(1, round(rng.uniform(0.07, 0.15) * len(odds))))
     first = middle - (ends[which] - len(line)) - length // 2
     if mode == "clip":  # at its ends the run moves inwards, not to lose any of its length
         first = np.clip(first, 0, len(line) - length)

@@ -70,9 +70,7 @@ class Workspace:
     def prepare(self, dataset: str, configurations: list[str], split: dict | None = None) -> None:
         """Plan and preprocess; write the split."""
         from nnunet_confkd.demo import plan_and_preprocess
-        os.environ["nnUNet_n_proc_DA"] = "1"  # nnU-Net's planner fails on 0
         plan_and_preprocess(int(dataset[7:10]), configurations)
-        os.environ["nnUNet_n_proc_DA"] = "0"
         if split is not None:
             (self.preprocessed(dataset) / "splits_final.json").write_text(json.dumps([split]))
 
