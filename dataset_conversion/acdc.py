@@ -27,6 +27,7 @@ LABELS = {"background": 0, "RV": 1, "myocardium": 2, "LV": 3}
 LICENCE = "CC BY-NC-SA 4.0"
 REFERENCE = "Bernard et al., IEEE TMI 2018, doi 10.1109/TMI.2018.2837502"
 SCRIBBLE_REFERENCE = "scribbles: Valvano et al., IEEE TMI 2021, doi 10.1109/TMI.2021.3069634"
+TWINS = ("patient074", "patient076")  # the same images under two names, as published
 PATIENT_PATTERN = r"(patient\d+)_frame\d+"
 
 
@@ -67,6 +68,9 @@ def convert(source: Path, dataset_id: int, *, scribbles: Path | None = None, ful
         roles = choose_patients(patient.values(), seed, full)
     except InputError as error:  # may come of what is missing
         raise InputError("\n  ".join([*problems, str(error)])) from error
+    validating = {twin for twin in TWINS if roles.get(twin) == "validation"}
+    if len(validating) == 1 and set(TWINS) <= set(roles):
+        roles[validating.pop()] = "other"  # or one would train on what it validates on
     labels = LABELS
     if scribbles is not None:
         labels = with_ignore(LABELS)

@@ -285,15 +285,14 @@ def _check_stream(file: Path) -> None:
 
 # ---- carrying over and writing ---------------------------------------------------------------------------------------
 
-def carry_over(file: Path, target: Path, link: bool = False, case: str | None = None) -> None:
+def carry_over(file: Path, target: Path, link: bool = False) -> None:
     """A copy, byte for byte; with `link` a hard link, which costs no space, where the file system has them.
 
     Never over an existing file: that could be a link to somebody's image. The JSON file of a TIFF image's spacing comes
-    along: nnU-Net reads the one that has the name of the case, which is `case` (default: `target`'s, without the channel).
+    along: nnU-Net reads the one that has the name of `target` without the channel.
     """
     if ending_of(file, TIFF) and spacing_file(file).is_file():
-        aside = spacing_file(target) if case is None else target.with_name(f"{case}.json")
-        shutil.copyfile(spacing_file(file), aside)
+        shutil.copyfile(spacing_file(file), spacing_file(target))
     if link:
         try:
             os.link(file.resolve(), target)

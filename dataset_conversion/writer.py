@@ -264,7 +264,7 @@ def _write_case(case: Case, images: Path, labels: Path, dataset: Dataset, ignore
             target = images / f"{case.name}_{written:04d}{dataset.file_ending}"
             written += 1
             if as_it_is:
-                carry_over(volume.file, target, link, case.name)
+                carry_over(volume.file, target, link)
             else:
                 write(target, voxels, grid)
     if not problems and channels != len(dataset.channel_names):
@@ -314,9 +314,10 @@ def _write_label(case: Case, target: Path, grid: Geometry | None, dataset: Datas
                         f"correct the label, or name and map these values")
     if problems:
         return problems
+    # (nnU-Net's reader of TIFF and PNG makes floats of all, so that those labels are written anew)
     unchanged = label.dtype.kind in "iu" and all(allowed[value] == value for value in found)
     if unchanged and _as_it_is(case.label, dataset) and picture.geometry.equals_for_nnunet(grid):
-        carry_over(file, target, case=case.name)  # never a link: labels are what people edit
+        carry_over(file, target)  # never a link: labels are what people edit
         return []
     written = np.zeros(label.shape, dtype)
     for value in found:

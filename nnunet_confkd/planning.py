@@ -93,20 +93,17 @@ def plan(datasets: Sequence[int | str], *, configurations: Sequence[str] = CONFI
 
     if not no_preprocessing:
         print("Preprocessing...")
-    for name in names:
-        if name not in labels:
-            if not no_preprocessing:
+        for name in names:
+            if name in labels:
+                preprocess_keeping_annotations(name, plans_name, configurations, processes, verbose, bar)
+            else:
                 preprocess([_id(name)], plans_name, configurations, processes, verbose, bar)
-            continue
-        after = {}
-        if not no_preprocessing:
-            preprocess_keeping_annotations(name, plans_name, configurations, processes, verbose, bar)
-            after = preprocessed_counts(name, plans_name, configurations, labels[name])
+    for name in labels:
         print()
-        for configuration, counts in after.items():
-            print(report(name, configuration, labels[name], counts))
-        # of several configurations the first: they differ only where one loses the last ignored voxel of a case
-        write_split(name, next(iter(after.values()), labels[name].counts), labels[name])
+        if not no_preprocessing:
+            for configuration, counts in preprocessed_counts(name, plans_name, configurations, labels[name]).items():
+                print(report(name, configuration, labels[name], counts))
+        write_split(name, labels[name])
     return plans_name
 
 
@@ -176,11 +173,11 @@ def _about(folder: Path) -> Iterator[None]:
 
 @dataclass
 class RawLabels:
-    """The training labels of a data set with an ignore label: by case the file, the voxels per label, the declared kind
-    and the patient."""
+    """The training labels of a data set with an ignore label: by case the file, the voxels per label, the kind and the
+    patient."""
     files: dict[str, str]
     counts: dict[str, dict[int, int]]
-    table: dict[str, str] | None
+    kinds: dict[str, str]
     patients: dict[str, str]
     reader: type[BaseReaderWriter]
     manager: LabelManager
@@ -223,11 +220,10 @@ def read_raw_labels(name: str, described: dict) -> RawLabels:
     if not any(c[value] for c in counts.values() for value in values[:-1] if value > 0):
         raise InputError(f"{folder}: none of the {len(cases)} labels has an annotated voxel of any foreground class, so "
                          f"there is nothing to learn; annotate some, or correct \"ignore\" in dataset.json")
-    table = described.get(TABLE_KEY)
-    with _about(folder):  # complain now rather than after hours of preprocessing
-        decide_kinds(counts, manager, table)
+    with _about(folder):
+        kinds = decide_kinds(counts, manager, described.get(TABLE_KEY))
         patients = patients_of(cases, described.get("patient_pattern"))
-    return RawLabels({case: files["label"] for case, files in cases.items()}, counts, table, patients, reader, manager)
+    return RawLabels({case: files["label"] for case, files in cases.items()}, counts, kinds, patients, reader, manager)
 
 
 # ---- fingerprint ----------------------------------------------------------------------------------------------------
@@ -375,21 +371,23 @@ def report(name: str, configuration: str, labels: RawLabels, after: dict[str, di
     return "\n".join(lines) + "\n"
 
 
-def write_split(name: str, counts: dict[str, dict[int, int]], labels: RawLabels) -> None:
-    """splits_final.json as the trainer would write it, unless there is one."""
+def write_split(name: str, labels: RawLabels) -> None:
+    """splits_final.json as the trainer would write it, unless there is one.
+
+    The raw labels decide: a case that resampling has filled up is no fully labelled one.
+    """
     file = preprocessed_folder() / name / "splits_final.json"
     if file.is_file():
         print(f"{file}: is there already, and stays as it is.")
         return
-    kinds = decide_kinds(counts, labels.manager, labels.table)
     try:
-        splits = split_full_cases(kinds, labels.patients)
+        splits = split_full_cases(labels.kinds, labels.patients)
     except InputError as error:
-        print(f"{file}: was not written ({summary(kinds)}): {error}")
+        print(f"{file}: was not written ({summary(labels.kinds)}): {error}")
         return
     _replace_json(file, splits)
     print(f"{file}: written, {len(splits)} folds of the fully labelled cases; the others train in every fold "
-          f"({summary(kinds)}).")
+          f"({summary(labels.kinds)}).")
 
 
 # ---- command line ---------------------------------------------------------------------------------------------------

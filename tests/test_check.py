@@ -530,6 +530,9 @@ def test_partial_cases_need_an_ignore_label(data, check):
 
 
 def test_it_is_not_said_that_no_case_is_full_where_one_cannot_be_read(data, check):
+    for case in ("p1_a", "p1_b"):  # all that the fold trains on
+        data.label(case).write_text("no gzip")
+    check([r"labelsTr/p1_a.nii.gz: cannot be read", r"labelsTr/p1_b.nii.gz: cannot be read"])
     data.remove("p1_b", "p2_a", "p2_b")
     data.split_file.unlink()
     data.label("p1_a").write_text("no gzip")

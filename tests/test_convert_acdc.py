@@ -91,6 +91,21 @@ def test_three_patients_train_in_full_twenty_validate_and_all_others_are_scribbl
     assert all(kinds[case] == ("full" if case.split("_")[0] in full else "partial") for case in split["train"])
 
 
+def test_two_patients_who_are_one_stay_on_one_side(test_data, monkeypatch):
+    folder = test_data / "acdc" / "training"
+    for frames in (("074_frame01", "076_frame01"), ("074_frame12", "076_frame12")):
+        first, second = (_voxels(folder / f"patient{name[:3]}" / f"patient{name}.nii.gz") for name in frames)
+        assert np.array_equal(first, second)
+    written = []
+    monkeypatch.setattr(acdc, "write_dataset", lambda dataset, *_: written.append(dataset))
+    for seed in range(20):
+        acdc.convert(test_data / "acdc", 27, scribbles=test_data / "acdc_scribbles", full=["3"], seed=seed)
+    twins = [len({name[:10] for name in dataset.validation} & {"patient074", "patient076"}) for dataset in written]
+    assert set(twins) <= {0, 2}
+    assert {len({name[:10] for name in dataset.validation}) for dataset in written} <= {19, 20}
+    assert any(len({name[:10] for name in dataset.validation}) == 19 for dataset in written)  # a seed had parted them
+
+
 def test_images_are_the_published_bytes_and_labels_the_published_voxels(real, test_data, described):
     for case, kind in described["supervision"].items():
         image, label = real / "imagesTr" / f"{case}_0000.nii.gz", real / "labelsTr" / f"{case}.nii.gz"

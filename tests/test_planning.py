@@ -25,12 +25,14 @@ from nnunetv2.preprocessing.preprocessors import default_preprocessor
 from nnunetv2.preprocessing.preprocessors.default_preprocessor import DefaultPreprocessor
 from nnunetv2.preprocessing.resampling.default_resampling import resample_data_or_seg_to_shape
 from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2
+from nnunetv2.utilities.label_handling.label_handling import LabelManager
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunet_confkd import planning
 from nnunet_confkd.errors import InputError
 from nnunet_confkd.planning import main, plan
 from nnunet_confkd.resampling import KeepAnnotations, _KeepingConfiguration, keep_annotations
+from nnunet_confkd.supervision import decide_kinds
 
 X = 9  # the ignore label of the hand-made examples
 
@@ -270,7 +272,7 @@ def mixed(nnunet):
     """A CT data set with partial labels, planned with a target spacing that halves the resolution; before, stock nnU-Net
     has made its fingerprint."""
     raw, preprocessed = nnunet.raw(MIXED), nnunet.preprocessed(MIXED)
-    cases = make_dataset(raw, KINDS)
+    cases = make_dataset(raw, KINDS, supervision={"c02": "partial"})
     with threads():
         extract_fingerprints([611], num_processes=1, show_progress_bar=False)
     stock = _json(preprocessed / "dataset_fingerprint.json")
@@ -545,9 +547,9 @@ def test_the_report_counts_annotated_voxels_before_and_after(mixed, configuratio
 
 
 def _raw_labels(counts, table=None, labels=None):
-    from nnunetv2.utilities.label_handling.label_handling import LabelManager
     manager = LabelManager(labels or {"background": 0, "a": 1, "b": 2, "ignore": 3}, [1, 2] if labels else None)
-    return planning.RawLabels({}, counts, table, {case: case[0] for case in counts}, None, manager)
+    kinds = decide_kinds(counts, manager, table)
+    return planning.RawLabels({}, counts, kinds, {case: case[0] for case in counts}, None, manager)
 
 
 def test_the_report_names_cases_that_become_full_and_the_regions_of_a_label():
@@ -571,7 +573,7 @@ def test_the_trainer_finds_its_counts_and_would_write_the_same_split(nnunet, pla
         patch.setattr(nnUNetDatasetBlosc2, "load_case", load_case)
         kinds = trainer.find_supervision()
     # what is annotated in c05 alone is cropped
-    assert list(kinds.values()) == ["full"] * 3 + ["partial"] * 2 + ["unlabelled"] * 2
+    assert list(kinds.values()) == ["full"] * 2 + ["partial"] * 3 + ["unlabelled"] * 2
     ours = _json(planned / "splits_final.json")
     (planned / "splits_final.json").unlink()
     trainer.do_split()
@@ -580,14 +582,13 @@ def test_the_trainer_finds_its_counts_and_would_write_the_same_split(nnunet, pla
 
 def test_the_split_validates_on_full_cases_and_each_fold_trains_on_all_others(mixed):
     splits = _json(mixed.preprocessed / "splits_final.json")
-    assert sorted(case for split in splits for case in split["val"]) == ["c00", "c01", "c02"]
-    assert len(splits) == 3
+    assert sorted(split["val"] for split in splits) == [["c00"], ["c01"]]  # c02 is declared partial
     for split in splits:
         assert sorted(split["train"] + split["val"]) == sorted(mixed.cases)
-    assert "splits_final.json: written, 3 folds" in mixed.printed
+    assert "splits_final.json: written, 2 folds" in mixed.printed
 
 
-def test_a_split_that_is_there_stays_and_without_preprocessing_the_raw_labels_decide(planned):
+def test_a_split_that_is_there_stays_and_a_missing_one_is_written_without_preprocessing(planned):
     file = planned / "splits_final.json"
     written = file.read_text()
     file.write_text("[]")
@@ -605,7 +606,7 @@ COUNTS = {"f1": {0: 5, 1: 2, 2: 1, 3: 0}, "f2": {0: 5, 1: 2, 2: 1, 3: 0}, "g1": 
 def test_no_patient_is_on_both_sides_of_the_split(tmp_path, monkeypatch):
     monkeypatch.setenv("nnUNet_preprocessed", str(tmp_path))
     (tmp_path / MIXED).mkdir()
-    planning.write_split(MIXED, COUNTS, _raw_labels(COUNTS))
+    planning.write_split(MIXED, _raw_labels(COUNTS))
     splits = _json(tmp_path / MIXED / "splits_final.json")
     assert sorted(split["val"] for split in splits) == [["f1", "f2"], ["g1"]]
     assert sorted(split["train"] for split in splits) == [["f1", "f2", "p1"], ["g1", "p1"]]
@@ -617,7 +618,7 @@ def test_no_patient_is_on_both_sides_of_the_split(tmp_path, monkeypatch):
 def test_with_fewer_than_two_full_patients_no_split_is_written(tmp_path, monkeypatch, capsys, table, kinds):
     monkeypatch.setenv("nnUNet_preprocessed", str(tmp_path))
     (tmp_path / MIXED).mkdir()
-    planning.write_split(MIXED, COUNTS, _raw_labels(COUNTS, table))
+    planning.write_split(MIXED, _raw_labels(COUNTS, table))
     printed = capsys.readouterr().out
     assert f"splits_final.json: was not written ({kinds}): fewer than two patients are fully labelled" in printed
     assert list((tmp_path / MIXED).iterdir()) == []

@@ -425,11 +425,10 @@ def test_the_spacing_of_a_tiff_image_comes_along_under_the_name_of_the_case(tmp_
         (tmp_path / name).write_text(name)
     new = tmp_path / "new"
     new.mkdir()
-    carry_over(tmp_path / "a_0001.tif", new / "a_0001.tif", case="a_0001")  # the label of the case a_0001
-    carry_over(tmp_path / "b_0000.tif", new / "b_0000.tif")
-    carry_over(tmp_path / "c.tif", new / "c_0000.tif", case="c")
+    for name, target in (("a_0001", "a_0001_0000"), ("b_0000", "b_0000"), ("c", "c_0000")):
+        carry_over(tmp_path / f"{name}.tif", new / f"{target}.tif")
     assert {file.name: file.read_text() for file in new.iterdir()} == {
-        "a_0001.tif": "a_0001.tif", "a_0001.json": "a_0001.json", "b_0000.tif": "b_0000.tif", "b.json": "b.json",
+        "a_0001_0000.tif": "a_0001.tif", "a_0001.json": "a_0001.json", "b_0000.tif": "b_0000.tif", "b.json": "b.json",
         "c_0000.tif": "c.tif"}
     assert spacing_file(new / "b_0000.tif") == new / "b.json" and spacing_file(new / "b.tif") == new / "b.json"
 
