@@ -1,12 +1,13 @@
 """MSCMR with scribbles: late gadolinium enhancement MRI of the heart; training images scribbled, the others full.
 
-Images: Zhuang, IEEE TPAMI 2019, doi 10.1109/TPAMI.2018.2869576. Scribbles: Zhang and Zhuang, CycleMix, CVPR 2022, arXiv
-2203.01475: 0 background, 1 right ventricle, 2 myocardium, 3 left ventricle, 4 not annotated. The challenge's own masks are coded
-600, 200 and 500: both are read.
+Images: Zhuang, IEEE TPAMI 2019, doi 10.1109/TPAMI.2018.2869576. Scribbles, and the division into train, val and TestSet:
+Zhang and Zhuang, CycleMix, CVPR 2022, arXiv 2203.01475; there 0 is background, 1 right ventricle, 2 myocardium, 3 left
+ventricle, 4 not annotated. Masks in the challenge's own values, 600, 200 and 500 in that order, are read, too.
 """
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 
 from nnunet_confkd.dataset_conversion.volumes import Volume
@@ -24,66 +25,91 @@ from nnunet_confkd.errors import InputError
 
 DESCRIPTION = "MSCMR, cardiac LGE MRI with scribbles (train, val, TestSet, each with images and labels)"
 LABELS = {"background": 0, "RV": 1, "myocardium": 2, "LV": 3}
-VALUES = {0: 0, 1: 1, 2: 2, 3: 3, 600: 1, 200: 2, 500: 3}
+SCRIBBLES = {0: 0, 1: 1, 2: 2, 3: 3, 4: 4}
+MASKS, CHALLENGE_MASKS = {0: 0, 1: 1, 2: 2, 3: 3}, {0: 0, 600: 1, 200: 2, 500: 3}
 ENDING = ".nii.gz"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--full", nargs="+", metavar="N|SUBJECT", help="subjects of val that train, with their full masks: a number, "
-                        "or names; ConfKD needs at least one fully labelled training case, and train has none")
+    parser.add_argument("--full", nargs="+", metavar="N|SUBJECT", help="subjects of val that train instead, with their full "
+                        "masks: a number, or names such as subject1_DE; ConfKD needs at least one, since train has none")
 
 
 def convert(source: Path, dataset_id: int, *, full: list[str] | None = None, name: str = "MSCMR", seed: int = 0,
             processes: int = PROCESSES, link: bool = False) -> Path:
     """Write MSCMR as a mixed data set of nnU-Net; returns its folder.
 
-    source: holds train, val and TestSet. full: subjects of val to train on, names or one number; the others validate. With
-    None no training case is full, and ConfKDTrainer will refuse the data set.
+    source: holds train and val, and TestSet if at hand, as published. full: subjects of val that train, names or one
+    number; the others validate. With None no training case is full, and ConfKDTrainer refuses to train: a note tells.
     Raises InputError with all that is wrong with the data.
     """
     source = Path(source)
-    for part in ("train", "val"):
-        if not (source / part / "images").is_dir() or not (source / part / "labels").is_dir():
-            raise InputError(f"{source}: needs the folders {part}/images and {part}/labels")
+    missing = [f"{part}/{sub}" for part in ("train", "val") for sub in ("images", "labels")
+               if not (source / part / sub).is_dir()]
+    if missing:
+        raise InputError(f"{source}: has no folder {', '.join(missing)}; give the folder that holds train, val and TestSet, "
+                         f"each with images and labels")
     problems: list[str] = []
-    scribbled = _cases(source / "train", PARTIAL, {**VALUES, 4: 4}, problems)
-    val = _cases(source / "val", FULL, VALUES, problems)
-    test = _cases(source / "TestSet", FULL, VALUES, problems) if (source / "TestSet" / "images").is_dir() else []
-    training = set()
-    if full is not None and val:
-        # at least one validates: the first of those that are not asked for
-        roles = choose_patients([case.name for case in val], seed, full)
-        training = {subject for subject, role in roles.items() if role == "full"}
-    elif not problems:
-        print("note: no training case is fully labelled, and ConfKDTrainer needs one: --full moves subjects of val to training")
-    return write_dataset(Dataset(
-        name=name, channel_names=["LGE"], labels=with_ignore(LABELS), file_ending=ENDING, training=[*scribbled, *val], test=test,
-        validation=[case.name for case in val if case.name not in training],
-        licence="see the publisher's terms (MSCMRseg 2019 challenge)",
-        reference="Zhuang, IEEE TPAMI 2019, doi 10.1109/TPAMI.2018.2869576; scribbles: Zhang and Zhuang, CVPR 2022, arXiv 2203.01475",
-        roots=(source,), problems=problems), dataset_id, processes, link)
+    scribbled = _cases(source / "train", PARTIAL, problems)
+    val = _cases(source / "val", FULL, problems)
+    test = _cases(source / "TestSet", FULL, problems) if (source / "TestSet").is_dir() else []
+    try:
+        roles = choose_patients([case.name for case in val], seed, full) if full is not None else {}
+    except InputError as error:  # may come of what is missing
+        raise InputError("\n  ".join([*problems, str(error)])) from error
+    validation = [case.name for case in val if roles.get(case.name) != "full"]
+    if val and not validation:
+        problems.append(f"{source / 'val'}: has one subject, which is needed to validate; leave out --full")
+    folder = write_dataset(Dataset(
+        name=name, channel_names=["LGE"], labels=with_ignore(LABELS), file_ending=ENDING, training=[*scribbled, *val],
+        test=test, validation=validation, licence="see the publisher's terms (MS-CMRSeg 2019 challenge)",
+        reference="Zhuang, IEEE TPAMI 2019, doi 10.1109/TPAMI.2018.2869576; scribbles: Zhang and Zhuang, CVPR 2022, arXiv "
+                  "2203.01475", roots=(source,), problems=problems), dataset_id, processes, link)
+    if full is None:
+        print("note: no training case is fully labelled, and ConfKDTrainer needs one; with --full N it trains on N of val's")
+    return folder
 
 
-def _cases(folder: Path, kind: str, values: dict[int, int], problems: list[str]) -> list[Case]:
+def _cases(folder: Path, kind: str, problems: list[str]) -> list[Case]:
     """Images, and the label whose name begins with the image's: subject2_DE, subject2_DE_scribble or subject2_DE_manual."""
     images, labels = _files(folder / "images"), _files(folder / "labels")
     if not images:
         problems.append(f"{folder / 'images'}: holds no images ({ENDING})")
-    cases, used = [], set()
+    fitting = {label: [image for image in images if f"{_stem(label)}_".startswith(f"{_stem(image)}_")] for label in labels}
+    problems += [f"{label}: has {_listed(found, 'image')} in {folder / 'images'}; it needs one"
+                 for label, found in fitting.items() if len(found) != 1]
+    cases = []
     for image in images:
-        stem = image.name.removesuffix(ENDING)
-        fitting = [f for f in labels if f.name.removesuffix(ENDING) == stem or f.name.startswith(f"{stem}_")]
-        used.update(fitting)
-        if len(fitting) != 1:
-            problems.append(f"{image}: has " + (f"several labels: {', '.join(f.name for f in fitting)}" if fitting else
-                                                f"no label in {folder / 'labels'}"))
-            continue
-        cases.append(Case(stem, (Volume(image),), Volume(fitting[0]), kind, values))
-    problems += [f"{label}: has no image in {folder / 'images'}" for label in labels if label not in used]
-    return cases
+        own = [label for label, found in fitting.items() if image in found]
+        if len(own) == 1:
+            cases.append(Case(_stem(image), (Volume(image),), Volume(own[0]), kind))
+        else:
+            problems.append(f"{image}: has {_listed(own, 'label')} in {folder / 'labels'}; it needs one")
+    values = SCRIBBLES if kind == PARTIAL else _values(cases)
+    return [replace(case, values=values) for case in cases]
+
+
+def _values(cases: list[Case]) -> dict[int, int]:
+    """Those of the first mask that is not empty; the writer refuses masks of the same folder with others."""
+    for case in cases:
+        try:
+            highest = case.label.read().voxels.max()
+        except InputError:
+            continue  # the writer tells
+        if highest > 0:
+            return CHALLENGE_MASKS if highest > max(SCRIBBLES) else MASKS
+    return MASKS
 
 
 def _files(folder: Path) -> list[Path]:
     if not folder.is_dir():
         return []
     return sorted(f for f in folder.iterdir() if f.name.endswith(ENDING) and not f.name.startswith("."))
+
+
+def _listed(files: list[Path], what: str) -> str:
+    return f"several {what}s ({', '.join(file.name for file in files)})" if files else f"no {what}"
+
+
+def _stem(file: Path) -> str:
+    return file.name.removesuffix(ENDING)

@@ -1,7 +1,7 @@
 """PROMISE12: the prostate in T2-weighted MRI, as MetaImage.
 
-Litjens et al., Medical Image Analysis 2014, doi 10.1016/j.media.2013.12.002. nnU-Net does not read .mhd: the images are written
-as .mha, the same format in one file, so nothing of voxels or geometry is lost.
+Litjens et al., Medical Image Analysis 2014, doi 10.1016/j.media.2013.12.002. nnU-Net does not read .mhd: the images are
+written as .mha, the same format in one file, so nothing of voxels or geometry is lost.
 """
 from __future__ import annotations
 
@@ -9,11 +9,13 @@ import argparse
 import re
 from pathlib import Path
 
-from nnunet_confkd.dataset_conversion.volumes import Volume
+from nnunet_confkd.dataset_conversion.volumes import Volume, parts
 from nnunet_confkd.dataset_conversion.writer import PROCESSES, Case, Dataset, choose_patients, write_dataset
 from nnunet_confkd.errors import InputError
 
 DESCRIPTION = "PROMISE12, prostate MRI (CaseNN.mhd/.raw, CaseNN_segmentation.mhd/.raw)"
+FOLDERS = ("*", "*/*", "*/*/*")  # not "**", which passes over folders that are links, without a word
+TEST_FOLDERS = ("test", "livechallenge")  # their names begin so; both have Case00, as the training folder has
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -24,49 +26,50 @@ def convert(source: Path, dataset_id: int, *, name: str = "PROMISE12", seed: int
             link: bool = False) -> Path:
     """Write PROMISE12 as a fully labelled data set of nnU-Net; returns its folder.
 
-    source: the cases, in it or in its folders. A folder in which no case has a segmentation holds test images.
+    source: the cases, in it or in its folders (training_data, or TrainingData_Part1 and so on). Those in folders whose
+    names begin with "test" or "livechallenge" are test cases, TestData_Case00 and so on; their labels may be missing.
     Raises InputError with all that is wrong with the data.
     """
     source = Path(source)
     if not source.is_dir():
         raise InputError(f"{source}: there is no such folder")
-    headers = sorted(f for f in source.glob("**/*.mhd") if re.fullmatch(r"Case\d+(_segmentation)?\.mhd", f.name))
+    headers = sorted(f for pattern in FOLDERS for f in source.glob(pattern)
+                     if re.fullmatch(r"Case\d+(_segmentation)?\.mhd", f.name))
     if not headers:
         raise InputError(f"{source}: holds no files Case00.mhd, Case00_segmentation.mhd and so on")
-    problems = [problem for header in headers for problem in _problems_of(header, source)]
+    problems: list[str] = []
     training, test = [], []
     labels = {f for f in headers if f.stem.endswith("_segmentation")}
-    with_labels = {f.parent for f in labels}
+    problems += [f"{label}: has no {label.name.replace('_segmentation', '')} beside it" for label in sorted(labels)
+                 if label.with_name(label.name.replace("_segmentation", "")) not in headers]
     for image in (f for f in headers if f not in labels):
-        label = image.with_name(f"{image.stem}_segmentation.mhd")
-        if label in labels:
-            training.append(Case(image.stem, (Volume(image),), Volume(label)))
-        elif image.parent in with_labels:
-            problems.append(f"{image}: has no {label.name}")
-        else:
-            test.append(Case(image.stem, (Volume(image),)))
-    problems += [f"{label}: has no image" for label in sorted(labels)
-                 if not label.with_name(label.name.replace("_segmentation", "")).is_file()]
-    # training and test cases are numbered from 0, both
-    names = {case.name for case in training}
-    test = [Case(f"Test{case.name}" if case.name in names else case.name, case.images) for case in test]
-    roles = choose_patients(names, seed) if training else {}
+        label: Path | None = image.with_name(f"{image.stem}_segmentation.mhd")
+        testing = any(part.lower().startswith(TEST_FOLDERS) for part in image.parent.relative_to(source).parts)
+        if label not in labels:
+            if not testing:
+                problems.append(f"{image}: has no {label.name} beside it; test cases lie in a folder TestData")
+                continue
+            label = None
+        absent = [problem for header in (image, label) if header is not None for problem in _absent(header)]
+        problems += absent
+        if not absent:
+            case = f"{image.parent.name}_{image.stem}" if testing else image.stem
+            (test if testing else training).append(Case(case, (Volume(image),), label and Volume(label)))
+    if not training and not problems:
+        raise InputError(f"{source}: holds no training case (Case00.mhd and Case00_segmentation.mhd)")
+    roles = choose_patients([case.name for case in training], seed)
     return write_dataset(Dataset(
-        name=name, channel_names=["T2"], labels={"background": 0, "prostate": 1}, file_ending=".mha", training=training, test=test,
-        validation=[case for case, role in roles.items() if role == "validation"],
+        name=name, channel_names=["T2"], labels={"background": 0, "prostate": 1}, file_ending=".mha", training=training,
+        test=test, validation=[case for case, role in roles.items() if role == "validation"],
         licence="see the publisher's terms (PROMISE12 challenge)",
         reference="Litjens et al., Medical Image Analysis 2014, doi 10.1016/j.media.2013.12.002", roots=(source,),
         problems=problems), dataset_id, processes, link)
 
 
-def _problems_of(header: Path, source: Path) -> list[str]:
-    """A header names the file of its voxels, which may be missing or lie anywhere."""
-    match = re.search(rb"^\s*ElementDataFile\s*=\s*(.+?)\s*$", header.read_bytes()[:100_000], re.MULTILINE)
-    if match is None:
-        return [f"{header}: names no ElementDataFile; is it a MetaImage header?"]
-    data = header.parent / match[1].decode(errors="replace")
-    if data.name in ("LOCAL", "LIST"):
-        return [f"{header}: holds its voxels itself, or lists several files ({data.name}); PROMISE12 has one .raw beside each .mhd"]
-    if not data.resolve().is_relative_to(source.resolve()):
-        return [f"{header}: takes its voxels from {data}, which lies outside of the folder"]
-    return [] if data.is_file() else [f"{data}: is missing; {header.name} takes its voxels from it"]
+def _absent(header: Path) -> list[str]:
+    """ITK would only say that the header cannot be read."""
+    try:
+        return [f"{file}: is missing; {header.name} takes its voxels from it" for file in parts(header)
+                if not file.is_file()]
+    except InputError:
+        return []  # of voxels elsewhere the writer tells
