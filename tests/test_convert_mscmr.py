@@ -154,7 +154,7 @@ def test_masks_in_the_challenges_values_become_the_same(source, nnunet):
                 assert np.allclose(getattr(image, get)(), getattr(other, get)())
 
 
-def test_labels_of_float_type_and_images_without_a_suffix_of_their_label_are_read(source, nnunet):
+def test_a_label_in_floats_is_read_and_one_may_have_its_images_name(source, nnunet):
     label = _label(source, "val", 8)
     voxels = _read(label)
     label.unlink()
@@ -162,6 +162,19 @@ def test_labels_of_float_type_and_images_without_a_suffix_of_their_label_are_rea
     folder = mscmr.convert(source, 31, processes=1)
     written = _read(folder / "labelsTr" / "subject8_DE.nii.gz")
     assert written.dtype == np.uint8 and np.array_equal(written, voxels)
+
+
+def test_subject_1_does_not_take_the_label_of_subject_10(source, nnunet):
+    label = {}
+    for number in (1, 10):  # shorter names than published
+        _write(source / "TestSet" / "images" / f"subject{number}.nii.gz", np.zeros(SHAPE, np.int16))
+        label[number] = _write(source / "TestSet" / "labels" / f"subject{number}_manual.nii.gz",
+                               np.full(SHAPE, number // 5, np.uint8))
+    _image(source, "TestSet", 10).unlink()
+    _label(source, "TestSet", 10).unlink()
+    folder = mscmr.convert(source, 31, processes=1)
+    for number in (1, 10):
+        assert (folder / "labelsTs" / f"subject{number}.nii.gz").read_bytes() == label[number].read_bytes()
 
 
 def test_the_test_set_may_be_absent(source, nnunet):
@@ -229,7 +242,8 @@ def test_missing_and_ambiguous_labels_and_images_are_all_named(refused, source):
         f"{_label(source, 'val', 29)}: has no image in {source / 'val' / 'images'}; it needs one",
         f"{_image(source, 'TestSet', 3)}: has several labels ({double.name}, subject3_DE_manual.nii.gz) in {double.parent}; "
         f"it needs one",
-        f"{_label(source, 'train', 6)}: has several images ({short.name}, subject6_DE.nii.gz) in {short.parent}; it needs one"])
+        f"{_label(source, 'train', 6)}: has several images ({short.name}, subject6_DE.nii.gz) in {short.parent}; it needs "
+        f"one"])
 
 
 def test_a_scribble_of_other_values_and_a_mask_with_scribbles_are_refused(refused, source):

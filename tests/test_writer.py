@@ -947,7 +947,7 @@ def test_a_killed_run_leaves_no_data_set_and_the_next_one_takes_its_place(source
 
 
 def test_of_two_that_want_to_take_over_the_slower_gives_way(source, nnunet, monkeypatch):
-    """Both have seen that the owner is dead; the other has finished taking over before this one begins."""
+    """Both have seen that the owner is dead; the other has begun to take over, or is done, before this one begins."""
     left = nnunet / "raw" / ".Dataset007.unfinished"
     left.mkdir()
     dead, other = ({"host": os.uname().nodename, "process": process} for process in (2 ** 22 + 1, 2 ** 22 + 2))
@@ -955,20 +955,19 @@ def test_of_two_that_want_to_take_over_the_slower_gives_way(source, nnunet, monk
 
     def other_is_faster(process):
         (left / "by-other").mkdir()
-        if mark:
+        if begun:
             (left / f"left-by-{process}").mkdir()
-        (left / "owner.json").write_text(json.dumps(other))
+        else:
+            (left / "owner.json").write_text(json.dumps(other))
         return False
 
     monkeypatch.setattr(writer, "_is_running", other_is_faster)
-    for mark in (True, False):  # or it has taken over from another one
+    for begun in (True, False):
         with pytest.raises(InputError, match="another process .* is writing a data set of this id"):
             write_dataset(_dataset(source), 7, 1)
-        assert (left / "by-other").is_dir() and json.loads((left / "owner.json").read_text()) == other
+        assert (left / "by-other").is_dir() and json.loads((left / "owner.json").read_text()) == (dead if begun else other)
         (left / "by-other").rmdir()
-        (left / "owner.json").write_text(json.dumps(dead))
-        if mark:
-            (left / f"left-by-{dead['process']}").rmdir()
+        (left / f"left-by-{dead['process']}").rmdir()
 
 
 @pytest.mark.parametrize("owner", [None, "", "[]", '{"host": "elsewhere", "process": 1}'])
@@ -1022,6 +1021,11 @@ def test_a_conversion_may_run_in_a_thread(source, nnunet):
     thread.start()
     thread.join()
     assert folders and folders[0].is_dir()
+
+
+def test_ctrl_c_is_left_to_the_main_process():
+    """Else every worker that waits would print a traceback."""
+    assert writer.parallel(signal.getsignal, [(signal.SIGINT,), (signal.SIGTERM,)], 2, "") == [signal.SIG_IGN, signal.SIG_DFL]
 
 
 def test_a_worker_that_was_killed_is_told():
