@@ -40,7 +40,7 @@ def convert(source: Path, dataset_id: int, *, spacing: list[float] | None = None
     source = Path(source)
     if not source.is_dir():
         raise InputError(f"{source}: there is no such folder")
-    images, labels, packed = (sorted(f for folder in CASES for f in source.glob(f"{folder}/{file}"))
+    images, labels, packed = (sorted(f for folder in CASES for f in source.glob(f"{folder}/{file}") if f.is_file())
                               for file in (IMAGE, LABEL, H5))
     if not images and not labels and not packed:
         raise InputError(f"{source}: holds no folders of cases, with {IMAGE} and {LABEL}, or with {H5}")
@@ -51,6 +51,8 @@ def convert(source: Path, dataset_id: int, *, spacing: list[float] | None = None
         raise InputError(f"{source}: holds no {H5}, and {IMAGE} has a spacing of its own; leave out --spacing")
     if spacing is not None and not all(0 < edge < math.inf for edge in spacing):
         raise InputError(f"--spacing {' '.join(map(str, spacing))}: these are the edges of a voxel in mm, above 0")
+    if spacing is not None:
+        _h5py()  # say once that it is missing
     problems: list[str] = []
     training, test = [], []
     for file in images if spacing is None else packed:
@@ -83,15 +85,19 @@ def convert(source: Path, dataset_id: int, *, spacing: list[float] | None = None
 def _patients(cases: list[Case]) -> dict[str, str]:
     """{case: the first case whose label is the same file}."""
     first: dict[bytes, str] = {}
-    return {case.name: first.setdefault(hashlib.sha256(case.label.file.read_bytes()).digest(), case.name) for case in cases}
+    patient = {}
+    for case in cases:
+        try:
+            content = hashlib.sha256(case.label.file.read_bytes()).digest()
+        except OSError:
+            content = case.name.encode()  # the writer tells
+        patient[case.name] = first.setdefault(content, case.name)
+    return patient
 
 
 def read_h5(file: Path, *, key: str, spacing: tuple[float, float, float]) -> Picture:
     """An array (X, Y, Z) of an HDF5 file. Raises InputError where it is not there or in another file, or h5py is not."""
-    try:
-        import h5py
-    except ImportError as error:
-        raise InputError("the HDF5 form of LA 2018 needs the package h5py: pip install h5py") from error
+    h5py = _h5py()
     try:
         with h5py.File(file) as content:
             # None where there is none; HDF5 can keep in a file what makes it read another
@@ -106,3 +112,11 @@ def read_h5(file: Path, *, key: str, spacing: tuple[float, float, float]) -> Pic
                          f"dimensions are expected")
     voxels = np.ascontiguousarray(voxels.T)
     return Picture(voxels[None], Geometry.plain(voxels.shape, spacing[::-1]))
+
+
+def _h5py():
+    try:
+        import h5py
+    except ImportError as error:
+        raise InputError("the HDF5 form of LA 2018 needs the package h5py: pip install h5py") from error
+    return h5py

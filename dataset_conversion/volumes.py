@@ -81,7 +81,7 @@ class Picture:
 
 @dataclass(frozen=True)
 class Volume:
-    """What is to become one file: a file, one channel of a 4-D file, or whatever `reader` makes of a file.
+    """What is to become one image file: a file, one channel of a 4-D file, or whatever `reader` makes of a file.
 
     reader: file -> Picture, for formats that nnU-Net does not read, or to change what was read. It must pickle.
     """
@@ -105,7 +105,8 @@ def ending_of(name: str | Path, endings: tuple[str, ...] = ENDINGS) -> str | Non
 def read(file: Path) -> Picture:
     """An image or label of any format that nnU-Net reads, or .mhd, as nnU-Net sees it; 4-D: the last axis is channels.
 
-    Raises InputError, naming the file, where it is missing, no image, or cut short.
+    Raises InputError, naming the file, where it is missing, no image, cut short or damaged, or a header that names voxels in
+    another folder.
     """
     file = Path(file)
     ending = (ending_of(file) or file.suffix).lower()

@@ -40,7 +40,8 @@ PROCESSES = min(8, os.cpu_count() or 1)
 class Case:
     """One image with its label.
 
-    images: one volume a channel. label: None for an unlabelled training case, or a test case without a label.
+    images: one volume a channel, or volumes of several (4-D, colours).
+    label: None for an unlabelled training case, or a test case without a label.
     values: {value in the label file: value to write}; any other value is an error. None: those of the data set.
     """
     name: str

@@ -187,6 +187,14 @@ def test_nnunet_makes_a_label_map_of_the_same_regions_out_of_perfect_predictions
         assert set(np.unique(predicted)) <= {0, *manager.all_labels}
 
 
+def test_another_seed_makes_another_split_and_the_same_seed_the_same(source17, monkeypatch):
+    written = []
+    monkeypatch.setattr(brats, "write_dataset", lambda dataset, *_: written.append(sorted(dataset.validation)))
+    for seed in (*range(8), *range(8)):
+        brats.convert(source17, 1, seed=seed)
+    assert written[:8] == written[8:] and len(set(map(tuple, written))) > 1
+
+
 def test_nnunet_finds_nothing_wrong(source, nnunet, monkeypatch, capfd):
     from nnunetv2.experiment_planning import verify_dataset_integrity
     monkeypatch.setattr(verify_dataset_integrity, "multiprocessing", THREADS)

@@ -137,6 +137,14 @@ def test_a_part_is_converted_from_one_folder_or_several(tmp_path, nnunet, modali
     assert len(split["val"]) == 2 and sorted(split["train"] + split["val"]) == names  # a fifth of ten
 
 
+def test_another_seed_makes_another_split_and_the_same_seed_the_same(ct, monkeypatch):
+    written = []
+    monkeypatch.setattr(mmwhs, "write_dataset", lambda dataset, *_: written.append(sorted(dataset.validation)))
+    for seed in (*range(8), *range(8)):
+        mmwhs.convert(ct, 1, seed=seed)
+    assert written[:8] == written[8:] and len(set(map(tuple, written))) > 1
+
+
 def test_nnunet_finds_nothing_wrong(ct, nnunet, monkeypatch, capfd):
     from nnunetv2.experiment_planning import verify_dataset_integrity
     monkeypatch.setattr(verify_dataset_integrity, "multiprocessing", THREADS)

@@ -126,6 +126,14 @@ def test_train_is_scribbled_and_val_is_full_and_validates(source, nnunet):
     assert _split(nnunet) == {"train": sorted(TRAIN), "val": sorted(VAL)}
 
 
+def test_another_seed_makes_another_split_and_the_same_seed_the_same(source, monkeypatch):
+    written = []
+    monkeypatch.setattr(mscmr, "write_dataset", lambda dataset, *_: written.append(sorted(dataset.validation)))
+    for seed in (*range(8), *range(8)):
+        mscmr.convert(source, 1, seed=seed, full=["2"])
+    assert written[:8] == written[8:] and len(set(map(tuple, written))) > 1
+
+
 def test_nnunet_finds_nothing_wrong(source, nnunet, monkeypatch, capfd):
     from nnunetv2.experiment_planning import verify_dataset_integrity
     monkeypatch.setattr(verify_dataset_integrity, "multiprocessing", THREADS)

@@ -153,6 +153,14 @@ def test_dataset_json_and_the_split(task4d, nnunet):
     assert sorted(split["train"] + split["val"]) == NAMES
 
 
+def test_another_seed_makes_another_split_and_the_same_seed_the_same(task3d, monkeypatch):
+    written = []
+    monkeypatch.setattr(msd, "write_dataset", lambda dataset, *_: written.append(sorted(dataset.validation)))
+    for seed in (*range(8), *range(8)):
+        msd.convert(task3d, 1, seed=seed)
+    assert written[:8] == written[8:] and len(set(map(tuple, written))) > 1
+
+
 @pytest.mark.parametrize("dimensions", [3, 4])
 def test_nnunet_finds_nothing_wrong(request, nnunet, monkeypatch, capfd, dimensions):
     from nnunetv2.experiment_planning import verify_dataset_integrity

@@ -107,9 +107,9 @@ def refused(nnunet, tmp_path):
 
 
 def _assert_same(written, published):
-    """Voxels of the same type, and geometry to the last bit."""
+    """Voxels, of the same type in an image, and geometry to the last bit."""
     one, other = sitk.ReadImage(str(written)), sitk.ReadImage(str(published))
-    assert one.GetPixelID() == other.GetPixelID()
+    assert one.GetPixelID() == (other.GetPixelID() if written.parent.name.startswith("images") else sitk.sitkUInt8)
     assert np.array_equal(sitk.GetArrayFromImage(one), sitk.GetArrayFromImage(other))
     assert one.GetSpacing() == other.GetSpacing() == SPACING and one.GetOrigin() == other.GetOrigin() == ORIGIN
     assert one.GetDirection() == other.GetDirection() and np.allclose(one.GetDirection(), DIRECTION, rtol=0, atol=1e-15)
@@ -156,6 +156,14 @@ def test_dataset_json_and_the_split(source, nnunet):
     assert len(split["val"]) == 2 and sorted(split["train"] + split["val"]) == TRAINING  # a fifth of ten
 
 
+def test_another_seed_makes_another_split_and_the_same_seed_the_same(parts, monkeypatch):
+    written = []
+    monkeypatch.setattr(promise12, "write_dataset", lambda dataset, *_: written.append(sorted(dataset.validation)))
+    for seed in (*range(8), *range(8)):
+        promise12.convert(parts, 1, seed=seed)
+    assert written[:8] == written[8:] and len(set(map(tuple, written))) > 1
+
+
 def test_nnunet_finds_nothing_wrong(parts, nnunet, monkeypatch, capfd):
     from nnunetv2.experiment_planning import verify_dataset_integrity
     monkeypatch.setattr(verify_dataset_integrity, "multiprocessing", THREADS)
@@ -192,8 +200,8 @@ def test_folders_that_are_not_there_or_hold_no_training_case_are_refused(refused
     (tmp_path / "tests").mkdir()
     (parts / "TestData").rename(tmp_path / "tests" / "TestData")
     assert refused(tmp_path / "none") == f"{tmp_path / 'none'}: there is no such folder"
-    assert refused(tmp_path / "empty") == (f"{tmp_path / 'empty'}: holds no files Case00.mhd, Case00_segmentation.mhd and so "
-                                           f"on")
+    assert refused(tmp_path / "empty") == (f"{tmp_path / 'empty'}: holds no files Case00.mhd, Case00_segmentation.mhd and "
+                                           f"so on")
     assert refused(tmp_path / "tests") == (f"{tmp_path / 'tests'}: holds no training case (Case00.mhd and "
                                            f"Case00_segmentation.mhd)")
 
@@ -251,7 +259,7 @@ def test_a_value_other_than_0_and_1_and_another_grid_are_both_named(refused, par
     _write(first / "Case01_segmentation.mhd", np.ones(SHAPE, np.int8), spacing=(0.6251, 0.6251, 3))
     text = refused(parts).split("\n  ")[1:]
     assert text[0].startswith(f"{first / 'Case00_segmentation.mhd'}: holds the values 2; a full label may hold 0, 1;")
-    assert text[1].startswith(f"{first / 'Case01_segmentation.mhd'}: is on another grid than {first / 'Case01.mhd'}: spacing")
+    assert text[1].startswith(f"{first / 'Case01_segmentation.mhd'}: is on another grid than {first / 'Case01.mhd'}: ")
 
 
 def test_one_case_in_two_parts_is_refused(refused, parts):

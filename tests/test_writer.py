@@ -818,11 +818,11 @@ if __name__ == "__main__":
 
 @pytest.fixture
 def start(source, tmp_path):
-    """Start a conversion in a process of its own, of `cases` that take `pause` seconds each."""
+    """Start a conversion in a process of its own, of `cases` that take twice `pause` seconds each: minutes."""
     (tmp_path / "run.py").write_text(RUN)
     started = []
 
-    def run(processes, pause=0.1, cases=200, **options):
+    def run(processes, pause=0.1, cases=2000, **options):
         command = [sys.executable, str(tmp_path / "run.py"), *map(str, (source, processes, pause, cases))]
         started.append(subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True, **options))
         return started[-1]
@@ -946,6 +946,17 @@ def test_a_killed_run_leaves_no_data_set_and_the_next_one_takes_its_place(source
     assert len(os.listdir(folder / "imagesTr")) == 5
 
 
+def test_what_a_killed_run_left_is_removed_before_anything_is_written(nnunet):
+    """It could fill the disk."""
+    left = nnunet / "raw" / ".Dataset007.unfinished"
+    (left / "by-1" / "imagesTr").mkdir(parents=True)
+    (left / "owner.json").write_text(json.dumps({"host": os.uname().nodename, "process": 2 ** 22 + 1}))
+    with new_dataset(7, "Test") as (raw, _):
+        assert raw.parent == left and not (left / "by-1").exists()
+        assert json.loads((left / "owner.json").read_text())["process"] == os.getpid()
+    assert os.listdir(nnunet / "raw") == ["Dataset007_Test"]
+
+
 def test_of_two_that_want_to_take_over_the_slower_gives_way(source, nnunet, monkeypatch):
     """Both have seen that the owner is dead; the other has begun to take over, or is done, before this one begins."""
     left = nnunet / "raw" / ".Dataset007.unfinished"
@@ -1025,7 +1036,8 @@ def test_a_conversion_may_run_in_a_thread(source, nnunet):
 
 def test_ctrl_c_is_left_to_the_main_process():
     """Else every worker that waits would print a traceback."""
-    assert writer.parallel(signal.getsignal, [(signal.SIGINT,), (signal.SIGTERM,)], 2, "") == [signal.SIG_IGN, signal.SIG_DFL]
+    tasks = [(signal.SIGINT,), (signal.SIGTERM,)]
+    assert writer.parallel(signal.getsignal, tasks, 2, "asking") == [signal.SIG_IGN, signal.SIG_DFL]
 
 
 def test_a_worker_that_was_killed_is_told():
