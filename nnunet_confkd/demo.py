@@ -126,7 +126,7 @@ def plan_and_preprocess(dataset_id: int, configurations: list[str]) -> None:
 
 def add_small_configuration(plans_file: Path, name: str, base: str, confkd: dict | None = None, *,
                             features: tuple[int, ...] = (16, 32, 64, 128), batch_size: int = 8,
-                            max_patch: int = 96) -> dict:
+                            max_patch: int = 96, convolutions: int = 2) -> dict:
     """Add a configuration to a plans file that trains on a CPU: `base` with a small U-Net, patch and batch.
 
     The preprocessed data are those of `base`. confkd: its block of settings. Returns the configuration.
@@ -139,9 +139,9 @@ def add_small_configuration(plans_file: Path, name: str, base: str, confkd: dict
     architecture = json.loads(json.dumps(parent["architecture"]))
     architecture["arch_kwargs"].update({
         "n_stages": stages, "features_per_stage": list(features), "kernel_sizes": [[3] * dim] * stages,
-        "strides": [[1] * dim] + [[2] * dim] * (stages - 1), "n_conv_per_stage_decoder": [2] * (stages - 1)})
-    convolutions = "n_blocks_per_stage" if "n_blocks_per_stage" in architecture["arch_kwargs"] else "n_conv_per_stage"
-    architecture["arch_kwargs"][convolutions] = [2] * stages
+        "strides": [[1] * dim] + [[2] * dim] * (stages - 1), "n_conv_per_stage_decoder": [convolutions] * (stages - 1)})
+    encoder = "n_blocks_per_stage" if "n_blocks_per_stage" in architecture["arch_kwargs"] else "n_conv_per_stage"
+    architecture["arch_kwargs"][encoder] = [convolutions] * stages
     configuration = {"inherits_from": base, "patch_size": patch, "batch_size": batch_size, "architecture": architecture}
     if confkd:
         configuration["confkd"] = confkd

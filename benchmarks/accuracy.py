@@ -1,0 +1,458 @@
+"""Does ConfKD beat nnU-Net's ignore label? Tables of accuracy, one command each.
+
+    python benchmarks/accuracy.py hippocampus --data .../hippocampus --work FOLDER
+    python benchmarks/accuracy.py acdc_scribbles --data .../acdc --scribbles .../acdc_scribbles --work FOLDER --device cuda
+    python benchmarks/accuracy.py --report
+
+All rows of a table share data, plan, batch, iterations, augmentation and seeds. The patients, sorted by name, are shuffled with
+`random.Random(0)`: the first are for testing, the next for validation (settings are chosen on these), the rest train, and
+the first M of the rest are fully labelled. One JSON file a run, in `benchmarks/accuracy/TABLE/`; a run that is there
+is not done again. `--report` writes the tables and the plot into docs/ and README.md (see accuracy_report.py).
+"""
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import random
+import shutil
+import sys
+import time
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict, dataclass, field, replace
+from multiprocessing import get_context
+from pathlib import Path
+
+import numpy as np
+
+OUTPUT = Path(__file__).parent / "accuracy"
+FULL_ID = 900  # the data set with all labels; the one with M full patients is FULL_ID + M
+FAR_MM = 5.0  # false positives further than this from the target are "far"
+SPLIT_SEED = 0
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of a table. labels: "all" (fully labelled data), "full" (their first M cases alone) or "mixed".
+    time_of: train as long as that row does, not as many iterations."""
+    title: str
+    trainer: str = "ConfKDTrainer"
+    labels: str = "mixed"
+    settings: dict = field(default_factory=dict)
+    time_of: str | None = None
+
+
+ROWS = {
+    "full_only": Row("full cases only, stock nnU-Net", "nnUNetTrainer", "full"),
+    "ignore_uniform": Row("nnU-Net's ignore label, its own sampling", "nnUNetTrainer"),
+    "ignore": Row("nnU-Net's ignore label, stratified batches", "ConfKDTrainer_partialOnly"),
+    "ignore_time": Row("the same, as long in time as ConfKD", "ConfKDTrainer_partialOnly", time_of="confkd"),
+    "decoders": Row("two decoders, separate means, no KL, no entropy",
+                    settings={"weight_kl": 0.0, "weight_entropy": 0.0, "student_average": "separate"}),
+    "kl": Row("KL, no entropy", "ConfKDTrainer_noEntropy"),
+    "entropy": Row("entropy, no KL", "ConfKDTrainer_noKL"),
+    "confkd": Row("ConfKD"),
+    "ipmi2021": Row("the conference paper's settings", "ConfKDTrainer_IPMI2021"),
+    "all": Row("everything labelled, stock nnU-Net", "nnUNetTrainer", "all"),
+}
+RIVAL, LOWER, UPPER = "ignore", "full_only", "all"
+
+
+@dataclass(frozen=True)
+class Table:
+    """The settings that all rows share. patients: for test, for validation, to train. small: a plan for CPUs
+    (:func:`nnunet_confkd.demo.add_small_configuration`). An epoch has 50 iterations here."""
+    title: str
+    data: str
+    style: str
+    patients: tuple[int, int, int]
+    iterations: int
+    batch_size: int | None = None
+    configuration: str = "2d"
+    small: bool = True
+    max_patch: int = 96
+    full: tuple[int, ...] = (3, 5, 10)
+    seeds: tuple[int, ...] = (0, 1, 2)
+
+
+TABLES = {
+    "hippocampus": Table("Hippocampus 2-D, points", "hippocampus", "points", (40, 20, 140), 9000, 4),
+    "acdc_small": Table("ACDC 2-D, expert scribbles, reduced for a CPU", "acdc", "scribbles", (20, 20, 60), 3000, 4, full=(3,)),
+    "acdc_scribbles": Table("ACDC 2-D, expert scribbles", "acdc", "scribbles", (20, 20, 60), 15000, small=False),
+    "acdc_erosion": Table("ACDC 2-D, erosion", "acdc", "erosion", (20, 20, 60), 15000, small=False),
+    "acdc_none": Table("ACDC 2-D, unlabelled", "acdc", "none", (20, 20, 60), 15000, small=False),
+    "acdc_3d": Table("ACDC 3-D, expert scribbles", "acdc", "scribbles", (20, 20, 60), 10000, 4, "3d_fullres", False),
+    "hippocampus_3d": Table("Hippocampus 3-D, points", "hippocampus", "points", (40, 20, 140), 10000, 9, "3d_fullres", False),
+}
+EPOCH = 50
+
+
+# ---- data -----------------------------------------------------------------------------------------------------------
+
+def prepare(table: Table, data: Path, scribbles: Path | None, work: Path) -> None:
+    """The data sets of a table, preprocessed: one with all labels (fold 0 trains on all, fold M on the first M patients)
+    and one for each M. Kept in `work` and used again."""
+    from nnunet_confkd.dataset_conversion import acdc, msd, writer
+    from nnunet_confkd.dataset_conversion.volumes import Volume
+    from nnunet_confkd.planning import plan
+    from nnunet_confkd.supervision import FULL, PARTIAL, UNLABELLED
+    from nnunet_confkd.weaken import raw_dataset, weakened
+
+    done = work / "prepared.json"
+    asked = json.loads(json.dumps({**asdict(table), "data": str(data), "scribbles": str(scribbles)}))
+    if done.is_file():
+        before = json.loads(done.read_text())
+        changed = [k for k in ("style", "patients", "configuration", "data") if before[k] != asked[k]]
+        if changed or not set(table.full) <= set(before["full"]):
+            raise SystemExit(f"{work}: was prepared with another {', '.join(changed or ['number of full patients'])}; give "
+                             f"another --work")
+        return
+    if table.data == "acdc":
+        source = acdc.convert(data, FULL_ID, link=True)
+    else:
+        source = msd.convert(data, FULL_ID, labels=["background", "anterior", "posterior"], channels=["MRI"],
+                             name="Hippocampus", link=True)
+    cases = {case.name: case for case in raw_dataset(source, "source").training}
+    roles = choose_roles(cases, table.patients, acdc.TWINS if table.data == "acdc" else ())
+    held_back = roles["test"] + roles["validation"]
+
+    def first(count: int) -> list[str]:
+        patients = list(dict.fromkeys(patient_of(case) for case in roles["train"]))[:count]
+        return [case for case in roles["train"] if patient_of(case) in patients]
+
+    # fold 0, then one fold for each M, in their order
+    splits = [{"train": sorted(train), "val": sorted(roles["validation"])}
+              for train in (roles["train"], *(first(count) for count in table.full))]
+    (writer.preprocessed_folder() / source.name).mkdir(exist_ok=True)
+    (writer.preprocessed_folder() / source.name / "splits_final.json").write_text(json.dumps(splits))
+    for count in table.full:
+        dataset = raw_dataset(source, f"Mixed{count}")
+        dataset.labels = writer.with_ignore(dataset.labels)
+        kept = {*held_back, *first(count)}
+        dataset.training = []
+        for name in (*held_back, *roles["train"]):
+            case = cases[name]
+            if name not in kept and table.style == "scribbles" and scribbles is not None:
+                case = replace(case, label=Volume(scribbles / f"{name}_scribble.nii.gz"), kind=PARTIAL)
+            elif name not in kept:
+                kind = UNLABELLED if table.style == "none" else PARTIAL
+                case = weakened(case, kind, dataset.labels, table.style, SPLIT_SEED)
+            dataset.training.append(case if name not in kept else replace(case, kind=FULL))
+        dataset.validation = held_back
+        folder = writer.write_dataset(dataset, FULL_ID + count, link=True)
+        (writer.preprocessed_folder() / folder.name / "splits_final.json").write_text(json.dumps(splits[:1]))
+    processes = int(os.environ["nnUNet_def_n_proc"])
+    plan([FULL_ID, *(FULL_ID + count for count in table.full)], configurations=[table.configuration], processes=[processes],
+         fingerprint_processes=processes, no_progress_bar=True)
+    (work / "roles.json").write_text(json.dumps(roles))
+    done.write_text(json.dumps(asked))
+
+
+def patient_of(case: str) -> str:
+    """patient001_frame01 -> patient001; hippocampus_001 is a patient."""
+    return case.split("_frame")[0]
+
+
+def choose_roles(cases, sizes: tuple[int, int, int], twins: tuple[str, ...] = ()) -> dict[str, list[str]]:
+    """The published rule: see the head of this file. Patients that are one and the same (`twins`) share a role."""
+    cases, same = sorted(cases), {twin: twins[0] for twin in twins}
+    patients = sorted({same.get(patient_of(case), patient_of(case)) for case in cases})
+    random.Random(SPLIT_SEED).shuffle(patients)
+    test, validation, train = sizes
+    if test + validation + train > len(patients) + len(twins):
+        raise SystemExit(f"{test} + {validation} + {train} patients are needed, there are {len(patients)}")
+    groups = {"test": patients[:test], "validation": patients[test:test + validation],
+              "train": patients[test + validation:test + validation + train]}
+    return {role: [case for patient in group for case in cases
+                   if same.get(patient_of(case), patient_of(case)) == patient] for role, group in groups.items()}
+
+
+# ---- one run --------------------------------------------------------------------------------------------------------
+
+def spec_of(table: Table, row: str, full: int, seed: int, device: str, iterations: int, on: str = "test") -> dict:
+    """All that decides a run's result, but for the versions."""
+    return json.loads(json.dumps({"table": asdict(table), "row": asdict(ROWS[row]), "name": row, "full": full, "seed": seed,
+                                  "device": device, "iterations": iterations, "on": on}))
+
+
+def build_trainer(table: Table, spec: dict):
+    """The trainer of a run, not yet initialised."""
+    import torch
+    from nnunetv2.run.run_training import get_trainer_from_args
+    from nnunetv2.utilities.dataset_name_id_conversion import convert_id_to_dataset_name
+
+    from nnunet_confkd.demo import add_small_configuration
+    from nnunet_confkd.discovery import make_findable
+    from nnunet_confkd.trainer import ConfKDTrainer
+
+    make_findable()
+    row, full = ROWS[spec["name"]], spec["full"]
+    mixed = row.labels == "mixed"
+    dataset = convert_id_to_dataset_name(FULL_ID + full if mixed else FULL_ID)
+    fold = 1 + table.full.index(full) if row.labels == "full" else 0
+    plans_file = Path(os.environ["nnUNet_preprocessed"]) / dataset / "nnUNetPlans.json"
+    configuration = run_name(spec)
+    epochs = -(-spec["iterations"] // EPOCH)
+    block = {**row.settings, "seed": spec["seed"], "epochs": epochs, "iterations_per_epoch": EPOCH}
+    with _locked(plans_file):
+        if table.small:
+            add_small_configuration(plans_file, configuration, table.configuration, block, batch_size=table.batch_size,
+                                    max_patch=table.max_patch, convolutions=1)
+        else:
+            plans = json.loads(plans_file.read_text())
+            batch = {"batch_size": table.batch_size} if table.batch_size else {}
+            plans["configurations"][configuration] = {"inherits_from": table.configuration, "confkd": block, **batch}
+            plans_file.write_text(json.dumps(plans, indent=4))
+        ConfKDTrainer._seed(spec["seed"])  # stock rows, too, start from the seed
+        trainer = get_trainer_from_args(dataset, configuration, fold, row.trainer, device=torch.device(spec["device"]))
+    trainer.num_epochs, trainer.num_iterations_per_epoch, trainer.num_val_iterations_per_epoch = epochs, EPOCH, 4
+    trainer.save_every = max(1, epochs // 10)
+    return trainer
+
+
+class _locked:
+    """Runs that start at once add their configurations to the plans one after the other."""
+
+    def __init__(self, file: Path):
+        self.file = file.with_suffix(".lock")
+
+    def __enter__(self):
+        import fcntl
+        self.handle = open(self.file, "w")
+        fcntl.flock(self.handle, fcntl.LOCK_EX)
+
+    def __exit__(self, *_):
+        self.handle.close()
+
+
+def run(spec: dict, work: Path, output: Path) -> str:
+    """Train, predict the validation and test cases, and write the run's JSON file; a training that was cut off goes on
+    from its last checkpoint. Returns a line to print."""
+    import torch
+
+    from nnunet_confkd import __version__
+    import nnunetv2
+    from importlib.metadata import version
+
+    table = Table(**{k: tuple(v) if isinstance(v, list) else v for k, v in spec["table"].items()})
+    if spec["device"] == "cpu":
+        torch.set_num_threads(1)
+    start = time.time()
+    trainer = build_trainer(table, spec)
+    latest = Path(trainer.output_folder) / "checkpoint_latest.pth"
+    if resumed := latest.is_file():
+        trainer.initialize()
+        trainer.load_checkpoint(str(latest))
+    trainer.run_training()
+    seconds = time.time() - start
+    roles = json.loads((work / "roles.json").read_text())
+    cases = predict_and_measure(trainer, roles[spec["on"]])
+    curves = trainer.logger.local_logger.my_fantastic_logging
+    result = {
+        "spec": spec, "seconds": round(seconds), "resumed": resumed,
+        "seconds_per_iteration": round(sum(e - s for s, e in zip(curves["epoch_start_timestamps"], curves["epoch_end_timestamps"]))
+                                       / trainer.num_epochs / (EPOCH + 4), 4),
+        "versions": {"nnunet_confkd": __version__, **{p: version(p) for p in ("nnunetv2", "torch", "numpy")}},
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores" if spec["device"] == "cpu" else torch.cuda.get_device_name(),
+        "curves": {key: [round(float(v), 4) for v in values] for key, values in curves.items()
+                   if key in ("train_losses", "val_losses", "ema_fg_dice") or key.startswith("loss_")},
+        "cases": cases}
+    file = output / f"{run_name(spec)}.json"
+    file.with_suffix(".part").write_text(json.dumps(result))
+    os.replace(file.with_suffix(".part"), file)
+    shutil.rmtree(Path(trainer.output_folder).parent)  # checkpoints of dozens of runs would fill the disk
+    dice = {branch: np.nanmean([np.nanmean([c["dice"] for c in case[branch].values() if isinstance(c, dict)])
+                                for case in cases.values()]) for branch in next(iter(cases.values()))}
+    return f"{run_name(spec)}: {spec['on']} Dice " + ", ".join(f"{b} {d:.4f}" for b, d in dice.items()) + f", {seconds:.0f} s"
+
+
+def run_name(spec: dict) -> str:
+    return f"{spec['name']}_M{spec['full']}_s{spec['seed']}" if spec["full"] else f"{spec['name']}_s{spec['seed']}"
+
+
+def predict_and_measure(trainer, cases: list[str]) -> dict:
+    """{case: {branch: {class: metrics, "entropy": nats}}}, predicted as nnU-Net's final validation does,
+    measured in the space of the raw labels."""
+    from nnunetv2.inference.export_prediction import convert_predicted_logits_to_segmentation_with_correct_shape
+
+    from nnunet_confkd.validation import CasePredictor
+
+    trainer.set_deep_supervision_enabled(False)
+    trainer.network.eval()
+    predict = CasePredictor(trainer, ["student", "teacher"] if getattr(trainer, "two_branches", False) else ["student"])
+    dataset = trainer.dataset_class(trainer.preprocessed_dataset_folder, cases)
+    reader = trainer.plans_manager.image_reader_writer_class()
+    measured = {}
+    for case in cases:
+        data, _, _, properties = dataset.load_case(case)
+        truth = Path(trainer.preprocessed_dataset_folder_base) / "gt_segmentations" / (case + trainer.dataset_json["file_ending"])
+        truth = reader.read_seg(str(truth))[0][0]
+        measured[case] = {}
+        for branch, logits in predict(data[:], None).items():
+            labels, probabilities = convert_predicted_logits_to_segmentation_with_correct_shape(
+                logits, trainer.plans_manager, trainer.configuration_manager, trainer.label_manager, properties, True)
+            measured[case][branch] = measure(truth, labels, probabilities, properties["spacing"],
+                                             trainer.label_manager.foreground_labels)
+    return measured
+
+
+def measure(truth: np.ndarray, labels: np.ndarray, probabilities: np.ndarray, spacing, classes) -> dict:
+    """Dice, HD95 in mm and volume in ml of false positives further than FAR_MM from the class, per class, and the mean
+    entropy in nats. In neither: NaN; in one of them alone: Dice 0, the distance NaN.
+
+    truth, labels: `(z, y, x)`; probabilities: `(C, z, y, x)`; spacing: mm, in the order of the axes.
+    """
+    import torch
+    from monai.metrics import compute_hausdorff_distance
+    from scipy.ndimage import distance_transform_edt
+
+    found = {}
+    for c in classes:
+        a, b = truth == c, labels == c
+        hd95, far = float("nan"), 0.0
+        if a.any():
+            distance = distance_transform_edt(~a, spacing)
+            far = float((b & (distance > FAR_MM)).sum() * np.prod(spacing) / 1000)
+        else:
+            far = float(b.sum() * np.prod(spacing) / 1000)
+        if a.any() and b.any():
+            box = tuple(slice(lo.min(), lo.max() + 1) for lo in np.nonzero(a | b))
+            x, y = (torch.from_numpy(np.pad(m[box], 1).astype(np.float32))[None, None] for m in (b, a))
+            hd95 = float(compute_hausdorff_distance(x, y, include_background=True, percentile=95, spacing=list(map(float, spacing))))
+        total = int(a.sum() + b.sum())
+        found[str(c)] = {"dice": round(2 * int((a & b).sum()) / total, 5) if total else float("nan"),
+                         "hd95_mm": round(hd95, 3), "far_ml": round(far, 5)}
+    p = np.clip(probabilities.astype(np.float32), 1e-7, 1)
+    found["entropy"] = round(float(-(p * np.log(p)).sum(0).mean()), 5)
+    return found
+
+
+# ---- all runs of a table --------------------------------------------------------------------------------------------
+
+def time_factor(table: Table, work: Path, device: str) -> float:
+    """How much longer a step of ConfKD takes than one of the rival, measured in turns; once for a work folder."""
+    import torch
+    file = work / "time_factor.json"
+    if not file.is_file():
+        if device == "cpu":
+            torch.set_num_threads(1)
+        trainers, seconds = {}, {}
+        for row in ("confkd", RIVAL):
+            trainers[row] = build_trainer(table, spec_of(table, row, table.full[0], 99, device, EPOCH))
+            trainers[row].on_train_start()
+            seconds[row] = []
+        for turn in range(60):
+            for row, trainer in trainers.items():
+                batch = next(trainer.dataloader_train)
+                start = time.perf_counter()
+                trainer.train_step(batch)
+                if turn >= 10:
+                    seconds[row].append(time.perf_counter() - start)
+                    if turn == 59:
+                        trainer.on_train_end()
+                        shutil.rmtree(Path(trainer.output_folder).parent)
+        # loading is the same for both and is not counted: with worker processes it costs no time
+        file.write_text(json.dumps({row: float(np.median(s)) for row, s in seconds.items()}))
+    measured = json.loads(file.read_text())
+    return measured["confkd"] / measured[RIVAL]
+
+
+def jobs_of(table: Table, rows, full, seeds, device: str, on: str, work: Path) -> list[dict]:
+    specs = []
+    for seed in seeds:
+        for count in full:
+            for row in rows:
+                if ROWS[row].labels == "all":  # one run a seed
+                    if count != full[0]:
+                        continue
+                    count = 0
+                iterations = table.iterations
+                if ROWS[row].time_of:
+                    iterations = round(iterations * time_factor(table, work, device) / EPOCH) * EPOCH
+                specs.append(spec_of(table, row, count, seed, device, iterations, on))
+    return specs
+
+
+def still_to_do(specs: list[dict], output: Path) -> list[dict]:
+    """Those without a result. Raises SystemExit where a result was obtained with other settings."""
+    missing = []
+    for spec in specs:
+        file = output / f"{run_name(spec)}.json"
+        if not file.is_file():
+            missing.append(spec)
+        elif (before := json.loads(file.read_text())["spec"]) != spec:
+            changed = [key for key in spec if before.get(key) != spec[key]]
+            raise SystemExit(f"{file}: was made with another {', '.join(changed)}; move it away, or give another --output")
+    return missing
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("table", nargs="?", choices=TABLES)
+    parser.add_argument("--data", type=Path, help="the data set's folder, as published")
+    parser.add_argument("--scribbles", type=Path, help="ACDC's expert scribbles")
+    parser.add_argument("--work", type=Path, help="a folder for data and trainings; used again after an interruption")
+    parser.add_argument("--output", type=Path, help=f"where the runs' JSON files go (default: {OUTPUT}/TABLE)")
+    parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS))
+    parser.add_argument("--full", nargs="+", type=int, metavar="M", help="numbers of full patients (default: the table's)")
+    parser.add_argument("--seeds", nargs="+", type=int, help="default: the table's")
+    parser.add_argument("--on", default="test", choices=("test", "validation"),
+                        help="cases to measure; settings are chosen on \"validation\", whose runs stay in --work")
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--processes", type=int, default=2, help="trainings at once; on a CPU each has one thread")
+    parser.add_argument("--prepare", action="store_true", help="only preprocess the data")
+    parser.add_argument("--report", action="store_true", help="only write the tables of what is there")
+    args = parser.parse_args()
+    if not args.report:
+        if not (args.table and args.work and (args.data or (args.work / "prepared.json").is_file())):
+            parser.error("name a table, --data and --work; or --report")
+        table, work = TABLES[args.table], args.work.resolve()
+        for name in ("raw", "preprocessed", "results"):
+            (work / name).mkdir(parents=True, exist_ok=True)
+            os.environ[f"nnUNet_{name}"] = str(work / name)
+        cpu = args.device == "cpu"
+        os.environ |= {"nnUNet_def_n_proc": "2"} | ({"nnUNet_n_proc_DA": "0", "OMP_NUM_THREADS": "1"} if cpu else {})
+        if args.data:
+            prepare(table, args.data.resolve(), args.scribbles and args.scribbles.resolve(), work)
+        if args.prepare:
+            return
+        output = (args.output or (OUTPUT if args.on == "test" else work) / args.table).resolve()
+        output.mkdir(parents=True, exist_ok=True)
+        if unknown := set(args.full or ()) - set(table.full):
+            parser.error(f"--full: the table has {table.full}, not {sorted(unknown)}")
+        specs = jobs_of(table, args.rows, args.full or table.full, args.seeds or table.seeds, args.device, args.on, work)
+        missing = still_to_do(specs, output)
+        print(f"{len(specs)} runs, {len(specs) - len(missing)} of them done before", flush=True)
+        failed = 0
+        # a new process for every run: nothing of one is left for the next
+        with ProcessPoolExecutor(args.processes, mp_context=get_context("spawn"), max_tasks_per_child=1) as pool:
+            for future in as_completed([pool.submit(_quiet_run, spec, work, output) for spec in missing]):
+                try:
+                    print(future.result(), flush=True)
+                except Exception as error:  # the other runs go on
+                    failed += 1
+                    print(f"FAILED: {error!r}", file=sys.stderr, flush=True)
+        if failed:
+            raise SystemExit(f"{failed} of {len(missing)} runs failed; their logs are in {work / 'logs'}")
+        if args.on == "validation":
+            return
+    from accuracy_report import write_report
+    write_report(TABLES, ROWS, OUTPUT)
+
+
+def _quiet_run(spec: dict, work: Path, output: Path) -> str:
+    """`run`, with all that nnU-Net prints in a log file."""
+    from contextlib import redirect_stderr, redirect_stdout
+    (work / "logs").mkdir(exist_ok=True)
+    with open(work / "logs" / f"{run_name(spec)}.txt", "a") as log, redirect_stdout(log), redirect_stderr(log):
+        import traceback
+        try:
+            return run(spec, work, output)
+        except BaseException:
+            traceback.print_exc()
+            raise
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,175 @@
+"""The tables and the plot of accuracy.py's runs, written into docs/results.md and README.md."""
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+
+DOCS = Path(__file__).parent.parent / "docs"
+README = DOCS.parent / "README.md"
+DRAWS = 10000  # of the bootstrap
+BRANCHES = {"confkd": ("student", "teacher")}  # of all other rows only what predicts is shown
+
+
+def read_runs(folder: Path) -> dict[tuple[str, int, int], dict]:
+    """{(row, number of full patients, seed): run}; the row with all labels has 0 full patients."""
+    runs = {}
+    for file in sorted(folder.glob("*.json")):
+        run = json.loads(file.read_text())
+        spec = run["spec"]
+        runs[spec["name"], spec["full"], spec["seed"]] = run
+    return runs
+
+
+def values_of(runs: dict, row: str, full: int, branch: str, metric: str) -> dict[int, np.ndarray]:
+    """{seed: values}, `(cases, classes)`; of the entropy `(cases, 1)`."""
+    found = {}
+    for (name, count, seed), run in runs.items():
+        if (name, count) == (row, full):
+            cases = [case[branch] for case in run["cases"].values()]
+            found[seed] = np.array([[case["entropy"]] if metric == "entropy" else
+                                    [v[metric] for v in case.values() if isinstance(v, dict)] for case in cases])
+    return found
+
+
+def mean_of(values: dict[int, np.ndarray]) -> float:
+    """Mean over classes of the mean over cases and seeds, without NaN."""
+    return float(np.nanmean(np.nanmean(np.concatenate(list(values.values())), 0))) if values else math.nan
+
+
+def paired_gain(ours: dict[int, np.ndarray], rival: dict[int, np.ndarray], draws: int = DRAWS):
+    """Mean difference over the common seeds and its 95 % interval: a bootstrap that draws seeds, and cases, anew, the same
+    for both. None without a common seed."""
+    seeds = sorted(set(ours) & set(rival))
+    if not seeds:
+        return None
+    difference = np.stack([np.nanmean(ours[s], 1) - np.nanmean(rival[s], 1) for s in seeds])  # (seeds, cases)
+    rng = np.random.default_rng(0)
+    drawn = [np.nanmean(difference[np.ix_(rng.integers(len(seeds), size=len(seeds)),
+                                          rng.integers(difference.shape[1], size=difference.shape[1]))]) for _ in range(draws)]
+    low, high = np.percentile(drawn, (2.5, 97.5))
+    return float(np.nanmean(difference)), float(low), float(high)
+
+
+def table_of(table, rows: dict, runs: dict, rival: str, lower: str, upper: str) -> str:
+    lines = []
+    for full in table.full:
+        shown = []
+        for row, described in rows.items():
+            count = 0 if described.labels == "all" else full
+            for branch in BRANCHES.get(row, ("student",)):
+                dice = values_of(runs, row, count, branch, "dice")
+                if dice:
+                    shown.append((row, described.title + (f", {branch}" if row in BRANCHES else ""), count, branch, dice))
+        if not shown:
+            continue
+        classes = next(iter(shown[0][4].values())).shape[1]
+        low, high = (mean_of(values_of(runs, row, count, "student", "dice")) for row, count in ((lower, full), (upper, 0)))
+        rival_dice = values_of(runs, rival, full, "student", "dice")
+        lines += [f"**{full} patients fully labelled**", "",
+                  "| row | Dice | per class | gain over the ignore label, stratified | gap closed | HD95 mm | "
+                  "entropy, nats | far false positives, ml | seeds | s a run |", "|" + "---|" * 10]
+        for row, title, count, branch, dice in shown:
+            gain = paired_gain(dice, rival_dice) if row != rival else None
+            mean = mean_of(dice)
+            per_class = [mean_of({s: v[:, [c]] for s, v in dice.items()}) for c in range(classes)]
+            closed = (mean - low) / (high - low) if high > low else math.nan
+            seconds = np.mean([run["seconds"] for (name, n, _), run in runs.items() if (name, n) == (row, count)])
+            lines.append("| " + " | ".join([
+                f"**{title}**" if row == "confkd" and branch == "student" else title, f"{mean:.3f}",
+                " / ".join(f"{v:.3f}" for v in per_class),
+                "" if gain is None else f"{gain[0]:+.3f} [{gain[1]:+.3f}, {gain[2]:+.3f}]",
+                "" if math.isnan(closed) else f"{100 * closed:.0f} %",
+                f"{mean_of(values_of(runs, row, count, branch, 'hd95_mm')):.2f}",
+                f"{mean_of(values_of(runs, row, count, branch, 'entropy')):.3f}",
+                f"{mean_of(values_of(runs, row, count, branch, 'far_ml')):.3f}", str(len(dice)), f"{seconds:.0f}"]) + " |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def describe(table, runs: dict) -> str:
+    any_run = next(iter(runs.values()))
+    machines = sorted({run["machine"] for run in runs.values()})
+    versions = ", ".join(f"{k} {v}" for k, v in any_run["versions"].items())
+    test, validation, train = table.patients
+    return (f"{train} patients train, {test} test (the figures), {validation} validate; {table.iterations} iterations"
+            + (f" of batches of {table.batch_size}" if table.batch_size else "")
+            + (", a small plan (features 16 to 128, one convolution a stage)" if table.small else "")
+            + f"; {', '.join(machines)}; {versions}. Far: more than 5 mm from the class. Intervals: 95 %, paired bootstrap over "
+              f"cases and seeds.")
+
+
+def plot(tables: dict, rows: dict, results: dict, file: Path) -> None:
+    """Dice over the number of full patients, one panel a table."""
+    import matplotlib
+    matplotlib.use("agg")
+    import matplotlib.pyplot as plt
+
+    styles = {"full_only": ("0.45", "s", ":"), "ignore_uniform": ("0.45", "x", "--"), "ignore": ("#0072B2", "o", "-"),
+              "ignore_time": ("#56B4E9", "o", "--"), "decoders": ("#999933", "v", ":"), "kl": ("#009E73", "^", ":"),
+              "entropy": ("#CC79A7", "<", ":"), "confkd": ("#D55E00", "D", "-"), "ipmi2021": ("0.65", "+", ":"),
+              "all": ("black", "", "-")}
+    figure, axes = plt.subplots(1, len(results), figsize=(6.2 * len(results), 4.4), squeeze=False, layout="constrained")
+    for axis, (name, runs) in zip(axes[0], results.items()):
+        for row, described in rows.items():
+            color, marker, line = styles[row]
+            counts = (0,) if described.labels == "all" else tables[name].full
+            points = [(n, [mean_of({s: v}) for s, v in values_of(runs, row, n, "student", "dice").items()]) for n in counts]
+            points = [(n, dice) for n, dice in points if dice]
+            if not points:
+                continue
+            if described.labels == "all":
+                axis.axhline(np.mean(points[0][1]), color=color, label=described.title, linewidth=1)
+                continue
+            axis.plot([n for n, _ in points], [np.mean(d) for _, d in points], color=color, marker=marker, linestyle=line,
+                      label=described.title, linewidth=2.2 if row in ("confkd", "ignore") else 1.2)
+            for n, dice in points:
+                axis.plot([n] * len(dice), dice, ".", color=color, markersize=3)
+        axis.set(title=tables[name].title, xlabel="fully labelled patients", ylabel="mean test Dice", xticks=tables[name].full)
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=7)
+    figure.savefig(file, dpi=130)
+    plt.close(figure)
+
+
+def insert(file: Path, name: str, text: str) -> None:
+    """Replace what lies between the marks `<!-- accuracy NAME -->` and `<!-- end of accuracy NAME -->`."""
+    start, end = f"<!-- accuracy {name} -->", f"<!-- end of accuracy {name} -->"
+    content = file.read_text(encoding="utf-8")
+    if start not in content or end not in content:
+        raise SystemExit(f"{file}: lacks the lines {start} and {end}, between which the table goes")
+    before, rest = content.split(start, 1)
+    file.write_text(f"{before}{start}\n{text}\n{end}{rest.split(end, 1)[1]}", encoding="utf-8")
+
+
+def write_report(tables: dict, rows: dict, folder: Path, docs: Path = DOCS, readme: Path = README) -> None:
+    from accuracy import LOWER, RIVAL, UPPER
+    results = {name: runs for name in tables if (runs := read_runs(folder / name))}
+    if not results:
+        raise SystemExit(f"{folder}: holds no runs")
+    plot(tables, rows, results, docs / "accuracy.png")
+    parts = [f"### {tables[name].title}\n\n{describe(tables[name], runs)}\n\n"
+             f"{table_of(tables[name], rows, runs, RIVAL, LOWER, UPPER)}" for name, runs in results.items()]
+    insert(docs / "results.md", "tables", "![Dice over the number of fully labelled patients](accuracy.png)\n\n" + "\n".join(parts))
+    insert(readme, "table", short_table(tables, rows, results))
+
+
+def short_table(tables: dict, rows: dict, results: dict) -> str:
+    """The README's: mean test Dice of the rows that matter, for every number of full patients."""
+    shown = ("full_only", "ignore_uniform", "ignore", "confkd", "all")
+    lines = []
+    for name, runs in results.items():
+        counts = [n for n in tables[name].full if values_of(runs, "confkd", n, "student", "dice")]
+        if not counts:
+            continue
+        lines += [f"| {tables[name].title}: mean test Dice with ... patients fully labelled | "
+                  + " | ".join(map(str, counts)) + " |", "|---|" + "---|" * len(counts)]
+        for row in shown:
+            cells = [mean_of(values_of(runs, row, 0 if rows[row].labels == "all" else n, "student", "dice")) for n in counts]
+            bold = "**" if row == "confkd" else ""
+            lines.append(f"| {bold}{rows[row].title}{bold} | " + " | ".join(
+                "" if math.isnan(c) else f"{c:.3f}" for c in cells) + " |")
+        lines.append("")
+    return "\n".join(lines)

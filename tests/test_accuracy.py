@@ -1,0 +1,146 @@
+"""The harness in benchmarks/accuracy.py: its measures, its split, what it keeps and what it writes."""
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+@pytest.fixture(scope="module")
+def modules():
+    """benchmarks/accuracy.py and benchmarks/accuracy_report.py, which are scripts and in no package."""
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    found = []
+    for name in ("accuracy", "accuracy_report"):
+        spec = importlib.util.spec_from_file_location(name, ROOT / "benchmarks" / f"{name}.py")
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[name] = module
+        spec.loader.exec_module(module)
+        found.append(module)
+    yield found
+    sys.path.remove(str(ROOT / "benchmarks"))
+
+
+def probabilities_of(labels, classes=2, certain=1.0):
+    rest = (1 - certain) / (classes - 1)
+    return np.stack([np.where(labels == c, certain, rest) for c in range(classes)])
+
+
+def test_measures_of_two_cubes(modules):
+    accuracy, _ = modules
+    truth, labels = np.zeros((2, 20, 12, 12), np.uint8)
+    truth[4:8, 4:8, 4:8] = 1
+    labels[6:10, 4:8, 4:8] = 1  # two slices further, of 3 mm each
+    labels[19, 0, 0] = 1  # far from the target, and too little to count among the 5 % furthest
+    found = accuracy.measure(truth, labels, probabilities_of(labels, certain=0.5), (3.0, 1.0, 1.0), [1])
+    assert found["1"]["dice"] == pytest.approx(2 * 32 / 129, abs=1e-5)
+    assert found["1"]["hd95_mm"] == pytest.approx(6, abs=1e-3)
+    # slice 9 is 6 mm away, slice 8 only 3 mm
+    assert found["1"]["far_ml"] == pytest.approx(17 * 3 / 1000)
+    assert found["entropy"] == pytest.approx(math.log(2), abs=1e-4)
+
+
+@pytest.mark.parametrize("there, dice", [((True, False), 0), ((False, True), 0), ((False, False), None)])
+def test_measures_where_a_class_is_missing(modules, there, dice):
+    truth, labels = (np.full((4, 4, 4), int(x), np.uint8) for x in there)
+    found = modules[0].measure(truth, labels, probabilities_of(labels), (1.0, 1.0, 1.0), [1])
+    assert math.isnan(found["1"]["hd95_mm"])
+    assert math.isnan(found["1"]["dice"]) if dice is None else found["1"]["dice"] == 0
+    assert found["1"]["far_ml"] == (0.064 if there == (False, True) else 0)
+
+
+def test_the_split_is_fixed_and_keeps_patients_and_twins_together(modules):
+    cases = [f"patient{i:03d}_frame{j:02d}" for i in range(1, 11) for j in (1, 9)]
+    roles = modules[0].choose_roles(cases, (2, 2, 5), twins=("patient003", "patient004"))
+    assert roles == modules[0].choose_roles(reversed(cases), (2, 2, 5), twins=("patient003", "patient004"))
+    role_of = {case: role for role, of in roles.items() for case in of}
+    assert sum(map(len, roles.values())) == len(role_of) == 20
+    for a, b in (("patient003_frame01", "patient004_frame09"), ("patient007_frame01", "patient007_frame09")):
+        assert role_of[a] == role_of[b]
+    with pytest.raises(SystemExit, match="patients are needed"):
+        modules[0].choose_roles(cases, (5, 5, 5))
+
+
+def fake_runs(accuracy, folder, gain):
+    """Runs of the rival and of ConfKD for two seeds, ConfKD better by `gain` on every case."""
+    folder.mkdir(parents=True)
+    for seed in (0, 1):
+        for row, branches, plus in (("ignore", ("student",), 0), ("confkd", ("student", "teacher"), gain),
+                                    ("full_only", ("student",), -0.1), ("all", ("student",), 0.1)):
+            spec = accuracy.spec_of(accuracy.TABLES["hippocampus"], row, 0 if row == "all" else 5, seed, "cpu", 4500)
+            dice = np.random.default_rng(seed).uniform(0.6, 0.8, (8, 2)) + plus
+            cases = {f"case{i}": {b: {c: {"dice": d, "hd95_mm": 2.0, "far_ml": 0.0} for c, d in zip("12", of)}
+                                  | {"entropy": 0.1} for b in branches} for i, of in enumerate(dice)}
+            (folder / f"{accuracy.run_name(spec)}.json").write_text(json.dumps(
+                {"spec": spec, "seconds": 10, "machine": "m", "versions": {"torch": "2"}, "cases": cases}))
+
+
+def test_report(modules, tmp_path):
+    accuracy, report = modules
+    fake_runs(accuracy, tmp_path / "runs" / "hippocampus", gain=0.05)
+    for file, name in (("results.md", "tables"), ("README.md", "table")):
+        (tmp_path / file).write_text(f"before\n<!-- accuracy {name} -->\nold\n<!-- end of accuracy {name} -->\nafter\n")
+    report.write_report(accuracy.TABLES, accuracy.ROWS, tmp_path / "runs", tmp_path, tmp_path / "README.md")
+    text = (tmp_path / "results.md").read_text()
+    line = next(line for line in text.splitlines() if line.startswith("| **ConfKD, student**"))
+    assert "+0.050 [+0.050, +0.050]" in line and " 75 % " in line and text.endswith("after\n") and "old" not in text
+    assert "| **ConfKD** | 0." in (tmp_path / "README.md").read_text()
+    assert (tmp_path / "accuracy.png").stat().st_size > 10000
+    (tmp_path / "README.md").write_text("no marks")
+    with pytest.raises(SystemExit, match="lacks the lines"):
+        report.write_report(accuracy.TABLES, accuracy.ROWS, tmp_path / "runs", tmp_path, tmp_path / "README.md")
+
+
+def test_the_interval_covers_zero_where_seeds_disagree(modules):
+    _, report = modules
+    rival = {s: np.zeros((20, 2)) for s in range(3)}
+    ours = {s: np.full((20, 2), gain) for s, gain in enumerate((0.05, -0.05, 0.01))}
+    mean, low, high = report.paired_gain(ours, rival)
+    assert mean == pytest.approx(0.01 / 3) and low < 0 < high
+    assert report.paired_gain({0: np.zeros((2, 1))}, {1: np.zeros((2, 1))}) is None
+
+
+def test_finished_runs_are_kept_and_other_settings_refused(modules, tmp_path):
+    accuracy, _ = modules
+    fake_runs(accuracy, tmp_path / "runs", 0.0)
+    table = accuracy.TABLES["hippocampus"]
+    specs = accuracy.jobs_of(table, ["ignore", "confkd", "all"], [5], [0, 1, 2], "cpu", "test", tmp_path)
+    missing = accuracy.still_to_do(specs, tmp_path / "runs")
+    assert [spec["seed"] for spec in missing] == [2, 2, 2]
+    changed = accuracy.jobs_of(replace(table, batch_size=8), ["ignore"], [5], [0], "cpu", "test", tmp_path)
+    with pytest.raises(SystemExit, match="ignore_M5_s0.json: was made with another table"):
+        accuracy.still_to_do(changed, tmp_path / "runs")
+
+
+def test_a_table_from_real_data_to_json(modules, test_data, tmp_path):
+    """Two rows, a few iterations, through the command; a second time it has nothing left to do."""
+    script = tmp_path / "short.py"
+    script.write_text(f"""
+import sys
+sys.path.insert(0, {str(ROOT / "benchmarks")!r})
+import accuracy
+from dataclasses import replace
+accuracy.TABLES["hippocampus"] = replace(accuracy.TABLES["hippocampus"], iterations=2, patients=(2, 2, 6), full=(2,))
+accuracy.EPOCH = 2
+if __name__ == "__main__":
+    accuracy.main()
+""")
+    command = [sys.executable, str(script), "hippocampus", "--data", str(test_data / "hippocampus"), "--work",
+               str(tmp_path / "work"), "--rows", "ignore", "confkd", "full_only", "--seeds", "0", "--on", "validation"]
+    first, second = (subprocess.run(command, capture_output=True, text=True, timeout=600, env=os.environ) for _ in range(2))
+    assert first.returncode == 0, first.stdout[-2000:] + first.stderr[-2000:]
+    assert "3 runs, 0 of them done before" in first.stdout and "3 runs, 3 of them done before" in second.stdout
+    run = json.loads((tmp_path / "work" / "hippocampus" / "confkd_M2_s0.json").read_text())
+    roles = json.loads((tmp_path / "work" / "roles.json").read_text())
+    assert sorted(run["cases"]) == sorted(roles["validation"]) and len(roles["train"]) == 6
+    assert set(run["cases"][roles["validation"][0]]) == {"student", "teacher"}
+    assert not (tmp_path / "work" / "results" / "Dataset902_Mixed2" / "ConfKDTrainer__nnUNetPlans__confkd_M2_s0").exists()
