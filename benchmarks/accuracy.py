@@ -71,6 +71,7 @@ class Table:
     batch_size: int | None = None
     configuration: str = "2d"
     small: bool = True
+    spacing: tuple[float, float, float] | None = None  # mm; None: nnU-Net's choice
     max_patch: int = 96
     full: tuple[int, ...] = (3, 5, 10)
     seeds: tuple[int, ...] = (0, 1, 2)
@@ -78,7 +79,8 @@ class Table:
 
 TABLES = {
     "hippocampus": Table("Hippocampus 2-D, points", "hippocampus", "points", (40, 20, 140), 9000, 4),
-    "acdc_small": Table("ACDC 2-D, expert scribbles, reduced for a CPU", "acdc", "scribbles", (20, 20, 60), 3000, 4, full=(3,)),
+    "acdc_small": Table("ACDC 2-D, expert scribbles, reduced for a CPU", "acdc", "scribbles", (20, 20, 60), 6000, 4,
+                        spacing=(10.0, 2.5, 2.5), max_patch=80, full=(3,)),
     "acdc_scribbles": Table("ACDC 2-D, expert scribbles", "acdc", "scribbles", (20, 20, 60), 15000, small=False),
     "acdc_erosion": Table("ACDC 2-D, erosion", "acdc", "erosion", (20, 20, 60), 15000, small=False),
     "acdc_none": Table("ACDC 2-D, unlabelled", "acdc", "none", (20, 20, 60), 15000, small=False),
@@ -103,7 +105,7 @@ def prepare(table: Table, data: Path, scribbles: Path | None, work: Path) -> Non
     asked = json.loads(json.dumps({**asdict(table), "data": str(data), "scribbles": str(scribbles)}))
     if done.is_file():
         before = json.loads(done.read_text())
-        changed = [k for k in ("style", "patients", "configuration", "data") if before[k] != asked[k]]
+        changed = [k for k in ("style", "patients", "configuration", "spacing", "data") if before[k] != asked[k]]
         if changed or not set(table.full) <= set(before["full"]):
             raise SystemExit(f"{work}: was prepared with another {', '.join(changed or ['number of full patients'])}; give "
                              f"another --work")
@@ -144,6 +146,7 @@ def prepare(table: Table, data: Path, scribbles: Path | None, work: Path) -> Non
         (writer.preprocessed_folder() / folder.name / "splits_final.json").write_text(json.dumps(splits[:1]))
     processes = int(os.environ["nnUNet_def_n_proc"])
     plan([FULL_ID, *(FULL_ID + count for count in table.full)], configurations=[table.configuration], processes=[processes],
+         overwrite_target_spacing=table.spacing, overwrite_plans_name="nnUNetPlans" if table.spacing else None,
          fingerprint_processes=processes, no_progress_bar=True)
     (work / "roles.json").write_text(json.dumps(roles))
     done.write_text(json.dumps(asked))

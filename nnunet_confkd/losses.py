@@ -176,13 +176,15 @@ class ConfKDLoss(nn.Module):
     student_images: "all", or "partial": the fully labelled images enter L_w only through the KL.
     student_average: "separate": L_w is the mean of the losses of the two kinds of images, so that a handful of
         points is not drowned in whole masks; "joint": one loss over the whole batch, as nnU-Net's.
-    kl_images: "full", or "all" (the teacher must then be given for the whole batch).
+    kl_images: "full", "partial" (all others) or "all". Where the images are not only the full ones, the teacher, or the
+        guide, must be given for the whole batch.
     entropy_images: "partial" (all but the fully labelled ones), "full" or "all".
     kl_options: keyword arguments of :func:`distillation`.
     extra_resolutions: "all" supervised resolutions for KL and entropy, or only the "highest".
 
     Call with the student's logits, the teacher's (both a tensor, or a list over resolutions), the target (likewise),
-    `num_full`, and the ramps: factors of the KL's and the entropy's weight at this point of the training.
+    `num_full`, the logits that the KL follows in place of the teacher's, if any (`guide`, a list over resolutions), and the
+    ramps: factors of the KL's and the entropy's weight at this point of the training.
     Returns the scalar to minimise and the unweighted terms, detached scalars by name.
 
     Every mean is over the voxels of all images concerned, together, in this process; a rank without such images counts
@@ -218,31 +220,33 @@ class ConfKDLoss(nn.Module):
         kinds = 2 if gathered else (num_full > 0) + (num_full < student.shape[0])
         return (full + partial) / kinds
 
-    def _terms(self, student: Tensor, teacher: Tensor | None, target: Tensor, num_full: int,
-               extra: bool) -> dict[str, Tensor]:
+    def _terms(self, student: Tensor, teacher: Tensor | None, target: Tensor, num_full: int, extra: bool,
+               guide: Tensor | None) -> dict[str, Tensor]:
         """The unweighted terms at one resolution; the extra ones (KL, entropy) only on request."""
+        groups = {"partial": slice(num_full, None), "full": slice(num_full), "all": slice(None)}
         terms = {}
         if self.weights["teacher"]:
             terms["teacher"] = self.supervised(teacher[:num_full], target[:num_full])
         if self.weights["student"]:
             terms["student"] = self._student_term(student, target, num_full)
         if self.weights["kl"] and extra:
-            images = slice(None) if self.kl_images == "all" else slice(num_full)
-            terms["kl"] = _mean(distillation(teacher[images], student[images], regions=self.regions,
-                                                   **self.kl_options))
+            images = groups[self.kl_images]
+            terms["kl"] = _mean(distillation((teacher if guide is None else guide)[images], student[images],
+                                             regions=self.regions, **self.kl_options))
         if self.weights["entropy"] and extra:
-            images = {"partial": slice(num_full, None), "full": slice(num_full), "all": slice(None)}
-            terms["entropy"] = _mean(entropy(student[images[self.entropy_images]], self.regions))
+            terms["entropy"] = _mean(entropy(student[groups[self.entropy_images]], self.regions))
         return terms
 
-    def forward(self, student, teacher, target, num_full: int, *, kl_ramp: float = 1.0,
+    def forward(self, student, teacher, target, num_full: int, *, guide=None, kl_ramp: float = 1.0,
                 entropy_ramp: float = 1.0) -> tuple[Tensor, dict[str, Tensor]]:
         student, teacher, target = ([x] if torch.is_tensor(x) else x for x in (student, teacher, target))
         if teacher is None:
             if self.weights["teacher"] or self.weights["kl"]:
                 raise ValueError("the weights of 'teacher' and 'kl' are above 0, but no teacher's logits were given")
             teacher = [None] * len(student)
-        if not len(student) == len(teacher) == len(target) == len(self.resolution_weights):
+        if guide is None:
+            guide = [None] * len(student)
+        if not len(guide) == len(student) == len(teacher) == len(target) == len(self.resolution_weights):
             raise ValueError(f"{len(student)} student outputs, {len(teacher)} teacher outputs and {len(target)} targets "
                              f"for {len(self.resolution_weights)} resolution weights")
         weights = self.weights | {"kl": self.weights["kl"] * kl_ramp, "entropy": self.weights["entropy"] * entropy_ramp}
@@ -252,7 +256,7 @@ class ConfKDLoss(nn.Module):
             if resolution_weight == 0:
                 continue
             at_all = self.extra_resolutions == "all"
-            terms = self._terms(student[i], teacher[i], target[i], num_full, extra=at_all or i == 0)
+            terms = self._terms(student[i], teacher[i], target[i], num_full, at_all or i == 0, guide[i])
             for term, value in terms.items():
                 share = resolution_weight if at_all or term in ("teacher", "student") else 1.0
                 total = total + share * weights[term] * value

@@ -30,6 +30,7 @@ from nnunet_confkd import __version__
 from nnunet_confkd.curves import CURVES, plot_curves
 from nnunet_confkd.dataset_conversion.writer import patients_of
 from nnunet_confkd.errors import InputError
+from nnunet_confkd.guide import Guide, Mix
 from nnunet_confkd.losses import TERMS, ConfKDLoss, PartialSupervision, annotated_voxels, confidence
 from nnunet_confkd.network import TwoBranchUNet, unwrap
 from nnunet_confkd.settings import Settings
@@ -68,6 +69,7 @@ class ConfKDTrainer(nnUNetTrainer):
         # plans travel with the model: so do the settings that it was trained with
         self.plans_manager.plans["configurations"][configuration]["confkd"] = self.settings.as_dict()
         self.kinds: dict[str, str] | None = None  # -> find_supervision
+        self.guide: Guide | None = None  # -> on_train_start
         self._add_missing_curves()
 
     # ---- network and loss -------------------------------------------------------------------------------------------
@@ -246,6 +248,11 @@ class ConfKDTrainer(nnUNetTrainer):
 
     def on_train_start(self):
         super().on_train_start()
+        if self.settings.kl_teacher == "averaged" and self.settings.weight_kl:
+            # not kept in checkpoints: a training that goes on averages anew from its weights, within some hundred steps
+            self.guide = Guide(unwrap(self.network), self.settings.average_decay)
+            seed = self.settings.seed
+            self.mixing_rng = np.random.default_rng(None if seed is None else (seed, self.local_rank, self.current_epoch))
         self.print_to_log_file(f"ConfKD settings: {self.settings}")
 
     def _forward(self, data: torch.Tensor, num_teacher: int):
@@ -266,13 +273,17 @@ class ConfKDTrainer(nnUNetTrainer):
     def train_step(self, batch: dict) -> dict:
         data, target = self._to_device(batch)
         num_full = batch['num_full']
-        num_teacher = data.shape[0] if self.settings.kl_images == "all" else num_full
+        follows_teacher = self.settings.kl_images != "full" and self.guide is None
+        num_teacher = data.shape[0] if follows_teacher else num_full
         progress = (self.current_epoch + 1) / self.num_epochs
 
         self.optimizer.zero_grad(set_to_none=True)
         with self._autocast():
+            guide = None if self.guide is None else self.guide(data, self.label_manager.has_regions)
+            if self.settings.kl_mix and num_full < data.shape[0]:
+                data, target, guide = self._mixed(data, target, guide, num_full)
             student, teacher = self._forward(data, num_teacher)
-            loss, terms = self.loss(student, teacher, target, num_full, kl_ramp=self.settings.ramp("kl", progress),
+            loss, terms = self.loss(student, teacher, target, num_full, guide=guide, kl_ramp=self.settings.ramp("kl", progress),
                                     entropy_ramp=self.settings.ramp("entropy", progress))
 
         if self.grad_scaler is not None:
@@ -285,6 +296,8 @@ class ConfKDTrainer(nnUNetTrainer):
             loss.backward()
             torch.nn.utils.clip_grad_norm_(self.network.parameters(), 12)
             self.optimizer.step()
+        if self.guide is not None:
+            self.guide.update(unwrap(self.network))
 
         regions = self.label_manager.has_regions
         highest = student[0] if self.enable_deep_supervision else student
@@ -294,6 +307,17 @@ class ConfKDTrainer(nnUNetTrainer):
                   "student_confidence": confidence(highest.detach(), regions), "annotated_share": labelled.float().mean()}
         # one transfer for all of them
         return dict(zip(values, torch.stack([v.float() for v in values.values()]).cpu().numpy()))
+
+    def _mixed(self, data: torch.Tensor, target, guide: list[torch.Tensor], num_full: int):
+        """Images, labels and guide; those that are not fully labelled mixed with each other."""
+        mix = Mix(data.shape[0] - num_full, data.shape[2:], self.mixing_rng, data.device)
+
+        def mixed(values):
+            if isinstance(values, list):
+                return [mixed(v) for v in values]
+            return torch.cat((values[:num_full], mix(values[num_full:])))
+
+        return mixed(data), mixed(target), mixed(guide)
 
     def on_train_epoch_end(self, train_outputs: list[dict]):
         super().on_train_epoch_end(train_outputs)

@@ -486,6 +486,7 @@ FULL_ONES, OTHERS = set(range(NUM_FULL)), set(range(NUM_FULL, NUM_IMAGES))
     ("student", {"student_images": "partial"}, OTHERS, set()),
     ("kl", {}, FULL_ONES, FULL_ONES),
     ("kl", {"kl_images": "all"}, FULL_ONES | OTHERS, FULL_ONES | OTHERS),
+    ("kl", {"kl_images": "partial"}, OTHERS, OTHERS),
     ("entropy", {}, OTHERS, set()),
     ("entropy", {"entropy_images": "full"}, FULL_ONES, set()),
     ("entropy", {"entropy_images": "all"}, FULL_ONES | OTHERS, set()),

@@ -63,7 +63,10 @@ BAD_VALUES = {
     "supervised_loss": ("dice", ""),
     "student_images": ("full",),
     "student_average": ("mean",),
-    "kl_images": ("partial",),
+    "kl_images": ("unlabelled",),
+    "kl_teacher": ("student", None),
+    "kl_mix": (1, "no"),
+    "average_decay": (1.1, -0.1, NAN, True),
     "entropy_images": ("unlabelled",),
     "extra_resolutions": ("lowest",),
 }
@@ -181,7 +184,7 @@ def test_the_table_has_a_row_for_every_setting_with_its_default_and_meaning():
     assert cells["weight_entropy"][0] == "0.01"
     assert cells["kl_detach_teacher"][:2] == ["true", "`true`, `false`"]
     assert cells["seed"][0] == "null"
-    assert cells["kl_images"][:2] == ["full", '`"full"`, `"all"`']
+    assert cells["kl_images"][:2] == ["full", '`"full"`, `"partial"`, `"all"`']
     assert cells["weight_kl"][2] == "weight of L_kd, the distillation from teacher to student"
 
 

@@ -88,6 +88,58 @@ def test_a_batch_of_one_trains_with_and_without_a_full_image(nnunet, hippocampus
     assert found[1]["loss_entropy"] == 0 != found[1]["loss_teacher"]
 
 
+GUIDED = SHORT | {"kl_images": "partial", "kl_teacher": "averaged", "kl_mix": True}
+
+
+def test_the_student_follows_the_guide_on_mixed_images(nnunet, hippocampus, started):
+    trainer = started(HIPPOCAMPUS, nnunet.configure(HIPPOCAMPUS, "guided", "2d", GUIDED))
+    trainer.on_train_epoch_start()
+    batch = next(trainer.dataloader_train)
+    seen = {}
+    trainer.network.encoder.register_forward_pre_hook(lambda _, inputs: seen.update(trained=inputs[0]))
+    trainer.guide.average.module.encoder.register_forward_pre_hook(lambda _, inputs: seen.update(guide=inputs[0]))
+    average = [p.clone() for p in trainer.guide.average.module.parameters()]
+    result = trainer.train_step(batch)
+    full = batch["num_full"]
+    assert torch.equal(seen["guide"], batch["data"]) and torch.equal(seen["trained"][:full], batch["data"][:full])
+    assert all(not torch.equal(mixed, image) for mixed, image in zip(seen["trained"][full:], batch["data"][full:]))
+    assert result["loss_kl"] > 0 and all(np.isfinite(value) for value in result.values())
+    assert any(not torch.equal(p, before) for p, before in zip(trainer.guide.average.module.parameters(), average))
+    names = [name for name in trainer.network.state_dict() if "average" in name]
+    assert not names  # a checkpoint holds what it always holds
+
+
+def test_mixing_leaves_the_batches_as_they_are(nnunet, hippocampus, started):
+    def keys(name, block):
+        trainer = started(HIPPOCAMPUS, nnunet.configure(HIPPOCAMPUS, name, "2d", block))
+        trainer.on_train_epoch_start()
+        found = []
+        for _ in range(3):
+            batch = next(trainer.dataloader_train)
+            found.append((list(batch["keys"]), batch["data"].sum()))
+            trainer.train_step(batch)
+        return found
+
+    assert keys("guided", GUIDED) == keys("unguided", SHORT)
+
+
+def test_guided_batches_of_one(nnunet, hippocampus, started):
+    trainer = started(HIPPOCAMPUS, nnunet.configure(HIPPOCAMPUS, "guided_one", "2d", GUIDED, batch_size=1))
+    trainer.on_train_epoch_start()
+    found = {}
+    for _ in range(4):
+        batch = next(trainer.dataloader_train)
+        found[batch["num_full"]] = trainer.train_step(batch)["loss_kl"]
+    assert found[1] == 0 < found[0]
+
+
+def test_guided_regions(nnunet, regions, started):
+    trainer = started(regions, nnunet.configure(regions, "guided", "3d_fullres", GUIDED))
+    trainer.on_train_epoch_start()
+    result = trainer.train_step(next(trainer.dataloader_train))
+    assert all(np.isfinite(value) for value in result.values()) and result["loss_kl"] > 0
+
+
 def test_validation_batches_are_full_and_count_as_nnunet_does(nnunet, hippocampus, started):
     """nnU-Net's own validation_step, on a network that gives our student's output."""
     trainer = started(HIPPOCAMPUS, nnunet.configure(HIPPOCAMPUS, "val", "2d", SHORT))
