@@ -176,15 +176,14 @@ class ConfKDLoss(nn.Module):
     student_images: "all", or "partial": the fully labelled images enter L_w only through the KL.
     student_average: "separate": L_w is the mean of the losses of the two kinds of images, so that a handful of
         points is not drowned in whole masks; "joint": one loss over the whole batch, as nnU-Net's.
-    kl_images: "full", "partial" (all others) or "all". Where the images are not only the full ones, the teacher, or the
-        guide, must be given for the whole batch.
+    kl_images: "full", "partial" (all others) or "all" (but for the first, the teacher must be given for the whole batch).
     entropy_images: "partial" (all but the fully labelled ones), "full" or "all".
     kl_options: keyword arguments of :func:`distillation`.
     extra_resolutions: "all" supervised resolutions for KL and entropy, or only the "highest".
 
     Call with the student's logits, the teacher's (both a tensor, or a list over resolutions), the target (likewise),
-    `num_full`, the logits that the KL follows in place of the teacher's, if any (`guide`, a list over resolutions), and the
-    ramps: factors of the KL's and the entropy's weight at this point of the training.
+    `num_full`, the logits that the KL follows in place of the teacher's, if any (`guide`, of the images on which the KL acts, a
+    list over resolutions), and the ramps: factors of the KL's and the entropy's weight at this point of the training.
     Returns the scalar to minimise and the unweighted terms, detached scalars by name.
 
     Every mean is over the voxels of all images concerned, together, in this process; a rank without such images counts
@@ -231,7 +230,7 @@ class ConfKDLoss(nn.Module):
             terms["student"] = self._student_term(student, target, num_full)
         if self.weights["kl"] and extra:
             images = groups[self.kl_images]
-            terms["kl"] = _mean(distillation((teacher if guide is None else guide)[images], student[images],
+            terms["kl"] = _mean(distillation(teacher[images] if guide is None else guide, student[images],
                                              regions=self.regions, **self.kl_options))
         if self.weights["entropy"] and extra:
             terms["entropy"] = _mean(entropy(student[groups[self.entropy_images]], self.regions))

@@ -279,7 +279,10 @@ class ConfKDTrainer(nnUNetTrainer):
 
         self.optimizer.zero_grad(set_to_none=True)
         with self._autocast():
-            guide = None if self.guide is None else self.guide(data, self.label_manager.has_regions)
+            guide = None
+            if self.guide is not None:
+                followed = {"full": data[:num_full], "partial": data[num_full:], "all": data}[self.settings.kl_images]
+                guide = self.guide(followed, self.label_manager.has_regions) if len(followed) else None
             if self.settings.kl_mix and num_full < data.shape[0]:
                 data, target, guide = self._mixed(data, target, guide, num_full)
             student, teacher = self._forward(data, num_teacher)
@@ -310,12 +313,13 @@ class ConfKDTrainer(nnUNetTrainer):
 
     def _mixed(self, data: torch.Tensor, target, guide: list[torch.Tensor], num_full: int):
         """Images, labels and guide; those that are not fully labelled mixed with each other."""
-        mix = Mix(data.shape[0] - num_full, data.shape[2:], self.mixing_rng, data.device)
+        count = data.shape[0] - num_full
+        mix = Mix(count, data.shape[2:], self.mixing_rng, data.device)
 
         def mixed(values):
             if isinstance(values, list):
                 return [mixed(v) for v in values]
-            return torch.cat((values[:num_full], mix(values[num_full:])))
+            return torch.cat((values[:-count], mix(values[-count:])))
 
         return mixed(data), mixed(target), mixed(guide)
 
