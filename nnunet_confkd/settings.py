@@ -62,6 +62,8 @@ class Settings:
     extra_resolutions: str = _choice(
         "all", "highest", doc="resolutions of the KL and the entropy: all supervised ones, or the highest")
     full_share: float = _number(0.5, 0.01, 0.99, "share of fully labelled images in a training batch")
+    ignore_padding: bool = _flag(True, "the padding around images that are not fully labelled is not annotated; false: it "
+                                       "is background, as nnU-Net has it")
     epochs: int | None = _optional(1, 10 ** 6, "number of epochs; null: the trainer's own (1000, or its name's)")
     iterations_per_epoch: int | None = _optional(1, 10 ** 6, "training steps an epoch; null: nnU-Net's 250")
     seed: int | None = _optional(0, 2 ** 31 - 1, "seed of weights, batches and augmentation; null: a new one every run. "

@@ -35,8 +35,8 @@ from nnunet_confkd.losses import TERMS, ConfKDLoss, PartialSupervision, annotate
 from nnunet_confkd.network import TwoBranchUNet, unwrap
 from nnunet_confkd.settings import Settings
 from nnunet_confkd.supervision import (FULL, TABLE_KEY, UNLABELLED, HiddenLabels, StratifiedLoader, annotation_counts,
-                                       check_labels, decide_kinds, lost_annotations, require_full, split_full_cases,
-                                       summary)
+                                       check_labels, decide_kinds, label_padding, lost_annotations, require_full,
+                                       split_full_cases, summary)
 from nnunet_confkd.validation import validate
 
 
@@ -201,6 +201,8 @@ class ConfKDTrainer(nnUNetTrainer):
         tr_transforms = self.get_training_transforms(
             patch_size, rotation_for_DA, deep_supervision_scales, mirror_axes, do_dummy_2d_data_aug,
             use_mask_for_norm=self.configuration_manager.use_mask_for_norm, **labels)
+        if self.settings.ignore_padding and self.label_manager.ignore_label is not None:
+            label_padding(tr_transforms, self.label_manager.ignore_label)
         val_transforms = self.get_validation_transforms(deep_supervision_scales, **labels)
         dataset_tr, dataset_val = self.get_tr_and_val_datasets()
         options = dict(oversample_foreground_percent=self.oversample_foreground_percent, sampling_probabilities=None,

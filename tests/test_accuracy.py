@@ -76,7 +76,8 @@ def fake_runs(accuracy, folder, gain):
     for seed in (0, 1):
         for row, branches, plus in (("ignore", ("student",), 0), ("confkd", ("student", "teacher"), gain),
                                     ("full_only", ("student",), -0.1), ("all", ("student",), 0.1)):
-            spec = accuracy.spec_of(accuracy.TABLES["hippocampus"], row, 0 if row == "all" else 5, seed, "cpu", 4500)
+            spec = accuracy.spec_of(accuracy.TABLES["hippocampus"], row, 0 if row == "all" else 5, seed, "cpu",
+                                    accuracy.TABLES["hippocampus"].iterations)
             dice = np.random.default_rng(seed).uniform(0.6, 0.8, (8, 2)) + plus
             cases = {f"case{i}": {b: {c: {"dice": d, "hd95_mm": 2.0, "far_ml": 0.0} for c, d in zip("12", of)}
                                   | {"entropy": 0.1} for b in branches} for i, of in enumerate(dice)}

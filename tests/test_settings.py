@@ -66,6 +66,7 @@ BAD_VALUES = {
     "kl_images": ("unlabelled",),
     "kl_teacher": ("student", None),
     "kl_mix": (1, "no"),
+    "ignore_padding": (1, "no"),
     "average_decay": (1.1, -0.1, NAN, True),
     "entropy_images": ("unlabelled",),
     "extra_resolutions": ("lowest",),

@@ -7,13 +7,16 @@ from collections import Counter
 
 import numpy as np
 import pytest
+import torch
+from batchgeneratorsv2.transforms.utils.compose import ComposeTransforms
+from batchgeneratorsv2.transforms.utils.remove_label import RemoveLabelTransform
 from nnunetv2.training.dataloading.data_loader import nnUNetDataLoader
 from nnunetv2.utilities.label_handling.label_handling import LabelManager
 
 from nnunet_confkd.errors import InputError
-from nnunet_confkd.supervision import (FULL, OUTSIDE, PARTIAL, UNLABELLED, HiddenLabels, StratifiedLoader,
-                                       annotation_counts, check_labels, count_voxels, decide_kinds,
-                                       full_images_per_batch, kind_of, lost_annotations, require_full, split_full_cases)
+from nnunet_confkd.supervision import (FULL, OUTSIDE, PARTIAL, UNLABELLED, HiddenLabels, LabelPadding, StratifiedLoader,
+                                       annotation_counts, check_labels, count_voxels, decide_kinds, full_images_per_batch,
+                                       kind_of, label_padding, lost_annotations, require_full, split_full_cases)
 
 IGNORE = 3
 WITH_IGNORE = LabelManager({"background": 0, "a": 1, "b": 2, "ignore": IGNORE}, None)
@@ -180,6 +183,20 @@ class Cases:
         where = {label: np.argwhere(seg == label) for label in (1, 2)}
         where[(-1, 0, 1, 2)] = np.argwhere(seg != IGNORE)
         return data, seg, None, {"class_locations": where}
+
+
+@pytest.mark.parametrize("labels, padding", [([-1, 0, 3, 1], 3), ([-1, 0, 2, 1], 0), ([-1, 3, 3, 3], 3), ([-1, -1, -1, -1], 0)])
+def test_padding_is_ignored_beside_ignored_voxels_only(labels, padding):
+    before = torch.tensor([[labels], [[-1, 1, 2, 3]]], dtype=torch.int16)  # the second: a cascade's previous prediction
+    after = LabelPadding(3)(segmentation=before.clone())["segmentation"]
+    assert after[0, 0].tolist() == [padding if label == -1 else label for label in labels]
+    assert after[1, 0].tolist() == [0, 1, 2, 3]
+
+
+def test_unknown_training_transforms_are_not_passed_over():
+    for steps in ([], [RemoveLabelTransform(-1, 0)] * 2, [RemoveLabelTransform(4, 0)]):
+        with pytest.raises(RuntimeError, match="set ignore_padding to false"):
+            label_padding(ComposeTransforms(steps), 3)
 
 
 KINDS = {f"f{i}": FULL for i in range(3)} | {f"p{i}": PARTIAL for i in range(9)} | {"u": UNLABELLED}

@@ -51,8 +51,25 @@ def test_a_step_moves_every_part_and_reports_every_term(nnunet, hippocampus, sta
     assert all(np.isfinite(value) for value in result.values())
     assert all(result[f"loss_{term}"] != 0 for term in TERMS)
     assert 1 / 3 < result["student_confidence"] < 1 and 0 < result["annotated_share"] < 1
-    # half of the batch is full: with points and padding a little more than half of the voxels carry a label
-    assert result["annotated_share"] > 0.5
+    # half of the batch is full, the other half has points
+    assert 0.5 < result["annotated_share"] < 0.53
+
+
+def test_the_padding_of_partial_images_is_not_annotated(nnunet, hippocampus, started):
+    """Of a partial image, its points carry a label and its padding does not."""
+    shares = {}
+    for ignored in (True, False):
+        trainer = started(HIPPOCAMPUS, nnunet.configure(HIPPOCAMPUS, f"padding_{ignored}", "2d", SHORT | {"ignore_padding": ignored}))
+        full, partial = [], []
+        for _ in range(3):
+            batch = next(trainer.dataloader_train)
+            assert not any((target == -1).any() for target in batch["target"])
+            labelled = batch["target"][0] != 3
+            full.append(labelled[:batch["num_full"]].float().mean())
+            partial.append(labelled[batch["num_full"]:].float().mean())
+        shares[ignored] = np.mean(full), np.mean(partial)
+    assert shares[True][0] == shares[False][0] == 1
+    assert 0 < shares[True][1] < 0.03 and shares[False][1] > 2 * shares[True][1]
 
 
 def test_regions_train_and_validate(nnunet, regions, started):
