@@ -6,8 +6,8 @@
 
 All rows of a table share data, plan, batch, iterations, augmentation and seeds. The patients, sorted by name, are shuffled with
 `random.Random(0)`: the first are for testing, the next for validation (settings are chosen on these), the rest train, and
-the first M of the rest are fully labelled. One JSON file a run, in `benchmarks/accuracy/TABLE/`; a run that is there
-is not done again. `--report` writes the tables and the plot into docs/ and README.md (see accuracy_report.py).
+the first M of the rest are fully labelled. One JSON file a run, in `benchmarks/accuracy/TABLE/` (of trials, measured on
+the validation cases, in `TABLE_validation/`); a run that is there is not done again. `--report` writes the tables and the plot into docs/ and README.md (see accuracy_report.py).
 """
 from __future__ import annotations
 
@@ -57,6 +57,14 @@ ROWS = {
     "all": Row("everything labelled, stock nnU-Net", "nnUNetTrainer", "all"),
 }
 RIVAL, LOWER, UPPER = "ignore", "full_only", "all"
+
+# What was tried on the way to the defaults, one change at a time; for --on validation alone.
+GUIDE = {"kl_images": "partial", "kl_teacher": "averaged", "kl_mix": True, "kl_ramp_start": 0.1, "kl_ramp_end": 0.4,
+         "extra_resolutions": "highest", "weight_entropy": 0.0}
+TRIALS = {
+    "t_padding": Row("the ignore label, stratified; padding is background", "ConfKDTrainer_partialOnly",
+                     settings={"ignore_padding": False}),
+}
 
 
 @dataclass(frozen=True)
@@ -175,8 +183,21 @@ def choose_roles(cases, sizes: tuple[int, int, int], twins: tuple[str, ...] = ()
 
 def spec_of(table: Table, row: str, full: int, seed: int, device: str, iterations: int, on: str = "test") -> dict:
     """All that decides a run's result, but for the versions."""
-    return json.loads(json.dumps({"table": asdict(table), "row": asdict(ROWS[row]), "name": row, "full": full, "seed": seed,
-                                  "device": device, "iterations": iterations, "on": on}))
+    return json.loads(json.dumps({"table": asdict(table), "row": asdict(described(row)), "name": row, "full": full,
+                                  "seed": seed, "device": device, "iterations": iterations, "on": on,
+                                  "settings": settings_of(described(row))}))
+
+
+def described(row: str) -> Row:
+    return ROWS.get(row) or TRIALS[row]
+
+
+def settings_of(row: Row) -> dict | None:
+    """All settings of a row of ours, the defaults of today included."""
+    from nnunet_confkd import trainer
+    if row.trainer == "nnUNetTrainer":
+        return None
+    return trainer.Settings.from_blocks(row.settings, getattr(trainer, row.trainer).fixed_settings).as_dict()
 
 
 def build_trainer(table: Table, spec: dict):
@@ -190,7 +211,7 @@ def build_trainer(table: Table, spec: dict):
     from nnunet_confkd.trainer import ConfKDTrainer
 
     make_findable()
-    row, full = ROWS[spec["name"]], spec["full"]
+    row, full = described(spec["name"]), spec["full"]
     mixed = row.labels == "mixed"
     dataset = convert_id_to_dataset_name(FULL_ID + full if mixed else FULL_ID)
     fold = 1 + table.full.index(full) if row.labels == "full" else 0
@@ -366,12 +387,12 @@ def jobs_of(table: Table, rows, full, seeds, device: str, on: str, work: Path) -
     for seed in seeds:
         for count in full:
             for row in rows:
-                if ROWS[row].labels == "all":  # one run a seed
+                if described(row).labels == "all":  # one run a seed
                     if count != full[0]:
                         continue
                     count = 0
                 iterations = table.iterations
-                if ROWS[row].time_of:
+                if described(row).time_of:
                     iterations = round(iterations * time_factor(table, work, device) / EPOCH) * EPOCH
                 specs.append(spec_of(table, row, count, seed, device, iterations, on))
     return specs
@@ -396,12 +417,12 @@ def main() -> None:
     parser.add_argument("--data", type=Path, help="the data set's folder, as published")
     parser.add_argument("--scribbles", type=Path, help="ACDC's expert scribbles")
     parser.add_argument("--work", type=Path, help="a folder for data and trainings; used again after an interruption")
-    parser.add_argument("--output", type=Path, help=f"where the runs' JSON files go (default: {OUTPUT}/TABLE)")
-    parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS))
+    parser.add_argument("--output", type=Path, help=f"where the runs' JSON files go (default: {OUTPUT}/TABLE, or TABLE_validation)")
+    parser.add_argument("--rows", nargs="+", choices=(*ROWS, *TRIALS), default=list(ROWS))
     parser.add_argument("--full", nargs="+", type=int, metavar="M", help="numbers of full patients (default: the table's)")
     parser.add_argument("--seeds", nargs="+", type=int, help="default: the table's")
     parser.add_argument("--on", default="test", choices=("test", "validation"),
-                        help="cases to measure; settings are chosen on \"validation\", whose runs stay in --work")
+                        help="cases to measure; settings are chosen on \"validation\"")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--processes", type=int, default=2, help="trainings at once; on a CPU each has one thread")
     parser.add_argument("--prepare", action="store_true", help="only preprocess the data")
@@ -420,8 +441,10 @@ def main() -> None:
             prepare(table, args.data.resolve(), args.scribbles and args.scribbles.resolve(), work)
         if args.prepare:
             return
-        output = (args.output or (OUTPUT if args.on == "test" else work) / args.table).resolve()
+        output = (args.output or OUTPUT / (args.table + ("" if args.on == "test" else "_validation"))).resolve()
         output.mkdir(parents=True, exist_ok=True)
+        if args.on == "test" and (trials := [row for row in args.rows if row in TRIALS]):
+            parser.error(f"{', '.join(trials)}: trials are measured --on validation")
         if unknown := set(args.full or ()) - set(table.full):
             parser.error(f"--full: the table has {table.full}, not {sorted(unknown)}")
         specs = jobs_of(table, args.rows, args.full or table.full, args.seeds or table.seeds, args.device, args.on, work)
@@ -438,10 +461,10 @@ def main() -> None:
                     print(f"FAILED: {error!r}", file=sys.stderr, flush=True)
         if failed:
             raise SystemExit(f"{failed} of {len(missing)} runs failed; their logs are in {work / 'logs'}")
-        if args.on == "validation":
+        if args.output:
             return
     from accuracy_report import write_report
-    write_report(TABLES, ROWS, OUTPUT)
+    write_report(TABLES, ROWS, TRIALS, OUTPUT)
 
 
 def _quiet_run(spec: dict, work: Path, output: Path) -> str:
