@@ -48,8 +48,7 @@ ROWS = {
     "ignore_uniform": Row("nnU-Net's ignore label, its own sampling", "nnUNetTrainer"),
     "ignore": Row("nnU-Net's ignore label, stratified batches", "ConfKDTrainer_partialOnly"),
     "ignore_time": Row("the same, as long in time as ConfKD", "ConfKDTrainer_partialOnly", time_of="confkd"),
-    "decoders": Row("two decoders, separate means, no KL, no entropy",
-                    settings={"weight_kl": 0.0, "weight_entropy": 0.0, "student_average": "separate"}),
+    "decoders": Row("two decoders, no KL, no entropy", settings={"weight_kl": 0.0, "weight_entropy": 0.0}),
     "kl": Row("KL, no entropy", "ConfKDTrainer_noEntropy"),
     "entropy": Row("entropy, no KL", "ConfKDTrainer_noKL"),
     "confkd": Row("ConfKD"),
@@ -59,11 +58,24 @@ ROWS = {
 RIVAL, LOWER, UPPER = "ignore", "full_only", "all"
 
 # What was tried on the way to the defaults, one change at a time; for --on validation alone.
+PLAIN = {"weight_kl": 0.0, "weight_entropy": 0.0}
 GUIDE = {"kl_images": "partial", "kl_teacher": "averaged", "kl_mix": True, "kl_ramp_start": 0.1, "kl_ramp_end": 0.4,
          "extra_resolutions": "highest", "weight_entropy": 0.0}
 TRIALS = {
-    "t_padding": Row("the ignore label, stratified; padding is background", "ConfKDTrainer_partialOnly",
+    "t_padding": Row("the ignore label, stratified; the padding is background, as nnU-Net has it", "ConfKDTrainer_partialOnly",
                      settings={"ignore_padding": False}),
+    "t_separate": Row("two decoders, no KL, no entropy; L_w the mean of the two kinds' losses",
+                      settings={**PLAIN, "student_average": "separate"}),
+    "t_kl_0.1": Row("KL of weight 0.1 alone", settings={**PLAIN, "weight_kl": 0.1}),
+    "t_kl_1": Row("KL of weight 1 alone", settings={**PLAIN, "weight_kl": 1.0}),
+    "t_kl_late": Row("KL of weight 1 alone, rising from 50 to 80 % of the training",
+                     settings={**PLAIN, "weight_kl": 1.0, "kl_ramp_start": 0.5, "kl_ramp_end": 0.8}),
+    "t_entropy_0.01": Row("entropy of weight 0.01 alone", settings={**PLAIN, "weight_entropy": 0.01}),
+    "t_entropy_0.1": Row("entropy of weight 0.1 alone", settings={**PLAIN, "weight_entropy": 0.1}),
+    "t_guide_5": Row("KL of weight 5 on the partial images, from the mean of both branches under averaged weights, on mixed images",
+                     settings={**GUIDE, "weight_kl": 5.0}),
+    "t_guide_15": Row("the same, weight 15", settings={**GUIDE, "weight_kl": 15.0}),
+    "t_guide_whole": Row("the same, weight 5, images not mixed", settings={**GUIDE, "weight_kl": 5.0, "kl_mix": False}),
 }
 
 
@@ -86,7 +98,7 @@ class Table:
 
 
 TABLES = {
-    "hippocampus": Table("Hippocampus 2-D, points", "hippocampus", "points", (40, 20, 140), 9000, 4),
+    "hippocampus": Table("Hippocampus 2-D, points", "hippocampus", "points", (40, 20, 140), 5000, 4),
     "acdc_small": Table("ACDC 2-D, expert scribbles, reduced for a CPU", "acdc", "scribbles", (20, 20, 60), 6000, 4,
                         spacing=(10.0, 2.5, 2.5), max_patch=80, full=(3,)),
     "acdc_scribbles": Table("ACDC 2-D, expert scribbles", "acdc", "scribbles", (20, 20, 60), 15000, small=False),
