@@ -276,8 +276,10 @@ def run(spec: dict, work: Path, output: Path) -> str:
         torch.set_num_threads(1)
     start = time.time()
     trainer = build_trainer(table, spec)
-    latest = Path(trainer.output_folder) / "checkpoint_latest.pth"
-    if resumed := latest.is_file():
+    latest, made_with = (Path(trainer.output_folder) / name for name in ("checkpoint_latest.pth", "spec.json"))
+    resumed = latest.is_file() and made_with.is_file() and json.loads(made_with.read_text()) == spec
+    made_with.write_text(json.dumps(spec))
+    if resumed:
         trainer.initialize()
         trainer.load_checkpoint(str(latest))
     trainer.run_training()
