@@ -341,26 +341,17 @@ def measure(truth: np.ndarray, labels: np.ndarray, probabilities: np.ndarray, sp
 
     truth, labels: `(z, y, x)`; probabilities: `(C, z, y, x)`; spacing: mm, in the order of the axes.
     """
-    import torch
-    from monai.metrics import compute_hausdorff_distance
     from scipy.ndimage import distance_transform_edt
+
+    from nnunet_confkd.metrics import measure_masks
 
     found = {}
     for c in classes:
         a, b = truth == c, labels == c
-        hd95, far = float("nan"), 0.0
-        if a.any():
-            distance = distance_transform_edt(~a, spacing)
-            far = float((b & (distance > FAR_MM)).sum() * np.prod(spacing) / 1000)
-        else:
-            far = float(b.sum() * np.prod(spacing) / 1000)
-        if a.any() and b.any():
-            box = tuple(slice(lo.min(), lo.max() + 1) for lo in np.nonzero(a | b))
-            x, y = (torch.from_numpy(np.pad(m[box], 1).astype(np.float32))[None, None] for m in (b, a))
-            hd95 = float(compute_hausdorff_distance(x, y, include_background=True, percentile=95, spacing=list(map(float, spacing))))
-        total = int(a.sum() + b.sum())
-        found[str(c)] = {"dice": round(2 * int((a & b).sum()) / total, 5) if total else float("nan"),
-                         "hd95_mm": round(hd95, 3), "far_ml": round(far, 5)}
+        of = measure_masks(a, b, spacing)
+        far = b & (distance_transform_edt(~a, spacing) > FAR_MM) if a.any() else b
+        found[str(c)] = {"dice": round(of["Dice"], 5), "hd95_mm": round(of["HD95_mm"], 3),
+                         "far_ml": round(float(far.sum() * np.prod(spacing) / 1000), 5)}
     p = np.clip(probabilities.astype(np.float32), 1e-7, 1)
     found["entropy"] = round(float(-(p * np.log(p)).sum(0).mean()), 5)
     return found

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import numpy as np
 
+from nnunet_confkd.metrics import bootstrap_interval
+
 DOCS = Path(__file__).parent.parent / "docs"
 README = DOCS.parent / "README.md"
-DRAWS = 10000  # of the bootstrap
 BRANCHES = {"confkd": ("student", "teacher")}  # of all other rows only what predicts is shown
 
 
@@ -39,18 +40,15 @@ def mean_of(values: dict[int, np.ndarray]) -> float:
     return float(np.nanmean(np.nanmean(np.concatenate(list(values.values())), 0))) if values else math.nan
 
 
-def paired_gain(ours: dict[int, np.ndarray], rival: dict[int, np.ndarray], draws: int = DRAWS):
+def paired_gain(ours: dict[int, np.ndarray], rival: dict[int, np.ndarray]):
     """Mean difference over the common seeds and its 95 % interval: a bootstrap that draws seeds, and cases, anew, the same
     for both. None without a common seed."""
     seeds = sorted(set(ours) & set(rival))
     if not seeds:
         return None
     difference = np.stack([np.nanmean(ours[s], 1) - np.nanmean(rival[s], 1) for s in seeds])  # (seeds, cases)
-    rng = np.random.default_rng(0)
-    drawn = [np.nanmean(difference[np.ix_(rng.integers(len(seeds), size=len(seeds)),
-                                          rng.integers(difference.shape[1], size=difference.shape[1]))]) for _ in range(draws)]
-    low, high = np.percentile(drawn, (2.5, 97.5))
-    return float(np.nanmean(difference)), float(low), float(high)
+    low, high = bootstrap_interval(difference)
+    return float(np.nanmean(difference)), low, high
 
 
 def table_of(table, rows: dict, runs: dict, rival: str, lower: str, upper: str) -> str:
