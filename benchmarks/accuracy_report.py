@@ -7,6 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
+from step_time import insert
+
 from nnunet_confkd.metrics import bootstrap_interval
 
 DOCS = Path(__file__).parent.parent / "docs"
@@ -132,16 +134,6 @@ def plot(tables: dict, rows: dict, results: dict, file: Path) -> None:
     plt.close(figure)
 
 
-def insert(file: Path, name: str, text: str) -> None:
-    """Replace what lies between the marks `<!-- accuracy NAME -->` and `<!-- end of accuracy NAME -->`."""
-    start, end = f"<!-- accuracy {name} -->", f"<!-- end of accuracy {name} -->"
-    content = file.read_text(encoding="utf-8")
-    if start not in content or end not in content:
-        raise SystemExit(f"{file}: lacks the lines {start} and {end}, between which the table goes")
-    before, rest = content.split(start, 1)
-    file.write_text(f"{before}{start}\n{text}\n{end}{rest.split(end, 1)[1]}", encoding="utf-8")
-
-
 def trials_of(tables: dict, rows: dict, folder: Path) -> str:
     """What was tried, on the validation cases: Dice of the branches and the gain over the rival."""
     from accuracy import RIVAL
@@ -170,7 +162,7 @@ def trials_of(tables: dict, rows: dict, folder: Path) -> str:
 def write_report(tables: dict, rows: dict, trials: dict, folder: Path, docs: Path = DOCS, readme: Path = README) -> None:
     from accuracy import LOWER, RIVAL, UPPER
     tried = trials_of(tables, {**rows, **trials}, folder)
-    insert(docs / "results.md", "trials", tried)
+    insert(docs / "results.md", "accuracy trials", tried)
     results = {name: runs for name in tables if (runs := read_runs(folder / name))}
     if not results and tried:
         return
@@ -179,8 +171,8 @@ def write_report(tables: dict, rows: dict, trials: dict, folder: Path, docs: Pat
     plot(tables, rows, results, docs / "accuracy.png")
     parts = [f"### {tables[name].title}\n\n{describe(tables[name], runs)}\n\n"
              f"{table_of(tables[name], rows, runs, RIVAL, LOWER, UPPER)}" for name, runs in results.items()]
-    insert(docs / "results.md", "tables", "![Dice over the number of fully labelled patients](accuracy.png)\n\n" + "\n".join(parts))
-    insert(readme, "table", short_table(tables, rows, results))
+    insert(docs / "results.md", "accuracy tables", "![Dice over the number of fully labelled patients](accuracy.png)\n\n" + "\n".join(parts))
+    insert(readme, "accuracy table", short_table(tables, rows, results))
 
 
 def short_table(tables: dict, rows: dict, results: dict) -> str:

@@ -78,7 +78,8 @@ def build(case: Case, trainer_class, folder: Path, device: str, settings: dict |
                "file_ending": ".nii.gz", "numTraining": 1}
     preprocessed = folder / "preprocessed" / "Dataset999_Step"
     (preprocessed / "d").mkdir(parents=True, exist_ok=True)
-    (preprocessed / "d" / "case.b2nd").touch()  # nnU-Net asks for the file format
+    if not any((preprocessed / "d").iterdir()):
+        (preprocessed / "d" / "case.b2nd").touch()  # nnU-Net asks for the file format
     (preprocessed / "dataset.json").write_text(json.dumps(dataset))
     torch.manual_seed(0)
     trainer = trainer_class(plans, "c", 0, dataset, torch.device(device))
@@ -256,13 +257,14 @@ def table_of(result: dict) -> str:
     return "\n".join(lines)
 
 
-def write_table(result: dict, docs: Path) -> None:
-    start, end = (f"<!-- {edge}step time, {result['device']} -->" for edge in ("", "end of "))
-    content = docs.read_text()
-    if start not in content:
+def insert(docs: Path, name: str, text: str) -> None:
+    """Replace what lies between the marks `<!-- NAME -->` and `<!-- end of NAME -->`."""
+    start, end = f"<!-- {name} -->", f"<!-- end of {name} -->"
+    content = docs.read_text(encoding="utf-8")
+    if start not in content or end not in content:
         raise SystemExit(f"{docs}: lacks the lines {start} and {end}, between which the table goes")
     before, rest = content.split(start, 1)
-    docs.write_text(f"{before}{start}\n{result['machine']}; {result['versions']}.\n\n{table_of(result)}\n{end}{rest.split(end, 1)[1]}")
+    docs.write_text(f"{before}{start}\n{text}\n{end}{rest.split(end, 1)[1]}", encoding="utf-8")
 
 
 def main() -> None:
@@ -302,7 +304,7 @@ def main() -> None:
               "versions": ", ".join(f"{p} {version(p)}" for p in ("nnunetv2", "torch"))}
     (args.output or ROOT / "benchmarks" / f"step_time_{args.device}.json").write_text(json.dumps(result, indent=1))
     if not args.output:
-        write_table(result, ROOT / "docs" / "performance.md")
+        insert(ROOT / "docs" / "performance.md", f"step time, {args.device}", f"{result['machine']}; {result['versions']}.\n\n{table_of(result)}")
 
 
 def _memory_of(case: int, trainer: str, args) -> float:

@@ -20,6 +20,7 @@ from nnunetv2.training.dataloading.data_loader import nnUNetDataLoader
 from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
 from nnunetv2.utilities.crossval_split import generate_crossval_split
 from nnunetv2.utilities.label_handling.label_handling import LabelManager
+from tqdm import tqdm
 
 from nnunet_confkd.errors import InputError
 
@@ -74,7 +75,8 @@ def annotation_counts(folder: str | Path, cases: Iterable[str], label_manager: L
         return {"stamp": stamp, "counts": [counts[label] for label in labels]}
 
     with ThreadPoolExecutor(processes) as pool:
-        entries = dict(zip(cases, pool.map(count, cases)))
+        # a bar for the first time alone: later all are known, and it takes no time
+        entries = dict(zip(cases, tqdm(pool.map(count, cases), "count annotations", len(cases), disable=True if known else None)))
     if cache is not None and any(known.get(case) != entry for case, entry in entries.items()):
         _write_cache(cache, labels, known | entries)
     return {case: dict(zip(labels, entry["counts"])) for case, entry in entries.items()}
