@@ -208,6 +208,12 @@ def demo(argv: list[str]) -> None:
     main(argv)
 
 
+def report(argv: list[str]) -> None:
+    from nnunet_confkd.report import main
+
+    main(argv)
+
+
 COMMANDS = {
     "convert": (convert, "a public data set to nnU-Net's format"),
     "mix": (mix, "folders of full, partial and no labels to one data set"),
@@ -216,6 +222,7 @@ COMMANDS = {
     "plan": (plan, "nnUNetv2_plan_and_preprocess that keeps every annotation"),
     "train": (train, "nnUNetv2_train with the ConfKD trainers"),
     "predict": (predict, "nnUNetv2_predict, with a choice of the branch"),
+    "report": (report, "a page of what a trained model does: figures, cases, calibration, curves"),
     "export": (export, "a trained model as a stock nnU-Net one"),
     "trainer-dir": (trainer_dir, "the folder for nnUNet_extTrainer"),
     "download": (download, "a public data set, for a first try"),
