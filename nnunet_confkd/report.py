@@ -27,14 +27,19 @@ from tqdm import tqdm
 
 from nnunet_confkd import __version__
 from nnunet_confkd import report_page as page
+from nnunet_confkd.calibration import Counts, aurc, ece, overconfidence, reliability_curve, risk_coverage_curve, smallest_aurc
 from nnunet_confkd.errors import InputError
-from nnunet_confkd._dev import MEASURES, mean
-from nnunet_confkd.report_cases import Findings, Fold, Model, read_json
+from nnunet_confkd.evaluate import FOREGROUND
+from nnunet_confkd.metrics import MEASURES, TOLERANCE_MM, paired_statistics, statistics
+from nnunet_confkd.report_cases import SURE, VOXELS, Findings, Fold, Model, read_json
 from nnunet_confkd.report_pictures import Cell, box_chart, curve_charts, line_chart, save_cells, save_charts
 from nnunet_confkd.settings import Settings
 from nnunet_confkd.supervision import FULL, KINDS, PARTIAL, UNLABELLED
 
 PAGE = "report.html"
+COVERAGES = np.linspace(0.02, 1, 99)
+VOXEL_NAMES = {"all": "all voxels", "in question": "in question"}
+CAPTION = "Means over the cases, and under each its 95 % bootstrap interval and the number n of cases for which it is defined."
 LABELS = {FULL: "full label", PARTIAL: "partial label", UNLABELLED: "no label"}
 FILES_LINE = re.compile(r"<!-- confkd report, files: (\[.*?\]) -->")
 
@@ -163,47 +168,65 @@ def _about(model: Model, folds: list[Fold]) -> str:
 def _headline(model: Model, folds: list[Fold], found: Findings | None) -> tuple[str, list[tuple[str, str, str]]]:
     if found is None:
         return f"{folds[0].trainer} on {model.plans_manager.dataset_name}: training curves and record", []
-    means = {branch: mean(list(found.dice(branch).values())) for branch in found.names}
-    cases = f"{len(found.cases['student'])} {_kind_of_cases(folds)} cases"
-    if "teacher" in means:
-        title = f"Student {means['student']['mean']:.3f}, teacher {means['teacher']['mean']:.3f}: mean Dice on {cases}"
-    else:
-        title = f"Mean Dice {means['student']['mean']:.3f} on {cases}"
-    return title, [(f"{found.names[branch].capitalize() if branch != 'given' else found.names[branch]}, mean Dice", f"{m['mean']:.3f}",
-                    _interval(m)) for branch, m in means.items()]
+    dice = {branch: list(found.dice(branch).values()) for branch in found.names}
+    means = {branch: statistics(values) for branch, values in dice.items()}
+    cases = f"{len(found.cases)} {_kind_of_cases(folds)} case{'s' if len(found.cases) != 1 else ''}"
+    scores = [f"{found.names[branch] if len(found.branches) > 1 else ''} {_number(means[branch]['mean'])}".strip() for branch in found.branches]
+    title = f"{', '.join(scores).capitalize()}: mean Dice on {cases}"
+    facts = [(f"{found.names[branch]}, mean Dice", _number(m["mean"]), _interval(m)) for branch, m in means.items()]
+    for other in ("teacher", "given"):
+        if other in found.names:
+            m = paired_statistics(dice["student"], dice[other])
+            p = "<\u00a00.001" if m["p"] < 0.001 else f"=\u00a0{m['p']:.3f}"
+            facts.append((f"{found.names['student']} less {found.names[other]}, by case", _signed(m["mean"]) if m["n"] else "none",
+                          _interval(m) + (f"; Wilcoxon p\u00a0{p}" if np.isfinite(m["p"]) else "")))
+    return title, facts
 
 
 def _kind_of_cases(folds: list[Fold]) -> str:
-    return "validation" if not any(fold.notes and set(fold.training or ()) & set(fold.validation or ()) for fold in folds) else "training"
+    return "training" if all(set(fold.validation or ()) <= fold.trained_on for fold in folds) else "validation"
+
+
+def _number(value: float, digits: int = 3) -> str:
+    return f"{value:.{digits}f}".replace("-", "−") if np.isfinite(value) else "none"
 
 
 def _interval(m: dict, digits: int = 3) -> str:
-    return f"95 % interval {m['ci_low']:.{digits}f} to {m['ci_high']:.{digits}f}"
+    return (f"95\u00a0% interval {_number(m['ci_low'], digits)} to {_number(m['ci_high'], digits)}" if np.isfinite(m["ci_low"]) else
+            "too few cases for an interval")
 
 
 def _measures(folder: Path, model: Model, found: Findings) -> str:
-    def values(measure: str) -> dict:
-        return {cls: {branch: [case[cls][measure] for case in found.cases[branch].values()] for branch in found.names}
-                for cls in model.classes}
+    def boxes(measure: str) -> dict[str, dict[str, list[float]]]:
+        return {cls: {branch: of.values(cls, measure).tolist() for branch, of in found.evaluations.items()} for cls in model.classes}
 
-    charts = [box_chart("Dice", values("Dice"), found.names, (0, 1)), box_chart("HD95 [mm]", values("HD95_mm"), found.names)]
+    charts = [box_chart("Dice", boxes("Dice"), found.names, (0, 1)), box_chart("HD95 [mm]", boxes("HD95_mm"), found.names)]
     save_charts(charts, folder / "measures.png")
+    all_means = {branch: of.statistics() for branch, of in found.evaluations.items()}
     rows = []
-    for cls in model.classes:
-        for branch in found.names:
-            row = [cls, page.branch_key(branch, found.names[branch])]
-            for measure in MEASURES:
-                m = mean([case[cls][measure] for case in found.cases[branch].values()])
-                row.append((f"{m['mean']:.3f}", f"{m['ci_low']:.3f} to {m['ci_high']:.3f}; n = {m['n']}"))
-            rows.append(row)
-    return page.charts("measures", charts, wide=True) + page.table(
-        ["class", "branch", *(_measure_name(measure) for measure in MEASURES)], rows, "Means over the cases with 95 % bootstrap intervals",
-        words=2)
+    for cls in all_means["student"]:
+        for branch, name in found.names.items():
+            row = [page.Html(f"{page.text(cls)}<small>{page.branch_key(branch, name)}</small>")]
+            for measure, digits in MEASURES.items():
+                m = all_means[branch][cls][measure]
+                bounds = f"{_number(m['ci_low'], digits)} to {_number(m['ci_high'], digits)}, " if np.isfinite(m["ci_low"]) else ""
+                row.append((_number(m["mean"], digits), f"{bounds}n {m['n']}"))
+            rows.append([*row, found.evaluations[branch].one_empty(cls) if cls in model.classes else ""])
+    cases = [[case, *(_number(found.evaluations[branch].cases[case][cls]["Dice"]) for cls in model.classes for branch in found.names)]
+             for case in found.cases]
+    heads = [f"{cls}, {name}" for cls in model.classes for name in found.names.values()]
+    about = (f"As confkd evaluate measures. {FOREGROUND}: a case's mean over its classes. HD95 and ASSD: distances between surfaces; NSD: share of "
+             f"the surfaces within {TOLERANCE_MM:g} mm; volume: predicted less true. A class that is in neither mask has no measure "
+             "and is not in n; one that is in one of them alone has Dice, IoU and NSD 0, and no distance. Boxes: quartiles and median; "
+             "whiskers: to 1.5 times the box; each mark is a case.")
+    return (page.charts("measures", charts, wide=True) + page.table(["class", *map(_measure_name, MEASURES), "no distance"], rows, CAPTION)
+            + page.paragraph(about, "note")
+            + page.folded(f"Dice of each of the {len(cases)} cases", page.table(["case", *heads], cases, tall=True)))
 
 
 def _measure_name(measure: str) -> str:
     name, _, unit = measure.rpartition("_")
-    return f"{name.replace('_', ' ')} [{unit}]" if name else measure
+    return f"{name.removesuffix('_difference')} [{unit}]" if name else measure
 
 
 def _cells(model: Model, found: Findings, name: str, weak: bool) -> list[Cell]:
@@ -226,7 +249,7 @@ def _cells(model: Model, found: Findings, name: str, weak: bool) -> list[Cell]:
             if not weak:
                 title += f", Dice {found.dice(branch)[name]:.3f}"
             cells.append(Cell(title, alt(f"Segmentation by {label}"), masks=masks(content[branch]), **options))
-    cells.append(Cell("student's entropy" if "teacher" in found.names else "entropy", alt("Entropy of the student"), heat=content["entropy"],
+    cells.append(Cell(f"{found.names['student']}'s entropy", alt(f"Entropy of the {found.names['student']}"), heat=content["entropy"],
                       **options))
     return cells
 
@@ -244,7 +267,9 @@ def _case_rows(folder: Path, model: Model, found: Findings, rows: dict[str, str]
 
 def _cases(folder: Path, model: Model, found: Findings) -> str:
     rows = {f"{what.capitalize()}: {name}": name for what, name in found.shown().items()}
-    return page.paragraph("Best, median and worst by the student's mean Dice, in the slice with most foreground (label and "
+    if not rows:
+        return page.paragraph("No validation case has any foreground, true or predicted.")
+    return page.paragraph(f"Best, median and worst by the {found.names['student']}'s mean Dice, in the slice with most foreground (label and "
                           "predictions together), on the grid of the preprocessed data.") + page.class_legend(
         list(model.classes), False, True) + _case_rows(folder, model, found, rows, False)
 
@@ -255,15 +280,97 @@ def _partial_cases(folder: Path, model: Model, found: Findings) -> str:
 
 
 def _calibration(folder: Path, found: Findings) -> str:
-    return ""
+    names = {branch: found.names[branch] for branch in found.branches}
+    counts = {branch: found.counts[branch]["in question"] for branch in names}
+    if not all(c.count.sum() for c in counts.values()):
+        return page.paragraph("No branch predicts any foreground, and none is in doubt anywhere.")
+    reliability = {branch: reliability_curve(c) for branch, c in counts.items()}
+    risk = {branch: _risk_at_coverage(c) for branch, c in counts.items()}
+    charts = [
+        line_chart("Reliability", {branch: (r["confidence"], r["accuracy"]) for branch, r in reliability.items()}, names,
+                   "mean confidence", "share that is right", "Share of right voxels against mean confidence; " + "; ".join(
+                       f"{names[branch]}: ECE {ece(c):.3f}" for branch, c in counts.items()) + ".", diagonal=True),
+        line_chart("Risk and coverage", {branch: (COVERAGES, values) for branch, values in risk.items()}, names,
+                   "coverage: share of voxels, the surest first", "risk: share that is wrong",
+                   "Share of wrong voxels against the share of voxels that are kept, the most confident first; over all of them " + "; ".join(
+                       f"{names[branch]}: {values[-1]:.3f}" for branch, values in risk.items()) + ".")]
+    save_charts(charts, folder / "calibration.png")
+    rows = []
+    for voxels in VOXELS:
+        for branch, name in names.items():
+            c = found.counts[branch][voxels]
+            total = c.count.sum()
+            rows.append([page.Html(f"{page.text(VOXEL_NAMES[voxels])}<small>{page.branch_key(branch, name)}</small>"), f"{total:,}",
+                         f"{ece(c):.4f}", _percent(c.confidence.sum() / total, 2), _percent(c.correct.sum() / total, 2),
+                         f"{_signed(100 * overconfidence(c), 2)} points",
+                         f"{aurc(c):.4f}", f"{aurc(c) - smallest_aurc(c):.4f}"])
+    about = ("Dots on the line: of the voxels of which a network is 80\u00a0% sure, 80\u00a0% are right; below the line it is overconfident. "
+             f"The charts count the voxels in question: those that {'a branch' if len(names) > 1 else 'the network'} predicts as foreground or "
+             f"of which it is less than {_percent(SURE, 0)} sure. The rest is background that hardly any network gets wrong, and flatters all of them.")
+    return ("".join(map(page.paragraph, _calibration_sentences(found, names))) + page.charts("calibration", charts, wide=True) + page.paragraph(about, "note")
+            + page.table(["voxels", "number" if not found.model.label_manager.has_regions else "number, over the regions", "ECE",
+                          "mean confidence", "right", "overconfidence", "AURC", "E-AURC"], rows,
+                         "ECE: expected calibration error, 15 bins. AURC: area under the risk-coverage curve; E-AURC: less the smallest "
+                         "that as many errors allow"))
+
+
+def _risk_at_coverage(counts: Counts) -> np.ndarray:
+    curve = risk_coverage_curve(counts)
+    return curve["risk"][np.searchsorted(curve["coverage"], COVERAGES * (1 - 1e-9))]
+
+
+def _calibration_sentences(found: Findings, names: dict[str, str]) -> list[str]:
+    """What the figures say, and no more."""
+    counts, sentences = {branch: found.counts[branch]["in question"] for branch in names}, []
+    if len(names) > 1:
+        low, high = ece_difference(*(found.case_counts[branch]["in question"] for branch in ("student", "teacher")))
+        verdict = ("The student is less well calibrated than its teacher" if low > 0 else
+                   "The student is better calibrated than its teacher" if high < 0 else
+                   "The figures do not tell which branch is better calibrated")
+        interval = f" (95 % interval {_signed(low)} to {_signed(high)}, bootstrap over the cases)" if np.isfinite(low) else ""
+        sentences.append(f"{verdict}: on the {len(found.cases)} cases the student's expected calibration error "
+                         f"(ECE) less the teacher's is {_signed(ece(counts['student']) - ece(counts['teacher']))}{interval}.")
+    parts = []
+    for branch, name in names.items():
+        c = counts[branch]
+        sure, right = c.confidence.sum() / c.count.sum(), c.correct.sum() / c.count.sum()
+        parts.append(f"the {name} is {_percent(sure)} sure on average and right in "
+                     f"{_percent(right)}" + (f", {'over' if sure > right else 'under'}confident by {100 * abs(sure - right):.1f} points"
+                                             if abs(sure - right) >= 0.0005 else "") + f" (ECE {ece(c):.3f})")
+    return [*sentences, f"In the voxels in question {'; '.join(parts)}."]
+
+
+def _percent(share: float, digits: int = 1) -> str:
+    return f"{100 * share:.{digits}f}\u00a0%"  # a space that does not break
+
+
+def _signed(value: float, digits: int = 3) -> str:
+    return f"{value:+.{digits}f}".replace("-", "−")
+
+
+def ece_difference(first: list[tuple], second: list[tuple], samples: int = 2000) -> tuple[float, float]:
+    """95 % bootstrap interval over cases of the difference of two ECEs. first, second: of each case its (count, correct, confidence)
+    per bin. NaN with fewer than two cases."""
+    if len(first) < 2:
+        return float("nan"), float("nan")
+    drawn = np.random.default_rng(0).multinomial(len(first), np.full(len(first), 1 / len(first)), samples)  # how often each case is drawn
+
+    def eces(cases: list[tuple]) -> np.ndarray:
+        count, correct, confidence = (drawn @ np.stack(values).astype(float) for values in zip(*cases))
+        return np.abs(correct - confidence).sum(1) / count.sum(1)
+
+    low, high = np.nanpercentile(eces(first) - eces(second), (2.5, 97.5))
+    return float(low), float(high)
 
 
 def _curves(folder: Path, folds: list[Fold]) -> str:
-    charts = curve_charts({fold.name: fold.curves for fold in folds})
+    charts = curve_charts({fold.name: fold.curves for fold in folds}, folds[0].names)
     if not charts:
         return page.paragraph("The checkpoint holds no curves.")
     save_charts(charts, folder / "curves.png")
-    return page.charts("curves", charts)
+    return page.charts("curves", charts) + page.paragraph(
+        "Means over each epoch; terms without their weights. The pseudo-Dice is nnU-Net's, of patches of the validation images during "
+        "training, and not to be compared with the Dice of whole cases.", "note")
 
 
 def _training(model: Model, folds: list[Fold]) -> str:

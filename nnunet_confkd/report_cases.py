@@ -18,15 +18,21 @@ from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from tqdm import tqdm
 
-from nnunet_confkd._dev import Calibration, case_measures
+from nnunet_confkd.calibration import Counts, count_case
+from nnunet_confkd.dataset_conversion.volumes import ITK, ending_of, spacing_file
 from nnunet_confkd.discovery import make_findable
 from nnunet_confkd.errors import InputError
+from nnunet_confkd.evaluate import FOREGROUND, Evaluation
 from nnunet_confkd.loading import fold_folders, load_checkpoint
+from nnunet_confkd.metrics import TOLERANCE_MM, measure_case
 from nnunet_confkd.network import has_teacher
 from nnunet_confkd.supervision import FULL, PARTIAL, TABLE_KEY, annotation_counts, decide_kinds
+from nnunet_confkd.uncertainty import max_entropy, measure
 from nnunet_confkd.validation import CasePredictor
 
 PARTIAL_CASES = 3  # of the training's, that are shown
+VOXELS = ("all", "in question")
+SURE = 0.99  # a voxel is in question where a branch predicts foreground or is less sure than this
 
 
 @dataclass
@@ -42,6 +48,16 @@ class Fold:
     training: dict[str, str] | None = None
     validation: list[str] | None = None
     notes: list[str] = field(default_factory=list)
+
+    @property
+    def trained_on(self) -> set[str]:
+        """Validation cases that are training cases, too (fold "all")."""
+        return set(self.training or ()) & set(self.validation or ())
+
+    @property
+    def names(self) -> dict[str, str]:
+        """{branch: what it is called}: where there is no teacher, nobody is its student."""
+        return {branch: branch if len(self.branches) > 1 else "network" for branch in self.branches}
 
 
 class Model:
@@ -101,10 +117,9 @@ class Model:
             fold.training, fold.validation = record["supervision"], sorted(record["pseudo_dice_on"])
         else:
             self._cases_of_stock_fold(folder, fold)
-        both = sorted(set(fold.training or ()) & set(fold.validation or ()))
-        if both:
-            fold.notes.append(f"{folder.name}: {len(both)} of its validation cases are training cases, too, so their figures do "
-                              f"not tell how it does on new cases.")
+        if fold.trained_on:
+            fold.notes.append(f"{folder.name}: {len(fold.trained_on)} of its {len(fold.validation)} validation cases are training "
+                              f"cases, too, so their figures do not tell how it does on new cases.")
         return fold
 
     def _cases_of_stock_fold(self, folder: Path, fold: Fold) -> None:
@@ -116,7 +131,7 @@ class Model:
             cases = sorted(infer_dataset_class(str(self.data)).get_identifiers(str(self.data)))
         if name == "all":
             training = validation = cases
-        elif splits_file is not None and splits_file.is_file() and int(name) < len(splits := read_json(splits_file)):
+        elif splits_file is not None and splits_file.is_file() and name.isdigit() and int(name) < len(splits := read_json(splits_file)):
             training, validation = splits[int(name)]["train"], sorted(splits[int(name)]["val"])
         else:
             training, validation = None, None
@@ -226,8 +241,8 @@ class Prediction:
 
 
 def _normalised_entropy(logits: np.ndarray, labels) -> np.ndarray:
-    p = labels.apply_inference_nonlin(logits).numpy()
-    return -(p * np.log(p + 1e-12)).sum(0) / np.log(len(p))
+    """`(heads, h, w)` -> `(h, w)`, 0 to 1."""
+    return measure(logits[:, None], labels.has_regions)["entropy"][0] / max_entropy(len(logits), labels.has_regions)
 
 
 # ---- findings -------------------------------------------------------------------------------------------------------
@@ -235,8 +250,9 @@ def _normalised_entropy(logits: np.ndarray, labels) -> np.ndarray:
 class Findings:
     """What the branches predict of the validation cases, and of some partially labelled training cases.
 
-    names: {branch: what it is called}; predictions made elsewhere are the branch "given". cases: {branch: {case: {class: {measure:
-    value}}}}; a case that several folds validate has the fold in its name. calibration: {branch: its calibration}; none of "given".
+    names: {branch: what it is called}; predictions made elsewhere are the branch "given". evaluations: {branch: Evaluation}, without
+    voxel counts and files; a case that several folds validate has the fold in its name. counts: {branch: {"all" or "in question" voxels: Counts}},
+    none of "given"; case_counts: of each case its (count, correct, confidence) in coarse bins.
     partial: names of the training cases that are shown.
     """
 
@@ -244,14 +260,16 @@ class Findings:
         """predictions: a folder of segmentations, or None. folder: for temporary files."""
         self.model, self.folder, self.predictions = model, folder, predictions
         self.branches = folds[0].branches
-        self.names = {branch: branch for branch in self.branches}
+        self.names = dict(folds[0].names)
         wanted = {path: fold.validation or [] for path, fold in zip(model.fold_folders, folds)}
         counts = Counter(case for cases in wanted.values() for case in cases)
         if predictions is not None:
             self.names["given"] = predictions.resolve().name
             _check_predictions(predictions, sorted(counts), model.dataset_json["file_ending"])
-        self.cases = {branch: {} for branch in self.names}
-        self.calibration = {branch: Calibration(model.label_manager) for branch in self.branches}
+        self.evaluations = {branch: Evaluation(model.truths if model.missing_data is None else None, predictions, model.classes, TOLERANCE_MM,
+                                               model.label_manager.ignore_label, {}, {}, {}) for branch in self.names}
+        self.counts = {branch: {voxels: Counts.none() for voxels in VOXELS} for branch in self.branches}
+        self.case_counts = {branch: {voxels: [] for voxels in VOXELS} for branch in self.branches}
         self.files: dict[str, Path] = {}
         self.partial = _spread(sorted(case for case, kind in (folds[0].training or {}).items() if kind == PARTIAL), PARTIAL_CASES)
         with tqdm(total=counts.total() + len(self.partial), desc="predicting", unit="case") as progress:
@@ -269,17 +287,37 @@ class Findings:
         reader, ending = self.model.plans_manager.image_reader_writer_class(), self.model.dataset_json["file_ending"]
         truth, properties = reader.read_seg(str(self.model.truths / (case + ending)))
         content = prediction.slice()
-        for branch in self.names:
-            if branch == "given":
-                segmentation = _read_given(self.predictions / (case + ending), reader, truth, properties)
-                content["given"] = prediction.to_preprocessed(segmentation)[content["index"]]
-            else:
-                segmentation, probabilities = prediction.original(branch)
-                self.calibration[branch].add(name, probabilities, truth[0])
-                del probabilities
-            self.cases[branch][name] = case_measures(truth[0], segmentation, self.model.classes, properties["spacing"],
-                                                     self.model.label_manager.ignore_label)
+        originals = {branch: prediction.original(branch) for branch in self.branches}
+        segmentations = {branch: segmentation for branch, (segmentation, _) in originals.items()}
+        if "given" in self.names:
+            segmentations["given"] = _read_given(self.predictions / (case + ending), reader, truth, properties)
+            content["given"] = prediction.to_preprocessed(segmentations["given"])[content["index"]]
+        spacing, file = properties["spacing"], self.model.truths / (case + ending)
+        flat = spacing[0] == 999  # what nnU-Net's readers say of an image without a third axis
+        for branch, segmentation in segmentations.items():
+            measures = measure_case(truth[0][0] if flat else truth[0], segmentation[0] if flat else segmentation, self.model.classes,
+                                    spacing[1:] if flat else spacing, self.model.label_manager.ignore_label)
+            if ending_of(file).lower() not in ITK and not spacing_file(file).is_file():
+                for of in measures.values():  # voxels are no mm
+                    of |= dict.fromkeys(("HD95_mm", "ASSD_mm", "NSD", "volume_difference_ml"), float("nan"))
+            self.evaluations[branch].cases[name] = measures
+        self._count(truth[0].astype(int), originals)
         self._keep(name, content)
+
+    def _count(self, truth: np.ndarray, originals: dict[str, tuple[np.ndarray, np.ndarray]]) -> None:
+        """originals: {branch: (segmentation, probabilities)}. The voxels in question are the same for both branches, and do not
+        depend on the truth: of voxels that are chosen by the truth even a calibrated network would look overconfident."""
+        labels = self.model.label_manager
+        in_question = np.zeros(truth.shape, bool)
+        for segmentation, p in originals.values():
+            confidence = np.maximum(p, 1 - p).min(0) if labels.has_regions else p.max(0)
+            in_question |= (segmentation > 0) | (confidence < SURE)
+        options = {"ignore_label": labels.ignore_label, "regions": labels.foreground_regions if labels.has_regions else None}
+        for branch, (_, p) in originals.items():
+            for voxels, where in (("all", None), ("in question", in_question)):
+                counts = count_case(p, truth, where=where, **options)
+                self.counts[branch][voxels] += counts
+                self.case_counts[branch][voxels].append((counts.count, counts.correct, counts.confidence))
 
     def _keep(self, name: str, content: dict) -> None:
         """On disk: which cases are shown is known at the end only, and slices of all would fill the memory."""
@@ -291,9 +329,13 @@ class Findings:
         with np.load(self.files[name]) as content:
             return dict(content)
 
+    @property
+    def cases(self) -> list[str]:
+        return list(self.evaluations["student"].cases)
+
     def dice(self, branch: str) -> dict[str, float]:
-        """Mean Dice over the classes of each case."""
-        return {case: _mean([values["Dice"] for values in classes.values()]) for case, classes in self.cases[branch].items()}
+        """Mean Dice over the classes of each case; NaN where none of them is there."""
+        return dict(zip(self.cases, self.evaluations[branch].values(FOREGROUND, "Dice").tolist()))
 
     def shown(self) -> dict[str, str]:
         """{"best": case, ...}: best, median and worst by the student's mean Dice, as far as these are different cases."""
@@ -306,11 +348,6 @@ class Findings:
 def _distinct(places: dict[str, int]) -> set[str]:
     """Of several roles of one case the best, then the worst."""
     return set({places[what]: what for what in ("median", "worst", "best")}.values())
-
-
-def _mean(values: list[float]) -> float:
-    values = [value for value in values if np.isfinite(value)]
-    return float(np.mean(values)) if values else float("nan")
 
 
 def _spread(items: list[str], count: int) -> list[str]:

@@ -29,17 +29,17 @@ h3 { font-size: 1rem; margin: 1.8em 0 .5em; overflow-wrap: anywhere; }
 p, li { max-width: 68ch; overflow-wrap: anywhere; }
 p { margin: 0 0 1em; }
 section { padding: 34px 0 10px; border-top: 1px solid var(--line); margin-top: 34px; }
-.about, .note, figcaption, footer { color: var(--muted); }
-.note, figcaption, footer { font-size: .875rem; line-height: 1.45; }
+.about, .note, .caption, figcaption, footer { color: var(--muted); }
+.note, .caption, figcaption, footer { font-size: .875rem; line-height: 1.45; }
 .about { margin-bottom: 1.6em; }
 .notice { border-left: 4px solid var(--teacher); background: var(--mark); padding: .7em 1em; border-radius: 0 6px 6px 0; }
 a { color: var(--student); }
 nav { display: flex; flex-wrap: wrap; gap: .3em 1.4em; margin: 1.4em 0 0; font-size: .9375rem; }
 nav a { text-underline-offset: .2em; padding: .2em 0; }
-.facts { display: grid; grid-template-columns: repeat(auto-fit, minmax(150px, 1fr)); gap: 1px; margin: 1.6em 0 0;
-  background: var(--line); border: 1px solid var(--line); border-radius: 8px; overflow: hidden; }
-.facts div { background: var(--card); padding: 14px 18px; }
-.facts dt { color: var(--muted); font-size: .875rem; }
+.facts { display: flex; flex-wrap: wrap; gap: 1px; margin: 1.6em 0 0; background: var(--line); border: 1px solid var(--line); border-radius: 8px; overflow: hidden; }
+.facts div { flex: 1 1 150px; background: var(--card); padding: 14px 18px; }
+.facts dt { color: var(--muted); font-size: .875rem; overflow-wrap: anywhere; }
+.facts dt::first-letter { text-transform: uppercase; }
 .facts dd { margin: 0; font-size: 1.5rem; font-weight: 600; line-height: 1.3; font-variant-numeric: tabular-nums; }
 .facts dd small { display: block; font-size: .875rem; font-weight: 400; color: var(--muted); line-height: 1.4; }
 .charts { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 320px), 1fr)); gap: 28px 24px;
@@ -47,13 +47,14 @@ nav a { text-underline-offset: .2em; padding: .2em 0; }
 .charts.two { grid-template-columns: repeat(auto-fill, minmax(min(100%, 420px), 1fr)); }
 .charts figure { margin: 0; min-width: 0; }
 .charts h3 { margin: 0 0 .3em; font-size: .9375rem; }
-.charts svg { display: block; width: 100%; height: auto; max-width: 520px; font-family: inherit; }
+.charts svg { display: block; width: 100%; height: auto; max-width: 460px; font-family: inherit; }
 .box { overflow-x: auto; border: 1px solid var(--line); border-radius: 8px; background: var(--card); margin: 1.2em 0;
   -webkit-overflow-scrolling: touch; }
 .box.tall { max-height: 28rem; overflow-y: auto; }
 table { border-collapse: collapse; width: 100%; font-size: .875rem; line-height: 1.4; font-variant-numeric: tabular-nums; }
-caption { text-align: left; padding: 12px 14px 6px; color: var(--muted); }
-th, td { padding: 8px 14px; text-align: right; white-space: nowrap; border-top: 1px solid var(--line); vertical-align: top; }
+.caption { margin: 1.4em 0 0; }
+.caption + .box { margin-top: .5em; }
+th, td { padding: 8px 11px; text-align: right; white-space: nowrap; border-top: 1px solid var(--line); vertical-align: top; }
 thead th { border-top: 0; color: var(--muted); font-weight: 600; background: var(--card); }
 .tall thead th { position: sticky; top: 0; box-shadow: inset 0 -1px var(--line); }
 th.words, td.words { text-align: left; }
@@ -81,6 +82,7 @@ summary:focus-visible, a:focus-visible, .box:focus-visible { outline: 2px solid 
 code { font: .9em ui-monospace, SFMono-Regular, Menlo, Consolas, "Liberation Mono", monospace; overflow-wrap: anywhere; }
 .names { columns: 14em; font-size: .875rem; padding-left: 1.2em; margin: .5em 0; }
 footer p { border-top: 1px solid var(--line); margin: 40px 0 0; padding: 18px 0 40px; max-width: none; }
+@media (max-width: 600px) { th, td { padding: 7px 10px; } td.wrap { min-width: 11.5em; } tbody th { white-space: normal; min-width: 7.5em; } }
 @media print { details { display: block; } section { break-inside: avoid-page; } }
 """
 # matplotlib's "magma" at 0, 0.25, 0.5, 0.75 and 1
@@ -161,9 +163,8 @@ def table(head: list[str], rows: Iterable[list], caption: str = "", words: int =
         f"<tr{' class=' + chr(34) + 'changed' + chr(34) if i in marked else ''}>"
         + "".join(cell(j, value, "td" if j else "row") for j, value in enumerate(row)) + "</tr>" for i, row in enumerate(rows))
     label = text(caption or head[0])
-    return (f'<div class="box{" tall" if tall else ""}" tabindex="0" role="region" aria-label="{label}"><table>'
-            f'{f"<caption>{text(caption)}</caption>" if caption else ""}<thead><tr>{top}</tr></thead>\n<tbody>{body}</tbody>'
-            "</table></div>")
+    return (f'{f"<p class={chr(34)}caption{chr(34)}>{text(caption)}</p>" if caption else ""}<div class="box{" tall" if tall else ""}" '
+            f'tabindex="0" role="region" aria-label="{label}"><table><thead><tr>{top}</tr></thead>\n<tbody>{body}</tbody></table></div>')
 
 
 class Html(str):

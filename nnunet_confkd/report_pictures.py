@@ -90,15 +90,15 @@ def svg(chart: Chart, identifier: str) -> str:
 
 # ---- charts ---------------------------------------------------------------------------------------------------------
 
-def curve_charts(folds: dict[str, dict[str, list]]) -> list[Chart]:
-    """The training curves. folds: {fold: {curve: a value an epoch}}, as in the checkpoints' `logging`."""
+def curve_charts(folds: dict[str, dict[str, list]], names: dict[str, str]) -> list[Chart]:
+    """The training curves. folds: {fold: {curve: a value an epoch}}, as in the checkpoints' `logging`. names: {branch: label}."""
     panels = (
         ("Supervised loss", "loss", {"student": "loss_student", "teacher": "loss_teacher"}),
         ("KL, student from teacher", "nats", {"student": "loss_kl"}),
-        ("Entropy of the student", "nats", {"student": "loss_entropy"}),
+        (f"Entropy of the {names['student']}", "nats", {"student": "loss_entropy"}),
         ("Pseudo-Dice", "Dice", {"student": "mean_fg_dice", "teacher": "teacher_mean_fg_dice"}),
         ("Whole loss", "loss", {"training": "train_losses", "validation": "val_losses"}),
-        ("Share", "share", {"student's confidence": "student_confidence", "annotated voxels": "annotated_share"}))
+        ("Confidence and annotation", "share", {"mean confidence": "student_confidence", "annotated voxels": "annotated_share"}))
     charts = []
     for title, unit, lines in panels:
         present = {label: key for label, key in lines.items() if any(_any_finite(curves.get(key)) for curves in folds.values())}
@@ -106,7 +106,8 @@ def curve_charts(folds: dict[str, dict[str, list]]) -> list[Chart]:
         present = {label: key for label, key in present.items() if not key.startswith("loss_")
                    or any(np.nanmax(np.abs(curves.get(key) or [0])) > 0 for curves in folds.values())}
         if present:
-            charts.append(Chart(title, _curves_in_words(title, folds, present), _curve_drawing(folds, present, unit), 2.7))
+            charts.append(Chart(title, _curves_in_words(title, folds, {names.get(label, label): key for label, key in present.items()}),
+                                _curve_drawing(folds, present, unit, names), 2.7))
     return charts
 
 
@@ -114,7 +115,7 @@ def _any_finite(values: list | None) -> bool:
     return bool(values) and bool(np.isfinite(np.asarray(values, float)).any())
 
 
-def _curve_drawing(folds: dict[str, dict[str, list]], lines: dict[str, str], unit: str):
+def _curve_drawing(folds: dict[str, dict[str, list]], lines: dict[str, str], unit: str, names: dict[str, str]):
     kinds = {label: label if label in BRANCH_COLOURS else ("first", "second")[i] for i, label in enumerate(lines)}
 
     def draw(axis: plt.Axes) -> None:
@@ -123,7 +124,7 @@ def _curve_drawing(folds: dict[str, dict[str, list]], lines: dict[str, str], uni
                 values = np.asarray(curves.get(key) or [], float)
                 axis.plot(np.arange(1, len(values) + 1), values, **_line(kinds[label], len(values)), alpha=1 if len(folds) == 1 else 0.7)
         if len(lines) > 1 or next(iter(lines)) not in BRANCH_COLOURS:
-            _legend(axis, {kind: label for label, kind in kinds.items()})
+            _legend(axis, {kind: names.get(label, label) for label, kind in kinds.items()})
         axis.set_xlabel("epoch")
         axis.set_ylabel(unit)
         axis.xaxis.get_major_locator().set_params(integer=True)
@@ -281,7 +282,7 @@ def save_cells(title: str, cells: list[Cell], path: Path) -> None:
     """A case's pictures side by side, with the titles, in one PNG."""
     ratio = max(cell.image.shape[0] * cell.aspect / cell.image.shape[1] for cell in cells)
     with plt.style.context(["default", STYLE, {"axes.grid": False, "axes.titleweight": "normal"}]):
-        figure, axes = plt.subplots(1, len(cells), figsize=(2.4 * len(cells), 2.4 * min(ratio, 2) + 0.7), layout="constrained",
+        figure, axes = plt.subplots(1, len(cells), figsize=(2.4 * len(cells), 2.4 * min(ratio, 2) + 0.95), layout="constrained",
                                     squeeze=False)
         for axis, cell in zip(axes.flat, cells):
             _draw_cell(axis, cell)
@@ -290,5 +291,6 @@ def save_cells(title: str, cells: list[Cell], path: Path) -> None:
         figure.legend(handles=[Line2D([], [], color=colour, linestyle=dashes, linewidth=2.5, label=_short(name))
                                for name, (colour, dashes) in styles.items()], loc="outside lower center", ncols=6)
         figure.suptitle(title, x=0.01, ha="left", fontsize=10.5, fontweight="bold")
+        figure.get_layout_engine().set(h_pad=0.1)
         figure.savefig(path, dpi=100)
         plt.close(figure)

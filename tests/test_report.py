@@ -9,13 +9,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import SimpleITK as sitk
 import torch
 
-from nnunet_confkd import cli, report_pictures
+from nnunet_confkd import cli, metrics, report_pictures
 from nnunet_confkd.errors import InputError
 from nnunet_confkd.export import export
-from nnunet_confkd.report import PAGE, report
-from nnunet_confkd.report_cases import _spread
+from nnunet_confkd.metrics import MEASURES, measure_case, statistics
+from nnunet_confkd.report import PAGE, ece_difference, report
+from nnunet_confkd.report_cases import Model, Predictor, _spread
 from nnunet_confkd.settings import Settings
 
 HIPPOCAMPUS, PLANS_2D = "Dataset004_Hippocampus", "nnUNetPlans_2d"
@@ -28,7 +30,7 @@ class Page(HTMLParser):
 
     def __init__(self, text: str):
         super().__init__(convert_charrefs=True)
-        self.stack, self.elements, self.texts, self.by_section = [], [], [], {}
+        self.stack, self.elements, self.texts, self.by_section, self.rows = [], [], [], {}, {}
         self.section = None
         self.feed(text)
         self.close()
@@ -39,6 +41,10 @@ class Page(HTMLParser):
         self.elements.append((tag, dict(attributes)))
         if tag == "section":
             self.section = dict(attributes)["id"]
+        if tag == "tr":
+            self.rows.setdefault(self.section, []).append([])
+        if tag in ("td", "th"):
+            self.rows[self.section][-1].append("")
         if tag not in VOID:
             self.stack.append(tag)
 
@@ -49,6 +55,8 @@ class Page(HTMLParser):
         assert self.stack and self.stack.pop() == tag, f"</{tag}> closes another element"
 
     def handle_data(self, data):
+        if "td" in self.stack or "th" in self.stack:
+            self.rows[self.section][-1][-1] += f" {data}"
         if "style" not in self.stack:
             self.texts.append(data)
             if self.section:
@@ -66,12 +74,22 @@ def sections(page: Page) -> list[str]:
     return [attributes["id"] for attributes in page.all("section")]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def few_draws():
+    """The interval of a mean is tested elsewhere; here a hundredth of its draws do."""
+    with pytest.MonkeyPatch.context() as patch:
+        original = metrics.bootstrap_interval
+        patch.setattr(metrics, "bootstrap_interval", lambda values, *more, **options: original(values, 100))
+        yield
+
+
 @pytest.fixture(scope="module")
-def small(hippocampus_model, hippocampus, tmp_path_factory):
+def small(hippocampus_model, hippocampus, nnunet, tmp_path_factory):
     """A copy of the model that knows of two validation cases and one partially labelled training case."""
     model = tmp_path_factory.mktemp("report") / hippocampus_model.name
     shutil.copytree(hippocampus_model, model)
     restrict(model, hippocampus["validation"][:2], hippocampus["partial"][:1])
+    (model / "truths").symlink_to(nnunet.preprocessed(HIPPOCAMPUS) / "gt_segmentations")
     return model
 
 
@@ -140,6 +158,40 @@ def test_pictures_are_real_and_have_words(written, hippocampus):
     assert sorted(name[8:-4] for name in names if name.startswith("case_")) == sorted(cases)
 
 
+def test_figures_are_those_of_nnunets_validation_and_of_the_files(written, small, hippocampus):
+    """The Dice against the summary.json of nnU-Net's evaluation; all measures against those of the files that the final validation
+    has written, which come from another run of the network."""
+    page, shown = read(written), {}
+    classes = {"label_1": (1,), "label_2": (2,)}
+    for row in page.rows["measures"]:
+        shown.setdefault(tuple(row[0].split()), row[1:])
+    cases = hippocampus["validation"][:2]
+    means = {}
+    for branch, folder in (("student", "validation"), ("teacher", "validation_teacher")):
+        summary = json.loads((small / "fold_0" / folder / "summary.json").read_text())
+        dice = {Path(entry["prediction_file"]).name.removesuffix(".nii.gz"): entry["metrics"] for entry in summary["metric_per_case"]}
+        measures = []
+        for case in cases:
+            truth, predicted = (sitk.ReadImage(str(file)) for file in (
+                small / "truths" / f"{case}.nii.gz", small / "fold_0" / folder / f"{case}.nii.gz"))
+            measures.append(measure_case(*map(sitk.GetArrayFromImage, (truth, predicted)), classes, truth.GetSpacing()[::-1]))
+            for cls, (label,) in classes.items():
+                assert measures[-1][cls]["Dice"] == pytest.approx(dice[case][str(label)]["Dice"], nan_ok=True)
+        for cls in classes:
+            for column, (measure, digits) in enumerate(MEASURES.items()):
+                found = statistics([case[cls][measure] for case in measures])
+                value = f"{found['mean']:.{digits}f}".replace("-", "−") if found["n"] else "none"
+                cell = shown[(cls, branch)][column].split()
+                assert cell[0] == value and cell[-1] == str(found["n"])
+            distances = sum(case[cls]["NSD"] == 0 and np.isnan(case[cls]["HD95_mm"]) for case in measures)
+            assert shown[(cls, branch)][-1].strip() == str(distances)
+        means[branch] = [np.nanmean([case[cls]["Dice"] for cls in classes]) for case in measures]
+    title = "Student {:.3f}, teacher {:.3f}: mean Dice on 2 validation cases".format(*(np.mean(v) for v in means.values()))
+    assert title in page.text
+    difference = np.mean(np.subtract(means["student"], means["teacher"]))
+    assert f"{difference:+.3f}".replace("-", "−") in page.text
+
+
 def test_every_section_is_there_with_its_content(written, small, hippocampus):
     page = read(written)
     assert sections(page) == ["measures", "cases", "partial", "calibration", "curves", "training"]
@@ -167,6 +219,45 @@ def test_the_curves_are_those_of_the_checkpoint(written, small):
     labels = " ".join(a["aria-label"] for a in read(written).all("svg") if "aria-label" in a)
     for key in ("loss_student", "loss_teacher", "loss_kl", "loss_entropy"):
         assert f"from {curves[key][0]:.3g} to {curves[key][-1]:.3g}" in labels
+
+
+def test_calibration_is_that_of_the_branches_predictions(written, small, hippocampus, one_thread):
+    """Against bins counted here, from the branches' probabilities on the grid of the labels."""
+    model = Model(small, None, "checkpoint_final.pth")
+    predict = Predictor(model, model.fold_folders[0], ["student", "teacher"], torch.device("cpu"))
+    probabilities, truths = {"student": [], "teacher": []}, []
+    for case in hippocampus["validation"][:2]:
+        prediction = predict(case)
+        for branch, cases in probabilities.items():
+            cases.append(prediction.original(branch)[1].reshape(3, -1))
+        truths.append(sitk.GetArrayFromImage(sitk.ReadImage(str(model.truths / f"{case}.nii.gz"))).ravel())
+    truth = np.concatenate(truths)
+    probabilities = {branch: np.concatenate(cases, 1) for branch, cases in probabilities.items()}
+    asked = np.any([(p.argmax(0) > 0) | (p.max(0) < 0.99) for p in probabilities.values()], 0)
+    assert 0 < asked.sum() < asked.size or asked.all()
+    words = " ".join(read(written).by_section["calibration"].split())
+    for branch, p in probabilities.items():
+        for name, where in (("all voxels", slice(None)), ("in question", asked)):
+            confidence, right = p.max(0)[where].astype(float), (p.argmax(0) == truth)[where]
+            bins = np.ceil(confidence * 15)
+            gaps = [abs(right[bins == b].sum() - confidence[bins == b].sum()) for b in np.unique(bins)]
+            expected = f"{name} {branch} {right.size:,} {sum(gaps) / right.size:.4f} {100 * confidence.mean():.2f} % {100 * right.mean():.2f} %"
+            assert expected in words.replace("\u00a0", " ")
+
+
+def test_the_interval_of_a_difference_of_ece():
+    def case(share_right):  # 10 voxels of which one is 0.75 sure, in the 12th of 15 bins
+        bins = np.zeros((3, 15))
+        bins[:, 11] = 10, 10 * share_right, 7.5
+        return tuple(bins)
+
+    # |1 - 0.75| - |0.5 - 0.75| = 0 in each case; 0.25 - |0.7 - 0.75| = 0.2 in each, whichever cases are drawn
+    assert ece_difference([case(1)] * 4, [case(0.5)] * 4) == (0, 0)
+    np.testing.assert_allclose(ece_difference([case(1)] * 4, [case(0.7)] * 4), (0.2, 0.2))
+    # two cases, right in all and in none: drawn twice each is 0.25 or 0.75, drawn once both |0.5 - 0.75| = 0.25
+    low, high = ece_difference([case(1), case(0)], [case(0.75)] * 2)
+    np.testing.assert_allclose((low, high), (0.25, 0.75))
+    assert np.isnan(ece_difference([case(1)], [case(0.5)])).all()
 
 
 # ---- strangers' names -----------------------------------------------------------------------------------------------
@@ -242,7 +333,7 @@ def test_regions_in_3d(nnunet, regions, tmp_path, one_thread):
     assert "whole (1 2), posterior (2); ignore: 3" in page.by_section["training"]
 
 
-def test_several_folds_are_pooled_and_a_case_of_two_is_told_apart(small, hippocampus, tmp_path, one_thread):
+def test_several_folds_are_pooled_and_a_case_of_two_is_told_apart(small, hippocampus, tmp_path, monkeypatch, one_thread):
     model = tmp_path / "model"
     shutil.copytree(small, model)
     shutil.copytree(model / "fold_0", model / "fold_1")
@@ -252,8 +343,9 @@ def test_several_folds_are_pooled_and_a_case_of_two_is_told_apart(small, hippoca
     page = read(report(model, output=tmp_path / "out"))
     assert "on 3 validation cases" in page.text and "folds 0, 1" in page.text
     assert f"{first} (fold_0)" in page.text and f"{first} (fold_1)" in page.text and f"{second} (" not in page.text
+    monkeypatch.setenv("nnUNet_preprocessed", str(tmp_path))  # nothing there: one fold, quickly
     one = read(report(model, ["1"], output=tmp_path / "one"))
-    assert "on 2 validation cases" in one.text and "fold_0" not in one.text
+    assert "fold 1, after" in one.text and "fold 0" not in one.text
 
 
 def test_figures_on_training_cases_are_called_that(small, hippocampus, tmp_path, one_thread):
@@ -262,7 +354,7 @@ def test_figures_on_training_cases_are_called_that(small, hippocampus, tmp_path,
     case = hippocampus["full"][0]
     restrict(model, [case], [], [case])
     page = read(report(model, output=tmp_path / "out"))
-    assert "on 1 training cases" in page.text and "do not tell how it does on new cases" in page.text
+    assert "on 1 training case " in page.text and "do not tell how it does on new cases" in page.text
 
 
 # ---- bad input ------------------------------------------------------------------------------------------------------
@@ -324,8 +416,6 @@ def test_a_model_of_an_unknown_trainer_is_refused(small, tmp_path):
 
 
 def test_predictions_on_another_grid_are_refused(small, nnunet, hippocampus, tmp_path, one_thread):
-    import SimpleITK as sitk
-
     for case in hippocampus["validation"][:2]:
         label = sitk.ReadImage(str(nnunet.preprocessed(HIPPOCAMPUS) / "gt_segmentations" / f"{case}.nii.gz"))
         sitk.WriteImage(label[1:], str(tmp_path / f"{case}.nii.gz"))
@@ -355,8 +445,6 @@ def test_an_earlier_report_is_replaced_but_not_by_half_a_one(written, small, tmp
 # ---- pictures -------------------------------------------------------------------------------------------------------
 
 def test_the_slice_that_is_shown_holds_most_foreground(small, hippocampus, one_thread):
-    from nnunet_confkd.report_cases import Model, Predictor
-
     model = Model(small, None, "checkpoint_final.pth")
     predict = Predictor(model, model.fold_folders[0], ["student", "teacher"], torch.device("cpu"))
     prediction = predict(hippocampus["validation"][0])
