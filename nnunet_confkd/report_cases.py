@@ -37,7 +37,7 @@ SURE = 0.99  # a voxel is in question where a branch predicts foreground or is l
 
 @dataclass
 class Fold:
-    """What is known of a fold without its data. training: {case: kind}, None where nobody knows; validation: None likewise."""
+    """What is known of a fold without its data. training: {case: kind}, validation: cases; None where nobody knows."""
 
     name: str
     trainer: str
@@ -63,7 +63,8 @@ class Fold:
 class Model:
     """A trained model's folder, with its plans and, if they are there, its preprocessed data.
 
-    missing_data: why there are no preprocessed data, or None. Raises InputError where it is no trained model, or has no such fold.
+    missing_data: why there are no preprocessed data, or None. Raises InputError where it is no trained model, or has no such
+    fold.
     """
 
     def __init__(self, folder: str | Path, folds: list[str] | None, checkpoint_name: str):
@@ -73,12 +74,14 @@ class Model:
             there = {path.name: path for path in self.fold_folders}
             wrong = [fold for fold in folds if f"fold_{fold}" not in there]
             if wrong:
-                raise InputError(f"{self.folder}: has no trained fold {', '.join(wrong)}; there is {', '.join(sorted(there))}")
+                raise InputError(f"{self.folder}: has no trained fold {', '.join(wrong)}; "
+                                 f"there is {', '.join(sorted(there))}")
             self.fold_folders = [there[f"fold_{fold}"] for fold in folds]
         without = [path.name for path in self.fold_folders if not (path / checkpoint_name).is_file()]
         if without:
-            raise InputError(f"{self.folder}: no {checkpoint_name} in {', '.join(without)}. If the training is not finished, name "
-                             f"another checkpoint (-chk checkpoint_best.pth or checkpoint_latest.pth), or other folds (--fold).")
+            raise InputError(f"{self.folder}: no {checkpoint_name} in {', '.join(without)}. If the training is not "
+                             "finished, name another checkpoint (-chk checkpoint_best.pth or checkpoint_latest.pth), or other "
+                             "folds (--fold).")
         self.plans = read_json(self.folder / "plans.json")
         self.dataset_json = read_json(self.folder / "dataset.json")
         self.plans_manager = PlansManager(self.plans)
@@ -118,20 +121,21 @@ class Model:
         else:
             self._cases_of_stock_fold(folder, fold)
         if fold.trained_on:
-            fold.notes.append(f"{folder.name}: {len(fold.trained_on)} of its {len(fold.validation)} validation cases are training "
-                              f"cases, too, so their figures do not tell how it does on new cases.")
+            fold.notes.append(f"{folder.name}: {len(fold.trained_on)} of its {len(fold.validation)} validation cases are "
+                              "training cases, too, so their figures do not tell how it does on new cases.")
         return fold
 
     def _cases_of_stock_fold(self, folder: Path, fold: Fold) -> None:
         """nnU-Net keeps no record of its own beside the model: the split, and what the final validation measured."""
         name = folder.name.removeprefix("fold_")
-        splits_file = None if self.missing_data else self.base / "splits_final.json"
-        cases = None
+        cases, splits = None, []
         if self.missing_data is None:
             cases = sorted(infer_dataset_class(str(self.data)).get_identifiers(str(self.data)))
+            if (self.base / "splits_final.json").is_file():
+                splits = read_json(self.base / "splits_final.json")
         if name == "all":
             training = validation = cases
-        elif splits_file is not None and splits_file.is_file() and name.isdigit() and int(name) < len(splits := read_json(splits_file)):
+        elif name.isdigit() and int(name) < len(splits):
             training, validation = splits[int(name)]["train"], sorted(splits[int(name)]["val"])
         else:
             training, validation = None, None
@@ -149,7 +153,8 @@ class Model:
             fold.training = {case: kinds[case] for case in training if case in kinds}
             full = [case for case in validation if kinds.get(case) == FULL]
             if full and len(full) < len(validation):
-                fold.notes.append(f"{folder.name}: {len(validation) - len(full)} validation cases are not fully labelled and left out.")
+                fold.notes.append(f"{folder.name}: {len(validation) - len(full)} validation cases are not fully labelled "
+                                  "and left out.")
                 fold.validation = full
 
 
@@ -191,13 +196,13 @@ class Predictor:
     def __call__(self, case: str) -> Prediction:
         """Raises InputError where a file of the case is missing."""
         dataset_class = infer_dataset_class(str(self.model.data))
+        previous = None if self.previous is None else str(self.previous)
         try:
-            dataset = dataset_class(str(self.model.data), [case],
-                                    folder_with_segs_from_previous_stage=None if self.previous is None else str(self.previous))
+            dataset = dataset_class(str(self.model.data), [case], folder_with_segs_from_previous_stage=previous)
             data, seg, seg_prev, properties = dataset.load_case(case)
         except FileNotFoundError as error:
-            raise InputError(f"{self.model.data}: the preprocessed case '{case}' is not complete ({error}). Preprocess the data set "
-                             f"again, or correct its split.") from error
+            raise InputError(f"{self.model.data}: the preprocessed case '{case}' is not complete ({error}). Preprocess the "
+                             "data set again, or correct its split.") from error
         data, seg = np.asarray(data[:]), np.asarray(seg[:])[0]
         return Prediction(self.model, data, seg, self.predict(data, None if seg_prev is None else seg_prev[:]), properties)
 
@@ -226,10 +231,11 @@ class Prediction:
         return moved[np.ix_(*places)].astype(np.int16)
 
     def slice(self) -> dict[str, np.ndarray]:
-        """The slice with most foreground, in label and predictions together: image, label, each branch's labels, the student's
-        entropy (0 to 1), each `(h, w)`; `index` and `count` of slices; `aspect`, height over width of a pixel."""
+        """The slice with most foreground, in label and predictions together: image, label, each branch's labels, the
+        student's entropy (0 to 1), each `(h, w)`; `index` and `count` of slices; `aspect`, height over width of a pixel."""
         labels = self.model.label_manager
-        segmentations = {branch: np.asarray(labels.convert_logits_to_segmentation(logits)) for branch, logits in self.logits.items()}
+        segmentations = {branch: np.asarray(labels.convert_logits_to_segmentation(logits))
+                         for branch, logits in self.logits.items()}
         foreground = sum((seg > 0) & (seg != (-2 if labels.ignore_label is None else labels.ignore_label))
                          for seg in (self.seg, *segmentations.values()))
         index = int(np.argmax(foreground.sum((1, 2))))
@@ -250,9 +256,10 @@ def _normalised_entropy(logits: np.ndarray, labels) -> np.ndarray:
 class Findings:
     """What the branches predict of the validation cases, and of some partially labelled training cases.
 
-    names: {branch: what it is called}; predictions made elsewhere are the branch "given". evaluations: {branch: Evaluation}, without
-    voxel counts and files; a case that several folds validate has the fold in its name. counts: {branch: {"all" or "in question" voxels: Counts}},
-    none of "given"; case_counts: of each case its (count, correct, confidence) in coarse bins.
+    names: {branch: what it is called}; predictions made elsewhere are the branch "given". evaluations: {branch: Evaluation},
+    without voxel counts and files; a case that several folds validate has the fold in its name.
+    counts: {branch: {"all" or "in question" voxels: Counts}}, none of "given"; case_counts: of each case its (count,
+    correct, confidence) in coarse bins.
     partial: names of the training cases that are shown.
     """
 
@@ -266,12 +273,13 @@ class Findings:
         if predictions is not None:
             self.names["given"] = predictions.resolve().name
             _check_predictions(predictions, sorted(counts), model.dataset_json["file_ending"])
-        self.evaluations = {branch: Evaluation(model.truths if model.missing_data is None else None, predictions, model.classes, TOLERANCE_MM,
+        self.evaluations = {branch: Evaluation(model.truths, predictions, model.classes, TOLERANCE_MM,
                                                model.label_manager.ignore_label, {}, {}, {}) for branch in self.names}
         self.counts = {branch: {voxels: Counts.none() for voxels in VOXELS} for branch in self.branches}
         self.case_counts = {branch: {voxels: [] for voxels in VOXELS} for branch in self.branches}
         self.files: dict[str, Path] = {}
-        self.partial = _spread(sorted(case for case, kind in (folds[0].training or {}).items() if kind == PARTIAL), PARTIAL_CASES)
+        partial = sorted(case for case, kind in (folds[0].training or {}).items() if kind == PARTIAL)
+        self.partial = _spread(partial, PARTIAL_CASES)
         with tqdm(total=counts.total() + len(self.partial), desc="predicting", unit="case") as progress:
             for path, cases in wanted.items():
                 predict = Predictor(model, path, self.branches, device)
@@ -295,8 +303,9 @@ class Findings:
         spacing, file = properties["spacing"], self.model.truths / (case + ending)
         flat = spacing[0] == 999  # what nnU-Net's readers say of an image without a third axis
         for branch, segmentation in segmentations.items():
-            measures = measure_case(truth[0][0] if flat else truth[0], segmentation[0] if flat else segmentation, self.model.classes,
-                                    spacing[1:] if flat else spacing, self.model.label_manager.ignore_label)
+            true, predicted = (truth[0][0], segmentation[0]) if flat else (truth[0], segmentation)
+            measures = measure_case(true, predicted, self.model.classes, spacing[1:] if flat else spacing,
+                                    self.model.label_manager.ignore_label)
             if ending_of(file).lower() not in ITK and not spacing_file(file).is_file():
                 for of in measures.values():  # voxels are no mm
                     of |= dict.fromkeys(("HD95_mm", "ASSD_mm", "NSD", "volume_difference_ml"), float("nan"))
@@ -305,8 +314,11 @@ class Findings:
         self._keep(name, content)
 
     def _count(self, truth: np.ndarray, originals: dict[str, tuple[np.ndarray, np.ndarray]]) -> None:
-        """originals: {branch: (segmentation, probabilities)}. The voxels in question are the same for both branches, and do not
-        depend on the truth: of voxels that are chosen by the truth even a calibrated network would look overconfident."""
+        """originals: {branch: (segmentation, probabilities)}.
+
+        The voxels in question are the same for both branches, and do not depend on the truth: of voxels that are chosen
+        by the truth even a calibrated network would look overconfident.
+        """
         labels = self.model.label_manager
         in_question = np.zeros(truth.shape, bool)
         for segmentation, p in originals.values():
@@ -371,6 +383,6 @@ def _read_given(path: Path, reader, truth: np.ndarray, properties: dict) -> np.n
     except Exception as error:  # the readers raise whatever the broken bytes lead to
         raise InputError(f"{path}: cannot be read ({error})") from error
     if given.shape != truth.shape or not np.allclose(other["spacing"], properties["spacing"], rtol=1e-3):
-        raise InputError(f"{path}: shape {given.shape[1:]} and spacing {tuple(other['spacing'])} are not those of the true label, "
-                         f"{truth.shape[1:]} and {tuple(properties['spacing'])}")
+        raise InputError(f"{path}: shape {given.shape[1:]} and spacing {tuple(other['spacing'])} are not those of the true "
+                         f"label, {truth.shape[1:]} and {tuple(properties['spacing'])}")
     return given[0]

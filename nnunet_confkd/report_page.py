@@ -36,7 +36,8 @@ section { padding: 34px 0 10px; border-top: 1px solid var(--line); margin-top: 3
 a { color: var(--student); }
 nav { display: flex; flex-wrap: wrap; gap: .3em 1.4em; margin: 1.4em 0 0; font-size: .9375rem; }
 nav a { text-underline-offset: .2em; padding: .2em 0; }
-.facts { display: flex; flex-wrap: wrap; gap: 1px; margin: 1.6em 0 0; background: var(--line); border: 1px solid var(--line); border-radius: 8px; overflow: hidden; }
+.facts { display: flex; flex-wrap: wrap; gap: 1px; margin: 1.6em 0 0; background: var(--line);
+  border: 1px solid var(--line); border-radius: 8px; overflow: hidden; }
 .facts div { flex: 1 1 150px; background: var(--card); padding: 14px 18px; }
 .facts dt { color: var(--muted); font-size: .875rem; overflow-wrap: anywhere; }
 .facts dt::first-letter { text-transform: uppercase; }
@@ -71,18 +72,24 @@ summary { cursor: pointer; color: var(--student); padding: .2em 0; }
 summary:focus-visible, a:focus-visible, .box:focus-visible { outline: 2px solid var(--student); outline-offset: 2px; }
 .case { margin: 0 0 2.2em; }
 .case h3 { margin-bottom: .1em; }
-.cells { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(46%, 150px), 1fr)); gap: 14px 12px; margin-top: .7em; }
+.cells { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(46%, 150px), 1fr)); gap: 14px 12px;
+  margin-top: .7em; }
 .cells figure { margin: 0; min-width: 0; max-width: 260px; }
 .cells img { display: block; width: 100%; height: auto; max-height: 340px; object-fit: contain; background: #000;
   border-radius: 4px; image-rendering: auto; }
 .cells figcaption { margin-top: .35em; }
-.legend { display: flex; flex-wrap: wrap; gap: .4em 1.4em; padding: 0; margin: 0 0 1.4em; list-style: none; font-size: .875rem; }
+.legend { display: flex; flex-wrap: wrap; gap: .4em 1.4em; padding: 0; margin: 0 0 1.4em; list-style: none;
+  font-size: .875rem; }
 .legend li { display: flex; align-items: center; gap: .5em; min-width: 0; }
 .legend svg, .legend i { flex: none; width: 34px; height: 16px; border-radius: 3px; background: #2b2b2b; }
 code { font: .9em ui-monospace, SFMono-Regular, Menlo, Consolas, "Liberation Mono", monospace; overflow-wrap: anywhere; }
 .names { columns: 14em; font-size: .875rem; padding-left: 1.2em; margin: .5em 0; }
 footer p { border-top: 1px solid var(--line); margin: 40px 0 0; padding: 18px 0 40px; max-width: none; }
-@media (max-width: 600px) { th, td { padding: 7px 10px; } td.wrap { min-width: 11.5em; } tbody th { white-space: normal; min-width: 7.5em; } }
+@media (max-width: 600px) {
+  th, td { padding: 7px 10px; }
+  td.wrap { min-width: 11.5em; }
+  tbody th { white-space: normal; min-width: 7.5em; }
+}
 @media print { details { display: block; } section { break-inside: avoid-page; } }
 """
 # matplotlib's "magma" at 0, 0.25, 0.5, 0.75 and 1
@@ -95,14 +102,18 @@ def text(value) -> str:
     return escape(str(value), quote=True)
 
 
-def page(title: str, lead: str, facts: list[tuple[str, str, str]], sections: list[tuple[str, str, str]], footer: str) -> str:
-    """The page. title: plain text; lead, footer: HTML. facts: (name, value, more), plain texts. sections: (id, title, HTML)."""
+def page(title: str, lead: str, facts: list[tuple[str, str, str]], sections: list[tuple[str, str, str]], footer: str,
+         ) -> str:
+    """The page. title: plain text; lead, footer: HTML. facts: (name, value, more), plain texts. sections: (id, title, HTML).
+    """
     style = STYLE
     for name, colours in (("%LIGHT%", LIGHT), ("%DARK%", DARK)):
         style = style.replace(name, " ".join(f"--{key}: {value};" for key, value in colours.items()))
-    tiles = "".join(f"<div><dt>{text(name)}</dt><dd>{text(value)}<small>{text(more)}</small></dd></div>" for name, value, more in facts)
+    tiles = "".join(f"<div><dt>{text(name)}</dt><dd>{text(value)}<small>{text(more)}</small></dd></div>"
+                    for name, value, more in facts)
     links = "".join(f'<a href="#{identifier}">{text(name)}</a>' for identifier, name, _ in sections)
-    bodies = "\n".join(f'<section id="{identifier}"><h2>{text(name)}</h2>\n{body}\n</section>' for identifier, name, body in sections)
+    bodies = "\n".join(f'<section id="{identifier}"><h2>{text(name)}</h2>\n{body}\n</section>'
+                       for identifier, name, body in sections)
     return f"""<!DOCTYPE html>
 <html lang="en">
 <head>
@@ -131,7 +142,7 @@ def page(title: str, lead: str, facts: list[tuple[str, str, str]], sections: lis
 
 def paragraph(content: str, style: str = "") -> str:
     """content: plain text."""
-    return f"<p{f' class={chr(34)}{style}{chr(34)}' if style else ''}>{text(content)}</p>"
+    return f"<p{_attribute('class', style)}>{text(content)}</p>"
 
 
 def title(content: str) -> str:
@@ -139,32 +150,36 @@ def title(content: str) -> str:
     return f"<h3>{text(content)}</h3>"
 
 
-def table(head: list[str], rows: Iterable[list], caption: str = "", words: int = 1, marked: Iterable[int] = (), tall: bool = False,
-          wrap: int | None = None) -> str:
+def table(head: list[str], rows: Iterable[list], caption: str = "", words: int = 1, marked: Iterable[int] = (),
+          tall: bool = False, wrap: int | None = None) -> str:
     """A table that scrolls inside its box. rows: cells, each plain text, `(value, small print)`, or an :class:`Html`.
 
-    words: how many columns from the left hold words. marked: numbers of rows to highlight. wrap: the column whose text may wrap.
+    words: how many columns from the left hold words. marked: numbers of rows to highlight. wrap: the column whose text may
+    wrap. tall: it scrolls up and down, too.
     """
     marked = set(marked)
 
-    def cell(column: int, value, name: str = "td") -> str:
+    def cell(column: int, value, tag: str = "td", scope: str = "") -> str:
         if isinstance(value, tuple):
             value, small = value
             content = f"{text(value)}<small>{text(small)}</small>"
         else:
             content = value if isinstance(value, Html) else text(value)
-        classes = [*(["words"] if column < words or column == wrap else []), *(["wrap"] if column == wrap else [])]
-        scope = f' scope="{"col" if name == "thead" else "row"}"' if name != "td" else ""
-        tag = "td" if name == "td" else "th"
-        return f"<{tag}{scope}{f' class={chr(34)}{chr(32).join(classes)}{chr(34)}' if classes else ''}>{content}</{tag}>"
+        classes = " ".join((["words"] if column < words or column == wrap else []) + (["wrap"] if column == wrap else []))
+        return f"<{tag}{_attribute('scope', scope)}{_attribute('class', classes)}>{content}</{tag}>"
 
-    top = "".join(cell(i, name, "thead") for i, name in enumerate(head))
+    top = "".join(cell(i, name, "th", "col") for i, name in enumerate(head))
     body = "\n".join(
-        f"<tr{' class=' + chr(34) + 'changed' + chr(34) if i in marked else ''}>"
-        + "".join(cell(j, value, "td" if j else "row") for j, value in enumerate(row)) + "</tr>" for i, row in enumerate(rows))
+        f"<tr{_attribute('class', 'changed' if i in marked else '')}>{cell(0, row[0], 'th', 'row')}"
+        + "".join(cell(j, value) for j, value in enumerate(row[1:], 1)) + "</tr>" for i, row in enumerate(rows))
+    above = f'<p class="caption">{text(caption)}</p>' if caption else ""
     label = text(caption or head[0])
-    return (f'{f"<p class={chr(34)}caption{chr(34)}>{text(caption)}</p>" if caption else ""}<div class="box{" tall" if tall else ""}" '
-            f'tabindex="0" role="region" aria-label="{label}"><table><thead><tr>{top}</tr></thead>\n<tbody>{body}</tbody></table></div>')
+    return (f'{above}<div class="box{" tall" if tall else ""}" tabindex="0" role="region" aria-label="{label}">'
+            f"<table><thead><tr>{top}</tr></thead>\n<tbody>{body}</tbody></table></div>")
+
+
+def _attribute(name: str, value: str) -> str:
+    return f' {name}="{value}"' if value else ""
 
 
 class Html(str):
@@ -182,11 +197,12 @@ def branch_key(branch: str, label: str) -> Html:
 
 def charts(group: str, items: list[Chart], wide: bool = False) -> str:
     """group: a name for their identifiers within the page."""
-    figures = "\n".join(f"<figure><h3>{text(chart.title)}</h3>{svg(chart, f'{group}{i}')}</figure>" for i, chart in enumerate(items))
+    figures = "\n".join(f"<figure><h3>{text(chart.title)}</h3>{svg(chart, f'{group}{i}')}</figure>"
+                        for i, chart in enumerate(items))
     return f'<div class="charts{" two" if wide else ""}">{figures}</div>'
 
 
-def class_legend(classes: list[str], weak: bool, entropy: bool) -> str:
+def class_legend(classes: list[str], weak: bool) -> str:
     """What the outlines in the pictures mean."""
     items = []
     for name, (colour, dashes) in class_styles(classes).items():
@@ -194,17 +210,18 @@ def class_legend(classes: list[str], weak: bool, entropy: bool) -> str:
         items.append(f'<li><svg viewBox="0 0 34 16" aria-hidden="true"><path d="M3 8H31" stroke="{colour}" stroke-width="3" '
                      f'stroke-dasharray="{dash}"/></svg>{text(name)}</li>')
     if weak:
-        items.append('<li><svg viewBox="0 0 34 16" aria-hidden="true"><path d="M3 8H31" stroke="#fff" stroke-width="1.5"/></svg>'
+        items.append('<li><svg viewBox="0 0 34 16" aria-hidden="true"><path d="M3 8H31" stroke="#fff" '
+                     'stroke-width="1.5"/></svg>'
                      "annotated as background; all else in a weak label is not annotated</li>")
-    if entropy:
-        items.append(f'<li><i style="background:{ENTROPY_SCALE}"></i>entropy from 0 (sure) to 1, the highest possible (undecided)</li>')
+    items.append(f'<li><i style="background:{ENTROPY_SCALE}"></i>entropy from 0 (sure) to 1, the highest possible '
+                 "(undecided)</li>")
     return f'<ul class="legend">{"".join(items)}</ul>'
 
 
 def case_row(title: str, note: str, cells: list[Cell]) -> str:
     """A case: its pictures, each with a caption."""
-    figures = "".join(f'<figure><img src="{cell_png(cell)}" alt="{text(cell.alt)}"><figcaption>{text(cell.title)}</figcaption></figure>'
-                      for cell in cells)
+    figures = "".join(f'<figure><img src="{cell_png(cell)}" alt="{text(cell.alt)}">'
+                      f"<figcaption>{text(cell.title)}</figcaption></figure>" for cell in cells)
     return f'<div class="case"><h3>{text(title)}</h3>{paragraph(note, "note")}<div class="cells">{figures}</div></div>'
 
 

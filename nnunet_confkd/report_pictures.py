@@ -28,7 +28,8 @@ BRANCH_COLOURS = {"student": "#0b5fa5", "teacher": "#b04a00", "given": "#6a4c93"
 VARIABLES = {INK: "ink", MUTED: "muted", LINE: "line", **{colour: branch for branch, colour in BRANCH_COLOURS.items()}}
 # colour, dashes, marker; "first" and "second" are lines that belong to no branch
 LINES = {"student": (BRANCH_COLOURS["student"], "-", "o"), "teacher": (BRANCH_COLOURS["teacher"], (0, (5, 2)), "s"),
-         "given": (BRANCH_COLOURS["given"], (0, (1.2, 1.6)), "^"), "first": (INK, "-", "D"), "second": (MUTED, (0, (1.2, 1.6)), "v")}
+         "given": (BRANCH_COLOURS["given"], (0, (1.2, 1.6)), "^"),
+         "first": (INK, "-", "D"), "second": (MUTED, (0, (1.2, 1.6)), "v")}
 OUTLINES = ("-", (0, (4, 2)), (0, (1.2, 1.4)))  # of classes, in turn
 ENTROPY_MAP = "magma"
 
@@ -91,22 +92,26 @@ def svg(chart: Chart, identifier: str) -> str:
 # ---- charts ---------------------------------------------------------------------------------------------------------
 
 def curve_charts(folds: dict[str, dict[str, list]], names: dict[str, str]) -> list[Chart]:
-    """The training curves. folds: {fold: {curve: a value an epoch}}, as in the checkpoints' `logging`. names: {branch: label}."""
+    """The training curves. folds: {fold: {curve: a value an epoch}}, as in the checkpoints' `logging`. names: {branch:
+    label}."""
     panels = (
         ("Supervised loss", "loss", {"student": "loss_student", "teacher": "loss_teacher"}),
         ("KL, student from teacher", "nats", {"student": "loss_kl"}),
         (f"Entropy of the {names['student']}", "nats", {"student": "loss_entropy"}),
         ("Pseudo-Dice", "Dice", {"student": "mean_fg_dice", "teacher": "teacher_mean_fg_dice"}),
         ("Whole loss", "loss", {"training": "train_losses", "validation": "val_losses"}),
-        ("Confidence and annotation", "share", {"mean confidence": "student_confidence", "annotated voxels": "annotated_share"}))
+        ("Confidence and annotation", "share",
+         {"mean confidence": "student_confidence", "annotated voxels": "annotated_share"}))
     charts = []
     for title, unit, lines in panels:
-        present = {label: key for label, key in lines.items() if any(_any_finite(curves.get(key)) for curves in folds.values())}
+        present = {label: key for label, key in lines.items()
+                   if any(_any_finite(curves.get(key)) for curves in folds.values())}
         # a curve that is 0 throughout belongs to a term that is switched off
         present = {label: key for label, key in present.items() if not key.startswith("loss_")
                    or any(np.nanmax(np.abs(curves.get(key) or [0])) > 0 for curves in folds.values())}
         if present:
-            charts.append(Chart(title, _curves_in_words(title, folds, {names.get(label, label): key for label, key in present.items()}),
+            labelled = {names.get(label, label): key for label, key in present.items()}
+            charts.append(Chart(title, _curves_in_words(title, folds, labelled),
                                 _curve_drawing(folds, present, unit, names), 2.7))
     return charts
 
@@ -122,7 +127,8 @@ def _curve_drawing(folds: dict[str, dict[str, list]], lines: dict[str, str], uni
         for label, key in lines.items():
             for curves in folds.values():
                 values = np.asarray(curves.get(key) or [], float)
-                axis.plot(np.arange(1, len(values) + 1), values, **_line(kinds[label], len(values)), alpha=1 if len(folds) == 1 else 0.7)
+                axis.plot(np.arange(1, len(values) + 1), values, **_line(kinds[label], len(values)),
+                          alpha=1 if len(folds) == 1 else 0.7)
         if len(lines) > 1 or next(iter(lines)) not in BRANCH_COLOURS:
             _legend(axis, {kind: names.get(label, label) for label, kind in kinds.items()})
         axis.set_xlabel("epoch")
@@ -149,8 +155,9 @@ def _curves_in_words(title: str, folds: dict[str, dict[str, list]], lines: dict[
     return f"{title} over the epochs: {', '.join(parts)}" + (f" (means of {len(folds)} folds)." if len(folds) > 1 else ".")
 
 
-def box_chart(title: str, values: dict[str, dict[str, list[float]]], names: dict[str, str], limits: tuple | None = None) -> Chart:
-    """Box plots of a measure. values: {class: {branch: a value a case}}, NaN where it is not defined. names: {branch: label}."""
+def box_chart(title: str, values: dict[str, dict[str, list[float]]], names: dict[str, str], limits: tuple | None = None,
+              ) -> Chart:
+    """Box plots of a measure. values: {class: {branch: a value a case}}, NaN where undefined. names: {branch: label}."""
     rows = [(cls, branch) for cls, branches in values.items() for branch in branches]
     height = 0.75 + 0.34 * len(values) + 0.3 * len(rows)
 
@@ -170,8 +177,8 @@ def box_chart(title: str, values: dict[str, dict[str, list[float]]], names: dict
                     continue
                 colour, dashes, marker = LINES[branch]
                 line = {"color": colour, "linewidth": 1.3}
-                axis.boxplot([cases], positions=[y], orientation="horizontal", widths=0.62, showfliers=False, manage_ticks=False,
-                             boxprops=line | {"linestyle": dashes}, whiskerprops=line, capprops=line,
+                axis.boxplot([cases], positions=[y], orientation="horizontal", widths=0.62, showfliers=False,
+                             manage_ticks=False, boxprops=line | {"linestyle": dashes}, whiskerprops=line, capprops=line,
                              medianprops=line | {"linewidth": 2.6, "solid_capstyle": "butt"})
                 axis.plot(cases, y + rng.uniform(-0.2, 0.2, len(cases)), marker, color=colour, markersize=3.2,
                           alpha=0.55 if len(cases) < 60 else 0.25, markeredgewidth=0)
@@ -216,7 +223,8 @@ def line_chart(title: str, lines: dict[str, tuple], names: dict[str, str], x: st
 @dataclass
 class Cell:
     """One picture of a case. image: `(h, w)`, grey; masks: {class: `(h, w)` bool}, drawn over it; annotated: `(h, w)` bool,
-    where the label is not "ignore"; heat: `(h, w)`, 0 to 1, drawn instead of the image. aspect: height over width of a pixel."""
+    where the label is not "ignore"; heat: `(h, w)`, 0 to 1, drawn instead of the image. aspect: height over width of a
+    pixel."""
 
     title: str
     alt: str
@@ -282,8 +290,8 @@ def save_cells(title: str, cells: list[Cell], path: Path) -> None:
     """A case's pictures side by side, with the titles, in one PNG."""
     ratio = max(cell.image.shape[0] * cell.aspect / cell.image.shape[1] for cell in cells)
     with plt.style.context(["default", STYLE, {"axes.grid": False, "axes.titleweight": "normal"}]):
-        figure, axes = plt.subplots(1, len(cells), figsize=(2.4 * len(cells), 2.4 * min(ratio, 2) + 0.95), layout="constrained",
-                                    squeeze=False)
+        figure, axes = plt.subplots(1, len(cells), figsize=(2.4 * len(cells), 2.4 * min(ratio, 2) + 0.95),
+                                    layout="constrained", squeeze=False)
         for axis, cell in zip(axes.flat, cells):
             _draw_cell(axis, cell)
             axis.set_title(cell.title)

@@ -16,8 +16,9 @@ from nnunet_confkd import cli, metrics, report_pictures
 from nnunet_confkd.errors import InputError
 from nnunet_confkd.export import export
 from nnunet_confkd.metrics import MEASURES, measure_case, statistics
-from nnunet_confkd.report import PAGE, ece_difference, report
+from nnunet_confkd.report import PAGE, report
 from nnunet_confkd.report_cases import Model, Predictor, _spread
+from nnunet_confkd.report_sections import ece_difference
 from nnunet_confkd.settings import Settings
 
 HIPPOCAMPUS, PLANS_2D = "Dataset004_Hippocampus", "nnUNetPlans_2d"
@@ -365,7 +366,7 @@ def test_without_preprocessed_data_curves_and_record_are_shown_and_the_expected_
     assert sections(page) == ["curves", "training"]
     assert f"expected in {tmp_path / 'gone' / HIPPOCAMPUS / PLANS_2D}" in page.text
     assert not page.all("img") and "partial label" in page.by_section["training"]
-    with pytest.raises(InputError, match="validation data of the model are missing"):
+    with pytest.raises(InputError, match="validation data are missing \\(expected in"):
         report(small, predictions=tmp_path, output=tmp_path / "other")
     monkeypatch.delenv("nnUNet_preprocessed")
     assert "nnUNet_preprocessed is not set" in read(report(small, output=tmp_path / "out")).text
@@ -431,7 +432,7 @@ def test_an_earlier_report_is_replaced_but_not_by_half_a_one(written, small, tmp
     with monkeypatch.context() as patch:
         def interrupted(*_):
             raise KeyboardInterrupt
-        patch.setattr("nnunet_confkd.report.save_charts", interrupted)
+        patch.setattr("nnunet_confkd.report_sections.save_charts", interrupted)
         with pytest.raises(KeyboardInterrupt):
             report(small, output=output)
     assert {file.name: file.read_bytes() for file in output.iterdir()} == before and list(tmp_path.iterdir()) == [output]
