@@ -1,9 +1,10 @@
 """The screenshot of the report in docs/report.md: a model trained on MSD Hippocampus, its report, and two views of it.
 
-The demo's small 2-D network on the CPU, 40 epochs of 120 steps; 5 full, 30 point-labelled and 10 unlabelled training cases, 20
-validation cases. Any Chromium takes the pictures; what the folder holds already is not made again.
+The demo's small 2-D network on the CPU, 40 epochs of 120 steps; 5 full, 30 point-labelled and 10 unlabelled training cases,
+20 validation cases. A model or report that the folder holds already is not made again. The browser comes by
+`npm install puppeteer-core @sparticuz/chromium` in a folder.
 
-    python benchmarks/report_picture.py --data .../hippocampus --work FOLDER --browser chromium --output docs/report.png
+    python benchmarks/report_picture.py --data .../hippocampus --work FOLDER --browser FOLDER --output docs/report.png
 """
 from __future__ import annotations
 
@@ -17,14 +18,14 @@ from pathlib import Path
 DATASET = "Dataset901_Hippocampus"
 LIMITS = {"test": 2, "validation": 20, "full": 5, "unlabelled": 10, "partial": 30}
 CONFKD = {"epochs": 40, "iterations_per_epoch": 120, "seed": 0}
-HEIGHT = 2330  # of both views, in pixels
+HEIGHT = 2055  # of both views, in pixels
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--data", type=Path, required=True, help="imagesTr and labelsTr of MSD Task04")
     parser.add_argument("--work", type=Path, required=True)
-    parser.add_argument("--browser", default="chromium")
+    parser.add_argument("--browser", type=Path, required=True, help="the folder that holds node_modules")
     parser.add_argument("--output", type=Path, required=True)
     args = parser.parse_args()
 
@@ -38,7 +39,9 @@ def main() -> None:
         train(args.data.resolve(), work)
 
     from nnunet_confkd.report import report
-    page = report(model, output=work / "report")
+    page = work / "report" / "report.html"
+    if not page.is_file():
+        report(model, output=page.parent)
     take(args.browser, page, work, args.output)
 
 
@@ -66,28 +69,22 @@ def train(data: Path, work: Path) -> None:
     run_training(DATASET, "2d_small", 0, "ConfKDTrainer", device=torch.device("cpu"))
 
 
-def take(browser: str, page: Path, work: Path, output: Path) -> None:
+def take(browser: Path, page: Path, work: Path, output: Path) -> None:
     """Desktop in light and phone in dark, side by side."""
     from PIL import Image
 
     views = []
-    for name, width, scale, dark in (("desktop", 1180, 1, False), ("phone", 375, 1.2, True)):
-        file = work / f"{name}.png"
-        # a window is 500 pixels wide at least: a frame of the phone's width in a page of its own
-        around = work / f"{name}.html"
-        around.write_text(f'<body style="margin:0"><iframe src="{page.resolve().as_uri()}" style="border:0;width:{width}px;'
-                          f'height:{int(HEIGHT / scale)}px" scrolling="no"></iframe>')
-        subprocess.run([browser, "--headless", "--no-sandbox", "--hide-scrollbars", "--allow-file-access-from-files",
-                        f"--force-device-scale-factor={scale}", f"--window-size={max(width, 500)},{int(HEIGHT / scale)}",
-                        *(["--blink-settings=preferredColorScheme=0"] if dark else ["--blink-settings=preferredColorScheme=1"]),
-                        f"--screenshot={file}", around.resolve().as_uri()], check=True, timeout=120)
+    for name, width, scale, scheme in (("desktop", 1180, 1, "light"), ("phone", 375, 1.2, "dark")):
+        file, script = work / f"{name}.png", Path(__file__).with_suffix(".mjs").with_stem("report_screenshot").resolve()
+        subprocess.run(["node", script, page.resolve(), file, *map(str, (width, int(HEIGHT / scale), scale)), scheme],
+                       cwd=browser, check=True, timeout=120)
         views.append(Image.open(file).convert("RGB").crop((0, 0, round(width * scale), HEIGHT)))
     picture = Image.new("RGB", (sum(view.width for view in views), HEIGHT))
     left = 0
     for view in views:
         picture.paste(view, (left, 0))
         left += view.width
-    picture.quantize(128, dither=Image.Dither.NONE).save(output, optimize=True)
+    picture.quantize(256, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE).save(output, optimize=True)
 
 
 if __name__ == "__main__":  # nnU-Net starts processes

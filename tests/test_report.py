@@ -6,6 +6,7 @@ import re
 import shutil
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,11 +14,12 @@ import SimpleITK as sitk
 import torch
 
 from nnunet_confkd import cli, metrics, report_pictures
+from nnunet_confkd.calibration import Counts
 from nnunet_confkd.errors import InputError
 from nnunet_confkd.export import export
 from nnunet_confkd.metrics import MEASURES, measure_case, statistics
 from nnunet_confkd.report import PAGE, report
-from nnunet_confkd.report_cases import Model, Predictor, _spread
+from nnunet_confkd.report_cases import VOXELS, Findings, Model, Predictor, _spread
 from nnunet_confkd.report_sections import ece_difference
 from nnunet_confkd.settings import Settings
 
@@ -97,7 +99,8 @@ def small(hippocampus_model, hippocampus, nnunet, tmp_path_factory):
 def restrict(model: Path, validation: list[str], partial: list[str], full: list[str] = (), fold: int = 0) -> None:
     file = model / f"fold_{fold}" / "confkd.json"
     record = json.loads(file.read_text())
-    record |= {"supervision": {case: "full" for case in full} | {case: "partial" for case in partial}, "pseudo_dice_on": list(validation)}
+    kinds = {case: "full" for case in full} | {case: "partial" for case in partial}
+    record |= {"supervision": kinds, "pseudo_dice_on": list(validation)}
     file.write_text(json.dumps(record))
 
 
@@ -139,7 +142,8 @@ def test_the_page_is_well_formed_and_loads_nothing(written):
     identifiers = [attributes["id"] for _, attributes in page.elements if "id" in attributes]
     assert len(identifiers) == len(set(identifiers))
     wanted = {attributes["href"][1:] for _, attributes in page.elements if "href" in attributes}
-    wanted |= {name for _, attributes in page.elements for value in attributes.values() for name in re.findall(r"url\(#(.+?)\)", value or "")}
+    wanted |= {name for _, attributes in page.elements for value in attributes.values()
+               for name in re.findall(r"url\(#(.+?)\)", value or "")}
     assert wanted and wanted <= set(identifiers)
 
 
@@ -235,15 +239,29 @@ def test_calibration_is_that_of_the_branches_predictions(written, small, hippoca
     truth = np.concatenate(truths)
     probabilities = {branch: np.concatenate(cases, 1) for branch, cases in probabilities.items()}
     asked = np.any([(p.argmax(0) > 0) | (p.max(0) < 0.99) for p in probabilities.values()], 0)
-    assert 0 < asked.sum() < asked.size or asked.all()
     words = " ".join(read(written).by_section["calibration"].split())
     for branch, p in probabilities.items():
         for name, where in (("all voxels", slice(None)), ("in question", asked)):
             confidence, right = p.max(0)[where].astype(float), (p.argmax(0) == truth)[where]
             bins = np.ceil(confidence * 15)
             gaps = [abs(right[bins == b].sum() - confidence[bins == b].sum()) for b in np.unique(bins)]
-            expected = f"{name} {branch} {right.size:,} {sum(gaps) / right.size:.4f} {100 * confidence.mean():.2f} % {100 * right.mean():.2f} %"
+            shares = f"{100 * confidence.mean():.2f} % {100 * right.mean():.2f} %"
+            expected = f"{name} {branch} {right.size:,} {sum(gaps) / right.size:.4f} {shares}"
             assert expected in words.replace("\u00a0", " ")
+
+
+def test_voxels_are_in_question_where_a_branch_sees_foreground_or_is_not_sure():
+    found = Findings.__new__(Findings)
+    found.model = SimpleNamespace(label_manager=SimpleNamespace(has_regions=False, ignore_label=None))
+    found.counts = {branch: {voxels: Counts.none() for voxels in VOXELS} for branch in ("student", "teacher")}
+    found.case_counts = {branch: {voxels: [] for voxels in VOXELS} for branch in ("student", "teacher")}
+    # sure background; foreground to the student alone; the teacher in doubt; foreground that both miss: the truth does not choose
+    truth, foreground = np.array([0, 0, 0, 1]), {"student": [0.001, 0.999, 0.001, 0.001], "teacher": [0.001, 0.001, 0.1, 0.001]}
+    p = {branch: np.stack((1 - np.array(values), values)) for branch, values in foreground.items()}
+    found._count(truth, {branch: (values.argmax(0), values) for branch, values in p.items()})
+    numbers = {(branch, voxels): (c.count.sum(), c.correct.sum()) for branch, of in found.counts.items() for voxels, c in of.items()}
+    assert numbers == {("student", "all"): (4, 2), ("student", "in question"): (2, 1),
+                       ("teacher", "all"): (4, 3), ("teacher", "in question"): (2, 2)}
 
 
 def test_the_interval_of_a_difference_of_ece():
@@ -270,7 +288,9 @@ def test_hostile_names_of_cases_classes_and_folders_are_escaped(small, hippocamp
     old, name = hippocampus["validation"][0], HOSTILE
     for ending in (".b2nd", "_seg.b2nd", ".pkl"):
         shutil.copyfile(source / PLANS_2D / f"{old}{ending}", base / PLANS_2D / f"{name}{ending}")
-    shutil.copyfile(source / "gt_segmentations" / f"{old}.nii.gz", base / "gt_segmentations" / f"{name}.nii.gz")
+    truth = sitk.ReadImage(str(source / "gt_segmentations" / f"{old}.nii.gz"))
+    truth.SetSpacing((0.5, 1, 4))  # the cube that it is would not show whether mm are counted along the right axes
+    sitk.WriteImage(truth, str(base / "gt_segmentations" / f"{name}.nii.gz"))
     monkeypatch.setenv("nnUNet_preprocessed", str(tmp_path / "preprocessed"))
     model = tmp_path / "<b>model"
     shutil.copytree(small, model)
@@ -285,6 +305,10 @@ def test_hostile_names_of_cases_classes_and_folders_are_escaped(small, hippocamp
     assert not [tag for tag, attributes in page.elements if "onerror" in attributes]
     for word in (HOSTILE, f"{HOSTILE} full", f"{HOSTILE} one", "</style><script>alert(2)</script>", "<i>given"):
         assert " ".join(word.split()) in page.text
+    student = sitk.ReadImage(str(small / "fold_0" / "validation" / f"{old}.nii.gz"))
+    expected = measure_case(*map(sitk.GetArrayFromImage, (truth, student)), {"one": (1,)}, (4, 1, 0.5))["one"]["HD95_mm"]
+    assert page.rows["measures"][1][3].split()[0] == (f"{expected:.2f}" if np.isfinite(expected) else "none")
+    assert page.rows["measures"][3][3].split()[0] == "0.00"  # what was given is the truth
     files = {file.name for file in (tmp_path / "out").iterdir()}
     assert files == {PAGE, "calibration.png", "curves.png", "measures.png", "case_01_img_src_x_onerror_alert_1_amp_x_1.png"}
 
