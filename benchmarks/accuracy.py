@@ -6,8 +6,8 @@
 
 All rows of a table share data, plan, batch, iterations, augmentation and seeds. The patients, sorted by name, are shuffled with
 `random.Random(0)`: the first are for testing, the next for validation (settings are chosen on these), the rest train, and
-the first M of the rest are fully labelled. One JSON file a run, in `benchmarks/accuracy/TABLE/`; a run that is there
-is not done again. `--report` writes the tables and the plot into docs/ and README.md (see accuracy_report.py).
+the first M of the rest are fully labelled. One JSON file a run, in `benchmarks/accuracy/TABLE/` (of trials, measured on
+the validation cases, in `TABLE_validation/`); a run that is there is not done again. `--report` writes the tables and the plot into docs/ and README.md (see accuracy_report.py).
 """
 from __future__ import annotations
 
@@ -48,8 +48,7 @@ ROWS = {
     "ignore_uniform": Row("nnU-Net's ignore label, its own sampling", "nnUNetTrainer"),
     "ignore": Row("nnU-Net's ignore label, stratified batches", "ConfKDTrainer_partialOnly"),
     "ignore_time": Row("the same, as long in time as ConfKD", "ConfKDTrainer_partialOnly", time_of="confkd"),
-    "decoders": Row("two decoders, separate means, no KL, no entropy",
-                    settings={"weight_kl": 0.0, "weight_entropy": 0.0, "student_average": "separate"}),
+    "decoders": Row("two decoders, no KL, no entropy", settings={"weight_kl": 0.0, "weight_entropy": 0.0}),
     "kl": Row("KL, no entropy", "ConfKDTrainer_noEntropy"),
     "entropy": Row("entropy, no KL", "ConfKDTrainer_noKL"),
     "confkd": Row("ConfKD"),
@@ -57,6 +56,27 @@ ROWS = {
     "all": Row("everything labelled, stock nnU-Net", "nnUNetTrainer", "all"),
 }
 RIVAL, LOWER, UPPER = "ignore", "full_only", "all"
+
+# What was tried on the way to the defaults, one change at a time; for --on validation alone.
+PLAIN = {"weight_kl": 0.0, "weight_entropy": 0.0}
+GUIDE = {"kl_images": "partial", "kl_teacher": "averaged", "kl_mix": True, "kl_ramp_start": 0.1, "kl_ramp_end": 0.4,
+         "extra_resolutions": "highest", "weight_entropy": 0.0}
+TRIALS = {
+    "t_padding": Row("the ignore label, stratified; the padding is background, as nnU-Net has it", "ConfKDTrainer_partialOnly",
+                     settings={"ignore_padding": False}),
+    "t_separate": Row("two decoders, no KL, no entropy; L_w the mean of the two kinds' losses",
+                      settings={**PLAIN, "student_average": "separate"}),
+    "t_kl_0.1": Row("KL of weight 0.1 alone", settings={**PLAIN, "weight_kl": 0.1}),
+    "t_kl_1": Row("KL of weight 1 alone", settings={**PLAIN, "weight_kl": 1.0}),
+    "t_kl_late": Row("KL of weight 1 alone, rising from 50 to 80 % of the training",
+                     settings={**PLAIN, "weight_kl": 1.0, "kl_ramp_start": 0.5, "kl_ramp_end": 0.8}),
+    "t_entropy_0.01": Row("entropy of weight 0.01 alone", settings={**PLAIN, "weight_entropy": 0.01}),
+    "t_entropy_0.1": Row("entropy of weight 0.1 alone", settings={**PLAIN, "weight_entropy": 0.1}),
+    "t_guide_5": Row("KL of weight 5 on the partial images, from the mean of both branches under averaged weights, on mixed images",
+                     settings={**GUIDE, "weight_kl": 5.0}),
+    "t_guide_15": Row("the same, weight 15", settings={**GUIDE, "weight_kl": 15.0}),
+    "t_guide_whole": Row("the same, weight 5, images not mixed", settings={**GUIDE, "weight_kl": 5.0, "kl_mix": False}),
+}
 
 
 @dataclass(frozen=True)
@@ -78,7 +98,7 @@ class Table:
 
 
 TABLES = {
-    "hippocampus": Table("Hippocampus 2-D, points", "hippocampus", "points", (40, 20, 140), 9000, 4),
+    "hippocampus": Table("Hippocampus 2-D, points", "hippocampus", "points", (40, 20, 140), 5000, 4),
     "acdc_small": Table("ACDC 2-D, expert scribbles, reduced for a CPU", "acdc", "scribbles", (20, 20, 60), 6000, 4,
                         spacing=(10.0, 2.5, 2.5), max_patch=80, full=(3,)),
     "acdc_scribbles": Table("ACDC 2-D, expert scribbles", "acdc", "scribbles", (20, 20, 60), 15000, small=False),
@@ -175,8 +195,21 @@ def choose_roles(cases, sizes: tuple[int, int, int], twins: tuple[str, ...] = ()
 
 def spec_of(table: Table, row: str, full: int, seed: int, device: str, iterations: int, on: str = "test") -> dict:
     """All that decides a run's result, but for the versions."""
-    return json.loads(json.dumps({"table": asdict(table), "row": asdict(ROWS[row]), "name": row, "full": full, "seed": seed,
-                                  "device": device, "iterations": iterations, "on": on}))
+    return json.loads(json.dumps({"table": asdict(table), "row": asdict(described(row)), "name": row, "full": full,
+                                  "seed": seed, "device": device, "iterations": iterations, "on": on,
+                                  "settings": settings_of(described(row))}))
+
+
+def described(row: str) -> Row:
+    return ROWS.get(row) or TRIALS[row]
+
+
+def settings_of(row: Row) -> dict | None:
+    """All settings of a row of ours, the defaults of today included."""
+    from nnunet_confkd import trainer
+    if row.trainer == "nnUNetTrainer":
+        return None
+    return trainer.Settings.from_blocks(row.settings, getattr(trainer, row.trainer).fixed_settings).as_dict()
 
 
 def build_trainer(table: Table, spec: dict):
@@ -190,7 +223,7 @@ def build_trainer(table: Table, spec: dict):
     from nnunet_confkd.trainer import ConfKDTrainer
 
     make_findable()
-    row, full = ROWS[spec["name"]], spec["full"]
+    row, full = described(spec["name"]), spec["full"]
     mixed = row.labels == "mixed"
     dataset = convert_id_to_dataset_name(FULL_ID + full if mixed else FULL_ID)
     fold = 1 + table.full.index(full) if row.labels == "full" else 0
@@ -243,8 +276,10 @@ def run(spec: dict, work: Path, output: Path) -> str:
         torch.set_num_threads(1)
     start = time.time()
     trainer = build_trainer(table, spec)
-    latest = Path(trainer.output_folder) / "checkpoint_latest.pth"
-    if resumed := latest.is_file():
+    latest, made_with = (Path(trainer.output_folder) / name for name in ("checkpoint_latest.pth", "spec.json"))
+    resumed = latest.is_file() and made_with.is_file() and json.loads(made_with.read_text()) == spec
+    made_with.write_text(json.dumps(spec))
+    if resumed:
         trainer.initialize()
         trainer.load_checkpoint(str(latest))
     trainer.run_training()
@@ -306,26 +341,17 @@ def measure(truth: np.ndarray, labels: np.ndarray, probabilities: np.ndarray, sp
 
     truth, labels: `(z, y, x)`; probabilities: `(C, z, y, x)`; spacing: mm, in the order of the axes.
     """
-    import torch
-    from monai.metrics import compute_hausdorff_distance
     from scipy.ndimage import distance_transform_edt
+
+    from nnunet_confkd.metrics import measure_masks
 
     found = {}
     for c in classes:
         a, b = truth == c, labels == c
-        hd95, far = float("nan"), 0.0
-        if a.any():
-            distance = distance_transform_edt(~a, spacing)
-            far = float((b & (distance > FAR_MM)).sum() * np.prod(spacing) / 1000)
-        else:
-            far = float(b.sum() * np.prod(spacing) / 1000)
-        if a.any() and b.any():
-            box = tuple(slice(lo.min(), lo.max() + 1) for lo in np.nonzero(a | b))
-            x, y = (torch.from_numpy(np.pad(m[box], 1).astype(np.float32))[None, None] for m in (b, a))
-            hd95 = float(compute_hausdorff_distance(x, y, include_background=True, percentile=95, spacing=list(map(float, spacing))))
-        total = int(a.sum() + b.sum())
-        found[str(c)] = {"dice": round(2 * int((a & b).sum()) / total, 5) if total else float("nan"),
-                         "hd95_mm": round(hd95, 3), "far_ml": round(far, 5)}
+        of = measure_masks(a, b, spacing)
+        far = b & (distance_transform_edt(~a, spacing) > FAR_MM) if a.any() else b
+        found[str(c)] = {"dice": round(of["Dice"], 5), "hd95_mm": round(of["HD95_mm"], 3),
+                         "far_ml": round(float(far.sum() * np.prod(spacing) / 1000), 5)}
     p = np.clip(probabilities.astype(np.float32), 1e-7, 1)
     found["entropy"] = round(float(-(p * np.log(p)).sum(0).mean()), 5)
     return found
@@ -366,12 +392,12 @@ def jobs_of(table: Table, rows, full, seeds, device: str, on: str, work: Path) -
     for seed in seeds:
         for count in full:
             for row in rows:
-                if ROWS[row].labels == "all":  # one run a seed
+                if described(row).labels == "all":  # one run a seed
                     if count != full[0]:
                         continue
                     count = 0
                 iterations = table.iterations
-                if ROWS[row].time_of:
+                if described(row).time_of:
                     iterations = round(iterations * time_factor(table, work, device) / EPOCH) * EPOCH
                 specs.append(spec_of(table, row, count, seed, device, iterations, on))
     return specs
@@ -396,12 +422,12 @@ def main() -> None:
     parser.add_argument("--data", type=Path, help="the data set's folder, as published")
     parser.add_argument("--scribbles", type=Path, help="ACDC's expert scribbles")
     parser.add_argument("--work", type=Path, help="a folder for data and trainings; used again after an interruption")
-    parser.add_argument("--output", type=Path, help=f"where the runs' JSON files go (default: {OUTPUT}/TABLE)")
-    parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS))
+    parser.add_argument("--output", type=Path, help=f"where the runs' JSON files go (default: {OUTPUT}/TABLE, or TABLE_validation)")
+    parser.add_argument("--rows", nargs="+", choices=(*ROWS, *TRIALS), default=list(ROWS))
     parser.add_argument("--full", nargs="+", type=int, metavar="M", help="numbers of full patients (default: the table's)")
     parser.add_argument("--seeds", nargs="+", type=int, help="default: the table's")
     parser.add_argument("--on", default="test", choices=("test", "validation"),
-                        help="cases to measure; settings are chosen on \"validation\", whose runs stay in --work")
+                        help="cases to measure; settings are chosen on \"validation\"")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--processes", type=int, default=2, help="trainings at once; on a CPU each has one thread")
     parser.add_argument("--prepare", action="store_true", help="only preprocess the data")
@@ -420,8 +446,10 @@ def main() -> None:
             prepare(table, args.data.resolve(), args.scribbles and args.scribbles.resolve(), work)
         if args.prepare:
             return
-        output = (args.output or (OUTPUT if args.on == "test" else work) / args.table).resolve()
+        output = (args.output or OUTPUT / (args.table + ("" if args.on == "test" else "_validation"))).resolve()
         output.mkdir(parents=True, exist_ok=True)
+        if args.on == "test" and (trials := [row for row in args.rows if row in TRIALS]):
+            parser.error(f"{', '.join(trials)}: trials are measured --on validation")
         if unknown := set(args.full or ()) - set(table.full):
             parser.error(f"--full: the table has {table.full}, not {sorted(unknown)}")
         specs = jobs_of(table, args.rows, args.full or table.full, args.seeds or table.seeds, args.device, args.on, work)
@@ -438,10 +466,10 @@ def main() -> None:
                     print(f"FAILED: {error!r}", file=sys.stderr, flush=True)
         if failed:
             raise SystemExit(f"{failed} of {len(missing)} runs failed; their logs are in {work / 'logs'}")
-        if args.on == "validation":
+        if args.output:
             return
     from accuracy_report import write_report
-    write_report(TABLES, ROWS, OUTPUT)
+    write_report(TABLES, ROWS, TRIALS, OUTPUT)
 
 
 def _quiet_run(spec: dict, work: Path, output: Path) -> str:

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import numpy as np
 
+from nnunet_confkd.metrics import bootstrap_interval
+
 DOCS = Path(__file__).parent.parent / "docs"
 README = DOCS.parent / "README.md"
-DRAWS = 10000  # of the bootstrap
 BRANCHES = {"confkd": ("student", "teacher")}  # of all other rows only what predicts is shown
 
 
@@ -39,18 +40,15 @@ def mean_of(values: dict[int, np.ndarray]) -> float:
     return float(np.nanmean(np.nanmean(np.concatenate(list(values.values())), 0))) if values else math.nan
 
 
-def paired_gain(ours: dict[int, np.ndarray], rival: dict[int, np.ndarray], draws: int = DRAWS):
+def paired_gain(ours: dict[int, np.ndarray], rival: dict[int, np.ndarray]):
     """Mean difference over the common seeds and its 95 % interval: a bootstrap that draws seeds, and cases, anew, the same
     for both. None without a common seed."""
     seeds = sorted(set(ours) & set(rival))
     if not seeds:
         return None
     difference = np.stack([np.nanmean(ours[s], 1) - np.nanmean(rival[s], 1) for s in seeds])  # (seeds, cases)
-    rng = np.random.default_rng(0)
-    drawn = [np.nanmean(difference[np.ix_(rng.integers(len(seeds), size=len(seeds)),
-                                          rng.integers(difference.shape[1], size=difference.shape[1]))]) for _ in range(draws)]
-    low, high = np.percentile(drawn, (2.5, 97.5))
-    return float(np.nanmean(difference)), float(low), float(high)
+    low, high = bootstrap_interval(difference)
+    return float(np.nanmean(difference)), low, high
 
 
 def table_of(table, rows: dict, runs: dict, rival: str, lower: str, upper: str) -> str:
@@ -144,9 +142,38 @@ def insert(file: Path, name: str, text: str) -> None:
     file.write_text(f"{before}{start}\n{text}\n{end}{rest.split(end, 1)[1]}", encoding="utf-8")
 
 
-def write_report(tables: dict, rows: dict, folder: Path, docs: Path = DOCS, readme: Path = README) -> None:
+def trials_of(tables: dict, rows: dict, folder: Path) -> str:
+    """What was tried, on the validation cases: Dice of the branches and the gain over the rival."""
+    from accuracy import RIVAL
+    lines = []
+    for name, table in tables.items():
+        runs = read_runs(folder / f"{name}_validation")
+        for full in table.full:
+            rival = values_of(runs, RIVAL, full, "student", "dice")
+            shown = [(row, described, 0 if described.labels == "all" else full) for row, described in rows.items()]
+            shown = [(row, described, dice) for row, described, count in shown
+                     if (dice := values_of(runs, row, count, "student", "dice"))]
+            if not any(described.labels == "mixed" for _, described, _ in shown):
+                continue
+            lines += [f"**{table.title}, {full} patients fully labelled, {table.patients[1]} validation patients**", "",
+                      "| trial | student | teacher | student's gain over the ignore label, stratified | seeds |", "|---|---|---|---|---|"]
+            for row, described, dice in shown:
+                gain = paired_gain(dice, rival) if row != RIVAL else None
+                two = "teacher" in next(iter(next(run for (n, _, _), run in runs.items() if n == row)["cases"].values()))
+                teacher = f"{mean_of(values_of(runs, row, full, 'teacher', 'dice')):.3f}" if two else ""
+                lines.append(f"| {described.title} | {mean_of(dice):.3f} | {teacher} | "
+                             + ("" if gain is None else f"{gain[0]:+.3f} [{gain[1]:+.3f}, {gain[2]:+.3f}]") + f" | {len(dice)} |")
+            lines.append("")
+    return "\n".join(lines)
+
+
+def write_report(tables: dict, rows: dict, trials: dict, folder: Path, docs: Path = DOCS, readme: Path = README) -> None:
     from accuracy import LOWER, RIVAL, UPPER
+    tried = trials_of(tables, {**rows, **trials}, folder)
+    insert(docs / "results.md", "trials", tried)
     results = {name: runs for name in tables if (runs := read_runs(folder / name))}
+    if not results and tried:
+        return
     if not results:
         raise SystemExit(f"{folder}: holds no runs")
     plot(tables, rows, results, docs / "accuracy.png")

@@ -202,6 +202,18 @@ def plan(argv: list[str]) -> None:
     main(argv)
 
 
+def evaluate(argv: list[str]) -> None:
+    from nnunet_confkd.evaluate import main
+
+    main(argv)
+
+
+def compare(argv: list[str]) -> None:
+    from nnunet_confkd.compare import main
+
+    main(argv)
+
+
 def download(argv: list[str]) -> None:
     from nnunet_confkd.download import main
 
@@ -229,6 +241,8 @@ COMMANDS = {
     "train": (train, "nnUNetv2_train with the ConfKD trainers"),
     "predict": (predict, "nnUNetv2_predict, with a choice of the branch"),
     "report": (report, "a page of what a trained model does: figures, cases, calibration, curves"),
+    "evaluate": (evaluate, "Dice, surface distances and more of predictions, and of two sets of them paired"),
+    "compare": (compare, "trained models side by side"),
     "export": (export, "a trained model as a stock nnU-Net one"),
     "trainer-dir": (trainer_dir, "the folder for nnUNet_extTrainer"),
     "download": (download, "a public data set, for a first try"),

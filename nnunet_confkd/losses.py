@@ -174,8 +174,8 @@ class ConfKDLoss(nn.Module):
         are not computed. One entry where there is no deep supervision.
     regions: sigmoid heads instead of softmax labels.
     student_images: "all", or "partial": the fully labelled images enter L_w only through the KL.
-    student_average: "separate": L_w is the mean of the losses of the two kinds of images, so that a handful of
-        points is not drowned in whole masks; "joint": one loss over the whole batch, as nnU-Net's.
+    student_average: "joint": L_w is one loss over the annotated voxels of the whole batch, as nnU-Net's; "separate": the mean
+        of the losses of the two kinds of images, in which a handful of points weighs as much as whole masks.
     kl_images: "full", "partial" (all others) or "all" (but for the first, the teacher must be given for the whole batch).
     entropy_images: "partial" (all but the fully labelled ones), "full" or "all".
     kl_options: keyword arguments of :func:`distillation`.
@@ -191,7 +191,7 @@ class ConfKDLoss(nn.Module):
     """
 
     def __init__(self, supervised: nn.Module, weights: dict[str, float], *, resolution_weights: Sequence[float] = (1.0,),
-                 regions: bool = False, student_images: str = "all", student_average: str = "separate",
+                 regions: bool = False, student_images: str = "all", student_average: str = "joint",
                  kl_images: str = "full", entropy_images: str = "partial", kl_options: dict | None = None,
                  extra_resolutions: str = "all"):
         super().__init__()

@@ -42,7 +42,7 @@ class Settings:
     supervised_loss: str = _choice("dice_ce", "ce", doc="nnU-Net's Dice + cross-entropy, or cross-entropy alone")
     student_images: str = _choice("all", "partial", doc="images that enter L_w: all, or those not fully labelled")
     student_average: str = _choice(
-        "separate", "joint", doc="L_w: mean of the losses of full and of other images, or one loss over the batch")
+        "joint", "separate", doc="L_w: one loss over the batch, or the mean of the losses of full and of other images")
     kl_reference: str = _choice("teacher", "student", doc="first argument of the KL: KL(teacher || student) or reverse")
     kl_detach_teacher: bool = _flag(True, "the KL does not update the teacher")
     kl_temperature: float = _number(1.0, 1e-2, 1e2, "temperature T of the KL, which is scaled by T^2")

@@ -88,17 +88,21 @@ def fake_runs(accuracy, folder, gain):
 def test_report(modules, tmp_path):
     accuracy, report = modules
     fake_runs(accuracy, tmp_path / "runs" / "hippocampus", gain=0.05)
-    for file, name in (("results.md", "tables"), ("README.md", "table")):
-        (tmp_path / file).write_text(f"before\n<!-- accuracy {name} -->\nold\n<!-- end of accuracy {name} -->\nafter\n")
-    report.write_report(accuracy.TABLES, accuracy.ROWS, tmp_path / "runs", tmp_path, tmp_path / "README.md")
+    fake_runs(accuracy, tmp_path / "runs" / "hippocampus_validation", gain=0.03)
+    for file, names in (("results.md", ("tables", "trials")), ("README.md", ("table",))):
+        (tmp_path / file).write_text("before\n" + "".join(
+            f"<!-- accuracy {name} -->\nold\n<!-- end of accuracy {name} -->\n" for name in names) + "after\n")
+    report.write_report(accuracy.TABLES, accuracy.ROWS, accuracy.TRIALS, tmp_path / "runs", tmp_path, tmp_path / "README.md")
     text = (tmp_path / "results.md").read_text()
     line = next(line for line in text.splitlines() if line.startswith("| **ConfKD, student**"))
     assert "+0.050 [+0.050, +0.050]" in line and " 75 % " in line and text.endswith("after\n") and "old" not in text
+    trials = text.split("<!-- accuracy trials -->")[1]
+    assert trials.count("| ConfKD | 0.") == 1 and "| +0.030 [+0.030, +0.030] | 2 |" in trials
     assert "| **ConfKD** | 0." in (tmp_path / "README.md").read_text()
     assert (tmp_path / "accuracy.png").stat().st_size > 10000
     (tmp_path / "README.md").write_text("no marks")
     with pytest.raises(SystemExit, match="lacks the lines"):
-        report.write_report(accuracy.TABLES, accuracy.ROWS, tmp_path / "runs", tmp_path, tmp_path / "README.md")
+        report.write_report(accuracy.TABLES, accuracy.ROWS, accuracy.TRIALS, tmp_path / "runs", tmp_path, tmp_path / "README.md")
 
 
 def test_the_interval_covers_zero_where_seeds_disagree(modules):
@@ -136,11 +140,12 @@ if __name__ == "__main__":
     accuracy.main()
 """)
     command = [sys.executable, str(script), "hippocampus", "--data", str(test_data / "hippocampus"), "--work",
-               str(tmp_path / "work"), "--rows", "ignore", "confkd", "full_only", "--seeds", "0", "--on", "validation"]
+               str(tmp_path / "work"), "--rows", "ignore", "confkd", "full_only", "--seeds", "0", "--on", "validation",
+               "--output", str(tmp_path / "runs")]
     first, second = (subprocess.run(command, capture_output=True, text=True, timeout=600, env=os.environ) for _ in range(2))
     assert first.returncode == 0, first.stdout[-2000:] + first.stderr[-2000:]
     assert "3 runs, 0 of them done before" in first.stdout and "3 runs, 3 of them done before" in second.stdout
-    run = json.loads((tmp_path / "work" / "hippocampus" / "confkd_M2_s0.json").read_text())
+    run = json.loads((tmp_path / "runs" / "confkd_M2_s0.json").read_text())
     roles = json.loads((tmp_path / "work" / "roles.json").read_text())
     assert sorted(run["cases"]) == sorted(roles["validation"]) and len(roles["train"]) == 6
     assert set(run["cases"][roles["validation"][0]]) == {"student", "teacher"}

@@ -460,7 +460,7 @@ def test_the_terms_are_the_formulas_and_the_total_their_weighted_sum():
     batch = Batch()
     student, teacher, target = batch.student[0].detach(), batch.teacher[0].detach(), batch.target[0]
     weights = weights_of(teacher=2.0, student=0.5, kl=3.0, entropy=0.25)
-    total, terms = batch.evaluate(ConfKDLoss(supervised(), weights))
+    total, terms = batch.evaluate(ConfKDLoss(supervised(), weights, student_average="separate"))
     nnunets = stock_loss(2, False)
     expected = {
         "teacher": nnunets(teacher[:NUM_FULL], target[:NUM_FULL]),

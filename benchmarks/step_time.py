@@ -1,0 +1,315 @@
+"""What a second decoder costs: training steps of ConfKDTrainer against stock nnU-Net's, and predictions of its student.
+
+    python benchmarks/step_time.py                    # on the CPU, small patches
+    python benchmarks/step_time.py --device cuda      # real patch sizes; AMP as nnU-Net has it, and float32; eager and compiled
+
+Both trainers live in one process, with the same plan and the same batch in memory, and step by turns (A B A B); medians and
+quartiles. Beside the measured ratio stands that of the floating-point operations of networks alone
+(`torch.utils.flop_counter`, forward and backward): no implementation can be cheaper. Peak memory is taken in processes of its own.
+Writes step_time_DEVICE.json beside this file, and its tables into docs/performance.md.
+"""
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+PLAIN, RESENC = "PlainConvUNet", "ResidualEncoderUNet"
+CLASSES = 3  # background and two, and the label "ignore"
+
+
+@dataclass(frozen=True)
+class Case:
+    network: str
+    patch: tuple[int, ...]
+    batch: int
+    features: tuple[int, ...]
+    full_share: float
+
+    @property
+    def name(self) -> str:
+        return f"{len(self.patch)}-D {'plain' if self.network == PLAIN else 'residual encoder'}, {self.full_share:g} full"
+
+
+def cases_of(device: str) -> list[Case]:
+    wide = (32, 64, 128, 256, 320, 320)
+    sizes = ({2: ((128, 128), 8, wide[:5]), 3: ((32, 64, 64), 4, wide[:4])} if device == "cpu" else
+             {2: ((256, 256), 32, wide), 3: ((64, 128, 128), 4, wide)})
+    return [Case(network, *sizes[d], share) for d in (2, 3) for network in (PLAIN, RESENC) for share in (0.5, 0.25)]
+
+
+# ---- trainers without data --------------------------------------------------------------------------------------------
+
+def build(case: Case, trainer_class, folder: Path, device: str, settings: dict | None = None):
+    """An initialised trainer of a generated plan; nothing is preprocessed, and no batch is loaded."""
+    import torch
+    d, stages = len(case.patch), len(case.features)
+    convolutions = ({"n_conv_per_stage": [2] * stages} if case.network == PLAIN
+                    else {"n_blocks_per_stage": [1, 3, 4, 6, 6, 6][:stages]})
+    plans = {
+        "continue_training": False, "dataset_name": "Dataset999_Step", "plans_name": "nnUNetPlans", "image_reader_writer": "SimpleITKIO",
+        "transpose_forward": [0, 1, 2], "transpose_backward": [0, 1, 2], "label_manager": "LabelManager",
+        "foreground_intensity_properties_per_channel": {"0": {}}, "experiment_planner_used": "ExperimentPlanner",
+        "original_median_spacing_after_transp": [1.0] * 3, "original_median_shape_after_transp": [128] * 3,
+        "configurations": {"c": {
+            "data_identifier": "d", "preprocessor_name": "DefaultPreprocessor", "batch_size": case.batch,
+            "patch_size": list(case.patch), "spacing": [1.0] * d, "normalization_schemes": ["ZScoreNormalization"],
+            "use_mask_for_norm": [False], "batch_dice": d == 2, "confkd": {"full_share": case.full_share, **(settings or {})},
+            "architecture": {
+                "network_class_name": f"dynamic_network_architectures.architectures.unet.{case.network}",
+                "arch_kwargs": {
+                    "n_stages": stages, "features_per_stage": list(case.features), "conv_op": f"torch.nn.Conv{d}d",
+                    "kernel_sizes": [[3] * d] * stages, "strides": [[1] * d] + [[2] * d] * (stages - 1), **convolutions,
+                    "n_conv_per_stage_decoder": [2 if case.network == PLAIN else 1] * (stages - 1), "conv_bias": True,
+                    "norm_op": f"torch.nn.InstanceNorm{d}d", "norm_op_kwargs": {"eps": 1e-5, "affine": True},
+                    "dropout_op": None, "dropout_op_kwargs": None, "nonlin": "torch.nn.LeakyReLU", "nonlin_kwargs": {"inplace": True}},
+                "_kw_requires_import": ["conv_op", "norm_op", "dropout_op", "nonlin"]}}}}
+    dataset = {"labels": {"background": 0, "a": 1, "b": 2, "ignore": CLASSES}, "channel_names": {"0": "MRI"},
+               "file_ending": ".nii.gz", "numTraining": 1}
+    preprocessed = folder / "preprocessed" / "Dataset999_Step"
+    (preprocessed / "d").mkdir(parents=True, exist_ok=True)
+    (preprocessed / "d" / "case.b2nd").touch()  # nnU-Net asks for the file format
+    (preprocessed / "dataset.json").write_text(json.dumps(dataset))
+    torch.manual_seed(0)
+    trainer = trainer_class(plans, "c", 0, dataset, torch.device(device))
+    trainer.initialize()
+    return trainer
+
+
+def batch_of(case: Case, scales, device: str) -> dict:
+    """Random images and labels; a hundredth of the voxels of the other images is annotated."""
+    import torch
+    generator = torch.Generator().manual_seed(0)
+    num_full = round(case.batch * case.full_share)
+    data = torch.randn(case.batch, 1, *case.patch, generator=generator)
+    targets = []
+    for scale in scales or [[1.0] * len(case.patch)]:
+        size = [round(n * s) for n, s in zip(case.patch, scale)]
+        target = torch.randint(0, CLASSES, (case.batch, 1, *size), generator=generator, dtype=torch.int16)
+        target[num_full:][torch.rand(target[num_full:].shape, generator=generator) > 0.01] = CLASSES
+        targets.append(target.to(device))
+    return {"data": data.to(device), "target": targets if scales else targets[0], "num_full": num_full}
+
+
+# ---- measures ---------------------------------------------------------------------------------------------------------
+
+def synchronise(device: str) -> None:
+    if device == "cuda":
+        import torch
+        torch.cuda.synchronize()
+
+
+def by_turns(steps: dict, device: str, repetitions: int, warm_up: int = 3) -> dict[str, dict]:
+    """{name: median and quartiles in ms} of functions called A B A B."""
+    seconds = {name: [] for name in steps}
+    for turn in range(warm_up + repetitions):
+        for name, step in steps.items():
+            synchronise(device)
+            start = time.perf_counter()
+            step()
+            synchronise(device)
+            if turn >= warm_up:
+                seconds[name].append(time.perf_counter() - start)
+    found = {}
+    for name, values in seconds.items():
+        low, median, high = (1000 * q for q in statistics.quantiles(values, n=4))
+        found[name] = {"median_ms": round(median, 3), "quartiles_ms": [round(low, 3), round(high, 3)]}
+    return found
+
+
+def flops_of(network, data, *num_teacher) -> int:
+    """Of a forward and a backward pass."""
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+
+    def total(outputs):
+        return sum(total(o) for o in outputs) if isinstance(outputs, (list, tuple)) else outputs.sum()
+    with FlopCounterMode(display=False) as counter:
+        total(network(data, *num_teacher)).backward()
+    network.zero_grad(set_to_none=True)
+    return counter.get_total_flops()
+
+
+def parts_of(trainer, batch: dict, device: str, repetitions: int) -> dict[str, float]:
+    """ms of each part of a step, medians: forward of encoder and decoders, loss terms, backward, optimiser."""
+    import torch
+
+    from nnunet_confkd.losses import TERMS
+    from nnunet_confkd.network import unwrap
+
+    network, num_full, seconds = unwrap(trainer.network), batch["num_full"], {}
+
+    def timed(name, call):
+        synchronise(device)
+        start = time.perf_counter()
+        value = call()
+        synchronise(device)
+        seconds.setdefault(name, []).append(time.perf_counter() - start)
+        return value
+
+    weights = dict(trainer.loss.weights)
+    for _ in range(repetitions + 1):
+        trainer.optimizer.zero_grad(set_to_none=True)
+        with trainer._autocast():
+            skips = timed("encoder", lambda: network.encoder(batch["data"]))
+            student = timed("student's decoder", lambda: network.decoder(skips))
+            teacher = timed("teacher's decoder", lambda: network.teacher_decoder([s[:num_full] for s in skips]))
+            loss, _ = timed("loss", lambda: trainer.loss(student, teacher, batch["target"], num_full))
+        timed("backward", loss.backward)
+        timed("clipping and optimiser", lambda: (torch.nn.utils.clip_grad_norm_(network.parameters(), 12), trainer.optimizer.step()))
+        # each term alone, with its own backward, on outputs cut from the network
+        leaves = [[o.detach().requires_grad_() for o in outputs] for outputs in (student, teacher)]
+        for term in (t for t in TERMS if weights[t]):
+            trainer.loss.weights = {t: weights[t] if t == term else 0.0 for t in TERMS}
+            with trainer._autocast():
+                value = timed(f"term {term}", lambda: trainer.loss(*leaves, batch["target"], num_full)[0])
+            timed(f"term {term}, backward", value.backward)
+        trainer.loss.weights = weights
+    return {name: round(1000 * statistics.median(values[1:]), 3) for name, values in seconds.items()}
+
+
+def measure(case: Case, device: str, amp: bool, compiled: bool, repetitions: int, folder: Path) -> dict:
+    import torch
+    from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+
+    from nnunet_confkd.network import unwrap
+    from nnunet_confkd.trainer import ConfKDTrainer
+
+    os.environ["nnUNet_compile"] = str(compiled)
+    autocast = torch.autocast
+    trainers = {"stock": build(case, nnUNetTrainer, folder, device), "confkd": build(case, ConfKDTrainer, folder, device)}
+    batch = batch_of(case, trainers["stock"]._get_deep_supervision_scales(), device)
+    if not amp and device == "cuda":  # nnU-Net has no switch for it
+        torch.autocast = lambda *_, **__: nullcontext()
+        import nnunetv2.training.nnUNetTrainer.nnUNetTrainer as stock_module
+        stock_module.autocast = torch.autocast
+    try:
+        steps = by_turns({name: lambda t=t: t.train_step(batch) for name, t in trainers.items()}, device, repetitions)
+        parts = None if compiled else parts_of(trainers["confkd"], batch, device, max(3, repetitions // 3))
+    finally:
+        torch.autocast = autocast
+        if device == "cuda":
+            stock_module = sys.modules["nnunetv2.training.nnUNetTrainer.nnUNetTrainer"]
+            stock_module.autocast = autocast
+    networks = {name: unwrap(t.network) for name, t in trainers.items()}
+    flops = {"stock": flops_of(networks["stock"], batch["data"]),
+             "confkd": flops_of(networks["confkd"], batch["data"], batch["num_full"])}
+    for network in networks.values():
+        network.eval()
+    image = batch["data"][:1]
+    with torch.no_grad():
+        predictions = by_turns({name: lambda n=n: n(image) for name, n in networks.items()}, device, 3 * repetitions)
+    found = {"case": case.name, "patch": list(case.patch), "batch": case.batch, "amp": amp, "compiled": compiled, "step": steps,
+             "flops": flops, "parts_ms": parts, "prediction": predictions}
+    ratio = steps["confkd"]["median_ms"] / steps["stock"]["median_ms"]
+    bound = flops["confkd"] / flops["stock"]
+    print(f"{case.name}{', AMP' if amp else ''}{', compiled' if compiled else ''}: {ratio:.3f} of a stock step; bound {bound:.3f}; "
+          f"prediction {predictions['confkd']['median_ms'] / predictions['stock']['median_ms']:.3f}", flush=True)
+    return found
+
+
+def peak_memory(case: Case, device: str, trainer_name: str, folder: Path) -> float:
+    """MiB, after three steps: of the allocator on a GPU, of the process on a CPU."""
+    import torch
+    from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+
+    from nnunet_confkd.trainer import ConfKDTrainer
+
+    trainer = build(case, {"stock": nnUNetTrainer, "confkd": ConfKDTrainer}[trainer_name], folder, device)
+    batch = batch_of(case, trainer._get_deep_supervision_scales(), device)
+    for _ in range(3):
+        trainer.train_step(batch)
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated() / 2 ** 20
+    # not getrusage: its maximum is inherited from the process that started this one
+    return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) / 1024
+
+
+# ---- tables -------------------------------------------------------------------------------------------------------------
+
+def table_of(result: dict) -> str:
+    lines = ["| plan | step, stock | step, ConfKD | ratio | bound (FLOPs) | over the bound | KL and entropy, of the step | prediction | "
+             "peak memory |", "|" + "---|" * 9]
+    for run in result["runs"]:
+        stock, ours = (run["step"][name]["median_ms"] for name in ("stock", "confkd"))
+        bound = run["flops"]["confkd"] / run["flops"]["stock"]
+        extra = "" if run["parts_ms"] is None else "{:.1f} %".format(
+            100 * sum(ms for part, ms in run["parts_ms"].items() if part.startswith(("term kl", "term entropy"))) / ours)
+        memory = run.get("memory_mib")
+        predicted = run["prediction"]["confkd"]["median_ms"] / run["prediction"]["stock"]["median_ms"]
+        lines.append(f"| {run['case']}{', AMP' if run['amp'] else ''}{', compiled' if run['compiled'] else ''} | {stock:.1f} ms | "
+                     f"{ours:.1f} ms | {ours / stock:.3f} | {bound:.3f} | {ours / stock / bound:.3f} | {extra} | {predicted:.3f} | "
+                     + (f"{memory['confkd'] / memory['stock']:.2f}" if memory else "") + " |")
+    parts = next(run for run in result["runs"] if run["parts_ms"])
+    lines += ["", f"Parts of a step, {parts['case']} (ms): " + ", ".join(
+        f"{part} {ms:.1f}" for part, ms in parts["parts_ms"].items()) + "."]
+    return "\n".join(lines)
+
+
+def write_table(result: dict, docs: Path) -> None:
+    start, end = (f"<!-- {edge}step time, {result['device']} -->" for edge in ("", "end of "))
+    content = docs.read_text()
+    if start not in content:
+        raise SystemExit(f"{docs}: lacks the lines {start} and {end}, between which the table goes")
+    before, rest = content.split(start, 1)
+    docs.write_text(f"{before}{start}\n{result['machine']}; {result['versions']}.\n\n{table_of(result)}\n{end}{rest.split(end, 1)[1]}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--threads", type=int, default=1, help="of torch, on the CPU")
+    parser.add_argument("--repetitions", type=int, default=15)
+    parser.add_argument("--only", type=int, nargs="+", metavar="N", help="numbers of the cases, from 0")
+    parser.add_argument("--output", type=Path, help="JSON file; then docs/ is left alone")
+    parser.add_argument("--memory", nargs=2, metavar=("CASE", "TRAINER"), help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        for name in ("raw", "preprocessed", "results"):
+            os.environ[f"nnUNet_{name}"] = str(folder / name)
+        if args.device == "cpu":
+            os.environ["OMP_NUM_THREADS"] = str(args.threads)
+        import nnunetv2
+        import torch
+        torch.set_num_threads(args.threads)
+        cases = cases_of(args.device)
+        if args.memory:
+            print("MEMORY", peak_memory(cases[int(args.memory[0])], args.device, args.memory[1], folder))
+            return
+        runs = []
+        for i, case in enumerate(cases):
+            if args.only and i not in args.only:
+                continue
+            modes = [(False, False)] if args.device == "cpu" else [(True, False), (True, True), (False, False)]
+            for amp, compiled in modes:
+                runs.append(measure(case, args.device, amp, compiled, args.repetitions, folder))
+            runs[-len(modes)]["memory_mib"] = {name: _memory_of(i, name, args) for name in ("stock", "confkd")}
+    from importlib.metadata import version
+    machine = (f"{platform.machine()} CPU, {args.threads} thread(s) of {os.cpu_count()} cores, float32" if args.device == "cpu"
+               else torch.cuda.get_device_name())
+    result = {"device": args.device, "machine": machine, "runs": runs,
+              "versions": ", ".join(f"{p} {version(p)}" for p in ("nnunetv2", "torch"))}
+    (args.output or ROOT / "benchmarks" / f"step_time_{args.device}.json").write_text(json.dumps(result, indent=1))
+    if not args.output:
+        write_table(result, ROOT / "docs" / "performance.md")
+
+
+def _memory_of(case: int, trainer: str, args) -> float:
+    done = subprocess.run([sys.executable, __file__, "--device", args.device, "--threads", str(args.threads), "--memory", str(case),
+                           trainer], capture_output=True, text=True, check=True)
+    return round(float(done.stdout.split("MEMORY")[1]), 1)
+
+
+if __name__ == "__main__":
+    main()

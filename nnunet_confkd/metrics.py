@@ -1,0 +1,111 @@
+"""The measures of a segmentation, and what many cases say together.
+
+Distances are in mm, between the surfaces of the two masks: a mask's voxels that erosion by the face neighbours takes away
+(MONAI's `get_mask_edges`), as points at the voxels' centres, with the true spacing of every axis (`get_surface_distance`).
+Sources: L. Maier-Hein et al., "Metrics reloaded", Nature Methods 2024; S. Nikolov et al. 2018, arXiv 1809.04430 (NSD).
+"""
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+
+MEASURES = {"Dice": 3, "IoU": 3, "HD95_mm": 2, "ASSD_mm": 2, "NSD": 3, "volume_difference_ml": 3}  # digits in a table
+HIGHER_IS_BETTER = {"Dice": True, "IoU": True, "HD95_mm": False, "ASSD_mm": False, "NSD": True}
+TOLERANCE_MM = 1.0  # of the NSD, where none is given
+DRAWS = 10000  # of a bootstrap
+
+
+def measure_masks(truth: np.ndarray, prediction: np.ndarray, spacing: Sequence[float],
+                  tolerance_mm: float = TOLERANCE_MM) -> dict[str, float]:
+    """The `MEASURES` of two masks, bool, (Z, Y, X) or (Y, X); spacing: mm, in the order of the axes.
+
+    - HD95_mm: the larger of the two directions' 95th percentiles of surface distances. ASSD_mm: mean of both directions'
+      distances together. NSD: share of both surfaces that is within `tolerance_mm` of the other.
+    - volume_difference_ml: prediction minus truth.
+    - Both empty: all NaN. One empty: Dice, IoU and NSD 0, distances NaN.
+
+    An image of one slice has no third axis: its surface is the outline.
+    """
+    if not (truth.any() or prediction.any()):
+        return dict.fromkeys(MEASURES, math.nan)
+    both, total = int((truth & prediction).sum()), int(truth.sum()) + int(prediction.sum())
+    found = {"Dice": 2 * both / total, "IoU": both / (total - both), "HD95_mm": math.nan, "ASSD_mm": math.nan, "NSD": 0.0,
+             "volume_difference_ml": float(int(prediction.sum()) - int(truth.sum())) * math.prod(spacing) / 1000}
+    if truth.any() and prediction.any():
+        there, back = surface_distances(truth, prediction, spacing)
+        found["HD95_mm"] = float(max(np.percentile(there, 95), np.percentile(back, 95)))
+        together = np.concatenate((there, back))
+        found["ASSD_mm"] = float(together.mean())
+        found["NSD"] = float((together <= tolerance_mm + 1e-6).mean())  # single precision of the distances
+    return found
+
+
+def surface_distances(truth: np.ndarray, prediction: np.ndarray, spacing: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
+    """mm, from each voxel of the prediction's surface to the truth's, and the other way round; neither mask is empty."""
+    from monai.metrics import get_mask_edges, get_surface_distance  # seconds, for PyTorch comes with it
+    thick = [axis for axis, size in enumerate(truth.shape) if size > 1] or [0]
+    thin = tuple(axis for axis in range(truth.ndim) if axis not in thick)
+    truth, prediction = truth.squeeze(thin), prediction.squeeze(thin)
+    spacing = [float(spacing[axis]) for axis in thick]
+    box = tuple(slice(min(where), max(where) + 1) for where in np.nonzero(truth | prediction))
+    # a rim of background: what touches the image's border has its surface there
+    edges = get_mask_edges(*(np.pad(mask[box], 1) for mask in (prediction, truth)), crop=False)
+    return tuple(np.asarray(get_surface_distance(a, b, spacing=spacing), np.float64) for a, b in (edges, edges[::-1]))
+
+
+def measure_case(truth: np.ndarray, prediction: np.ndarray, classes: dict[str, Sequence[int]], spacing: Sequence[float],
+                 ignore_label: int | None = None, tolerance_mm: float = TOLERANCE_MM) -> dict[str, dict[str, float]]:
+    """{class: measures} of two label maps, (Z, Y, X) or (Y, X).
+
+    classes: {name: labels}; of several labels (a region), their union. spacing: mm, in the order of the axes.
+    Voxels that the truth ignores belong to neither mask; where an object reaches into them, both have a surface there.
+    """
+    known = np.ones(truth.shape, bool) if ignore_label is None else truth != ignore_label
+    return {name: measure_masks(np.isin(truth, labels) & known, np.isin(prediction, labels) & known, spacing, tolerance_mm)
+            for name, labels in classes.items()}
+
+
+def statistics(values: Iterable[float]) -> dict[str, float | int]:
+    """mean, sd (of a sample), n and the bounds of the mean's 95 % interval (percentile bootstrap over the cases); NaN is left
+    out. The bounds are NaN of fewer than two cases."""
+    values = np.array([v for v in values if not math.isnan(v)], float)
+    n = len(values)
+    low, high = bootstrap_interval(values) if n > 1 else (math.nan, math.nan)
+    return {"mean": float(values.mean()) if n else math.nan, "sd": float(values.std(ddof=1)) if n > 1 else math.nan, "n": n,
+            "ci_low": low, "ci_high": high}
+
+
+def bootstrap_interval(values: np.ndarray, draws: int = DRAWS, seed: int = 0) -> tuple[float, float]:
+    """The 95 % interval of the mean over the first axis of drawn cases. values: `(cases,)`, or `(seeds, cases)`, of which seeds and
+    cases are drawn anew; NaN is left out."""
+    rng, means = np.random.default_rng(seed), []
+    for _ in range(0, draws, 1000):  # all at once would be large for many cases
+        columns = rng.integers(values.shape[-1], size=(1000, 1, values.shape[-1]))
+        rows = rng.integers(len(values), size=(1000, len(values), 1)) if values.ndim > 1 else 0
+        means.append(np.nanmean(np.atleast_2d(values)[rows, columns], (1, 2)))
+    return tuple(float(bound) for bound in np.nanpercentile(np.concatenate(means), (2.5, 97.5)))
+
+
+def paired_statistics(ours: Sequence[float], theirs: Sequence[float]) -> dict[str, float | int]:
+    """Of the differences ours - theirs, case by case: mean, interval (as `statistics`), n, and Wilcoxon's two-sided p of the signed ranks.
+
+    A case in which either is NaN is left out. p is 1 where all differences are zero, NaN without a case.
+    """
+    from scipy.stats import wilcoxon
+    differences = np.subtract(ours, theirs)
+    differences = differences[~np.isnan(differences)]
+    found = statistics(differences)
+    found["p"] = math.nan if not len(differences) else 1.0 if not differences.any() else float(wilcoxon(differences).pvalue)
+    return found
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """p values corrected for their number (Holm 1979); NaN stays and does not count."""
+    order = [i for i in np.argsort(p_values) if not math.isnan(p_values[i])]  # NaN sorts last
+    corrected, largest = [math.nan] * len(p_values), 0.0
+    for rank, i in enumerate(order):
+        largest = max(largest, min(1.0, (len(order) - rank) * p_values[i]))
+        corrected[i] = largest
+    return corrected
