@@ -12,10 +12,11 @@ import numpy as np
 import torch
 from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
 from nnunetv2.utilities.label_handling.label_handling import LabelManager
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunet_confkd import __version__
 from nnunet_confkd.dataset_conversion import writer
-from nnunet_confkd.dataset_conversion.volumes import Picture, Volume, ending_of, read
+from nnunet_confkd.dataset_conversion.volumes import Picture, Volume, read
 from nnunet_confkd.dataset_conversion.writer import FULL, PARTIAL, PROCESSES, UNLABELLED, Case, Dataset
 from nnunet_confkd.discovery import make_findable
 from nnunet_confkd.errors import InputError
@@ -134,15 +135,19 @@ def _load_model(model: Path, folds: list[str] | None, checkpoint: str, branch: s
         except RuntimeError as error:
             raise InputError(f"{file}: was written by the trainer {loaded['trainer_name']}, which is not found; set "
                              f"nnUNet_extTrainer to its folder") from error
+    plans, configuration = PlansManager(str(model / "plans.json")), loaded["init_args"]["configuration"]
+    if plans.get_configuration(configuration).previous_stage_name is not None:
+        raise InputError(f"{model}: is the second stage of a cascade, which needs the predictions of the first; give a model of "
+                         f"another configuration")
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device == "cuda" and not torch.cuda.is_available():
         raise InputError("-device cuda: there is no CUDA device; use -device cpu")
     predictor = _CompletingPredictor(device=torch.device(device))
-    with predicting(branch):
-        predictor.initialize_from_trained_model_folder(str(model), folds, checkpoint)
-    if predictor.configuration_manager.previous_stage_name is not None:
-        raise InputError(f"{model}: is the second stage of a cascade, which needs the predictions of the first; give a model of "
-                         f"another configuration")
+    try:
+        with predicting(branch):
+            predictor.initialize_from_trained_model_folder(str(model), folds, checkpoint)
+    except RuntimeError as error:
+        raise InputError(f"{model}: the weights of {checkpoint} do not fit the network of plans.json: {error}") from error
     return predictor, folds
 
 
