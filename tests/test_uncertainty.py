@@ -21,6 +21,7 @@ from nnunet_confkd.uncertainty import (
     export_and_measure,
     list_cases,
     map_ending,
+    max_entropy,
     measure,
     with_names,
     write_map,
@@ -233,6 +234,7 @@ def test_the_help_tells_of_the_flag(capsys):
 # ---- measuring ------------------------------------------------------------------------------------------------------
 
 def test_the_entropy_of_equal_logits_is_log_C_and_of_certainty_0():
+    assert max_entropy(4, False) == math.log(4) and max_entropy(4, True) == 4 * math.log(2)
     logits = np.zeros((4, 2, 1, 3), np.float32)
     logits[1, 1] = 1e4  # certain of class 1 in the second slice
     maps = measure(logits, False)
