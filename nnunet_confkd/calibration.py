@@ -10,7 +10,8 @@ coverage); Geifman, Uziel, El-Yaniv, "Bias-Reduced Uncertainty Estimation for De
 arXiv 1805.08206 (the area, and its smallest value).
 
 Mind what is counted: most voxels of a medical image are background that nobody would get wrong, and make any network look
-calibrated. `where` restricts the voxels, e.g. to those that are foreground in the truth or in the prediction.
+calibrated. `where` restricts the voxels, e.g. to the predicted foreground and a margin around it. It must not be chosen by the
+truth: among voxels picked for what they are, a calibrated network looks overconfident, too.
 """
 from __future__ import annotations
 

@@ -190,6 +190,12 @@ def weaken(argv: list[str]) -> None:
     main(argv)
 
 
+def complete(argv: list[str]) -> None:
+    from nnunet_confkd.complete import main
+
+    main(argv)
+
+
 def check(argv: list[str]) -> int:
     from nnunet_confkd.check import main
 
@@ -239,10 +245,11 @@ COMMANDS = {
     "check": (check, "what is wrong with a data set, and which case is what"),
     "plan": (plan, "nnUNetv2_plan_and_preprocess that keeps every annotation"),
     "train": (train, "nnUNetv2_train with the ConfKD trainers"),
-    "predict": (predict, "nnUNetv2_predict, with a choice of the branch"),
-    "report": (report, "a page of what a trained model does: figures, cases, calibration, curves"),
+    "predict": (predict, "nnUNetv2_predict, with a choice of the branch, and entropy"),
     "evaluate": (evaluate, "Dice, surface distances and more of predictions, and of two sets of them paired"),
     "compare": (compare, "trained models side by side"),
+    "report": (report, "a page of what a trained model does: figures, cases, calibration, curves"),
+    "complete": (complete, "the labels of partly labelled cases, completed by a model"),
     "export": (export, "a trained model as a stock nnU-Net one"),
     "trainer-dir": (trainer_dir, "the folder for nnUNet_extTrainer"),
     "download": (download, "a public data set, for a first try"),

@@ -55,7 +55,7 @@ nav a { text-underline-offset: .2em; padding: .2em 0; }
 table { border-collapse: collapse; width: 100%; font-size: .875rem; line-height: 1.4; font-variant-numeric: tabular-nums; }
 .caption { margin: 1.4em 0 0; }
 .caption + .box { margin-top: .5em; }
-th, td { padding: 8px 9px; text-align: right; white-space: nowrap; border-top: 1px solid var(--line); vertical-align: top; }
+th, td { padding: 8px 7px; text-align: right; white-space: nowrap; border-top: 1px solid var(--line); vertical-align: top; }
 thead th { border-top: 0; color: var(--muted); font-weight: 600; background: var(--card); }
 .tall thead th { position: sticky; top: 0; box-shadow: inset 0 -1px var(--line); }
 th.words, td.words { text-align: left; }

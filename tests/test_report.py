@@ -13,7 +13,7 @@ import pytest
 import SimpleITK as sitk
 import torch
 
-from nnunet_confkd import cli, metrics, report_pictures
+from nnunet_confkd import cli, report_pictures
 from nnunet_confkd.calibration import Counts
 from nnunet_confkd.errors import InputError
 from nnunet_confkd.export import export
@@ -75,15 +75,6 @@ def read(page: Path) -> Page:
 
 def sections(page: Page) -> list[str]:
     return [attributes["id"] for attributes in page.all("section")]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def few_draws():
-    """The interval of a mean is tested elsewhere; here a hundredth of its draws do."""
-    with pytest.MonkeyPatch.context() as patch:
-        original = metrics.bootstrap_interval
-        patch.setattr(metrics, "bootstrap_interval", lambda values, *more, **options: original(values, 100))
-        yield
 
 
 @pytest.fixture(scope="module")
