@@ -167,28 +167,33 @@ def write_dataset(dataset: Dataset, dataset_id: int, processes: int = PROCESSES,
     Returns the folder. Raises InputError with all that is wrong with the data, or for an id that is taken, a folder that
     cannot be written to, or a full disk.
     """
+    with new_dataset(dataset_id, dataset.name) as (folder, preprocessed):
+        write_into(folder, preprocessed, dataset, processes, link)
+    return raw_folder() / folder_name(dataset_id, dataset.name)
+
+
+def write_into(folder: Path, preprocessed: Path, dataset: Dataset, processes: int = PROCESSES, link: bool = False) -> None:
+    """:func:`write_dataset` into the two folders of :func:`new_dataset`, for those that write more than that."""
     problems = [*dataset.problems, *_problems_of_the_whole(dataset)]
     ignore = dataset.labels.get("ignore")
-    with new_dataset(dataset_id, dataset.name) as (folder, preprocessed):
-        lean = replace(dataset, training=[], test=[])  # goes to a process with every case
-        tasks = [(case, folder / f"images{split}", folder / f"labels{split}", lean, ignore, link)
-                 for split, cases in (("Tr", dataset.training), ("Ts", dataset.test)) for case in cases
-                 if name_problem(case.name) is None]
-        # of a name that is there twice (see above) the first
-        tasks = list({task[0].name.lower(): task for task in reversed(tasks)}.values())[::-1]
-        for case, images, labels, *_ in tasks:
-            images.mkdir(exist_ok=True)
-            if case.label is not None or case.kind != FULL:
-                labels.mkdir(exist_ok=True)
-        problems += [problem for found in parallel(_write_case, tasks, processes, f"writing {dataset.name}")
-                     for problem in found]
-        if problems:
-            raise InputError(f"{len(problems)} problems; nothing was written:\n  " + "\n  ".join(problems)
-                             if len(problems) > 1 else problems[0])
-        _write_json(folder / "dataset.json", _dataset_json(dataset))
-        if dataset.validation:
-            _write_json(preprocessed / "splits_final.json", [split_of(dataset)])
-    return raw_folder() / folder_name(dataset_id, dataset.name)
+    lean = replace(dataset, training=[], test=[])  # goes to a process with every case
+    tasks = [(case, folder / f"images{split}", folder / f"labels{split}", lean, ignore, link)
+             for split, cases in (("Tr", dataset.training), ("Ts", dataset.test)) for case in cases
+             if name_problem(case.name) is None]
+    # of a name that is there twice (see above) the first
+    tasks = list({task[0].name.lower(): task for task in reversed(tasks)}.values())[::-1]
+    for case, images, labels, *_ in tasks:
+        images.mkdir(exist_ok=True)
+        if case.label is not None or case.kind != FULL:
+            labels.mkdir(exist_ok=True)
+    problems += [problem for found in parallel(_write_case, tasks, processes, f"writing {dataset.name}")
+                 for problem in found]
+    if problems:
+        raise InputError(f"{len(problems)} problems; nothing was written:\n  " + "\n  ".join(problems)
+                         if len(problems) > 1 else problems[0])
+    _write_json(folder / "dataset.json", _dataset_json(dataset))
+    if dataset.validation:
+        _write_json(preprocessed / "splits_final.json", [split_of(dataset)])
 
 
 def split_of(dataset: Dataset) -> dict[str, list[str]]:

@@ -74,21 +74,27 @@ def predict(argv: list[str]) -> None:
     make_findable()
     own = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     own.add_argument("--branch", choices=BRANCHES, default="student")
+    own.add_argument("--save-entropy", action="store_true")
     own, argv = own.parse_known_args(argv)
     if _wants_help(argv):
         print("confkd predict: nnUNetv2_predict (with -m FOLDER: nnUNetv2_predict_from_modelfolder) with the ConfKD trainers\n"
-              "in reach, and one flag more:\n  --branch {student,teacher,mean}  which branch predicts (default: student; "
-              "mean: of the logits)\nAll else is nnU-Net's:\n")
+              "in reach, and two flags more:\n  --branch {student,teacher,mean}  which branch predicts (default: student; "
+              "mean: of the logits)\n  --save-entropy                   also write the entropy of each voxel, and a list of "
+              "the cases\n                                   to look at first, to the folder uncertainty of -o\n"
+              "All else is nnU-Net's:\n")
     from_folder = _value_of(argv, "-m") is not None
     if not from_folder and _value_of(argv, "-tr") is None:
         argv = [*argv, "-tr", DEFAULT_TRAINER]
     if own.branch != "student" and not _wants_help(argv):
         _require_branches(argv)
+    entry_point = predict_entry_point_modelfolder if from_folder else predict_entry_point
+    if own.save_entropy:
+        from nnunet_confkd.uncertainty import EntropyPredictor, list_cases, with_names
+        entry_point = with_names(entry_point, nnUNetPredictor=EntropyPredictor)
     with predicting(own.branch):
-        if from_folder:
-            _run(predict_entry_point_modelfolder, "nnUNetv2_predict_from_modelfolder", argv)
-        else:
-            _run(predict_entry_point, "nnUNetv2_predict", argv)
+        _run(entry_point, "nnUNetv2_predict_from_modelfolder" if from_folder else "nnUNetv2_predict", argv)
+    if own.save_entropy:
+        print("look at these cases first:", list_cases(EntropyPredictor.output))
 
 
 def _require_branches(argv: list[str]) -> None:
@@ -184,6 +190,12 @@ def weaken(argv: list[str]) -> None:
     main(argv)
 
 
+def complete(argv: list[str]) -> None:
+    from nnunet_confkd.complete import main
+
+    main(argv)
+
+
 def check(argv: list[str]) -> int:
     from nnunet_confkd.check import main
 
@@ -220,6 +232,12 @@ def demo(argv: list[str]) -> None:
     main(argv)
 
 
+def report(argv: list[str]) -> None:
+    from nnunet_confkd.report import main
+
+    main(argv)
+
+
 COMMANDS = {
     "convert": (convert, "a public data set to nnU-Net's format"),
     "mix": (mix, "folders of full, partial and no labels to one data set"),
@@ -227,9 +245,11 @@ COMMANDS = {
     "check": (check, "what is wrong with a data set, and which case is what"),
     "plan": (plan, "nnUNetv2_plan_and_preprocess that keeps every annotation"),
     "train": (train, "nnUNetv2_train with the ConfKD trainers"),
-    "predict": (predict, "nnUNetv2_predict, with a choice of the branch"),
+    "predict": (predict, "nnUNetv2_predict, with a choice of the branch, and entropy"),
     "evaluate": (evaluate, "Dice, surface distances and more of predictions, and of two sets of them paired"),
     "compare": (compare, "trained models side by side"),
+    "report": (report, "a page of what a trained model does: figures, cases, calibration, curves"),
+    "complete": (complete, "the labels of partly labelled cases, completed by a model"),
     "export": (export, "a trained model as a stock nnU-Net one"),
     "trainer-dir": (trainer_dir, "the folder for nnUNet_extTrainer"),
     "download": (download, "a public data set, for a first try"),
