@@ -189,12 +189,13 @@ def _predict(predictor: _CompletingPredictor, cases: list[Case], folder: Path, p
 
 # ---- the data -------------------------------------------------------------------------------------------------------
 
-def _look_at_all(folder: Path, described: dict, dataset: Dataset, processes: int) -> tuple[dict[str, dict[int, int]], dict[str, str]]:
+def _look_at_all(folder: Path, described: dict, dataset: Dataset,
+                 processes: int) -> tuple[dict[str, dict[int, int]], dict[str, str]]:
     """Voxels per label and kind of each training case. All that could go wrong after the prediction is found before it."""
     check_labels(described)
     if "ignore" not in described["labels"]:
-        raise InputError(f"{folder / 'dataset.json'}: the labels have no \"ignore\", so every voxel has a label already; there is "
-                         f"nothing to complete")
+        raise InputError(f"{folder / 'dataset.json'}: the labels have no \"ignore\", so every voxel has a label already; "
+                         f"there is nothing to complete")
     allowed = sorted(dataset.values)
     looked = writer.parallel(_look, [(case, allowed, len(dataset.channel_names)) for case in dataset.training], processes,
                              "reading cases")
@@ -207,7 +208,8 @@ def _look_at_all(folder: Path, described: dict, dataset: Dataset, processes: int
     if problems:
         raise InputError(f"{folder}: {len(problems)} problems; nothing was written:\n  " + "\n  ".join(problems))
     counts = {case.name: count for case, (_, count) in zip(dataset.training, looked)}
-    kinds = decide_kinds(counts, LabelManager(described["labels"], described.get("regions_class_order")), described.get(TABLE_KEY))
+    labels = LabelManager(described["labels"], described.get("regions_class_order"))
+    kinds = decide_kinds(counts, labels, described.get(TABLE_KEY))
     if not any(count[described["labels"]["ignore"]] for count in counts.values()):
         raise InputError(f"{folder}: no training case has an ignored voxel; there is nothing to complete")
     return counts, kinds
@@ -315,8 +317,8 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--id", required=True, type=int, help="id of the data set to write")
     parser.add_argument("--name", help="its name; default: that of the source and _completed")
     parser.add_argument("--branch", choices=BRANCHES, default="student")
-    parser.add_argument("--confidence", type=float, metavar="P", help="label only voxels whose winning probability is above P; the "
-                        "others stay ignored. Default: all")
+    parser.add_argument("--confidence", type=float, metavar="P", help="label only voxels whose winning probability is "
+                        "above P; the others stay ignored. Default: all")
     parser.add_argument("--folds", nargs="+", metavar="F", help="folds whose mean predicts; default: all that are trained")
     parser.add_argument("--checkpoint", default=CHECKPOINT, metavar="NAME")
     parser.add_argument("-device", choices=("cuda", "cpu", "mps"), help="default: cuda where there is one, else cpu")

@@ -369,9 +369,11 @@ def _label(file, change):
 
 
 @pytest.mark.parametrize("spoil, texts", [
-    (lambda d, c: [(d / "imagesTr" / f"{case}_0000.nii.gz").unlink() for case in c[:2]], ["{0}.nii.gz: has no image", "{1}.nii.gz: has no image"]),
+    (lambda d, c: [(d / "imagesTr" / f"{case}_0000.nii.gz").unlink() for case in c[:2]],
+     ["{0}.nii.gz: has no image", "{1}.nii.gz: has no image"]),
     (lambda d, c: (d / "labelsTr" / f"{c[0]}.nii.gz").unlink(), ["{0}.nii.gz: there is no such file"]),
-    (lambda d, c: _label(d / "labelsTr" / f"{c[0]}.nii.gz", lambda a: np.where(a == 3, 7, a)), [r"{0}.nii.gz: holds the values \[7\]"]),
+    (lambda d, c: _label(d / "labelsTr" / f"{c[0]}.nii.gz", lambda a: np.where(a == 3, 7, a)),
+     [r"{0}.nii.gz: holds the values \[7\]"]),
     (lambda d, c: _label(d / "labelsTr" / f"{c[0]}.nii.gz", lambda a: a[1:]), ["{0}.nii.gz: is on another grid"]),
     (lambda d, c: (d / "imagesTr" / f"{c[0]}_0000.nii.gz").write_bytes(b"no image"), ["{0}_0000.nii.gz: cannot be read"]),
     (lambda d, c: _described(d, channel_names={"0": "MRI", "1": "T2"}), ["of another kind of data"]),

@@ -106,7 +106,8 @@ def test_the_entropy_is_that_of_the_branchs_probabilities_in_the_geometry_of_the
 
 def test_with_probabilities_the_entropy_is_the_same(predictions):
     for file in (predictions / "student" / "uncertainty" / "entropy_nats").iterdir():
-        np.testing.assert_array_equal(_read(file), _read(predictions / "student_both" / "uncertainty" / "entropy_nats" / file.name))
+        other = predictions / "student_both" / "uncertainty" / "entropy_nats" / file.name
+        np.testing.assert_array_equal(_read(file), _read(other))
 
 
 def test_what_nnunet_crops_away_has_no_entropy(predictions, images, hippocampus):
@@ -270,7 +271,8 @@ def test_the_maps_are_cropped_and_transposed_back_as_the_segmentation_is(hippoca
     configuration = manager.get_configuration("2d_export")
     logits = np.random.default_rng(0).normal(0, 2, (3, 4, 6, 5)).astype(np.float32)
     # transposed: (X, Z, Y) = (7, 6, 9), of which (4, 6, 5) from (2, 0, 3) on is left after cropping
-    properties = {"spacing": [1.0, 1.0, 1.0], "shape_before_cropping": (7, 6, 9), "bbox_used_for_cropping": [[2, 6], [0, 6], [3, 8]],
+    properties = {"spacing": [1.0, 1.0, 1.0], "shape_before_cropping": (7, 6, 9),
+                  "bbox_used_for_cropping": [[2, 6], [0, 6], [3, 8]],
                   "shape_after_cropping_and_before_resampling": (4, 6, 5),
                   "sitk_stuff": {"spacing": (1.0,) * 3, "origin": (0.0,) * 3, "direction": tuple(np.eye(3).ravel())}}
     dataset_json = json.loads((hippocampus_model / "dataset.json").read_text())
