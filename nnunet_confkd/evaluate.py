@@ -167,15 +167,13 @@ def evaluate_folders(truth: str | Path, prediction: str | Path, *, dataset: int 
                      subset: bool = False, processes: int = PROCESSES) -> Evaluation:
     """Measure every segmentation of `prediction` against the file of the same name in `truth`.
 
-    dataset: id or name; its dataset.json names classes (or regions) and the ignore label, and other values are an error. labels: instead, the
-    labels to measure: 1, or "1,2" for the union of two; other values are background. Neither: all that occur in the truth but 0.
+    dataset: id or name; its dataset.json names classes (or regions) and the ignore label, and other values are an error. labels: those to
+    measure: 1, or "1,2" for the union of two; without a data set, other values are background. Neither: all that occur in the truth but 0.
     subset: the truth may hold more cases than are predicted.
 
     Raises InputError, listing all that is wrong: folders or files missing, other grids, no images, unknown labels.
     """
     truth, prediction = Path(truth), Path(prediction)
-    if dataset is not None and labels:
-        raise InputError("give a data set or labels, not both: the data set's labels are measured")
     if not (isinstance(tolerance_mm, (int, float)) and 0 <= tolerance_mm < math.inf):
         raise InputError(f"the tolerance must be a number of mm from 0, not {tolerance_mm!r}")
     files = _pairs(truth, prediction, subset)
@@ -183,9 +181,12 @@ def evaluate_folders(truth: str | Path, prediction: str | Path, *, dataset: int 
     if dataset is not None:
         classes, ignore_label = _classes_of(dataset)
         known = frozenset({0, *(label for of in classes.values() for label in of)})
-    elif labels:
+    if labels:
         classes = _given_classes(labels)
-    else:
+        if known and (unknown := {label for of in classes.values() for label in of} - known):
+            raise InputError(f"--labels: data set {dataset} has no {', '.join(map(str, sorted(unknown)))}; it has "
+                             f"{', '.join(map(str, sorted(known - {0})))}")
+    elif dataset is None:
         found = _run(files, None, ignore_label, tolerance_mm, None, processes, "labels")
         values = sorted(set().union(*(of.values for of in found.values())) - {0})
         classes = {str(value): (value,) for value in values}
@@ -382,9 +383,8 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--truth", required=True, metavar="DIR")
     parser.add_argument("--prediction", required=True, metavar="DIR")
     parser.add_argument("--against", metavar="DIR", help="a second folder of predictions of the same cases: paired comparison")
-    what = parser.add_mutually_exclusive_group()
-    what.add_argument("-d", "--dataset", metavar="ID", help="names the classes or regions, and the ignore label")
-    what.add_argument("--labels", nargs="+", metavar="L", help="labels to measure; 1,2 is the union of two. Default: all in the files")
+    parser.add_argument("-d", "--dataset", metavar="ID", help="names the classes or regions, and the ignore label")
+    parser.add_argument("--labels", nargs="+", metavar="L", help="labels to measure; 1,2 is the union of two. Default: all in the files")
     parser.add_argument("--ignore", type=int, metavar="L", help="label of the truth that is not evaluated; -d knows it")
     parser.add_argument("--tolerance", type=float, default=TOLERANCE_MM, metavar="MM", help=f"of the NSD; default {TOLERANCE_MM:g}")
     parser.add_argument("--subset", action="store_true", help="the truth may hold cases that are not predicted")

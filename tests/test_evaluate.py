@@ -107,6 +107,12 @@ def test_regions_and_the_ignore_label_come_from_the_data_set(folders, dataset):
     assert evaluation.ignore_label == 3 and list(evaluation.cases["case2"]) == ["whole", "part"]
     expected = measure_case(label_map(), label_map(1), {"whole": (1, 2), "part": (2,)}, SPACING[::-1])
     assert evaluation.cases["case1"] == expected
+    # labels beside the data set: its ignore label, and only what was asked for
+    some = evaluate_folders(folders / "truth", folders / "prediction", processes=1, dataset=27, labels=[2])
+    assert {case: {"part": of["2"]} for case, of in some.cases.items()} == {
+        case: {"part": of["part"]} for case, of in evaluation.cases.items()}
+    with pytest.raises(InputError, match="data set 27 has no 4; it has 1, 2"):
+        evaluate_folders(folders / "truth", folders / "prediction", processes=1, dataset=27, labels=[4])
 
 
 def test_labels_that_occur_are_measured_where_none_are_named(folders):
