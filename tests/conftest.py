@@ -52,11 +52,18 @@ def one_thread():
 class Workspace:
     """nnU-Net's three folders, and its steps in this process."""
 
+    made: list[Workspace] = []  # the session's one, once there is one
+
     def __init__(self, folder: Path):
         self.folder = folder
         for name in ("raw", "preprocessed", "results"):
             (folder / name).mkdir()
-            os.environ[f"nnUNet_{name}"] = str(folder / name)
+        self.made.append(self)
+        self.activate()
+
+    def activate(self) -> None:
+        for name in ("raw", "preprocessed", "results"):
+            os.environ[f"nnUNet_{name}"] = str(self.folder / name)
 
     def raw(self, dataset: str) -> Path:
         return self.folder / "raw" / dataset
@@ -102,6 +109,14 @@ def nnunet(tmp_path_factory) -> Workspace:
     from nnunet_confkd.discovery import make_findable
     make_findable()
     return Workspace(tmp_path_factory.mktemp("nnunet"))
+
+
+@pytest.fixture(autouse=True)
+def workspace_after_every_test():
+    """Some tests (the demo's) leave nnU-Net's folders set elsewhere, in whatever order the files are run."""
+    yield
+    for workspace in Workspace.made:
+        workspace.activate()
 
 
 HIPPOCAMPUS = "Dataset004_Hippocampus"
