@@ -95,16 +95,16 @@ def compare_models(models: list[str | Path], tolerance_mm: float = TOLERANCE_MM,
 
 
 def _short_names(models: list[Path]) -> list[str]:
-    """Of each folder what tells it from the others: without the parts "__" that all share, and with its data set where that differs."""
+    """Of each folder what tells it from the others: the folders on its way, and the parts of its name, that not all of them share."""
     models = [model.resolve() for model in models]
     if len(set(models)) < len(models):
         raise InputError("a model was named twice")
-    parts = [model.name.split("__") for model in models]
-    shared = set.intersection(*map(set, parts)) if len(models) > 1 else set()
-    datasets = len({model.parent.name for model in models}) > 1
-    names = ["__".join(p for p in of if p not in shared) or model.name for of, model in zip(parts, models)]
-    names = [f"{model.parent.name} {name}" if datasets else name for name, model in zip(names, models)]
-    return names if len(set(names)) == len(names) else [str(model) for model in models]
+    if len(models) == 1:
+        return [models[0].name]
+    parts = [[*model.parts[:-1], *model.name.split("__")] for model in models]
+    shared = set.intersection(*map(set, parts))
+    names = ["/".join(part for part in of if part not in shared) for of in parts]
+    return names if all(names) and len(set(names)) == len(names) else [str(model) for model in models]
 
 
 def text_of(found: dict) -> str:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -56,6 +57,13 @@ def test_models_stand_side_by_side_with_both_branches(models, tmp_path, capsys):
     text = capsys.readouterr().out
     assert "-0.375 [-0.375, -0.375]" in text and (tmp_path / "out" / "comparison.txt").read_text().strip() in text
     assert (tmp_path / "out" / "comparison.png").stat().st_size > 5000
+
+
+def test_seeds_in_folders_of_their_own_are_told_apart(models, tmp_path):
+    again = tmp_path / "seed1" / "Dataset027_Cubes" / models[0].name
+    again.parent.mkdir(parents=True)
+    shutil.copytree(models[0], again)
+    assert [row["name"] for row in compare_models([models[0], again], processes=1)["rows"]] == ["results", "results", "seed1", "seed1"]
 
 
 def test_one_model_alone_is_a_table_too(models):
