@@ -20,8 +20,10 @@ Entropy and KL are in nats and are computed in float32, inside autocast too.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -133,35 +135,70 @@ def confidence(logits: Tensor, regions: bool = False) -> Tensor:
     return logits.float().softmax(1).amax(1).mean()
 
 
+def rank_factors(counts: Tensor) -> tuple[Tensor, Tensor]:
+    """For this rank's counts n_r: `W n_r / sum_r n_r`, and the sums. DDP averages the gradients of its W ranks; with this factor
+    on a rank's mean over its n_r values, the average is the mean over all of them. Every rank must call it at once."""
+    totals = counts.clone()
+    dist.all_reduce(totals)
+    return dist.get_world_size() * counts / totals.clamp_min(1), totals
+
+
 class PartialSupervision(nn.Module):
     """nnU-Net's supervised loss over the annotated voxels of some images of a batch.
 
-    loss: `loss(logits, target)`, which masks the ignore label itself (nnU-Net's do); its value is returned to the bit
-        wherever there is anything annotated.
-    gather: the loss sums its Dice over the ranks (DDP with batch Dice). It must then be called by every rank, and with
-        equal shapes, so the batch axis is folded into space (`(1, C, B, *spatial)`): the sums are the same, and ranks
-        may hold different numbers of images, none included. (Without an ignore label every image is full on every
-        rank, and nothing needs folding.)
+    loss: nnU-Net's compound loss of Dice and (binary) cross-entropy, which masks the ignore label itself; its value is
+        returned to the bit wherever there is anything annotated.
+    ddp: the images are those of one rank of several. In the ranks' average stands the loss of all ranks' images together; every
+        rank must call it, and ranks may hold different numbers of images and of annotated voxels, none included. (nnU-Net's
+        own cross-entropy is each rank's mean, whose voxels weigh more where few are annotated.)
 
-    Returns a scalar; zero, with a graph, where no voxel is annotated (with `gather`: zero in its gradient).
+    Returns a scalar; zero, with a graph, where no voxel is annotated.
     """
 
     def __init__(self, loss: Callable[[Tensor, Tensor], Tensor], ignore_label: int | None, regions: bool = False,
-                 gather: bool = False):
+                 ddp: bool = False):
         super().__init__()
-        self.loss, self.ignore_label, self.regions, self.gather = loss, ignore_label, regions, gather
+        self.loss, self.ignore_label, self.regions, self.ddp = loss, ignore_label, regions, ddp
 
     def forward(self, logits: Tensor, target: Tensor) -> Tensor:
         if logits.shape[0] != target.shape[0] or logits.shape[2:] != target.shape[2:]:
             raise ValueError(f"logits {tuple(logits.shape)} and target {tuple(target.shape)} do not match")
-        if self.gather and self.ignore_label is not None:
-            value = self.loss(logits.transpose(0, 1)[None], target.transpose(0, 1)[None])
-        elif annotated_voxels(target, self.ignore_label, self.regions).any():
-            value = self.loss(logits, target)
+        annotated = annotated_voxels(target, self.ignore_label, self.regions)
+        if self.ddp:
+            value = self._over_ranks(logits, target, annotated.sum())
         else:
-            value = 0
+            value = self.loss(logits, target) if annotated.any() else 0
         # nnU-Net's losses, too, return a plain 0 where they find nothing to learn from
         return value if torch.is_tensor(value) else _zero_with_graph(logits)
+
+    def _over_ranks(self, logits: Tensor, target: Tensor, annotated: Tensor) -> Tensor | int:
+        factors, (total, _) = rank_factors(torch.stack((annotated, annotated.new_tensor(logits.shape[0]))))
+        if total == 0:
+            return 0
+        of_voxels, of_images = factors.tolist()
+        loss = self.loss
+        weights = loss.weight_ce, loss.weight_dice
+        loss.weight_ce = weights[0] * of_voxels
+        try:
+            if loss.dc.batch_dice:
+                # Its sums are gathered over the ranks, which wants equal shapes: the batch axis is folded into space,
+                # (1, C, B, *spatial), and the sums are the same. The Dice is then that of all ranks already.
+                return loss(logits.transpose(0, 1)[None], target.transpose(0, 1)[None])
+            loss.weight_dice = weights[1] * of_images
+            return loss(logits, target) if logits.shape[0] else 0
+        finally:
+            loss.weight_ce, loss.weight_dice = weights
+
+
+class _Kinds(NamedTuple):
+    """What is full and what is not in a batch; over all ranks, where there are several."""
+
+    num_full: int  # of this rank; they come first
+    factors: dict[str, float | Tensor]  # of means over the images "full", "partial", "all"
+    present: int  # of the two kinds of images
+
+    def images(self, name: str) -> slice:
+        return {"full": slice(self.num_full), "partial": slice(self.num_full, None), "all": slice(None)}[name]
 
 
 class ConfKDLoss(nn.Module):
@@ -186,8 +223,8 @@ class ConfKDLoss(nn.Module):
     list over resolutions), and the ramps: factors of the KL's and the entropy's weight at this point of the training.
     Returns the scalar to minimise and the unweighted terms, detached scalars by name.
 
-    Every mean is over the voxels of all images concerned, together, in this process; a rank without such images counts
-    as zero in the average that DDP makes of the gradients.
+    Every mean is over the voxels of all images concerned, together; with DDP (`supervised.ddp`) those of all ranks: a rank's
+    terms are scaled such that their average over the ranks is the mean over all images.
     """
 
     def __init__(self, supervised: nn.Module, weights: dict[str, float], *, resolution_weights: Sequence[float] = (1.0,),
@@ -206,34 +243,38 @@ class ConfKDLoss(nn.Module):
         self.kl_options = dict(kl_options or {})
         self.extra_resolutions = extra_resolutions
 
-    def _student_term(self, student: Tensor, target: Tensor, num_full: int) -> Tensor:
+    def _kinds(self, num_images: int, num_full: int, device: torch.device) -> _Kinds:
+        counts = {"full": num_full, "partial": num_images - num_full, "all": num_images}
+        if not getattr(self.supervised, "ddp", False):
+            return _Kinds(num_full, dict.fromkeys(counts, 1.0), (num_full > 0) + (num_full < num_images))
+        factors, totals = rank_factors(torch.tensor(list(counts.values()), device=device))
+        return _Kinds(num_full, dict(zip(counts, factors)), int((totals[:2] > 0).sum()))
+
+    def _student_term(self, student: Tensor, target: Tensor, kinds: _Kinds) -> Tensor:
         """L_w at one resolution."""
+        full, partial = kinds.images("full"), kinds.images("partial")
         if self.student_images == "partial":
-            return self.supervised(student[num_full:], target[num_full:])
+            return self.supervised(student[partial], target[partial])
         if self.student_average == "joint":
             return self.supervised(student, target)
-        full = self.supervised(student[:num_full], target[:num_full])
-        partial = self.supervised(student[num_full:], target[num_full:])
-        # Where the Dice is summed over the ranks, each of them has both kinds; else those of its own images.
-        gathered = getattr(self.supervised, "gather", False)
-        kinds = 2 if gathered else (num_full > 0) + (num_full < student.shape[0])
-        return (full + partial) / kinds
+        return (self.supervised(student[full], target[full]) + self.supervised(student[partial], target[partial])) / kinds.present
 
-    def _terms(self, student: Tensor, teacher: Tensor | None, target: Tensor, num_full: int, extra: bool,
-               guide: Tensor | None) -> dict[str, Tensor]:
+    def _terms(self, student: Tensor, teacher: Tensor | None, target: Tensor, guide: Tensor | None, kinds: _Kinds, extra: bool,
+               ) -> dict[str, Tensor]:
         """The unweighted terms at one resolution; the extra ones (KL, entropy) only on request."""
-        groups = {"partial": slice(num_full, None), "full": slice(num_full), "all": slice(None)}
         terms = {}
         if self.weights["teacher"]:
-            terms["teacher"] = self.supervised(teacher[:num_full], target[:num_full])
+            full = kinds.images("full")
+            terms["teacher"] = self.supervised(teacher[full], target[full])
         if self.weights["student"]:
-            terms["student"] = self._student_term(student, target, num_full)
+            terms["student"] = self._student_term(student, target, kinds)
         if self.weights["kl"] and extra:
-            images = groups[self.kl_images]
-            terms["kl"] = _mean(distillation(teacher[images] if guide is None else guide, student[images],
-                                             regions=self.regions, **self.kl_options))
+            images = kinds.images(self.kl_images)
+            terms["kl"] = kinds.factors[self.kl_images] * _mean(distillation(
+                teacher[images] if guide is None else guide, student[images], regions=self.regions, **self.kl_options))
         if self.weights["entropy"] and extra:
-            terms["entropy"] = _mean(entropy(student[groups[self.entropy_images]], self.regions))
+            images = kinds.images(self.entropy_images)
+            terms["entropy"] = kinds.factors[self.entropy_images] * _mean(entropy(student[images], self.regions))
         return terms
 
     def forward(self, student, teacher, target, num_full: int, *, guide=None, kl_ramp: float = 1.0,
@@ -249,13 +290,14 @@ class ConfKDLoss(nn.Module):
             raise ValueError(f"{len(student)} student outputs, {len(teacher)} teacher outputs and {len(target)} targets "
                              f"for {len(self.resolution_weights)} resolution weights")
         weights = self.weights | {"kl": self.weights["kl"] * kl_ramp, "entropy": self.weights["entropy"] * entropy_ramp}
+        kinds = self._kinds(student[0].shape[0], num_full, student[0].device)
         total = 0.0
         sums = {term: _zero_with_graph(student[0]) for term in TERMS}
         for i, resolution_weight in enumerate(self.resolution_weights):
             if resolution_weight == 0:
                 continue
             at_all = self.extra_resolutions == "all"
-            terms = self._terms(student[i], teacher[i], target[i], num_full, at_all or i == 0, guide[i])
+            terms = self._terms(student[i], teacher[i], target[i], guide[i], kinds, at_all or i == 0)
             for term, value in terms.items():
                 share = resolution_weight if at_all or term in ("teacher", "student") else 1.0
                 total = total + share * weights[term] * value

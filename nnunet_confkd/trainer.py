@@ -105,8 +105,7 @@ class ConfKDTrainer(nnUNetTrainer):
             stock.weight_dice = 0
         if s.kl_softmax_twice and regions:
             raise InputError("confkd: 'kl_softmax_twice' is defined for softmax labels; this data set has regions")
-        supervised = PartialSupervision(stock, self.label_manager.ignore_label, regions,
-                                        gather=self.is_ddp and self.configuration_manager.batch_dice)
+        supervised = PartialSupervision(stock, self.label_manager.ignore_label, regions, ddp=self.is_ddp)
         return ConfKDLoss(
             supervised, {term: getattr(s, f"weight_{term}") for term in TERMS}, resolution_weights=resolution_weights,
             regions=regions, student_images=s.student_images, student_average=s.student_average,

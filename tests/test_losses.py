@@ -5,12 +5,8 @@ References come from scipy in float64 and from nnU-Net's own losses; what is com
 from __future__ import annotations
 
 import pickle
-import subprocess
-import sys
 from copy import deepcopy
-from datetime import timedelta
 from math import log
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -655,106 +651,3 @@ def test_confidence_is_the_mean_of_the_winning_probability():
     assert confidence(logits).item() == pytest.approx((3 / 4 + 1 / 2) / 2)
     assert confidence(logits, regions=True).item() == pytest.approx((3 / 4 + 3 * 1 / 2) / 4)
     assert confidence(-logits, regions=True).item() == pytest.approx((3 / 4 + 3 * 1 / 2) / 4)  # certain of "outside"
-
-
-# ---- several processes ----------------------------------------------------------------------------------------------
-# This file is its own worker: `python test_losses.py RANK FOLDER`.
-
-WORLD = 2
-# images of each rank, fully labelled ones and others
-SPLITS = {"even": ((1, 1), (1, 1)), "uneven": ((2, 1), (0, 1)), "none on a rank": ((2, 2), (0, 0)),
-          "a kind a rank": ((2, 0), (0, 2))}
-
-
-def images_of_rank(split: tuple, rank: int) -> list[int]:
-    """Its share of the joint batch, in which all the full images come first."""
-    full, others = (np.cumsum([0, *(part[kind] for part in split)]) for kind in (0, 1))
-    return [*range(full[rank], full[rank + 1]), *range(full[-1] + others[rank], full[-1] + others[rank + 1])]
-
-
-def joint_batch(split: tuple, regions: bool) -> Batch:
-    full, others = (sum(part[kind] for part in split) for kind in (0, 1))
-    return Batch(regions=regions, num_full=full, num_images=full + others)
-
-
-def gathering_losses(regions: bool) -> dict:
-    """Losses to compare with one process; the cross-entropy is a mean over a rank's own voxels and cannot agree."""
-    only_dice, whole = (PartialSupervision(stock_loss(2, regions, ddp=True, weight_ce=w), IGNORE, regions, gather=True)
-                        for w in (0, 1))
-    return {"dice": lambda x, y, _: only_dice(x, y),
-            "student term": lambda x, y, n: ConfKDLoss(only_dice, weights_of(student=1.0),
-                                                       regions=regions)(x, None, y, n)[0],
-            "dice and ce": lambda x, y, _: whole(x, y)}
-
-
-def work(rank: int, folder: Path) -> None:
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder / 'store'}", rank=rank, world_size=WORLD,
-                                         timeout=timedelta(seconds=30))
-    results = {}
-    for regions in (False, True):
-        for name, split in SPLITS.items():
-            for loss_name, loss in gathering_losses(regions).items():
-                if loss_name == "student term" and (0, 0) in split:
-                    continue
-                batch, images = joint_batch(split, regions), images_of_rank(split, rank)
-                logits = batch.student[0].detach()[images].requires_grad_()
-                value = loss(logits, batch.target[0][images], split[rank][0])
-                value.backward()
-                results[regions, name, loss_name] = value.detach(), logits.grad
-    torch.save(results, folder / f"rank{rank}.pt")
-    torch.distributed.destroy_process_group()
-
-
-@pytest.fixture(scope="module")
-def ranks(tmp_path_factory) -> list[dict]:
-    """Values and gradients of both ranks; fails where they hang or crash."""
-    folder = tmp_path_factory.mktemp("ranks")
-    processes = [subprocess.Popen([sys.executable, __file__, str(rank), str(folder)], stdout=subprocess.PIPE,
-                                  stderr=subprocess.STDOUT, text=True) for rank in range(WORLD)]
-    try:
-        outputs = [process.communicate(timeout=90)[0] for process in processes]
-    except subprocess.TimeoutExpired:
-        pytest.fail("the ranks hang")
-    finally:
-        for process in processes:
-            process.kill()
-    for process, output in zip(processes, outputs):
-        assert process.returncode == 0, output
-    return [torch.load(folder / f"rank{rank}.pt") for rank in range(WORLD)]
-
-
-@each_head
-@pytest.mark.parametrize("name", SPLITS)
-def test_the_dice_of_several_ranks_is_that_of_their_joint_batch(ranks, regions, name):
-    batch = joint_batch(SPLITS[name], regions)
-    logits = batch.student[0]
-    expected = PartialSupervision(stock_loss(2, regions, weight_ce=0), IGNORE, regions)(logits, batch.target[0])
-    gradient, = torch.autograd.grad(expected, logits)
-    for rank, results in enumerate(ranks):
-        value, rank_gradient = results[regions, name, "dice"]
-        torch.testing.assert_close(value, expected.detach())
-        # every rank adds its own copy of the one Dice: the sum over ranks, which DDP then divides by their number
-        torch.testing.assert_close(rank_gradient, WORLD * gradient[images_of_rank(SPLITS[name], rank)])
-
-
-@each_head
-@pytest.mark.parametrize("name", [name for name in SPLITS if name != "none on a rank"])  # a rank has an image
-def test_the_student_term_of_several_ranks_is_that_of_their_joint_batch(ranks, regions, name):
-    batch = joint_batch(SPLITS[name], regions)
-    loss = ConfKDLoss(PartialSupervision(stock_loss(2, regions, weight_ce=0), IGNORE, regions),
-                      weights_of(student=1.0), regions=regions)
-    expected, _ = loss(batch.student[0], None, batch.target[0], batch.num_full)
-    mean = sum(results[regions, name, "student term"][0] for results in ranks) / WORLD  # what DDP descends
-    torch.testing.assert_close(mean, expected.detach())
-
-
-@each_head
-def test_a_rank_without_images_computes_the_whole_loss_as_well(ranks, regions):
-    for results in ranks:
-        value, gradient = results[regions, "none on a rank", "dice and ce"]
-        assert torch.isfinite(value) and torch.isfinite(gradient).all()
-
-
-if __name__ == "__main__":
-    work(int(sys.argv[1]), Path(sys.argv[2]))
