@@ -6,7 +6,7 @@ import sys
 from contextlib import nullcontext
 from pathlib import Path
 
-from nnunet_confkd.errors import InputError
+from nnunet_confkd.errors import InputError, TrainingError
 
 DEFAULT_TRAINER = "ConfKDTrainer"
 
@@ -269,7 +269,7 @@ def main(argv: list[str] | None = None) -> int:
         return 0 if known else 2
     try:
         return COMMANDS[argv[0]][0](argv[1:]) or 0
-    except InputError as error:
+    except (InputError, TrainingError) as error:
         print(f"confkd {argv[0]}: {error}", file=sys.stderr)
         return 1
 

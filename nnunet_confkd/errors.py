@@ -1,8 +1,10 @@
-"""The error for bad input."""
+"""The errors that carry their reason in their text. The command line prints it without a traceback; any other exception is a
+fault of the program."""
 
 
 class InputError(ValueError):
-    """What the user gave does not allow what was asked for. The text names the file, what is wrong and what to do.
+    """What the user gave does not allow what was asked for. The text names the file, what is wrong and what to do."""
 
-    The command line prints it without a traceback; any other exception is a fault of the program.
-    """
+
+class TrainingError(RuntimeError):
+    """A training cannot go on. The text says why, and what is left to go on from."""

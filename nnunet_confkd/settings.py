@@ -66,6 +66,8 @@ class Settings:
                                        "is background, as nnU-Net has it")
     epochs: int | None = _optional(1, 10 ** 6, "number of epochs; null: the trainer's own (1000, or its name's)")
     iterations_per_epoch: int | None = _optional(1, 10 ** 6, "training steps an epoch; null: nnU-Net's 250")
+    max_nonfinite_steps: int = _number(20, 1, 10 ** 6, "steps in a row whose loss or gradient is not finite, after which the "
+                                       "training stops; such steps are left out")
     seed: int | None = _optional(0, 2 ** 31 - 1, "seed of weights, batches and augmentation; null: a new one every run. "
                                                  "Exactly repeatable with nnUNet_n_proc_DA=0")
 

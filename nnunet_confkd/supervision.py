@@ -66,7 +66,10 @@ def annotation_counts(folder: str | Path, cases: Iterable[str], label_manager: L
         stamp = _stamp(folder, case)
         if case in known and known[case]["stamp"] == stamp:
             return known[case]
-        seg = np.asarray(dataset.load_case(case)[1][:])
+        try:
+            seg = np.asarray(dataset.load_case(case)[1][:])
+        except Exception as error:  # whatever the broken bytes lead to
+            raise unreadable(folder, case, error) from error
         counts = count_voxels(seg, labels)
         if sum(counts.values()) != seg.size:
             strange = sorted(set(np.unique(seg).tolist()) - set(labels))
@@ -200,17 +203,28 @@ def check_labels(dataset_json: dict) -> None:
             f"{highest + 1}. Change it there and in the label files, then plan and preprocess again.")
 
 
+def unreadable(folder: str | Path, case: str, error: Exception) -> InputError:
+    return InputError(f"{Path(folder) / case}: the preprocessed case cannot be read ({type(error).__name__}: {error}). Its files are "
+                      f"damaged or missing: preprocess again (confkd plan or nnUNetv2_preprocess).")
+
+
 # ---- loading --------------------------------------------------------------------------------------------------------
 
-class HiddenLabels:
-    """A data set some of whose labels are not to be seen: cases declared unlabelled that carry annotations."""
+class TrainingCases:
+    """nnU-Net's data set, with the labels hidden that are not to be seen (cases declared unlabelled that carry annotations).
 
-    def __init__(self, dataset, hidden: Iterable[str], ignore_label: int):
+    Raises InputError, naming the case, where its preprocessed files cannot be read.
+    """
+
+    def __init__(self, dataset, hidden: Iterable[str] = (), ignore_label: int | None = None):
         self.dataset, self.hidden, self.ignore_label = dataset, set(hidden), ignore_label
         self.identifiers = dataset.identifiers
 
     def load_case(self, case: str):
-        data, seg, seg_prev, properties = self.dataset.load_case(case)
+        try:
+            data, seg, seg_prev, properties = self.dataset.load_case(case)
+        except Exception as error:  # whatever the broken bytes lead to
+            raise unreadable(self.dataset.source_folder, case, error) from error
         if case in self.hidden:
             seg = np.full(seg.shape, self.ignore_label, np.int16)
             properties = {**properties, "class_locations": {c: [] for c in properties["class_locations"]}}

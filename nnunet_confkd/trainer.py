@@ -29,12 +29,13 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from nnunet_confkd import __version__
 from nnunet_confkd.curves import CURVES, plot_curves
 from nnunet_confkd.dataset_conversion.writer import patients_of
-from nnunet_confkd.errors import InputError
+from nnunet_confkd.errors import InputError, TrainingError
+from nnunet_confkd.faults import Divergence, terminable, written_whole
 from nnunet_confkd.guide import Guide, Mix
 from nnunet_confkd.losses import TERMS, ConfKDLoss, PartialSupervision, annotated_voxels, confidence
 from nnunet_confkd.network import TwoBranchUNet, unwrap
 from nnunet_confkd.settings import Settings
-from nnunet_confkd.supervision import (FULL, TABLE_KEY, UNLABELLED, HiddenLabels, StratifiedLoader, annotation_counts,
+from nnunet_confkd.supervision import (FULL, TABLE_KEY, UNLABELLED, StratifiedLoader, TrainingCases, annotation_counts,
                                        check_labels, decide_kinds, label_padding, lost_annotations, require_full,
                                        split_full_cases, summary)
 from nnunet_confkd.validation import validate
@@ -70,6 +71,8 @@ class ConfKDTrainer(nnUNetTrainer):
         self.plans_manager.plans["configurations"][configuration]["confkd"] = self.settings.as_dict()
         self.kinds: dict[str, str] | None = None  # -> find_supervision
         self.guide: Guide | None = None  # -> on_train_start
+        self.guide_state: dict | None = None  # of a checkpoint
+        self.divergence = Divergence(self.settings.max_nonfinite_steps)
         self._add_missing_curves()
 
     # ---- network and loss -------------------------------------------------------------------------------------------
@@ -175,8 +178,7 @@ class ConfKDTrainer(nnUNetTrainer):
             self.print_to_log_file("WARNING: every training case is fully labelled. Nothing is left for the student to "
                                    "learn from partial labels; this is nnU-Net with self-distillation.")
         hidden = [case for case, kind in training.items() if kind == UNLABELLED]
-        if hidden:
-            dataset_tr = HiddenLabels(dataset_tr, hidden, self.label_manager.ignore_label)
+        dataset_tr = TrainingCases(dataset_tr, hidden, self.label_manager.ignore_label)
         full = [case for case in dataset_val.identifiers if kinds[case] == FULL]
         if len(full) < len(dataset_val.identifiers):
             self.print_to_log_file(f"WARNING: {len(dataset_val.identifiers) - len(full)} validation case(s) are not fully "
@@ -249,12 +251,17 @@ class ConfKDTrainer(nnUNetTrainer):
 
     def on_train_start(self):
         super().on_train_start()
-        if self.settings.kl_teacher == "averaged" and self.settings.weight_kl:
-            # not kept in checkpoints: a training that goes on averages anew from its weights, within some hundred steps
+        if self._follows_average:
             self.guide = Guide(unwrap(self.network), self.settings.average_decay)
+            if self.guide_state is not None:
+                self.guide.average.load_state_dict(self.guide_state)
             seed = self.settings.seed
             self.mixing_rng = np.random.default_rng(None if seed is None else (seed, self.local_rank, self.current_epoch))
         self.print_to_log_file(f"ConfKD settings: {self.settings}")
+
+    @property
+    def _follows_average(self) -> bool:
+        return self.settings.kl_teacher == "averaged" and self.settings.weight_kl > 0
 
     def _forward(self, data: torch.Tensor, num_teacher: int):
         """The outputs of student and teacher; None for the teacher of a network that has none."""
@@ -293,13 +300,14 @@ class ConfKDTrainer(nnUNetTrainer):
         if self.grad_scaler is not None:
             self.grad_scaler.scale(loss).backward()
             self.grad_scaler.unscale_(self.optimizer)
-            torch.nn.utils.clip_grad_norm_(self.network.parameters(), 12)
+            gradient = torch.nn.utils.clip_grad_norm_(self.network.parameters(), 12)
             self.grad_scaler.step(self.optimizer)
             self.grad_scaler.update()
         else:
             loss.backward()
-            torch.nn.utils.clip_grad_norm_(self.network.parameters(), 12)
-            self.optimizer.step()
+            gradient = torch.nn.utils.clip_grad_norm_(self.network.parameters(), 12)
+            if torch.isfinite(gradient):  # the scaler looks for itself
+                self.optimizer.step()
         if self.guide is not None:
             self.guide.update(unwrap(self.network))
 
@@ -307,10 +315,35 @@ class ConfKDTrainer(nnUNetTrainer):
         highest = student[0] if self.enable_deep_supervision else student
         labelled = annotated_voxels(target[0] if self.enable_deep_supervision else target,
                                     self.label_manager.ignore_label, regions)
-        values = {"loss": loss.detach(), **{f"loss_{term}": value for term, value in terms.items()},
-                  "student_confidence": confidence(highest.detach(), regions), "annotated_share": labelled.float().mean()}
+        watched = {"loss": loss.detach(), **{f"loss_{term}": value for term, value in terms.items()}, "gradient": gradient}
+        values = {**watched, "student_confidence": confidence(highest.detach(), regions), "annotated_share": labelled.float().mean()}
         # one transfer for all of them
-        return dict(zip(values, torch.stack([v.float() for v in values.values()]).cpu().numpy()))
+        values = dict(zip(values, torch.stack([v.float() for v in values.values()]).cpu().numpy()))
+        warning = self.divergence.look({name: values[name] for name in watched}, self.current_epoch, batch.get("keys", ()))
+        if warning:
+            self.print_to_log_file(warning)
+        del values["gradient"]
+        return values
+
+    def run_training(self):
+        """nnU-Net's; where it does not get to its end, it says what is left to go on from."""
+        try:
+            with terminable():
+                super().run_training()
+        except InputError:
+            raise  # nothing had begun
+        except BaseException as error:
+            left = [name for name in ("checkpoint_final.pth", "checkpoint_latest.pth", "checkpoint_best.pth")
+                    if isfile(join(self.output_folder, name))]
+            stopped = (f"The training stopped in epoch {self.current_epoch}. " + (
+                f"{left[0]} is whole: --c goes on from it." if left else "There is no checkpoint to go on from yet."))
+            self.print_to_log_file(stopped)
+            if isinstance(error, TrainingError):
+                raise TrainingError(f"{error} {stopped}") from error
+            if isinstance(error, RuntimeError) and "background workers" in str(error):
+                raise TrainingError("a process that loads and augments the data has ended. What it said stands above; if it said nothing, it "
+                                    f"was killed, most likely for want of memory (nnUNet_n_proc_DA: fewer processes). {stopped}") from error
+            raise
 
     def _mixed(self, data: torch.Tensor, target, guide: list[torch.Tensor], num_full: int):
         """Images, labels and guide; those that are not fully labelled mixed with each other."""
@@ -410,14 +443,22 @@ class ConfKDTrainer(nnUNetTrainer):
     # ---- checkpoints ------------------------------------------------------------------------------------------------
 
     def save_checkpoint(self, filename: str) -> None:
-        """nnU-Net's, written aside first: a kill in mid-write leaves the previous checkpoint whole."""
-        aside = f"{filename}.part"
-        super().save_checkpoint(aside)
-        if self.local_rank == 0 and not self.disable_checkpointing:
-            os.replace(aside, filename)
+        """nnU-Net's, which the checkpoint before outlives until the new one is whole and on the disk."""
+        if self.local_rank != 0 or self.disable_checkpointing:
+            super().save_checkpoint(filename)
+            return
+        try:
+            with written_whole(filename) as aside:
+                super().save_checkpoint(aside)
+                if self.guide is not None:  # nnU-Net leaves no room for more
+                    torch.save({**torch.load(aside, weights_only=False), "guide": self.guide.average.state_dict()}, aside)
+        except (OSError, RuntimeError) as error:  # RuntimeError: torch's own writer
+            raise TrainingError(f"{filename}: could not be written ({error}). Is the disk full?") from error
 
     def load_checkpoint(self, filename_or_checkpoint) -> None:
         super().load_checkpoint(filename_or_checkpoint)
+        if self._follows_average:
+            self.guide_state = torch.load(filename_or_checkpoint, map_location=self.device, weights_only=False).get("guide")
         self._add_missing_curves()
 
     def _add_missing_curves(self) -> None:

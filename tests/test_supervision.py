@@ -14,7 +14,7 @@ from nnunetv2.training.dataloading.data_loader import nnUNetDataLoader
 from nnunetv2.utilities.label_handling.label_handling import LabelManager
 
 from nnunet_confkd.errors import InputError
-from nnunet_confkd.supervision import (FULL, OUTSIDE, PARTIAL, UNLABELLED, HiddenLabels, LabelPadding, StratifiedLoader,
+from nnunet_confkd.supervision import (FULL, OUTSIDE, PARTIAL, UNLABELLED, LabelPadding, StratifiedLoader, TrainingCases,
                                        annotation_counts, check_labels, count_voxels, decide_kinds, full_images_per_batch,
                                        kind_of, label_padding, lost_annotations, require_full, split_full_cases)
 
@@ -296,7 +296,7 @@ def test_unlabelled_cases_give_random_crops_and_no_warning():
 
 
 def test_hidden_labels_are_ignored_everywhere():
-    data = HiddenLabels(Cases({"f": FULL, "p": PARTIAL}), ["p"], IGNORE)
+    data = TrainingCases(Cases({"f": FULL, "p": PARTIAL}), ["p"], IGNORE)
     _, seg, _, properties = data.load_case("p")
     assert (seg == IGNORE).all() and not any(len(where) for where in properties["class_locations"].values())
     _, seg, _, properties = data.load_case("f")

@@ -1,0 +1,73 @@
+"""What a training does when something goes wrong: it stops with a reason, and leaves a checkpoint to go on from."""
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+
+from nnunet_confkd.errors import TrainingError
+
+
+@contextmanager
+def written_whole(file: str | Path):
+    """Yields a path to write to, which then takes the place of `file`: a kill, a power cut or a full disk leaves the old one whole."""
+    file, aside = Path(file), Path(f"{file}.part")
+    try:
+        yield str(aside)
+        with open(aside, "rb") as written:
+            os.fsync(written.fileno())
+        os.replace(aside, file)
+    except BaseException:
+        aside.unlink(missing_ok=True)
+        raise
+    if hasattr(os, "O_DIRECTORY"):  # the new name, too, must reach the disk
+        folder = os.open(file.parent, os.O_DIRECTORY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+@contextmanager
+def terminable():
+    """SIGTERM, with which clusters announce their time limits, ends the process as Ctrl-C does, workers included, instead of at once."""
+    def stop(number, frame):
+        raise SystemExit(128 + number)
+
+    if threading.current_thread() is not threading.main_thread():  # only that one may
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+class Divergence:
+    """Counts consecutive steps whose loss or gradient is not finite.
+
+    limit: after so many of them the training stops.
+    """
+
+    def __init__(self, limit: int):
+        self.limit, self.count = limit, 0
+
+    def look(self, values: dict[str, float], epoch: int, cases) -> str | None:
+        """values: the loss, its terms and the norm of the gradient. Returns what to say of the first of such steps.
+        Raises TrainingError at the limit."""
+        bad = {name: float(value) for name, value in values.items() if not np.isfinite(value)}
+        self.count = self.count + 1 if bad else 0
+        if not bad:
+            return None
+        what = (f"epoch {epoch}, {', '.join(f'{name} = {value}' for name, value in bad.items())}; "
+                f"cases: {', '.join(sorted(map(str, set(cases))))}")
+        if self.count >= self.limit:
+            raise TrainingError(
+                f"{self.count} steps in a row were not finite, so the training stops ({what}). None of them has changed the network. Look "
+                f"at these cases (confkd check), lower the weight of the term, or train in float32.")
+        return f"WARNING: a step is left out, because it is not finite: {what}" if self.count == 1 else None

@@ -1,0 +1,220 @@
+"""What goes wrong in a training: full disks, signals, dead workers, broken files, losses that are not finite; and going on after it.
+
+Kills at random moments, of whole processes, are in benchmarks/faults.py.
+"""
+from __future__ import annotations
+
+import os
+import signal
+import threading
+
+import numpy as np
+import pytest
+import torch
+
+from nnunet_confkd.errors import InputError, TrainingError
+from nnunet_confkd.faults import Divergence, terminable, written_whole
+from nnunet_confkd.supervision import TrainingCases, annotation_counts
+
+HIPPOCAMPUS = "Dataset004_Hippocampus"
+SHORT = {"epochs": 1, "iterations_per_epoch": 3, "seed": 0}
+
+
+# ---- files ----------------------------------------------------------------------------------------------------------
+
+def test_a_file_is_written_whole_or_not_at_all(tmp_path):
+    file = tmp_path / "file"
+    for content in ("first", "second"):
+        with written_whole(file) as aside:
+            with open(aside, "w") as f:
+                f.write(content)
+            assert not file.exists() or file.read_text() == "first"
+    assert file.read_text() == "second"
+    with pytest.raises(KeyboardInterrupt):
+        with written_whole(file) as aside:
+            with open(aside, "w") as f:
+                f.write("half")
+            raise KeyboardInterrupt
+    assert file.read_text() == "second" and os.listdir(tmp_path) == ["file"]
+
+
+def test_a_full_disk_leaves_the_previous_checkpoint_and_says_so(nnunet, hippocampus, monkeypatch):
+    trainer = nnunet.trainer(HIPPOCAMPUS, nnunet.configure(HIPPOCAMPUS, "disk", "2d", SHORT))
+    trainer.initialize()
+    file = os.path.join(trainer.output_folder, "checkpoint_latest.pth")
+    trainer.save_checkpoint(file)
+    before = open(file, "rb").read()
+
+    def full(_, filename):
+        with open(filename, "wb") as f:
+            f.write(b"half a checkpoint")
+        raise RuntimeError("[enforce fail at inline_container.cc] . PytorchStreamWriter failed writing file")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(TrainingError, match=r"checkpoint_latest\.pth: could not be written .* disk full"):
+        trainer.save_checkpoint(file)
+    assert open(file, "rb").read() == before and not [f for f in os.listdir(trainer.output_folder) if f.endswith(".part")]
+    trainer.disable_checkpointing = True
+    trainer.save_checkpoint(file)
+
+
+def test_a_broken_preprocessed_case_is_named(nnunet, hippocampus):
+    trainer = nnunet.trainer(HIPPOCAMPUS, "2d")
+    folder, case = trainer.preprocessed_dataset_folder, hippocampus["partial"][0]
+    trainer.find_supervision()
+    for name in (f"{case}.b2nd", f"{case}_seg.b2nd"):
+        path = os.path.join(folder, name)
+        whole, status = open(path, "rb").read(), os.stat(path)
+        os.unlink(path)  # not in place: blosc2 may have it mapped
+        try:
+            with open(path, "wb") as f:
+                f.write(whole[:len(whole) // 2])
+            trainer = nnunet.trainer(HIPPOCAMPUS, "2d")
+            trainer.initialize()
+            cases = TrainingCases(trainer.dataset_class(folder))
+            with pytest.raises(InputError, match=f"{case}: the preprocessed case cannot be read .*preprocess again"):
+                cases.load_case(case)
+            if "_seg" in name:
+                with pytest.raises(InputError, match=f"{case}: the preprocessed case cannot be read"):
+                    annotation_counts(folder, [case], trainer.label_manager)
+        finally:
+            os.unlink(path)
+            with open(path, "wb") as f:
+                f.write(whole)
+            os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+
+
+# ---- signals and workers --------------------------------------------------------------------------------------------
+
+def test_sigterm_ends_the_process_in_order_and_the_handler_before_comes_back():
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit) as stopped:
+        with terminable():
+            os.kill(os.getpid(), signal.SIGTERM)
+    assert stopped.value.code == 128 + signal.SIGTERM and signal.getsignal(signal.SIGTERM) == before
+    seen = []
+
+    def in_a_thread():
+        with terminable():
+            seen.append(signal.getsignal(signal.SIGTERM))
+
+    thread = threading.Thread(target=in_a_thread)
+    thread.start()
+    thread.join()
+    assert seen == [before]
+
+
+@pytest.mark.parametrize("fault, expected, text", [
+    (RuntimeError("One or more background workers are no longer alive. Exiting."), TrainingError, "loads and augments .* has ended"),
+    (SystemExit(143), SystemExit, None), (KeyboardInterrupt(), KeyboardInterrupt, None)], ids=("worker", "SIGTERM", "Ctrl-C"))
+def test_a_training_that_is_stopped_says_what_is_left(nnunet, hippocampus, capsys, fault, expected, text):
+    configuration = nnunet.configure(HIPPOCAMPUS, f"stopped_{expected.__name__}", "2d", SHORT | {"epochs": 3})
+    trainer = nnunet.trainer(HIPPOCAMPUS, configuration)
+    trainer.save_every = 1
+    step = trainer.train_step
+
+    def failing(batch):
+        if trainer.current_epoch == 1:
+            raise fault
+        return step(batch)
+
+    trainer.train_step = failing
+    with pytest.raises(expected, match=text):
+        trainer.run_training()
+    assert "stopped in epoch 1. checkpoint_latest.pth is whole: --c goes on from it." in capsys.readouterr().out
+    assert torch.load(os.path.join(trainer.output_folder, "checkpoint_latest.pth"), weights_only=False)["current_epoch"] == 1
+
+
+# ---- not finite -----------------------------------------------------------------------------------------------------
+
+def test_steps_that_are_not_finite_are_named_once_and_stop_the_training_at_the_limit():
+    divergence, nan = Divergence(3), float("nan")
+    good, bad = {"loss": 1.0, "loss_kl": 0.5}, {"loss": nan, "loss_kl": nan, "loss_entropy": 0.1}
+    assert divergence.look(good, 0, ["a"]) is None
+    text = divergence.look(bad, 7, ["b", "a", "b"])
+    assert "epoch 7" in text and "loss_kl = nan" in text and "entropy" not in text and "cases: a, b" in text
+    assert divergence.look(bad, 7, ["a"]) is None  # not said again
+    assert divergence.look(good, 7, ["a"]) is None
+    for _ in range(2):  # the count began anew
+        divergence.look({"loss": 1.0, "gradient": float("inf")}, 8, ["a"])
+    with pytest.raises(TrainingError, match=r"3 steps in a row .*epoch 8, gradient = inf; cases: c"):
+        divergence.look({"gradient": float("inf")}, 8, ["c"])
+
+
+def test_a_step_that_is_not_finite_changes_no_weight_and_names_term_and_cases(nnunet, hippocampus, capsys):
+    trainer = nnunet.trainer(HIPPOCAMPUS, nnunet.configure(HIPPOCAMPUS, "nan", "2d", SHORT | {"max_nonfinite_steps": 2}))
+    trainer.on_train_start()
+    trainer.on_train_epoch_start()
+    batch = next(trainer.dataloader_train)
+    trainer.train_step(batch)
+    before = {name: p.detach().clone() for name, p in trainer.network.named_parameters()}
+    batch["data"][0] = float("nan")  # a full image
+    trainer.train_step(batch)
+    assert all(torch.equal(p, before[name]) for name, p in trainer.network.named_parameters())
+    out = capsys.readouterr().out
+    assert "loss_teacher = nan" in out and "loss_kl = nan" in out and batch["keys"][0] in out
+    with pytest.raises(TrainingError, match="2 steps in a row"):
+        trainer.train_step(batch)
+
+
+# ---- going on -------------------------------------------------------------------------------------------------------
+
+class Batches:
+    """The same batch for the same epoch and step, whenever a training begins."""
+
+    def __init__(self, trainer, batches):
+        self.trainer, self.batches, self.count = trainer, batches, 0
+
+    def __next__(self):
+        self.count += 1
+        return self.batches[(self.trainer.current_epoch + self.count) % len(self.batches)]
+
+
+@pytest.mark.parametrize("settings", [{}, {"kl_images": "partial", "kl_teacher": "averaged"}], ids=("default", "guide"))
+def test_k_epochs_and_then_m_are_k_plus_m(nnunet, hippocampus, settings):
+    """Weights, optimiser, schedules, ramps, curves and the best so far, given the same batches."""
+    configuration = nnunet.configure(HIPPOCAMPUS, f"resumed_{len(settings)}", "2d", settings | {
+        "epochs": 4, "iterations_per_epoch": 2, "seed": 0, "kl_ramp_start": 0.1, "kl_ramp_end": 0.9})
+    source = nnunet.trainer(HIPPOCAMPUS, configuration)
+    source.on_train_start()
+    train, validate = ([next(loader) for _ in range(3)] for loader in (source.dataloader_train, source.dataloader_val))
+
+    def run(until: int, checkpoint: str | None = None):
+        trainer = nnunet.trainer(HIPPOCAMPUS, configuration, continue_training=checkpoint is not None)
+        trainer.get_dataloaders = lambda: (Batches(trainer, train), Batches(trainer, validate))
+        if checkpoint:
+            trainer.load_checkpoint(checkpoint)
+        end, trainer.on_train_end, trainer.save_every = trainer.on_epoch_end, lambda: None, 1
+
+        def ended():
+            end()
+            trainer.dataloader_train.count = trainer.dataloader_val.count = 0
+            if trainer.current_epoch == until:
+                raise KeyboardInterrupt
+
+        trainer.on_epoch_end = ended
+        if until < 4:
+            with pytest.raises(KeyboardInterrupt):
+                trainer.run_training()
+        else:
+            trainer.on_epoch_end = lambda: (end(), setattr(trainer.dataloader_train, "count", 0),
+                                            setattr(trainer.dataloader_val, "count", 0))
+            trainer.run_training()
+        return trainer
+
+    whole = run(4)
+    first = run(2)
+    second = run(4, os.path.join(first.output_folder, "checkpoint_latest.pth"))
+    for name, weight in whole.network.state_dict().items():
+        assert torch.equal(weight, second.network.state_dict()[name]), name
+    for a, b in zip(whole.optimizer.state.values(), second.optimizer.state.values()):
+        assert torch.equal(a["momentum_buffer"], b["momentum_buffer"])
+    assert whole.optimizer.param_groups[0]["lr"] == second.optimizer.param_groups[0]["lr"]
+    assert whole._best_ema == second._best_ema and whole.current_epoch == second.current_epoch == 4
+    curves = [t.logger.local_logger.my_fantastic_logging for t in (whole, second)]
+    for key, values in curves[0].items():
+        if "timestamp" not in key:
+            np.testing.assert_array_equal(values, curves[1][key], err_msg=key)
+    if settings:
+        averages = [t.guide.average.state_dict() for t in (whole, second)]
+        assert all(torch.equal(weight, averages[1][name]) for name, weight in averages[0].items())
