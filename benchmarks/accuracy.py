@@ -392,14 +392,13 @@ def jobs_of(table: Table, rows, full, seeds, device: str, on: str, work: Path) -
     for seed in seeds:
         for count in full:
             for row in rows:
-                if described(row).labels == "all":  # one run a seed
-                    if count != full[0]:
-                        continue
-                    count = 0
+                everything = described(row).labels == "all"  # one run a seed
+                if everything and count != full[0]:
+                    continue
                 iterations = table.iterations
                 if described(row).time_of:
                     iterations = round(iterations * time_factor(table, work, device) / EPOCH) * EPOCH
-                specs.append(spec_of(table, row, count, seed, device, iterations, on))
+                specs.append(spec_of(table, row, 0 if everything else count, seed, device, iterations, on))
     return specs
 
 

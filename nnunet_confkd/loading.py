@@ -1,27 +1,44 @@
 """Reading checkpoints and model folders, with errors that name the file."""
 from __future__ import annotations
 
+import pickle
+import re
 import tempfile
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import torch
+from torch.serialization import safe_globals
 
 from nnunet_confkd.errors import InputError
 from nnunet_confkd.network import add_teacher, has_teacher
 
 
-def load_checkpoint(path: str | Path) -> dict:
-    """An nnU-Net checkpoint, on the CPU. Raises InputError where the file is missing, broken or something else.
+# What nnU-Net's checkpoints hold beside tensors, numbers and text: single NumPy numbers, in the curves. NumPy 1 and 2 name their
+# maker differently, in files of either.
+_SCALAR = np.float64(0).__reduce__()[0]
+_NUMPY = [(_SCALAR, "numpy.core.multiarray.scalar"), (_SCALAR, "numpy._core.multiarray.scalar"), np.dtype,
+          *(type(np.dtype(kind)) for kind in ("float16", "float32", "float64", "int32", "int64", "uint8", "bool"))]
 
-    As nnU-Net does, this unpickles: open only files that you trust.
+
+def load_checkpoint(path: str | Path) -> dict:
+    """An nnU-Net checkpoint, on the CPU. Nothing in the file is executed, whoever made it; a file that passes may then be opened by
+    nnU-Net, which would execute what is in it.
+
+    Raises InputError where the file is missing, broken, something else, or holds more than weights, numbers and text.
     """
     path = Path(path)
     if not path.is_file():
         raise InputError(f"{path}: there is no such checkpoint")
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=False)
+        with safe_globals(_NUMPY):
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises whatever the broken bytes lead to
+        found = re.search(r"unsupported (global|class).*|blocked", str(error), re.IGNORECASE)
+        if isinstance(error, pickle.UnpicklingError) and found:
+            raise InputError(f"{path}: is not opened, because it is no checkpoint as nnU-Net writes them: it holds more than weights, "
+                             f"numbers and text, which could run a program ({found.group()})") from error
         raise InputError(f"{path}: cannot be read as a checkpoint ({type(error).__name__}: {error})") from error
     if not isinstance(checkpoint, dict) or "network_weights" not in checkpoint:
         raise InputError(f"{path}: is no nnU-Net checkpoint (it has no 'network_weights')")

@@ -118,7 +118,8 @@ def test_finished_runs_are_kept_and_other_settings_refused(modules, tmp_path):
     accuracy, _ = modules
     fake_runs(accuracy, tmp_path / "runs", 0.0)
     table = accuracy.TABLES["hippocampus"]
-    specs = accuracy.jobs_of(table, ["ignore", "confkd", "all"], [5], [0, 1, 2], "cpu", "test", tmp_path)
+    specs = accuracy.jobs_of(table, ["ignore", "all", "confkd"], [5], [0, 1, 2], "cpu", "test", tmp_path)
+    assert [(spec["name"], spec["full"]) for spec in specs[:3]] == [("ignore", 5), ("all", 0), ("confkd", 5)]
     missing = accuracy.still_to_do(specs, tmp_path / "runs")
     assert [spec["seed"] for spec in missing] == [2, 2, 2]
     changed = accuracy.jobs_of(replace(table, batch_size=8), ["ignore"], [5], [0], "cpu", "test", tmp_path)
