@@ -7,7 +7,8 @@
 All rows of a table share data, plan, batch, iterations, augmentation and seeds. The patients, sorted by name, are shuffled with
 `random.Random(0)`: the first are for testing, the next for validation (settings are chosen on these), the rest train, and
 the first M of the rest are fully labelled. One JSON file a run, in `benchmarks/accuracy/TABLE/` (of trials, measured on
-the validation cases, in `TABLE_validation/`); a run that is there is not done again. `--report` writes the tables and the plot into docs/ and README.md (see accuracy_report.py).
+the validation cases, in `TABLE_validation/`); a run that is there is not done again. `--report` writes the tables and the plot into docs/
+and README.md (see accuracy_report.py).
 """
 from __future__ import annotations
 
@@ -117,6 +118,7 @@ def prepare(table: Table, data: Path, scribbles: Path | None, work: Path) -> Non
     and one for each M. Kept in `work` and used again."""
     from nnunet_confkd.dataset_conversion import acdc, msd, writer
     from nnunet_confkd.dataset_conversion.volumes import Volume
+
     from nnunet_confkd.planning import plan
     from nnunet_confkd.supervision import FULL, PARTIAL, UNLABELLED
     from nnunet_confkd.weaken import raw_dataset, weakened
@@ -209,7 +211,9 @@ def settings_of(row: Row) -> dict | None:
     from nnunet_confkd import trainer
     if row.trainer == "nnUNetTrainer":
         return None
-    return trainer.Settings.from_blocks(row.settings, getattr(trainer, row.trainer).fixed_settings).as_dict()
+    settings = trainer.Settings.from_blocks(row.settings, getattr(trainer, row.trainer).fixed_settings).as_dict()
+    del settings["max_nonfinite_steps"]  # no result depends on it
+    return settings
 
 
 def build_trainer(table: Table, spec: dict):
@@ -265,11 +269,11 @@ class _locked:
 def run(spec: dict, work: Path, output: Path) -> str:
     """Train, predict the validation and test cases, and write the run's JSON file; a training that was cut off goes on
     from its last checkpoint. Returns a line to print."""
+    from importlib.metadata import version
+
     import torch
 
     from nnunet_confkd import __version__
-    import nnunetv2
-    from importlib.metadata import version
 
     table = Table(**{k: tuple(v) if isinstance(v, list) else v for k, v in spec["table"].items()})
     if spec["device"] == "cpu":

@@ -6,7 +6,6 @@ import math
 from pathlib import Path
 
 import numpy as np
-
 from step_time import insert
 
 from nnunet_confkd.metrics import bootstrap_interval

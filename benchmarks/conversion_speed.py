@@ -20,7 +20,6 @@ from pathlib import Path
 
 import SimpleITK as sitk
 
-
 ROOT = Path(__file__).resolve().parent.parent
 MARK = "<!-- speed: written by benchmarks/conversion_speed.py -->"
 
@@ -56,8 +55,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as work:
         for name in ("raw", "preprocessed", "results"):
             os.environ[f"nnUNet_{name}"] = str(Path(work) / name)
-        from nnunet_confkd import __version__
         from nnunet_confkd.dataset_conversion import acdc
+
+        from nnunet_confkd import __version__
         from nnunet_confkd.weaken import weaken_dataset
 
         source = acdc.convert(args.acdc, 1, name="Full", processes=1)

@@ -180,7 +180,7 @@ def not_finite(fold: Path, log: Path, case: Path) -> str:
     from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2
     data, seg, _, properties = nnUNetDatasetBlosc2(str(case.parent), [case.name]).load_case(case.name)
     data, seg = np.array(data[:]), np.array(seg[:])
-    kept = [file for file in case.parent.glob(f"{case.name}*")]
+    kept = list(case.parent.glob(f"{case.name}*"))
     aside = case.parent.parent / "aside"
     aside.mkdir()
     for file in kept:

@@ -13,9 +13,9 @@ import json
 from pathlib import Path
 
 import numpy as np
+from nnunet_confkd.dataset_conversion.volumes import read
 from nnunetv2.preprocessing.resampling.default_resampling import compute_new_shape, resample_data_or_seg_to_shape
 
-from nnunet_confkd.dataset_conversion.volumes import read
 from nnunet_confkd.resampling import keep_annotations
 from nnunet_confkd.weak_labels import case_rng, weaken
 

@@ -130,7 +130,6 @@ def by_turns(steps: dict, device: str, repetitions: int, warm_up: int = 3) -> di
 
 def flops_of(network, data, *num_teacher) -> int:
     """Of a forward and a backward pass."""
-    import torch
     from torch.utils.flop_counter import FlopCounterMode
 
     def total(outputs):
@@ -282,7 +281,6 @@ def main() -> None:
             os.environ[f"nnUNet_{name}"] = str(folder / name)
         if args.device == "cpu":
             os.environ["OMP_NUM_THREADS"] = str(args.threads)
-        import nnunetv2
         import torch
         torch.set_num_threads(args.threads)
         cases = cases_of(args.device)

@@ -20,6 +20,7 @@ from nnunet_confkd.dataset_conversion.writer import (
     with_ignore,
     write_dataset,
 )
+
 from nnunet_confkd.errors import InputError
 
 DESCRIPTION = "ACDC, cardiac cine MRI (training/patientXXX/..., testing/...), with expert scribbles or without"

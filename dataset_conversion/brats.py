@@ -25,6 +25,7 @@ from nnunet_confkd.dataset_conversion.writer import (
     patients_of,
     write_dataset,
 )
+
 from nnunet_confkd.errors import InputError
 
 DESCRIPTION = "BraTS 2015-2023, brain tumours (one folder a case, two to four channels), as regions"

@@ -14,9 +14,9 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-
 from nnunet_confkd.dataset_conversion.volumes import Geometry, Picture, Volume
 from nnunet_confkd.dataset_conversion.writer import PROCESSES, Case, Dataset, choose_patients, write_dataset
+
 from nnunet_confkd.errors import InputError
 
 DESCRIPTION = "LA 2018, left atrium in LGE MRI (a folder a case: lgemri.nrrd and laendo.nrrd, or mri_norm2.h5)"

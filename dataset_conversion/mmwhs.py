@@ -12,6 +12,7 @@ from pathlib import Path
 
 from nnunet_confkd.dataset_conversion.volumes import Volume
 from nnunet_confkd.dataset_conversion.writer import PROCESSES, Case, Dataset, choose_patients, write_dataset
+
 from nnunet_confkd.errors import InputError
 
 DESCRIPTION = "MM-WHS, whole heart in CT or MRI (ct_train_10NN_image.nii.gz, ct_train_10NN_label.nii.gz, mr_train_...)"

@@ -21,6 +21,7 @@ from nnunet_confkd.dataset_conversion.writer import (
     with_ignore,
     write_dataset,
 )
+
 from nnunet_confkd.errors import InputError
 
 DESCRIPTION = "MSCMR, cardiac LGE MRI with scribbles (train, val, TestSet, each with images and labels)"

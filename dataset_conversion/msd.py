@@ -13,6 +13,7 @@ from pathlib import Path
 
 from nnunet_confkd.dataset_conversion.volumes import Volume, read
 from nnunet_confkd.dataset_conversion.writer import PROCESSES, Case, Dataset, choose_patients, write_dataset
+
 from nnunet_confkd.errors import InputError
 
 DESCRIPTION = "Medical Segmentation Decathlon, any task (imagesTr, labelsTr, dataset.json)"

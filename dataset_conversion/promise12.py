@@ -11,6 +11,7 @@ from pathlib import Path
 
 from nnunet_confkd.dataset_conversion.volumes import Volume, parts
 from nnunet_confkd.dataset_conversion.writer import PROCESSES, Case, Dataset, choose_patients, write_dataset
+
 from nnunet_confkd.errors import InputError
 
 DESCRIPTION = "PROMISE12, prostate MRI (CaseNN.mhd/.raw, CaseNN_segmentation.mhd/.raw)"

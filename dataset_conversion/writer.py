@@ -18,8 +18,6 @@ from multiprocessing import get_context, parent_process
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
-
 from nnunet_confkd.dataset_conversion.volumes import (
     Geometry,
     Volume,
@@ -29,6 +27,8 @@ from nnunet_confkd.dataset_conversion.volumes import (
     stands_alone,
     write,
 )
+from tqdm import tqdm
+
 from nnunet_confkd.errors import InputError
 
 FULL, PARTIAL, UNLABELLED = "full", "partial", "unlabelled"

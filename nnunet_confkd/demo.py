@@ -11,7 +11,6 @@ import os
 import time
 from pathlib import Path
 
-
 DATASET_ID = 901
 PLANS, CONFIGURATION = "nnUNetPlans", "2d_small"
 

@@ -14,7 +14,6 @@ from torch.serialization import safe_globals
 from nnunet_confkd.errors import InputError
 from nnunet_confkd.network import add_teacher, has_teacher
 
-
 # What nnU-Net's checkpoints hold beside tensors, numbers and text: single NumPy numbers, in the curves. NumPy 1 and 2 name their
 # maker differently, in files of either.
 _SCALAR = np.float64(0).__reduce__()[0]

@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 
 from nnunet_confkd.dataset_conversion import writer
-from nnunet_confkd.dataset_conversion.volumes import ENDINGS, ITK, Volume, ending_of, read
+from nnunet_confkd.dataset_conversion.volumes import ENDINGS, ITK, Volume, ending_of
 from nnunet_confkd.dataset_conversion.writer import FULL, PARTIAL, PROCESSES, UNLABELLED, Case, Dataset
 from nnunet_confkd.errors import InputError
 

@@ -22,8 +22,7 @@ from tempfile import TemporaryDirectory
 import nnunetv2
 import numpy as np
 from batchgenerators.utilities.file_and_folder_operations import save_json
-from nnunetv2.experiment_planning.plan_and_preprocess_api import (extract_fingerprints, plan_experiments, preprocess,
-                                                                  preprocess_dataset)
+from nnunetv2.experiment_planning.plan_and_preprocess_api import extract_fingerprints, plan_experiments, preprocess, preprocess_dataset
 from nnunetv2.experiment_planning.verify_dataset_integrity import verify_dataset_integrity
 from nnunetv2.imageio.base_reader_writer import BaseReaderWriter
 from nnunetv2.imageio.reader_writer_registry import determine_reader_writer_from_dataset_json
@@ -37,8 +36,19 @@ from nnunet_confkd.dataset_conversion.volumes import quiet
 from nnunet_confkd.dataset_conversion.writer import find_dataset, patients_of, preprocessed_folder, raw_folder
 from nnunet_confkd.errors import InputError
 from nnunet_confkd.resampling import KeepAnnotations
-from nnunet_confkd.supervision import (FULL, OUTSIDE, TABLE_KEY, UNLABELLED, annotation_counts, check_labels, count_voxels,
-                                       decide_kinds, kind_of, split_full_cases, summary)
+from nnunet_confkd.supervision import (
+    FULL,
+    OUTSIDE,
+    TABLE_KEY,
+    UNLABELLED,
+    annotation_counts,
+    check_labels,
+    count_voxels,
+    decide_kinds,
+    kind_of,
+    split_full_cases,
+    summary,
+)
 
 BLOCK = "confkd"  # the key of the trainer's settings in the plans
 # of the fingerprint, where the statistics are not nnU-Net's: one without it counts ignored voxels as foreground

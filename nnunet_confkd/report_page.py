@@ -7,7 +7,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from html import escape
 
-from nnunet_confkd.report_pictures import (BRANCH_COLOURS, INK, LINE, MUTED, Cell, Chart, cell_png, class_styles, svg)
+from nnunet_confkd.report_pictures import BRANCH_COLOURS, INK, LINE, MUTED, Cell, Chart, cell_png, class_styles, svg
 
 LIGHT = {"page": "#fbfbfa", "card": "#ffffff", "ink": INK, "muted": MUTED, "line": LINE, "mark": "#fff3d1", **BRANCH_COLOURS}
 DARK = {"page": "#14171a", "card": "#1b1f23", "ink": "#e4e7ea", "muted": "#9ba6b0", "line": "#343b42", "mark": "#453714",

@@ -16,8 +16,7 @@ import torch
 
 from nnunet_confkd import __version__
 from nnunet_confkd import report_page as page
-from nnunet_confkd.calibration import (Counts, aurc, ece, overconfidence, reliability_curve, risk_coverage_curve,
-                                       smallest_aurc)
+from nnunet_confkd.calibration import Counts, aurc, ece, overconfidence, reliability_curve, risk_coverage_curve, smallest_aurc
 from nnunet_confkd.evaluate import FOREGROUND
 from nnunet_confkd.metrics import MEASURES, TOLERANCE_MM, paired_statistics, statistics
 from nnunet_confkd.report_cases import SURE, VOXELS, Findings, Fold, Model, read_json

@@ -5,7 +5,6 @@ It joins the network, the losses, the supervision and the settings by nnU-Net's 
 from __future__ import annotations
 
 import json
-import os
 import random
 import warnings
 
@@ -35,9 +34,21 @@ from nnunet_confkd.guide import Guide, Mix
 from nnunet_confkd.losses import TERMS, ConfKDLoss, PartialSupervision, annotated_voxels, confidence
 from nnunet_confkd.network import TwoBranchUNet, unwrap
 from nnunet_confkd.settings import Settings
-from nnunet_confkd.supervision import (FULL, TABLE_KEY, UNLABELLED, StratifiedLoader, TrainingCases, annotation_counts,
-                                       check_labels, decide_kinds, label_padding, lost_annotations, require_full,
-                                       split_full_cases, summary)
+from nnunet_confkd.supervision import (
+    FULL,
+    TABLE_KEY,
+    UNLABELLED,
+    StratifiedLoader,
+    TrainingCases,
+    annotation_counts,
+    check_labels,
+    decide_kinds,
+    label_padding,
+    lost_annotations,
+    require_full,
+    split_full_cases,
+    summary,
+)
 from nnunet_confkd.validation import validate
 
 

@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 import tifffile
+from nnunet_confkd.dataset_conversion import acdc
 from skimage import io
 
 from nnunet_confkd import cli
 from nnunet_confkd.check import Report, check_dataset
-from nnunet_confkd.dataset_conversion import acdc
 from nnunet_confkd.errors import InputError
 
 KINDS = {"p1_a": "full", "p1_b": "full", "p2_a": "full", "p2_b": "full", "p3_a": "partial", "p3_b": "partial",

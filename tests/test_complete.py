@@ -12,7 +12,8 @@ import pytest
 import SimpleITK as sitk
 import torch
 
-from nnunet_confkd import cli, complete as module
+from nnunet_confkd import cli
+from nnunet_confkd import complete as module
 from nnunet_confkd.complete import complete
 from nnunet_confkd.errors import InputError
 from nnunet_confkd.export import export

@@ -9,9 +9,9 @@ import nibabel
 import numpy as np
 import pytest
 import SimpleITK as sitk
+from nnunet_confkd.dataset_conversion import acdc
 
 from nnunet_confkd.cli import main
-from nnunet_confkd.dataset_conversion import acdc
 from nnunet_confkd.errors import InputError
 
 PATIENTS = ("patient001", "patient002", "patient003", "patient004", "patient005", "patient090")

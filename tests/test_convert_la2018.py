@@ -12,9 +12,9 @@ import h5py
 import numpy as np
 import pytest
 import SimpleITK as sitk
+from nnunet_confkd.dataset_conversion import la2018
 
 from nnunet_confkd.cli import main
-from nnunet_confkd.dataset_conversion import la2018
 from nnunet_confkd.errors import InputError
 
 SHAPE = (3, 6, 5)  # Z, Y, X

@@ -9,9 +9,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import SimpleITK as sitk
+from nnunet_confkd.dataset_conversion import mmwhs
 
 from nnunet_confkd.cli import main
-from nnunet_confkd.dataset_conversion import mmwhs
 from nnunet_confkd.errors import InputError
 
 # published value: (name, value to write), as the project asks for

@@ -9,9 +9,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import SimpleITK as sitk
+from nnunet_confkd.dataset_conversion import mscmr
 
 from nnunet_confkd.cli import main
-from nnunet_confkd.dataset_conversion import mscmr
 from nnunet_confkd.errors import InputError
 
 # the subjects' numbers; val is as published

@@ -9,9 +9,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import SimpleITK as sitk
+from nnunet_confkd.dataset_conversion import msd
 
 from nnunet_confkd.cli import main
-from nnunet_confkd.dataset_conversion import msd
 from nnunet_confkd.errors import InputError
 
 NAMES = [f"prostate_{k:02d}" for k in (0, 1, 2, 4, 6, 7, 10, 13, 14, 16)]

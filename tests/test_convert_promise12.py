@@ -10,9 +10,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import SimpleITK as sitk
+from nnunet_confkd.dataset_conversion import promise12
 
 from nnunet_confkd.cli import main
-from nnunet_confkd.dataset_conversion import promise12
 from nnunet_confkd.errors import InputError
 
 SHAPE = (3, 6, 5)

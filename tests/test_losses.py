@@ -17,8 +17,7 @@ from nnunetv2.training.loss.compound_losses import DC_and_BCE_loss, DC_and_CE_lo
 from nnunetv2.training.loss.deep_supervision import DeepSupervisionWrapper
 from nnunetv2.training.loss.dice import MemoryEfficientSoftDiceLoss
 
-from nnunet_confkd.losses import (TERMS, ConfKDLoss, PartialSupervision, annotated_voxels, confidence, distillation,
-                                  entropy, kl_divergence)
+from nnunet_confkd.losses import TERMS, ConfKDLoss, PartialSupervision, annotated_voxels, confidence, distillation, entropy, kl_divergence
 
 CHANNELS = 3
 IGNORE = CHANNELS  # nnU-Net: the highest label plus one

@@ -8,8 +8,7 @@ import pytest
 import SimpleITK as sitk
 from scipy import ndimage
 
-from nnunet_confkd.metrics import (MEASURES, bootstrap_interval, holm, measure_case, measure_masks, paired_statistics, statistics,
-                                   surface_distances)
+from nnunet_confkd.metrics import MEASURES, bootstrap_interval, holm, measure_case, measure_masks, paired_statistics, statistics, surface_distances
 
 
 def cube(start, shape=(12, 12, 12), size=4):

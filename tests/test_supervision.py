@@ -14,9 +14,25 @@ from nnunetv2.training.dataloading.data_loader import nnUNetDataLoader
 from nnunetv2.utilities.label_handling.label_handling import LabelManager
 
 from nnunet_confkd.errors import InputError
-from nnunet_confkd.supervision import (FULL, OUTSIDE, PARTIAL, UNLABELLED, LabelPadding, StratifiedLoader, TrainingCases,
-                                       annotation_counts, check_labels, count_voxels, decide_kinds, full_images_per_batch,
-                                       kind_of, label_padding, lost_annotations, require_full, split_full_cases)
+from nnunet_confkd.supervision import (
+    FULL,
+    OUTSIDE,
+    PARTIAL,
+    UNLABELLED,
+    LabelPadding,
+    StratifiedLoader,
+    TrainingCases,
+    annotation_counts,
+    check_labels,
+    count_voxels,
+    decide_kinds,
+    full_images_per_batch,
+    kind_of,
+    label_padding,
+    lost_annotations,
+    require_full,
+    split_full_cases,
+)
 
 IGNORE = 3
 WITH_IGNORE = LabelManager({"background": 0, "a": 1, "b": 2, "ignore": IGNORE}, None)

@@ -12,8 +12,6 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 import tifffile
-from skimage import io as skio
-
 from nnunet_confkd.dataset_conversion.volumes import (
     ENDINGS,
     Geometry,
@@ -27,6 +25,8 @@ from nnunet_confkd.dataset_conversion.volumes import (
     stands_alone,
     write,
 )
+from skimage import io as skio
+
 from nnunet_confkd.errors import InputError
 
 ITK = (".nii.gz", ".nii", ".nrrd", ".mha", ".gipl")

@@ -18,8 +18,6 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 import tifffile
-from skimage import io as skio
-
 from nnunet_confkd.dataset_conversion import writer
 from nnunet_confkd.dataset_conversion.volumes import Volume
 from nnunet_confkd.dataset_conversion.writer import (
@@ -36,6 +34,8 @@ from nnunet_confkd.dataset_conversion.writer import (
     with_ignore,
     write_dataset,
 )
+from skimage import io as skio
+
 from nnunet_confkd.errors import InputError
 
 SHAPE = (3, 4, 5)  # Z, Y, X
