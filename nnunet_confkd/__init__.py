@@ -1,3 +1,18 @@
 """Mixed-supervision training (ConfKD) for nnU-Net v2."""
+from importlib.metadata import PackageNotFoundError, version
 
 __version__ = "0.1.0"
+
+
+def _require_nnunet() -> None:
+    """Raise ImportError, with a reason, rather than fail somewhere inside an nnU-Net for which this was not made."""
+    try:
+        found = version("nnunetv2")
+    except PackageNotFoundError:
+        found = "none"
+    if found.split(".")[:2] != ["2", "8"]:
+        raise ImportError(f"nnunet_confkd {__version__} works with nnunetv2 2.8, but {found} is installed: "
+                          f"pip install 'nnunetv2>=2.8,<2.9', or look for a version of nnunet_confkd that fits yours.")
+
+
+_require_nnunet()

@@ -94,10 +94,22 @@ def test_the_wheel_holds_one_top_level_name_and_its_trainers_are_found(tmp_path)
     assert result.stdout.endswith("FOUND\n"), result.stdout + result.stderr
 
 
+@pytest.mark.parametrize("installed", ("2.7.0", "2.9.0", "3.0", "28.0"))
+def test_an_nnunet_that_does_not_fit_is_named_at_import(tmp_path, installed):
+    about = tmp_path / f"nnunetv2-{installed}.dist-info"
+    about.mkdir()
+    (about / "METADATA").write_text(f"Metadata-Version: 2.1\nName: nnunetv2\nVersion: {installed}\n")
+    result = run(sys.executable, "-c", "import nnunet_confkd.trainer", cwd=tmp_path, PYTHONPATH=str(tmp_path))
+    assert result.returncode and f"works with nnunetv2 2.8, but {installed} is installed" in result.stderr
+    about.rename(tmp_path / "nnunetv2-2.8.7.dist-info")
+    (tmp_path / "nnunetv2-2.8.7.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: nnunetv2\nVersion: 2.8.7\n")
+    assert run(sys.executable, "-c", "import nnunet_confkd", cwd=tmp_path, PYTHONPATH=str(tmp_path)).returncode == 0
+
+
 def test_nnunet_is_pinned_and_torch_is_not():
     requirements = {r.split(";")[0].strip() for r in distribution("nnunet-confkd").requires}
     assert any(r.startswith("nnunetv2") and ">=2.8" in r and "<2.9" in r for r in requirements)
-    assert "torch" in requirements
+    assert "torch>=2.6" in requirements  # no upper limit, no build
 
 
 def test_the_readme_holds_the_settings_table():
