@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import random
 import re
 from pathlib import Path
@@ -11,6 +10,7 @@ from nnunet_confkd.dataset_conversion import writer
 from nnunet_confkd.dataset_conversion.volumes import ENDINGS, ITK, Volume, ending_of
 from nnunet_confkd.dataset_conversion.writer import FULL, PARTIAL, PROCESSES, UNLABELLED, Case, Dataset
 from nnunet_confkd.errors import InputError
+from nnunet_confkd.json_files import read_json, shown
 
 IMAGES, LABELS = ("images", "imagesTr"), ("labels", "labelsTr")
 CHANNEL = re.compile(r"(.+)_(\d{4})")
@@ -77,12 +77,10 @@ def _described(full: Path) -> dict:
     file = full / "dataset.json"
     if not file.is_file():
         return {}
-    try:
-        described = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise InputError(f"{file}: is no JSON: {error}") from error
-    if not isinstance(described, dict) or not isinstance(described.get("labels", {}), dict):
-        raise InputError(f"{file}: is no description of a data set with \"labels\"")
+    described = read_json(file)
+    for key in ("labels", "channel_names", "modality"):
+        if not isinstance(described.get(key, {}), dict):
+            raise InputError(f'{file}: "{key}" must be an object; got {shown(described[key])}')
     return described
 
 

@@ -23,6 +23,7 @@ from nnunetv2.utilities.label_handling.label_handling import LabelManager
 from tqdm import tqdm
 
 from nnunet_confkd.errors import InputError
+from nnunet_confkd.json_files import NEEDED
 
 FULL, PARTIAL, UNLABELLED = "full", "partial", "unlabelled"
 KINDS = (FULL, PARTIAL, UNLABELLED)  # from the most to the least annotation
@@ -194,9 +195,12 @@ def split_full_cases(kinds: dict[str, str], patients: dict[str, str] | None = No
 
 def check_labels(dataset_json: dict) -> None:
     """Raise InputError where the ignore label is not the highest label plus one."""
-    labels = dict(dataset_json["labels"])
-    ignore = labels.pop("ignore", None)
-    highest = max(int(v) for value in labels.values() for v in (value if isinstance(value, (list, tuple)) else [value]))
+    try:
+        labels = dict(dataset_json["labels"])
+        ignore = labels.pop("ignore", None)
+        highest = max(int(v) for value in labels.values() for v in (value if isinstance(value, (list, tuple)) else [value]))
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
+        raise InputError(f'dataset.json: "labels" must be {NEEDED["labels"]} ({type(error).__name__}: {error})') from error
     if ignore is not None and ignore != highest + 1:
         raise InputError(
             f"dataset.json: the ignore label is {ignore!r}, but nnU-Net needs the highest other label plus one, "
