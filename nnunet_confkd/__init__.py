@@ -1,5 +1,6 @@
 """Mixed-supervision training (ConfKD) for nnU-Net v2."""
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 
 __version__ = "0.1.0"
 
@@ -16,3 +17,6 @@ def _require_nnunet() -> None:
 
 
 _require_nnunet()
+# In a checkout that is not installed itself two of the packages lie beside this one (setup.py), not in it.
+if not (Path(__file__).parent / "trainers").exists():
+    __path__.append(str(Path(__file__).parent.parent))

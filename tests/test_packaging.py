@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -40,6 +41,15 @@ def test_nnunets_lookup_finds_every_trainer_in_a_fresh_process(inside, tmp_path)
     assert result.stdout.endswith("FOUND\n"), result.stdout + result.stderr
 
 
+def test_a_checkout_beside_an_installed_wheel_is_whole(tmp_path):
+    """Python started in a clone imports the clone, whatever is installed."""
+    for name in ("nnunet_confkd", "trainers", "dataset_conversion"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
+    code = "import nnunet_confkd.trainers as t, nnunet_confkd.dataset_conversion as d; print(t.__file__, d.__file__)"
+    result = run(sys.executable, "-c", code, cwd=tmp_path)
+    assert result.stdout.split() == [str(tmp_path / name / "__init__.py") for name in ("trainers", "dataset_conversion")], result.stderr
+
+
 def test_without_the_variable_nnunet_does_not_find_it(tmp_path):
     result = run(sys.executable, "-c", LOOKUP.format(names=TRAINERS[:1]), cwd=tmp_path)
     assert result.returncode and "Could not find requested nnunet trainer" in result.stderr
@@ -74,7 +84,6 @@ def test_every_console_script_resolves():
 
 def test_the_wheel_holds_one_top_level_name_and_its_trainers_are_found(tmp_path):
     """Built from a copy, so that no build folder is left in the checkout."""
-    import shutil
     source = tmp_path / "source"
     shutil.copytree(ROOT, source, ignore=shutil.ignore_patterns(".git", ".venv", "demo_output", "*.egg-info", "build"))
     built = run(sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-q", "-w", tmp_path, source,
