@@ -32,8 +32,8 @@ from nnunet_confkd.dataset_conversion.writer import (
     raw_folder,
     with_ignore,
 )
-from nnunet_confkd.errors import InputError
-from nnunet_confkd.json_files import NEEDED, is_whole, malformed, read_folds, read_json, shown
+from nnunet_confkd.errors import InputError, shown
+from nnunet_confkd.json_files import NEEDED, is_whole, malformed, read_folds, read_json
 
 KINDS = (FULL, PARTIAL, UNLABELLED)
 WIDTH = 100  # of the text, in characters

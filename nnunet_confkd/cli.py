@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import traceback
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -271,6 +272,11 @@ def main(argv: list[str] | None = None) -> int:
         return COMMANDS[argv[0]][0](argv[1:]) or 0
     except (InputError, TrainingError) as error:
         print(f"confkd {argv[0]}: {error}", file=sys.stderr)
+        return 1
+    except Exception as error:
+        traceback.print_exc()
+        print(f"confkd {argv[0]}: an unexpected {type(error).__name__}. Either the program is at fault, or a file is of a form that nobody "
+              f"thought of: confkd check examines a data set. Please report the lines above with the command.", file=sys.stderr)
         return 1
 
 

@@ -49,6 +49,8 @@ def export(model: str | Path, output: str | Path | None = None, branch: str = "s
     _require_teacher(first, checkpoint)
     configuration, trainer = checkpoint["init_args"]["configuration"], checkpoint["trainer_name"]
 
+    if configuration not in plans["configurations"]:
+        raise InputError(f"{first}: is of the configuration {configuration}, which {model / 'plans.json'} does not have")
     settings = plans["configurations"][configuration].get("confkd")
     stock_plans = _stock_plans(plans, trainer, branch)
     stock_dataset_json = {key: value for key, value in dataset_json.items() if key != TABLE_KEY}

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from nnunet_confkd.dataset_conversion.volumes import ENDINGS
-from nnunet_confkd.errors import InputError
+from nnunet_confkd.errors import InputError, shown
 
 NEEDED = {  # of dataset.json, and what each must be
     "channel_names": 'the names of the channels, {"0": "T1", "1": ...}, numbered in order',
@@ -102,15 +102,6 @@ def is_whole(value) -> bool:
 
 def is_folder_name(value) -> bool:
     return isinstance(value, str) and bool(re.fullmatch(r"[^/\\\0]+", value)) and value.strip(" .") != ""
-
-
-def shown(value, longest: int = 200) -> str:
-    """A value for a message."""
-    try:
-        text = json.dumps(value)
-    except (TypeError, ValueError, RecursionError):
-        text = f"a {type(value).__name__}"
-    return text if len(text) <= longest else text[:longest] + " ..."
 
 
 def _whole_numbers(value) -> bool:

@@ -9,8 +9,8 @@ from pathlib import Path
 from nnunet_confkd.dataset_conversion import writer
 from nnunet_confkd.dataset_conversion.volumes import ENDINGS, ITK, Volume, ending_of
 from nnunet_confkd.dataset_conversion.writer import FULL, PARTIAL, PROCESSES, UNLABELLED, Case, Dataset
-from nnunet_confkd.errors import InputError
-from nnunet_confkd.json_files import read_json, shown
+from nnunet_confkd.errors import InputError, shown
+from nnunet_confkd.json_files import NEEDED, malformed, read_json
 
 IMAGES, LABELS = ("images", "imagesTr"), ("labels", "labelsTr")
 CHANNEL = re.compile(r"(.+)_(\d{4})")
@@ -92,8 +92,10 @@ def _label_values(full: Path, labels: list[str] | None, described: dict) -> tupl
             raise InputError(f"{full / 'dataset.json'}: has no labels; give their names, from the background on: --labels "
                              f"background NAME ...")
         named = dict(described["labels"])
-        if all(str(key).isdigit() for key in named):  # MSD: value to name
+        if all(key.isdigit() and isinstance(name, str) for key, name in named.items()):  # MSD: value to name
             named = {name: int(value) for value, name in named.items()}
+        if malformed({"labels": named}).keys() & {"labels"}:
+            raise InputError(f"{full / 'dataset.json'}: \"labels\" must be {NEEDED['labels']}; got {shown(described['labels'])}")
     else:
         named = {}
         for number, text in enumerate(labels):
