@@ -130,8 +130,9 @@ def _evaluate(task: Task) -> Found:
             found.problems.append(f"{file}: has {len(voxels)} channels; a segmentation has one")
             continue
         values = np.unique(voxels)
-        if not (np.isfinite(values).all() and (values == np.round(values)).all()):
-            found.problems.append(f"{file}: holds values that are no labels, e.g. {values[values != np.round(values)][0]:g}")
+        strange = values[~np.isfinite(values) | (values != np.round(values))]
+        if len(strange):
+            found.problems.append(f"{file}: holds values that are no labels, e.g. {strange[0]:g}")
             continue
         unknown = [] if task.known is None else sorted(set(values.astype(int).tolist()) - task.known - others)
         if unknown:

@@ -21,10 +21,10 @@ OPTIONAL = {
     "supervision": "an object {case: kind}"}
 
 
-def read_json(file: Path, kind: type = dict):
+def read_json(file: str | Path, kind: type = dict):
     """What the file holds, an object or (kind=list) a list. Raises InputError."""
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = json.loads(Path(file).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{file}: cannot be read as JSON ({error}); correct it, or remove it and make it anew") from error
     if not isinstance(content, kind):
@@ -82,7 +82,7 @@ def read_plans(file: Path) -> dict:
     return plans
 
 
-def read_folds(file: Path) -> list[dict[str, list[str]]]:
+def read_folds(file: str | Path) -> list[dict[str, list[str]]]:
     """A splits_final.json. Raises InputError."""
     wrong = InputError(f'{file}: is no list of folds [{{"train": [CASE, ...], "val": [CASE, ...]}}, ...]; correct it, or remove it for the '
                        f"default")

@@ -60,7 +60,7 @@ def mix(full: Path, dataset_id: int, *, partial: Path | None = None, unlabelled:
                  for case in training if ending_of(case.images[0].file) != ending
                  and not {ending, ending_of(case.images[0].file)} <= set(ITK)]
     if channels is None:
-        channels = list(described.get("channel_names", described.get("modality", {})).values()) or _count_channels(training)
+        channels = [*map(str, described.get("channel_names", described.get("modality", {})).values())] or _count_channels(training)
     return writer.write_dataset(Dataset(
         name=name, channel_names=channels, labels=names, file_ending=ending, training=training,
         validation=_validation(training, patient_pattern, seed, validation), patient_pattern=patient_pattern,

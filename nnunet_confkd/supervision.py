@@ -194,7 +194,7 @@ def split_full_cases(kinds: dict[str, str], patients: dict[str, str] | None = No
 
 
 def check_labels(dataset_json: dict) -> None:
-    """Raise InputError where the ignore label is not the highest label plus one."""
+    """Raise InputError where nnU-Net cannot use the labels, or the ignore label is not the highest label plus one."""
     try:
         labels = dict(dataset_json["labels"])
         ignore = labels.pop("ignore", None)
@@ -205,6 +205,10 @@ def check_labels(dataset_json: dict) -> None:
         raise InputError(
             f"dataset.json: the ignore label is {ignore!r}, but nnU-Net needs the highest other label plus one, "
             f"{highest + 1}. Change it there and in the label files, then plan and preprocess again.")
+    try:
+        LabelManager(dataset_json["labels"], dataset_json.get("regions_class_order"))
+    except Exception as error:  # what else nnU-Net demands of them
+        raise InputError(f"dataset.json: {error}") from error
 
 
 def unreadable(folder: str | Path, case: str, error: Exception) -> InputError:

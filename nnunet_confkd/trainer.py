@@ -31,6 +31,7 @@ from nnunet_confkd.dataset_conversion.writer import patients_of
 from nnunet_confkd.errors import InputError, TrainingError
 from nnunet_confkd.faults import Divergence, terminable, written_whole
 from nnunet_confkd.guide import Guide, Mix
+from nnunet_confkd.json_files import read_folds
 from nnunet_confkd.losses import TERMS, ConfKDLoss, PartialSupervision, annotated_voxels, confidence
 from nnunet_confkd.network import TwoBranchUNet, unwrap
 from nnunet_confkd.settings import Settings
@@ -168,7 +169,7 @@ class ConfKDTrainer(nnUNetTrainer):
                 save_json(splits, splits_file)
             if self.is_ddp:
                 dist.barrier()  # no rank reads a file that is half written
-            num_splits = len(load_json(splits_file)) if isfile(splits_file) else 5  # nnU-Net's own
+            num_splits = len(read_folds(splits_file)) if isfile(splits_file) else 5  # nnU-Net's own
             if self.fold >= num_splits:
                 raise InputError(
                     f"fold {self.fold} was asked for, but {splits_file} has {num_splits} fold(s), 0 to {num_splits - 1}. "

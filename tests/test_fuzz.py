@@ -15,7 +15,6 @@ import re
 import shutil
 import signal
 import tarfile
-import traceback
 from copy import deepcopy
 from html.parser import HTMLParser
 from multiprocessing.dummy import Pool
@@ -29,7 +28,6 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-import nnunet_confkd
 from nnunet_confkd import cli
 from nnunet_confkd.errors import InputError
 
@@ -163,8 +161,10 @@ def anything(original):
 
 
 FILE_NAMES = st.one_of(
-    st.sampled_from(["a b", "a'b\"c", "<script>alert(1)<", "<img src=x onerror=alert(1)>", "..", "...", "a\nb", "-d", "--help", "é", "漢字", "x" * 200,
-                     "\U0001f9e0", "a\\b", "$HOME", "%00", "=1+1", "a;rm -rf b", "`id`", "$(id)", "a&b", "a|b", "\udcff", " a", "a ", ".a", "CON", "*",
+    st.sampled_from(["a b", "a'b\"c", "<script>alert(1)<", "<img src=x onerror=alert(1)>", "..", "...", "a\nb", "-d", "--help", "é", "漢字",
+                     "x" * 200,
+                     "\U0001f9e0", "a\\b", "$HOME", "%00", "=1+1", "a;rm -rf b", "`id`", "$(id)", "a&b", "a|b", "\udcff", " a", "a ", ".a", "CON",
+                     "*",
                      "[a]", "a_0000", "a_seg", "a.nii", "0", "a,b", "\x1b[31m", "a:b", "~"]),
     st.text(min_size=1, max_size=20)).filter(lambda name: "/" not in name and "\0" not in name and _encodable(name) and name not in (".", ".."))
 
@@ -391,7 +391,8 @@ def test_weaken_writes_a_data_set_or_nothing(world, described, splits, style, li
     shutil.rmtree(world.preprocessed / "Dataset008_Full", ignore_errors=True)
 
 
-@fuzz(40, described=FULL_JSON | mutated(FULLY | MSD), options=st.sampled_from([["--ignore-value", 3], ["--labels", "background", "organ", "tumour", "--ignore-value", 3]]))
+@fuzz(40, described=FULL_JSON | mutated(FULLY | MSD), options=st.sampled_from([
+    ["--ignore-value", 3], ["--labels", "background", "organ", "tumour", "--ignore-value", 3]]))
 def test_mix_writes_a_data_set_or_nothing(world, described, options):
     world.restore()
     put(world.full / "dataset.json", described)
@@ -492,23 +493,19 @@ def test_compare_reads_a_model_or_refuses(world, model):
         run("compare", world.model, "--processes", 1, "--output", world.output, foreseen=False)
 
 
-@fuzz(60, plans=anything(PLANS), described=st.just(DESCRIBED) | DATASET_JSON, splits=st.just(SPLITS) | anything(SPLITS),
+@fuzz(60, block=BLOCK | anything(Settings().as_dict()), described=st.just(DESCRIBED) | DATASET_JSON, splits=st.just(SPLITS) | anything(SPLITS),
       fold=st.sampled_from([0, 1, 5, "all"]))
-def test_the_trainer_starts_or_refuses(world, plans, described, splits, fold):
-    """nnU-Net opens the plans first; what it makes of broken ones is its own matter."""
+def test_the_trainer_starts_or_refuses(world, block, described, splits, fold):
+    """What a user writes may be broken; the rest of the plans is nnU-Net's."""
     from nnunet_confkd.trainer import ConfKDTrainer
     put(world.prepared / "dataset.json", described)
     put(world.prepared / "splits_final.json", splits)
-    if isinstance(plans, dict):
-        plans["continue_training"] = False  # as nnU-Net's command gives it
+    plans = deepcopy(PLANS) | {"continue_training": False}  # as nnU-Net's command gives it
+    plans["configurations"]["2d"]["confkd"] = block
     with world.nothing_written(world.results, world.prepared):
-        try:
-            trainer = outcome(ConfKDTrainer, plans, "2d", fold, described, torch.device("cpu"))
-            if not isinstance(trainer, InputError):
-                outcome(trainer.get_tr_and_val_datasets)
-        except Exception as error:
-            innermost = traceback.extract_tb(error.__traceback__)[-1].filename
-            assert not Path(innermost).is_relative_to(Path(nnunet_confkd.__file__).parent.parent), innermost
+        trainer = outcome(ConfKDTrainer, plans, "2d", fold, described, torch.device("cpu"))
+        if not isinstance(trainer, InputError):
+            outcome(trainer.get_tr_and_val_datasets)
 
 
 # ---- volumes ----------------------------------------------------------------------------------------------------------
@@ -638,7 +635,7 @@ def test_files_of_any_name_are_checked_mixed_and_evaluated(world, names):
         with open(world.output / "metrics.csv", newline="", encoding="utf-8") as stream:
             rows = list(csv.reader(stream))
         assert all(len(row) == len(rows[0]) for row in rows)
-        assert len({row[0] for row in rows[1:]}) == len(names)
+        assert len({row[0] for row in rows[1:]}) == sum(not name.startswith(".") for name in names)  # hidden files are left alone
         json.loads((world.output / "metrics.json").read_text())
 
 
@@ -675,9 +672,11 @@ def test_no_text_becomes_html(texts):
 @st.composite
 def archives(draw):
     """Members of a tar file: (name, type, target of a link)."""
-    name = st.sampled_from(["Task99/a", "Task99/sub/b", "Task99", "../evil", "/tmp/confkd_evil", "Task99/../../evil", "Task99/l", "Task99/l/evil", "l",
+    name = st.sampled_from(["Task99/a", "Task99/sub/b", "Task99", "../evil", "/tmp/confkd_evil", "Task99/../../evil", "Task99/l", "Task99/l/evil",
+                            "l",
                             "l/evil", "", ".", "..", "Task99/\udcff", "a" * 300, "Task99/" + "d/" * 50]) | TEXTS
-    target = st.sampled_from(["..", "../..", "/etc/passwd", "../outside", "a", "../../mine", "Task99/a", "nowhere", "l", ".", "", "../../../outside/secret"])
+    target = st.sampled_from(["..", "../..", "/etc/passwd", "../outside", "a", "../../mine", "Task99/a", "nowhere", "l", ".", "",
+                              "../../../outside/secret"])
     kind = st.sampled_from([tarfile.REGTYPE, tarfile.REGTYPE, tarfile.DIRTYPE, tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.CHRTYPE, tarfile.FIFOTYPE])
     return draw(st.lists(st.tuples(name, kind, target), max_size=6)), draw(st.none() | st.integers(0, 3000))
 
