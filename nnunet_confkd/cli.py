@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import sys
 import traceback
 from contextlib import nullcontext
@@ -268,6 +269,8 @@ def main(argv: list[str] | None = None) -> int:
               + "\n".join(f"  {name:<13}{text}" for name, (_, text) in COMMANDS.items()),
               file=sys.stdout if known else sys.stderr)
         return 0 if known else 2
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # the names of files may be no proper text
     try:
         return COMMANDS[argv[0]][0](argv[1:]) or 0
     except (InputError, TrainingError) as error:

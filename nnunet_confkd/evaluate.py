@@ -219,6 +219,8 @@ def _pairs(truth: Path, prediction: Path, subset: bool) -> dict[str, tuple[Path,
             ending = ending_of(file)
             if ending and file.is_file() and not file.name.startswith("."):
                 case = file.name[:-len(ending)]
+                if any(ord(character) < 32 for character in case):  # metrics.csv has a line a case
+                    raise InputError(f"{folder}: the name {file.name!a} holds a control character; rename the file")
                 if case in images:
                     raise InputError(f"{folder}: holds {case} twice: {images[case].name} and {file.name}; keep one of them")
                 images[case] = file
