@@ -22,7 +22,7 @@ OPTIONAL = {
 
 
 def read_json(file: str | Path, kind: type = dict):
-    """What the file holds, an object or (kind=list) a list. Raises InputError."""
+    """What the file holds: an object, with kind=list a list, with kind=object anything. Raises InputError."""
     try:
         content = json.loads(Path(file).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:

@@ -273,7 +273,7 @@ def _blocks_kept(folder: Path) -> Iterator[None]:
 
     Configurations with names of their own are kept by nnU-Net.
     """
-    files = {file: read_json(file) for file in folder.glob("*.json")}
+    files = {file: read_json(file, object) for file in folder.glob("*.json")}
     yield
     for file, before in files.items():
         if not isinstance(before, dict) or "configurations" not in before:
