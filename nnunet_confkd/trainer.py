@@ -25,7 +25,7 @@ from nnunetv2.utilities.default_n_proc_DA import get_allowed_n_proc_DA
 from nnunetv2.utilities.helpers import dummy_context
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
-from nnunet_confkd import __version__
+from nnunet_confkd import __version__, loading
 from nnunet_confkd.curves import CURVES, plot_curves
 from nnunet_confkd.dataset_conversion.writer import patients_of
 from nnunet_confkd.errors import InputError, TrainingError
@@ -470,7 +470,7 @@ class ConfKDTrainer(nnUNetTrainer):
     def load_checkpoint(self, filename_or_checkpoint) -> None:
         super().load_checkpoint(filename_or_checkpoint)
         if self._follows_average:
-            self.guide_state = torch.load(filename_or_checkpoint, map_location=self.device, weights_only=False).get("guide")
+            self.guide_state = loading.load_checkpoint(filename_or_checkpoint).get("guide")
         self._add_missing_curves()
 
     def _add_missing_curves(self) -> None:
