@@ -113,6 +113,8 @@ def read(file: Path) -> Picture:
     try:
         if not file.is_file():
             raise InputError(f"{file}: there is no such file")
+        if not _is_text(str(file)):  # SimpleITK ends the whole program
+            raise InputError(f"{str(file)!a}: the name is no proper text (UTF-8); rename the file or its folder")
         if ending in NIFTI:
             return _read_nifti(file)
         return _read_itk(file) if ending in ITK or ending in META else _read_with_nnunet(file)
@@ -123,6 +125,13 @@ def read(file: Path) -> Picture:
         reason = [line.strip() for line in str(error).splitlines() if not re.search(r"\.cxx:\d+|^\s*$", line)]
         raise InputError(f"{file}: cannot be read as an image; is it cut short, damaged, or of another format? Fetch or "
                          f"write it anew ({' '.join(reason) or type(error).__name__})") from error
+
+
+def _is_text(name: str) -> bool:
+    try:
+        return bool(name.encode())
+    except UnicodeEncodeError:
+        return False
 
 
 def _read_itk(file: Path) -> Picture:

@@ -17,7 +17,7 @@ from types import SimpleNamespace
 
 import numpy as np
 
-from nnunet_confkd.dataset_conversion.volumes import ENDINGS, TIFF, Geometry, ending_of, read, spacing_file
+from nnunet_confkd.dataset_conversion.volumes import TIFF, Geometry, ending_of, read, spacing_file
 from nnunet_confkd.dataset_conversion.writer import (
     FULL,
     PARTIAL,
@@ -32,16 +32,12 @@ from nnunet_confkd.dataset_conversion.writer import (
     raw_folder,
     with_ignore,
 )
-from nnunet_confkd.errors import InputError
+from nnunet_confkd.errors import InputError, shown
+from nnunet_confkd.json_files import NEEDED, is_whole, malformed, read_folds, read_json
 
 KINDS = (FULL, PARTIAL, UNLABELLED)
 WIDTH = 100  # of the text, in characters
 ROWS = 40  # more cases than these are summarised
-NEEDED = {  # of dataset.json, and what each must be
-    "channel_names": 'the names of the channels, {"0": "T1", "1": ...}, numbered in order',
-    "labels": 'names and values, {"background": 0, "one": 1, ...}, each a whole number or a list of them, "ignore" a number',
-    "numTraining": "the number of training cases",
-    "file_ending": f"one of {', '.join(ENDINGS)}"}
 
 
 @dataclass
@@ -246,10 +242,9 @@ def check_dataset(dataset: int | str, processes: int = PROCESSES, patient_patter
     if not re.fullmatch(r"Dataset\d{3}_.+", name):
         raise InputError(f"{raw_folder() / name}: nnU-Net's data sets are named like Dataset027_NAME; rename the folder")
     folder, splits_file = raw_folder() / name, preprocessed_folder() / name / "splits_final.json"
-    described = _read_description(folder / "dataset.json")
+    described = read_json(folder / "dataset.json")
     report = Report(name, str(folder))
-    malformed = _check_description(described, report)
-    if malformed:
+    if _check_description(described, report):
         return report
     report.labels, report.channels = described["labels"], list(described["channel_names"].values())
 
@@ -267,7 +262,7 @@ def check_dataset(dataset: int | str, processes: int = PROCESSES, patient_patter
     found, tested = dict(zip(training, results)), dict(zip(test, results[len(training):]))
     _collect(training, found, report)
     _collect(test, tested, notes)
-    if described.get("numTraining") != len(training) and _is_whole(described.get("numTraining")):
+    if described.get("numTraining") != len(training) and is_whole(described.get("numTraining")):
         report.errors.append(f"{folder / 'dataset.json'}: \"numTraining\" is {described['numTraining']}, but there are "
                              f"{_number(len(training), 'training case')}; correct it")
 
@@ -287,50 +282,23 @@ def check_dataset(dataset: int | str, processes: int = PROCESSES, patient_patter
     return report
 
 
-def _read_description(file: Path) -> dict:
-    try:
-        described = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{file}: cannot be read as JSON ({error}); every data set of nnU-Net needs it, see "
-                         f"nnU-Net's documentation/dataset_format.md") from error
-    if not isinstance(described, dict):
-        raise InputError(f"{file}: must hold an object {{...}}; see nnU-Net's documentation/dataset_format.md")
-    return described
-
-
 def _check_description(described: dict, report: Report) -> bool:
     """Report what is wrong in dataset.json; returns whether it is too much to examine the files."""
     file = f"{report.folder}/dataset.json"
-    labels, channels = described.get("labels"), described.get("channel_names")
-    right = {
-        "channel_names": isinstance(channels, dict) and channels and list(channels) == [str(i) for i in range(len(channels))]
-        and all(isinstance(name, str) for name in channels.values()),
-        "labels": isinstance(labels, dict) and set(labels) - {"ignore"} and _is_whole(labels.get("ignore", 0))
-        and all(_is_whole(v) or isinstance(v, list) and v and all(map(_is_whole, v)) for v in labels.values()),
-        "numTraining": _is_whole(described.get("numTraining")),
-        "file_ending": isinstance(described.get("file_ending"), str) and described["file_ending"].lower() in ENDINGS,
-        "dataset": _is_listing(described.get("dataset", {}))}
-    for key, meaning in NEEDED.items():
+    wrong = malformed(described)
+    for key, meaning in wrong.items():
         if key not in described:
             old = ' ("modality" is its name in the old format)' if key == "channel_names" and "modality" in described else ""
             report.errors.append(f"{file}: lacks \"{key}\"{old}; add {meaning}")
-        elif not right[key]:
-            report.errors.append(f"{file}: \"{key}\" must be {meaning}; got {json.dumps(described[key])}")
-    if not isinstance(described.get("patient_pattern", ""), str):
-        report.errors.append(f"{file}: \"patient_pattern\" must be a regular expression, a text; got "
-                             f"{json.dumps(described.pop('patient_pattern'))}")
-    if not right["dataset"]:
-        report.errors.append(f"{file}: \"dataset\" must be {{CASE: {{\"images\": [FILE, ...], \"label\": FILE}}}}; correct "
-                             f"it, or remove it and use imagesTr and labelsTr")
-    if right["labels"]:
+        elif key == "dataset":
+            report.errors.append(f"{file}: \"dataset\" must be {meaning}; correct it, or remove it and use imagesTr and labelsTr")
+        elif key in (*NEEDED, "patient_pattern"):
+            report.errors.append(f"{file}: \"{key}\" must be {meaning}; got {shown(described[key])}")
+    if "patient_pattern" in wrong:
+        del described["patient_pattern"]
+    if "labels" not in wrong:
         _check_labels(described, file, report)
-    return not all(ok for key, ok in right.items() if key != "numTraining")
-
-
-def _is_listing(listed) -> bool:
-    return isinstance(listed, dict) and all(
-        isinstance(files, dict) and isinstance(files.get("label"), str) and isinstance(files.get("images"), list)
-        and files["images"] and all(isinstance(image, str) for image in files["images"]) for files in listed.values())
+    return bool(wrong.keys() & {"channel_names", "labels", "file_ending", "dataset"})
 
 
 def _check_labels(described: dict, file: str, report: Report) -> None:
@@ -346,16 +314,16 @@ def _check_labels(described: dict, file: str, report: Report) -> None:
         with_ignore(labels)
     except InputError as error:
         report.errors.append(f"{file}: {error}; change it there and in the label files")
-    same = [name for name, value in classes.items() if _is_whole(value) and list(classes.values()).count(value) > 1]
+    same = [name for name, value in classes.items() if is_whole(value) and list(classes.values()).count(value) > 1]
     if same:
         report.warnings.append(f"{file}: some of the labels {_some(same)} have the same value; nnU-Net sees one class")
     regions = [value for value in classes.values() if value != 0 and value != [0]]
     order = described.get("regions_class_order")
     if any(isinstance(value, list) and len(value) > 1 for value in regions) and not (
-            isinstance(order, list) and len(order) == len(regions) and all(_is_whole(v) and v in values for v in order)):
+            isinstance(order, list) and len(order) == len(regions) and all(is_whole(v) and v in values for v in order)):
         report.errors.append(f"{file}: some labels are regions (lists), so \"regions_class_order\" must hold one of the "
                              f"values {_some(values)} for each of the {len(regions)} that are not background, in the order "
-                             f"in which they are painted; got {json.dumps(order)}")
+                             f"in which they are painted; got {shown(order)}")
 
 
 # ---- pairs of files ---------------------------------------------------------------------------------------------------
@@ -438,7 +406,7 @@ def _decide_kinds(found: dict[str, Found], described: dict, report: Report) -> d
     kinds = {}
     if not isinstance(table, dict):
         report.errors.append(f"{report.folder}/dataset.json: \"{TABLE_KEY}\" must be an object {{case: kind}}; got "
-                             f"{json.dumps(table)}")
+                             f"{shown(table)}")
         table = {}
     report.errors += [f"{report.folder}/dataset.json, \"{TABLE_KEY}\": there is no case {case}; remove it from the table"
                       for case in sorted(set(table) - set(found))]
@@ -536,15 +504,9 @@ def _check_split(file: Path, cases: Iterable[str], kinds: dict[str, str], patien
     from nnunet_confkd.supervision import require_full
 
     try:
-        folds = json.loads(file.read_text(encoding="utf-8"))
-        right = isinstance(folds, list) and folds and all(
-            isinstance(fold[side], list) and all(isinstance(case, str) for case in fold[side])
-            for fold in folds for side in ("train", "val"))
-    except (OSError, ValueError, LookupError, TypeError):
-        right = False
-    if not right:
-        report.errors.append(f"{file}: is no list of folds [{{\"train\": [CASE, ...], \"val\": [CASE, ...]}}, ...]; correct "
-                             f"it, or remove it for the default")
+        folds = read_folds(file)
+    except InputError as error:
+        report.errors.append(str(error))
         return []
     known, cases = [], dict.fromkeys(cases)
     report.split["file"] = str(file)
@@ -634,10 +596,6 @@ def _check_copies(found: dict[str, Found], tested: dict[str, Found], folds: list
 
 
 # ---- text -----------------------------------------------------------------------------------------------------------
-
-def _is_whole(value) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
 
 def _some(values: Iterable, limit: int = 10) -> str:
     """The first of the values, and how many more there are."""

@@ -2,7 +2,9 @@
 from __future__ import annotations
 
 import argparse
+import io
 import sys
+import traceback
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -267,10 +269,17 @@ def main(argv: list[str] | None = None) -> int:
               + "\n".join(f"  {name:<13}{text}" for name, (_, text) in COMMANDS.items()),
               file=sys.stdout if known else sys.stderr)
         return 0 if known else 2
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # the names of files may be no proper text
     try:
         return COMMANDS[argv[0]][0](argv[1:]) or 0
     except (InputError, TrainingError) as error:
         print(f"confkd {argv[0]}: {error}", file=sys.stderr)
+        return 1
+    except Exception as error:
+        traceback.print_exc()
+        print(f"confkd {argv[0]}: an unexpected {type(error).__name__}. Either the program is at fault, or a file is of a form that nobody "
+              f"thought of: confkd check examines a data set. Please report the lines above with the command.", file=sys.stderr)
         return 1
 
 

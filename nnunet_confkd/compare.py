@@ -12,6 +12,7 @@ import numpy as np
 from nnunet_confkd.dataset_conversion.writer import PROCESSES, preprocessed_folder
 from nnunet_confkd.errors import InputError
 from nnunet_confkd.evaluate import FOREGROUND, Evaluation, _aligned, _cell, _p, _replace, _without_nan, evaluate_folders
+from nnunet_confkd.json_files import read_description
 from nnunet_confkd.loading import fold_folders
 from nnunet_confkd.metrics import MEASURES, TOLERANCE_MM, holm, paired_statistics, statistics
 from nnunet_confkd.validation import VALIDATION_FOLDERS
@@ -32,7 +33,7 @@ def validation_of(model: str | Path, tolerance_mm: float = TOLERANCE_MM, process
     truth = preprocessed_folder() / model.resolve().parent.name / "gt_segmentations"
     if not truth.is_dir():
         raise InputError(f"{truth}: there is no such folder; the true labels of {model} were expected there (nnUNet_preprocessed)")
-    described = json.loads((model / "dataset.json").read_text(encoding="utf-8"))
+    described = read_description(model / "dataset.json", ["labels"])
     labels = {name: of for name, of in described["labels"].items() if name != "ignore" and of != 0}
     texts = {name: ",".join(map(str, of)) if isinstance(of, (list, tuple)) else str(of) for name, of in labels.items()}
     found: dict[str, dict] = {}

@@ -20,6 +20,7 @@ from nnunet_confkd.dataset_conversion.volumes import Picture, Volume, read
 from nnunet_confkd.dataset_conversion.writer import FULL, PARTIAL, PROCESSES, UNLABELLED, Case, Dataset
 from nnunet_confkd.discovery import make_findable
 from nnunet_confkd.errors import InputError
+from nnunet_confkd.json_files import read_description, read_folds, read_plans
 from nnunet_confkd.loading import fold_folders, load_checkpoint
 from nnunet_confkd.network import BRANCHES, has_teacher, predicting
 from nnunet_confkd.supervision import TABLE_KEY, check_labels, count_voxels, decide_kinds, split_full_cases
@@ -61,7 +62,7 @@ def complete(source: int | str, model: str | Path, dataset_id: int, *, branch: s
     found = writer.find_dataset(source)
     folder = writer.raw_folder() / found
     dataset = raw_dataset(folder, name or f"{found[11:]}_completed")
-    described = json.loads((folder / "dataset.json").read_text(encoding="utf-8"))
+    described = read_description(folder / "dataset.json")
     dataset.patient_pattern = described.get("patient_pattern")
     predictor, folds = _load_model(Path(model), folds, checkpoint, branch, device)
     _require_same_data(folder, described, Path(model), predictor)
@@ -135,7 +136,8 @@ def _load_model(model: Path, folds: list[str] | None, checkpoint: str, branch: s
         except RuntimeError as error:
             raise InputError(f"{file}: was written by the trainer {loaded['trainer_name']}, which is not found; set "
                              f"nnUNet_extTrainer to its folder") from error
-    plans, configuration = PlansManager(str(model / "plans.json")), loaded["init_args"]["configuration"]
+    read_description(model / "dataset.json")
+    plans, configuration = PlansManager(read_plans(model / "plans.json")), loaded["init_args"]["configuration"]
     if plans.get_configuration(configuration).previous_stage_name is not None:
         raise InputError(f"{model}: is the second stage of a cascade, which needs the predictions of the first; give a model of "
                          f"another configuration")
@@ -244,11 +246,8 @@ def _splits(found: str, kinds: dict[str, str], pattern: str | None) -> list[dict
             return split_full_cases(kinds, writer.patients_of(kinds, pattern))
         except InputError:
             return None
-    try:
-        splits = json.loads(file.read_text(encoding="utf-8"))
-        unknown = sorted({case for fold in splits for case in [*fold["train"], *fold["val"]]} - set(kinds))
-    except (ValueError, LookupError, TypeError) as error:
-        raise InputError(f"{file}: is no list of folds with \"train\" and \"val\"; correct or remove it") from error
+    splits = read_folds(file)
+    unknown = sorted({case for fold in splits for case in [*fold["train"], *fold["val"]]} - set(kinds))
     if unknown:
         raise InputError(f"{file}: names cases that {found} does not have: {', '.join(unknown[:10])}")
     return splits

@@ -42,7 +42,7 @@ def download(name: str, target: Path, source: Source | None = None) -> Path:
         target.mkdir(parents=True, exist_ok=True)
         pooch.retrieve(source.url, f"md5:{source.md5}", archive.name, target, progressbar=True)
         with tarfile.open(archive) as tar:
-            tar.extractall(unpacked, filter="data")  # refuses what would leave the folder
+            tar.extractall(unpacked, filter=_plain)
         (unpacked / source.folder).rename(folder)
     except (OSError, ValueError, tarfile.TarError) as error:  # pooch: ValueError for a wrong checksum
         raise InputError(f"{source.url}: could not be fetched into {target}: {error}") from error
@@ -50,6 +50,13 @@ def download(name: str, target: Path, source: Source | None = None) -> Path:
         archive.unlink(missing_ok=True)
         shutil.rmtree(unpacked, ignore_errors=True)
     return folder
+
+
+def _plain(member: tarfile.TarInfo, folder: str) -> tarfile.TarInfo:
+    """Files and folders only, of which tarfile's own filter refuses those that would leave the folder."""
+    if not (member.isfile() or member.isdir()):
+        raise ValueError(f"the archive holds {member.name!r}, which is no file (a link or a device)")
+    return tarfile.data_filter(member, folder)
 
 
 def main(argv: list[str]) -> None:

@@ -1,5 +1,7 @@
 """The errors that carry their reason in their text. The command line prints it without a traceback; any other exception is a
 fault of the program."""
+import json
+from collections.abc import Callable
 
 
 class InputError(ValueError):
@@ -8,3 +10,12 @@ class InputError(ValueError):
 
 class TrainingError(RuntimeError):
     """A training cannot go on. The text says why, and what is left to go on from."""
+
+
+def shown(value, as_text: Callable = json.dumps, longest: int = 200) -> str:
+    """A value for a message."""
+    try:
+        text = as_text(value)
+    except (TypeError, ValueError, RecursionError):
+        text = f"a {type(value).__name__}"
+    return text if len(text) <= longest else text[:longest] + " ..."

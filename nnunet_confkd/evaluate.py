@@ -16,6 +16,7 @@ import numpy as np
 from nnunet_confkd.dataset_conversion.volumes import ITK, ending_of, read, spacing_file
 from nnunet_confkd.dataset_conversion.writer import PROCESSES, find_dataset, parallel, preprocessed_folder, raw_folder
 from nnunet_confkd.errors import InputError
+from nnunet_confkd.json_files import read_description
 from nnunet_confkd.metrics import HIGHER_IS_BETTER, MEASURES, TOLERANCE_MM, holm, measure_case, paired_statistics, statistics
 
 FOREGROUND = "foreground"  # a case's mean over its classes
@@ -129,8 +130,9 @@ def _evaluate(task: Task) -> Found:
             found.problems.append(f"{file}: has {len(voxels)} channels; a segmentation has one")
             continue
         values = np.unique(voxels)
-        if not (np.isfinite(values).all() and (values == np.round(values)).all()):
-            found.problems.append(f"{file}: holds values that are no labels, e.g. {values[values != np.round(values)][0]:g}")
+        strange = values[~np.isfinite(values) | (values != np.round(values))]
+        if len(strange):
+            found.problems.append(f"{file}: holds values that are no labels, e.g. {strange[0]:g}")
             continue
         unknown = [] if task.known is None else sorted(set(values.astype(int).tolist()) - task.known - others)
         if unknown:
@@ -217,6 +219,8 @@ def _pairs(truth: Path, prediction: Path, subset: bool) -> dict[str, tuple[Path,
             ending = ending_of(file)
             if ending and file.is_file() and not file.name.startswith("."):
                 case = file.name[:-len(ending)]
+                if any(ord(character) < 32 for character in case):  # metrics.csv has a line a case
+                    raise InputError(f"{folder}: the name {file.name!a} holds a control character; rename the file")
                 if case in images:
                     raise InputError(f"{folder}: holds {case} twice: {images[case].name} and {file.name}; keep one of them")
                 images[case] = file
@@ -242,13 +246,8 @@ def _classes_of(dataset: int | str) -> tuple[dict[str, tuple[int, ...]], int | N
         if len(found) != 1:
             raise error
         file = found[0]
-    try:
-        described = json.loads(file.read_text(encoding="utf-8"))
-        labels = {name: tuple(of) if isinstance(of, (list, tuple)) else (of,) for name, of in described["labels"].items()}
-        if not all(isinstance(label, int) for of in labels.values() for label in of):
-            raise ValueError("a label is no whole number")
-    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-        raise InputError(f"{file}: does not name the labels ({error})") from error
+    described = read_description(file, ["labels"])
+    labels = {name: tuple(of) if isinstance(of, list) else (of,) for name, of in described["labels"].items()}
     ignore = labels.pop("ignore", (None,))[0]
     return {name: of for name, of in labels.items() if of != (0,)}, ignore
 

@@ -19,6 +19,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunet_confkd import __version__
 from nnunet_confkd.errors import InputError
+from nnunet_confkd.json_files import read_description, read_plans
 from nnunet_confkd.loading import fold_folders, load_checkpoint
 from nnunet_confkd.network import branch_weights, has_teacher
 from nnunet_confkd.supervision import KINDS, TABLE_KEY
@@ -42,13 +43,14 @@ def export(model: str | Path, output: str | Path | None = None, branch: str = "s
     """
     model = Path(model)
     folds = fold_folders(model)
-    plans = json.loads((model / "plans.json").read_text())
-    dataset_json = json.loads((model / "dataset.json").read_text())
+    plans, dataset_json = read_plans(model / "plans.json"), read_description(model / "dataset.json")
     first = next(iter(sorted(folds[0].glob("checkpoint_*.pth"))))
     checkpoint = load_checkpoint(first)
     _require_teacher(first, checkpoint)
     configuration, trainer = checkpoint["init_args"]["configuration"], checkpoint["trainer_name"]
 
+    if configuration not in plans["configurations"]:
+        raise InputError(f"{first}: is of the configuration {configuration}, which {model / 'plans.json'} does not have")
     settings = plans["configurations"][configuration].get("confkd")
     stock_plans = _stock_plans(plans, trainer, branch)
     stock_dataset_json = {key: value for key, value in dataset_json.items() if key != TABLE_KEY}

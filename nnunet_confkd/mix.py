@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import random
 import re
 from pathlib import Path
@@ -10,7 +9,8 @@ from pathlib import Path
 from nnunet_confkd.dataset_conversion import writer
 from nnunet_confkd.dataset_conversion.volumes import ENDINGS, ITK, Volume, ending_of
 from nnunet_confkd.dataset_conversion.writer import FULL, PARTIAL, PROCESSES, UNLABELLED, Case, Dataset
-from nnunet_confkd.errors import InputError
+from nnunet_confkd.errors import InputError, shown
+from nnunet_confkd.json_files import NEEDED, malformed, read_json
 
 IMAGES, LABELS = ("images", "imagesTr"), ("labels", "labelsTr")
 CHANNEL = re.compile(r"(.+)_(\d{4})")
@@ -60,7 +60,7 @@ def mix(full: Path, dataset_id: int, *, partial: Path | None = None, unlabelled:
                  for case in training if ending_of(case.images[0].file) != ending
                  and not {ending, ending_of(case.images[0].file)} <= set(ITK)]
     if channels is None:
-        channels = list(described.get("channel_names", described.get("modality", {})).values()) or _count_channels(training)
+        channels = [*map(str, described.get("channel_names", described.get("modality", {})).values())] or _count_channels(training)
     return writer.write_dataset(Dataset(
         name=name, channel_names=channels, labels=names, file_ending=ending, training=training,
         validation=_validation(training, patient_pattern, seed, validation), patient_pattern=patient_pattern,
@@ -77,12 +77,10 @@ def _described(full: Path) -> dict:
     file = full / "dataset.json"
     if not file.is_file():
         return {}
-    try:
-        described = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise InputError(f"{file}: is no JSON: {error}") from error
-    if not isinstance(described, dict) or not isinstance(described.get("labels", {}), dict):
-        raise InputError(f"{file}: is no description of a data set with \"labels\"")
+    described = read_json(file)
+    for key in ("labels", "channel_names", "modality"):
+        if not isinstance(described.get(key, {}), dict):
+            raise InputError(f'{file}: "{key}" must be an object; got {shown(described[key])}')
     return described
 
 
@@ -94,8 +92,10 @@ def _label_values(full: Path, labels: list[str] | None, described: dict) -> tupl
             raise InputError(f"{full / 'dataset.json'}: has no labels; give their names, from the background on: --labels "
                              f"background NAME ...")
         named = dict(described["labels"])
-        if all(str(key).isdigit() for key in named):  # MSD: value to name
+        if all(key.isdigit() and isinstance(name, str) for key, name in named.items()):  # MSD: value to name
             named = {name: int(value) for value, name in named.items()}
+        if malformed({"labels": named}).keys() & {"labels"}:
+            raise InputError(f"{full / 'dataset.json'}: \"labels\" must be {NEEDED['labels']}; got {shown(described['labels'])}")
     else:
         named = {}
         for number, text in enumerate(labels):

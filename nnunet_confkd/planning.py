@@ -8,7 +8,6 @@ survive planning anew.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -35,6 +34,7 @@ from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
 from nnunet_confkd.dataset_conversion.volumes import quiet
 from nnunet_confkd.dataset_conversion.writer import find_dataset, patients_of, preprocessed_folder, raw_folder
 from nnunet_confkd.errors import InputError
+from nnunet_confkd.json_files import read_description, read_json
 from nnunet_confkd.resampling import KeepAnnotations
 from nnunet_confkd.supervision import (
     FULL,
@@ -143,13 +143,6 @@ def _find_class(package: str, name: str, option: str) -> type:
     return found
 
 
-def _read_json(file: Path):
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{file}: cannot be read as JSON ({error}); correct it, or remove it and make it anew") from error
-
-
 def _replace_json(file: Path, content) -> None:
     """In nnU-Net's format; the file is whole at any time."""
     aside = file.with_name(f".{file.name}.{os.getpid()}")
@@ -163,10 +156,7 @@ def _replace_json(file: Path, content) -> None:
 
 def _dataset_json(name: str) -> dict:
     file = raw_folder() / name / "dataset.json"
-    described = _read_json(file)
-    missing = [key for key in ("labels", "file_ending", "numTraining") if key not in described]
-    if missing:
-        raise InputError(f"{file}: lacks {', '.join(missing)}")
+    described = read_description(file, ["labels", "file_ending", "numTraining"])
     with _about(file.parent):
         check_labels(described)
     return described
@@ -248,7 +238,7 @@ def extract_annotated_fingerprint(name: str, labels: RawLabels, extractor_class:
     """
     file = preprocessed_folder() / name / "dataset_fingerprint.json"
     if file.is_file() and not clean:
-        if _read_json(file).get(MARKER) == MARK:
+        if read_json(file).get(MARKER) == MARK:
             return
         print("The existing fingerprint takes ignored voxels for foreground: it is made again.")
     extractor = extractor_class(_id(name), processes, verbose=verbose)
@@ -260,7 +250,7 @@ def extract_annotated_fingerprint(name: str, labels: RawLabels, extractor_class:
             for case, copy in zip(ignoring, copies):
                 extractor.dataset[case]["label"] = copy
         extractor.run(overwrite_existing=True)
-    _replace_json(file, _read_json(file) | {MARKER: MARK})
+    _replace_json(file, read_json(file) | {MARKER: MARK})
 
 
 def _without_ignored(case: str, labels: RawLabels, folder: Path) -> str:
@@ -283,12 +273,12 @@ def _blocks_kept(folder: Path) -> Iterator[None]:
 
     Configurations with names of their own are kept by nnU-Net.
     """
-    files = {file: _read_json(file) for file in folder.glob("*.json")}
+    files = {file: read_json(file, object) for file in folder.glob("*.json")}
     yield
     for file, before in files.items():
         if not isinstance(before, dict) or "configurations" not in before:
             continue
-        plans = _read_json(file)
+        plans = read_json(file)
         changed = {**plans, "configurations": {
             name: configuration | _block(before["configurations"].get(name, {}))
             for name, configuration in plans["configurations"].items()}, **_block(before)}

@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 import io
-import json
 import os
 from collections import Counter
 from contextlib import redirect_stdout
@@ -23,6 +22,7 @@ from nnunet_confkd.dataset_conversion.volumes import ITK, ending_of, spacing_fil
 from nnunet_confkd.discovery import make_findable
 from nnunet_confkd.errors import InputError
 from nnunet_confkd.evaluate import FOREGROUND, Evaluation
+from nnunet_confkd.json_files import read_description, read_folds, read_json, read_plans
 from nnunet_confkd.loading import fold_folders, load_checkpoint
 from nnunet_confkd.metrics import TOLERANCE_MM, measure_case
 from nnunet_confkd.network import has_teacher
@@ -82,8 +82,8 @@ class Model:
             raise InputError(f"{self.folder}: no {checkpoint_name} in {', '.join(without)}. If the training is not "
                              "finished, name another checkpoint (-chk checkpoint_best.pth or checkpoint_latest.pth), or other "
                              "folds (--fold).")
-        self.plans = read_json(self.folder / "plans.json")
-        self.dataset_json = read_json(self.folder / "dataset.json")
+        self.plans = read_plans(self.folder / "plans.json")
+        self.dataset_json = read_description(self.folder / "dataset.json")
         self.plans_manager = PlansManager(self.plans)
         self.label_manager = self.plans_manager.get_label_manager(self.dataset_json)
         self.configuration = load_checkpoint(self.fold_folders[0] / checkpoint_name)["init_args"]["configuration"]
@@ -132,7 +132,7 @@ class Model:
         if self.missing_data is None:
             cases = sorted(infer_dataset_class(str(self.data)).get_identifiers(str(self.data)))
             if (self.base / "splits_final.json").is_file():
-                splits = read_json(self.base / "splits_final.json")
+                splits = read_folds(self.base / "splits_final.json")
         if name == "all":
             training = validation = cases
         elif name.isdigit() and int(name) < len(splits):
@@ -156,13 +156,6 @@ class Model:
                 fold.notes.append(f"{folder.name}: {len(validation) - len(full)} validation cases are not fully labelled "
                                   "and left out.")
                 fold.validation = full
-
-
-def read_json(path: Path):
-    try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: cannot be read as JSON ({error})") from error
 
 
 class Predictor:

@@ -18,8 +18,9 @@ from nnunet_confkd import __version__
 from nnunet_confkd import report_page as page
 from nnunet_confkd.calibration import Counts, aurc, ece, overconfidence, reliability_curve, risk_coverage_curve, smallest_aurc
 from nnunet_confkd.evaluate import FOREGROUND
+from nnunet_confkd.json_files import read_json
 from nnunet_confkd.metrics import MEASURES, TOLERANCE_MM, paired_statistics, statistics
-from nnunet_confkd.report_cases import SURE, VOXELS, Findings, Fold, Model, read_json
+from nnunet_confkd.report_cases import SURE, VOXELS, Findings, Fold, Model
 from nnunet_confkd.report_pictures import Cell, Chart, box_chart, curve_charts, line_chart, save_cells, save_charts
 from nnunet_confkd.settings import Settings
 from nnunet_confkd.supervision import FULL, KINDS, PARTIAL, UNLABELLED

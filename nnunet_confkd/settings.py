@@ -9,7 +9,7 @@ import difflib
 from dataclasses import asdict, dataclass, field, fields
 from typing import get_type_hints
 
-from nnunet_confkd.errors import InputError
+from nnunet_confkd.errors import InputError, shown
 
 
 def _choice(default: str, *others: str, doc: str):
@@ -94,7 +94,7 @@ class Settings:
         merged = {}
         for block in blocks:
             if not isinstance(block, dict):
-                raise InputError(f"confkd: the block of settings must be an object of keys and values, got {block!r}")
+                raise InputError(f"confkd: the block of settings must be an object of keys and values, got {shown(block, repr)}")
             merged.update(block)
         unknown = [key for key in merged if key not in known]
         if unknown:
@@ -118,7 +118,7 @@ class Settings:
 def _check(f, value, hint) -> None:
     """Raise InputError unless `value` is of the field's type and within its range or choices."""
     def complain(allowed: str):
-        raise InputError(f"confkd: '{f.name}' must be {allowed}, got {value!r}")
+        raise InputError(f"confkd: '{f.name}' must be {allowed}, got {shown(value, repr)}")
 
     if "choices" in f.metadata:
         if value not in f.metadata["choices"]:

@@ -23,6 +23,7 @@ from nnunetv2.utilities.label_handling.label_handling import LabelManager
 from tqdm import tqdm
 
 from nnunet_confkd.errors import InputError
+from nnunet_confkd.json_files import NEEDED
 
 FULL, PARTIAL, UNLABELLED = "full", "partial", "unlabelled"
 KINDS = (FULL, PARTIAL, UNLABELLED)  # from the most to the least annotation
@@ -193,14 +194,21 @@ def split_full_cases(kinds: dict[str, str], patients: dict[str, str] | None = No
 
 
 def check_labels(dataset_json: dict) -> None:
-    """Raise InputError where the ignore label is not the highest label plus one."""
-    labels = dict(dataset_json["labels"])
-    ignore = labels.pop("ignore", None)
-    highest = max(int(v) for value in labels.values() for v in (value if isinstance(value, (list, tuple)) else [value]))
+    """Raise InputError where nnU-Net cannot use the labels, or the ignore label is not the highest label plus one."""
+    try:
+        labels = dict(dataset_json["labels"])
+        ignore = labels.pop("ignore", None)
+        highest = max(int(v) for value in labels.values() for v in (value if isinstance(value, (list, tuple)) else [value]))
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
+        raise InputError(f'dataset.json: "labels" must be {NEEDED["labels"]} ({type(error).__name__}: {error})') from error
     if ignore is not None and ignore != highest + 1:
         raise InputError(
             f"dataset.json: the ignore label is {ignore!r}, but nnU-Net needs the highest other label plus one, "
             f"{highest + 1}. Change it there and in the label files, then plan and preprocess again.")
+    try:
+        LabelManager(dataset_json["labels"], dataset_json.get("regions_class_order"))
+    except Exception as error:  # what else nnU-Net demands of them
+        raise InputError(f"dataset.json: {error}") from error
 
 
 def unreadable(folder: str | Path, case: str, error: Exception) -> InputError:

@@ -25,12 +25,13 @@ from nnunetv2.utilities.default_n_proc_DA import get_allowed_n_proc_DA
 from nnunetv2.utilities.helpers import dummy_context
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
-from nnunet_confkd import __version__
+from nnunet_confkd import __version__, loading
 from nnunet_confkd.curves import CURVES, plot_curves
 from nnunet_confkd.dataset_conversion.writer import patients_of
 from nnunet_confkd.errors import InputError, TrainingError
 from nnunet_confkd.faults import Divergence, terminable, written_whole
 from nnunet_confkd.guide import Guide, Mix
+from nnunet_confkd.json_files import read_folds
 from nnunet_confkd.losses import TERMS, ConfKDLoss, PartialSupervision, annotated_voxels, confidence
 from nnunet_confkd.network import TwoBranchUNet, unwrap
 from nnunet_confkd.settings import Settings
@@ -168,7 +169,7 @@ class ConfKDTrainer(nnUNetTrainer):
                 save_json(splits, splits_file)
             if self.is_ddp:
                 dist.barrier()  # no rank reads a file that is half written
-            num_splits = len(load_json(splits_file)) if isfile(splits_file) else 5  # nnU-Net's own
+            num_splits = len(read_folds(splits_file)) if isfile(splits_file) else 5  # nnU-Net's own
             if self.fold >= num_splits:
                 raise InputError(
                     f"fold {self.fold} was asked for, but {splits_file} has {num_splits} fold(s), 0 to {num_splits - 1}. "
@@ -469,7 +470,7 @@ class ConfKDTrainer(nnUNetTrainer):
     def load_checkpoint(self, filename_or_checkpoint) -> None:
         super().load_checkpoint(filename_or_checkpoint)
         if self._follows_average:
-            self.guide_state = torch.load(filename_or_checkpoint, map_location=self.device, weights_only=False).get("guide")
+            self.guide_state = loading.load_checkpoint(filename_or_checkpoint).get("guide")
         self._add_missing_curves()
 
     def _add_missing_curves(self) -> None:

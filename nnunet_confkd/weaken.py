@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 from functools import partial
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from nnunet_confkd.dataset_conversion import writer
 from nnunet_confkd.dataset_conversion.volumes import Picture, Volume, read
 from nnunet_confkd.dataset_conversion.writer import FULL, PARTIAL, PROCESSES, UNLABELLED, Case, Dataset
 from nnunet_confkd.errors import InputError
+from nnunet_confkd.json_files import read_description, read_folds
 from nnunet_confkd.weak_labels import STYLES, case_rng, weaken
 
 
@@ -85,7 +85,7 @@ def read_raw(folder: Path) -> tuple[dict, dict[str, tuple[list[Path], Path]]]:
     from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
 
     try:
-        described = json.loads((folder / "dataset.json").read_text(encoding="utf-8"))
+        described = read_description(folder / "dataset.json")
         cases = get_filenames_of_train_images_and_targets(str(folder), described)
         return described, {str(case): ([Path(f) for f in files["images"]], Path(files["label"])) for case, files in cases.items()}
     except (OSError, ValueError, KeyError) as error:
@@ -114,10 +114,7 @@ def _validation_of(dataset: str, patients: dict[str, str]) -> set[str] | None:
     file = writer.preprocessed_folder() / dataset / "splits_final.json"
     if not file.is_file():
         return None
-    try:
-        cases = json.loads(file.read_text(encoding="utf-8"))[0]["val"]
-    except (ValueError, LookupError, TypeError) as error:
-        raise InputError(f"{file}: is no list of folds with \"train\" and \"val\"; correct or remove it") from error
+    cases = read_folds(file)[0]["val"]
     unknown = [case for case in cases if case not in patients]
     if unknown:
         raise InputError(f"{file}: names cases that {dataset} does not have: {', '.join(unknown[:10])}")

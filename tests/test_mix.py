@@ -370,7 +370,7 @@ def test_the_same_name_in_two_folders(folders, nnunet_folders):
 
 def test_a_dataset_json_that_is_none(folders, nnunet_folders):
     (folders["full"] / "dataset.json").write_text("{")
-    _fails(folders, nnunet_folders, r"dataset\.json: is no JSON", labels=None)
+    _fails(folders, nnunet_folders, r"dataset\.json: cannot be read as JSON", labels=None)
 
 
 def test_a_link_that_leaves_the_folder(folders, nnunet_folders, tmp_path):

@@ -93,7 +93,7 @@ def test_an_ignore_label_that_is_not_the_highest_plus_one_is_refused(labels):
 
 def test_good_ignore_labels_pass():
     check_labels({"labels": {"background": 0, "a": 1}})
-    check_labels({"labels": {"background": 0, "whole": [1, 2], "core": [2], "ignore": 3}})
+    check_labels({"labels": {"background": 0, "whole": [1, 2], "core": [2], "ignore": 3}, "regions_class_order": [1, 2]})
 
 
 def test_default_folds_validate_each_full_case_once_and_train_the_others_always():
