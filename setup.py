@@ -3,6 +3,7 @@ from setuptools import setup
 
 if __name__ == "__main__":
     setup(
+        package_data={"nnunet_confkd": ["py.typed"]},
         packages=["nnunet_confkd", "nnunet_confkd.trainers", "nnunet_confkd.dataset_conversion"],
         package_dir={
             "nnunet_confkd": "nnunet_confkd",

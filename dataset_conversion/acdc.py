@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import re
+from collections.abc import Mapping
 from pathlib import Path
 
 from nnunet_confkd.dataset_conversion.volumes import Volume
@@ -72,7 +73,7 @@ def convert(source: Path, dataset_id: int, *, scribbles: Path | None = None, ful
     validating = {twin for twin in TWINS if roles.get(twin) == "validation"}
     if len(validating) == 1 and set(TWINS) <= set(roles):
         roles[validating.pop()] = "other"  # or one would train on what it validates on
-    labels = LABELS
+    labels: Mapping[str, int | list[int]] = LABELS
     if scribbles is not None:
         labels = with_ignore(LABELS)
         training = [case if roles[patient[case.name]] != "other" else _scribbled(case, Path(scribbles), problems)

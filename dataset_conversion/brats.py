@@ -96,7 +96,7 @@ def convert(source: Path, dataset_id: int, *, convention: str | None = None, tes
             if absent:
                 problems.append(f"{folder}: has no {', '.join(absent)}, which other cases have")
             elif channels:
-                yield Case(folder.name, tuple(Volume(found[channel]) for channel in channels), seg and Volume(seg),
+                yield Case(folder.name, tuple(Volume(found[channel]) for channel in channels), Volume(seg) if seg else None,
                            values=rules.values)
 
     cases, test_cases = list(complete(training)), list(complete(tests))

@@ -60,7 +60,7 @@ def convert(source: Path, dataset_id: int, *, spacing: list[float] | None = None
         testing = any(part.lower().startswith("test") for part in file.parent.parent.relative_to(source).parts)
         label = Volume(file.with_name(LABEL)) if file.with_name(LABEL) in labels else None
         if spacing is not None:
-            image, label = (Volume(file, reader=partial(read_h5, key=key, spacing=tuple(spacing)))
+            image, label = (Volume(file, reader=partial(read_h5, key=key, spacing=(spacing[0], spacing[1], spacing[2])))
                             for key in ("image", "label"))
         else:
             image = Volume(file)

@@ -64,13 +64,14 @@ def task(source: Path, labels: list[str] | None = None, channels: list[str] | No
 
 def _described(source: Path, labels: list[str] | None, channels: list[str] | None) -> dict:
     """dataset.json, with labels as {name: value}; or what the options say."""
-    file: Path | str = source / "dataset.json"
+    file = source / "dataset.json"
+    where = str(file)  # of what is wrong
     if not file.is_file():
         if labels is None or channels is None:
             raise InputError(f"{file}: is missing; name the labels and the channels: --labels background NAME ... "
                              f"--channels MRI")
         described = {"labels": dict(enumerate(labels)), "modality": dict(enumerate(channels))}
-        file = "--labels"  # for what is wrong with them
+        where = "--labels"
     elif labels is not None or channels is not None:
         raise InputError(f"{file}: names the labels and the channels; leave out --labels and --channels, or correct "
                          f"the file")
@@ -81,14 +82,14 @@ def _described(source: Path, labels: list[str] | None, channels: list[str] | Non
         modality = {str(int(key)): str(channel) for key, channel in described["modality"].items()}
         list(described.get("training", []))  # raises, too
     except (ValueError, KeyError, AttributeError, TypeError) as error:
-        raise InputError(f"{file}: is no description of a task: \"labels\" and \"modality\" must be objects like "
+        raise InputError(f"{where}: is no description of a task: \"labels\" and \"modality\" must be objects like "
                          f'{{"0": "background", "1": "liver"}}, "training" a list ({type(error).__name__}: '
                          f"{error})") from error
     if sorted(named.values()) != list(range(len(described["labels"]))) or len(named) < 2 or named.get("background") != 0:
-        raise InputError(f"{file}: the labels must be 0, 1, 2, ... with a name of its own each, \"background\" the first, "
+        raise InputError(f"{where}: the labels must be 0, 1, 2, ... with a name of its own each, \"background\" the first, "
                          f"not {described['labels']}")
     if sorted(map(int, modality)) != list(range(len(described["modality"]))) or not modality:
-        raise InputError(f"{file}: the modalities must be numbered 0, 1, ..., not {described['modality']}")
+        raise InputError(f"{where}: the modalities must be numbered 0, 1, ..., not {described['modality']}")
     return {**described, "labels": named, "modality": modality}
 
 

@@ -55,7 +55,7 @@ def convert(source: Path, dataset_id: int, *, name: str = "PROMISE12", seed: int
         problems += absent
         if not absent:
             case = f"{image.parent.name}_{image.stem}" if testing else image.stem
-            (test if testing else training).append(Case(case, (Volume(image),), label and Volume(label)))
+            (test if testing else training).append(Case(case, (Volume(image),), Volume(label) if label else None))
     if not training and not problems:
         raise InputError(f"{source}: holds no training case (Case00.mhd and Case00_segmentation.mhd)")
     roles = choose_patients([case.name for case in training], seed)

@@ -9,7 +9,7 @@ import shutil
 import signal
 import socket
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
@@ -64,7 +64,7 @@ class Dataset:
     """
     name: str
     channel_names: list[str]
-    labels: dict[str, int | list[int]]
+    labels: Mapping[str, int | list[int]]
     file_ending: str
     training: list[Case]
     validation: list[str] = field(default_factory=list)
@@ -94,7 +94,7 @@ def patients_of(cases: Iterable[str], pattern: str | None) -> dict[str, str]:
         matches = {case: re.match(pattern, case) for case in cases}
     except re.error as error:
         raise InputError(f"the patient pattern {pattern!r} is no regular expression: {error}") from error
-    patients = {case: match and (match[1] if match.re.groups else match[0]) for case, match in matches.items()}
+    patients = {case: (match[1] if match.re.groups else match[0]) if match else None for case, match in matches.items()}
     without = [case for case, patient in patients.items() if not patient]
     if without:
         raise InputError(f"the patient pattern {pattern!r} does not match these cases; correct it: {_some(without)}")
@@ -142,12 +142,12 @@ def _is_number(full: list[str]) -> bool:
 
 # ---- labels ---------------------------------------------------------------------------------------------------------
 
-def label_values(labels: dict[str, int | list[int]]) -> set[int]:
+def label_values(labels: Mapping[str, int | list[int]]) -> set[int]:
     """All the integers in dataset.json's labels, regions taken apart."""
     return {int(v) for value in labels.values() for v in (value if isinstance(value, (list, tuple)) else [value])}
 
 
-def with_ignore(labels: dict[str, int | list[int]]) -> dict[str, int | list[int]]:
+def with_ignore(labels: Mapping[str, int | list[int]]) -> dict[str, int | list[int]]:
     """The labels with "ignore", where nnU-Net wants it: one above the highest. Raises InputError where it is elsewhere."""
     wanted = max(label_values({name: value for name, value in labels.items() if name != "ignore"})) + 1
     if labels.get("ignore", wanted) != wanted:
@@ -311,8 +311,8 @@ def _write_label(case: Case, target: Path, grid: Geometry | None, dataset: Datas
     problems = _grid_problems(file, picture.geometry, case, grid)
     found = np.unique(label)
     whole = np.isfinite(found) & (found == np.rint(found))
-    fractions, found = found[~whole], [int(value) for value in found[whole]]
-    strange = [value for value in found if value not in allowed]
+    fractions, values = found[~whole], [int(value) for value in found[whole]]
+    strange = [value for value in values if value not in allowed]
     if len(fractions):
         problems.append(f"{file}: holds values that are no integers: {_some(fractions)}; correct the label")
     if strange:

@@ -192,7 +192,7 @@ def _examine(files: Files, values: list[int]) -> Found:
         if found.channels is not None:
             found.channels += len(voxels)
         digest.update(f"{voxels.shape}".encode())
-        digest.update(voxels)
+        digest.update(voxels.data)
     if found.channels and not constant:
         found.digest = digest.hexdigest()
     if files.label is not None:

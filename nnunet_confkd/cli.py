@@ -74,10 +74,10 @@ def predict(argv: list[str]) -> None:
     from nnunet_confkd.network import BRANCHES, predicting
 
     make_findable()
-    own = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    own.add_argument("--branch", choices=BRANCHES, default="student")
-    own.add_argument("--save-entropy", action="store_true")
-    own, argv = own.parse_known_args(argv)
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--branch", choices=BRANCHES, default="student")
+    parser.add_argument("--save-entropy", action="store_true")
+    own, argv = parser.parse_known_args(argv)
     if _wants_help(argv):
         print("confkd predict: nnUNetv2_predict (with -m FOLDER: nnUNetv2_predict_from_modelfolder) with the ConfKD trainers\n"
               "in reach, and two flags more:\n  --branch {student,teacher,mean}  which branch predicts (default: student; "

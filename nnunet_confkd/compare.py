@@ -6,6 +6,7 @@ import json
 import math
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -73,7 +74,7 @@ def compare_models(models: list[str | Path], tolerance_mm: float = TOLERANCE_MM,
     Raises InputError where a model cannot be read, or two do not segment the same classes.
     """
     names = _short_names([Path(model) for model in models])
-    rows = []
+    rows: list[dict[str, Any]] = []
     for name, model in zip(names, models):
         for branch, cases in validation_of(model, tolerance_mm, processes).items():
             classes = list(next(iter(cases.values())))

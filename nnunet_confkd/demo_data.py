@@ -75,6 +75,6 @@ def _read(source: Path, name: str) -> Dataset:
     return msd.task(source, labels, channels, name)
 
 
-def _kind(case: Case, ignore_label: int) -> str:
+def _kind(case: Case, ignore_label) -> str:
     ignored = np.asarray(case.label.read().voxels == ignore_label)
     return UNLABELLED if ignored.all() else PARTIAL if ignored.any() else FULL

@@ -10,6 +10,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -70,7 +71,7 @@ class Evaluation:
         """As nnU-Net's evaluation writes it: `nnunetv2.evaluation.evaluate_predictions.save_summary_json`."""
         def keyed(of: dict) -> dict:
             return {labels[0] if len(labels) == 1 else tuple(labels): of[name] for name, labels in self.classes.items()}
-        per_case = [{"reference_file": str(truth), "prediction_file": str(prediction), "metrics": keyed(
+        per_case: list[dict[str, Any]] = [{"reference_file": str(truth), "prediction_file": str(prediction), "metrics": keyed(
             {name: {**self.counts[case][name], "Dice": m["Dice"], "IoU": m["IoU"]} for name, m in self.cases[case].items()})}
             for case, (truth, prediction) in self.files.items()]
         keys = list(per_case[0]["metrics"])
@@ -150,8 +151,8 @@ def _evaluate(task: Task) -> Found:
         found.measures = measure_case(truth, prediction, task.classes, geometry.spacing[::-1][-truth.ndim:], task.ignore_label,
                                       task.tolerance_mm)
         if not found.has_spacing:
-            for of in found.measures.values():
-                of |= dict.fromkeys(("HD95_mm", "ASSD_mm", "NSD", "volume_difference_ml"), math.nan)
+            for measured in found.measures.values():
+                measured |= dict.fromkeys(("HD95_mm", "ASSD_mm", "NSD", "volume_difference_ml"), math.nan)
         known = np.ones(truth.shape, bool) if task.ignore_label is None else truth != task.ignore_label
         found.counts = {}
         for name, of in task.classes.items():
@@ -180,6 +181,7 @@ def evaluate_folders(truth: str | Path, prediction: str | Path, *, dataset: int 
         raise InputError(f"the tolerance must be a number of mm from 0, not {tolerance_mm!r}")
     files = _pairs(truth, prediction, subset)
     known = None
+    classes: dict[str, tuple[int, ...]]
     if dataset is not None:
         classes, ignore_label = _classes_of(dataset)
         known = frozenset({0, *(label for of in classes.values() for label in of)})
@@ -201,7 +203,7 @@ def evaluate_folders(truth: str | Path, prediction: str | Path, *, dataset: int 
 
 
 def _run(files: dict, classes, ignore_label, tolerance_mm, known, processes: int, text: str) -> dict[str, Found]:
-    tasks = [(Task(*pair, classes, ignore_label, tolerance_mm, known),) for pair in files.values()]
+    tasks = [(Task(truth, prediction, classes, ignore_label, tolerance_mm, known),) for truth, prediction in files.values()]
     found = dict(zip(files, parallel(_evaluate, tasks, processes, text)))
     if problems := [problem for of in found.values() for problem in of.problems]:
         raise InputError("nothing was evaluated:\n  " + "\n  ".join(problems))
@@ -272,12 +274,12 @@ def compare(ours: Evaluation, theirs: Evaluation) -> dict[str, dict[str, dict[st
     if set(ours.cases) != set(theirs.cases):
         differing = sorted(set(ours.cases) ^ set(theirs.cases))
         raise InputError(f"{ours.prediction} and {theirs.prediction} do not hold the same cases: {', '.join(differing)}")
-    found = {}
+    found: dict[str, dict[str, Any]] = {}
     for name in ours._rows():
         found[name] = {}
         for measure in MEASURES:
             pair = [dict(zip(of.cases, of.values(name, measure))) for of in (ours, theirs)]
-            a, b = ([of[case] for case in ours.cases] for of in pair)
+            a, b = (np.array([of[case] for case in ours.cases]) for of in pair)
             if measure not in HIGHER_IS_BETTER:
                 a, b = np.abs(a), np.abs(b)
             found[name][measure] = paired_statistics(a, b)

@@ -17,7 +17,7 @@ from nnunet_confkd.network import add_teacher, has_teacher
 # What nnU-Net's checkpoints hold beside tensors, numbers and text: single NumPy numbers, in the curves. NumPy 1 and 2 name their
 # maker differently, in files of either.
 _SCALAR = np.float64(0).__reduce__()[0]
-_NUMPY = [(_SCALAR, "numpy.core.multiarray.scalar"), (_SCALAR, "numpy._core.multiarray.scalar"), np.dtype,
+_NUMPY: list = [(_SCALAR, "numpy.core.multiarray.scalar"), (_SCALAR, "numpy._core.multiarray.scalar"), np.dtype,
           *(type(np.dtype(kind)) for kind in ("float16", "float32", "float64", "int32", "int64", "uint8", "bool"))]
 
 

@@ -19,8 +19,8 @@ Entropy and KL are in nats and are computed in float32, inside autocast too.
 """
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -155,7 +155,7 @@ class PartialSupervision(nn.Module):
     Returns a scalar; zero, with a graph, where no voxel is annotated.
     """
 
-    def __init__(self, loss: Callable[[Tensor, Tensor], Tensor], ignore_label: int | None, regions: bool = False,
+    def __init__(self, loss: Any, ignore_label: int | None, regions: bool = False,
                  ddp: bool = False):
         super().__init__()
         self.loss, self.ignore_label, self.regions, self.ddp = loss, ignore_label, regions, ddp
@@ -291,7 +291,7 @@ class ConfKDLoss(nn.Module):
                              f"for {len(self.resolution_weights)} resolution weights")
         weights = self.weights | {"kl": self.weights["kl"] * kl_ramp, "entropy": self.weights["entropy"] * entropy_ramp}
         kinds = self._kinds(student[0].shape[0], num_full, student[0].device)
-        total = 0.0
+        total: Any = 0.0
         sums = {term: _zero_with_graph(student[0]) for term in TERMS}
         for i, resolution_weight in enumerate(self.resolution_weights):
             if resolution_weight == 0:

@@ -7,7 +7,7 @@ Sources: L. Maier-Hein et al., "Metrics reloaded", Nature Methods 2024; S. Nikol
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
@@ -52,10 +52,11 @@ def surface_distances(truth: np.ndarray, prediction: np.ndarray, spacing: Sequen
     box = tuple(slice(min(where), max(where) + 1) for where in np.nonzero(truth | prediction))
     # a rim of background: what touches the image's border has its surface there
     edges = get_mask_edges(*(np.pad(mask[box], 1) for mask in (prediction, truth)), crop=False)
-    return tuple(np.asarray(get_surface_distance(a, b, spacing=spacing), np.float64) for a, b in (edges, edges[::-1]))
+    there, back = (np.asarray(get_surface_distance(a, b, spacing=spacing), np.float64) for a, b in (edges, edges[::-1]))
+    return there, back
 
 
-def measure_case(truth: np.ndarray, prediction: np.ndarray, classes: dict[str, Sequence[int]], spacing: Sequence[float],
+def measure_case(truth: np.ndarray, prediction: np.ndarray, classes: Mapping[str, Sequence[int]], spacing: Sequence[float],
                  ignore_label: int | None = None, tolerance_mm: float = TOLERANCE_MM) -> dict[str, dict[str, float]]:
     """{class: measures} of two label maps, (Z, Y, X) or (Y, X).
 
@@ -85,10 +86,11 @@ def bootstrap_interval(values: np.ndarray, draws: int = DRAWS, seed: int = 0) ->
         columns = rng.integers(values.shape[-1], size=(1000, 1, values.shape[-1]))
         rows = rng.integers(len(values), size=(1000, len(values), 1)) if values.ndim > 1 else 0
         means.append(np.nanmean(np.atleast_2d(values)[rows, columns], (1, 2)))
-    return tuple(float(bound) for bound in np.nanpercentile(np.concatenate(means), (2.5, 97.5)))
+    low, high = np.nanpercentile(np.concatenate(means), (2.5, 97.5))
+    return float(low), float(high)
 
 
-def paired_statistics(ours: Sequence[float], theirs: Sequence[float]) -> dict[str, float | int]:
+def paired_statistics(ours: Sequence[float] | np.ndarray, theirs: Sequence[float] | np.ndarray) -> dict[str, float | int]:
     """Of the differences ours - theirs, case by case: mean, interval (as `statistics`), n, and Wilcoxon's two-sided p of the signed ranks.
 
     A case in which either is NaN is left out. p is 1 where all differences are zero, NaN without a case.

@@ -49,7 +49,11 @@ class TwoBranchUNet(nn.Module):
     Raises InputError, naming the architecture, for any other network.
     """
 
-    def __init__(self, unet: nn.Module):
+    encoder: nn.Module
+    decoder: nn.Module
+    teacher_decoder: nn.Module
+
+    def __init__(self, unet):
         super().__init__()
         children = dict(unet.named_children())
         if set(children) != {"encoder", "decoder"} or not hasattr(unet.decoder, "deep_supervision"):
@@ -71,8 +75,8 @@ class TwoBranchUNet(nn.Module):
         self.branch = _predicted_branch.get()
 
     def set_deep_supervision(self, enabled: bool) -> None:
-        self.decoder.deep_supervision = enabled
-        self.teacher_decoder.deep_supervision = enabled
+        for decoder in (self.decoder, self.teacher_decoder):
+            decoder.deep_supervision = enabled  # type: ignore[assignment]  # nn.Module says that all it holds are tensors or modules
 
     def forward(self, x: Tensor, num_teacher: int | None = None):
         """Without `num_teacher`: what a stock network returns, of the branch that predicts (`self.branch`: the

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import nnunetv2
 import numpy as np
@@ -199,7 +200,7 @@ def read_raw_labels(name: str, described: dict) -> RawLabels:
         raise InputError(f"{folder}: the training cases cannot be read ({error}); confkd check tells more") from error
     values = [*map(int, manager.all_labels), int(manager.ignore_label)]
 
-    def count(case: str) -> dict[int, int] | str:
+    def count(case: str) -> Any:  # its counts, or what is wrong
         file = cases[case]["label"]
         try:
             seg = reader().read_seg(file)[0]

@@ -53,17 +53,17 @@ def report(model: str | Path, folds: list[str] | None = None, predictions: Path 
     Raises InputError: no such model, fold or checkpoint; predictions that do not match; an output folder that cannot be
         written or holds other files.
     """
-    model = Model(model, folds, checkpoint)
-    output = model.folder / "report" if output is None else Path(output)
+    trained_model = Model(model, folds, checkpoint)
+    output = trained_model.folder / "report" if output is None else Path(output)
     with replaced_folder(output) as folder, tempfile.TemporaryDirectory(prefix="confkd_report_") as slices:
-        trained = [model.read_fold(path) for path in model.fold_folders]
+        trained = [trained_model.read_fold(path) for path in trained_model.fold_folders]
         found = None
-        if model.missing_data is None and any(fold.validation for fold in trained):
-            found = Findings(model, trained, predictions, Path(slices), device)
+        if trained_model.missing_data is None and any(fold.validation for fold in trained):
+            found = Findings(trained_model, trained, predictions, Path(slices), device)
         elif predictions is not None:
             raise InputError(f"{predictions}: cannot be compared with anything: the model's validation data are missing "
-                             f"({model.missing_data or 'nobody knows which cases they are'})")
-        write(folder, model, trained, found)
+                             f"({trained_model.missing_data or 'nobody knows which cases they are'})")
+        write(folder, trained_model, trained, found)
     return output / PAGE
 
 

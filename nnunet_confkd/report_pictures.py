@@ -133,7 +133,7 @@ def _curve_drawing(folds: dict[str, dict[str, list]], lines: dict[str, str], uni
             _legend(axis, {kind: names.get(label, label) for label, kind in kinds.items()})
         axis.set_xlabel("epoch")
         axis.set_ylabel(unit)
-        axis.xaxis.get_major_locator().set_params(integer=True)
+        axis.xaxis.get_major_locator().set_params(integer=True)  # type: ignore[call-arg]  # of the default locator
     return draw
 
 
@@ -299,6 +299,6 @@ def save_cells(title: str, cells: list[Cell], path: Path) -> None:
         figure.legend(handles=[Line2D([], [], color=colour, linestyle=dashes, linewidth=2.5, label=_short(name))
                                for name, (colour, dashes) in styles.items()], loc="outside lower center", ncols=6)
         figure.suptitle(title, x=0.01, ha="left", fontsize=10.5, fontweight="bold")
-        figure.get_layout_engine().set(h_pad=0.1)
+        figure.get_layout_engine().set(h_pad=0.1)  # type: ignore[call-arg]  # of the constrained layout
         figure.savefig(path, dpi=100)
         plt.close(figure)

@@ -10,6 +10,7 @@ from dataclasses import fields
 from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -117,7 +118,7 @@ def _measures(folder: Path, model: Model, found: Findings) -> str:
     rows = []
     for cls in means["student"]:
         for branch, name in found.names.items():
-            row = [_of_branch(cls, branch, name)]
+            row: list = [_of_branch(cls, branch, name)]
             for measure, digits in MEASURES.items():
                 m = means[branch][cls][measure]
                 bounds = f"{_number(m['ci_low'], digits)} to {_number(m['ci_high'], digits)}, "
@@ -186,7 +187,7 @@ def _case_rows(folder: Path, model: Model, found: Findings, rows: dict[str, str]
 
 
 def _cells(model: Model, found: Findings, name: str, content: dict[str, np.ndarray], weak: bool) -> list[Cell]:
-    options = {"image": content["image"], "aspect": float(content["aspect"])}
+    options: dict[str, Any] = {"image": content["image"], "aspect": float(content["aspect"])}
     where = f"of {name}, slice {int(content['index']) + 1}"
     ignore, student = model.label_manager.ignore_label, found.names["student"]
 
@@ -264,7 +265,7 @@ def _calibration_in_words(found: Findings, names: dict[str, str], counts: dict[s
     """What the figures say, and no more."""
     sentences, parts = [], []
     if len(names) > 1:
-        low, high = ece_difference(*(found.case_counts[branch]["in question"] for branch in ("student", "teacher")))
+        low, high = ece_difference(found.case_counts["student"]["in question"], found.case_counts["teacher"]["in question"])
         verdict = ("The student is less well calibrated than its teacher" if low > 0 else
                    "The student is better calibrated than its teacher" if high < 0 else
                    "The figures do not tell which branch is better calibrated")

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import difflib
 from dataclasses import asdict, dataclass, field, fields
-from typing import get_type_hints
+from typing import Any, get_type_hints
 
 from nnunet_confkd.errors import InputError, shown
 
@@ -144,7 +144,8 @@ def settings_table() -> str:
             allowed = "{:g} to {:g}".format(*f.metadata["range"])
         else:
             allowed = "`true`, `false`"
-        default = {True: "true", False: "false", None: "null"}.get(f.default, f.default) if not isinstance(
+        spelled: dict[Any, str] = {True: "true", False: "false", None: "null"}
+        default = spelled.get(f.default, f.default) if not isinstance(
             f.default, (int, float)) or isinstance(f.default, bool) else f"{f.default:g}"
         rows.append(f"| `{f.name}` | {default} | {allowed} | {f.metadata['doc'].replace('|', chr(92) + '|')} |")
     return "\n".join(rows)

@@ -197,8 +197,8 @@ def _smooth_noise(rng: np.random.Generator, shape: tuple[int, ...], spacing: tup
 
 def _wobble(rng: np.random.Generator, angle: np.ndarray, amplitude: float) -> np.ndarray:
     """A factor about 1, periodic in the angle: an irregular disc's contour; within 1 +- 1.1 amplitude."""
-    return 1 + amplitude * sum(rng.uniform(0.3, 1) / k * np.cos(k * angle + rng.uniform(0, 2 * np.pi))
-                               for k in (2, 3, 4))
+    return 1 + amplitude * np.sum([rng.uniform(0.3, 1) / k * np.cos(k * angle + rng.uniform(0, 2 * np.pi))
+                                   for k in (2, 3, 4)], axis=0)
 
 
 def _write(file: Path, array: np.ndarray, spacing: tuple[float, ...]) -> None:

@@ -106,8 +106,8 @@ class ConfKDTrainer(nnUNetTrainer):
 
     def set_deep_supervision_enabled(self, enabled: bool):
         super().set_deep_supervision_enabled(enabled)
-        if self.two_branches:
-            unwrap(self.network).set_deep_supervision(enabled)
+        if isinstance(network := unwrap(self.network), TwoBranchUNet):
+            network.set_deep_supervision(enabled)
 
     def _build_loss(self):
         stock, resolution_weights = super()._build_loss(), (1.0,)

@@ -220,8 +220,8 @@ class EntropyPredictor(ExportingPredictor):
 
 def _score_file(output: str) -> Path:
     """output: of nnU-Net's prediction, without its ending."""
-    output = Path(output)
-    return output.parent / FOLDER / SCORES / f"{output.name}.json"
+    file = Path(output)
+    return file.parent / FOLDER / SCORES / f"{file.name}.json"
 
 
 def _export_with_entropy(logits, properties, configuration_manager, plans_manager, dataset_json, output, *args, branch=None,

@@ -7,7 +7,8 @@ its true class.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Literal
 
 import numpy as np
 from scipy import ndimage
@@ -16,6 +17,7 @@ from skimage.measure import find_contours
 
 from nnunet_confkd.errors import InputError
 
+Mode = Literal["wrap", "clip"]  # of np.take
 STYLES = ("erosion", "points", "scribbles", "slices", "box", "none")
 DIMENSIONS = ("2d", "3d")
 BACKGROUND = 0
@@ -53,13 +55,14 @@ def weaken(label: np.ndarray, style: str, ignore_label: int, rng: np.random.Gene
     settings out of range and for those that exclude each other.
     """
     _check(label, style, ignore_label, fraction, dimension, slice_axis, spacing, background, radius)
-    annotate = {
+    styles: dict[str, Callable[[np.ndarray], np.ndarray]] = {
         "erosion": lambda part: erosion(part, ignore_label),
         "points": lambda part: points(part, ignore_label, rng, radius=radius),
         "scribbles": lambda part: scribbles(part, ignore_label, rng),
         "slices": np.copy,
         "box": lambda part: box(part, ignore_label),
-        "none": lambda part: nothing(part, ignore_label)}[style]
+        "none": lambda part: nothing(part, ignore_label)}
+    annotate = styles[style]
     if dimension == "3d":
         weak = annotate(label)
     else:
@@ -242,10 +245,10 @@ def _border_line(component: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     return line.take(np.arange(first, first + length), axis=0, mode=mode)
 
 
-def _outlines(mask: np.ndarray) -> list[tuple[np.ndarray, str]]:
+def _outlines(mask: np.ndarray) -> list[tuple[np.ndarray, Mode]]:
     """Outlines of a mask, each (N, 2) points in order, N of the size of its length in pixels, and how np.take goes
     beyond its ends: "wrap" where it is closed, "clip" where it ends at the border of the array."""
-    outlines = []
+    outlines: list[tuple[np.ndarray, Mode]] = []
     # padded: the smallest array that find_contours takes is 2x2; a level above 1/2 lies nearer to the pixel inside
     for line in find_contours(np.pad(mask, 1, mode="edge").astype(float), 0.75, fully_connected="high"):
         closed = (line[0] == line[-1]).all()
@@ -254,7 +257,7 @@ def _outlines(mask: np.ndarray) -> list[tuple[np.ndarray, str]]:
     return outlines
 
 
-def _turning(line: np.ndarray, mode: str) -> np.ndarray:
+def _turning(line: np.ndarray, mode: Mode) -> np.ndarray:
     """By what angle (rad) an outline turns at each of its points: between the chords to the points five before and
     after, fewer on short ones. 0 at an open end."""
     step = min(5, (len(line) + 3) // 4)

@@ -94,7 +94,8 @@ def test_the_wheel_holds_one_top_level_name_and_its_trainers_are_found(tmp_path)
         z.extractall(tmp_path / "site")
         names = {name.split("/")[0] for name in z.namelist()}
     assert {n for n in names if not n.endswith(".dist-info")} == {"nnunet_confkd"}
-    assert (tmp_path / "site" / "nnunet_confkd" / "dataset_conversion" / "__init__.py").is_file()
+    for name in ("dataset_conversion/__init__.py", "trainers/__init__.py", "py.typed"):
+        assert (tmp_path / "site" / "nnunet_confkd" / name).is_file()
     # -P: not the checkout; the extracted wheel comes before the editable install
     code = f"import sys; sys.path.insert(0, {str(tmp_path / 'site')!r})\n" \
            "from nnunet_confkd.discovery import make_findable, trainer_dir\n" \
