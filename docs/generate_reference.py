@@ -44,6 +44,11 @@ def _cell(text: str) -> str:
     return text.replace("|", "\\|").replace("\n", " ").replace("<", "&lt;")
 
 
+def _code(text: str) -> str:
+    """A bar within code in a table is read in different ways by GitHub and by the site; as an entity it is not."""
+    return f"<code>{text.replace('|', '&#124;')}</code>" if "|" in text else f"`{text}`"
+
+
 def _value(action: argparse.Action) -> str:
     """What stands after an option: FOLDER, {a,b}, N [N ...]."""
     if action.nargs == 0:
@@ -74,8 +79,8 @@ def options_table(parser: argparse.ArgumentParser) -> str:
     for action in parser._actions:
         if isinstance(action, (argparse._HelpAction, argparse._SubParsersAction)):
             continue
-        name = ", ".join(f"`{option}{_value(action)}`" for option in action.option_strings) or f"`{_value(action).strip()}`"
-        rows.append(f"| {_cell(name)} | {_meaning(action, exclusive)} |")
+        name = ", ".join(_code(option + _value(action)) for option in action.option_strings) or _code(_value(action).strip())
+        rows.append(f"| {name} | {_meaning(action, exclusive)} |")
     return "\n".join(rows) + "\n"
 
 

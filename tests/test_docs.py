@@ -19,6 +19,8 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from nnunetv2.experiment_planning.dataset_fingerprint.fingerprint_extractor import DatasetFingerprintExtractor
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 import nnunet_confkd
 from nnunet_confkd import cli
@@ -291,13 +293,15 @@ def test_the_tutorial_up_to_the_training(tmp_path, monkeypatch, capsys):
     assert cli.main(shlex.split(check)[1:] + ["--processes", "1"]) == 0
     out = capsys.readouterr().out
     assert all(line in out for line in seen[1].splitlines() if line != "...")
-    # in threads: processes take longer to start than the work takes
+    # in threads, with fewer samples of intensities: processes take longer to start than the work takes
+    monkeypatch.setattr("nnunetv2.utilities.utils.Pool", ThreadPool)
+    monkeypatch.setattr(DatasetFingerprintExtractor, "num_foreground_voxels_for_intensitystats",
+                        property(lambda self: 1e6, lambda self, value: None), raising=False)
     monkeypatch.setattr(multiprocessing, "get_context", lambda method: SimpleNamespace(Pool=ThreadPool))
     assert cli.main(shlex.split(plan)[1:] + ["-npfp", "1", "-np", "1", "--no_pbar"]) == 0
     out = capsys.readouterr().out
     assert all(line in out for line in seen[2].splitlines() if line != "...")
     exec(second, {})
-    from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
     small = PlansManager(str(tmp_path / "preprocessed/Dataset027_Hearts/nnUNetPlans.json")).get_configuration("2d_small")
     assert small.configuration["confkd"] == {"epochs": 12, "iterations_per_epoch": 90, "seed": 0} and small.data_identifier == "nnUNetPlans_2d"
     assert len(list((tmp_path / "preprocessed/Dataset027_Hearts/nnUNetPlans_2d").glob("*.b2nd"))) == 2 * 26
