@@ -271,6 +271,7 @@ def test_make_would_install_and_run_the_demo(tmp_path):
     assert said.returncode == 0 and "pip install -e ." in said.stdout and said.stdout.rstrip().endswith("bin/confkd demo")
 
 
+@pytest.mark.skipif(os.name == "nt", reason="the commands are of a Unix shell")
 def test_the_tutorial_up_to_the_training(tmp_path, monkeypatch, capsys):
     """Its own snippets and commands, in its order, with what it says is seen; the trainings are other tests'."""
     monkeypatch.chdir(tmp_path)
