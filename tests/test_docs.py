@@ -330,6 +330,6 @@ def test_the_sdist_holds_the_package_and_neither_tests_nor_data(tmp_path):
     assert folders == {"nnunet_confkd", "trainers", "dataset_conversion", "nnunet_confkd.egg-info"}
     assert {"README.md", "CHANGELOG.md", "CITATION.cff", "LICENSE", "pyproject.toml", "setup.py"} <= names
     ours = {name for name in names if not name.startswith("nnunet_confkd.egg-info")}
-    assert {Path(name).suffix for name in ours if "/" in name} <= {".py", ""}
+    assert {Path(name).suffix for name in ours if "/" in name} <= {".py", ".typed", ""}
     for folder in ("nnunet_confkd", "trainers", "dataset_conversion"):
         assert {f"{folder}/{file.name}" for file in (ROOT / folder).glob("*.py")} <= names
