@@ -337,7 +337,9 @@ class Batch:
 def test_annotated_voxels_are_those_that_do_not_carry_the_ignore_label():
     labels = torch.tensor([0, 2, IGNORE, 1]).reshape(1, 1, 2, 2)
     assert annotated_voxels(labels, IGNORE).flatten().tolist() == [True, True, False, True]
-    assert annotated_voxels(labels, None).all()
+    everything = annotated_voxels(labels, None)
+    assert everything.all() and everything.dtype is torch.bool and everything.shape == labels.shape
+    assert annotated_voxels(torch.zeros(2, 3, 4, 5), None, regions=True).shape == (2, 1, 4, 5)
     one_hot = torch.tensor([[1, 0], [0, 0], [0, 1]]).reshape(1, 3, 1, 2)  # two regions, then the ignore mask
     for target in (one_hot.bool(), one_hot.float()):
         mask = annotated_voxels(target, IGNORE, regions=True)
@@ -605,6 +607,50 @@ def test_the_options_of_the_kl_reach_the_distillation(regions):
                                          kl_options=options))
     expected = distillation(batch.teacher[0][:NUM_FULL], batch.student[0][:NUM_FULL], regions=regions, **options)
     assert terms["kl"].item() == pytest.approx(expected.mean().item())
+
+
+@each_head
+def test_the_entropy_is_that_of_the_heads(regions):
+    batch = Batch(regions=regions)
+    _, terms = batch.evaluate(ConfKDLoss(supervised(regions=regions), weights_of(entropy=1.0), regions=regions))
+    assert terms["entropy"].item() == pytest.approx(entropy(batch.student[0][NUM_FULL:], regions).mean().item())
+
+
+def test_the_kl_follows_a_guide_where_there_is_one():
+    batch = Batch()
+    guide = random_logits(NUM_IMAGES - NUM_FULL, CHANNELS, *batch.target[0].shape[2:], seed=30, dtype=torch.float32)
+    loss = ConfKDLoss(supervised(), weights_of(kl=1.0), kl_images="partial")
+    _, terms = batch.evaluate(loss, guide=[guide])
+    assert terms["kl"].item() == pytest.approx(distillation(guide, batch.student[0][NUM_FULL:]).mean().item())
+
+
+def test_a_resolution_of_weight_zero_does_not_end_the_others():
+    batch = Batch()
+    weights = weights_of(student=1.0)
+    _, terms = batch.evaluate(ConfKDLoss(supervised(), weights, resolution_weights=(0.0, 1.0)))
+    _, expected = ConfKDLoss(supervised(), weights)(batch.student[1], batch.teacher[1], batch.target[1], NUM_FULL)
+    assert torch.equal(terms["student"], expected["student"])
+
+
+def test_the_loss_of_full_images_alone_is_not_halved_however_many_there_are():
+    for images in (2, 3, 4):  # as many as channels, fewer and more
+        batch = Batch(num_full=images, num_images=images)
+        loss = ConfKDLoss(supervised(), weights_of(student=1.0), student_average="separate")
+        assert batch.evaluate(loss)[1]["student"].item() == pytest.approx(stock_loss(2, False)(batch.student[0], batch.target[0]).item())
+
+
+def test_one_spatial_axis_is_enough():
+    logits = random_logits(2, 3, 7)
+    p = logits.softmax(1)
+    assert torch.allclose(entropy(logits), -(p * p.log()).sum(1))
+    assert torch.allclose(kl_divergence(logits, logits.flip(1)), (p * (p.log() - p.flip(1).log())).sum(1))
+
+
+@pytest.mark.parametrize("term", ("teacher", "kl"))
+def test_each_of_the_terms_that_need_a_teacher_asks_for_one(term):
+    batch = Batch()
+    with pytest.raises(ValueError, match="^the weights of 'teacher' and 'kl' are above 0, but no teacher's logits were given$"):
+        ConfKDLoss(supervised(), weights_of(**{term: 1.0}))(batch.student[0], None, batch.target[0], NUM_FULL)
 
 
 def test_wrong_weights_shapes_and_a_missing_teacher_are_refused():

@@ -11,6 +11,7 @@ import torch
 from batchgeneratorsv2.transforms.utils.compose import ComposeTransforms
 from batchgeneratorsv2.transforms.utils.remove_label import RemoveLabelTransform
 from nnunetv2.training.dataloading.data_loader import nnUNetDataLoader
+from nnunetv2.utilities.crossval_split import generate_crossval_split
 from nnunetv2.utilities.label_handling.label_handling import LabelManager
 
 from nnunet_confkd.errors import InputError
@@ -99,6 +100,8 @@ def test_good_ignore_labels_pass():
 def test_default_folds_validate_each_full_case_once_and_train_the_others_always():
     kinds = {f"f{i}": FULL for i in range(7)} | {"p": PARTIAL, "u": UNLABELLED}
     splits = split_full_cases(kinds)
+    nnunets = generate_crossval_split(sorted(f"f{i}" for i in range(7)), seed=12345, n_splits=5)  # its own seed: the same in every run
+    assert [split["val"] for split in splits] == [sorted(split["val"]) for split in nnunets]
     assert len(splits) == 5
     assert sorted(case for split in splits for case in split["val"]) == sorted(f"f{i}" for i in range(7))
     for split in splits:
@@ -215,6 +218,14 @@ def test_unknown_training_transforms_are_not_passed_over():
             label_padding(ComposeTransforms(steps), 3)
 
 
+def test_where_nnunet_labels_the_padding_ours_takes_its_place():
+    steps = [RemoveLabelTransform(1, 0), RemoveLabelTransform(-1, 0), RemoveLabelTransform(2, 0)]
+    transforms = ComposeTransforms(list(steps))
+    label_padding(transforms, 3)
+    assert [transforms.transforms[0], transforms.transforms[2]] == [steps[0], steps[2]]
+    assert isinstance(transforms.transforms[1], LabelPadding) and transforms.transforms[1].ignore_label == 3
+
+
 KINDS = {f"f{i}": FULL for i in range(3)} | {f"p{i}": PARTIAL for i in range(9)} | {"u": UNLABELLED}
 
 
@@ -314,7 +325,8 @@ def test_unlabelled_cases_give_random_crops_and_no_warning():
 def test_hidden_labels_are_ignored_everywhere():
     data = TrainingCases(Cases({"f": FULL, "p": PARTIAL}), ["p"], IGNORE)
     _, seg, _, properties = data.load_case("p")
-    assert (seg == IGNORE).all() and not any(len(where) for where in properties["class_locations"].values())
+    assert data.identifiers == data.dataset.identifiers != []
+    assert seg.dtype == np.int16 and (seg == IGNORE).all() and not any(len(where) for where in properties["class_locations"].values())
     _, seg, _, properties = data.load_case("f")
     assert (seg != IGNORE).all() and len(properties["class_locations"][1]) == 1
 
