@@ -153,6 +153,8 @@ def with_ignore(labels: Mapping[str, int | list[int]]) -> dict[str, int | list[i
     if labels.get("ignore", wanted) != wanted:
         raise InputError(f"the ignore label is {labels['ignore']}, but nnU-Net needs the highest other label plus one, "
                          f"{wanted}")
+    if wanted > np.iinfo(np.int16).max:
+        raise InputError(f"the labels go up to {wanted - 1}, and nnU-Net keeps them in 16 bits; number them from 0 on")
     return {**labels, "ignore": wanted}
 
 

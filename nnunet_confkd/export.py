@@ -34,9 +34,10 @@ def export(model: str | Path, output: str | Path | None = None, branch: str = "s
 
     model: TRAINER__PLANS__CONFIGURATION under nnUNet_results.
     output: the folder to write; must not exist.
+        Nothing of single cases goes there: no names, no segmentations of the validation.
     install: instead of `output`, place the model under nnUNet_results as nnUNetTrainer__PLANS__CONFIGURATION, PLANS
-        being the plans' name and the trainer's, and the plans beside those of the data set, for nnU-Net's commands that
-        look for them there.
+        being the plans' name and the trainer's, with the validation's segmentations, and the plans beside those of the data
+        set, for nnU-Net's commands that look for them there.
     Returns the folder. Where the model came from is told in `confkd_export.json` in it.
 
     Raises InputError: no such model, a checkpoint without a teacher, a name that is taken.
@@ -88,7 +89,10 @@ def export(model: str | Path, output: str | Path | None = None, branch: str = "s
                 stock = _stock_checkpoint(path, network, branch, stock_plans, stock_dataset_json)
                 torch.save(stock, aside / fold.name / path.name)
                 origin["checkpoints"].append(f"{fold.name}/{path.name}")
-            _copy_fold(fold, aside / fold.name, branch)
+            if (fold / "progress.png").is_file():
+                shutil.copyfile(fold / "progress.png", aside / fold.name / "progress.png")
+            if install:
+                _copy_cases(fold, aside / fold.name, branch)
         _write_json(stock_plans, aside / "plans.json")
         _write_json(stock_dataset_json, aside / "dataset.json")
         _write_json(origin, aside / ORIGIN_FILE)
@@ -173,11 +177,10 @@ def _stock_optimizer(state: dict | None, num_parameters: int, branch: str) -> di
                              for group in state["param_groups"]]}
 
 
-def _copy_fold(source: Path, target: Path, branch: str) -> None:
-    """What nnU-Net's commands read of a fold beside its checkpoints."""
-    for name in ("debug.json", "progress.png"):
-        if (source / name).is_file():
-            shutil.copyfile(source / name, target / name)
+def _copy_cases(source: Path, target: Path, branch: str) -> None:
+    """What nnU-Net's commands read beside the checkpoints, and what is not for others: names and segmentations of cases, paths."""
+    if (source / "debug.json").is_file():
+        shutil.copyfile(source / "debug.json", target / "debug.json")
     validation = source / VALIDATION_FOLDERS[branch]
     if validation.is_dir():
         shutil.copytree(validation, target / "validation")

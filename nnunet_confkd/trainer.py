@@ -72,6 +72,8 @@ class ConfKDTrainer(nnUNetTrainer):
         configuration_dict = PlansManager(plans).get_configuration(configuration).configuration
         self.settings = Settings.from_blocks(configuration_dict.get("confkd", {}), self.fixed_settings)
         check_labels(dataset_json)
+        if "file_ending" not in dataset_json:
+            raise InputError('dataset.json: lacks "file_ending"')
         _check_plans_belong(plans, dataset_json)
         super().__init__(plans, configuration, fold, dataset_json, device)
         if self.settings.epochs is not None:

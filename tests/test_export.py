@@ -107,6 +107,15 @@ def test_nothing_in_the_exported_files_needs_or_names_the_plugin(hippocampus_mod
     assert origin["declared_supervision"] == {"full": 10, "partial": 30, "unlabelled": 10}
 
 
+def test_nothing_of_single_cases_goes_to_others(hippocampus, hippocampus_model, tmp_path):
+    model = export(hippocampus_model, tmp_path / "model")
+    names = [case.encode() for cases in hippocampus.values() for case in cases]
+    assert any(names[0] in file.read_bytes() or file.name.startswith("hippocampus_") for file in hippocampus_model.rglob("*") if file.is_file())
+    for file in model.rglob("*"):
+        assert not file.name.startswith("hippocampus_")
+        assert file.is_dir() or not any(name in file.read_bytes() for name in [*names, str(tmp_path.parent).encode()]), file
+
+
 def test_stock_nnunet_continues_and_validates_an_exported_checkpoint(nnunet, hippocampus_model, tmp_path):
     """Its optimiser's state is the branch's own."""
     from nnunetv2.run.run_training import get_trainer_from_args
