@@ -305,7 +305,7 @@ class ConfKDTrainer(nnUNetTrainer):
             if self.guide is not None:
                 followed = {"full": data[:num_full], "partial": data[num_full:], "all": data}[self.settings.kl_images]
                 guide = self.guide(followed, self.label_manager.has_regions) if len(followed) else None
-            if self.settings.kl_mix and num_full < data.shape[0]:
+            if self.settings.kl_mix and guide is not None and num_full < data.shape[0]:
                 data, target, guide = self._mixed(data, target, guide, num_full)
             student, teacher = self._forward(data, num_teacher)
             loss, terms = self.loss(student, teacher, target, num_full, guide=guide, kl_ramp=self.settings.ramp("kl", progress),

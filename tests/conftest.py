@@ -39,14 +39,15 @@ def test_data() -> Path:
     return folder
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session", autouse=True)
 def one_thread():
-    """Threads that wait for each other on a busy machine make tensors this small a hundred times slower."""
+    """nnU-Net's commands set as many threads as there are cores, and leave it so."""
     import torch
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+    with pytest.MonkeyPatch.context() as patch:
+        set_num_threads = torch.set_num_threads
+        patch.setattr(torch, "set_num_threads", lambda number: set_num_threads(min(number, 1)))
+        torch.set_num_threads(1)
+        yield
 
 
 class Workspace:

@@ -15,8 +15,6 @@ from torch._dynamo.utils import counters
 from nnunet_confkd.losses import ConfKDLoss, PartialSupervision
 from nnunet_confkd.network import TwoBranchUNet
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 BATCH, CHANNELS, SIDE = 6, 3, 16
 IGNORE = CHANNELS
 

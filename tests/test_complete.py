@@ -66,7 +66,7 @@ def few(nnunet, hippocampus):
 
 
 @pytest.fixture(scope="module")
-def model(nnunet, hippocampus_model, tmp_path_factory, one_thread):
+def model(nnunet, hippocampus_model, tmp_path_factory):
     """A copy of the trained model whose branches differ more."""
     folder = tmp_path_factory.mktemp("model") / "ConfKDTrainer__nnUNetPlans__2d_export"
     shutil.copytree(hippocampus_model, folder, ignore=shutil.ignore_patterns("validation*"))
@@ -270,7 +270,7 @@ def test_stock_nnunet_plans_and_trains_on_it(nnunet, completed, monkeypatch):
     assert (nnunet.model(completed.name, "2d_tiny", "nnUNetTrainer") / "fold_0" / "checkpoint_final.pth").is_file()
 
 
-def test_regions_are_completed(nnunet, regions, one_thread):
+def test_regions_are_completed(nnunet, regions):
     nnunet.configure(regions, "3d_complete", "3d_fullres", {"seed": 1}, features=(4, 8, 8))
     model = _save(nnunet.model(regions, "3d_complete"), nnunet, regions, "3d_complete")
     source, folder = nnunet.raw(regions), complete(5, model, 65, device="cpu", processes=1)

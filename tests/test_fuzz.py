@@ -336,8 +336,6 @@ class World:
 def world(tmp_path_factory):
     world = World(tmp_path_factory.mktemp("world"))
     with pytest.MonkeyPatch.context() as patch:
-        for name in ("raw", "preprocessed", "results"):
-            patch.setenv(f"nnUNet_{name}", str(getattr(world, name)))
         patch.setattr("nnunetv2.utilities.utils.Pool", Pool)  # threads: a dozen processes every time take a second
         patch.setattr("tempfile.tempdir", str(world.folder / "output.tmp"))
         (world.folder / "output.tmp").mkdir()
@@ -345,10 +343,15 @@ def world(tmp_path_factory):
 
 
 @pytest.fixture(autouse=True)
-def as_it_was(request):
+def as_it_was(request, monkeypatch):
+    """Before every test: conftest.py sets nnU-Net's folders to the other tests' after each."""
+    if "world" in request.fixturenames:
+        world = request.getfixturevalue("world")
+        for name in ("raw", "preprocessed", "results"):
+            monkeypatch.setenv(f"nnUNet_{name}", str(getattr(world, name)))
     yield
     if "world" in request.fixturenames:
-        request.getfixturevalue("world").restore()
+        world.restore()
 
 
 # ---- dataset.json -----------------------------------------------------------------------------------------------------

@@ -28,9 +28,6 @@ each_dimension = pytest.mark.parametrize("ndim", (2, 3), ids=("2d", "3d"))
 each_head = pytest.mark.parametrize("regions", (False, True), ids=("softmax", "regions"))
 
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
-
 def random_logits(*shape: int, seed: int = 0, dtype=torch.float64) -> torch.Tensor:
     return 2 * torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
 

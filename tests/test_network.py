@@ -23,9 +23,6 @@ each_network = pytest.mark.parametrize("architecture, ndim, stages", [
 deep_or_not = pytest.mark.parametrize("deep_supervision", (True, False), ids=("deep", "flat"))
 
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
-
 def stock(architecture=PlainConvUNet, ndim: int = 2, stages: int = 3, deep_supervision: bool = True, seed: int = 0):
     """A tiny network, built and initialised as nnU-Net's get_network_from_plans does."""
     torch.manual_seed(seed)

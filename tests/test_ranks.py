@@ -22,8 +22,6 @@ from torch.nn.parallel import DistributedDataParallel
 from nnunet_confkd.losses import ConfKDLoss, PartialSupervision
 from nnunet_confkd.network import TwoBranchUNet
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 WORLD = 2
 CHANNELS = 3
 IGNORE = CHANNELS

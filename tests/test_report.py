@@ -96,7 +96,7 @@ def restrict(model: Path, validation: list[str], partial: list[str], full: list[
 
 
 @pytest.fixture(scope="module")
-def written(small, one_thread, tmp_path_factory) -> Path:
+def written(small, tmp_path_factory) -> Path:
     """Its report, by the command: the page."""
     output = tmp_path_factory.mktemp("page") / "out"
     assert cli.main(["report", "--model", str(small), "--output", str(output), "-device", "cpu"]) == 0
@@ -217,7 +217,7 @@ def test_the_curves_are_those_of_the_checkpoint(written, small):
         assert f"from {curves[key][0]:.3g} to {curves[key][-1]:.3g}" in labels
 
 
-def test_calibration_is_that_of_the_branches_predictions(written, small, hippocampus, one_thread):
+def test_calibration_is_that_of_the_branches_predictions(written, small, hippocampus):
     """Against bins counted here, from the branches' probabilities on the grid of the labels."""
     model = Model(small, None, "checkpoint_final.pth")
     predict = Predictor(model, model.fold_folders[0], ["student", "teacher"], torch.device("cpu"))
@@ -272,7 +272,7 @@ def test_the_interval_of_a_difference_of_ece():
 
 # ---- strangers' names -----------------------------------------------------------------------------------------------
 
-def test_hostile_names_of_cases_classes_and_folders_are_escaped(small, hippocampus, nnunet, tmp_path, monkeypatch, one_thread):
+def test_hostile_names_of_cases_classes_and_folders_are_escaped(small, hippocampus, nnunet, tmp_path, monkeypatch):
     source, base = nnunet.preprocessed(HIPPOCAMPUS), tmp_path / "preprocessed" / HIPPOCAMPUS
     for folder in (PLANS_2D, "gt_segmentations"):
         (base / folder).mkdir(parents=True)
@@ -312,7 +312,7 @@ def stock(small, tmp_path_factory) -> Path:
     return export(small, tmp_path_factory.mktemp("stock") / "nnUNetTrainer__plans__2d_export")
 
 
-def test_a_stock_model_is_reported_without_a_word_of_a_teacher(stock, nnunet, hippocampus, tmp_path, monkeypatch, one_thread):
+def test_a_stock_model_is_reported_without_a_word_of_a_teacher(stock, nnunet, hippocampus, tmp_path, monkeypatch):
     from nnunet_confkd import report_cases
 
     monkeypatch.setattr(report_cases, "PARTIAL_CASES", 1)
@@ -331,7 +331,7 @@ def test_a_stock_model_is_reported_without_a_word_of_a_teacher(stock, nnunet, hi
     assert "Pseudo-Dice" in page.by_section["curves"] and "KL" not in page.by_section["curves"]
 
 
-def test_the_baseline_of_one_branch_has_no_teacher(nnunet, hippocampus, tmp_path, one_thread):
+def test_the_baseline_of_one_branch_has_no_teacher(nnunet, hippocampus, tmp_path):
     model = untrained(nnunet, HIPPOCAMPUS, nnunet.configure(HIPPOCAMPUS, "2d_report", "2d"), "ConfKDTrainer_partialOnly")
     restrict(model, hippocampus["validation"][:1], [])
     page = read(report(model, output=tmp_path / "out"))
@@ -341,7 +341,7 @@ def test_the_baseline_of_one_branch_has_no_teacher(nnunet, hippocampus, tmp_path
     assert len(page.all("img")) == 4
 
 
-def test_regions_in_3d(nnunet, regions, tmp_path, one_thread):
+def test_regions_in_3d(nnunet, regions, tmp_path):
     configuration = nnunet.configure(regions, "3d_report", "3d_fullres", {"seed": 1})
     page = read(report(untrained(nnunet, regions, configuration, "ConfKDTrainer"), output=tmp_path / "out"))
     assert sections(page)[:4] == ["measures", "cases", "partial", "calibration"]
@@ -349,7 +349,7 @@ def test_regions_in_3d(nnunet, regions, tmp_path, one_thread):
     assert "whole (1 2), posterior (2); ignore: 3" in page.by_section["training"]
 
 
-def test_several_folds_are_pooled_and_a_case_of_two_is_told_apart(small, hippocampus, tmp_path, monkeypatch, one_thread):
+def test_several_folds_are_pooled_and_a_case_of_two_is_told_apart(small, hippocampus, tmp_path, monkeypatch):
     model = tmp_path / "model"
     shutil.copytree(small, model)
     shutil.copytree(model / "fold_0", model / "fold_1")
@@ -364,7 +364,7 @@ def test_several_folds_are_pooled_and_a_case_of_two_is_told_apart(small, hippoca
     assert "fold 1, after" in one.text and "fold 0" not in one.text
 
 
-def test_figures_on_training_cases_are_called_that(small, hippocampus, tmp_path, one_thread):
+def test_figures_on_training_cases_are_called_that(small, hippocampus, tmp_path):
     model = tmp_path / "model"
     shutil.copytree(small, model)
     case = hippocampus["full"][0]
@@ -375,7 +375,7 @@ def test_figures_on_training_cases_are_called_that(small, hippocampus, tmp_path,
 
 # ---- bad input ------------------------------------------------------------------------------------------------------
 
-def test_without_preprocessed_data_curves_and_record_are_shown_and_the_expected_path_told(small, tmp_path, monkeypatch, one_thread):
+def test_without_preprocessed_data_curves_and_record_are_shown_and_the_expected_path_told(small, tmp_path, monkeypatch):
     monkeypatch.setenv("nnUNet_preprocessed", str(tmp_path / "gone"))
     page = read(report(small, output=tmp_path / "out"))
     assert sections(page) == ["curves", "training"]
@@ -388,7 +388,7 @@ def test_without_preprocessed_data_curves_and_record_are_shown_and_the_expected_
     assert not (tmp_path / "other").exists()
 
 
-def test_a_case_that_is_gone_is_named(small, hippocampus, tmp_path, one_thread):
+def test_a_case_that_is_gone_is_named(small, hippocampus, tmp_path):
     model = tmp_path / "model"
     shutil.copytree(small, model)
     restrict(model, ["nobody"], [])
@@ -431,7 +431,7 @@ def test_a_model_of_an_unknown_trainer_is_refused(small, tmp_path):
         report(model, output=tmp_path / "out")
 
 
-def test_predictions_on_another_grid_are_refused(small, nnunet, hippocampus, tmp_path, one_thread):
+def test_predictions_on_another_grid_are_refused(small, nnunet, hippocampus, tmp_path):
     for case in hippocampus["validation"][:2]:
         label = sitk.ReadImage(str(nnunet.preprocessed(HIPPOCAMPUS) / "gt_segmentations" / f"{case}.nii.gz"))
         sitk.WriteImage(label[1:], str(tmp_path / f"{case}.nii.gz"))
@@ -460,7 +460,7 @@ def test_an_earlier_report_is_replaced_but_not_by_half_a_one(written, small, tmp
 
 # ---- pictures -------------------------------------------------------------------------------------------------------
 
-def test_the_slice_that_is_shown_holds_most_foreground(small, hippocampus, one_thread):
+def test_the_slice_that_is_shown_holds_most_foreground(small, hippocampus):
     model = Model(small, None, "checkpoint_final.pth")
     predict = Predictor(model, model.fold_folders[0], ["student", "teacher"], torch.device("cpu"))
     prediction = predict(hippocampus["validation"][0])

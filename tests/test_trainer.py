@@ -125,6 +125,15 @@ def test_the_student_follows_the_guide_on_mixed_images(nnunet, hippocampus, star
     assert not names  # a checkpoint holds what it always holds
 
 
+def test_without_the_kl_there_is_no_guide_and_nothing_is_mixed(nnunet, hippocampus, started):
+    trainer = started(HIPPOCAMPUS, nnunet.configure(HIPPOCAMPUS, "unguided", "2d", GUIDED | {"weight_kl": 0.0}))
+    trainer.on_train_epoch_start()
+    batch, seen = next(trainer.dataloader_train), {}
+    trainer.network.encoder.register_forward_pre_hook(lambda _, inputs: seen.update(trained=inputs[0]))
+    result = trainer.train_step(batch)
+    assert trainer.guide is None and torch.equal(seen["trained"], batch["data"]) and result["loss_kl"] == 0
+
+
 def test_mixing_leaves_the_batches_as_they_are(nnunet, hippocampus, started):
     def keys(name, block):
         trainer = started(HIPPOCAMPUS, nnunet.configure(HIPPOCAMPUS, name, "2d", block))
@@ -283,6 +292,15 @@ def test_an_ignore_label_that_is_not_the_highest_is_refused(nnunet, hippocampus)
     dataset_json = json.loads((nnunet.preprocessed(HIPPOCAMPUS) / "dataset.json").read_text())
     dataset_json["labels"]["ignore"] = 9
     with pytest.raises(InputError, match="the ignore label is 9"):
+        ConfKDTrainer(plans, "2d", 0, dataset_json, torch.device("cpu"))
+
+
+def test_a_description_without_its_needed_entries_is_refused(nnunet, hippocampus):
+    from nnunet_confkd.trainer import ConfKDTrainer
+    plans = json.loads((nnunet.preprocessed(HIPPOCAMPUS) / "nnUNetPlans.json").read_text()) | {"continue_training": False}
+    dataset_json = json.loads((nnunet.preprocessed(HIPPOCAMPUS) / "dataset.json").read_text())
+    del dataset_json["file_ending"]
+    with pytest.raises(InputError, match="file_ending"):
         ConfKDTrainer(plans, "2d", 0, dataset_json, torch.device("cpu"))
 
 

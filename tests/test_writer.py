@@ -359,6 +359,9 @@ def test_the_ignore_label_is_one_above_the_highest():
     assert with_ignore({"background": 0, "whole": [1, 2, 4]})["ignore"] == 5
     with pytest.raises(InputError, match="the ignore label is 255, but nnU-Net needs the highest other label plus one, 3"):
         with_ignore({**LABELS, "ignore": 255})
+    assert with_ignore({"background": 0, "organ": 32766})["ignore"] == 32767
+    with pytest.raises(InputError, match="the labels go up to 32767, and nnU-Net keeps them in 16 bits"):
+        with_ignore({"background": 0, "organ": 32767})
 
 
 # ---- processes ------------------------------------------------------------------------------------------------------
