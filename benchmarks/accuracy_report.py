@@ -62,7 +62,7 @@ def table_of(table, rows: dict, runs: dict, rival: str, lower: str, upper: str) 
                 dice = values_of(runs, row, count, branch, "dice")
                 if dice:
                     shown.append((row, described.title + (f", {branch}" if row in BRANCHES else ""), count, branch, dice))
-        if not shown:
+        if not any(rows[row].labels == "mixed" for row, *_ in shown):
             continue
         classes = next(iter(shown[0][4].values())).shape[1]
         low, high = (mean_of(values_of(runs, row, count, "student", "dice")) for row, count in ((lower, full), (upper, 0)))

@@ -126,6 +126,10 @@ def measure(name: str, cases: int | None, volume: tuple[int, ...] | None, folder
         from nnunet_confkd.demo import add_small_configuration
         add_small_configuration(preprocessed / "nnUNetPlans.json", CONFIGURATION, "2d", {"epochs": 1, "iterations_per_epoch": 5, "seed": 0},
                                 features=(4, 8, 8), batch_size=4, max_patch=256, convolutions=1)
+        if volume:  # planned for the small cases that train: hundreds of patches a slice
+            plans = json.loads((preprocessed / "nnUNetPlans.json").read_text())
+            plans["configurations"][CONFIGURATION]["patch_size"] = [256, 256]
+            (preprocessed / "nnUNetPlans.json").write_text(json.dumps(plans, indent=4))
         table = json.loads((preprocessed / "dataset.json").read_text())["supervision"]
         full = sorted(case for case, kind in table.items() if kind == "full")  # the first of which train
         (preprocessed / "splits_final.json").write_text(json.dumps([
