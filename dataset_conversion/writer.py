@@ -215,18 +215,17 @@ def parallel(function: Callable, tasks: list[tuple], processes: int, text: str) 
                 results.append(function(*task))
                 bar.update()
             return results
-        with ProcessPoolExecutor(min(processes, len(tasks)), get_context("spawn"), _start_worker) as pool:
+        pool = ProcessPoolExecutor(min(processes, len(tasks)), get_context("spawn"), _start_worker)
+        try:
             futures = [pool.submit(function, *task) for task in tasks]
-            try:
-                for future in as_completed(futures):
-                    future.result()
-                    bar.update()
-            except BrokenProcessPool as error:
-                raise InputError(f"{text}: a process was killed; did the memory run out? Try --processes 1") from error
-            except BaseException:
-                pool.shutdown(wait=True, cancel_futures=True)
-                raise
+            for future in as_completed(futures):
+                future.result()
+                bar.update()
             return [future.result() for future in futures]
+        except BrokenProcessPool as error:
+            raise InputError(f"{text}: a process was killed; did the memory run out? Try --processes 1") from error
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)  # Ctrl-C, while it submits, too, does not wait for the rest
 
 
 def _start_worker() -> None:

@@ -927,6 +927,25 @@ def test_ctrl_c_leaves_nothing_and_another_process_has_to_wait(source, nnunet, t
     _wait_for(lambda: not any(_runs(worker) for worker in _workers(tmp_path)))
 
 
+def _slowly_touch(file: Path) -> None:
+    time.sleep(0.05)
+    file.touch()
+
+
+def test_ctrl_c_while_cases_are_handed_out_does_not_wait_for_them(tmp_path, monkeypatch):
+    submit, submitted = writer.ProcessPoolExecutor.submit, []
+
+    def interrupted(*args):
+        if len(submitted) == 100:
+            raise KeyboardInterrupt
+        submitted.append(submit(*args))
+        return submitted[-1]
+    monkeypatch.setattr(writer.ProcessPoolExecutor, "submit", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        writer.parallel(_slowly_touch, [(tmp_path / str(i),) for i in range(200)], 2, "touch")
+    assert len(list(tmp_path.iterdir())) < 100
+
+
 def test_sigterm_leaves_nothing(source, nnunet, tmp_path, start):
     process = start(2)
     _wait_until_both_write(nnunet, tmp_path)
