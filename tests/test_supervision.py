@@ -33,6 +33,7 @@ from nnunet_confkd.supervision import (
     lost_annotations,
     require_full,
     split_full_cases,
+    summary,
 )
 
 IGNORE = 3
@@ -61,6 +62,15 @@ def test_table_may_lower_a_kind_and_leaves_the_others():
     assert decide_kinds(COUNTS, WITH_IGNORE, {"p": UNLABELLED})["p"] == UNLABELLED
 
 
+def test_the_summary_counts_the_kinds():
+    assert summary({"a": FULL, "b": PARTIAL, "c": FULL}) == "2 full, 1 partial, 0 unlabelled"
+
+
+def test_a_table_that_is_none_is_shown():
+    with pytest.raises(InputError, match=r'"supervision" must be an object \{case: kind\}, got \[\]'):
+        decide_kinds(COUNTS, WITH_IGNORE, [])
+
+
 def test_a_case_declared_partial_that_has_no_annotated_voxel_is_unlabelled():
     assert decide_kinds(COUNTS, WITH_IGNORE, {"u": PARTIAL})["u"] == UNLABELLED
 
@@ -85,11 +95,19 @@ def test_no_full_case_names_the_ignore_label_as_the_thing_to_use():
     require_full({"p": PARTIAL, "f": FULL})
 
 
-@pytest.mark.parametrize("labels", [{"background": 0, "ignore": 1, "a": 2}, {"background": 0, "a": 1, "ignore": 4},
+@pytest.mark.parametrize("labels", [{"background": 0, "ignore": 1, "a": 2}, {"background": 0, "a": 2, "ignore": 4},
                                     {"background": 0, "whole": [1, 2], "core": [2], "ignore": 2}])
 def test_an_ignore_label_that_is_not_the_highest_plus_one_is_refused(labels):
-    with pytest.raises(InputError, match="highest other label plus one"):
+    with pytest.raises(InputError, match="highest other label plus one, 3"):
         check_labels({"labels": labels})
+
+
+@pytest.mark.parametrize("described, text", [
+    ({}, '"labels" must be .* \\(KeyError: \'labels\'\\)'), ({"labels": {"background": 0, "a": "x"}}, "ValueError: invalid literal"),
+    ({"labels": {"a": 1, "b": 2}}, "dataset.json: Background label not declared")])
+def test_labels_that_nnunet_cannot_use_are_refused_with_the_reason(described, text):
+    with pytest.raises(InputError, match=text):
+        check_labels(described)
 
 
 def test_good_ignore_labels_pass():
