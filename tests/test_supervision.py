@@ -165,7 +165,9 @@ def test_counts_are_kept_and_counted_again_when_a_label_changes(preprocessed, hi
     cache = tmp_path / "cache.json"
     first = annotation_counts(folder, cases, WITH_IGNORE, cache)
     assert len(counted) == 3 and cache.is_file() and list(tmp_path.iterdir()) != []
+    written = cache.stat().st_mtime_ns
     assert annotation_counts(folder, cases, WITH_IGNORE, cache) == first and len(counted) == 3
+    assert cache.stat().st_mtime_ns == written
     replacement = preprocessed / f"{hippocampus['full'][0]}_seg.b2nd"
     (folder / f"{cases[0]}_seg.b2nd").write_bytes(replacement.read_bytes())
     changed = annotation_counts(folder, cases, WITH_IGNORE, cache)
@@ -175,7 +177,7 @@ def test_counts_are_kept_and_counted_again_when_a_label_changes(preprocessed, hi
     assert annotation_counts(folder, cases, WITH_IGNORE, cache) == changed and len(counted) == 7
     # another ignore label: the old counts do not answer the question
     more = LabelManager({"background": 0, "a": 1, "b": 2, "c": 3, "ignore": 4}, None)
-    assert annotation_counts(folder, cases, more, cache)[cases[1]][3] == first[cases[1]][IGNORE]
+    assert annotation_counts(folder, cases, more, cache)[cases[1]] == first[cases[1]] | {4: 0} and len(counted) == 10
 
 
 def test_a_label_value_that_dataset_json_does_not_list_is_an_error_naming_the_case(preprocessed, hippocampus):
