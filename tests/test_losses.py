@@ -629,6 +629,15 @@ def test_a_resolution_of_weight_zero_does_not_end_the_others():
     assert torch.equal(terms["student"], expected["student"])
 
 
+@pytest.mark.parametrize("num_full, num_images", [(1, 3), (2, 3), (1, 2)])
+def test_one_image_of_a_kind_is_a_kind(num_full, num_images):
+    batch, nnunets = Batch(num_full=num_full, num_images=num_images), stock_loss(2, False)
+    student, target = batch.student[0].detach(), batch.target[0]
+    expected = (nnunets(student[:num_full], target[:num_full]) + nnunets(student[num_full:], target[num_full:])) / 2
+    loss = ConfKDLoss(supervised(), weights_of(student=1.0), student_average="separate")
+    assert batch.evaluate(loss)[1]["student"].item() == pytest.approx(expected.item())
+
+
 def test_the_loss_of_full_images_alone_is_not_halved_however_many_there_are():
     for images in (2, 3, 4):  # as many as channels, fewer and more
         batch = Batch(num_full=images, num_images=images)
