@@ -4,7 +4,7 @@
 
 Generates data sets of small volumes, half of them point-labelled, half full ones to validate on, and one data set whose validation case and
 partial case are large; plans, trains one step of a tiny 2-D network on each, and measures the commands that look at every case. Memory is
-the proportional set size of a command and all of its processes, sampled ten times a second. With --work what is finished is kept, and an
+the proportional set size of a command and all of its processes, sampled up to ten times a second. With --work what is finished is kept, and an
 interrupted run goes on. Writes sizes.json beside this file, and its table into docs/performance.md.
 """
 from __future__ import annotations
@@ -96,8 +96,10 @@ def run(command: list[str], log: Path) -> dict[str, float]:
     with open(log, "w") as stream:
         process = subprocess.Popen(command, stdout=stream, stderr=subprocess.STDOUT)
         while process.poll() is None:
+            before = time.perf_counter()
             peak = max(peak, tree_memory(process.pid))
-            time.sleep(0.1)
+            # looking takes a while where there is much of it, during which the process can have no more
+            time.sleep(max(0.1, 20 * (time.perf_counter() - before)))
     if process.returncode:
         raise SystemExit(f"{' '.join(command)[:200]} failed:\n{log.read_text()[-3000:]}")
     return {"seconds": round(time.perf_counter() - start, 2), "peak_mib": round(peak, 1)}
