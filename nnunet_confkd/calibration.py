@@ -25,6 +25,7 @@ BINS = 15  # Guo et al.'s
 # Of the risk-coverage curve: of equal width in log(c / (1 - c)), because most voxels lie close to 1. Float32's last step
 # before 1 is at 16.6; with 1000 classes the least confident voxel is at -6.9.
 FINE_BINS, LOWEST, HIGHEST = 4096, -8.0, 17.0
+CHUNK = 2 ** 22  # voxels that are counted at once: of a large volume, all would take many times its memory
 
 
 @dataclass(frozen=True)
@@ -66,16 +67,21 @@ def count_case(probabilities: np.ndarray, truth: np.ndarray, *, ignore_label: in
         raise ValueError(f"probabilities {probabilities.shape} do not fit the truth {truth.shape}, or `where` does not")
     if regions is not None and len(regions) != heads:
         raise ValueError(f"{len(regions)} regions, but probabilities of {heads} heads")
-    valid = np.ones(truth.shape, bool) if where is None else where.copy()
-    if ignore_label is not None:
-        valid &= truth != ignore_label
-    truth, probabilities = truth[valid], probabilities[:, valid]
-    if regions is None:
-        if truth.size and not 0 <= truth.min() <= truth.max() < heads:
-            raise ValueError(f"the truth holds values from {truth.min()} to {truth.max()}, but there are {heads} classes")
-        return count(probabilities.max(0), probabilities.argmax(0) == truth) if truth.size else Counts.none()
-    return sum((count(np.maximum(p, 1 - p), (p > 0.5) == np.isin(truth, region))
-                for p, region in zip(probabilities, regions)), Counts.none())
+    probabilities, truth = probabilities.reshape(heads, -1), truth.ravel()
+    where = np.ones(truth.shape, bool) if where is None else where.ravel()
+    counts = Counts.none()
+    for start in range(0, truth.size, CHUNK):
+        part = slice(start, start + CHUNK)
+        valid = where[part] & (truth[part] != ignore_label) if ignore_label is not None else where[part]
+        true, p = truth[part][valid], probabilities[:, part][:, valid]
+        if regions is not None:
+            counts = sum((count(np.maximum(head, 1 - head), (head > 0.5) == np.isin(true, region))
+                          for head, region in zip(p, regions)), counts)
+        elif true.size:
+            if not 0 <= true.min() <= true.max() < heads:
+                raise ValueError(f"the truth holds values from {true.min()} to {true.max()}, but there are {heads} classes")
+            counts += count(p.max(0), p.argmax(0) == true)
+    return counts
 
 
 def count(confidence: np.ndarray, correct: np.ndarray) -> Counts:

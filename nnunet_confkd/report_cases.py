@@ -289,6 +289,7 @@ class Findings:
         truth, properties = reader.read_seg(str(self.model.truths / (case + ending)))
         content = prediction.slice()
         originals = {branch: prediction.original(branch) for branch in self.branches}
+        prediction.logits.clear()  # large volumes need the room
         segmentations = {branch: segmentation for branch, (segmentation, _) in originals.items()}
         if "given" in self.names:
             segmentations["given"] = _read_given(self.predictions / (case + ending), reader, truth, properties)
@@ -303,7 +304,7 @@ class Findings:
                 for of in measures.values():  # voxels are no mm
                     of |= dict.fromkeys(("HD95_mm", "ASSD_mm", "NSD", "volume_difference_ml"), float("nan"))
             self.evaluations[branch].cases[name] = measures
-        self._count(truth[0].astype(int), originals)
+        self._count(truth[0].astype(np.int32), originals)
         self._keep(name, content)
 
     def _count(self, truth: np.ndarray, originals: dict[str, tuple[np.ndarray, np.ndarray]]) -> None:
@@ -315,8 +316,9 @@ class Findings:
         labels = self.model.label_manager
         in_question = np.zeros(truth.shape, bool)
         for segmentation, p in originals.values():
-            confidence = np.maximum(p, 1 - p).min(0) if labels.has_regions else p.max(0)
-            in_question |= (segmentation > 0) | (confidence < SURE)
+            in_question |= segmentation > 0
+            for confidence in (np.maximum(head, 1 - head) for head in p) if labels.has_regions else (p.max(0),):
+                in_question |= confidence < SURE
         options = {"ignore_label": labels.ignore_label, "regions": labels.foreground_regions if labels.has_regions else None}
         for branch, (_, p) in originals.items():
             for voxels, where in (("all", None), ("in question", in_question)):

@@ -150,6 +150,20 @@ def test_each_region_is_a_prediction_of_its_own():
     assert counts.confidence.sum() == pytest.approx(0.9 + 0.8 + 0.6 + 0.7 + 0.6 + 0.9)
 
 
+@pytest.mark.parametrize("regions", (None, [(1, 2), 2, 1]), ids=("softmax", "regions"))
+def test_a_large_volume_is_counted_in_parts(regions, monkeypatch):
+    rng = np.random.default_rng(5)
+    p, truth = rng.dirichlet(np.ones(3), (4, 5, 6)).transpose(3, 0, 1, 2), rng.integers(0, 4, (4, 5, 6))
+    options = {"ignore_label": 3, "regions": regions, "where": rng.random(truth.shape) < 0.7}
+    whole, seen = count_case(p, truth, **options), []
+    monkeypatch.setattr("nnunet_confkd.calibration.CHUNK", 7)
+    monkeypatch.setattr("nnunet_confkd.calibration.count", lambda confidence, correct: seen.append(len(confidence)) or count(confidence, correct))
+    parts = count_case(p, truth, **options)
+    assert whole.count.sum() > 50 and max(seen) <= 7
+    for name in Counts.__dataclass_fields__:
+        np.testing.assert_allclose(getattr(parts, name), getattr(whole, name))
+
+
 def test_what_does_not_fit_is_refused():
     p = np.full((2, 3, 3), 0.5)
     with pytest.raises(ValueError, match="do not fit"):
