@@ -9,6 +9,7 @@ import torch
 from dynamic_network_architectures.architectures.primus import Primus
 from dynamic_network_architectures.architectures.unet import PlainConvUNet, ResidualEncoderUNet, ResidualUNet
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from nnunet_confkd.errors import InputError
 from nnunet_confkd.network import TwoBranchUNet, add_teacher, branch_weights, has_teacher, predicting, unwrap
@@ -369,3 +370,13 @@ def test_unwrap_finds_the_network_inside_torch_compile():
     network = two_branches()
     assert unwrap(network) is network
     assert unwrap(torch.compile(network)) is network
+
+
+def test_unwrap_finds_the_network_inside_ddp(tmp_path):
+    network = two_branches()
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    try:
+        for wrapped in (network, torch.compile(network)):  # nnU-Net's order
+            assert unwrap(DistributedDataParallel(wrapped)) is network
+    finally:
+        torch.distributed.destroy_process_group()
