@@ -10,12 +10,13 @@ import signal
 import socket
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from multiprocessing import get_context, parent_process
 from pathlib import Path
+from queue import Empty, SimpleQueue
 
 import numpy as np
 from nnunet_confkd.dataset_conversion.volumes import (
@@ -215,17 +216,59 @@ def parallel(function: Callable, tasks: list[tuple], processes: int, text: str) 
                 results.append(function(*task))
                 bar.update()
             return results
-        pool = ProcessPoolExecutor(min(processes, len(tasks)), get_context("spawn"), _start_worker)
+        with _signals_between_steps() as look:
+            pool = ProcessPoolExecutor(min(processes, len(tasks)), get_context("spawn"), _start_worker)
+            futures, finished = [], SimpleQueue()
+            try:
+                for task in tasks:
+                    futures.append(pool.submit(function, *task))
+                    futures[-1].add_done_callback(finished.put)
+                    look()
+                for _ in futures:
+                    _next(finished, look).result()
+                    bar.update()
+                return [future.result() for future in futures]
+            except BrokenProcessPool as error:
+                look()  # SIGTERM to the whole group, as SLURM sends it, ends the workers first
+                raise InputError(f"{text}: a process was killed; did the memory run out? Try --processes 1") from error
+            finally:
+                pool.shutdown(wait=True, cancel_futures=True)  # an error or Ctrl-C does not wait for the rest
+
+
+def _next(queue: SimpleQueue, look: Callable[[], None]):
+    """The queue's next item; `look` is called before, and while there is none."""
+    while True:
+        look()
         try:
-            futures = [pool.submit(function, *task) for task in tasks]
-            for future in as_completed(futures):
-                future.result()
-                bar.update()
-            return [future.result() for future in futures]
-        except BrokenProcessPool as error:
-            raise InputError(f"{text}: a process was killed; did the memory run out? Try --processes 1") from error
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)  # Ctrl-C, while it submits, too, does not wait for the rest
+            return queue.get(timeout=0.1)
+        except Empty:
+            pass
+
+
+@contextmanager
+def _signals_between_steps() -> Iterator[Callable[[], None]]:
+    """Yields a function; only when it is called, and at the end, what Ctrl-C and SIGTERM would raise is raised. At any other moment it could
+    leave a pool's locks held, and the pool would wait for itself forever."""
+    if threading.current_thread() is not threading.main_thread():  # it alone handles signals
+        yield lambda: None
+        return
+    handlers = {number: handler for number in (signal.SIGINT, signal.SIGTERM) if callable(handler := signal.getsignal(number))}
+    arrived: list[tuple] = []
+
+    def look() -> None:
+        if arrived:
+            number, frame = arrived.pop(0)
+            arrived.clear()  # pressed twice is pressed once
+            handlers[number](number, frame)
+
+    for number in handlers:
+        signal.signal(number, lambda *signal_and_frame: arrived.append(signal_and_frame))
+    try:
+        yield look
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    look()
 
 
 def _start_worker() -> None:

@@ -10,6 +10,7 @@ import sys
 import tempfile
 import threading
 import time
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -808,6 +809,7 @@ def slow(file):
     return read(file)
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's job in the background ignores it
     (source.parent / "workers").mkdir(exist_ok=True)
     image, label = (Volume(source / name / "a1.nii.gz", reader=slow) for name in ("images", "labels"))
     cases = [Case(f"case{i:03d}", (image,), label) for i in range(int(sys.argv[4]))]
@@ -946,10 +948,63 @@ def test_ctrl_c_while_cases_are_handed_out_does_not_wait_for_them(tmp_path, monk
     assert len(list(tmp_path.iterdir())) < 100
 
 
-def test_sigterm_leaves_nothing(source, nnunet, tmp_path, start):
+@pytest.fixture
+def ctrl_c():
+    """Ctrl-C is heard, where the tests run in the background of a shell, too."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.parametrize("number, raised", [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, SystemExit)])
+def test_a_signal_does_not_break_into_the_pool(tmp_path, monkeypatch, ctrl_c, number, raised):
+    """In the middle of its code it would leave locks held, and the pool would hang."""
+    submit, whole = writer.ProcessPoolExecutor.submit, []
+
+    def signalled(*args):
+        future = submit(*args)
+        if len(whole) == 5:
+            os.kill(os.getpid(), number)
+            time.sleep(0.01)  # Python handles signals between two instructions
+        whole.append(future)
+        return future
+    monkeypatch.setattr(writer.ProcessPoolExecutor, "submit", signalled)
+    before = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
+    with pytest.raises(raised), writer._ending_on_sigterm():
+        writer.parallel(_slowly_touch, [(tmp_path / str(i),) for i in range(200)], 2, "touch")
+    assert len(whole) == 6 and all(future.done() for future in whole)
+    assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == before
+
+
+def test_ctrl_c_while_cases_finish_without_a_pause_is_noticed(monkeypatch, ctrl_c):
+    class Finished(Future):
+        def result(self, timeout=None):
+            asked.append(self)
+            if len(asked) == 10:
+                os.kill(os.getpid(), signal.SIGINT)
+            return super().result(timeout)
+
+    def submit(*_):
+        future = Finished()
+        future.set_result(None)
+        return future
+    asked = []
+    monkeypatch.setattr(writer.ProcessPoolExecutor, "submit", submit)
+    with pytest.raises(KeyboardInterrupt):
+        writer.parallel(divmod, [(7, 2)] * 150, 2, "dividing")
+    assert len(asked) < 20
+
+
+def test_workers_are_used_from_a_thread_too():
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(writer.parallel, divmod, [(7, 2), (9, 4)], 2, "dividing").result() == [(3, 1), (2, 1)]
+
+
+@pytest.mark.parametrize("to", [os.kill, os.killpg], ids=("one", "group"))
+def test_sigterm_leaves_nothing(source, nnunet, tmp_path, start, to):
     process = start(2)
     _wait_until_both_write(nnunet, tmp_path)
-    process.terminate()
+    to(process.pid, signal.SIGTERM)
     _, text = process.communicate(timeout=60)
     assert process.returncode == 128 + signal.SIGTERM and "Traceback" not in text
     assert _tree(nnunet) == {"raw": None, "preprocessed": None, "results": None}
