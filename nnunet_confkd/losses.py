@@ -6,7 +6,7 @@
 |-------|---------|----------------------------|----------------------------------------------------------------|
 | L_s   | teacher | fully labelled             | supervised loss over all voxels                                |
 | L_w   | student | all (or the partial ones)  | supervised loss over the annotated voxels                      |
-| L_kd  | student | fully labelled             | mean over voxels of KL(p_teacher || p_student)                 |
+| L_kd  | student | all (or fully labelled)    | mean over voxels of KL(p_teacher || p_student)                 |
 | L_ent | student | partial and unlabelled     | mean over voxels of the Shannon entropy of p_student           |
 
 Source: B. Liu, C. Desrosiers, I. Ben Ayed, J. Dolz, "Segmentation with mixed supervision: Confidence maximization
@@ -213,14 +213,13 @@ class ConfKDLoss(nn.Module):
     student_images: "all", or "partial": the fully labelled images enter L_w only through the KL.
     student_average: "joint": L_w is one loss over the annotated voxels of the whole batch, as nnU-Net's; "separate": the mean
         of the losses of the two kinds of images, in which a handful of points weighs as much as whole masks.
-    kl_images: "full", "partial" (all others) or "all" (but for the first, the teacher must be given for the whole batch).
+    kl_images: "full", "partial" (all others) or "all". But for "full", the teacher must be given for the whole batch.
     entropy_images: "partial" (all but the fully labelled ones), "full" or "all".
     kl_options: keyword arguments of :func:`distillation`.
     extra_resolutions: "all" supervised resolutions for KL and entropy, or only the "highest".
 
     Call with the student's logits, the teacher's (both a tensor, or a list over resolutions), the target (likewise),
-    `num_full`, the logits that the KL follows in place of the teacher's, if any (`guide`, of the images on which the KL acts, a
-    list over resolutions), and the ramps: factors of the KL's and the entropy's weight at this point of the training.
+    `num_full`, and the ramps: factors of the KL's and the entropy's weight at this point of the training.
     Returns the scalar to minimise and the unweighted terms, detached scalars by name.
 
     Every mean is over the voxels of all images concerned, together; with DDP (`supervised.ddp`) those of all ranks: a rank's
@@ -259,8 +258,7 @@ class ConfKDLoss(nn.Module):
             return self.supervised(student, target)
         return (self.supervised(student[full], target[full]) + self.supervised(student[partial], target[partial])) / kinds.present
 
-    def _terms(self, student: Tensor, teacher: Tensor | None, target: Tensor, guide: Tensor | None, kinds: _Kinds, extra: bool,
-               ) -> dict[str, Tensor]:
+    def _terms(self, student: Tensor, teacher: Tensor | None, target: Tensor, kinds: _Kinds, extra: bool) -> dict[str, Tensor]:
         """The unweighted terms at one resolution; the extra ones (KL, entropy) only on request."""
         terms = {}
         if self.weights["teacher"]:
@@ -271,22 +269,20 @@ class ConfKDLoss(nn.Module):
         if self.weights["kl"] and extra:
             images = kinds.images(self.kl_images)
             terms["kl"] = kinds.factors[self.kl_images] * _mean(distillation(
-                teacher[images] if guide is None else guide, student[images], regions=self.regions, **self.kl_options))
+                teacher[images], student[images], regions=self.regions, **self.kl_options))
         if self.weights["entropy"] and extra:
             images = kinds.images(self.entropy_images)
             terms["entropy"] = kinds.factors[self.entropy_images] * _mean(entropy(student[images], self.regions))
         return terms
 
-    def forward(self, student, teacher, target, num_full: int, *, guide=None, kl_ramp: float = 1.0,
+    def forward(self, student, teacher, target, num_full: int, *, kl_ramp: float = 1.0,
                 entropy_ramp: float = 1.0) -> tuple[Tensor, dict[str, Tensor]]:
         student, teacher, target = ([x] if torch.is_tensor(x) else x for x in (student, teacher, target))
         if teacher is None:
             if self.weights["teacher"] or self.weights["kl"]:
                 raise ValueError("the weights of 'teacher' and 'kl' are above 0, but no teacher's logits were given")
             teacher = [None] * len(student)
-        if guide is None:
-            guide = [None] * len(student)
-        if not len(guide) == len(student) == len(teacher) == len(target) == len(self.resolution_weights):
+        if not len(student) == len(teacher) == len(target) == len(self.resolution_weights):
             raise ValueError(f"{len(student)} student outputs, {len(teacher)} teacher outputs and {len(target)} targets "
                              f"for {len(self.resolution_weights)} resolution weights")
         weights = self.weights | {"kl": self.weights["kl"] * kl_ramp, "entropy": self.weights["entropy"] * entropy_ramp}
@@ -297,7 +293,7 @@ class ConfKDLoss(nn.Module):
             if resolution_weight == 0:
                 continue
             at_all = self.extra_resolutions == "all"
-            terms = self._terms(student[i], teacher[i], target[i], guide[i], kinds, at_all or i == 0)
+            terms = self._terms(student[i], teacher[i], target[i], kinds, at_all or i == 0)
             for term, value in terms.items():
                 share = resolution_weight if at_all or term in ("teacher", "student") else 1.0
                 total = total + share * weights[term] * value

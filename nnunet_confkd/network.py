@@ -10,6 +10,7 @@ from contextvars import ContextVar
 from copy import deepcopy
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._dynamo import OptimizedModule
 from torch.nn.parallel import DistributedDataParallel
@@ -43,8 +44,8 @@ class TwoBranchUNet(nn.Module):
     unet: a network with the children `encoder` (input -> list of skips) and `decoder` (skips -> logits, or a list of
         logits, highest resolution first, where `decoder.deep_supervision` is set), and no others.
 
-    The teacher has the decoder's shape and an initialisation of its own. It holds no reference to the encoder, so the
-    encoder is stored as often as in the stock network.
+    The teacher has the decoder's shape and an initialisation of its own, and an input more, its hints (see :class:`Hints`). It holds
+    no reference to the encoder, so the encoder is stored as often as in the stock network.
 
     Raises InputError, naming the architecture, for any other network.
     """
@@ -56,7 +57,8 @@ class TwoBranchUNet(nn.Module):
     def __init__(self, unet):
         super().__init__()
         children = dict(unet.named_children())
-        if set(children) != {"encoder", "decoder"} or not hasattr(unet.decoder, "deep_supervision"):
+        if set(children) != {"encoder", "decoder"} or not (hasattr(unet.decoder, "deep_supervision") and hasattr(unet.decoder, "num_classes")
+                                                           and hasattr(unet.encoder, "output_channels")):
             raise InputError(
                 f"the plans ask for the architecture {type(unet).__module__}.{type(unet).__name__}, which is not a U-Net "
                 f"of one encoder and one decoder (its parts: {sorted(children)}). ConfKDTrainer needs PlainConvUNet, "
@@ -72,35 +74,63 @@ class TwoBranchUNet(nn.Module):
                 module.reset_parameters()
         if hasattr(unet, "initialize"):
             self.teacher_decoder.apply(unet.initialize)
+        self.teacher_decoder.hints = Hints(unet.encoder, unet.decoder.num_classes)  # type: ignore[assignment]
         self.branch = _predicted_branch.get()
 
     def set_deep_supervision(self, enabled: bool) -> None:
         for decoder in (self.decoder, self.teacher_decoder):
             decoder.deep_supervision = enabled  # type: ignore[assignment]  # nn.Module says that all it holds are tensors or modules
 
-    def forward(self, x: Tensor, num_teacher: int | None = None):
-        """Without `num_teacher`: what a stock network returns, of the branch that predicts (`self.branch`: the
-        student's, unless asked otherwise).
+    def forward(self, x: Tensor, num_full: int | None = None, hints: Tensor | None = None, others: bool = False):
+        """Without `num_full`: what a stock network returns, of the branch that predicts (`self.branch`: the student's,
+        unless asked otherwise); the teacher predicts without hints.
 
-        With it, for training: the student's output on the batch `(B, C, *spatial)` and the teacher's on its first
-        `num_teacher` images; the teacher's decoder sees no others.
+        With it, for training: the student's output on the batch `(B, C, *spatial)` and the teacher's on its first `num_full` images, the
+        fully labelled ones, alone; with `others` on all of them, of which those that are not fully labelled do not update it.
+        hints: the teacher's, `(B, heads + 1, *spatial)`; None: none.
         """
         skips = self.encoder(x)
-        if num_teacher is None:
+        if num_full is None:
             if self.branch == "student":
                 return self.decoder(skips)
             if self.branch == "teacher":
                 return self.teacher_decoder(skips)
             return _combine(self.decoder(skips), self.teacher_decoder(skips), self.branch)
         student = self.decoder(skips)
-        if num_teacher > 0:
-            return student, self.teacher_decoder([skip[:num_teacher] for skip in skips])
-        # No image for the teacher: empty outputs that still depend on its parameters, whose gradient is then zero
-        # rather than missing. DDP fails on parameters without gradient.
-        anchor = sum(p.flatten()[0] for p in self.teacher_decoder.parameters())
-        if torch.is_tensor(student):
-            return student, student[:0].detach() + anchor
-        return student, [s[:0].detach() + anchor for s in student]
+        if hints is None:  # zeros rather than nothing: DDP fails on parameters without gradient
+            hints = x.new_zeros((len(x), self.decoder.num_classes + 1, *[1] * (x.ndim - 2)))
+        skips = self.teacher_decoder.hints(skips, hints)
+        full, partial = [skip[:num_full] for skip in skips], [skip[num_full:] for skip in skips]
+        if num_full > 0:
+            teacher = self.teacher_decoder(full)
+        else:
+            # No image for the teacher: empty outputs that still depend on its parameters, whose gradient is then zero
+            # rather than missing. DDP fails on parameters without gradient.
+            anchor = sum(p.flatten()[0] for p in self.teacher_decoder.parameters())
+            teacher = student[:0].detach() + anchor if torch.is_tensor(student) else [s[:0].detach() + anchor for s in student]
+        if others and num_full < len(x):
+            with torch.no_grad():
+                unlearnt = self.teacher_decoder(partial)
+            teacher = torch.cat((teacher, unlearnt)) if torch.is_tensor(teacher) else [torch.cat(pair) for pair in zip(teacher, unlearnt)]
+        return student, teacher
+
+
+class Hints(nn.Module):
+    """Shows the annotated voxels to the teacher: at each resolution a learnt vector for each class is added to the
+    encoder's features where a voxel is annotated. Without hints nothing is added: the teacher is a stock decoder.
+
+    The layers are called as nnU-Net calls those whose shape depends on the number of classes: -pretrained_weights leaves them out.
+    """
+
+    def __init__(self, encoder, num_heads: int):
+        super().__init__()
+        self.seg_layers = nn.ModuleList(encoder.conv_op(num_heads + 1, channels, 1, bias=False) for channels in encoder.output_channels)
+
+    def forward(self, skips: list[Tensor], hints: Tensor) -> list[Tensor]:
+        """skips: the encoder's, `(B, channels, *spatial)`, highest resolution first. hints: `(B, heads + 1, *spatial)`, see
+        :func:`nnunet_confkd.hints.as_channels`; at a lower resolution a hint stands wherever one of its voxels has it."""
+        pool = F.adaptive_max_pool2d if hints.ndim == 4 else F.adaptive_max_pool3d
+        return [skip + layer(pool(hints, skip.shape[2:])) for skip, layer in zip(skips, self.seg_layers)]
 
 
 def _combine(student, teacher, how: str):

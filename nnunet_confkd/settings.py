@@ -47,12 +47,10 @@ class Settings:
     kl_detach_teacher: bool = _flag(True, "the KL does not update the teacher")
     kl_temperature: float = _number(1.0, 1e-2, 1e2, "temperature T of the KL, which is scaled by T^2")
     kl_softmax_twice: bool = _flag(False, "the conference paper's softmax over the softmax outputs, scaled by T^2 / (2 C)")
+    teacher_hints: bool = _flag(True, "the teacher sees the annotated voxels, too: of partial images their own, of full images "
+                                "simulated ones")
     kl_images: str = _choice("full", "partial", "all", doc="images on which the KL acts: those fully labelled, the "
                                                            "others, or all")
-    kl_teacher: str = _choice("current", "averaged", doc="whom the student follows: its teacher, or the mean of both branches "
-                                                         "under averaged weights")
-    kl_mix: bool = _flag(False, "the student sees boxes of one image pasted into another, of those not fully labelled")
-    average_decay: float = _number(0.99, 0, 1, "decay, per step, of the averaged weights")
     kl_ramp_start: float = _number(0.0, 0, 1, "share of the epochs after which the KL's weight starts to rise")
     kl_ramp_end: float = _number(0.0, 0, 1, "share of the epochs after which the KL has its whole weight")
     entropy_images: str = _choice("partial", "full", "all", doc="images on which the entropy acts: those not fully "
@@ -79,9 +77,6 @@ class Settings:
             raise InputError("confkd: weight_teacher and weight_student are both 0: there is nothing to learn from")
         if self.weight_kl and not self.weight_teacher:
             raise InputError("confkd: weight_kl is above 0, but weight_teacher is 0: an untrained teacher would teach")
-        if self.kl_mix and (self.kl_teacher != "averaged" or self.kl_images == "full"):
-            raise InputError("confkd: kl_mix needs kl_teacher \"averaged\", which sees the images unmixed, and kl_images "
-                             "\"partial\" or \"all\": only images that are not fully labelled are mixed")
         for term in ("kl", "entropy"):
             start, end = getattr(self, f"{term}_ramp_start"), getattr(self, f"{term}_ramp_end")
             if end < start:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -282,17 +282,20 @@ class StratifiedLoader(nnUNetDataLoader):
     full_share: share of fully labelled images. A batch of one is full as often as the share says, regularly; `offset`
         (the rank) and the number of the worker shift the order, so that not all of them hold the same kind at once.
 
+    complete: is given each batch and returns it, e.g. with more entries.
+
     A batch has one more entry than nnU-Net's, `num_full`. In each stratum the share of patches that are forced to
     hold foreground is nnU-Net's for the whole batch, over many batches.
     """
 
-    def __init__(self, data, *args, kinds: dict[str, str], full_share: float, offset: int = 0, **kwargs):
+    def __init__(self, data, *args, kinds: dict[str, str], full_share: float, offset: int = 0,
+                 complete: Callable[[dict], dict] | None = None, **kwargs):
         super().__init__(data, *args, **kwargs)
         self.full_cases = [case for case in data.identifiers if kinds[case] == FULL]
         self.other_cases = [case for case in data.identifiers if kinds[case] != FULL]
         if not self.full_cases:
             raise InputError("no fully labelled case to draw from")
-        self.full_share, self.offset = full_share, offset
+        self.full_share, self.offset, self.complete = full_share, offset, complete
         self.batches = 0
         stock = [self._oversample_last_XX_percent(i) for i in range(self.batch_size)]
         self.forced_share = sum(stock) / self.batch_size
@@ -331,5 +334,5 @@ class StratifiedLoader(nnUNetDataLoader):
         return super().get_bbox(data_shape, force_fg, class_locations, *args, **kwargs)
 
     def generate_train_batch(self):
-        batch = super().generate_train_batch()
-        return {**batch, "num_full": self.num_full}
+        batch = {**super().generate_train_batch(), "num_full": self.num_full}
+        return self.complete(batch) if self.complete else batch

@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 import random
 import warnings
+from functools import partial
 
 import numpy as np
 import torch
@@ -25,12 +26,12 @@ from nnunetv2.utilities.default_n_proc_DA import get_allowed_n_proc_DA
 from nnunetv2.utilities.helpers import dummy_context
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
-from nnunet_confkd import __version__, loading
+from nnunet_confkd import __version__
 from nnunet_confkd.curves import CURVES, plot_curves
 from nnunet_confkd.dataset_conversion.writer import patients_of
 from nnunet_confkd.errors import InputError, TrainingError
 from nnunet_confkd.faults import Divergence, terminable, written_whole
-from nnunet_confkd.guide import Guide, Mix
+from nnunet_confkd.hints import add_shown, as_channels
 from nnunet_confkd.json_files import read_folds
 from nnunet_confkd.losses import TERMS, ConfKDLoss, PartialSupervision, annotated_voxels, confidence
 from nnunet_confkd.network import TwoBranchUNet, unwrap
@@ -84,8 +85,6 @@ class ConfKDTrainer(nnUNetTrainer):
         # plans travel with the model: so do the settings that it was trained with
         self.plans_manager.plans["configurations"][configuration]["confkd"] = self.settings.as_dict()
         self.kinds: dict[str, str] | None = None  # -> find_supervision
-        self.guide: Guide | None = None  # -> on_train_start
-        self.guide_state: dict | None = None  # of a checkpoint
         self.divergence = Divergence(self.settings.max_nonfinite_steps)
         self._add_missing_curves()
 
@@ -222,9 +221,12 @@ class ConfKDTrainer(nnUNetTrainer):
         dataset_tr, dataset_val = self.get_tr_and_val_datasets()
         options = dict(oversample_foreground_percent=self.oversample_foreground_percent, sampling_probabilities=None,
                        pad_sides=None, probabilistic_oversampling=self.probabilistic_oversampling)
+        complete = None
+        if self.settings.teacher_hints and self.settings.weight_teacher > 0:
+            complete = partial(add_shown, ignore_label=self.label_manager.ignore_label, regions=self.label_manager.has_regions)
         dl_tr = StratifiedLoader(dataset_tr, self.batch_size, initial_patch_size, patch_size, self.label_manager,
                                  kinds=self.kinds, full_share=self.settings.full_share, offset=self.local_rank,
-                                 transforms=tr_transforms, **options)
+                                 complete=complete, transforms=tr_transforms, **options)
         dl_val = nnUNetDataLoader(dataset_val, self.batch_size, patch_size, patch_size, self.label_manager,
                                   transforms=val_transforms, **options)
         processes = get_allowed_n_proc_DA()
@@ -265,22 +267,12 @@ class ConfKDTrainer(nnUNetTrainer):
 
     def on_train_start(self):
         super().on_train_start()
-        if self._follows_average:
-            self.guide = Guide(unwrap(self.network), self.settings.average_decay)
-            if self.guide_state is not None:
-                self.guide.average.load_state_dict(self.guide_state)
-            seed = self.settings.seed
-            self.mixing_rng = np.random.default_rng(None if seed is None else (seed, self.local_rank, self.current_epoch))
         self.print_to_log_file(f"ConfKD settings: {self.settings}")
 
-    @property
-    def _follows_average(self) -> bool:
-        return self.settings.kl_teacher == "averaged" and self.settings.weight_kl > 0
-
-    def _forward(self, data: torch.Tensor, num_teacher: int):
+    def _forward(self, data: torch.Tensor, num_full: int, **options):
         """The outputs of student and teacher; None for the teacher of a network that has none."""
         if self.two_branches:
-            return self.network(data, num_teacher)
+            return self.network(data, num_full, **options)
         return self.network(data), None
 
     def _to_device(self, batch: dict):
@@ -295,20 +287,14 @@ class ConfKDTrainer(nnUNetTrainer):
     def train_step(self, batch: dict) -> dict:
         data, target = self._to_device(batch)
         num_full = batch['num_full']
-        follows_teacher = self.settings.kl_images != "full" and self.guide is None
-        num_teacher = data.shape[0] if follows_teacher else num_full
+        highest_target = target[0] if self.enable_deep_supervision else target
         progress = (self.current_epoch + 1) / self.num_epochs
 
         self.optimizer.zero_grad(set_to_none=True)
         with self._autocast():
-            guide = None
-            if self.guide is not None:
-                followed = {"full": data[:num_full], "partial": data[num_full:], "all": data}[self.settings.kl_images]
-                guide = self.guide(followed, self.label_manager.has_regions) if len(followed) else None
-            if self.settings.kl_mix and guide is not None and num_full < data.shape[0]:
-                data, target, guide = self._mixed(data, target, guide, num_full)
-            student, teacher = self._forward(data, num_teacher)
-            loss, terms = self.loss(student, teacher, target, num_full, guide=guide, kl_ramp=self.settings.ramp("kl", progress),
+            student, teacher = self._forward(data, num_full, hints=self._hints(batch, highest_target),
+                                             others=self.settings.weight_kl > 0 and self.settings.kl_images != "full")
+            loss, terms = self.loss(student, teacher, target, num_full, kl_ramp=self.settings.ramp("kl", progress),
                                     entropy_ramp=self.settings.ramp("entropy", progress))
 
         if self.grad_scaler is not None:
@@ -322,13 +308,10 @@ class ConfKDTrainer(nnUNetTrainer):
             gradient = torch.nn.utils.clip_grad_norm_(self.network.parameters(), 12)
             if torch.isfinite(gradient):  # the scaler looks for itself
                 self.optimizer.step()
-        if self.guide is not None:
-            self.guide.update(unwrap(self.network))
 
         regions = self.label_manager.has_regions
         highest = student[0] if self.enable_deep_supervision else student
-        labelled = annotated_voxels(target[0] if self.enable_deep_supervision else target,
-                                    self.label_manager.ignore_label, regions)
+        labelled = annotated_voxels(highest_target, self.label_manager.ignore_label, regions)
         watched = {"loss": loss.detach(), **{f"loss_{term}": value for term, value in terms.items()}, "gradient": gradient}
         values = {**watched, "student_confidence": confidence(highest.detach(), regions), "annotated_share": labelled.float().mean()}
         # one transfer for all of them
@@ -338,6 +321,12 @@ class ConfKDTrainer(nnUNetTrainer):
             self.print_to_log_file(warning)
         del values["gradient"]
         return values
+
+    def _hints(self, batch: dict, target: torch.Tensor) -> torch.Tensor | None:
+        if "shown" not in batch:
+            return None
+        return as_channels(target, batch["shown"].to(self.device, non_blocking=True), self.label_manager.num_segmentation_heads,
+                           self.label_manager.has_regions)
 
     def run_training(self):
         """nnU-Net's; where it does not get to its end, it says what is left to go on from."""
@@ -358,18 +347,6 @@ class ConfKDTrainer(nnUNetTrainer):
                 raise TrainingError("a process that loads and augments the data has ended. What it said stands above; if it said nothing, it "
                                     f"was killed, most likely for want of memory (nnUNet_n_proc_DA: fewer processes). {stopped}") from error
             raise
-
-    def _mixed(self, data: torch.Tensor, target, guide: list[torch.Tensor], num_full: int):
-        """Images, labels and guide; those that are not fully labelled mixed with each other."""
-        count = data.shape[0] - num_full
-        mix = Mix(count, data.shape[2:], self.mixing_rng, data.device)
-
-        def mixed(values):
-            if isinstance(values, list):
-                return [mixed(v) for v in values]
-            return torch.cat((values[:-count], mix(values[-count:])))
-
-        return mixed(data), mixed(target), mixed(guide)
 
     def on_train_epoch_end(self, train_outputs: list[dict]):
         super().on_train_epoch_end(train_outputs)
@@ -464,15 +441,11 @@ class ConfKDTrainer(nnUNetTrainer):
         try:
             with written_whole(filename) as aside:
                 super().save_checkpoint(aside)
-                if self.guide is not None:  # nnU-Net leaves no room for more
-                    torch.save({**torch.load(aside, weights_only=False), "guide": self.guide.average.state_dict()}, aside)
         except (OSError, RuntimeError) as error:  # RuntimeError: torch's own writer
             raise TrainingError(f"{filename}: could not be written ({error}). Is the disk full?") from error
 
     def load_checkpoint(self, filename_or_checkpoint) -> None:
         super().load_checkpoint(filename_or_checkpoint)
-        if self._follows_average:
-            self.guide_state = loading.load_checkpoint(filename_or_checkpoint).get("guide")
         self._add_missing_curves()
 
     def _add_missing_curves(self) -> None:

@@ -170,10 +170,9 @@ class Batches:
         return self.batches[(self.trainer.current_epoch + self.count) % len(self.batches)]
 
 
-@pytest.mark.parametrize("settings", [{}, {"kl_images": "partial", "kl_teacher": "averaged"}], ids=("default", "guide"))
-def test_k_epochs_and_then_m_are_k_plus_m(nnunet, hippocampus, settings):
+def test_k_epochs_and_then_m_are_k_plus_m(nnunet, hippocampus):
     """Weights, optimiser, schedules, ramps, curves and the best so far, given the same batches."""
-    configuration = nnunet.configure(HIPPOCAMPUS, f"resumed_{len(settings)}", "2d", settings | {
+    configuration = nnunet.configure(HIPPOCAMPUS, "resumed", "2d", {
         "epochs": 4, "iterations_per_epoch": 2, "seed": 0, "kl_ramp_start": 0.1, "kl_ramp_end": 0.9})
     source = nnunet.trainer(HIPPOCAMPUS, configuration)
     source.on_train_start()
@@ -215,6 +214,3 @@ def test_k_epochs_and_then_m_are_k_plus_m(nnunet, hippocampus, settings):
     for key, values in curves[0].items():
         if "timestamp" not in key:
             np.testing.assert_array_equal(values, curves[1][key], err_msg=key)
-    if settings:
-        averages = [t.guide.average.state_dict() for t in (whole, second)]
-        assert all(torch.equal(weight, averages[1][name]) for name, weight in averages[0].items())

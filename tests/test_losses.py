@@ -613,14 +613,6 @@ def test_the_entropy_is_that_of_the_heads(regions):
     assert terms["entropy"].item() == pytest.approx(entropy(batch.student[0][NUM_FULL:], regions).mean().item())
 
 
-def test_the_kl_follows_a_guide_where_there_is_one():
-    batch = Batch()
-    guide = random_logits(NUM_IMAGES - NUM_FULL, CHANNELS, *batch.target[0].shape[2:], seed=30, dtype=torch.float32)
-    loss = ConfKDLoss(supervised(), weights_of(kl=1.0), kl_images="partial")
-    _, terms = batch.evaluate(loss, guide=[guide])
-    assert terms["kl"].item() == pytest.approx(distillation(guide, batch.student[0][NUM_FULL:]).mean().item())
-
-
 def test_a_resolution_of_weight_zero_does_not_end_the_others():
     batch = Batch()
     weights = weights_of(student=1.0)

@@ -16,6 +16,7 @@ from nnunet_confkd.network import TwoBranchUNet, add_teacher, branch_weights, ha
 
 CLASSES = 3
 BATCH = 3
+HINTS = "hints.seg_layers."
 ARCHITECTURES = (PlainConvUNet, ResidualEncoderUNet, ResidualUNet)
 
 each_network = pytest.mark.parametrize("architecture, ndim, stages", [
@@ -75,7 +76,7 @@ def test_the_state_dict_is_the_stock_one_plus_the_teachers_decoder(architecture,
     names = list(stock(architecture, ndim, stages).state_dict())
     decoder = [n.removeprefix("decoder.") for n in names
                if n.startswith("decoder.") and not n.startswith("decoder.encoder.")]
-    expected = names + [f"teacher_decoder.{n}" for n in decoder]
+    expected = names + [f"teacher_decoder.{n}" for n in decoder] + [f"teacher_decoder.{HINTS}{i}.weight" for i in range(stages)]
     assert list(two_branches(architecture, ndim, stages).state_dict()) == expected
 
 
@@ -104,7 +105,7 @@ def test_the_student_is_the_stock_network_of_the_same_seed_to_the_bit(architectu
 @each_network
 def test_the_teacher_has_the_students_shapes_and_an_initialisation_of_its_own(architecture, ndim, stages):
     network = two_branches(architecture, ndim, stages)
-    teacher = dict(network.teacher_decoder.named_parameters())
+    teacher = {n: p for n, p in network.teacher_decoder.named_parameters() if not n.startswith(HINTS)}
     student = {n: p for n, p in network.decoder.named_parameters() if not n.startswith("encoder.")}
     assert list(teacher) == list(student)
     for name, weight in teacher.items():
@@ -119,7 +120,7 @@ def test_the_teacher_has_the_students_shapes_and_an_initialisation_of_its_own(ar
 def test_the_teachers_convolutions_start_with_the_spread_that_nnunet_gives_them(architecture, ndim, stages):
     # He: std sqrt(2 / (1 + 0.01^2) / fan_in). torch's own start would be smaller by sqrt(6), about 2.4.
     for name, module in two_branches(architecture, ndim, stages).teacher_decoder.named_modules():
-        if "Conv" in type(module).__name__ and hasattr(module, "weight") and module.weight.numel() >= 200:
+        if "Conv" in type(module).__name__ and HINTS not in name and hasattr(module, "weight") and module.weight.numel() >= 200:
             fan_in = module.weight[0].numel()  # what kaiming_normal_ counts, for transposed convolutions too
             assert module.weight.std().item() == pytest.approx((2 / 1.0001 / fan_in) ** 0.5, rel=0.3), name
 
@@ -136,7 +137,7 @@ class Uninitialised(nn.Module):
 def test_the_teacher_of_a_network_without_an_initialisation_gets_torchs():
     network = TwoBranchUNet(Uninitialised())
     weights = network.state_dict()
-    for name in (n for n, p in network.teacher_decoder.named_parameters() if p.ndim > 1):
+    for name in (n for n, p in network.teacher_decoder.named_parameters() if p.ndim > 1 and HINTS not in n):
         assert not torch.equal(weights[f"teacher_decoder.{name}"], weights[f"decoder.{name}"]), name
 
 
@@ -147,12 +148,12 @@ def test_two_teachers_of_one_seed_are_equal_and_of_two_seeds_are_not():
 
 
 @each_network
-def test_the_parameters_are_the_stock_ones_and_one_more_decoders(architecture, ndim, stages):
+def test_the_parameters_are_the_stock_ones_one_more_decoders_and_a_hint_a_resolution(architecture, ndim, stages):
     reference = stock(architecture, ndim, stages)
     count = len(list(reference.parameters()))
     decoder = count - len(list(reference.encoder.parameters()))
     optimizer = torch.optim.SGD(two_branches(architecture, ndim, stages).parameters(), 0.1)
-    assert len(optimizer.param_groups[0]["params"]) == count + decoder
+    assert len(optimizer.param_groups[0]["params"]) == count + decoder + stages
 
 
 class ThreeParts(nn.Module):
@@ -263,6 +264,60 @@ def test_deep_supervision_is_switched_in_both_branches(deep_supervision):
     assert equal(outputs[0], stock(deep_supervision=deep_supervision)(images()))
 
 
+# ---- hints and images that are not full -----------------------------------------------------------------------------
+
+def hints_at(ndim: int, image: int, place: int = 5) -> torch.Tensor:
+    hints = torch.zeros(BATCH, CLASSES + 1, *ndim * [16])
+    hints[(image, slice(1, 2), *ndim * [place])] = 1
+    return hints
+
+
+@each_network
+def test_hints_reach_the_teacher_of_their_image_alone(architecture, ndim, stages):
+    network = two_branches(architecture, ndim, stages)
+    student, teacher = network(images(ndim), BATCH)
+    student_too, hinted = network(images(ndim), BATCH, hints_at(ndim, 1))
+    assert equal(student, student_too)
+    for plain, told in zip(teacher, hinted):
+        assert torch.equal(plain[[0, 2]], told[[0, 2]]) and not torch.equal(plain[1], told[1])
+
+
+@each_network
+@deep_or_not
+def test_no_hints_and_hints_of_zero_make_the_teacher_a_stock_decoder(architecture, ndim, stages, deep_supervision):
+    network = two_branches(architecture, ndim, stages, deep_supervision)
+    exported = stock(architecture, ndim, stages, deep_supervision, seed=7)
+    exported.load_state_dict(branch_weights(network.state_dict(), "teacher"))
+    for hints in (None, torch.zeros(BATCH, CLASSES + 1, *ndim * [16])):
+        assert equal(network(images(ndim), BATCH, hints)[1], exported(images(ndim)))
+
+
+@each_network
+def test_a_hint_stands_at_every_resolution(architecture, ndim, stages):
+    network = two_branches(architecture, ndim, stages)
+    skips = network.encoder(images(ndim))
+    told = network.teacher_decoder.hints(skips, hints_at(ndim, 0, place=15))
+    for skip, with_hint, layer in zip(skips, told, network.teacher_decoder.hints.seg_layers):
+        difference = (with_hint - skip).detach()
+        last = (0, slice(None), *ndim * [-1])
+        torch.testing.assert_close(difference[last], layer.weight[:, 1].flatten(), rtol=1e-4, atol=1e-5)
+        difference[last] = 0
+        assert not difference.any()
+
+
+@deep_or_not
+@pytest.mark.parametrize("num_full", (0, 1, BATCH))
+def test_images_that_are_not_full_do_not_update_the_teacher(deep_supervision, num_full):
+    network = two_branches(deep_supervision=deep_supervision)
+    hints = hints_at(2, 2)
+    student, teacher = network(images(), num_full, hints, others=True)
+    alone = network(images(), BATCH, hints)[1]
+    for result, expected in zip(as_list(teacher), as_list(alone)):
+        torch.testing.assert_close(result, expected)
+    sum(x[num_full:].sum() for x in as_list(teacher)).backward()
+    assert all(g is None or not g.any() for g in gradients(network))
+
+
 # ---- the branch that predicts ---------------------------------------------------------------------------------------
 
 @deep_or_not
@@ -315,7 +370,8 @@ def test_the_weights_of_a_branch_make_the_stock_network_that_branch_to_the_bit(a
 def test_a_stock_network_with_a_teacher_added_has_two_equal_branches(architecture, ndim, stages):
     reference = stock(architecture, ndim, stages)
     network = two_branches(architecture, ndim, stages, seed=7)
-    network.load_state_dict(add_teacher(reference.state_dict()), strict=True)
+    missing, unexpected = network.load_state_dict(add_teacher(reference.state_dict()), strict=False)
+    assert not unexpected and all(HINTS in name for name in missing)
     student, teacher = network(images(ndim), BATCH)
     assert equal(student, reference(images(ndim)))
     assert equal(teacher, student)

@@ -64,10 +64,8 @@ BAD_VALUES = {
     "student_images": ("full",),
     "student_average": ("mean",),
     "kl_images": ("unlabelled",),
-    "kl_teacher": ("student", None),
-    "kl_mix": (1, "no"),
+    "teacher_hints": (1, "no"),
     "ignore_padding": (1, "no"),
-    "average_decay": (1.1, -0.1, NAN, True),
     "entropy_images": ("unlabelled",),
     "extra_resolutions": ("lowest",),
 }

@@ -82,16 +82,6 @@ def test_regions_train_and_validate(nnunet, regions, started):
     assert counts["tp_hard"].shape == counts["teacher_fn_hard"].shape == (2,)
 
 
-def test_the_teacher_is_run_on_the_full_images_only(nnunet, hippocampus, started):
-    trainer = started(HIPPOCAMPUS, nnunet.configure(HIPPOCAMPUS, "seen", "2d", SHORT | {"full_share": 0.25}, batch_size=8))
-    seen = []
-    trainer.network.teacher_decoder.register_forward_hook(lambda _, inputs, __: seen.append(inputs[0][0].shape[0]))
-    batch = next(trainer.dataloader_train)
-    trainer.train_step(batch)
-    assert seen == [2] and all(case in hippocampus["full"] for case in batch["keys"][:2])
-    assert not any(case in hippocampus["full"] for case in batch["keys"][2:])
-
-
 def test_a_batch_of_one_trains_with_and_without_a_full_image(nnunet, hippocampus, started):
     trainer = started(HIPPOCAMPUS, nnunet.configure(HIPPOCAMPUS, "one", "2d", SHORT, batch_size=1))
     trainer.on_train_epoch_start()
@@ -104,65 +94,44 @@ def test_a_batch_of_one_trains_with_and_without_a_full_image(nnunet, hippocampus
     assert found[1]["loss_entropy"] == 0 != found[1]["loss_teacher"]
 
 
-GUIDED = SHORT | {"kl_images": "partial", "kl_teacher": "averaged", "kl_mix": True}
-
-
-def test_the_student_follows_the_guide_on_mixed_images(nnunet, hippocampus, started):
-    trainer = started(HIPPOCAMPUS, nnunet.configure(HIPPOCAMPUS, "guided", "2d", GUIDED))
-    trainer.on_train_epoch_start()
-    batch = next(trainer.dataloader_train)
+def test_the_teacher_is_shown_the_annotations(nnunet, hippocampus, started):
+    trainer = started(HIPPOCAMPUS, nnunet.configure(HIPPOCAMPUS, "hints", "2d", SHORT | {"kl_images": "all"}, batch_size=8))
     seen = {}
-    trainer.network.encoder.register_forward_pre_hook(lambda _, inputs: seen.update(trained=inputs[0]))
-    trainer.guide.average.module.encoder.register_forward_pre_hook(lambda _, inputs: seen.update(guide=inputs[0]))
-    average = [p.clone() for p in trainer.guide.average.module.parameters()]
-    result = trainer.train_step(batch)
-    full = batch["num_full"]
-    assert torch.equal(seen["guide"], batch["data"][full:]) and torch.equal(seen["trained"][:full], batch["data"][:full])
-    assert all(not torch.equal(mixed, image) for mixed, image in zip(seen["trained"][full:], batch["data"][full:]))
-    assert result["loss_kl"] > 0 and all(np.isfinite(value) for value in result.values())
-    assert any(not torch.equal(p, before) for p, before in zip(trainer.guide.average.module.parameters(), average))
-    names = [name for name in trainer.network.state_dict() if "average" in name]
-    assert not names  # a checkpoint holds what it always holds
-
-
-def test_without_the_kl_there_is_no_guide_and_nothing_is_mixed(nnunet, hippocampus, started):
-    trainer = started(HIPPOCAMPUS, nnunet.configure(HIPPOCAMPUS, "unguided", "2d", GUIDED | {"weight_kl": 0.0}))
-    trainer.on_train_epoch_start()
-    batch, seen = next(trainer.dataloader_train), {}
-    trainer.network.encoder.register_forward_pre_hook(lambda _, inputs: seen.update(trained=inputs[0]))
-    result = trainer.train_step(batch)
-    assert trainer.guide is None and torch.equal(seen["trained"], batch["data"]) and result["loss_kl"] == 0
-
-
-def test_mixing_leaves_the_batches_as_they_are(nnunet, hippocampus, started):
-    def keys(name, block):
-        trainer = started(HIPPOCAMPUS, nnunet.configure(HIPPOCAMPUS, name, "2d", block))
-        trainer.on_train_epoch_start()
-        found = []
-        for _ in range(3):
-            batch = next(trainer.dataloader_train)
-            found.append((list(batch["keys"]), batch["data"].sum()))
-            trainer.train_step(batch)
-        return found
-
-    assert keys("guided", GUIDED) == keys("unguided", SHORT)
-
-
-def test_guided_batches_of_one(nnunet, hippocampus, started):
-    trainer = started(HIPPOCAMPUS, nnunet.configure(HIPPOCAMPUS, "guided_one", "2d", GUIDED, batch_size=1))
-    trainer.on_train_epoch_start()
-    found = {}
+    hints = trainer.network.teacher_decoder.hints
+    hints.register_forward_pre_hook(lambda _, inputs: seen.update(hints=inputs[1]))
+    full_hinted = 0
     for _ in range(4):
         batch = next(trainer.dataloader_train)
-        found[batch["num_full"]] = trainer.train_step(batch)["loss_kl"]
-    assert found[1] == 0 < found[0]
+        trainer.train_step(batch)
+        target, num_full, shown = batch["target"][0], batch["num_full"], seen["hints"][:, -1:].bool()
+        assert torch.equal(shown[num_full:], target[num_full:] != 3)
+        assert 0 < shown[:num_full].float().mean() < 0.05
+        labels = seen["hints"][:, :-1].argmax(1, keepdim=True)
+        assert torch.equal(labels[shown], target[shown].long())
+        full_hinted += int(shown[:num_full].flatten(1).any(1).sum())
+    assert full_hinted > 8
 
 
-def test_guided_regions(nnunet, regions, started):
-    trainer = started(regions, nnunet.configure(regions, "guided", "3d_fullres", GUIDED))
-    trainer.on_train_epoch_start()
-    result = trainer.train_step(next(trainer.dataloader_train))
-    assert all(np.isfinite(value) for value in result.values()) and result["loss_kl"] > 0
+def test_hints_leave_the_batches_as_they_are(nnunet, hippocampus, started):
+    def batches(name, block):
+        trainer = started(HIPPOCAMPUS, nnunet.configure(HIPPOCAMPUS, name, "2d", SHORT | block))
+        return [(list(b["keys"]), float(b["data"].sum()), "shown" in b) for b in (next(trainer.dataloader_train) for _ in range(3))]
+
+    with_hints, without = (batches(f"hints_{on}", {"teacher_hints": on}) for on in (True, False))
+    assert [b[:2] for b in with_hints] == [b[:2] for b in without]
+    assert all(b[2] for b in with_hints) and not any(b[2] for b in without)
+
+
+@pytest.mark.parametrize("images, teacher_sees", [("full", 2), ("all", 8), ("partial", 8)])
+def test_the_teacher_is_run_on_the_images_that_it_is_followed_on(nnunet, hippocampus, started, images, teacher_sees):
+    trainer = started(HIPPOCAMPUS, nnunet.configure(HIPPOCAMPUS, f"seen_{images}", "2d", SHORT | {"full_share": 0.25, "kl_images": images},
+                                                    batch_size=8))
+    seen = []
+    trainer.network.teacher_decoder.register_forward_hook(lambda _, inputs, __: seen.append(inputs[0][0].shape[0]))
+    batch = next(trainer.dataloader_train)
+    trainer.train_step(batch)
+    assert sum(seen) == teacher_sees and all(case in hippocampus["full"] for case in batch["keys"][:2])
+    assert not any(case in hippocampus["full"] for case in batch["keys"][2:])
 
 
 def test_validation_batches_are_full_and_count_as_nnunet_does(nnunet, hippocampus, started):
