@@ -52,6 +52,7 @@ ROWS = {
     "decoders": Row("two decoders, no KL, no entropy", settings={"weight_kl": 0.0, "weight_entropy": 0.0}),
     "kl": Row("KL, no entropy", "ConfKDTrainer_noEntropy"),
     "entropy": Row("entropy, no KL", "ConfKDTrainer_noKL"),
+    "medIA2023": Row("the journal paper's: KL on the full images alone", "ConfKDTrainer_MedIA2023"),
     "confkd": Row("ConfKD"),
     "ipmi2021": Row("the conference paper's settings", "ConfKDTrainer_IPMI2021"),
     "all": Row("everything labelled, stock nnU-Net", "nnUNetTrainer", "all"),
@@ -59,7 +60,7 @@ ROWS = {
 RIVAL, LOWER, UPPER = "ignore", "full_only", "all"
 
 # What was tried on the way to the defaults, one change at a time; for --on validation alone.
-PLAIN = {"weight_kl": 0.0, "weight_entropy": 0.0}
+PLAIN = {"weight_kl": 0.0, "weight_entropy": 0.0, "kl_images": "full", "kl_ramp_end": 0.0, "extra_resolutions": "all"}
 HINTS = {"kl_ramp_end": 0.2, "extra_resolutions": "highest", "weight_entropy": 0.0}
 TRIALS = {
     "t_padding": Row("the ignore label, stratified; the padding is background, as nnU-Net has it", "ConfKDTrainer_partialOnly",
@@ -414,10 +415,24 @@ def still_to_do(specs: list[dict], output: Path) -> list[dict]:
         file = output / f"{run_name(spec)}.json"
         if not file.is_file():
             missing.append(spec)
-        elif (before := json.loads(file.read_text())["spec"]) != spec:
-            changed = [key for key in spec if before.get(key) != spec[key]]
+        elif changed := differences(json.loads(file.read_text())["spec"], spec):
             raise SystemExit(f"{file}: was made with another {', '.join(changed)}; move it away, or give another --output")
     return missing
+
+
+def differences(before: dict, now: dict) -> list[str]:
+    """Entries in which two runs differ: settings of terms of weight 0 decide nothing, and a row's title does not."""
+    def effective(spec: dict) -> dict:
+        settings = dict(spec["settings"] or {})
+        off = [term for term in ("kl", "entropy") if not settings.get(f"weight_{term}")]
+        unused = tuple(f"{term}_" for term in off) + (("teacher_hints", "average_decay") if "kl" in off else ())
+        if len(off) == 2:
+            unused += ("extra_resolutions",)
+        row = {key: value for key, value in spec["row"].items() if key not in ("title", "settings")}
+        return {**spec, "row": row, "settings": {k: v for k, v in settings.items() if not k.startswith(unused)}}
+
+    before, now = effective(before), effective(now)
+    return [key for key in now if before.get(key) != now[key]]
 
 
 def main() -> None:

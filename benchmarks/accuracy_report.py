@@ -108,7 +108,7 @@ def plot(tables: dict, rows: dict, results: dict, file: Path) -> None:
 
     styles = {"full_only": ("0.45", "s", ":"), "ignore_uniform": ("0.45", "x", "--"), "ignore": ("#0072B2", "o", "-"),
               "ignore_time": ("#56B4E9", "o", "--"), "decoders": ("#999933", "v", ":"), "kl": ("#009E73", "^", ":"),
-              "entropy": ("#CC79A7", "<", ":"), "confkd": ("#D55E00", "D", "-"), "ipmi2021": ("0.65", "+", ":"),
+              "entropy": ("#CC79A7", "<", ":"), "medIA2023": ("#E69F00", "^", ":"), "confkd": ("#D55E00", "D", "-"), "ipmi2021": ("0.65", "+", ":"),
               "all": ("black", "", "-")}
     figure, axes = plt.subplots(1, len(results), figsize=(6.2 * len(results), 4.4), squeeze=False, layout="constrained")
     for axis, (name, runs) in zip(axes[0], results.items()):

@@ -99,7 +99,8 @@ def batch_of(case: Case, scales, device: str) -> dict:
         target = torch.randint(0, CLASSES, (case.batch, 1, *size), generator=generator, dtype=torch.int16)
         target[num_full:][torch.rand(target[num_full:].shape, generator=generator) > 0.01] = CLASSES
         targets.append(target.to(device))
-    return {"data": data.to(device), "target": targets if scales else targets[0], "num_full": num_full}
+    shown = torch.rand(targets[0].shape, generator=generator) < 0.01
+    return {"data": data.to(device), "target": targets if scales else targets[0], "num_full": num_full, "shown": shown}
 
 
 # ---- measures ---------------------------------------------------------------------------------------------------------
@@ -128,14 +129,14 @@ def by_turns(steps: dict, device: str, repetitions: int, warm_up: int = 3) -> di
     return found
 
 
-def flops_of(network, data, *num_teacher) -> int:
-    """Of a forward and a backward pass."""
+def flops_of(network, data, *args) -> int:
+    """Of a forward and a backward pass; args: the network's for training."""
     from torch.utils.flop_counter import FlopCounterMode
 
     def total(outputs):
         return sum(total(o) for o in outputs) if isinstance(outputs, (list, tuple)) else outputs.sum()
     with FlopCounterMode(display=False) as counter:
-        total(network(data, *num_teacher)).backward()
+        total(network(data, *args)).backward()
     network.zero_grad(set_to_none=True)
     return counter.get_total_flops()
 
@@ -163,7 +164,9 @@ def parts_of(trainer, batch: dict, device: str, repetitions: int) -> dict[str, f
         with trainer._autocast():
             skips = timed("encoder", lambda: network.encoder(batch["data"]))
             student = timed("student's decoder", lambda: network.decoder(skips))
-            teacher = timed("teacher's decoder", lambda: network.teacher_decoder([s[:num_full] for s in skips]))
+            hints = timed("hints", lambda: trainer._hints(batch, batch["target"][0]))
+            told = timed("hints", lambda: network.teacher_decoder.hints(skips, hints))
+            teacher = timed("teacher's decoder", lambda: network.run_teacher(told, student, num_full, trainer._teaches_others))
             loss, _ = timed("loss", lambda: trainer.loss(student, teacher, batch["target"], num_full))
         timed("backward", loss.backward)
         timed("clipping and optimiser", lambda: (torch.nn.utils.clip_grad_norm_(network.parameters(), 12), trainer.optimizer.step()))
@@ -203,7 +206,7 @@ def measure(case: Case, device: str, amp: bool, compiled: bool, repetitions: int
             stock_module.autocast = autocast
     networks = {name: unwrap(t.network) for name, t in trainers.items()}
     flops = {"stock": flops_of(networks["stock"], batch["data"]),
-             "confkd": flops_of(networks["confkd"], batch["data"], batch["num_full"])}
+             "confkd": flops_of(networks["confkd"], batch["data"], batch["num_full"], None, trainers["confkd"]._teaches_others)}
     for network in networks.values():
         network.eval()
     image = batch["data"][:1]

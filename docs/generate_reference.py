@@ -18,7 +18,8 @@ from nnunet_confkd.settings import Settings, settings_table
 FOLDER = Path(__file__).parent / "reference"
 NOTE = "<!-- written by docs/generate_reference.py -->\n"
 OF_NNUNET = ("train", "predict")  # nnU-Net's own parsers, with a few words of ours before
-TRAINERS = ("ConfKDTrainer", "ConfKDTrainer_noEntropy", "ConfKDTrainer_noKL", "ConfKDTrainer_partialOnly", "ConfKDTrainer_IPMI2021")
+TRAINERS = ("ConfKDTrainer", "ConfKDTrainer_noEntropy", "ConfKDTrainer_noKL", "ConfKDTrainer_partialOnly", "ConfKDTrainer_MedIA2023",
+            "ConfKDTrainer_IPMI2021")
 # defaults that are not the same everywhere
 OF_THE_MACHINE = {"processes": "default: as many as there are cores, 8 at most", "device": "default: cuda where there is one, else cpu"}
 
@@ -133,8 +134,7 @@ def settings() -> str:
         "`nnUNetv2_train 27 3d_fullres_seed1 0 -tr ConfKDTrainer` then trains with it. Unknown keys and bad values are errors. What was used "
         "is in the fold's `confkd.json`. The terms L are those of [the method](../method.md).\n",
         settings_table() + "\n",
-        "Errors, too: `weight_teacher` and `weight_student` both 0; `weight_kl` above 0 and `weight_teacher` 0; `kl_mix` without "
-        "`kl_teacher` `\"averaged\"` and `kl_images` `\"partial\"` or `\"all\"`; a ramp that ends before it starts.\n",
+        "Errors, too: `weight_teacher` and `weight_student` both 0; `weight_kl` above 0 and `weight_teacher` 0; a ramp that ends before it starts.\n",
         "## What the trainers fix\n",
         "A variant's own settings win over the block: its name is what the results are filed under.\n",
         "| trainer | differs from the defaults in |\n|---|---|\n" + variants,

@@ -99,20 +99,22 @@ class TwoBranchUNet(nn.Module):
         student = self.decoder(skips)
         if hints is None:  # zeros rather than nothing: DDP fails on parameters without gradient
             hints = x.new_zeros((len(x), self.decoder.num_classes + 1, *[1] * (x.ndim - 2)))
-        skips = self.teacher_decoder.hints(skips, hints)
-        full, partial = [skip[:num_full] for skip in skips], [skip[num_full:] for skip in skips]
+        return student, self.run_teacher(self.teacher_decoder.hints(skips, hints), student, num_full, others)
+
+    def run_teacher(self, skips: list[Tensor], student, num_full: int, others: bool):
+        """The teacher's output on skips with hints, see `forward`; student: the student's on the same images."""
         if num_full > 0:
-            teacher = self.teacher_decoder(full)
+            teacher = self.teacher_decoder([skip[:num_full] for skip in skips])
         else:
             # No image for the teacher: empty outputs that still depend on its parameters, whose gradient is then zero
             # rather than missing. DDP fails on parameters without gradient.
             anchor = sum(p.flatten()[0] for p in self.teacher_decoder.parameters())
             teacher = student[:0].detach() + anchor if torch.is_tensor(student) else [s[:0].detach() + anchor for s in student]
-        if others and num_full < len(x):
-            with torch.no_grad():
-                unlearnt = self.teacher_decoder(partial)
-            teacher = torch.cat((teacher, unlearnt)) if torch.is_tensor(teacher) else [torch.cat(pair) for pair in zip(teacher, unlearnt)]
-        return student, teacher
+        if not others or num_full == len(skips[0]):
+            return teacher
+        with torch.no_grad():
+            unlearnt = self.teacher_decoder([skip[num_full:] for skip in skips])
+        return torch.cat((teacher, unlearnt)) if torch.is_tensor(teacher) else [torch.cat(pair) for pair in zip(teacher, unlearnt)]
 
 
 class Hints(nn.Module):

@@ -37,7 +37,7 @@ class Settings:
 
     weight_teacher: float = _number(1.0, 0, 1e6, "weight of L_s, the teacher's supervised loss")
     weight_student: float = _number(1.0, 0, 1e6, "weight of L_w, the student's supervised loss")
-    weight_kl: float = _number(1.0, 0, 1e6, "weight of L_kd, the distillation from teacher to student")
+    weight_kl: float = _number(3.0, 0, 1e6, "weight of L_kd, the distillation from teacher to student")
     weight_entropy: float = _number(0.01, 0, 1e6, "weight of L_ent, the student's entropy")
     supervised_loss: str = _choice("dice_ce", "ce", doc="nnU-Net's Dice + cross-entropy, or cross-entropy alone")
     student_images: str = _choice("all", "partial", doc="images that enter L_w: all, or those not fully labelled")
@@ -47,18 +47,17 @@ class Settings:
     kl_detach_teacher: bool = _flag(True, "the KL does not update the teacher")
     kl_temperature: float = _number(1.0, 1e-2, 1e2, "temperature T of the KL, which is scaled by T^2")
     kl_softmax_twice: bool = _flag(False, "the conference paper's softmax over the softmax outputs, scaled by T^2 / (2 C)")
-    teacher_hints: bool = _flag(True, "the teacher sees the annotated voxels, too: of partial images their own, of full images "
-                                "simulated ones")
-    kl_images: str = _choice("full", "partial", "all", doc="images on which the KL acts: those fully labelled, the "
-                                                           "others, or all")
+    teacher_hints: bool = _flag(True, "the teacher sees the annotated voxels, too, where the KL acts on images that are not full: of "
+                                "these their own, of full images simulated ones")
+    kl_images: str = _choice("all", "full", "partial", doc="images on which the KL acts: all, those fully labelled, or the others")
     kl_ramp_start: float = _number(0.0, 0, 1, "share of the epochs after which the KL's weight starts to rise")
-    kl_ramp_end: float = _number(0.0, 0, 1, "share of the epochs after which the KL has its whole weight")
+    kl_ramp_end: float = _number(0.2, 0, 1, "share of the epochs after which the KL has its whole weight")
     entropy_images: str = _choice("partial", "full", "all", doc="images on which the entropy acts: those not fully "
                                                                 "labelled, those fully labelled, or all")
     entropy_ramp_start: float = _number(0.0, 0, 1, "share of the epochs after which the entropy's weight starts to rise")
     entropy_ramp_end: float = _number(0.0, 0, 1, "share of the epochs after which the entropy has its whole weight")
     extra_resolutions: str = _choice(
-        "all", "highest", doc="resolutions of the KL and the entropy: all supervised ones, or the highest")
+        "highest", "all", doc="resolutions of the KL and the entropy: the highest, or all supervised ones")
     full_share: float = _number(0.5, 0.01, 0.99, "share of fully labelled images in a training batch")
     ignore_padding: bool = _flag(True, "the padding around images that are not fully labelled is not annotated; false: it "
                                        "is background, as nnU-Net has it")

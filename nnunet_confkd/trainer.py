@@ -222,7 +222,7 @@ class ConfKDTrainer(nnUNetTrainer):
         options = dict(oversample_foreground_percent=self.oversample_foreground_percent, sampling_probabilities=None,
                        pad_sides=None, probabilistic_oversampling=self.probabilistic_oversampling)
         complete = None
-        if self.settings.teacher_hints and self.settings.weight_teacher > 0:
+        if self.settings.teacher_hints and self._teaches_others:
             complete = partial(add_shown, ignore_label=self.label_manager.ignore_label, regions=self.label_manager.has_regions)
         dl_tr = StratifiedLoader(dataset_tr, self.batch_size, initial_patch_size, patch_size, self.label_manager,
                                  kinds=self.kinds, full_share=self.settings.full_share, offset=self.local_rank,
@@ -269,6 +269,11 @@ class ConfKDTrainer(nnUNetTrainer):
         super().on_train_start()
         self.print_to_log_file(f"ConfKD settings: {self.settings}")
 
+    @property
+    def _teaches_others(self) -> bool:
+        """Whether the KL acts on images that are not fully labelled."""
+        return self.settings.weight_kl > 0 and self.settings.kl_images != "full"
+
     def _forward(self, data: torch.Tensor, num_full: int, **options):
         """The outputs of student and teacher; None for the teacher of a network that has none."""
         if self.two_branches:
@@ -293,7 +298,7 @@ class ConfKDTrainer(nnUNetTrainer):
         self.optimizer.zero_grad(set_to_none=True)
         with self._autocast():
             student, teacher = self._forward(data, num_full, hints=self._hints(batch, highest_target),
-                                             others=self.settings.weight_kl > 0 and self.settings.kl_images != "full")
+                                             others=self._teaches_others)
             loss, terms = self.loss(student, teacher, target, num_full, kl_ramp=self.settings.ramp("kl", progress),
                                     entropy_ramp=self.settings.ramp("entropy", progress))
 
@@ -497,7 +502,14 @@ class ConfKDTrainer_IPMI2021(ConfKDTrainer):
 
     fixed_settings = {"weight_teacher": 1.0, "weight_student": 0.1, "weight_kl": 50.0, "weight_entropy": 1.0,
                       "supervised_loss": "ce", "kl_reference": "student", "kl_detach_teacher": False,
-                      "kl_temperature": 2.0, "kl_softmax_twice": True, "entropy_images": "all", "full_share": 1 / 6}
+                      "kl_temperature": 2.0, "kl_softmax_twice": True, "kl_images": "full", "kl_ramp_end": 0.0,
+                      "extra_resolutions": "all", "entropy_images": "all", "full_share": 1 / 6}
+
+
+class ConfKDTrainer_MedIA2023(ConfKDTrainer):
+    """The journal paper's objective, with plain KL and weights of order 1: the KL on the fully labelled images alone, no hints."""
+
+    fixed_settings = {"weight_kl": 1.0, "kl_images": "full", "kl_ramp_end": 0.0, "extra_resolutions": "all"}
 
 
 class ConfKDTrainer_1epoch(ConfKDTrainer):

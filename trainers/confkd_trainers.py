@@ -7,6 +7,7 @@ from nnunet_confkd.trainer import (  # noqa: F401
     ConfKDTrainer_100epochs,
     ConfKDTrainer_250epochs,
     ConfKDTrainer_IPMI2021,
+    ConfKDTrainer_MedIA2023,
     ConfKDTrainer_noEntropy,
     ConfKDTrainer_noKL,
     ConfKDTrainer_partialOnly,
