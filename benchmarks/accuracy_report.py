@@ -89,13 +89,14 @@ def table_of(table, rows: dict, runs: dict, rival: str, lower: str, upper: str) 
 
 
 def describe(table, runs: dict) -> str:
-    any_run = next(iter(runs.values()))
     machines = sorted({run["machine"] for run in runs.values()})
-    versions = ", ".join(f"{k} {v}" for k, v in any_run["versions"].items())
+    found = {package: sorted({run["versions"][package] for run in runs.values()}) for package in next(iter(runs.values()))["versions"]}
+    versions = ", ".join(f"{package} {' and '.join(of)}" for package, of in found.items())
     test, validation, train = table.patients
     return (f"{train} patients train, {test} test (the figures), {validation} validate; {table.iterations} iterations"
             + (f" of batches of {table.batch_size}" if table.batch_size else "")
-            + (", a small plan (features 16 to 128, one convolution a stage)" if table.small else "")
+            + (f", a small plan (features 16 to 128, one convolution a stage, patches up to {table.max_patch} voxels wide)" if table.small else "")
+            + (f", resampled to {' x '.join(f'{mm:g}' for mm in table.spacing)} mm" if table.spacing else "")
             + f"; {', '.join(machines)}; {versions}. Far: more than 5 mm from the class. Intervals: 95 %, paired bootstrap over "
               f"cases and seeds.")
 

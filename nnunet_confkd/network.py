@@ -113,7 +113,7 @@ class TwoBranchUNet(nn.Module):
         if not others or num_full == len(skips[0]):
             return teacher
         with torch.no_grad():
-            unlearnt = self.teacher_decoder([skip[num_full:] for skip in skips])
+            unlearnt = self.teacher_decoder([skip[num_full:].detach() for skip in skips])
         return torch.cat((teacher, unlearnt)) if torch.is_tensor(teacher) else [torch.cat(pair) for pair in zip(teacher, unlearnt)]
 
 

@@ -127,6 +127,21 @@ def test_finished_runs_are_kept_and_other_settings_refused(modules, tmp_path):
         accuracy.still_to_do(changed, tmp_path / "runs")
 
 
+def test_settings_that_decide_nothing_and_titles_make_no_other_run(modules):
+    accuracy, _ = modules
+    table = accuracy.TABLES["hippocampus"]
+
+    def spec(row, **changes):
+        found = accuracy.spec_of(table, row, 5, 0, "cpu", 50)
+        return {**found, "row": {**found["row"], "title": "another"}, "settings": {**found["settings"], **changes}}
+
+    for row, harmless, decisive in (("ignore", {"kl_images": "full", "teacher_hints": False, "entropy_images": "all"}, {"full_share": 0.25}),
+                                    ("confkd", {}, {"teacher_hints": False}), ("kl", {"entropy_images": "all"}, {"kl_images": "full"})):
+        now = accuracy.spec_of(table, row, 5, 0, "cpu", 50)
+        assert accuracy.differences(spec(row, **harmless), now) == []
+        assert accuracy.differences(spec(row, **decisive), now) == ["settings"]
+
+
 def test_a_table_from_real_data_to_json(modules, test_data, tmp_path):
     """Two rows, a few iterations, through the command; a second time it has nothing left to do."""
     script = tmp_path / "short.py"
