@@ -183,8 +183,8 @@ def test_autocast_gives_the_float32_result(regions, dtype):
 
 
 def test_logits_without_spatial_axes_are_refused_with_their_shape():
-    for call in (entropy, lambda x: kl_divergence(x, x)):
-        with pytest.raises(ValueError, match=r"\(2, 3\)"):
+    for call, name in ((entropy, "logits"), (lambda x: kl_divergence(x, x), "p_logits")):
+        with pytest.raises(ValueError, match=rf"^{name} must be .*\(2, 3\)$"):
             call(torch.zeros(2, 3))
 
 
@@ -268,7 +268,7 @@ def test_unknown_references_and_softmax_twice_on_regions_are_refused():
     x = torch.zeros(1, 2, 3, 3)
     with pytest.raises(ValueError, match="'master'"):
         distillation(x, x, reference="master")
-    with pytest.raises(ValueError, match="regions"):
+    with pytest.raises(ValueError, match="^the softmax over the softmax is defined for softmax labels, not for regions$"):
         distillation(x, x, regions=True, softmax_twice=True)
 
 
@@ -350,6 +350,11 @@ def test_partial_supervision_is_nnunets_loss_to_the_bit(ndim, regions):
     logits = random_logits(3, CHANNELS, *SPATIAL[ndim], dtype=torch.float32)
     target = make_target(ndim, regions, 1, 2)
     assert torch.equal(supervised(ndim, regions)(logits, target), stock_loss(ndim, regions)(logits, target))
+
+
+def test_labels_are_softmax_labels_unless_said_otherwise():
+    logits, target = random_logits(1, CHANNELS, 4, 4, dtype=torch.float32), torch.ones(1, 1, 4, 4)  # of regions, everything would be ignored
+    assert torch.equal(PartialSupervision(stock_loss(2, False), IGNORE)(logits, target), stock_loss(2, False)(logits, target))
 
 
 @each_dimension
@@ -446,6 +451,11 @@ def test_the_joint_student_alone_is_nnunets_loss_on_the_whole_batch_to_the_bit(n
     apart = ConfKDLoss(supervised(ndim, regions), weights_of(student=1.0), resolution_weights=RESOLUTIONS,
                        regions=regions, student_average="separate")
     assert not torch.equal(batch.evaluate(apart)[0], stock(batch.student, batch.target))
+
+
+def test_by_default_the_student_has_one_loss_over_all_images_and_any_loss_will_do():
+    batch, nnunets = Batch(), stock_loss(2, False)
+    assert torch.equal(batch.evaluate(ConfKDLoss(nnunets, weights_of(student=1.0)))[0], nnunets(batch.student[0], batch.target[0]))
 
 
 # ---- the joint objective: its terms ---------------------------------------------------------------------------------

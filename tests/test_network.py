@@ -25,13 +25,13 @@ each_network = pytest.mark.parametrize("architecture, ndim, stages", [
 deep_or_not = pytest.mark.parametrize("deep_supervision", (True, False), ids=("deep", "flat"))
 
 
-def stock(architecture=PlainConvUNet, ndim: int = 2, stages: int = 3, deep_supervision: bool = True, seed: int = 0):
+def stock(architecture=PlainConvUNet, ndim: int = 2, stages: int = 3, deep_supervision: bool = True, seed: int = 0, classes: int = CLASSES):
     """A tiny network, built and initialised as nnU-Net's get_network_from_plans does."""
     torch.manual_seed(seed)
     blocks = "n_conv_per_stage" if architecture is PlainConvUNet else "n_blocks_per_stage"
     network = architecture(
         input_channels=1, n_stages=stages, features_per_stage=[8, 12, 16, 16][:stages],
-        conv_op={2: nn.Conv2d, 3: nn.Conv3d}[ndim], kernel_sizes=3, strides=[1, 2, 2, 2][:stages], num_classes=CLASSES,
+        conv_op={2: nn.Conv2d, 3: nn.Conv3d}[ndim], kernel_sizes=3, strides=[1, 2, 2, 2][:stages], num_classes=classes,
         n_conv_per_stage_decoder=1, conv_bias=True, norm_op={2: nn.InstanceNorm2d, 3: nn.InstanceNorm3d}[ndim],
         norm_op_kwargs={"eps": 1e-5, "affine": True}, nonlin=nn.LeakyReLU, nonlin_kwargs={"inplace": True},
         deep_supervision=deep_supervision, **{blocks: 1})
@@ -242,6 +242,12 @@ def test_without_an_image_for_the_teacher_its_gradient_is_zero_and_not_missing(a
         assert ours is stocks is None or torch.equal(ours, stocks)
 
 
+def test_without_an_image_for_the_teacher_a_single_head_keeps_its_gradient_too():
+    network = two_branches(classes=1)  # whose last layers have a single bias
+    total(network(images(), 0)[1]).backward()
+    assert all(g is not None and (g == 0).all() for g in gradients(network.teacher_decoder))
+
+
 @each_network
 def test_each_branch_gives_its_gradient_to_its_own_decoder_and_the_encoder(architecture, ndim, stages):
     for branch in (0, 1):
@@ -383,6 +389,11 @@ def test_adding_a_teacher_and_taking_a_branch_are_inverse():
         result = branch_weights(add_teacher(weights), branch)
         assert list(result) == list(weights)
         assert all(result[name] is weights[name] for name in weights)
+
+
+def test_only_the_beginning_of_a_name_tells_the_branch():
+    weights = {name: torch.zeros(1) for name in ("decoder.decoder.weight", "teacher_decoder.decoder.weight")}
+    assert branch_weights(weights, "teacher")["decoder.decoder.weight"] is weights["teacher_decoder.decoder.weight"]
 
 
 def test_names_tell_whether_weights_hold_a_teacher():

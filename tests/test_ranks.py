@@ -137,7 +137,7 @@ def test_the_gradients_of_two_ranks_are_those_of_one_process(ranks, split, objec
     terms, gradients = step(network_of(ndim), objective_of(objective, ndim, regions, ddp=False), images, targets, num_full)
     largest = max(gradient.abs().max() for gradient in gradients.values())
     assert largest > 1e-3
-    for of_rank, found in (results[split, objective, ndim, regions] for results in ranks):
+    for _, found in (results[split, objective, ndim, regions] for results in ranks):
         assert found.keys() == gradients.keys()
         for name, gradient in gradients.items():
             torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=2e-6 * float(largest), msg=lambda text: f"{name}: {text}")

@@ -126,7 +126,7 @@ def test_the_page_is_well_formed_and_loads_nothing(written):
     page = Page(text)
     assert not re.search(r"https?://|url\((?!#)|@import|//[a-z]", re.sub(r"base64,[^\"]*", "", text))
     assert not page.all("script") + page.all("link") + page.all("iframe")
-    for tag, attributes in page.elements:
+    for _, attributes in page.elements:
         assert not [name for name in attributes if name.startswith("on")]
         assert attributes.get("src", "data:image/png;base64,").startswith("data:image/png;base64,")
         assert attributes.get("href", "#").startswith("#")

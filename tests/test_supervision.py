@@ -11,6 +11,7 @@ import torch
 from batchgeneratorsv2.transforms.utils.compose import ComposeTransforms
 from batchgeneratorsv2.transforms.utils.remove_label import RemoveLabelTransform
 from nnunetv2.training.dataloading.data_loader import nnUNetDataLoader
+from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2
 from nnunetv2.utilities.crossval_split import generate_crossval_split
 from nnunetv2.utilities.label_handling.label_handling import LabelManager
 
@@ -78,7 +79,10 @@ def test_a_case_declared_partial_that_has_no_annotated_voxel_is_unlabelled():
 def test_all_that_is_wrong_with_the_table_is_told_at_once():
     with pytest.raises(InputError) as error:
         decide_kinds(COUNTS, WITH_IGNORE, {"p": FULL, "u": "weak", "stranger": FULL})
-    assert all(text in str(error.value) for text in ("p: declared full", "5 of its voxels", "'weak'", "stranger"))
+    assert str(error.value).split("\n  ") == [
+        'dataset.json, "supervision":', "stranger: there is no such case among the preprocessed ones",
+        "p: declared full, but 5 of its voxels are ignored; declare it partial or leave it out of the table",
+        "u: 'weak' is no kind of supervision; use one of full, partial, unlabelled"]
 
 
 def test_without_an_ignore_label_only_a_declaration_is_an_error():
@@ -125,7 +129,7 @@ def test_default_folds_validate_each_full_case_once_and_train_the_others_always(
     for split in splits:
         assert {"p", "u"} <= set(split["train"]) and not set(split["train"]) & set(split["val"])
     assert len(split_full_cases({"a": FULL, "b": FULL, "p": PARTIAL})) == 2
-    with pytest.raises(InputError, match="fold 'all'"):
+    with pytest.raises(InputError, match="^fewer than two patients .* Train on fold 'all', .* preprocessed folder.$"):
         split_full_cases({"a": FULL, "p": PARTIAL})
 
 
@@ -155,7 +159,8 @@ def test_real_kinds_are_those_that_were_made(preprocessed, hippocampus):
 
 def test_counts_are_kept_and_counted_again_when_a_label_changes(preprocessed, hippocampus, tmp_path, monkeypatch):
     import nnunet_confkd.supervision as module
-    counted = []
+    counted, bars = [], []
+    monkeypatch.setattr(module, "tqdm", lambda values, *arguments, **options: bars.append((*arguments, options)) or values)
     monkeypatch.setattr(module, "count_voxels", lambda seg, labels: counted.append(1) or count_voxels(seg, labels))
     folder, cases = tmp_path / "data", sorted(hippocampus["partial"])[:3]
     folder.mkdir()
@@ -168,6 +173,8 @@ def test_counts_are_kept_and_counted_again_when_a_label_changes(preprocessed, hi
     written = cache.stat().st_mtime_ns
     assert annotation_counts(folder, cases, WITH_IGNORE, cache) == first and len(counted) == 3
     assert cache.stat().st_mtime_ns == written
+    # None: a bar where there is a terminal
+    assert bars == [("count annotations", 3, {"disable": None}), ("count annotations", 3, {"disable": True})]
     replacement = preprocessed / f"{hippocampus['full'][0]}_seg.b2nd"
     (folder / f"{cases[0]}_seg.b2nd").write_bytes(replacement.read_bytes())
     changed = annotation_counts(folder, cases, WITH_IGNORE, cache)
@@ -184,6 +191,19 @@ def test_a_label_value_that_dataset_json_does_not_list_is_an_error_naming_the_ca
     case = hippocampus["partial"][0]
     with pytest.raises(InputError, match=rf"{case}.*\[3\]"):
         annotation_counts(preprocessed, [case], WITHOUT_IGNORE)
+
+
+def test_a_case_that_cannot_be_read_is_an_error_naming_it_and_the_reason(preprocessed, hippocampus, tmp_path):
+    case = hippocampus["partial"][0]
+    for name in (f"{case}.b2nd", f"{case}_seg.b2nd", f"{case}.pkl"):
+        content = (preprocessed / name).read_bytes()
+        (tmp_path / name).write_bytes(content[:len(content) // 2] if "_seg" in name else content)
+    dataset = nnUNetDatasetBlosc2(str(tmp_path))
+    for read in (lambda: annotation_counts(tmp_path, [case], WITH_IGNORE), lambda: TrainingCases(dataset).load_case(case)):
+        with pytest.raises(InputError) as error:
+            read()
+        reason = error.value.__cause__
+        assert str(error.value).startswith(f"{tmp_path / case}: the preprocessed case cannot be read ({type(reason).__name__}: {reason}).")
 
 
 def test_a_case_that_is_not_preprocessed_is_an_error_naming_it(preprocessed):
@@ -234,7 +254,7 @@ def test_padding_is_ignored_beside_ignored_voxels_only(labels, padding):
 
 def test_unknown_training_transforms_are_not_passed_over():
     for steps in ([], [RemoveLabelTransform(-1, 0)] * 2, [RemoveLabelTransform(4, 0)]):
-        with pytest.raises(RuntimeError, match="set ignore_padding to false"):
+        with pytest.raises(RuntimeError, match="^nnU-Net's training transforms .*; set ignore_padding to false$"):
             label_padding(ComposeTransforms(steps), 3)
 
 
@@ -270,6 +290,23 @@ def test_full_images_come_first_in_the_set_number():
 def test_without_other_cases_all_images_are_full():
     assert full_images_per_batch(4, 0.5, others=False) == 4
     batch = next(loader(4, kinds={"f0": FULL, "f1": FULL}))
+    assert batch["num_full"] == 4
+
+
+def test_without_a_full_case_there_is_nothing_to_draw_from():
+    with pytest.raises(InputError, match="^no fully labelled case to draw from$"):
+        loader(4, kinds={"p": PARTIAL, "u": UNLABELLED})
+
+
+def test_without_an_ignore_label_no_place_of_annotated_voxels_is_asked_for():
+    class Stock(Cases):
+        def load_case(self, case):
+            data, seg, previous, properties = super().load_case(case)
+            del properties["class_locations"][-1, 0, 1, 2]  # nnU-Net keeps them beside an ignore label only
+            return data, seg, previous, properties
+
+    kinds = {"f0": FULL, "f1": FULL}
+    batch = next(StratifiedLoader(Stock(kinds), 4, (8, 8), (8, 8), WITHOUT_IGNORE, kinds=kinds, full_share=0.5, oversample_foreground_percent=0.33))
     assert batch["num_full"] == 4
 
 
