@@ -144,11 +144,10 @@ def _stock_checkpoint(path: Path, network: torch.nn.Module, branch: str, plans: 
         network.load_state_dict(weights)
     except RuntimeError as error:
         raise InputError(f"{path}: its weights do not fit the network of plans.json: {error}") from error
-    num_parameters = len(list(network.parameters()))
     return {
         **checkpoint,
         "network_weights": weights,
-        "optimizer_state": _stock_optimizer(checkpoint.get("optimizer_state"), num_parameters, branch),
+        "optimizer_state": _stock_optimizer(checkpoint.get("optimizer_state"), network, branch),
         "trainer_name": STOCK_TRAINER,
         "init_args": {**checkpoint["init_args"], "plans": plans, "dataset_json": dataset_json},
         # our curves are no stock keys
@@ -161,16 +160,16 @@ def _stock_curves() -> set[str]:
     return set(LocalLogger().my_fantastic_logging)
 
 
-def _stock_optimizer(state: dict | None, num_parameters: int, branch: str) -> dict | None:
+def _stock_optimizer(state: dict | None, network: torch.nn.Module, branch: str) -> dict | None:
     """The part of the optimiser's state that belongs to one branch.
 
-    Parameters are numbered encoder, student's decoder, teacher's decoder, the two decoders in the same order; a stock
-    network has `num_parameters`: the first two.
+    Parameters are numbered encoder, student's decoder, teacher's decoder, the two decoders in the same order, hints; the stock
+    `network` has the first two.
     """
     if state is None:
         return None
-    decoder = max((p for group in state["param_groups"] for p in group["params"]), default=-1) + 1 - num_parameters
-    encoder = num_parameters - decoder
+    num_parameters, encoder = (len(list(module.parameters())) for module in (network, network.encoder))
+    decoder = num_parameters - encoder
     source = {i: i + decoder if branch == "teacher" and i >= encoder else i for i in range(num_parameters)}
     return {"state": {i: state["state"][s] for i, s in source.items() if s in state["state"]},
             "param_groups": [{**group, "params": [p for p in group["params"] if p < num_parameters]}
