@@ -187,6 +187,8 @@ def short_table(tables: dict, rows: dict, results: dict) -> str:
                   + " | ".join(map(str, counts)) + " |", "|---|" + "---|" * len(counts)]
         for row in shown:
             cells = [mean_of(values_of(runs, row, 0 if rows[row].labels == "all" else n, "student", "dice")) for n in counts]
+            if all(map(math.isnan, cells)):
+                continue
             bold = "**" if row == "confkd" else ""
             lines.append(f"| {bold}{rows[row].title}{bold} | " + " | ".join(
                 "" if math.isnan(c) else f"{c:.3f}" for c in cells) + " |")
