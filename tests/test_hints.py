@@ -50,6 +50,15 @@ def test_of_full_images_shapes_as_in_others_are_shown_within_each_class(ndim):
     assert all(20 < count < 100 for count in whole.values())
 
 
+def test_any_voxel_of_a_shape_may_come_to_lie_on_the_place_drawn():
+    target, draws = batch()[:4], rng()
+    target[:2] = 0
+    target[:2, :, 3, 8:12] = 1  # a bar of 4: a shape of 5 put on it by its first voxel would seldom reach its first
+    seen = np.mean([shown_voxels(target, 2, IGNORE, False, draws)[:2, 0, 3, 8:12].numpy() for _ in range(200)], (0, 1))
+    # of 4 places and 5 voxels to put on them 14 pairs show the first, 14 the last
+    assert seen[[0, -1]] == pytest.approx(2 * [14 / 20 * (1 - WITHOUT)], abs=0.08)
+
+
 def test_a_share_of_the_full_images_is_shown_nothing():
     target, draws = batch()[:4], rng()
     nothing = [not image.any() for _ in range(400) for image in shown_voxels(target, 2, IGNORE, False, draws)[:2]]
