@@ -176,17 +176,18 @@ def write_report(tables: dict, rows: dict, trials: dict, folder: Path, docs: Pat
 
 
 def short_table(tables: dict, rows: dict, results: dict) -> str:
-    """The README's: mean test Dice of the rows that matter, for every number of full patients."""
+    """The README's: mean test Dice of the rows that matter, for every number of full patients, over the seeds that ConfKD was run with."""
     shown = ("full_only", "ignore_uniform", "ignore", "confkd", "all")
     lines = []
     for name, runs in results.items():
-        counts = [n for n in tables[name].full if values_of(runs, "confkd", n, "student", "dice")]
-        if not counts:
+        seeds = {n: set(found) for n in tables[name].full if (found := values_of(runs, "confkd", n, "student", "dice"))}
+        if not seeds:
             continue
         lines += [f"| {tables[name].title}: mean test Dice with ... patients fully labelled | "
-                  + " | ".join(map(str, counts)) + " |", "|---|" + "---|" * len(counts)]
+                  + " | ".join(f"{n} ({len(of)} seed{'s' * (len(of) > 1)})" for n, of in seeds.items()) + " |", "|---|" + "---|" * len(seeds)]
         for row in shown:
-            cells = [mean_of(values_of(runs, row, 0 if rows[row].labels == "all" else n, "student", "dice")) for n in counts]
+            dice = {n: values_of(runs, row, 0 if rows[row].labels == "all" else n, "student", "dice") for n in seeds}
+            cells = [mean_of({seed: v for seed, v in dice[n].items() if seed in of}) for n, of in seeds.items()]
             if all(map(math.isnan, cells)):
                 continue
             bold = "**" if row == "confkd" else ""
