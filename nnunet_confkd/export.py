@@ -10,6 +10,7 @@ import os
 import shutil
 from copy import deepcopy
 from pathlib import Path
+from typing import Any
 
 import torch
 from nnunetv2.paths import nnUNet_preprocessed, nnUNet_results
@@ -160,7 +161,7 @@ def _stock_curves() -> set[str]:
     return set(LocalLogger().my_fantastic_logging)
 
 
-def _stock_optimizer(state: dict | None, network: torch.nn.Module, branch: str) -> dict | None:
+def _stock_optimizer(state: dict | None, network: Any, branch: str) -> dict | None:
     """The part of the optimiser's state that belongs to one branch.
 
     Parameters are numbered encoder, student's decoder, teacher's decoder, the two decoders in the same order, hints; the stock

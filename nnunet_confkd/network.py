@@ -8,6 +8,7 @@ from __future__ import annotations
 from contextlib import contextmanager
 from contextvars import ContextVar
 from copy import deepcopy
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -51,8 +52,8 @@ class TwoBranchUNet(nn.Module):
     """
 
     encoder: nn.Module
-    decoder: nn.Module
-    teacher_decoder: nn.Module
+    decoder: Any  # modules with attributes of a UNetDecoder
+    teacher_decoder: Any
 
     def __init__(self, unet):
         super().__init__()
@@ -74,12 +75,12 @@ class TwoBranchUNet(nn.Module):
                 module.reset_parameters()
         if hasattr(unet, "initialize"):
             self.teacher_decoder.apply(unet.initialize)
-        self.teacher_decoder.hints = Hints(unet.encoder, unet.decoder.num_classes)  # type: ignore[assignment]
+        self.teacher_decoder.hints = Hints(unet.encoder, unet.decoder.num_classes)
         self.branch = _predicted_branch.get()
 
     def set_deep_supervision(self, enabled: bool) -> None:
         for decoder in (self.decoder, self.teacher_decoder):
-            decoder.deep_supervision = enabled  # type: ignore[assignment]  # nn.Module says that all it holds are tensors or modules
+            decoder.deep_supervision = enabled
 
     def forward(self, x: Tensor, num_full: int | None = None, hints: Tensor | None = None, others: bool = False):
         """Without `num_full`: what a stock network returns, of the branch that predicts (`self.branch`: the student's,
