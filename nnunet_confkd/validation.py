@@ -3,8 +3,9 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from time import sleep
 
 import numpy as np
 import torch
@@ -17,9 +18,9 @@ from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.inference.sliding_window_prediction import compute_gaussian
 from nnunetv2.paths import nnUNet_preprocessed
 from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
-from nnunetv2.utilities.file_path_utilities import check_workers_alive_and_busy
 from nnunetv2.utilities.label_handling.label_handling import convert_labelmap_to_one_hot
 
+from nnunet_confkd.errors import TrainingError
 from nnunet_confkd.network import TwoBranchUNet, unwrap
 
 VALIDATION_FOLDERS = {"student": "validation", "teacher": "validation_teacher"}
@@ -74,29 +75,49 @@ class CasePredictor:
 
 
 class _ExportPool:
-    """A pool of spawned processes that never has more than a few results waiting."""
+    """Spawned processes that never have more than a few results waiting.
 
-    def __init__(self):
-        self.pool = multiprocessing.get_context("spawn").Pool(default_num_processes)
-        self.workers = list(self.pool._pool)
-        self.results = []
+    Raises TrainingError where one of them is killed. (A `multiprocessing.Pool`, as nnU-Net has it, then
+    waits for ever, if it was the one that held the queue.)
+    """
+
+    def __init__(self) -> None:
+        self.executor = ProcessPoolExecutor(default_num_processes, multiprocessing.get_context("spawn"))
+        self.waiting: set[Future] = set()
 
     def __enter__(self):
         return self
 
-    def wait_for_room(self):
-        while check_workers_alive_and_busy(self.pool, self.workers, self.results, allowed_num_queued=2):
-            sleep(0.1)
+    def _collect(self, done: set[Future]) -> None:
+        self.waiting -= done
+        try:
+            for result in done:
+                result.result()
+        except BrokenProcessPool as error:
+            raise self._killed() from error
 
-    def submit(self, function, *args):
-        self.results.append(self.pool.apply_async(function, args))
+    def _killed(self) -> TrainingError:
+        return TrainingError("A process that writes the validation's segmentations was killed; is the memory exhausted? The trained "
+                             "network is saved. Repeat the validation alone: the same command with --val, and with fewer such processes, "
+                             "e.g. nnUNet_def_n_proc=2, where memory is short.")
 
-    def __exit__(self, kind, *_):
-        if kind is None:
-            for result in self.results:
-                result.get()
-        self.pool.terminate()
-        self.pool.join()
+    def wait_for_room(self) -> None:
+        self._collect({result for result in self.waiting if result.done()})
+        while len(self.waiting) > default_num_processes + 2:
+            self._collect(wait(self.waiting, return_when=FIRST_COMPLETED).done)
+
+    def submit(self, function, *args) -> None:
+        try:
+            self.waiting.add(self.executor.submit(function, *args))
+        except BrokenProcessPool as error:
+            raise self._killed() from error
+
+    def __exit__(self, kind, *_) -> None:
+        try:
+            if kind is None:
+                self._collect(wait(self.waiting).done)
+        finally:
+            self.executor.shutdown(cancel_futures=True)
 
 
 def _save_for_next_stage(prediction, target_shape, output_file, *args):

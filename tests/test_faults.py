@@ -7,14 +7,18 @@ from __future__ import annotations
 import os
 import signal
 import threading
+import time
+from concurrent.futures import wait
 
 import numpy as np
 import pytest
 import torch
 
+from nnunet_confkd import validation
 from nnunet_confkd.errors import InputError, TrainingError
 from nnunet_confkd.faults import Divergence, terminable, written_whole
 from nnunet_confkd.supervision import TrainingCases, annotation_counts
+from nnunet_confkd.validation import _ExportPool
 
 HIPPOCAMPUS = "Dataset004_Hippocampus"
 SHORT = {"epochs": 1, "iterations_per_epoch": 3, "seed": 0}
@@ -123,6 +127,31 @@ def test_a_training_that_is_stopped_says_what_is_left(nnunet, hippocampus, capsy
         trainer.run_training()
     assert "stopped in epoch 1. checkpoint_latest.pth is whole: --c goes on from it." in capsys.readouterr().out
     assert torch.load(os.path.join(trainer.output_folder, "checkpoint_latest.pth"), weights_only=False)["current_epoch"] == 1
+
+
+@pytest.mark.parametrize("at_rest", (True, False), ids=("waiting", "at work"))
+def test_a_killed_process_of_the_validation_ends_it_with_a_message(at_rest):
+    # killed while one of them holds the queue, the others wait for ever
+    with pytest.raises(TrainingError, match="validation's segmentations was killed.*--val"), _ExportPool() as pool:
+        pool.submit(time.sleep, 0 if at_rest else 600)
+        if at_rest:
+            pool.submit(abs, 1)
+            wait(pool.waiting)
+        for process in pool.executor._processes.values():
+            os.kill(process.pid, signal.SIGKILL)
+        for _ in range(20):
+            pool.submit(abs, 1)
+            pool.wait_for_room()
+
+
+def test_the_validation_never_has_more_than_a_few_results_waiting(monkeypatch):
+    monkeypatch.setattr(validation, "default_num_processes", 1)
+    with pytest.raises(ZeroDivisionError), _ExportPool() as pool:
+        for _ in range(12):
+            pool.wait_for_room()
+            pool.submit(abs, 1)
+            assert len(pool.waiting) <= 4
+        pool.submit(divmod, 1, 0)  # an error in a process is not lost at the end
 
 
 # ---- not finite -----------------------------------------------------------------------------------------------------
