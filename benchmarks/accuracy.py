@@ -100,12 +100,11 @@ class Table:
     seeds: tuple[int, ...] = (0, 1, 2)
 
 
+REDUCED: dict = {"spacing": (10.0, 3.0, 3.0), "max_patch": 64, "full": (3,)}
 TABLES = {
     "hippocampus": Table("Hippocampus 2-D, points", "hippocampus", "points", (40, 20, 140), 5000, 4),
-    "acdc_small": Table("ACDC 2-D, expert scribbles, reduced for a CPU", "acdc", "scribbles", (20, 20, 60), 6000, 4,
-                        spacing=(10.0, 3.0, 3.0), max_patch=64, full=(3,)),
-    "acdc_small_none": Table("ACDC 2-D, unlabelled, reduced for a CPU", "acdc", "none", (20, 20, 60), 6000, 4,
-                             spacing=(10.0, 3.0, 3.0), max_patch=64, full=(3,)),
+    "acdc_small": Table("ACDC 2-D, expert scribbles, reduced for a CPU", "acdc", "scribbles", (20, 20, 60), 6000, 4, **REDUCED),
+    "acdc_small_none": Table("ACDC 2-D, unlabelled, reduced for a CPU", "acdc", "none", (20, 20, 60), 6000, 4, **REDUCED),
     "acdc_scribbles": Table("ACDC 2-D, expert scribbles", "acdc", "scribbles", (20, 20, 60), 15000, small=False),
     "acdc_erosion": Table("ACDC 2-D, erosion", "acdc", "erosion", (20, 20, 60), 15000, small=False),
     "acdc_none": Table("ACDC 2-D, unlabelled", "acdc", "none", (20, 20, 60), 15000, small=False),

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
@@ -75,49 +76,47 @@ class CasePredictor:
 
 
 class _ExportPool:
-    """Spawned processes that never have more than a few results waiting.
+    """Hands work to processes, and never has more than a few results waiting."""
 
-    Raises TrainingError where one of them is killed. (A `multiprocessing.Pool`, as nnU-Net has it, then
-    waits for ever, if it was the one that held the queue.)
-    """
-
-    def __init__(self) -> None:
-        self.executor = ProcessPoolExecutor(default_num_processes, multiprocessing.get_context("spawn"))
+    def __init__(self, executor: ProcessPoolExecutor) -> None:
+        self.executor = executor
         self.waiting: set[Future] = set()
 
-    def __enter__(self):
-        return self
-
-    def _collect(self, done: set[Future]) -> None:
-        self.waiting -= done
-        try:
-            for result in done:
-                result.result()
-        except BrokenProcessPool as error:
-            raise self._killed() from error
-
-    def _killed(self) -> TrainingError:
-        return TrainingError("A process that writes the validation's segmentations was killed; is the memory exhausted? The trained "
-                             "network is saved. Repeat the validation alone: the same command with --val, and with fewer such processes, "
-                             "e.g. nnUNet_def_n_proc=2, where memory is short.")
+    def submit(self, function, *args) -> None:
+        self.waiting.add(self.executor.submit(function, *args))
 
     def wait_for_room(self) -> None:
-        self._collect({result for result in self.waiting if result.done()})
+        self._collect(wait(self.waiting, timeout=0).done)
         while len(self.waiting) > default_num_processes + 2:
             self._collect(wait(self.waiting, return_when=FIRST_COMPLETED).done)
 
-    def submit(self, function, *args) -> None:
-        try:
-            self.waiting.add(self.executor.submit(function, *args))
-        except BrokenProcessPool as error:
-            raise self._killed() from error
+    def wait_for_all(self) -> None:
+        self._collect(wait(self.waiting).done)
 
-    def __exit__(self, kind, *_) -> None:
-        try:
-            if kind is None:
-                self._collect(wait(self.waiting).done)
-        finally:
-            self.executor.shutdown(cancel_futures=True)
+    def _collect(self, done: set[Future]) -> None:
+        self.waiting -= done
+        for result in done:
+            result.result()
+
+
+@contextmanager
+def _export_pool() -> Iterator[_ExportPool]:
+    """Spawned processes; all work is done at the end.
+
+    Raises TrainingError where one of them is killed. (A `multiprocessing.Pool`, as nnU-Net has it, then waits for ever, if it was
+    the one that held the queue.)
+    """
+    executor = ProcessPoolExecutor(default_num_processes, multiprocessing.get_context("spawn"))
+    try:
+        pool = _ExportPool(executor)
+        yield pool
+        pool.wait_for_all()
+    except BrokenProcessPool as error:
+        raise TrainingError("A process that writes the validation's segmentations was killed; is the memory exhausted? The trained "
+                            "network is saved. Repeat the validation alone: the same command with --val, and with fewer such processes, "
+                            "e.g. nnUNet_def_n_proc=2, where memory is short.") from error
+    finally:
+        executor.shutdown(cancel_futures=True)
 
 
 def _save_for_next_stage(prediction, target_shape, output_file, *args):
@@ -192,7 +191,7 @@ def validate(trainer, save_probabilities: bool) -> None:
         maybe_mkdir_p(folder)
     _, val_cases = trainer.do_split()
 
-    with _ExportPool() as pool:
+    with _export_pool() as pool:
         _predict_cases(trainer, val_cases, branches, pool, folders, save_probabilities)
         if trainer.configuration_manager.next_stage_names:
             _predict_cases(trainer, _cases_of_no_validation(trainer), ["student"], pool, {}, False)

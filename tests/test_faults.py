@@ -18,7 +18,7 @@ from nnunet_confkd import validation
 from nnunet_confkd.errors import InputError, TrainingError
 from nnunet_confkd.faults import Divergence, terminable, written_whole
 from nnunet_confkd.supervision import TrainingCases, annotation_counts
-from nnunet_confkd.validation import _ExportPool
+from nnunet_confkd.validation import _export_pool
 
 HIPPOCAMPUS = "Dataset004_Hippocampus"
 SHORT = {"epochs": 1, "iterations_per_epoch": 3, "seed": 0}
@@ -131,8 +131,8 @@ def test_a_training_that_is_stopped_says_what_is_left(nnunet, hippocampus, capsy
 
 @pytest.mark.parametrize("at_rest", (True, False), ids=("waiting", "at work"))
 def test_a_killed_process_of_the_validation_ends_it_with_a_message(at_rest):
-    # killed while one of them holds the queue, the others wait for ever
-    with pytest.raises(TrainingError, match="validation's segmentations was killed.*--val"), _ExportPool() as pool:
+    # in a multiprocessing.Pool the others wait for ever for the queue that a killed one held
+    with pytest.raises(TrainingError, match="validation's segmentations was killed.*--val"), _export_pool() as pool:
         pool.submit(time.sleep, 0 if at_rest else 600)
         if at_rest:
             pool.submit(abs, 1)
@@ -146,7 +146,7 @@ def test_a_killed_process_of_the_validation_ends_it_with_a_message(at_rest):
 
 def test_the_validation_never_has_more_than_a_few_results_waiting(monkeypatch):
     monkeypatch.setattr(validation, "default_num_processes", 1)
-    with pytest.raises(ZeroDivisionError), _ExportPool() as pool:
+    with pytest.raises(ZeroDivisionError), _export_pool() as pool:
         for _ in range(12):
             pool.wait_for_room()
             pool.submit(abs, 1)
