@@ -36,11 +36,12 @@ SPLIT_SEED = 0
 @dataclass(frozen=True)
 class Row:
     """One line of a table. labels: "all" (fully labelled data), "full" (their first M cases alone) or "mixed".
-    time_of: train as long as that row does, not as many iterations."""
+    steps: share of the table's iterations. time_of: train as long as that row does, not as many iterations."""
     title: str
     trainer: str = "ConfKDTrainer"
     labels: str = "mixed"
     settings: dict = field(default_factory=dict)
+    steps: float = 1.0
     time_of: str | None = None
 
 
@@ -60,8 +61,8 @@ ROWS = {
 RIVAL, LOWER, UPPER = "ignore", "full_only", "all"
 
 # What was tried on the way to the defaults, one change at a time; for --on validation alone.
-PLAIN = {"weight_kl": 0.0, "weight_entropy": 0.0, "kl_images": "full", "kl_ramp_end": 0.0, "extra_resolutions": "all"}
-HINTS = {"kl_ramp_end": 0.2, "extra_resolutions": "highest", "weight_entropy": 0.0}
+PLAIN = {"weight_kl": 0.0, "weight_entropy": 0.0, "kl_images": "full", "kl_ramp_start": 0.0, "kl_ramp_end": 0.0, "extra_resolutions": "all"}
+HINTS = {"kl_ramp_start": 0.0, "kl_ramp_end": 0.2, "extra_resolutions": "highest", "weight_entropy": 0.0}
 TRIALS = {
     "t_padding": Row("the ignore label, stratified; the padding is background, as nnU-Net has it", "ConfKDTrainer_partialOnly",
                      settings={"ignore_padding": False}),
@@ -80,10 +81,13 @@ TRIALS = {
     "t_ignore_share_0.75": Row("the ignore label, stratified; three quarters of a batch full", "ConfKDTrainer_partialOnly",
                                settings={"full_share": 0.75}),
     "t_share_0.75": Row("ConfKD; three quarters of a batch full", settings={"full_share": 0.75}),
+    "t_kl_from_0": Row("ConfKD; the KL rises from 0 to 20 % of the training", settings={"kl_ramp_start": 0.0, "kl_ramp_end": 0.2}),
     "t_kl_from_0.2": Row("ConfKD; the KL rises from 20 to 50 % of the training", settings={"kl_ramp_start": 0.2, "kl_ramp_end": 0.5}),
     "t_kl_from_0.4": Row("ConfKD; the KL rises from 40 to 70 % of the training", settings={"kl_ramp_start": 0.4, "kl_ramp_end": 0.7}),
     "t_late_share_0.75": Row("the same, and three quarters of a batch full",
                              settings={"kl_ramp_start": 0.4, "kl_ramp_end": 0.7, "full_share": 0.75}),
+    "t_full_half": Row("full cases only, half of the steps: as many fully labelled patches as in mixed batches", "nnUNetTrainer",
+                       "full", steps=0.5),
     "t_nohints_all_3": Row("the same without hints, weight 3", settings={
         **HINTS, "weight_kl": 3.0, "kl_images": "all", "teacher_hints": False}),
 }
@@ -409,7 +413,7 @@ def jobs_of(table: Table, rows, full, seeds, device: str, on: str, work: Path) -
                 everything = described(row).labels == "all"  # one run a seed
                 if everything and count != full[0]:
                     continue
-                iterations = table.iterations
+                iterations = round(table.iterations * described(row).steps)
                 if described(row).time_of:
                     iterations = round(iterations * time_factor(table, work, device) / EPOCH) * EPOCH
                 specs.append(spec_of(table, row, 0 if everything else count, seed, device, iterations, on))
@@ -436,7 +440,7 @@ def differences(before: dict, now: dict) -> list[str]:
         unused = tuple(f"{term}_" for term in off) + (("teacher_hints", "average_decay") if "kl" in off else ())
         if len(off) == 2:
             unused += ("extra_resolutions",)
-        row = {key: value for key, value in spec["row"].items() if key not in ("title", "settings")}
+        row = {key: value for key, value in spec["row"].items() if key not in ("title", "settings", "steps")}
         return {**spec, "row": row, "settings": {k: v for k, v in settings.items() if not k.startswith(unused)}}
 
     before, now = effective(before), effective(now)

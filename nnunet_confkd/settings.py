@@ -50,8 +50,8 @@ class Settings:
     teacher_hints: bool = _flag(True, "the teacher sees the annotated voxels, too, where the KL acts on images that are not full: of "
                                 "these their own, of full images simulated ones")
     kl_images: str = _choice("all", "full", "partial", doc="images on which the KL acts: all, those fully labelled, or the others")
-    kl_ramp_start: float = _number(0.0, 0, 1, "share of the epochs after which the KL's weight starts to rise")
-    kl_ramp_end: float = _number(0.2, 0, 1, "share of the epochs after which the KL has its whole weight")
+    kl_ramp_start: float = _number(0.2, 0, 1, "share of the epochs after which the KL's weight starts to rise")
+    kl_ramp_end: float = _number(0.5, 0, 1, "share of the epochs after which the KL has its whole weight")
     entropy_images: str = _choice("partial", "full", "all", doc="images on which the entropy acts: those not fully "
                                                                 "labelled, those fully labelled, or all")
     entropy_ramp_start: float = _number(0.0, 0, 1, "share of the epochs after which the entropy's weight starts to rise")

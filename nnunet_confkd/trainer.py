@@ -502,14 +502,14 @@ class ConfKDTrainer_IPMI2021(ConfKDTrainer):
 
     fixed_settings = {"weight_teacher": 1.0, "weight_student": 0.1, "weight_kl": 50.0, "weight_entropy": 1.0,
                       "supervised_loss": "ce", "kl_reference": "student", "kl_detach_teacher": False,
-                      "kl_temperature": 2.0, "kl_softmax_twice": True, "kl_images": "full", "kl_ramp_end": 0.0,
-                      "extra_resolutions": "all", "entropy_images": "all", "full_share": 1 / 6}
+                      "kl_temperature": 2.0, "kl_softmax_twice": True, "kl_images": "full", "kl_ramp_start": 0.0,
+                      "kl_ramp_end": 0.0, "extra_resolutions": "all", "entropy_images": "all", "full_share": 1 / 6}
 
 
 class ConfKDTrainer_MedIA2023(ConfKDTrainer):
     """The journal paper's objective, with plain KL and weights of order 1: the KL on the fully labelled images alone, no hints."""
 
-    fixed_settings = {"weight_kl": 1.0, "kl_images": "full", "kl_ramp_end": 0.0, "extra_resolutions": "all"}
+    fixed_settings = {"weight_kl": 1.0, "kl_images": "full", "kl_ramp_start": 0.0, "kl_ramp_end": 0.0, "extra_resolutions": "all"}
 
 
 class ConfKDTrainer_1epoch(ConfKDTrainer):

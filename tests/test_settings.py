@@ -119,14 +119,14 @@ def test_a_ramp_that_ends_before_it_starts_is_refused(term):
 @pytest.mark.parametrize("term", ("kl", "entropy"))
 def test_a_ramp_rises_linearly_from_its_start_to_its_end(term):
     other = {"kl": "entropy", "entropy": "kl"}[term]
-    settings = Settings(**{f"{term}_ramp_start": 0.2, f"{term}_ramp_end": 0.6, f"{other}_ramp_end": 0.0})
+    settings = Settings(**{f"{term}_ramp_start": 0.2, f"{term}_ramp_end": 0.6, f"{other}_ramp_start": 0.0, f"{other}_ramp_end": 0.0})
     factors = [settings.ramp(term, progress) for progress in (0.0, 0.1, 0.2, 0.3, 0.4, 0.6, 0.8, 1.0)]
     assert factors == pytest.approx([0, 0, 0, 0.25, 0.5, 1, 1, 1])
     assert settings.ramp(other, 0.0) == 1.0
 
 
 def test_without_a_ramp_the_whole_weight_holds_from_the_first_epoch():
-    settings = Settings(kl_ramp_end=0.0)
+    settings = Settings(kl_ramp_start=0.0, kl_ramp_end=0.0)
     assert settings.ramp("kl", 1 / 1000) == settings.ramp("entropy", 0.0) == 1.0
 
 

@@ -184,8 +184,8 @@ def test_the_same_seed_gives_the_same_steps(nnunet, hippocampus, started):
     ("ConfKDTrainer_noEntropy", {"weight_entropy": 0.0}), ("ConfKDTrainer_noKL", {"weight_kl": 0.0}),
     ("ConfKDTrainer_IPMI2021", {"weight_student": 0.1, "weight_kl": 50.0, "supervised_loss": "ce",
                                 "kl_softmax_twice": True, "kl_detach_teacher": False, "kl_temperature": 2.0,
-                                "kl_images": "full", "kl_ramp_end": 0.0, "extra_resolutions": "all"}),
-    ("ConfKDTrainer_MedIA2023", {"weight_kl": 1.0, "kl_images": "full", "kl_ramp_end": 0.0})])
+                                "kl_images": "full", "kl_ramp_start": 0.0, "kl_ramp_end": 0.0, "extra_resolutions": "all"}),
+    ("ConfKDTrainer_MedIA2023", {"weight_kl": 1.0, "kl_images": "full", "kl_ramp_start": 0.0, "kl_ramp_end": 0.0})])
 def test_variants_fix_their_settings_over_the_plans(nnunet, hippocampus, trainer, expected):
     configuration = nnunet.configure(HIPPOCAMPUS, "variant", "2d", {"weight_kl": 7.0, "weight_entropy": 7.0, "seed": 5, "kl_images": "partial"})
     settings = nnunet.trainer(HIPPOCAMPUS, configuration, trainer).settings.as_dict()
