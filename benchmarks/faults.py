@@ -165,16 +165,6 @@ def dead_worker(fold: Path, log: Path) -> str:
     return "stops, says so; the checkpoint is whole"
 
 
-def dead_writer(fold: Path, log: Path) -> str:
-    before = checkpoints(fold)
-    training = Training(fold, log, "--val", "--val_best")
-    os.kill(training.wait_for(training.workers, "process of the validation")[0], signal.SIGKILL)
-    training.ends("the same command with --val")
-    if checkpoints(fold) != before:
-        raise Failed("the checkpoints are not what they were")
-    return "stops, says to repeat the validation alone; the checkpoints are whole"
-
-
 def signalled(fold: Path, log: Path, number: int) -> str:
     training = Training(fold, log, "--c")
     training.epochs(1)
@@ -252,7 +242,6 @@ def main() -> None:
             "a truncated preprocessed image": lambda log: truncated(fold, log, images / f"{full}.b2nd", "cannot be read"),
             "a truncated preprocessed label": lambda log: truncated(fold, log, images / f"{full}_seg.b2nd", "cannot be read"),
             "a worker that dies": lambda log: dead_worker(fold, log),
-            "a process of the final validation that dies": lambda log: dead_writer(fold, log),
             "SIGINT (Ctrl-C)": lambda log: signalled(fold, log, signal.SIGINT),
             "SIGTERM": lambda log: signalled(fold, log, signal.SIGTERM),
             "an image that is not finite": lambda log: not_finite(fold, log, images / full),
