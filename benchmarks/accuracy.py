@@ -78,18 +78,17 @@ TRIALS = {
         **HINTS, "weight_kl": 3.0, "kl_images": "partial"}),
     "t_hints_all_3": Row("hints; KL of weight 3 on all images", settings={**HINTS, "weight_kl": 3.0, "kl_images": "all"}),
     "t_hints_all_6": Row("hints; KL of weight 6 on all images", settings={**HINTS, "weight_kl": 6.0, "kl_images": "all"}),
+    "t_nohints_all_3": Row("KL of weight 3 on all images, without hints", settings={
+        **HINTS, "weight_kl": 3.0, "kl_images": "all", "teacher_hints": False}),
     "t_ignore_share_0.75": Row("the ignore label, stratified; three quarters of a batch full", "ConfKDTrainer_partialOnly",
                                settings={"full_share": 0.75}),
-    "t_share_0.75": Row("ConfKD; three quarters of a batch full", settings={"full_share": 0.75}),
     "t_kl_from_0": Row("ConfKD; the KL rises from 0 to 20 % of the training", settings={"kl_ramp_start": 0.0, "kl_ramp_end": 0.2}),
     "t_kl_from_0.2": Row("ConfKD; the KL rises from 20 to 50 % of the training", settings={"kl_ramp_start": 0.2, "kl_ramp_end": 0.5}),
     "t_kl_from_0.4": Row("ConfKD; the KL rises from 40 to 70 % of the training", settings={"kl_ramp_start": 0.4, "kl_ramp_end": 0.7}),
-    "t_late_share_0.75": Row("the same, and three quarters of a batch full",
+    "t_late_share_0.75": Row("ConfKD; the KL rises from 40 to 70 % of the training; three quarters of a batch full",
                              settings={"kl_ramp_start": 0.4, "kl_ramp_end": 0.7, "full_share": 0.75}),
-    "t_full_half": Row("full cases only, half of the steps: as many fully labelled patches as in mixed batches", "nnUNetTrainer",
+    "t_full_half": Row("full cases only, half of the steps: as many fully labelled patches as the mixed batches have", "nnUNetTrainer",
                        "full", steps=0.5),
-    "t_nohints_all_3": Row("the same without hints, weight 3", settings={
-        **HINTS, "weight_kl": 3.0, "kl_images": "all", "teacher_hints": False}),
 }
 
 
