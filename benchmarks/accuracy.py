@@ -85,6 +85,7 @@ TRIALS = {
     "t_kl_from_0": Row("ConfKD; the KL rises from 0 to 20 % of the training", settings={"kl_ramp_start": 0.0, "kl_ramp_end": 0.2}),
     "t_kl_from_0.2": Row("ConfKD; the KL rises from 20 to 50 % of the training", settings={"kl_ramp_start": 0.2, "kl_ramp_end": 0.5}),
     "t_kl_from_0.4": Row("ConfKD; the KL rises from 40 to 70 % of the training", settings={"kl_ramp_start": 0.4, "kl_ramp_end": 0.7}),
+    "t_weight_10": Row("ConfKD; KL of weight 10", settings={"weight_kl": 10.0}),
     "t_late_share_0.75": Row("ConfKD; the KL rises from 40 to 70 % of the training; three quarters of a batch full",
                              settings={"kl_ramp_start": 0.4, "kl_ramp_end": 0.7, "full_share": 0.75}),
     "t_full_half": Row("full cases only, half of the steps: as many fully labelled patches as the mixed batches have", "nnUNetTrainer",
@@ -113,6 +114,7 @@ class Table:
 REDUCED: dict = {"spacing": (10.0, 3.0, 3.0), "max_patch": 64, "full": (3,)}
 TABLES = {
     "hippocampus": Table("Hippocampus 2-D, points", "hippocampus", "points", (40, 20, 140), 5000, 4),
+    "hippocampus_long": Table("Hippocampus 2-D, points, three times as long", "hippocampus", "points", (40, 20, 140), 15000, 4, seeds=(0,)),
     "acdc_small": Table("ACDC 2-D, expert scribbles, reduced for a CPU", "acdc", "scribbles", (20, 20, 60), 6000, 4, **REDUCED),
     "acdc_small_none": Table("ACDC 2-D, unlabelled, reduced for a CPU", "acdc", "none", (20, 20, 60), 6000, 4, **REDUCED),
     "acdc_scribbles": Table("ACDC 2-D, expert scribbles", "acdc", "scribbles", (20, 20, 60), 15000, small=False),

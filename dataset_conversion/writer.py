@@ -31,6 +31,7 @@ from nnunet_confkd.dataset_conversion.volumes import (
 from tqdm import tqdm
 
 from nnunet_confkd.errors import InputError
+from nnunet_confkd.faults import terminable
 
 FULL, PARTIAL, UNLABELLED = "full", "partial", "unlabelled"
 VALIDATION_SHARE = 0.2
@@ -514,7 +515,7 @@ def new_dataset(dataset_id: int, name: str) -> Iterator[tuple[Path, Path]]:
     # of its own name: what a process that was killed still writes, it does not write here
     content = unfinished[0] / f"by-{os.getpid()}"
     try:
-        with _ending_on_sigterm():
+        with terminable():
             require_free_id(dataset_id)
             _claim(unfinished[0])
             try:
@@ -539,22 +540,6 @@ def new_dataset(dataset_id: int, name: str) -> Iterator[tuple[Path, Path]]:
     except OSError as error:
         raise InputError(f"{finished[0]}: cannot be written, nothing was kept; check the permissions and the space of "
                          f"{finished[0].parent} and {finished[1].parent} ({error})") from error
-
-
-@contextmanager
-def _ending_on_sigterm() -> Iterator[None]:
-    """SIGTERM (kill, a batch system) ends Python at once; here it is an exception, so that there is time to clean up."""
-    def end(*_):
-        raise SystemExit(128 + signal.SIGTERM)
-
-    ours = threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
-    if ours:
-        signal.signal(signal.SIGTERM, end)
-    try:
-        yield
-    finally:
-        if ours:
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def _claim(folder: Path) -> None:

@@ -9,6 +9,7 @@ from contextlib import nullcontext
 from pathlib import Path
 
 from nnunet_confkd.errors import InputError, TrainingError
+from nnunet_confkd.faults import terminable
 
 DEFAULT_TRAINER = "ConfKDTrainer"
 
@@ -272,7 +273,8 @@ def main(argv: list[str] | None = None) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # the names of files may be no proper text
     try:
-        return COMMANDS[argv[0]][0](argv[1:]) or 0
+        with terminable():
+            return COMMANDS[argv[0]][0](argv[1:]) or 0
     except (InputError, TrainingError) as error:
         print(f"confkd {argv[0]}: {error}", file=sys.stderr)
         return 1

@@ -34,18 +34,20 @@ def written_whole(file: str | Path):
 
 @contextmanager
 def terminable():
-    """SIGTERM, with which clusters announce their time limits, ends the process as Ctrl-C does, workers included, instead of at once."""
+    """SIGTERM, with which clusters announce their time limits, ends the process as Ctrl-C does, workers and temporary files included,
+    instead of at once. Where somebody has decided otherwise already, that stays."""
     def stop(number, frame):
         raise SystemExit(128 + number)
 
-    if threading.current_thread() is not threading.main_thread():  # only that one may
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, stop)
+    # only the main thread may
+    ours = threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    if ours:
+        signal.signal(signal.SIGTERM, stop)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        if ours:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 class Divergence:

@@ -9,14 +9,16 @@ import signal
 import threading
 import time
 from concurrent.futures import wait
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import pytest
 import torch
 
-from nnunet_confkd import validation
+from nnunet_confkd import cli, validation
 from nnunet_confkd.errors import InputError, TrainingError
 from nnunet_confkd.faults import Divergence, terminable, written_whole
+from nnunet_confkd.report import replaced_folder
 from nnunet_confkd.supervision import TrainingCases, annotation_counts
 from nnunet_confkd.validation import _export_pool
 
@@ -106,6 +108,19 @@ def test_sigterm_ends_the_process_in_order_and_the_handler_before_comes_back():
     thread.start()
     thread.join()
     assert seen == [before]
+
+
+def test_a_command_that_is_ended_leaves_no_temporary_files(tmp_path, monkeypatch):
+    def command(argv):
+        with replaced_folder(tmp_path / "report") as folder, TemporaryDirectory(dir=tmp_path):
+            (folder / "page").touch()
+            os.kill(os.getpid(), signal.SIGTERM)
+            pytest.fail("went on")
+
+    monkeypatch.setitem(cli.COMMANDS, "report", (command, ""))
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["report"])
+    assert stopped.value.code == 128 + signal.SIGTERM and not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("fault, expected, text", [

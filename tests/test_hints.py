@@ -59,6 +59,20 @@ def test_any_voxel_of_a_shape_may_come_to_lie_on_the_place_drawn():
     assert seen[[0, -1]] == pytest.approx(2 * [14 / 20 * (1 - WITHOUT)], abs=0.08)
 
 
+def test_each_class_has_its_own_shape_cut_where_the_image_ends():
+    target = torch.full((2, 1, 10, 10), IGNORE, dtype=torch.int16)
+    target[0, 0, :, :5], target[0, 0, :, 5:] = 0, 2
+    target[1, 0, 5, 2:6], target[1, 0, 3, 3], target[1, 0, 2:6, 8] = 0, 1, 2  # bars across and down, and a class that the full image lacks
+    seen, lengths, draws = torch.zeros(10, 10, dtype=torch.bool), set(), rng()
+    for _ in range(300):
+        shown = shown_voxels(target, 1, IGNORE, False, draws)[0, 0]
+        across, down = torch.nonzero(shown[:, :5]), torch.nonzero(shown[:, 5:])
+        assert len(set(across[:, 0].tolist())) <= 1 and len(set(down[:, 1].tolist())) <= 1
+        lengths.add(len(down))
+        seen |= shown
+    assert seen.all() and lengths == {0, 1, 2, 3, 4}
+
+
 def test_a_share_of_the_full_images_is_shown_nothing():
     target, draws = batch()[:4], rng()
     nothing = [not image.any() for _ in range(400) for image in shown_voxels(target, 2, IGNORE, False, draws)[:2]]
@@ -80,18 +94,27 @@ def test_unlabelled_images_show_nothing_and_give_no_shape():
     assert not shown_voxels(target, 2, IGNORE, False, rng()).any()
 
 
-def regions_of(target: torch.Tensor) -> torch.Tensor:
-    """Region 0: labels 1 and 2; region 1: label 2; last the ignore mask, as nnU-Net has them."""
-    return torch.cat(((target == 1) | (target == 2), target == 2, target == IGNORE), 1)
+def regions_of(target: torch.Tensor, first: tuple[int, ...] = (1, 2)) -> torch.Tensor:
+    """Region 0: the labels `first`; region 1: label 2; last the ignore mask, as nnU-Net has them."""
+    return torch.cat((torch.isin(target, torch.tensor(first)), target == 2, target == IGNORE), 1)
 
 
-def test_overlapping_regions_are_shown_as_labels_are():
+@pytest.mark.parametrize("first", ((1, 2), (1,)), ids=("overlapping", "disjoint"))
+def test_regions_are_shown_as_labels_are(first):
     target, some = batch(), 0
+    target[3, 0, 12, 5:10] = 2
     for seed in range(5):
-        labels, regions = (shown_voxels(t, 2, IGNORE, r, rng(seed)) for t, r in ((target, False), (regions_of(target), True)))
+        labels, regions = (shown_voxels(t, 2, IGNORE, r, rng(seed)) for t, r in ((target, False), (regions_of(target, first), True)))
         assert torch.equal(labels, regions)
         some += int(labels[:2].any())
     assert some > 2
+
+
+@pytest.mark.parametrize("regions", (False, True))
+def test_shown_are_voxels_of_the_highest_resolution(regions):
+    target = regions_of(batch()) if regions else batch()
+    shown = add_shown({"target": [target, target[..., ::2, ::2]], "num_full": 2}, IGNORE, regions)["shown"]
+    assert torch.equal(shown[2:], batch()[2:] != IGNORE)
 
 
 def test_channels_tell_class_and_place_of_what_is_shown():

@@ -38,6 +38,7 @@ from nnunet_confkd.dataset_conversion.writer import (
 from skimage import io as skio
 
 from nnunet_confkd.errors import InputError
+from nnunet_confkd.faults import terminable
 
 SHAPE = (3, 4, 5)  # Z, Y, X
 LABELS = {"background": 0, "one": 1, "two": 2}
@@ -970,7 +971,7 @@ def test_a_signal_does_not_break_into_the_pool(tmp_path, monkeypatch, ctrl_c, nu
         return future
     monkeypatch.setattr(writer.ProcessPoolExecutor, "submit", signalled)
     before = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
-    with pytest.raises(raised), writer._ending_on_sigterm():
+    with pytest.raises(raised), terminable():
         writer.parallel(_slowly_touch, [(tmp_path / str(i),) for i in range(200)], 2, "touch")
     assert len(whole) == 6 and all(future.done() for future in whole)
     assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == before
