@@ -114,7 +114,7 @@ class Table:
 REDUCED: dict = {"spacing": (10.0, 3.0, 3.0), "max_patch": 64, "full": (3,)}
 TABLES = {
     "hippocampus": Table("Hippocampus 2-D, points", "hippocampus", "points", (40, 20, 140), 5000, 4),
-    "hippocampus_long": Table("Hippocampus 2-D, points, three times as long", "hippocampus", "points", (40, 20, 140), 15000, 4, seeds=(0,)),
+    "hippocampus_long": Table("Hippocampus 2-D, points, three times as long", "hippocampus", "points", (40, 20, 140), 15000, 4),
     "acdc_small": Table("ACDC 2-D, expert scribbles, reduced for a CPU", "acdc", "scribbles", (20, 20, 60), 6000, 4, **REDUCED),
     "acdc_small_none": Table("ACDC 2-D, unlabelled, reduced for a CPU", "acdc", "none", (20, 20, 60), 6000, 4, **REDUCED),
     "acdc_scribbles": Table("ACDC 2-D, expert scribbles", "acdc", "scribbles", (20, 20, 60), 15000, small=False),

@@ -22,8 +22,8 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-ID, DATASET, CONFIGURATION, TRAINER = 996, "Dataset996_Faults", "tiny", "FaultTrainer"
-EPOCHS = 400  # more than any of these trainings reaches
+ID, DATASET, TRAINER = 996, "Dataset996_Faults", "FaultTrainer"
+EPOCHS = {"tiny": 400, "short": 1}  # of each configuration; no training of the first reaches its end
 TIMEOUT = 180  # seconds, for whatever is to happen: a hang is a failure
 
 TRAINER_FILE = f"""
@@ -44,9 +44,9 @@ class Failed(Exception):
 # ---- a training -----------------------------------------------------------------------------------------------------
 
 class Training:
-    def __init__(self, folder: Path, log: Path, *arguments: str, file_limit: int | None = None):
-        self.folder, self.log = folder, log
-        command = [sys.executable, "-m", "nnunet_confkd.cli", "train", str(ID), CONFIGURATION, "0", "-tr", TRAINER, "-device", "cpu", *arguments]
+    def __init__(self, log: Path, *arguments: str, configuration: str = "tiny", file_limit: int | None = None):
+        self.log = log
+        command = [sys.executable, "-m", "nnunet_confkd.cli", "train", str(ID), configuration, "0", "-tr", TRAINER, "-device", "cpu", *arguments]
         limit = None if file_limit is None else lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, file_limit))
         self.process = subprocess.Popen(command, stdout=log.open("w"), stderr=subprocess.STDOUT, start_new_session=True, preexec_fn=limit)
 
@@ -70,30 +70,34 @@ class Training:
         """Until so many epochs of this start are done."""
         self.wait_for(lambda: self.text.count("Epoch time") >= count, f"{count} epochs")
 
-    def workers(self) -> list[int]:
+    def workers(self, called: bytes = b"") -> list[int]:
+        """The processes that it started, of those with this in their command line."""
         children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
-        return [pid for pid in map(int, children) if b"resource_tracker" not in Path(f"/proc/{pid}/cmdline").read_bytes()]
+        lines = {int(pid): Path(f"/proc/{pid}/cmdline").read_bytes() for pid in children}
+        return [pid for pid, line in lines.items() if called in line and b"resource_tracker" not in line]
 
     def kill(self) -> None:
         os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
 
-    def ends(self, expected: str) -> None:
-        """By itself, with an exit status that is not zero, this in its output, and no process left behind."""
+    def ends(self, expected: str, well: bool = False) -> None:
+        """By itself, with an exit status that is not zero (`well`: zero), this in its output, and no process left behind."""
         try:
             status = self.process.wait(TIMEOUT)
         except subprocess.TimeoutExpired:
             self.kill()
             raise Failed(f"hangs:\n{self.text[-2000:]}") from None
-        if status == 0 or expected not in self.text:
+        if (status == 0) != well or expected not in self.text:
             raise Failed(f"exit status {status}, and no '{expected}':\n{self.text[-3000:]}")
-        time.sleep(1)
-        try:
-            os.killpg(self.process.pid, 0)
-        except ProcessLookupError:
-            return
+        for _ in range(20):
+            time.sleep(0.5)
+            try:
+                os.killpg(self.process.pid, 0)
+            except ProcessLookupError:
+                return
+        left = subprocess.run(["ps", "-o", "args=", "-g", str(self.process.pid)], capture_output=True, text=True).stdout
         self.kill()
-        raise Failed("left processes behind")
+        raise Failed(f"left processes behind:\n{left}")
 
 
 def checkpoints(fold: Path) -> dict[str, int]:
@@ -115,7 +119,7 @@ def killed(fold: Path, log: Path, kills: int) -> str:
     rng, saving, lost = random.Random(0), 0, []
     for i in range(kills):
         before = checkpoints(fold).get("checkpoint_latest.pth", 0)
-        training = Training(fold, log, "--c")
+        training = Training(log, "--c")
         training.epochs(1)
         if i % 3 == 0:
             training.wait_for(lambda: list(fold.glob("*.part")), "file being saved")
@@ -136,7 +140,7 @@ def killed(fold: Path, log: Path, kills: int) -> str:
 def full_disk(fold: Path, log: Path) -> str:
     """No file can grow beyond half a checkpoint."""
     before = checkpoints(fold)
-    training = Training(fold, log, "--c", file_limit=(fold / "checkpoint_latest.pth").stat().st_size // 2)
+    training = Training(log, "--c", file_limit=(fold / "checkpoint_latest.pth").stat().st_size // 2)
     training.ends("could not be written")
     if checkpoints(fold) != before or list(fold.glob("*.part")):
         raise Failed("the previous checkpoints are not what they were")
@@ -148,7 +152,7 @@ def truncated(fold: Path, log: Path, file: Path, expected: str) -> str:
     file.unlink()
     file.write_bytes(whole[:len(whole) // 2])
     try:
-        Training(fold, log, "--c").ends(expected)
+        Training(log, "--c").ends(expected)
     finally:
         file.unlink()
         file.write_bytes(whole)
@@ -157,7 +161,7 @@ def truncated(fold: Path, log: Path, file: Path, expected: str) -> str:
 
 
 def dead_worker(fold: Path, log: Path) -> str:
-    training = Training(fold, log, "--c")
+    training = Training(log, "--c")
     training.epochs(1)
     os.kill(training.workers()[0], signal.SIGKILL)
     training.ends("a process that loads and augments the data has ended")
@@ -165,8 +169,19 @@ def dead_worker(fold: Path, log: Path) -> str:
     return "stops, says so; the checkpoint is whole"
 
 
+def dead_writer(log: Path) -> str:
+    """Of the final validation, which is repeated afterwards."""
+    Training(log, configuration="short").ends("Mean Validation Dice", well=True)
+    validation = Training(log, "--val", configuration="short")
+    writers = validation.wait_for(lambda: validation.workers(b"spawn_main"), "process that writes")
+    os.kill(writers[0], signal.SIGKILL)
+    validation.ends("A process that writes the validation's segmentations was killed")
+    Training(log, "--val", configuration="short").ends("Mean Validation Dice", well=True)
+    return "stops, says so; --val repeats the validation alone"
+
+
 def signalled(fold: Path, log: Path, number: int) -> str:
-    training = Training(fold, log, "--c")
+    training = Training(log, "--c")
     training.epochs(1)
     os.kill(training.process.pid, number)
     training.ends("checkpoint_latest.pth is whole: --c goes on from it.")
@@ -188,7 +203,7 @@ def not_finite(fold: Path, log: Path, case: Path) -> str:
     nnUNetDatasetBlosc2.save_case(np.full_like(data, np.nan), seg, properties, str(case))
     before = checkpoints(fold)
     try:
-        Training(fold, log, "--c").ends("steps in a row were not finite")
+        Training(log, "--c").ends("steps in a row were not finite")
     finally:
         for file in kept:
             file.unlink(missing_ok=True)
@@ -214,11 +229,13 @@ def prepare(folder: Path) -> Path:
     preprocessed = folder / "preprocessed" / DATASET
     training = sorted(roles["full"] + roles["partial"] + roles["unlabelled"])
     (preprocessed / "splits_final.json").write_text(json.dumps([{"train": training, "val": roles["validation"]}]))
-    add_small_configuration(preprocessed / "nnUNetPlans.json", CONFIGURATION, "2d", {"epochs": EPOCHS, "iterations_per_epoch": 25, "seed": 0},
-                            features=(8, 16, 32), batch_size=4, max_patch=64, convolutions=1)
+    for configuration, epochs in EPOCHS.items():
+        block = {"epochs": epochs, "iterations_per_epoch": 25, "seed": 0}
+        add_small_configuration(preprocessed / "nnUNetPlans.json", configuration, "2d", block, features=(8, 16, 32), batch_size=4,
+                                max_patch=64, convolutions=1)
     (folder / "trainers").mkdir()
     (folder / "trainers" / f"{TRAINER}.py").write_text(TRAINER_FILE)
-    return folder / "results" / DATASET / f"{TRAINER}__nnUNetPlans__{CONFIGURATION}" / "fold_0"
+    return folder / "results" / DATASET / f"{TRAINER}__nnUNetPlans__tiny" / "fold_0"
 
 
 def main() -> None:
@@ -242,6 +259,7 @@ def main() -> None:
             "a truncated preprocessed image": lambda log: truncated(fold, log, images / f"{full}.b2nd", "cannot be read"),
             "a truncated preprocessed label": lambda log: truncated(fold, log, images / f"{full}_seg.b2nd", "cannot be read"),
             "a worker that dies": lambda log: dead_worker(fold, log),
+            "a process of the final validation that is killed": dead_writer,
             "SIGINT (Ctrl-C)": lambda log: signalled(fold, log, signal.SIGINT),
             "SIGTERM": lambda log: signalled(fold, log, signal.SIGTERM),
             "an image that is not finite": lambda log: not_finite(fold, log, images / full),
