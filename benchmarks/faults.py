@@ -243,6 +243,7 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--output", type=Path, help="JSON file; then docs/ is left alone")
     args = parser.parse_args()
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # where a shell starts this in the background it is ignored, by the trainings, too
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         for name in ("raw", "preprocessed", "results"):

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import pickle
 from copy import deepcopy
+from functools import partial
 
 import pytest
 import torch
@@ -163,12 +164,14 @@ class ThreeParts(nn.Module):
         self.encoder, self.decoder, self.head = network.encoder, network.decoder, nn.Identity()
 
 
-class OtherDecoder(nn.Module):
-    """Of the right parts, but nothing to switch deep supervision with."""
+class OtherParts(nn.Module):
+    """Of the right names, but one of these lacks what a U-Net of nnU-Net's has."""
 
-    def __init__(self):
+    def __init__(self, part: str, lacking: str):
         super().__init__()
-        self.encoder, self.decoder = nn.Identity(), nn.Identity()
+        network = stock()
+        self.encoder, self.decoder = network.encoder, network.decoder
+        delattr(getattr(self, part), lacking)
 
 
 def primus() -> nn.Module:
@@ -176,8 +179,11 @@ def primus() -> nn.Module:
                   input_shape=(16, 16, 16))
 
 
-@pytest.mark.parametrize("build", (ThreeParts, OtherDecoder, lambda: nn.Sequential(nn.Conv2d(1, 2, 1)), primus),
-                         ids=("ThreeParts", "OtherDecoder", "Sequential", "Primus"))
+LACKING = (("decoder", "deep_supervision"), ("decoder", "num_classes"), ("encoder", "output_channels"))
+
+
+@pytest.mark.parametrize("build", (ThreeParts, lambda: nn.Sequential(nn.Conv2d(1, 2, 1)), primus, *(partial(OtherParts, *of) for of in LACKING)),
+                         ids=("ThreeParts", "Sequential", "Primus", *("no " + name for _, name in LACKING)))
 def test_other_architectures_are_refused_by_name(build):
     network = build()
     with pytest.raises(InputError) as error:
