@@ -111,8 +111,13 @@ def plot(tables: dict, rows: dict, results: dict, file: Path) -> None:
               "ignore_time": ("#56B4E9", "o", "--"), "decoders": ("#999933", "v", ":"), "kl": ("#009E73", "^", ":"),
               "entropy": ("#CC79A7", "<", ":"), "medIA2023": ("#E69F00", "^", ":"), "confkd": ("#D55E00", "D", "-"), "ipmi2021": ("0.65", "+", ":"),
               "all": ("black", "", "-")}
-    figure, axes = plt.subplots(1, len(results), figsize=(6.2 * len(results), 4.4), squeeze=False, layout="constrained")
-    for axis, (name, runs) in zip(axes[0], results.items()):
+    # one scale for all: else a panel of a single number of patients would blow up differences of a thousandth
+    columns = min(len(results), 3)
+    lines = -(-len(results) // columns)
+    figure, axes = plt.subplots(lines, columns, figsize=(5.6 * columns, 4.4 * lines), squeeze=False, sharey=True, layout="constrained")
+    for axis in axes.flat[len(results):]:
+        axis.set_axis_off()
+    for axis, (name, runs) in zip(axes.flat, results.items()):
         for row, described in rows.items():
             color, marker, line = styles[row]
             counts = (0,) if described.labels == "all" else tables[name].full
@@ -130,9 +135,11 @@ def plot(tables: dict, rows: dict, results: dict, file: Path) -> None:
                       label=described.title, linewidth=2.2 if row in ("confkd", "ignore") else 1.2)
             for n, dice in points:
                 axis.plot([n] * len(dice), dice, ".", color=color, markersize=3)
-        axis.set(title=tables[name].title, xlabel="fully labelled patients", ylabel="mean test Dice", xticks=tables[name].full)
+        axis.set(xlabel="fully labelled patients", ylabel="mean test Dice", xticks=tables[name].full)
+        axis.set_title(tables[name].title, fontsize=9)
         axis.grid(alpha=0.3)
-        axis.legend(fontsize=7)
+    shown = {label: handle for axis in axes.flat for handle, label in zip(*axis.get_legend_handles_labels())}
+    figure.legend(shown.values(), shown.keys(), loc="outside lower center", ncols=columns, fontsize=8)
     figure.savefig(file, dpi=130)
     plt.close(figure)
 
