@@ -1,13 +1,12 @@
 """What a training does when something goes wrong: it stops with a reason, and leaves a checkpoint to go on from."""
 from __future__ import annotations
 
+import math
 import os
 import signal
 import threading
 from contextlib import contextmanager
 from pathlib import Path
-
-import numpy as np
 
 from nnunet_confkd.errors import TrainingError
 
@@ -62,7 +61,7 @@ class Divergence:
     def look(self, values: dict[str, float], epoch: int, cases) -> str | None:
         """values: the loss, its terms and the norm of the gradient. Returns what to say of the first of such steps.
         Raises TrainingError at the limit."""
-        bad = {name: float(value) for name, value in values.items() if not np.isfinite(value)}
+        bad = {name: float(value) for name, value in values.items() if not math.isfinite(value)}
         self.count = self.count + 1 if bad else 0
         if not bad:
             return None
