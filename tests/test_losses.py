@@ -670,6 +670,10 @@ def test_wrong_weights_shapes_and_a_missing_teacher_are_refused():
         loss(batch.student[0], None, batch.target[0], NUM_FULL)
     with pytest.raises(ValueError, match="3 student outputs, 3 teacher outputs and 3 targets for 1 "):
         loss(batch.student, batch.teacher, batch.target, NUM_FULL)
+    for student, teacher, target in ((2, 3, 3), (3, 2, 3), (3, 3, 2)):
+        with pytest.raises(ValueError, match=f"{student} student outputs, {teacher} teacher outputs and {target} targets for 3 "):
+            ConfKDLoss(supervised(), weights_of(student=1.0), resolution_weights=RESOLUTIONS)(
+                batch.student[:student], batch.teacher[:teacher], batch.target[:target], NUM_FULL)
     with pytest.raises(ValueError, match=r"\(2, 3, 6, 5\).*\(5, 3, 6, 5\)"):  # the teacher of the full images only
         loss(batch.student[0], batch.teacher[0][:NUM_FULL], batch.target[0], NUM_FULL)
 
