@@ -31,22 +31,46 @@ def written_whole(file: str | Path):
             os.close(folder)
 
 
+def _stop(number, frame):
+    raise SystemExit(128 + number)
+
+
 @contextmanager
 def terminable():
     """SIGTERM, with which clusters announce their time limits, ends the process as Ctrl-C does, workers and temporary files included,
-    instead of at once. Where somebody has decided otherwise already, that stays."""
-    def stop(number, frame):
-        raise SystemExit(128 + number)
-
+    instead of at once. Where somebody has decided otherwise already, that stays. Forked processes end at once, as ever."""
     # only the main thread may
     ours = threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
     if ours:
-        signal.signal(signal.SIGTERM, stop)
+        signal.signal(signal.SIGTERM, _stop)
     try:
         yield
     finally:
         if ours:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+# A handler in Python may miss the moment before a wait in C, or just after the fork: a worker of a pool that is told to end only once,
+# as multiprocessing does, would then wait for ever, and the pool for it.
+_mask = threading.local()
+
+
+def _before_fork() -> None:
+    _mask.before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+
+
+def _after_fork() -> None:
+    signal.pthread_sigmask(signal.SIG_SETMASK, _mask.before)
+
+
+def _after_fork_in_child() -> None:
+    if signal.getsignal(signal.SIGTERM) is _stop:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    _after_fork()
+
+
+if hasattr(os, "register_at_fork"):  # not on Windows
+    os.register_at_fork(before=_before_fork, after_in_parent=_after_fork, after_in_child=_after_fork_in_child)
 
 
 class Divergence:

@@ -110,6 +110,22 @@ def test_sigterm_ends_the_process_in_order_and_the_handler_before_comes_back():
     assert seen == [before]
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="Windows never forks")
+def test_a_forked_process_ends_at_once_whenever_it_is_told_to():
+    with terminable():
+        for pause in (0, 0, 0.0005, 0.001, 0.002) * 20:
+            process = os.fork()
+            if not process:
+                try:
+                    time.sleep(10)
+                finally:
+                    os._exit(1)
+            time.sleep(pause)
+            os.kill(process, signal.SIGTERM)
+            assert os.waitpid(process, 0)[1] == signal.SIGTERM
+        assert signal.SIGTERM not in signal.pthread_sigmask(signal.SIG_BLOCK, ())
+
+
 def test_a_command_that_is_ended_leaves_no_temporary_files(tmp_path, monkeypatch):
     def command(argv):
         with replaced_folder(tmp_path / "report") as folder, TemporaryDirectory(dir=tmp_path):
