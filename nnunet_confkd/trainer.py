@@ -7,7 +7,6 @@ from __future__ import annotations
 import json
 import random
 import warnings
-from functools import partial
 
 import numpy as np
 import torch
@@ -31,7 +30,7 @@ from nnunet_confkd.curves import CURVES, plot_curves
 from nnunet_confkd.dataset_conversion.writer import patients_of
 from nnunet_confkd.errors import InputError, TrainingError
 from nnunet_confkd.faults import Divergence, terminable, written_whole
-from nnunet_confkd.hints import add_shown, as_channels
+from nnunet_confkd.hints import ShownVoxels, as_channels
 from nnunet_confkd.json_files import read_folds
 from nnunet_confkd.losses import TERMS, ConfKDLoss, PartialSupervision, annotated_voxels, confidence
 from nnunet_confkd.network import TwoBranchUNet, unwrap
@@ -223,7 +222,7 @@ class ConfKDTrainer(nnUNetTrainer):
                        pad_sides=None, probabilistic_oversampling=self.probabilistic_oversampling)
         complete = None
         if self.settings.teacher_hints and self._teaches_others:
-            complete = partial(add_shown, ignore_label=self.label_manager.ignore_label, regions=self.label_manager.has_regions)
+            complete = ShownVoxels(self.label_manager.ignore_label, self.label_manager.has_regions)
         dl_tr = StratifiedLoader(dataset_tr, self.batch_size, initial_patch_size, patch_size, self.label_manager,
                                  kinds=self.kinds, full_share=self.settings.full_share, offset=self.local_rank,
                                  complete=complete, transforms=tr_transforms, **options)
