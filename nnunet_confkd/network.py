@@ -133,7 +133,12 @@ class Hints(nn.Module):
         """skips: the encoder's, `(B, channels, *spatial)`, highest resolution first. hints: `(B, heads + 1, *spatial)`, see
         :func:`nnunet_confkd.hints.as_channels`; at a lower resolution a hint stands wherever one of its voxels has it."""
         pool = F.adaptive_max_pool2d if hints.ndim == 4 else F.adaptive_max_pool3d
-        return [skip + layer(pool(hints, skip.shape[2:])) for skip, layer in zip(skips, self.seg_layers)]
+        hinted = []
+        for skip, layer in zip(skips, self.seg_layers):
+            if hints.shape[2:] != skip.shape[2:]:
+                hints = pool(hints, skip.shape[2:])  # from resolution to resolution: the largest is read once
+            hinted.append(skip + layer(hints))
+        return hinted
 
 
 def _combine(student, teacher, how: str):
