@@ -85,6 +85,7 @@ TRIALS = {
     "t_ignore_share_0.25": Row("the ignore label, stratified; a quarter of a batch full", "ConfKDTrainer_partialOnly",
                                settings={"full_share": 0.25}),
     "t_share_0.25": Row("ConfKD; a quarter of a batch full", settings={"full_share": 0.25}),
+    "t_share_0.75": Row("ConfKD; three quarters of a batch full", settings={"full_share": 0.75}),
     "t_kl_from_0": Row("ConfKD; the KL rises from 0 to 20 % of the training", settings={"kl_ramp_start": 0.0, "kl_ramp_end": 0.2}),
     "t_kl_from_0.2": Row("ConfKD; the KL rises from 20 to 50 % of the training", settings={"kl_ramp_start": 0.2, "kl_ramp_end": 0.5}),
     "t_kl_from_0.4": Row("ConfKD; the KL rises from 40 to 70 % of the training", settings={"kl_ramp_start": 0.4, "kl_ramp_end": 0.7}),

@@ -4,12 +4,14 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
+from batchgeneratorsv2.transforms.utils.seg_to_regions import ConvertSegmentationToRegionsTransform
 from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
 from nnunetv2.utilities.label_handling.label_handling import LabelManager
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
@@ -20,9 +22,12 @@ from nnunet_confkd.dataset_conversion.volumes import Picture, Volume, read
 from nnunet_confkd.dataset_conversion.writer import FULL, PARTIAL, PROCESSES, UNLABELLED, Case, Dataset
 from nnunet_confkd.discovery import make_findable
 from nnunet_confkd.errors import InputError
-from nnunet_confkd.json_files import read_description, read_folds, read_plans
+from nnunet_confkd.hints import as_channels
+from nnunet_confkd.json_files import read_description, read_folds, read_json, read_plans
 from nnunet_confkd.loading import fold_folders, load_checkpoint
-from nnunet_confkd.network import BRANCHES, has_teacher, predicting
+from nnunet_confkd.losses import annotated_voxels
+from nnunet_confkd.network import BRANCHES, has_teacher, predicting, unwrap
+from nnunet_confkd.settings import Settings
 from nnunet_confkd.supervision import TABLE_KEY, check_labels, count_voxels, decide_kinds, split_full_cases
 from nnunet_confkd.uncertainty import (
     ExportingPredictor,
@@ -47,7 +52,8 @@ def complete(source: int | str, model: str | Path, dataset_id: int, *, branch: s
     """Write a copy of a data set of nnU-Net whose ignored voxels a model has labelled; returns its folder.
 
     source: id or name of the data set. model: TRAINER__PLANS__CONFIGURATION; a stock nnU-Net one will do if its labels and
-    channels are the same. branch: "student", "teacher" or "mean" (of the logits). confidence: only voxels whose winning
+    channels are the same. branch: "student", "teacher" or "mean" (of the logits); a teacher that learnt to use them
+    (:mod:`nnunet_confkd.hints`) is shown the case's annotations. confidence: only voxels whose winning
     probability is above it are labelled, the others stay ignored; None: all. folds: their logits are averaged; None: all
     that have the checkpoint. device: "cuda", "cpu" or "mps"; None: cuda where there is one.
 
@@ -66,12 +72,13 @@ def complete(source: int | str, model: str | Path, dataset_id: int, *, branch: s
     dataset.patient_pattern = described.get("patient_pattern")
     predictor, folds = _load_model(Path(model), folds, checkpoint, branch, device)
     _require_same_data(folder, described, Path(model), predictor)
+    hints = _has_teacher(predictor) and branch != "student" and _uses_hints(Path(model), folds)
     with writer.new_dataset(dataset_id, dataset.name) as (target, preprocessed):
         counts, kinds = _look_at_all(folder, described, dataset, processes)
         ignore = described["labels"]["ignore"]
         todo = [case for case in dataset.training if counts[case.name][ignore]]
         splits = _splits(found, kinds, dataset.patient_pattern)
-        _predict(predictor, todo, target / PREDICTED, processes)
+        _predict(predictor, todo, target / PREDICTED, processes, hints)
 
         files = {case.name: _Files(case, target, dataset.file_ending) for case in todo}
         options = {"ignore": ignore, "threshold": confidence}
@@ -82,7 +89,7 @@ def complete(source: int | str, model: str | Path, dataset_id: int, *, branch: s
                             replace(case, kind=rows[case.name]["kind"], label=labels[case.name]) for case in dataset.training]
         dataset.test = [replace(case, values={v: v for v in dataset.values}) for case in dataset.test]
         about = {"source": found, "model": Path(model).resolve().name, "model_dataset": predictor.plans_manager.dataset_name,
-                 "branch": branch if _has_teacher(predictor) else None, "folds": folds, "checkpoint": checkpoint,
+                 "branch": branch if _has_teacher(predictor) else None, "hints": hints, "folds": folds, "checkpoint": checkpoint,
                  "confidence": confidence, "nnunet_confkd": __version__,
                  "note": "Voxels of these cases that nobody had annotated have labels predicted by the model: do not take them "
                          "for truth, in validation least of all."}
@@ -177,16 +184,52 @@ def _meaning(described: dict) -> dict:
             "file ending": described["file_ending"]}
 
 
-def _predict(predictor: _CompletingPredictor, cases: list[Case], folder: Path, processes: int) -> None:
+def _uses_hints(model: Path, folds: list[str]) -> bool:
+    """Whether the model's teacher learnt to use annotations that it is shown, as the record of its training tells."""
+    found = []
+    for file in (model / f"fold_{fold}" / "confkd.json" for fold in folds):
+        if not file.is_file():
+            return False
+        record = read_json(file)
+        try:
+            found.append(Settings.from_blocks(record["settings"]).shows_hints and PARTIAL in record["supervision"].values())
+        except (AttributeError, KeyError, TypeError) as error:
+            raise InputError(f"{file}: is not the record of a ConfKD training; train again, or use --branch student") from error
+    return all(found)
+
+
+def _predict(predictor: _CompletingPredictor, cases: list[Case], folder: Path, processes: int, hints: bool) -> None:
     sources = [[str(volume.file) for volume in case.images] for case in cases]
     outputs = [str(folder / case.name) for case in cases]
+    number = max(1, min(processes, EXPORT_PROCESSES, len(cases)))
     folder.mkdir()
-    if processes <= 1:
+    if hints:
+        unwrap(predictor.network).hints_in_input = True
+        labels = [str(case.label.file) for case in cases]
+        predictor.predict_from_data_iterator(_with_hints(predictor, sources, labels, outputs),
+                                             num_processes_segmentation_export=number)
+    elif processes <= 1:
         predictor.predict_from_files_sequential(sources, outputs)
     else:
-        number = min(processes, EXPORT_PROCESSES, len(cases))
         predictor.predict_from_files(sources, outputs, num_processes_preprocessing=number,
                                      num_processes_segmentation_export=number)
+
+
+def _with_hints(predictor: _CompletingPredictor, sources: list[list[str]], labels: list[str], outputs: list[str]) -> Iterator[dict]:
+    """What nnU-Net's predictor takes of a preprocessed case, the hints behind the channels."""
+    plans, configuration, described = predictor.plans_manager, predictor.configuration_manager, predictor.dataset_json
+    manager = plans.get_label_manager(described)
+    preprocessor = configuration.preprocessor_class(verbose=False)
+    for images, label, output in zip(sources, labels, outputs):
+        data, seg, properties = preprocessor.run_case(images, label, plans, configuration, described)
+        target = torch.from_numpy(seg)[None].clamp_min(0)  # -1: background outside the image's nonzero part
+        if manager.has_regions:
+            regions = [*manager.foreground_regions, manager.ignore_label]
+            target = ConvertSegmentationToRegionsTransform(regions)(segmentation=target[0])["segmentation"][None]
+        shown = annotated_voxels(target, manager.ignore_label, manager.has_regions)
+        hints = as_channels(target, shown, manager.num_segmentation_heads, manager.has_regions)[0]
+        properties.pop("class_locations", None)
+        yield {"data": torch.cat((torch.from_numpy(data).float(), hints)), "data_properties": properties, "ofile": output}
 
 
 # ---- the data -------------------------------------------------------------------------------------------------------
@@ -315,7 +358,8 @@ def main(argv: list[str]) -> None:
                              "labels")
     parser.add_argument("--id", required=True, type=int, help="id of the data set to write")
     parser.add_argument("--name", help="its name; default: that of the source and _completed")
-    parser.add_argument("--branch", choices=BRANCHES, default="student")
+    parser.add_argument("--branch", choices=BRANCHES, default="student", help="the teacher is shown the annotations, where it was "
+                        "trained with hints (the default of ConfKDTrainer)")
     parser.add_argument("--confidence", type=float, metavar="P", help="label only voxels whose winning probability is "
                         "above P; the others stay ignored. Default: all")
     parser.add_argument("--folds", nargs="+", metavar="F", help="folds whose mean predicts; default: all that are trained")

@@ -77,6 +77,7 @@ class TwoBranchUNet(nn.Module):
             self.teacher_decoder.apply(unet.initialize)
         self.teacher_decoder.hints = Hints(unet.encoder, unet.decoder.num_classes)
         self.branch = _predicted_branch.get()
+        self.hints_in_input = False
 
     def set_deep_supervision(self, enabled: bool) -> None:
         for decoder in (self.decoder, self.teacher_decoder):
@@ -84,19 +85,21 @@ class TwoBranchUNet(nn.Module):
 
     def forward(self, x: Tensor, num_full: int | None = None, hints: Tensor | None = None, others: bool = False):
         """Without `num_full`: what a stock network returns, of the branch that predicts (`self.branch`: the student's,
-        unless asked otherwise); the teacher predicts without hints.
+        unless asked otherwise). The teacher then has hints only where they are given; nnU-Net's predictor passes one tensor, so with
+        `hints_in_input` they are its last channels.
 
         With it, for training: the student's output on the batch `(B, C, *spatial)` and the teacher's on its first `num_full` images, the
         fully labelled ones, alone; with `others` on all of them, of which those that are not fully labelled do not update it.
         hints: the teacher's, `(B, heads + 1, *spatial)`; None: none.
         """
+        if self.hints_in_input:
+            x, hints = x.tensor_split([x.shape[1] - self.decoder.num_classes - 1], 1)
         skips = self.encoder(x)
         if num_full is None:
             if self.branch == "student":
                 return self.decoder(skips)
-            if self.branch == "teacher":
-                return self.teacher_decoder(skips)
-            return _combine(self.decoder(skips), self.teacher_decoder(skips), self.branch)
+            teacher = self.teacher_decoder(skips if hints is None else self.teacher_decoder.hints(skips, hints))
+            return teacher if self.branch == "teacher" else _combine(self.decoder(skips), teacher, self.branch)
         student = self.decoder(skips)
         if hints is None:  # zeros rather than nothing: DDP fails on parameters without gradient
             hints = x.new_zeros((len(x), self.decoder.num_classes + 1, *[1] * (x.ndim - 2)))

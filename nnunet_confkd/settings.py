@@ -101,6 +101,16 @@ class Settings:
     def as_dict(self) -> dict:
         return asdict(self)
 
+    @property
+    def teaches_others(self) -> bool:
+        """Whether the KL acts on images that are not fully labelled."""
+        return self.weight_kl > 0 and self.kl_images != "full"
+
+    @property
+    def shows_hints(self) -> bool:
+        """Whether the teacher learns to use annotations that it is shown."""
+        return self.teacher_hints and self.teaches_others
+
     def ramp(self, term: str, progress: float) -> float:
         """Factor of the weight of `term` ("kl" or "entropy") at `progress`, the share of the epochs done, 0 to 1."""
         start, end = getattr(self, f"{term}_ramp_start"), getattr(self, f"{term}_ramp_end")

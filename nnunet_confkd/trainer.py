@@ -221,7 +221,7 @@ class ConfKDTrainer(nnUNetTrainer):
         options = dict(oversample_foreground_percent=self.oversample_foreground_percent, sampling_probabilities=None,
                        pad_sides=None, probabilistic_oversampling=self.probabilistic_oversampling)
         complete = None
-        if self.settings.teacher_hints and self._teaches_others:
+        if self.settings.shows_hints:
             complete = ShownVoxels(self.label_manager.ignore_label, self.label_manager.has_regions)
         dl_tr = StratifiedLoader(dataset_tr, self.batch_size, initial_patch_size, patch_size, self.label_manager,
                                  kinds=self.kinds, full_share=self.settings.full_share, offset=self.local_rank,
@@ -268,11 +268,6 @@ class ConfKDTrainer(nnUNetTrainer):
         super().on_train_start()
         self.print_to_log_file(f"ConfKD settings: {self.settings}")
 
-    @property
-    def _teaches_others(self) -> bool:
-        """Whether the KL acts on images that are not fully labelled."""
-        return self.settings.weight_kl > 0 and self.settings.kl_images != "full"
-
     def _forward(self, data: torch.Tensor, num_full: int, **options):
         """The outputs of student and teacher; None for the teacher of a network that has none."""
         if self.two_branches:
@@ -297,7 +292,7 @@ class ConfKDTrainer(nnUNetTrainer):
         self.optimizer.zero_grad(set_to_none=True)
         with self._autocast():
             student, teacher = self._forward(data, num_full, hints=self._hints(batch, highest_target),
-                                             others=self._teaches_others)
+                                             others=self.settings.teaches_others)
             loss, terms = self.loss(student, teacher, target, num_full, kl_ramp=self.settings.ramp("kl", progress),
                                     entropy_ramp=self.settings.ramp("entropy", progress))
 

@@ -67,12 +67,35 @@ def few(nnunet, hippocampus):
 
 @pytest.fixture(scope="module")
 def model(nnunet, hippocampus_model, tmp_path_factory):
-    """A copy of the trained model whose branches differ more."""
+    """A copy of the trained model whose branches differ more, and whose teacher makes nothing of its hints."""
     folder = tmp_path_factory.mktemp("model") / "ConfKDTrainer__nnUNetPlans__2d_export"
     shutil.copytree(hippocampus_model, folder, ignore=shutil.ignore_patterns("validation*"))
     file = folder / "fold_0" / "checkpoint_final.pth"
     checkpoint = torch.load(file, weights_only=False)
     checkpoint["network_weights"]["teacher_decoder.seg_layers.1.weight"].mul_(-1)
+    for name in _hint_vectors(checkpoint):
+        checkpoint["network_weights"][name].zero_()
+    torch.save(checkpoint, file)
+    return folder
+
+
+def _hint_vectors(checkpoint):
+    names = [name for name in checkpoint["network_weights"] if name.startswith("teacher_decoder.hints.")]
+    assert names
+    return names
+
+
+@pytest.fixture
+def hinted_model(model, tmp_path):
+    """One whose teacher is thrown about by hints."""
+    folder = tmp_path / model.name
+    shutil.copytree(model, folder)
+    file = folder / "fold_0" / "checkpoint_final.pth"
+    checkpoint = torch.load(file, weights_only=False)
+    generator = torch.Generator().manual_seed(0)
+    for name in _hint_vectors(checkpoint):
+        weights = checkpoint["network_weights"][name]
+        weights.copy_(100 * torch.randn(weights.shape, generator=generator))
     torch.save(checkpoint, file)
     return folder
 
@@ -192,7 +215,7 @@ def test_without_a_split_only_cases_that_were_full_validate(nnunet, few, complet
 
 def _copied_from(completed):
     """A prediction without a network, for what happens after it: that of another run."""
-    def predict(_, cases, folder, __):
+    def predict(_, cases, folder, *__):
         (folder / "entropy").mkdir(parents=True)
         (folder.parent / "confidence").mkdir()
         for case in cases:
@@ -284,6 +307,62 @@ def test_regions_are_completed(nnunet, regions):
         assert set(np.unique(after)) <= {0, 1, 2} and len(np.unique(after[before == IGNORE])) > 1
         confidence = _read(folder / "confidence" / f"{case}.nii.gz")
         assert 0.5 <= confidence.min() < confidence.max() <= 1
+
+
+# ---- hints ----------------------------------------------------------------------------------------------------------
+
+def test_the_teacher_is_shown_the_annotations(few, predicted, hinted_model):
+    folder = complete(FEW, hinted_model, 90, branch="teacher", device="cpu", name="Hinted", processes=1)
+    about = _json(folder / "dataset.json")["completed"][-1]
+    assert about["hints"] and about["branch"] == "teacher"
+    for case in few.weak:
+        before, after = (_read(f / "labelsTr" / f"{case}.nii.gz") for f in (few.raw, folder))
+        annotated = before != IGNORE
+        np.testing.assert_array_equal(after[annotated], before[annotated])
+        same = (after == predicted["teacher"][case][0])[~annotated].all()
+        assert same == (case in few.unlabelled)
+
+
+def _record(model, change):
+    file = model / "fold_0" / "confkd.json"
+    file.write_text(json.dumps(change(_json(file))))
+
+
+@pytest.mark.parametrize("change", (
+    lambda record: record | {"settings": record["settings"] | {"teacher_hints": False}},
+    lambda record: record | {"settings": record["settings"] | {"kl_images": "full"}},
+    lambda record: record | {"supervision": dict.fromkeys(record["supervision"], "unlabelled")}), ids=("off", "not taught", "never seen"))
+def test_a_teacher_that_never_learnt_from_hints_gets_none(few, predicted, hinted_model, change):
+    _record(hinted_model, change)
+    assert not module._uses_hints(hinted_model, ["0"])
+
+
+def test_without_a_record_there_are_no_hints_and_a_broken_one_is_named(few, hinted_model, nnunet):
+    assert module._uses_hints(hinted_model, ["0"])
+    _record(hinted_model, lambda record: {"settings": record["settings"]})
+    with pytest.raises(InputError, match="confkd.json: is not the record of a ConfKD training"):
+        complete(FEW, hinted_model, 91, branch="teacher", device="cpu")
+    assert not nnunet.raw("Dataset091_Few_completed").exists()
+    (hinted_model / "fold_0" / "confkd.json").unlink()
+    assert not module._uses_hints(hinted_model, ["0"])
+
+
+@pytest.mark.parametrize("regions_too", (False, True), ids=("labels", "regions"))
+def test_hints_are_the_annotations_behind_the_channels(few, nnunet, hippocampus, model, regions, regions_too):
+    if regions_too:
+        nnunet.configure(regions, "3d_hints", "3d_fullres", {"seed": 1}, features=(4, 8, 8))
+        model = _save(nnunet.model(regions, "3d_hints"), nnunet, regions, "3d_hints")
+    predictor, _ = module._load_model(model, None, module.CHECKPOINT, "teacher", "cpu")
+    case = few.partial[0]
+    image, label = few.raw / "imagesTr" / f"{case}_0000.nii.gz", few.raw / "labelsTr" / f"{case}.nii.gz"
+    item, = module._with_hints(predictor, [[str(image)]], [str(label)], ["out"])
+    before = _read(label)
+    expected = [before == 0, before == 1, before == 2, before != IGNORE]
+    if regions_too:
+        expected = [np.isin(before, (1, 2)), before == 2, before != IGNORE]
+    assert item["ofile"] == "out" and item["data"].shape == (1 + len(expected), *before.shape)
+    for channel, voxels in zip(item["data"][1:], expected):  # spacing as in the plans: nothing is resampled
+        np.testing.assert_array_equal(channel.numpy(), voxels)
 
 
 # ---- models ---------------------------------------------------------------------------------------------------------

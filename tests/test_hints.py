@@ -180,6 +180,8 @@ def test_shown_are_voxels_of_the_highest_resolution(regions):
     target = regions_of(batch()) if regions else batch()
     shown = ShownVoxels(IGNORE, regions)({"target": [target, target[..., ::2, ::2]], "num_full": 2})["shown"]
     assert torch.equal(shown[2:], batch()[2:] != IGNORE)
+    without_deep_supervision = ShownVoxels(IGNORE, regions)({"target": target, "num_full": 2})["shown"]
+    assert torch.equal(without_deep_supervision, shown)
 
 
 def test_channels_tell_class_and_place_of_what_is_shown():

@@ -305,6 +305,16 @@ def test_no_hints_and_hints_of_zero_make_the_teacher_a_stock_decoder(architectur
 
 
 @each_network
+@pytest.mark.parametrize("branch", ("student", "teacher", "mean"))
+def test_for_predictions_hints_may_be_the_last_channels(architecture, ndim, stages, branch):
+    network = two_branches(architecture, ndim, stages, False)
+    student, teacher = network(images(ndim), BATCH, hints_at(ndim, 1))
+    network.branch, network.hints_in_input = branch, True
+    expected = {"student": student, "teacher": teacher, "mean": (student + teacher) / 2}[branch]
+    torch.testing.assert_close(network(torch.cat((images(ndim), hints_at(ndim, 1)), 1)), expected)
+
+
+@each_network
 def test_a_hint_stands_at_every_resolution(architecture, ndim, stages):
     network = two_branches(architecture, ndim, stages)
     skips = network.encoder(images(ndim))
