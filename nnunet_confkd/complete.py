@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -204,7 +205,8 @@ def _predict(predictor: _CompletingPredictor, cases: list[Case], folder: Path, p
     number = max(1, min(processes, EXPORT_PROCESSES, len(cases)))
     folder.mkdir()
     if hints:
-        unwrap(predictor.network).hints_in_input = True
+        network: Any = unwrap(predictor.network)
+        network.hints_in_input = True
         labels = [str(case.label.file) for case in cases]
         predictor.predict_from_data_iterator(_with_hints(predictor, sources, labels, outputs),
                                              num_processes_segmentation_export=number)
