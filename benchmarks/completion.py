@@ -18,7 +18,7 @@ import time
 from pathlib import Path
 
 import numpy as np
-from accuracy import EPOCH, FULL_ID, TABLES, build_trainer, run_name, spec_of
+from accuracy import FULL_ID, TABLES, build_trainer, run_name, spec_of
 from step_time import ROOT, insert
 
 ID = 990  # of the completed data set, which is removed
@@ -26,18 +26,20 @@ OUTPUT = Path(__file__).with_suffix(".json")
 BRANCHES = {"student": "the student", "teacher": "the teacher, shown the annotations", "mean": "the mean of both"}
 
 
-def trained(table, full: int, seed: int) -> Path:
+def trained(table, spec: dict) -> Path:
     """The folder of a trained model."""
-    spec = spec_of(table, "confkd", full, seed, "cpu", table.iterations)
     trainer = build_trainer(table, spec)
     if not (Path(trainer.output_folder) / "checkpoint_final.pth").is_file():
         trainer.run_training()
     return Path(trainer.output_folder).parent
 
 
-def dice_of(truth: np.ndarray, labels: np.ndarray, classes) -> list[float]:
-    from nnunet_confkd.metrics import measure_masks
-    return [measure_masks(truth == c, labels == c, (1.0,) * truth.ndim)["Dice"] for c in classes]
+def dice_of(truth: Path, labels: Path, classes: dict[str, list[int]]) -> list[float]:
+    from nnunet_confkd.dataset_conversion.volumes import read
+
+    from nnunet_confkd.metrics import measure_case
+    truth, labels = (read(file).voxels[0] for file in (truth, labels))
+    return [round(of["Dice"], 5) for of in measure_case(truth, labels, classes, (1.0,) * truth.ndim).values()]
 
 
 def main() -> None:
@@ -55,41 +57,39 @@ def main() -> None:
 
     import torch
     torch.set_num_threads(1)
-    from nnunet_confkd.dataset_conversion.volumes import read
     from nnunet_confkd.dataset_conversion.writer import find_dataset
 
     from nnunet_confkd.complete import complete
 
     table = TABLES[args.table]
     start = time.time()
-    model = trained(table, args.full, args.seed)
+    spec = spec_of(table, "confkd", args.full, args.seed, "cpu", table.iterations)
+    model = trained(table, spec)
     source = find_dataset(FULL_ID + args.full)
     truth = work / "raw" / find_dataset(FULL_ID) / "labelsTr"
     found: dict[str, dict[str, list[float]]] = {}
     for branch in BRANCHES:
         folder = complete(source, model, ID, branch=branch, device="cpu", processes=1, name="Completed")
         described = json.loads((folder / "dataset.json").read_text())
-        classes = [value for label, value in described["labels"].items() if label not in ("background", "ignore")]
-        ending = described["file_ending"]
-        found[branch] = {case: [round(d, 5) for d in dice_of(*(read(where / f"{case}{ending}").voxels[0] for where in (truth, folder / "labelsTr")),
-                                                             classes)]
-                         for case in described["completed"][-1]["cases"]}
+        classes = {label: np.atleast_1d(value).tolist() for label, value in described["labels"].items()
+                   if label not in ("background", "ignore")}
+        files = {case: f"{case}{described['file_ending']}" for case in described["completed"][-1]["cases"]}
+        found[branch] = {case: dice_of(truth / file, folder / "labelsTr" / file, classes) for case, file in files.items()}
         shutil.rmtree(folder)
         shutil.rmtree(work / "preprocessed" / folder.name)
         print(branch, np.nanmean(list(found[branch].values())), flush=True)
     shutil.rmtree(model)
     results = json.loads(OUTPUT.read_text()) if OUTPUT.is_file() else {}
-    spec = spec_of(table, "confkd", args.full, args.seed, "cpu", table.iterations)
     results[f"{args.table}_{run_name(spec)}"] = {
-        "title": table.title, "spec": spec, "cases": found, "seconds": round(time.time() - start), "epochs_of": EPOCH,
+        "title": table.title, "spec": spec, "cases": found, "seconds": round(time.time() - start),
         "versions": {p: version(p) for p in ("nnunetv2", "torch", "numpy")}, "machine": f"{platform.machine()} CPU, {os.cpu_count()} cores"}
     OUTPUT.write_text(json.dumps(results))
     insert(ROOT / "docs" / "complete.md", "completion", report(results))
 
 
 def report(results: dict) -> str:
-    machine, = {run["machine"] for run in results.values()}
-    lines = [f"{machine}.", "", "| labels completed by | " + " | ".join(
+    machines = sorted({run["machine"] for run in results.values()})
+    lines = [f"{', '.join(machines)}.", "", "| labels completed by | " + " | ".join(
         f"{run['title']}, {run['spec']['full']} full patients: Dice of {len(run['cases']['student'])} cases" for run in results.values()) + " |",
         "|---|" + "---|" * len(results)]
     for branch, title in BRANCHES.items():

@@ -65,39 +65,40 @@ def few(nnunet, hippocampus):
     return SimpleNamespace(raw=raw, splits=splits, described=described, kinds=kinds, **of, weak=of["partial"] + of["unlabelled"])
 
 
-@pytest.fixture(scope="module")
-def model(nnunet, hippocampus_model, tmp_path_factory):
-    """A copy of the trained model whose branches differ more, and whose teacher makes nothing of its hints."""
-    folder = tmp_path_factory.mktemp("model") / "ConfKDTrainer__nnUNetPlans__2d_export"
-    shutil.copytree(hippocampus_model, folder, ignore=shutil.ignore_patterns("validation*"))
+def _changed_copy(model, folder, change):
+    """A copy of a model folder, its weights changed in place by `change`."""
+    shutil.copytree(model, folder, ignore=shutil.ignore_patterns("validation*"))
     file = folder / "fold_0" / "checkpoint_final.pth"
     checkpoint = torch.load(file, weights_only=False)
-    checkpoint["network_weights"]["teacher_decoder.seg_layers.1.weight"].mul_(-1)
-    for name in _hint_vectors(checkpoint):
-        checkpoint["network_weights"][name].zero_()
+    change(checkpoint["network_weights"])
     torch.save(checkpoint, file)
     return folder
 
 
-def _hint_vectors(checkpoint):
-    names = [name for name in checkpoint["network_weights"] if name.startswith("teacher_decoder.hints.")]
-    assert names
-    return names
+def _hint_vectors(weights):
+    found = [w for name, w in weights.items() if name.startswith("teacher_decoder.hints.")]
+    assert found
+    return found
+
+
+@pytest.fixture(scope="module")
+def model(nnunet, hippocampus_model, tmp_path_factory):
+    """A copy of the trained model whose branches differ more, and whose teacher makes nothing of its hints."""
+    def change(weights):
+        weights["teacher_decoder.seg_layers.1.weight"].mul_(-1)
+        for vectors in _hint_vectors(weights):
+            vectors.zero_()
+    return _changed_copy(hippocampus_model, tmp_path_factory.mktemp("model") / "ConfKDTrainer__nnUNetPlans__2d_export", change)
 
 
 @pytest.fixture
 def hinted_model(model, tmp_path):
     """One whose teacher is thrown about by hints."""
-    folder = tmp_path / model.name
-    shutil.copytree(model, folder)
-    file = folder / "fold_0" / "checkpoint_final.pth"
-    checkpoint = torch.load(file, weights_only=False)
-    generator = torch.Generator().manual_seed(0)
-    for name in _hint_vectors(checkpoint):
-        weights = checkpoint["network_weights"][name]
-        weights.copy_(100 * torch.randn(weights.shape, generator=generator))
-    torch.save(checkpoint, file)
-    return folder
+    def change(weights):
+        generator = torch.Generator().manual_seed(0)
+        for vectors in _hint_vectors(weights):
+            vectors.copy_(100 * torch.randn(vectors.shape, generator=generator))
+    return _changed_copy(model, tmp_path / model.name, change)
 
 
 @pytest.fixture(scope="module")
