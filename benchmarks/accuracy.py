@@ -122,6 +122,7 @@ TABLES = {
     "acdc_small": Table("ACDC 2-D, expert scribbles, reduced for a CPU", "acdc", "scribbles", (20, 20, 60), 6000, 4, **REDUCED),
     "acdc_small_long": Table("ACDC 2-D, expert scribbles, reduced for a CPU, three times as long", "acdc", "scribbles", (20, 20, 60), 18000, 4,
                              **REDUCED),
+    "acdc_small_erosion": Table("ACDC 2-D, erosion, reduced for a CPU", "acdc", "erosion", (20, 20, 60), 6000, 4, **REDUCED),
     "acdc_small_none": Table("ACDC 2-D, unlabelled, reduced for a CPU", "acdc", "none", (20, 20, 60), 6000, 4, **REDUCED),
     "acdc_scribbles": Table("ACDC 2-D, expert scribbles", "acdc", "scribbles", (20, 20, 60), 15000, small=False),
     "acdc_erosion": Table("ACDC 2-D, erosion", "acdc", "erosion", (20, 20, 60), 15000, small=False),

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +24,17 @@ def read_runs(folder: Path) -> dict[tuple[str, int, int], dict]:
         spec = run["spec"]
         runs[spec["name"], spec["full"], spec["seed"]] = run
     return runs
+
+
+def read_tables(tables: dict, rows: dict, folder: Path) -> dict[str, dict]:
+    """The runs of each table that has any. Rows without partial images are the same trainings whatever the style of the partial annotations:
+    each table has those of its siblings, too."""
+    found = {name: runs for name in tables if (runs := read_runs(folder / name))}
+    for name in found:
+        for other, runs in found.items():
+            if replace(tables[other], title="", style="") == replace(tables[name], title="", style=""):
+                found[name] = {key: run for key, run in runs.items() if rows[key[0]].labels != "mixed"} | found[name]
+    return found
 
 
 def values_of(runs: dict, row: str, full: int, branch: str, metric: str) -> dict[int, np.ndarray]:
@@ -173,7 +185,7 @@ def write_report(tables: dict, rows: dict, trials: dict, folder: Path, docs: Pat
     from accuracy import LOWER, RIVAL, UPPER
     tried = trials_of(tables, {**rows, **trials}, folder)
     insert(docs / "results.md", "accuracy trials", tried)
-    results = {name: runs for name in tables if (runs := read_runs(folder / name))}
+    results = read_tables(tables, rows, folder)
     if not results and tried:
         return
     if not results:

@@ -105,6 +105,20 @@ def test_report(modules, tmp_path):
         report.write_report(accuracy.TABLES, accuracy.ROWS, accuracy.TRIALS, tmp_path / "runs", tmp_path, tmp_path / "README.md")
 
 
+def test_tables_that_differ_in_style_share_the_rows_without_partial_images(modules, tmp_path):
+    accuracy, report = modules
+    for name, rows in (("acdc_small", ("full_only", "ignore", "all")), ("acdc_small_none", ("ignore",)), ("hippocampus", ("all",))):
+        (tmp_path / name).mkdir()
+        for row in rows:
+            spec = accuracy.spec_of(accuracy.TABLES[name], row, 0 if row == "all" else 3, 0, "cpu", 50)
+            (tmp_path / name / f"{row}.json").write_text(json.dumps({"spec": spec}))
+    found = report.read_tables(accuracy.TABLES, accuracy.ROWS, tmp_path)
+    assert set(found["acdc_small"]) == set(found["acdc_small_none"]) == {("full_only", 3, 0), ("ignore", 3, 0), ("all", 0, 0)}
+    assert found["acdc_small_none"]["all", 0, 0]["spec"]["table"]["style"] == "scribbles"
+    assert found["acdc_small_none"]["ignore", 3, 0]["spec"]["table"]["style"] == "none"
+    assert set(found["hippocampus"]) == {("all", 0, 0)}  # other patients, other images
+
+
 def test_the_interval_covers_zero_where_seeds_disagree(modules):
     _, report = modules
     rival = {s: np.zeros((20, 2)) for s in range(3)}
