@@ -124,6 +124,8 @@ TABLES = {
                              **REDUCED),
     "acdc_small_erosion": Table("ACDC 2-D, erosion, reduced for a CPU", "acdc", "erosion", (20, 20, 60), 6000, 4, **REDUCED),
     "acdc_small_none": Table("ACDC 2-D, unlabelled, reduced for a CPU", "acdc", "none", (20, 20, 60), 6000, 4, **REDUCED),
+    "hippocampus_small_3d": Table("Hippocampus 3-D, points, reduced for a CPU", "hippocampus", "points", (40, 20, 140), 2000, 4, "3d_fullres",
+                                  spacing=(1.5, 1.5, 1.5), max_patch=32, full=(5,)),
     "acdc_scribbles": Table("ACDC 2-D, expert scribbles", "acdc", "scribbles", (20, 20, 60), 15000, small=False),
     "acdc_erosion": Table("ACDC 2-D, erosion", "acdc", "erosion", (20, 20, 60), 15000, small=False),
     "acdc_none": Table("ACDC 2-D, unlabelled", "acdc", "none", (20, 20, 60), 15000, small=False),
@@ -141,7 +143,6 @@ def prepare(table: Table, data: Path, scribbles: Path | None, work: Path) -> Non
     from nnunet_confkd.dataset_conversion import acdc, msd, writer
     from nnunet_confkd.dataset_conversion.volumes import Volume
 
-    from nnunet_confkd.planning import plan
     from nnunet_confkd.supervision import FULL, PARTIAL, UNLABELLED
     from nnunet_confkd.weaken import raw_dataset, weakened
 
@@ -188,12 +189,17 @@ def prepare(table: Table, data: Path, scribbles: Path | None, work: Path) -> Non
         dataset.validation = held_back
         folder = writer.write_dataset(dataset, FULL_ID + count, link=True)
         (writer.preprocessed_folder() / folder.name / "splits_final.json").write_text(json.dumps(splits[:1]))
-    processes = int(os.environ["nnUNet_def_n_proc"])
-    plan([FULL_ID, *(FULL_ID + count for count in table.full)], configurations=[table.configuration], processes=[processes],
-         overwrite_target_spacing=table.spacing, overwrite_plans_name="nnUNetPlans" if table.spacing else None,
-         fingerprint_processes=processes, no_progress_bar=True)
+    planned(table, [FULL_ID, *(FULL_ID + count for count in table.full)])
     (work / "roles.json").write_text(json.dumps(roles))
     done.write_text(json.dumps(asked))
+
+
+def planned(table: Table, ids: list[int]) -> None:
+    """Data sets, planned and preprocessed."""
+    from nnunet_confkd.planning import plan
+    processes = int(os.environ["nnUNet_def_n_proc"])
+    plan(ids, configurations=[table.configuration], processes=[processes], overwrite_target_spacing=table.spacing,
+         overwrite_plans_name="nnUNetPlans" if table.spacing else None, fingerprint_processes=processes, no_progress_bar=True)
 
 
 def patient_of(case: str) -> str:
@@ -238,8 +244,8 @@ def settings_of(row: Row) -> dict | None:
     return settings
 
 
-def build_trainer(table: Table, spec: dict):
-    """The trainer of a run, not yet initialised."""
+def build_trainer(table: Table, spec: dict, dataset_id: int | None = None):
+    """The trainer of a run, not yet initialised. dataset_id: of another data set than the row's."""
     import torch
     from nnunetv2.run.run_training import get_trainer_from_args
     from nnunetv2.utilities.dataset_name_id_conversion import convert_id_to_dataset_name
@@ -251,7 +257,7 @@ def build_trainer(table: Table, spec: dict):
     make_findable()
     row, full = described(spec["name"]), spec["full"]
     mixed = row.labels == "mixed"
-    dataset = convert_id_to_dataset_name(FULL_ID + full if mixed else FULL_ID)
+    dataset = convert_id_to_dataset_name(dataset_id or (FULL_ID + full if mixed else FULL_ID))
     fold = 1 + table.full.index(full) if row.labels == "full" else 0
     plans_file = Path(os.environ["nnUNet_preprocessed"]) / dataset / "nnUNetPlans.json"
     configuration = run_name(spec)

@@ -1,11 +1,12 @@
 """How good are the labels that `confkd complete` writes? By the student, and by the teacher, which is shown the annotations.
 
     python benchmarks/accuracy.py acdc_small --data .../acdc --scribbles .../acdc_scribbles --work FOLDER --prepare
-    python benchmarks/completion.py acdc_small --work FOLDER --full 3
+    python benchmarks/completion.py acdc_small --work FOLDER --full 3 --retrain
 
 Trains ConfKD as accuracy.py does for its table, completes the training cases that are not fully labelled with each branch, and
-compares all their voxels, the annotated ones included, with the whole masks. Writes completion.json beside this file, an entry a table, and its
-table into docs/complete.md.
+compares all their voxels, the annotated ones included, with the whole masks. With --retrain stock nnU-Net is trained on the labels that the
+teacher completed, for as many steps, and measured on the test patients. Writes completion.json beside this file, an entry a run, and its
+tables into docs/complete.md.
 """
 from __future__ import annotations
 
@@ -15,10 +16,13 @@ import os
 import platform
 import shutil
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
-from accuracy import FULL_ID, TABLES, build_trainer, run_name, spec_of
+from accuracy import FULL_ID, RIVAL, TABLES, UPPER, build_trainer, planned, predict_and_measure, run_name, spec_of
+from accuracy import OUTPUT as RUNS
+from accuracy_report import read_runs, values_of
 from step_time import ROOT, insert
 
 ID = 990  # of the completed data set, which is removed
@@ -42,12 +46,24 @@ def dice_of(truth: Path, labels: Path, classes: dict[str, list[int]]) -> list[fl
     return [round(of["Dice"], 5) for of in measure_case(truth, labels, classes, (1.0,) * truth.ndim).values()]
 
 
+def retrained(table, spec: dict, cases: list[str]) -> dict:
+    """Stock nnU-Net, trained on the completed data set: its metrics of `cases`, as accuracy.py measures them."""
+    planned(table, [ID])
+    trainer = build_trainer(table, spec_of(table, UPPER, 0, spec["seed"], "cpu", table.iterations), ID)
+    trainer.run_training()
+    measured = predict_and_measure(trainer, cases)
+    shutil.rmtree(Path(trainer.output_folder).parent.parent)
+    return measured
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("table", choices=TABLES)
     parser.add_argument("--work", type=Path, required=True, help="accuracy.py's folder, prepared")
     parser.add_argument("--full", type=int, required=True, metavar="M", help="number of full patients")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--retrain", action="store_true", help="train stock nnU-Net on the labels that the teacher completed")
+    parser.add_argument("--on", default="test", choices=("test", "validation"), help="cases to measure it on")
     args = parser.parse_args()
     work = args.work.resolve()
     for name in ("raw", "preprocessed", "results"):
@@ -68,6 +84,7 @@ def main() -> None:
     source = find_dataset(FULL_ID + args.full)
     truth = work / "raw" / find_dataset(FULL_ID) / "labelsTr"
     found: dict[str, dict[str, list[float]]] = {}
+    measured = None
     for branch in BRANCHES:
         folder = complete(source, model, ID, branch=branch, device="cpu", processes=1, name="Completed")
         described = json.loads((folder / "dataset.json").read_text())
@@ -75,28 +92,60 @@ def main() -> None:
                    if label not in ("background", "ignore")}
         files = {case: f"{case}{described['file_ending']}" for case in described["completed"][-1]["cases"]}
         found[branch] = {case: dice_of(truth / file, folder / "labelsTr" / file, classes) for case, file in files.items()}
+        if branch == "teacher" and args.retrain:
+            measured = retrained(table, spec, json.loads((work / "roles.json").read_text())[args.on])
         shutil.rmtree(folder)
         shutil.rmtree(work / "preprocessed" / folder.name)
         print(branch, np.nanmean(list(found[branch].values())), flush=True)
     shutil.rmtree(model)
+    retraining = {"retrained": {"on": args.on, "cases": measured}} if measured else {}
     results = json.loads(OUTPUT.read_text()) if OUTPUT.is_file() else {}
     results[f"{args.table}_{run_name(spec)}"] = {
-        "title": table.title, "spec": spec, "cases": found, "seconds": round(time.time() - start),
+        "title": table.title, "spec": spec, "cases": found, **retraining, "seconds": round(time.time() - start),
         "versions": {p: version(p) for p in ("nnunetv2", "torch", "numpy")}, "machine": f"{platform.machine()} CPU, {os.cpu_count()} cores"}
     OUTPUT.write_text(json.dumps(results))
     insert(ROOT / "docs" / "complete.md", "completion", report(results))
 
 
 def report(results: dict) -> str:
-    machines = sorted({run["machine"] for run in results.values()})
-    lines = [f"{', '.join(machines)}.", "", "| labels completed by | " + " | ".join(
-        f"{run['title']}, {run['spec']['full']} full patients: Dice of {len(run['cases']['student'])} cases" for run in results.values()) + " |",
-        "|---|" + "---|" * len(results)]
+    """The quality of the labels, and of networks trained on them, means over seeds."""
+    tables: dict[tuple[str, int], list[dict]] = {}
+    for run in results.values():
+        tables.setdefault((run["title"], run["spec"]["full"]), []).append(run)
+
+    def head(what: str, runs: list[dict], cases: int) -> str:
+        return f"{runs[0]['title']}, {runs[0]['spec']['full']} full patients: {what} of {cases} cases, {len(runs)} seed{'s' * (len(runs) > 1)}"
+
+    lines = [", ".join(sorted({run["machine"] for run in results.values()})) + ".", "", "| labels completed by | " + " | ".join(
+        head("Dice", runs, len(runs[0]["cases"]["student"])) for runs in tables.values()) + " |", "|---|" + "---|" * len(tables)]
     for branch, title in BRANCHES.items():
-        cells = [np.array(list(run["cases"][branch].values())) for run in results.values()]
-        lines.append(f"| {title} | " + " | ".join(f"{np.nanmean(np.nanmean(c, 0)):.3f} ({' / '.join(f'{d:.3f}' for d in np.nanmean(c, 0))})"
-                                                for c in cells) + " |")
+        cells = [np.array([dice for run in runs for dice in run["cases"][branch].values()]) for runs in tables.values()]
+        lines.append(f"| {title} | " + " | ".join(map(_mean_and_classes, cells)) + " |")
+    trained_on = {key: again for key, runs in tables.items() if (again := [run for run in runs if "retrained" in run])}
+    if trained_on:
+        lines += ["", "| trained | " + " | ".join(head("test Dice", runs, len(runs[0]["retrained"]["cases"])) for runs in trained_on.values()) + " |",
+                  "|---|" + "---|" * len(trained_on)]
+        lines += [f"| {title} | " + " | ".join(_mean_and_classes(np.concatenate([of(run) for run in runs])) for runs in trained_on.values()) + " |"
+                  for title, of in (("nnU-Net's ignore label, stratified batches", partial(_from_table, row=RIVAL)),
+                                    ("ConfKD", partial(_from_table, row="confkd")),
+                                    ("stock nnU-Net, on the labels that ConfKD's teacher completed", _of_retrained),
+                                    ("stock nnU-Net, on the true labels", partial(_from_table, row=UPPER)))]
     return "\n".join(lines)
+
+
+def _from_table(run: dict, row: str) -> np.ndarray:
+    """Dice of accuracy.py's run of the same seed, `(cases, classes)`."""
+    spec = run["spec"]
+    runs = read_runs(RUNS / next(name for name, table in TABLES.items() if table.title == run["title"]))
+    return values_of(runs, row, 0 if row == UPPER else spec["full"], "student", "dice")[spec["seed"]]
+
+
+def _of_retrained(run: dict) -> np.ndarray:
+    return values_of({("", 0, 0): {"cases": run["retrained"]["cases"]}}, "", 0, "student", "dice")[0]
+
+
+def _mean_and_classes(dice: np.ndarray) -> str:
+    return f"{np.nanmean(np.nanmean(dice, 0)):.3f} ({' / '.join(f'{d:.3f}' for d in np.nanmean(dice, 0))})"
 
 
 if __name__ == "__main__":
