@@ -91,3 +91,25 @@ def test_acdc_trains_predicts_and_exports(nnunet, acdc, base, tmp_path):
     plugin, exported = (sitk.ReadImage(str(tmp_path / f / "held_back.nii.gz")) for f in ("plugin", "exported"))
     np.testing.assert_array_equal(sitk.GetArrayFromImage(plugin), sitk.GetArrayFromImage(exported))
     assert plugin.GetSpacing() == pytest.approx(image.GetSpacing()) and plugin.GetSize() == image.GetSize()
+
+
+def test_the_nested_regions_of_brats_from_published_files_to_a_prediction(nnunet, test_data, tmp_path, capfd):
+    """Three cases say nothing of accuracy: one trains whole, one with scribbles, one validates, at 4 mm."""
+    for command in (f"convert brats --source {test_data / 'brats2015'} --id 21 --processes 1",
+                    "weaken --source 21 --id 22 --name BraTSMixed --full 1 --style scribbles --processes 1",
+                    "plan -d 22 -c 3d_fullres -np 1 -npfp 1 -overwrite_target_spacing 4 4 4 -overwrite_plans_name nnUNetPlans"):
+        assert cli.main(command.split()) == 0, capfd.readouterr().err
+    dataset = "Dataset022_BraTSMixed"
+    configuration = nnunet.configure(dataset, "small", "3d_fullres", {"epochs": 2, "iterations_per_epoch": 10, "seed": 0, "kl_ramp_start": 0.0,
+                                                                      "kl_ramp_end": 0.0}, batch_size=2)
+    fold = nnunet.train(dataset, configuration)
+    supervision = json.loads((fold / "confkd.json").read_text())["supervision"]
+    assert sorted(supervision.values()) == ["full", "partial"]
+    curves = torch.load(fold / "checkpoint_final.pth", weights_only=False)["logging"]
+    assert curves["loss_teacher"][1] < curves["loss_teacher"][0] and curves["loss_student"][1] < curves["loss_student"][0]
+    assert all(np.isfinite(curves[f"loss_{term}"]).all() and curves[f"loss_{term}"][1] > 0 for term in ("kl", "entropy"))
+    for folder in ("validation", "validation_teacher"):
+        measured = json.loads((fold / folder / "summary.json").read_text())
+        assert set(measured["mean"]) == {"(1, 2, 3, 4)", "(2, 3, 4)", "(4,)"}
+        labels = sitk.GetArrayFromImage(sitk.ReadImage(measured["metric_per_case"][0]["prediction_file"]))
+        assert labels.shape == (155, 240, 240) and set(np.unique(labels)) <= {0, 1, 2, 4}
