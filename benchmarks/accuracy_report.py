@@ -109,50 +109,66 @@ def describe(table, runs: dict) -> str:
             + (f" of batches of {table.batch_size}" if table.batch_size else "")
             + (f", a small plan (features 16 to 128, one convolution a stage, patches up to {table.max_patch} voxels wide)" if table.small else "")
             + (f", resampled to {' x '.join(f'{mm:g}' for mm in table.spacing)} mm" if table.spacing else "")
-            + f"; {', '.join(machines)}; {versions}. Far: more than 5 mm from the class. Intervals: 95 %, paired bootstrap over "
+            + f"; {len(runs)} runs, {sum(run['seconds'] for run in runs.values()) / 3600:.1f} hours summed "
+              f"over them; {', '.join(machines)}; {versions}. Far: more than 5 mm from the class. Intervals: 95 %, paired bootstrap over "
               f"cases and seeds.")
 
 
+FLOOR = 0.42  # of the plot; what lies below stands at its foot, with its figure
+STYLES = {"full_only": ("0.45", "s", ":"), "ignore_uniform": ("0.45", "x", "--"), "ignore": ("#0072B2", "o", "-"),
+          "ignore_time": ("#56B4E9", "o", "--"), "decoders": ("#999933", "v", ":"), "kl": ("#009E73", "^", ":"),
+          "entropy": ("#CC79A7", "<", ":"), "medIA2023": ("#E69F00", "^", ":"), "confkd": ("#D55E00", "D", "-"), "ipmi2021": ("0.65", "+", ":"),
+          "all": ("black", "_", "-")}
+
+
 def plot(tables: dict, rows: dict, results: dict, file: Path) -> None:
-    """Dice over the number of full patients, one panel a table."""
+    """Dice over the number of full patients: a panel for each table that has several such numbers, and one for all others, side by side."""
+    import textwrap
+
     import matplotlib
     matplotlib.use("agg")
     import matplotlib.pyplot as plt
 
-    styles = {"full_only": ("0.45", "s", ":"), "ignore_uniform": ("0.45", "x", "--"), "ignore": ("#0072B2", "o", "-"),
-              "ignore_time": ("#56B4E9", "o", "--"), "decoders": ("#999933", "v", ":"), "kl": ("#009E73", "^", ":"),
-              "entropy": ("#CC79A7", "<", ":"), "medIA2023": ("#E69F00", "^", ":"), "confkd": ("#D55E00", "D", "-"), "ipmi2021": ("0.65", "+", ":"),
-              "all": ("black", "", "-")}
-    # one scale for all: else a panel of a single number of patients would blow up differences of a thousandth
-    columns = min(len(results), 3)
-    lines = -(-len(results) // columns)
-    figure, axes = plt.subplots(lines, columns, figsize=(5.6 * columns, 4.4 * lines), squeeze=False, sharey=True, layout="constrained")
-    for axis in axes.flat[len(results):]:
-        axis.set_axis_off()
-    for axis, (name, runs) in zip(axes.flat, results.items()):
-        for row, described in rows.items():
-            color, marker, line = styles[row]
-            counts = (0,) if described.labels == "all" else tables[name].full
-            # where ConfKD was run, the seeds that it was run with: others would shift the rows against it
-            seeds = {n: set(values_of(runs, "confkd", n, "student", "dice")) for n in counts}
-            points = [(n, [mean_of({s: v}) for s, v in values_of(runs, row, n, "student", "dice").items() if not seeds[n] or s in seeds[n]])
-                      for n in counts]
-            points = [(n, dice) for n, dice in points if dice]
-            if not points:
-                continue
-            if described.labels == "all":
-                axis.axhline(np.mean(points[0][1]), color=color, label=described.title, linewidth=1)
-                continue
-            axis.plot([n for n, _ in points], [np.mean(d) for _, d in points], color=color, marker=marker, linestyle=line,
-                      label=described.title, linewidth=2.2 if row in ("confkd", "ignore") else 1.2)
-            for n, dice in points:
-                axis.plot([n] * len(dice), dice, ".", color=color, markersize=3)
-        axis.set(xlabel="fully labelled patients", ylabel="mean test Dice", xticks=tables[name].full)
+    numbers = {name: [n for n in tables[name].full if values_of(runs, "confkd", n, "student", "dice")] for name, runs in results.items()}
+    over = [name for name in results if len(numbers[name]) > 1]
+    single = [name for name in results if len(numbers[name]) == 1]
+    figure, axes = plt.subplots(1, len(over) + bool(single), figsize=(5 * len(over) + 1.7 * len(single) + 0.5, 6), squeeze=False, sharey=True,
+                                width_ratios=[5] * len(over) + [1.7 * len(single)] * bool(single), layout="constrained")
+
+    def draw(axis, row: str, name: str, places: dict[int, float]) -> None:
+        color, marker, line = STYLES[row]
+        everything = rows[row].labels == "all"
+        points = []
+        for n, x in places.items():
+            # the seeds that ConfKD was run with: others would shift the rows against it
+            seeds = values_of(results[name], "confkd", n, "student", "dice")
+            dice = [mean_of({s: v}) for s, v in values_of(results[name], row, 0 if everything else n, "student", "dice").items() if s in seeds]
+            if dice:
+                points.append((x, np.mean(dice)))
+                axis.plot([x] * len(dice), np.maximum(dice, FLOOR), ".", color=color, markersize=3)
+                if points[-1][1] < FLOOR:
+                    axis.annotate(f"{points[-1][1]:.2f}", (x, FLOOR), (4, 2), textcoords="offset points", color=color, fontsize=8)
+        main = row in ("confkd", "ignore")
+        axis.plot([x for x, _ in points], [max(y, FLOOR) for _, y in points], color=color, marker=marker, linestyle=line, label=rows[row].title,
+                  linewidth=2.2 if main else 1.2, markersize=20 if everything else 8 if main else 6, zorder=3 if main else 2)
+
+    for axis, name in zip(axes.flat, over):
+        for row in rows:
+            draw(axis, row, name, {n: n for n in numbers[name]})
+        axis.set(xlabel="fully labelled patients", ylabel="mean test Dice", xticks=numbers[name])
         axis.set_title(tables[name].title, fontsize=9)
+    for x, name in enumerate(single):
+        for row in rows:
+            draw(axes.flat[-1], row, name, {numbers[name][0]: x})
+    if single:
+        axes.flat[-1].set_xticks(range(len(single)), ["\n".join(textwrap.wrap(f"{tables[name].title}, {numbers[name][0]} full patients", 17))
+                                                      for name in single], fontsize=8)
+    axes.flat[0].set_ylim(FLOOR - 0.01)
+    for axis in axes.flat:
         axis.grid(alpha=0.3)
     shown = {label: handle for axis in axes.flat for handle, label in zip(*axis.get_legend_handles_labels())}
-    figure.legend(shown.values(), shown.keys(), loc="outside lower center", ncols=columns, fontsize=8)
-    figure.savefig(file, dpi=130)
+    figure.legend(shown.values(), shown.keys(), loc="outside lower center", ncols=3, fontsize=8, markerscale=0.8)
+    figure.savefig(file, dpi=110)
     plt.close(figure)
 
 
