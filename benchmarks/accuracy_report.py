@@ -129,7 +129,7 @@ def plot(tables: dict, rows: dict, results: dict, file: Path) -> None:
     matplotlib.use("agg")
     import matplotlib.pyplot as plt
 
-    numbers = {name: [n for n in tables[name].full if values_of(runs, "confkd", n, "student", "dice")] for name, runs in results.items()}
+    numbers = {name: sorted({n for _, n, _ in runs} - {0}) or [tables[name].full[0]] for name, runs in results.items()}
     over = [name for name in results if len(numbers[name]) > 1]
     single = [name for name in results if len(numbers[name]) == 1]
     figure, axes = plt.subplots(1, len(over) + bool(single), figsize=(5 * len(over) + 1.7 * len(single) + 0.5, 6), squeeze=False, sharey=True,
@@ -140,9 +140,10 @@ def plot(tables: dict, rows: dict, results: dict, file: Path) -> None:
         everything = rows[row].labels == "all"
         points = []
         for n, x in places.items():
-            # the seeds that ConfKD was run with: others would shift the rows against it
+            # where ConfKD was run, the seeds that it was run with: others would shift the rows against it
             seeds = values_of(results[name], "confkd", n, "student", "dice")
-            dice = [mean_of({s: v}) for s, v in values_of(results[name], row, 0 if everything else n, "student", "dice").items() if s in seeds]
+            dice = [mean_of({s: v}) for s, v in values_of(results[name], row, 0 if everything else n, "student", "dice").items()
+                    if not seeds or s in seeds]
             if dice:
                 points.append((x, np.mean(dice)))
                 axis.plot([x] * len(dice), np.maximum(dice, FLOOR), ".", color=color, markersize=3)
@@ -155,7 +156,7 @@ def plot(tables: dict, rows: dict, results: dict, file: Path) -> None:
     for axis, name in zip(axes.flat, over):
         for row in rows:
             draw(axis, row, name, {n: n for n in numbers[name]})
-        axis.set(xlabel="fully labelled patients", ylabel="mean test Dice", xticks=numbers[name])
+        axis.set(xlabel="fully labelled patients", xticks=numbers[name])
         axis.set_title(tables[name].title, fontsize=9)
     for x, name in enumerate(single):
         for row in rows:
@@ -163,7 +164,7 @@ def plot(tables: dict, rows: dict, results: dict, file: Path) -> None:
     if single:
         axes.flat[-1].set_xticks(range(len(single)), ["\n".join(textwrap.wrap(f"{tables[name].title}, {numbers[name][0]} full patients", 17))
                                                       for name in single], fontsize=8)
-    axes.flat[0].set_ylim(FLOOR - 0.01)
+    axes.flat[0].set(ylabel="mean test Dice", ylim=(FLOOR - 0.01, None))
     for axis in axes.flat:
         axis.grid(alpha=0.3)
     shown = {label: handle for axis in axes.flat for handle, label in zip(*axis.get_legend_handles_labels())}

@@ -20,9 +20,9 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-from accuracy import FULL_ID, RIVAL, TABLES, UPPER, build_trainer, planned, predict_and_measure, run_name, spec_of
+from accuracy import FULL_ID, RIVAL, ROWS, TABLES, UPPER, build_trainer, planned, predict_and_measure, run_name, spec_of
 from accuracy import OUTPUT as RUNS
-from accuracy_report import read_runs, values_of
+from accuracy_report import mean_of, read_runs, values_of
 from step_time import ROOT, insert
 
 ID = 990  # of the completed data set, which is removed
@@ -63,7 +63,6 @@ def main() -> None:
     parser.add_argument("--full", type=int, required=True, metavar="M", help="number of full patients")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--retrain", action="store_true", help="train stock nnU-Net on the labels that the teacher completed")
-    parser.add_argument("--on", default="test", choices=("test", "validation"), help="cases to measure it on")
     args = parser.parse_args()
     work = args.work.resolve()
     for name in ("raw", "preprocessed", "results"):
@@ -93,12 +92,12 @@ def main() -> None:
         files = {case: f"{case}{described['file_ending']}" for case in described["completed"][-1]["cases"]}
         found[branch] = {case: dice_of(truth / file, folder / "labelsTr" / file, classes) for case, file in files.items()}
         if branch == "teacher" and args.retrain:
-            measured = retrained(table, spec, json.loads((work / "roles.json").read_text())[args.on])
+            measured = retrained(table, spec, json.loads((work / "roles.json").read_text())["test"])
         shutil.rmtree(folder)
         shutil.rmtree(work / "preprocessed" / folder.name)
         print(branch, np.nanmean(list(found[branch].values())), flush=True)
     shutil.rmtree(model)
-    retraining = {"retrained": {"on": args.on, "cases": measured}} if measured else {}
+    retraining = {"retrained": {"on": "test", "cases": measured}} if measured else {}
     results = json.loads(OUTPUT.read_text()) if OUTPUT.is_file() else {}
     results[f"{args.table}_{run_name(spec)}"] = {
         "title": table.title, "spec": spec, "cases": found, **retraining, "seconds": round(time.time() - start),
@@ -126,10 +125,8 @@ def report(results: dict) -> str:
         lines += ["", "| trained | " + " | ".join(head("test Dice", runs, len(runs[0]["retrained"]["cases"])) for runs in trained_on.values()) + " |",
                   "|---|" + "---|" * len(trained_on)]
         lines += [f"| {title} | " + " | ".join(_mean_and_classes(np.concatenate([of(run) for run in runs])) for runs in trained_on.values()) + " |"
-                  for title, of in (("nnU-Net's ignore label, stratified batches", partial(_from_table, row=RIVAL)),
-                                    ("ConfKD", partial(_from_table, row="confkd")),
-                                    ("stock nnU-Net, on the labels that ConfKD's teacher completed", _of_retrained),
-                                    ("stock nnU-Net, on the true labels", partial(_from_table, row=UPPER)))]
+                  for title, of in (*((ROWS[row].title, partial(_from_table, row=row)) for row in (RIVAL, "confkd", UPPER)),
+                                    ("stock nnU-Net, on the labels that ConfKD's teacher completed", _of_retrained))]
     return "\n".join(lines)
 
 
@@ -145,7 +142,7 @@ def _of_retrained(run: dict) -> np.ndarray:
 
 
 def _mean_and_classes(dice: np.ndarray) -> str:
-    return f"{np.nanmean(np.nanmean(dice, 0)):.3f} ({' / '.join(f'{d:.3f}' for d in np.nanmean(dice, 0))})"
+    return f"{mean_of({0: dice}):.3f} ({' / '.join(f'{d:.3f}' for d in np.nanmean(dice, 0))})"
 
 
 if __name__ == "__main__":

@@ -105,15 +105,26 @@ def test_report(modules, tmp_path):
         report.write_report(accuracy.TABLES, accuracy.ROWS, accuracy.TRIALS, tmp_path / "runs", tmp_path, tmp_path / "README.md")
 
 
+def test_a_plot_needs_no_run_of_confkd(modules, tmp_path):
+    accuracy, report = modules
+    fake_runs(accuracy, tmp_path / "hippocampus", 0)
+    runs = report.read_runs(tmp_path / "hippocampus")
+    for rows in ({"ignore"}, {"all"}):
+        report.plot(accuracy.TABLES, accuracy.ROWS, {"hippocampus": {key: run for key, run in runs.items() if key[0] in rows}}, tmp_path / "a.png")
+        assert (tmp_path / "a.png").stat().st_size > 5000
+        (tmp_path / "a.png").unlink()
+
+
 def test_tables_that_differ_in_style_share_the_rows_without_partial_images(modules, tmp_path):
     accuracy, report = modules
-    for name, rows in (("acdc_small", ("full_only", "ignore", "all")), ("acdc_small_none", ("ignore",)), ("hippocampus", ("all",))):
+    for name, rows in (("acdc_small", ("full_only", "ignore", "confkd", "all")), ("acdc_small_none", ("ignore",)), ("hippocampus", ("all",))):
         (tmp_path / name).mkdir()
         for row in rows:
             spec = accuracy.spec_of(accuracy.TABLES[name], row, 0 if row == "all" else 3, 0, "cpu", 50)
             (tmp_path / name / f"{row}.json").write_text(json.dumps({"spec": spec}))
     found = report.read_tables(accuracy.TABLES, accuracy.ROWS, tmp_path)
-    assert set(found["acdc_small"]) == set(found["acdc_small_none"]) == {("full_only", 3, 0), ("ignore", 3, 0), ("all", 0, 0)}
+    assert set(found["acdc_small_none"]) == {("full_only", 3, 0), ("ignore", 3, 0), ("all", 0, 0)}
+    assert set(found["acdc_small"]) == set(found["acdc_small_none"]) | {("confkd", 3, 0)}
     assert found["acdc_small_none"]["all", 0, 0]["spec"]["table"]["style"] == "scribbles"
     assert found["acdc_small_none"]["ignore", 3, 0]["spec"]["table"]["style"] == "none"
     assert set(found["hippocampus"]) == {("all", 0, 0)}  # other patients, other images
