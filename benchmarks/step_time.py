@@ -1,10 +1,11 @@
-"""What a second decoder costs: training steps of ConfKDTrainer against stock nnU-Net's, and predictions of its student.
+"""What a second decoder costs: training steps of ConfKDTrainer against stock nnU-Net's, and predictions of its student, as trained and
+exported.
 
     python benchmarks/step_time.py                    # on the CPU, small patches
     python benchmarks/step_time.py --device cuda      # real patch sizes; AMP as nnU-Net has it, and float32; eager and compiled
 
-Both trainers live in one process, with the same plan and the same batch in memory, and step by turns (A B A B); medians and
-quartiles. Beside the measured ratio stands that of the floating-point operations of networks alone
+Both trainers live in one process, with the same plan and the same batch in memory, and step by turns (A B A B). The ratio is the
+median, with quartiles, of those of neighbouring steps: a machine that slows down for a while slows down both. Beside it stands that of the floating-point operations of networks alone
 (`torch.utils.flop_counter`, forward and backward): no implementation can be cheaper. Peak memory is taken in processes of its own.
 Writes step_time_DEVICE.json beside this file, and its tables into docs/performance.md.
 """
@@ -43,7 +44,7 @@ class Case:
 
 def cases_of(device: str) -> list[Case]:
     wide = (32, 64, 128, 256, 320, 320)
-    sizes = ({2: ((128, 128), 8, wide[:5]), 3: ((32, 64, 64), 4, wide[:4])} if device == "cpu" else
+    sizes = ({2: ((128, 128), 8, wide[:5]), 3: ((16, 48, 48), 4, wide[:4])} if device == "cpu" else
              {2: ((256, 256), 32, wide), 3: ((64, 128, 128), 4, wide)})
     return [Case(network, *sizes[d], share) for d in (2, 3) for network in (PLAIN, RESENC) for share in (0.5, 0.25)]
 
@@ -112,7 +113,7 @@ def synchronise(device: str) -> None:
 
 
 def by_turns(steps: dict, device: str, repetitions: int, warm_up: int = 3) -> dict[str, dict]:
-    """{name: median and quartiles in ms} of functions called A B A B."""
+    """{name: median and quartiles, in ms and as a ratio to the first of the same turn} of functions called A B A B."""
     seconds = {name: [] for name in steps}
     for turn in range(warm_up + repetitions):
         for name, step in steps.items():
@@ -122,10 +123,11 @@ def by_turns(steps: dict, device: str, repetitions: int, warm_up: int = 3) -> di
             synchronise(device)
             if turn >= warm_up:
                 seconds[name].append(time.perf_counter() - start)
-    found = {}
+    found, first = {}, next(iter(seconds.values()))
     for name, values in seconds.items():
-        low, median, high = (1000 * q for q in statistics.quantiles(values, n=4))
-        found[name] = {"median_ms": round(median, 3), "quartiles_ms": [round(low, 3), round(high, 3)]}
+        low, median, high = (round(1000 * q, 3) for q in statistics.quantiles(values, n=4))
+        found[name] = {"median_ms": median, "quartiles_ms": [low, high],
+                       "ratios": [round(q, 4) for q in statistics.quantiles([v / f for v, f in zip(values, first)], n=4)]}
     return found
 
 
@@ -164,9 +166,10 @@ def parts_of(trainer, batch: dict, device: str, repetitions: int) -> dict[str, f
         with trainer._autocast():
             skips = timed("encoder", lambda: network.encoder(batch["data"]))
             student = timed("student's decoder", lambda: network.decoder(skips))
-            hints = timed("hints", lambda: trainer._hints(batch, batch["target"][0]))
-            told = timed("hints", lambda: network.teacher_decoder.hints(skips, hints))
-            teacher = timed("teacher's decoder", lambda: network.run_teacher(told, student, num_full, trainer._teaches_others))
+            hints = timed("hints as channels", lambda: trainer._hints(batch, batch["target"][0]))
+            teacher = timed("teacher's decoder", lambda: network.run_teacher(skips, hints, student, num_full, trainer.settings.teaches_others))
+            with torch.no_grad():
+                timed("hints into skips (of the teacher's decoder)", lambda: network.teacher_decoder.hints(skips, hints))
             loss, _ = timed("loss", lambda: trainer.loss(student, teacher, batch["target"], num_full))
         timed("backward", loss.backward)
         timed("clipping and optimiser", lambda: (torch.nn.utils.clip_grad_norm_(network.parameters(), 12), trainer.optimizer.step()))
@@ -206,19 +209,39 @@ def measure(case: Case, device: str, amp: bool, compiled: bool, repetitions: int
             stock_module.autocast = autocast
     networks = {name: unwrap(t.network) for name, t in trainers.items()}
     flops = {"stock": flops_of(networks["stock"], batch["data"]),
-             "confkd": flops_of(networks["confkd"], batch["data"], batch["num_full"], None, trainers["confkd"]._teaches_others)}
-    for network in networks.values():
-        network.eval()
-    image = batch["data"][:1]
-    with torch.no_grad():
-        predictions = by_turns({name: lambda n=n: n(image) for name, n in networks.items()}, device, 3 * repetitions)
+             "confkd": flops_of(networks["confkd"], batch["data"], batch["num_full"], None, trainers["confkd"].settings.teaches_others)}
+    predictions = by_turns(predictions_of(trainers, device), device, repetitions)
     found = {"case": case.name, "patch": list(case.patch), "batch": case.batch, "amp": amp, "compiled": compiled, "step": steps,
              "flops": flops, "parts_ms": parts, "prediction": predictions}
-    ratio = steps["confkd"]["median_ms"] / steps["stock"]["median_ms"]
-    bound = flops["confkd"] / flops["stock"]
-    print(f"{case.name}{', AMP' if amp else ''}{', compiled' if compiled else ''}: {ratio:.3f} of a stock step; bound {bound:.3f}; "
-          f"prediction {predictions['confkd']['median_ms'] / predictions['stock']['median_ms']:.3f}", flush=True)
+    ratio, bound = steps["confkd"]["ratios"], flops["confkd"] / flops["stock"]
+    print(f"{case.name}{', AMP' if amp else ''}{', compiled' if compiled else ''}: {ratio} of a stock step; bound {bound:.3f}; prediction "
+          f"{predictions['confkd']['ratios']}, exported {predictions['exported']['ratios']}", flush=True)
     return found
+
+
+def predictions_of(trainers: dict, device: str) -> dict:
+    """{network: a function} that predicts a volume of a few patches as nnUNetv2_predict does, without mirroring."""
+    import torch
+    from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
+
+    from nnunet_confkd.network import branch_weights, unwrap
+
+    stock, ours = trainers["stock"], trainers["confkd"]
+    networks = {name: unwrap(t.network) for name, t in trainers.items()}
+    networks["exported"] = stock.build_network_architecture(
+        stock.plans_manager, stock.configuration_manager, stock.num_input_channels, stock.label_manager.num_segmentation_heads).to(device)
+    networks["exported"].load_state_dict(branch_weights(networks["confkd"].state_dict(), "student"))
+    patch = stock.configuration_manager.patch_size
+    image = torch.randn(1, *((4, *patch) if len(patch) == 2 else (2 * patch[0], *patch[1:])))
+    predictions = {}
+    for name, network in networks.items():
+        for decoder in (d for d in (network.decoder, getattr(network, "teacher_decoder", None)) if d):
+            decoder.deep_supervision = False
+        predictor = nnUNetPredictor(use_mirroring=False, perform_everything_on_device=device == "cuda", device=torch.device(device),
+                                    allow_tqdm=False)
+        predictor.manual_initialization(network, ours.plans_manager, ours.configuration_manager, None, ours.dataset_json, name, None)
+        predictions[name] = lambda p=predictor: p.predict_sliding_window_return_logits(image)
+    return predictions
 
 
 def peak_memory(case: Case, device: str, trainer_name: str, folder: Path) -> float:
@@ -241,17 +264,18 @@ def peak_memory(case: Case, device: str, trainer_name: str, folder: Path) -> flo
 # ---- tables -------------------------------------------------------------------------------------------------------------
 
 def table_of(result: dict) -> str:
-    lines = ["| plan | step, stock | step, ConfKD | ratio | bound (FLOPs) | over the bound | KL and entropy, of the step | prediction | "
-             "peak memory |", "|" + "---|" * 9]
+    lines = ["| plan | step, stock | step, ConfKD | ratio (quartiles) | bound (FLOPs) | over the bound | loss terms, of the step | prediction, "
+             "as trained | exported | peak memory |", "|" + "---|" * 10]
     for run in result["runs"]:
         stock, ours = (run["step"][name]["median_ms"] for name in ("stock", "confkd"))
+        low, ratio, high = run["step"]["confkd"]["ratios"]
         bound = run["flops"]["confkd"] / run["flops"]["stock"]
-        extra = "" if run["parts_ms"] is None else "{:.1f} %".format(
-            100 * sum(ms for part, ms in run["parts_ms"].items() if part.startswith(("term kl", "term entropy"))) / ours)
+        terms = "" if run["parts_ms"] is None else "{:.1f} %".format(
+            100 * sum(ms for part, ms in run["parts_ms"].items() if part.startswith("term ")) / ours)
         memory = run.get("memory_mib")
-        predicted = run["prediction"]["confkd"]["median_ms"] / run["prediction"]["stock"]["median_ms"]
+        predicted = " | ".join(f"{run['prediction'][name]['ratios'][1]:.3f}" for name in ("confkd", "exported"))
         lines.append(f"| {run['case']}{', AMP' if run['amp'] else ''}{', compiled' if run['compiled'] else ''} | {stock:.1f} ms | "
-                     f"{ours:.1f} ms | {ours / stock:.3f} | {bound:.3f} | {ours / stock / bound:.3f} | {extra} | {predicted:.3f} | "
+                     f"{ours:.1f} ms | {ratio:.3f} ({low:.3f}-{high:.3f}) | {bound:.3f} | {ratio / bound:.3f} | {terms} | {predicted} | "
                      + (f"{memory['confkd'] / memory['stock']:.2f}" if memory else "") + " |")
     parts = next(run for run in result["runs"] if run["parts_ms"])
     lines += ["", f"Parts of a step, {parts['case']} (ms): " + ", ".join(
@@ -273,7 +297,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--threads", type=int, default=1, help="of torch, on the CPU")
-    parser.add_argument("--repetitions", type=int, default=15)
+    parser.add_argument("--repetitions", type=int, default=21)
     parser.add_argument("--only", type=int, nargs="+", metavar="N", help="numbers of the cases, from 0")
     parser.add_argument("--output", type=Path, help="JSON file; then docs/ is left alone")
     parser.add_argument("--memory", nargs=2, metavar=("CASE", "TRAINER"), help=argparse.SUPPRESS)

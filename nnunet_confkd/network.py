@@ -103,12 +103,12 @@ class TwoBranchUNet(nn.Module):
         student = self.decoder(skips)
         if hints is None:  # zeros rather than nothing: DDP fails on parameters without gradient
             hints = x.new_zeros((len(x), self.decoder.num_classes + 1, *[1] * (x.ndim - 2)))
-        return student, self.run_teacher(self.teacher_decoder.hints(skips, hints), student, num_full, others)
+        return student, self.run_teacher(skips, hints, student, num_full, others)
 
-    def run_teacher(self, skips: list[Tensor], student, num_full: int, others: bool):
-        """The teacher's output on skips with hints, see `forward`; student: the student's on the same images."""
+    def run_teacher(self, skips: list[Tensor], hints: Tensor, student, num_full: int, others: bool):
+        """The teacher's output on the encoder's skips, see `forward`; student: the student's on the same images."""
         if num_full > 0:
-            teacher = self.teacher_decoder([skip[:num_full] for skip in skips])
+            teacher = self._teach([skip[:num_full] for skip in skips], hints[:num_full])
         else:
             # No image for the teacher: empty outputs that still depend on its parameters, whose gradient is then zero
             # rather than missing. DDP fails on parameters without gradient.
@@ -117,8 +117,11 @@ class TwoBranchUNet(nn.Module):
         if not others or num_full == len(skips[0]):
             return teacher
         with torch.no_grad():
-            unlearnt = self.teacher_decoder([skip[num_full:].detach() for skip in skips])
+            unlearnt = self._teach([skip[num_full:].detach() for skip in skips], hints[num_full:])
         return torch.cat((teacher, unlearnt)) if torch.is_tensor(teacher) else [torch.cat(pair) for pair in zip(teacher, unlearnt)]
+
+    def _teach(self, skips: list[Tensor], hints: Tensor):
+        return self.teacher_decoder(self.teacher_decoder.hints(skips, hints))
 
 
 class Hints(nn.Module):

@@ -44,11 +44,13 @@ def objective_of(ndim: int, regions: bool) -> ConfKDLoss:
 
 
 class Training:
-    """Steps of training and validation as ConfKDTrainer takes them."""
+    """Steps of training and validation as ConfKDTrainer takes them; hints: with hints and the KL on all images, as by default."""
 
-    def __init__(self, architecture, ndim: int, regions: bool):
-        self.ndim, self.regions = ndim, regions
+    def __init__(self, architecture, ndim: int, regions: bool, hints: bool):
+        self.ndim, self.regions, self.hints = ndim, regions, hints
         self.network, self.loss = compiled(network_of(architecture, ndim)), objective_of(ndim, regions)
+        if hints:
+            self.loss.kl_images = "all"
 
     def batch(self, num_full: int):
         targets = []
@@ -61,7 +63,8 @@ class Training:
     def step(self, num_full: int) -> None:
         self.network.train()
         images, targets = self.batch(num_full)
-        self.loss(*self.network(images, num_full), targets, num_full)[0].backward()
+        hints = torch.zeros(BATCH, CHANNELS + 1, *images.shape[2:]) if self.hints else None
+        self.loss(*self.network(images, num_full, hints, self.hints), targets, num_full)[0].backward()
 
     @torch.no_grad()
     def validate(self) -> None:
@@ -72,15 +75,16 @@ class Training:
                 self.loss.supervised(output, target)
 
 
+@pytest.mark.parametrize("hints", (False, True), ids=("full_only", "hints"))
 @pytest.mark.parametrize("architecture, ndim, regions", [
     (PlainConvUNet, 2, False), (PlainConvUNet, 3, True), (ResidualEncoderUNet, 2, False)], ids=("2d", "3d_regions", "residual_2d"))
-def test_no_batch_is_compiled_anew_after_the_first_ones(architecture, ndim, regions):
+def test_no_batch_is_compiled_anew_after_the_first_ones(architecture, ndim, regions, hints):
     torch.compiler.reset()
     counters.clear()
-    training = Training(architecture, ndim, regions)
+    training = Training(architecture, ndim, regions, hints)
     # else Dynamo gives up in silence after some recompilations, and nothing would be compiled anew because nothing is compiled
     with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
-        for num_full in (3, 2, 1, 0):  # a graph for many, and one each for one and none
+        for num_full in (3, 2, 1, 0, BATCH - 1, BATCH):  # a graph for many, and one each for one and none, of either kind
             training.step(num_full)
             training.validate()
     assert counters["stats"]["unique_graphs"] > 0
@@ -97,8 +101,8 @@ def test_a_constant_number_of_full_images_is_compiled_once():
     torch.compiler.reset()
     counters.clear()
     network = compiled(network_of(PlainConvUNet, 2))
-    images = torch.randn(BATCH, 1, SIDE, SIDE)
+    images, hints = torch.randn(BATCH, 1, SIDE, SIDE), torch.zeros(BATCH, CHANNELS + 1, SIDE, SIDE)
     for _ in range(3):
-        network(images, 3)
+        network(images, 3, hints, True)
     assert counters["stats"]["unique_graphs"] == 1
     torch.compiler.reset()

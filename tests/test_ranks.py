@@ -19,6 +19,7 @@ from nnunetv2.training.loss.dice import MemoryEfficientSoftDiceLoss
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from nnunet_confkd.hints import as_channels
 from nnunet_confkd.losses import ConfKDLoss, PartialSupervision
 from nnunet_confkd.network import TwoBranchUNet
 
@@ -30,7 +31,9 @@ SPLITS = {"even": ((1, 1), (1, 1)), "uneven": ((2, 1), (0, 1)), "a kind a rank":
           "no full image": ((0, 2), (0, 1))}
 WEIGHTS = {"teacher": 1.0, "student": 0.7, "kl": 2.0, "entropy": 0.5}
 OBJECTIVES = {"joint": {}, "separate": {"student_average": "separate"}, "partial": {"student_images": "partial"},
-              "highest": {"extra_resolutions": "highest", "entropy_images": "all"}}
+              "highest": {"extra_resolutions": "highest", "entropy_images": "all"},
+              # with hints, as by default
+              "kl on all": {"extra_resolutions": "highest", "kl_images": "all"}, "kl on others": {"kl_images": "partial"}}
 SHARES = (0.3, 0.0, 0.02, 0.1)  # annotated, of each image that is not full
 each_head = pytest.mark.parametrize("regions", (False, True), ids=("softmax", "regions"))
 each_split = pytest.mark.parametrize("split", SPLITS)
@@ -40,7 +43,7 @@ each_dice = pytest.mark.parametrize("ndim", (2, 3), ids=("batch_dice", "dice_per
 
 
 def joint_batch(split: str, ndim: int, regions: bool):
-    """Images and targets, of two resolutions, of all ranks together; the full images come first."""
+    """Images, targets of two resolutions, and hints, of all ranks together; the full images come first."""
     full, others = (sum(part[kind] for part in SPLITS[split]) for kind in (0, 1))
     random = torch.Generator().manual_seed(3)
     images, targets = torch.randn(full + others, 1, *ndim * [16], generator=random).double(), []
@@ -52,7 +55,10 @@ def joint_batch(split: str, ndim: int, regions: bool):
             ignored = labels == IGNORE
             labels = torch.cat([*((labels == c) for c in range(CHANNELS)), ignored], 1)
         targets.append(labels)
-    return images, targets, full
+    shown = torch.rand(images.shape, generator=random) < 0.2
+    if not regions:
+        shown &= targets[0] != IGNORE
+    return images, targets, as_channels(targets[0], shown, CHANNELS, regions).double(), full
 
 
 def images_of_rank(split: str, rank: int) -> list[int]:
@@ -82,11 +88,12 @@ def objective_of(name: str, ndim: int, regions: bool, ddp: bool) -> ConfKDLoss:
     return ConfKDLoss(supervised, WEIGHTS, resolution_weights=(2 / 3, 1 / 3), regions=regions, **OBJECTIVES[name])
 
 
-def step(network, loss: ConfKDLoss, images, targets, num_full: int):
+def step(network, loss: ConfKDLoss, images, targets, hints, num_full: int):
     """Terms and gradients. Twice, as DDP complains in the second step of what was missing in the first."""
+    others = loss.kl_images != "full"
     for _ in range(2):
         network.zero_grad()
-        total, terms = loss(*network(images, num_full), targets, num_full)
+        total, terms = loss(*network(images, num_full, hints if others else None, others), targets, num_full)
         total.backward()
     return ({"loss": total.detach(), **terms}, {name.removeprefix("module."): p.grad for name, p in network.named_parameters()})
 
@@ -102,10 +109,10 @@ def work(rank: int, folder: Path) -> None:
     results = {}
     for split, objective, ndim, regions in experiments():
         mine = images_of_rank(split, rank)
-        images, targets, _ = joint_batch(split, ndim, regions)
+        images, targets, hints, _ = joint_batch(split, ndim, regions)
         network = DistributedDataParallel(network_of(ndim, seed=rank))  # which starts all ranks from the first's weights
         results[split, objective, ndim, regions] = step(network, objective_of(objective, ndim, regions, ddp=True), images[mine],
-                                                        [t[mine] for t in targets], SPLITS[split][rank][0])
+                                                        [t[mine] for t in targets], hints[mine], SPLITS[split][rank][0])
     torch.save(results, folder / f"rank{rank}.pt")
     torch.distributed.destroy_process_group()
 
@@ -133,8 +140,7 @@ def ranks(tmp_path_factory) -> list[dict]:
 @each_dice
 @each_head
 def test_the_gradients_of_two_ranks_are_those_of_one_process(ranks, split, objective, ndim, regions):
-    images, targets, num_full = joint_batch(split, ndim, regions)
-    terms, gradients = step(network_of(ndim), objective_of(objective, ndim, regions, ddp=False), images, targets, num_full)
+    terms, gradients = step(network_of(ndim), objective_of(objective, ndim, regions, ddp=False), *joint_batch(split, ndim, regions))
     largest = max(gradient.abs().max() for gradient in gradients.values())
     assert largest > 1e-3
     for _, found in (results[split, objective, ndim, regions] for results in ranks):

@@ -1,0 +1,101 @@
+"""A whole training by nnU-Net's multi-GPU runner (`-num_gpus 2`), with gloo and CPUs in place of nccl and GPUs.
+
+The runner insists on those; what stands in for them is replaced in :func:`work`, all else is nnU-Net's and ours. This file is its own
+worker: `python test_multi_gpu.py RANK FOLDER CONFIGURATION [--c]`.
+"""
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from datetime import timedelta
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+HIPPOCAMPUS = "Dataset004_Hippocampus"
+WORLD, EPOCHS, STEPS = 2, 2, 4
+LOGGED = ("loss_teacher", "loss_student", "loss_kl", "loss_entropy", "annotated_share")
+
+
+def work(rank: int, folder: Path, configuration: str, go_on: bool) -> None:
+    """What `nnUNetv2_train ... -num_gpus 2` starts on each GPU."""
+    from nnunetv2.run import run_training
+    from nnunetv2.training.nnUNetTrainer import nnUNetTrainer as stock
+
+    from nnunet_confkd.trainer import ConfKDTrainer
+    torch.set_num_threads(1)
+    run_training.setup_ddp = lambda rank, world_size: torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{folder / ('store_c' if go_on else 'store')}", rank=rank, world_size=world_size, timeout=timedelta(seconds=60))
+    torch.cuda.set_device = lambda device: None
+    stock.DDP = lambda network, device_ids: torch.nn.parallel.DistributedDataParallel(network)
+    ConfKDTrainer.device = property(lambda self: torch.device("cpu"), lambda self, device: None)
+    seen = []
+
+    def train_step(self, batch, step=ConfKDTrainer.train_step):
+        values = step(self, batch)
+        seen.append({"num_full": batch["num_full"], "images": len(batch["data"]), **values})
+        return values
+
+    def on_train_end(self, end=ConfKDTrainer.on_train_end):
+        end(self)
+        weights = {name: w.clone() for name, w in self.network.module.state_dict().items()}
+        torch.save({"steps": seen, "weights": weights}, folder / f"rank{rank}.pt")
+
+    ConfKDTrainer.train_step, ConfKDTrainer.on_train_end = train_step, on_train_end
+    run_training.run_ddp(rank, HIPPOCAMPUS, configuration, 0, "ConfKDTrainer", "nnUNetPlans", False, go_on, False, None, False, False, WORLD)
+
+
+def run_ranks(folder: Path, configuration: str, *options: str) -> list[dict]:
+    """What both ranks have seen and learnt; fails where they hang or crash."""
+    logs = [folder / f"rank{rank}.log" for rank in range(WORLD)]
+    environment = {**os.environ, "nnUNet_compile": "false"}
+    processes = [subprocess.Popen([sys.executable, __file__, str(rank), str(folder), configuration, *options], env=environment,
+                                  stdout=log.open("w"), stderr=subprocess.STDOUT) for rank, log in enumerate(logs)]
+    try:
+        for process, log in zip(processes, logs):
+            assert process.wait(timeout=300) == 0, log.read_text()
+    except subprocess.TimeoutExpired:
+        pytest.fail("the ranks hang")
+    finally:
+        for process in processes:
+            process.kill()
+    return [torch.load(folder / f"rank{rank}.pt", weights_only=False) for rank in range(WORLD)]
+
+
+@pytest.mark.parametrize("base, batch_size", [("2d", 3), ("3d_fullres", 2)])
+def test_two_ranks_train_and_validate_one_model(nnunet, hippocampus, tmp_path, base, batch_size):
+    """Batches of 2 and 1 (2-D, batch Dice) and of 1 and 1 (3-D): the ranks hold unequal numbers of full images, and none at times."""
+    configuration = nnunet.configure(HIPPOCAMPUS, f"{base}_ranks", base, {"epochs": EPOCHS, "iterations_per_epoch": STEPS, "seed": 5,
+                                     "kl_ramp_start": 0.0, "kl_ramp_end": 0.0}, batch_size=batch_size)
+    ranks = run_ranks(tmp_path, configuration)
+
+    assert [sum(rank["steps"][0]["images"] for rank in ranks)] == [batch_size]
+    full = [[step["num_full"] for step in rank["steps"]] for rank in ranks]
+    assert any(a != b for a, b in zip(*full)) and 0 in full[1]
+    for name, weights in ranks[0]["weights"].items():
+        assert torch.equal(weights, ranks[1]["weights"][name]), f"{name} differs between the ranks"
+
+    fold = nnunet.model(HIPPOCAMPUS, configuration) / "fold_0"
+    assert sorted(path.name for path in fold.glob("*.pth")) == ["checkpoint_best.pth", "checkpoint_final.pth"]
+    checkpoint = torch.load(fold / "checkpoint_final.pth", weights_only=False)
+    for name, weights in checkpoint["network_weights"].items():
+        assert torch.equal(weights, ranks[0]["weights"][name])
+    for term in LOGGED:  # the curves are those of both ranks
+        means = np.mean([[step[term] for step in rank["steps"]] for rank in ranks], 0).reshape(EPOCHS, STEPS).mean(1)
+        np.testing.assert_allclose(checkpoint["logging"][term], means, rtol=1e-4, atol=1e-6, err_msg=term)
+    for branch in ("validation", "validation_teacher"):
+        cases = json.loads((fold / branch / "summary.json").read_text())["metric_per_case"]
+        assert len(cases) == len(hippocampus["validation"])
+
+    nnunet.configure(HIPPOCAMPUS, configuration, base, {"epochs": EPOCHS + 1, "iterations_per_epoch": STEPS, "seed": 5}, batch_size=batch_size)
+    for step in run_ranks(tmp_path, configuration, "--c"):
+        assert len(step["steps"]) == STEPS
+    assert len(torch.load(fold / "checkpoint_final.pth", weights_only=False)["logging"]["loss_kl"]) == EPOCHS + 1
+
+
+if __name__ == "__main__":
+    work(int(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], "--c" in sys.argv)
