@@ -3,8 +3,8 @@
     python benchmarks/many_cases.py [--cases 10000]
 
 Generates tiny preprocessed cases, a hundredth of them full; then, in this process: `get_dataloaders` of stock nnU-Net, of ConfKDTrainer for the
-first time (which reads every label) and again (which finds its counts), and batches of both loaders by turns, without augmentation
-processes. Writes many_cases.json beside this file, and its table into docs/performance.md.
+first time (which reads every label) and again (which finds its counts), and batches of both loaders by turns, augmented in this
+process. The same batches of a few cases of real size, too. Writes many_cases.json beside this file, and its table into docs/performance.md.
 """
 from __future__ import annotations
 
@@ -12,36 +12,55 @@ import argparse
 import json
 import os
 import platform
+import shutil
 import tempfile
 import time
 from pathlib import Path
 
 from step_time import PLAIN, ROOT, Case, build, by_turns, insert
 
-CASE = Case(PLAIN, (16, 16), 8, (8, 16), 0.5)
+TINY = Case(PLAIN, (16, 16), 8, (8, 16), 0.5)
+REAL = Case(PLAIN, (64, 128, 128), 2, (8, 16), 0.5)
 
 
-def generate(folder: Path, count: int) -> None:
-    """Preprocessed cases of 4x16x16 voxels: every hundredth full, the others with a dozen annotated voxels."""
+def generate(folder: Path, shape: tuple[int, ...], count: int, full_every: int) -> None:
+    """Preprocessed cases, every so many full, of the others a hundredth of the voxels annotated; split so that half of the full ones
+    among the first thousand validate."""
     import numpy as np
     from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2
     rng = np.random.default_rng(0)
-    folder.mkdir(parents=True)
-    for i in range(count):
-        seg = rng.integers(0, 3, (1, 4, 16, 16)).astype(np.int8)
-        if i % 100:
+    (folder / "d").mkdir(parents=True)
+    names = [f"case_{i:05d}" for i in range(count)]
+    for i, name in enumerate(names):
+        blocks = rng.integers(0, 3, [-(-n // 4) for n in shape])  # of 4x4x4 voxels of a class
+        seg = np.kron(blocks, np.ones([4] * 3))[None, :shape[0], :shape[1], :shape[2]].astype(np.int8)
+        if i % full_every:
             seg[rng.random(seg.shape) > 0.01] = 3
-        where = {label: np.argwhere(seg == label) for label in (1, 2)} | {(-1, 0, 1, 2): np.argwhere(seg != 3)}
-        nnUNetDatasetBlosc2.save_case(rng.normal(size=(1, 4, 16, 16)).astype(np.float32), seg, {"class_locations": where, "spacing": [1, 1, 1]},
-                                      str(folder / f"case_{i:05d}"))
+        where = {label: np.argwhere(seg == label)[:10000] for label in (1, 2)} | {(-1, 0, 1, 2): np.argwhere(seg != 3)[:10000]}
+        nnUNetDatasetBlosc2.save_case(rng.normal(size=seg.shape).astype(np.float32), seg, {"class_locations": where, "spacing": [1, 1, 1]},
+                                      str(folder / "d" / name))
+    held_back = names[:500:full_every][:-(-count // full_every) // 2]
+    (folder / "splits_final.json").write_text(json.dumps([{"train": [n for n in names if n not in held_back], "val": held_back}]))
 
 
-def start_of(trainer_class, folder: Path):
-    """Seconds until the first batch, and the training loader."""
-    trainer = build(CASE, trainer_class, folder, "cpu")
-    start = time.perf_counter()
-    loader, _ = trainer.get_dataloaders()
-    return time.perf_counter() - start, loader
+def measure(case: Case, shape: tuple[int, ...], count: int, full_every: int, turns: int, folder: Path) -> tuple[dict, dict]:
+    """On a data set generated for it: seconds until the first batch of each loader, and times of batches by turns."""
+    from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+
+    from nnunet_confkd.trainer import ConfKDTrainer
+    dataset = folder / "preprocessed" / "Dataset999_Step"
+    generate(dataset, shape, count, full_every)
+    seconds, loaders = {}, {}
+    for name, trainer_class in (("stock", nnUNetTrainer), ("confkd, first", ConfKDTrainer), ("confkd, again", ConfKDTrainer),
+                                ("stock, again", nnUNetTrainer)):
+        trainer = build(case, trainer_class, folder, "cpu")
+        start = time.perf_counter()
+        loaders[name], _ = trainer.get_dataloaders()
+        seconds[name] = round(time.perf_counter() - start, 2)
+        print(f"{name}: {seconds[name]:.1f} s", flush=True)
+    batches = by_turns({name: lambda of=loaders[name]: next(of) for name in ("stock", "confkd, again")}, "cpu", turns, warm_up=5)
+    shutil.rmtree(dataset)
+    return seconds, batches
 
 
 def main() -> None:
@@ -54,28 +73,20 @@ def main() -> None:
         for name in ("raw", "preprocessed", "results"):
             os.environ[f"nnUNet_{name}"] = str(folder / name)
         os.environ |= {"nnUNet_n_proc_DA": "0", "OMP_NUM_THREADS": "1", "nnUNet_compile": "false"}
-        from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
-
-        from nnunet_confkd.trainer import ConfKDTrainer
-        dataset = folder / "preprocessed" / "Dataset999_Step"
-        generate(dataset / "d", args.cases)
-        names = [f"case_{i:05d}" for i in range(args.cases)]
-        # the first thousand cases hold ten full ones, of which five validate
-        held_back = names[:500:100]
-        (dataset / "splits_final.json").write_text(json.dumps([{"train": [n for n in names if n not in held_back], "val": held_back}]))
-        seconds, loaders = {}, {}
-        for name, trainer_class in (("stock", nnUNetTrainer), ("confkd, first", ConfKDTrainer), ("confkd, again", ConfKDTrainer),
-                                    ("stock, again", nnUNetTrainer)):
-            seconds[name], loaders[name] = start_of(trainer_class, folder)
-            print(f"{name}: {seconds[name]:.1f} s", flush=True)
-        batches = by_turns({name: lambda of=loaders[name]: next(of) for name in ("stock", "confkd, again")}, "cpu", 200, warm_up=20)
-    result = {"cases": args.cases, "start_seconds": {k: round(v, 2) for k, v in seconds.items()}, "batch": batches,
+        seconds, tiny = measure(TINY, (4, 16, 16), args.cases, 100, 200, folder)
+        _, real = measure(REAL, (80, 160, 160), 8, 2, 40, folder)
+    batches = {f"{case.batch} of {'x'.join(map(str, case.patch))}": found for case, found in ((TINY, tiny), (REAL, real))}
+    result = {"cases": args.cases, "start_seconds": seconds, "batches": batches,
               "machine": f"{platform.machine()} CPU, {os.cpu_count()} cores"}
     (args.output or ROOT / "benchmarks" / "many_cases.json").write_text(json.dumps(result, indent=1))
-    stock, ours = (batches[name]["median_ms"] for name in ("stock", "confkd, again"))
     text = (f"{result['machine']}; {args.cases} preprocessed cases.\n\n| | stock | ConfKD, first time | ConfKD, from then on |\n|---|---|---|---|\n"
             f"| start of the loaders, s | {min(seconds['stock'], seconds['stock, again']):.1f} | {seconds['confkd, first']:.1f} | "
-            f"{seconds['confkd, again']:.1f} |\n| a batch of {CASE.batch}, ms (median) | {stock:.2f} | | {ours:.2f} |")
+            f"{seconds['confkd, again']:.1f} |\n")
+    for name, of in batches.items():
+        low, ratio, high = of["confkd, again"]["ratios"]
+        text += (f"| a batch of {name}, ms (median) | {of['stock']['median_ms']:.1f} | | {of['confkd, again']['median_ms']:.1f}, "
+                 f"{ratio:.2f} times ({low:.2f}-{high:.2f}) |\n")
+    text = text.rstrip()
     print(text)
     if not args.output:
         insert(ROOT / "docs" / "performance.md", "many cases", text)

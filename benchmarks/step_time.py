@@ -1,13 +1,14 @@
 """What a second decoder costs: training steps of ConfKDTrainer against stock nnU-Net's, and predictions of its student, as trained and
 exported.
 
-    python benchmarks/step_time.py                    # on the CPU, small patches
+    python benchmarks/step_time.py                    # on the CPU, small patches; compiled, too, which nnU-Net does on GPUs alone
     python benchmarks/step_time.py --device cuda      # real patch sizes; AMP as nnU-Net has it, and float32; eager and compiled
 
 Both trainers live in one process, with the same plan and the same batch in memory, and step by turns (A B A B). The ratio is the
-median, with quartiles, of those of neighbouring steps: a machine that slows down for a while slows down both. Beside it stands that of the floating-point operations of networks alone
-(`torch.utils.flop_counter`, forward and backward): no implementation can be cheaper. Peak memory is taken in processes of its own.
-Writes step_time_DEVICE.json beside this file, and its tables into docs/performance.md.
+median, with quartiles, of those of neighbouring steps: a machine that slows down for a while slows down both. Beside it stands that of
+the floating-point operations of networks alone (`torch.utils.flop_counter`, forward and backward): no implementation can be cheaper.
+Peak memory is taken in processes of its own.
+Writes step_time_DEVICE.json beside this file (with --only or --modes: these rows of it), and its tables into docs/performance.md.
 """
 from __future__ import annotations
 
@@ -23,6 +24,7 @@ import time
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from unittest.mock import patch
 
 ROOT = Path(__file__).resolve().parent.parent
 PLAIN, RESENC = "PlainConvUNet", "ResidualEncoderUNet"
@@ -192,8 +194,10 @@ def measure(case: Case, device: str, amp: bool, compiled: bool, repetitions: int
     from nnunet_confkd.trainer import ConfKDTrainer
 
     os.environ["nnUNet_compile"] = str(compiled)
+    torch.compiler.reset()  # else the graphs of earlier cases count towards the number at which torch gives up
     autocast = torch.autocast
-    trainers = {"stock": build(case, nnUNetTrainer, folder, device), "confkd": build(case, ConfKDTrainer, folder, device)}
+    with patch.object(nnUNetTrainer, "_do_i_compile", lambda self: compiled):
+        trainers = {"stock": build(case, nnUNetTrainer, folder, device), "confkd": build(case, ConfKDTrainer, folder, device)}
     batch = batch_of(case, trainers["stock"]._get_deep_supervision_scales(), device)
     if not amp and device == "cuda":  # nnU-Net has no switch for it
         torch.autocast = lambda *_, **__: nullcontext()
@@ -297,8 +301,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--threads", type=int, default=1, help="of torch, on the CPU")
-    parser.add_argument("--repetitions", type=int, default=21)
+    parser.add_argument("--repetitions", type=int, default=41)
     parser.add_argument("--only", type=int, nargs="+", metavar="N", help="numbers of the cases, from 0")
+    parser.add_argument("--modes", nargs="+", choices=("eager", "compiled"), default=("eager", "compiled"))
     parser.add_argument("--output", type=Path, help="JSON file; then docs/ is left alone")
     parser.add_argument("--memory", nargs=2, metavar=("CASE", "TRAINER"), help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -318,18 +323,32 @@ def main() -> None:
         for i, case in enumerate(cases):
             if args.only and i not in args.only:
                 continue
-            modes = [(False, False)] if args.device == "cpu" else [(True, False), (True, True), (False, False)]
+            modes = [(True, False), (True, True), (False, False)]
+            if args.device == "cpu":  # compiling takes minutes
+                modes = [(False, False)] + [(False, True)] * (case.full_share == 0.5)
             for amp, compiled in modes:
-                runs.append(measure(case, args.device, amp, compiled, args.repetitions, folder))
-            runs[-len(modes)]["memory_mib"] = {name: _memory_of(i, name, args) for name in ("stock", "confkd")}
+                if ("compiled" if compiled else "eager") in args.modes:
+                    runs.append(measure(case, args.device, amp, compiled, args.repetitions, folder))
+                    if amp == (args.device == "cuda") and not compiled:
+                        runs[-1]["memory_mib"] = {name: _memory_of(i, name, args) for name in ("stock", "confkd")}
     from importlib.metadata import version
     machine = (f"{platform.machine()} CPU, {args.threads} thread(s) of {os.cpu_count()} cores, float32" if args.device == "cpu"
                else torch.cuda.get_device_name())
-    result = {"device": args.device, "machine": machine, "runs": runs,
-              "versions": ", ".join(f"{p} {version(p)}" for p in ("nnunetv2", "torch"))}
-    (args.output or ROOT / "benchmarks" / f"step_time_{args.device}.json").write_text(json.dumps(result, indent=1))
+    result = {"device": args.device, "machine": machine, "versions": ", ".join(f"{p} {version(p)}" for p in ("nnunetv2", "torch"))}
+    output = args.output or ROOT / "benchmarks" / f"step_time_{args.device}.json"
+    kept = json.loads(output.read_text()) if output.is_file() else {}
+    if (args.only or args.modes != ("eager", "compiled")) and all(kept.get(key) == result[key] for key in ("machine", "versions")):
+        measured = {_mode(run) for run in runs}
+        runs += [run for run in kept["runs"] if _mode(run) not in measured]
+    order = [case.name for case in cases]
+    result["runs"] = sorted(runs, key=lambda run: (order.index(run["case"]), *_mode(run)[1:]))
+    output.write_text(json.dumps(result, indent=1))
     if not args.output:
-        insert(ROOT / "docs" / "performance.md", f"step time, {args.device}", f"{result['machine']}; {result['versions']}.\n\n{table_of(result)}")
+        insert(ROOT / "docs" / "performance.md", f"step time, {args.device}", f"{machine}; {result['versions']}.\n\n{table_of(result)}")
+
+
+def _mode(run: dict) -> tuple:
+    return run["case"], run["compiled"], not run["amp"]
 
 
 def _memory_of(case: int, trainer: str, args) -> float:

@@ -139,7 +139,11 @@ class ConfKDTrainer(nnUNetTrainer):
         cases = self.dataset_class.get_identifiers(self.preprocessed_dataset_folder)
         cache = join(self.preprocessed_dataset_folder_base,
                      f"confkd_supervision_{self.configuration_manager.data_identifier}.json")
+        if self.local_rank != 0:
+            dist.barrier()  # the first rank counts, and keeps the counts for the others
         counts = annotation_counts(self.preprocessed_dataset_folder, cases, self.label_manager, cache)
+        if self.is_ddp and self.local_rank == 0:
+            dist.barrier()
         table = self.dataset_json.get(TABLE_KEY)
         kinds = decide_kinds(counts, self.label_manager, table)
         self.print_to_log_file(f"Supervision of the data set: {summary(kinds)}")

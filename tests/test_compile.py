@@ -96,6 +96,26 @@ def test_no_batch_is_compiled_anew_after_the_first_ones(architecture, ndim, regi
     torch.compiler.reset()
 
 
+@pytest.mark.parametrize("ndim", (2, 3))
+def test_compiled_gradients_are_those_of_the_plain_network(ndim):
+    """The teacher learns from its full images alone, in one graph, too. (`aot_eager`: autograd is traced ahead of time, as on GPUs.)"""
+    torch.compiler.reset()
+    torch.manual_seed(0)
+    network = network_of(PlainConvUNet, ndim)
+    images, hints = torch.randn(BATCH, 1, *ndim * [SIDE]), (torch.rand(BATCH, CHANNELS + 1, *ndim * [SIDE]) < 0.1).float()
+    found = []
+    for called in (network, torch.compile(network, backend="aot_eager")):
+        network.zero_grad()
+        student, teacher = called(images, 2, hints, True)
+        sum(output.square().mean() for output in (*student, *teacher)).backward()
+        found.append({name: p.grad.clone() for name, p in network.named_parameters()})
+    plain, compiled_ones = found
+    assert plain["teacher_decoder.hints.seg_layers.0.weight"].abs().max() > 0
+    for name, gradient in plain.items():
+        torch.testing.assert_close(compiled_ones[name], gradient, rtol=1e-4, atol=1e-6, msg=lambda text: f"{name}: {text}")
+    torch.compiler.reset()
+
+
 def test_a_constant_number_of_full_images_is_compiled_once():
     """What training does: the share of full images is the same in every batch."""
     torch.compiler.reset()

@@ -26,6 +26,7 @@ def work(rank: int, folder: Path, configuration: str, go_on: bool) -> None:
     from nnunetv2.run import run_training
     from nnunetv2.training.nnUNetTrainer import nnUNetTrainer as stock
 
+    from nnunet_confkd import supervision
     from nnunet_confkd.trainer import ConfKDTrainer
     torch.set_num_threads(1)
     run_training.setup_ddp = lambda rank, world_size: torch.distributed.init_process_group(
@@ -33,7 +34,11 @@ def work(rank: int, folder: Path, configuration: str, go_on: bool) -> None:
     torch.cuda.set_device = lambda device: None
     stock.DDP = lambda network, device_ids: torch.nn.parallel.DistributedDataParallel(network)
     ConfKDTrainer.device = property(lambda self: torch.device("cpu"), lambda self, device: None)
-    seen = []
+    seen, read = [], []
+
+    def count_voxels(*args, count=supervision.count_voxels):
+        read.append(1)
+        return count(*args)
 
     def train_step(self, batch, step=ConfKDTrainer.train_step):
         values = step(self, batch)
@@ -43,9 +48,9 @@ def work(rank: int, folder: Path, configuration: str, go_on: bool) -> None:
     def on_train_end(self, end=ConfKDTrainer.on_train_end):
         end(self)
         weights = {name: w.clone() for name, w in self.network.module.state_dict().items()}
-        torch.save({"steps": seen, "weights": weights}, folder / f"rank{rank}.pt")
+        torch.save({"steps": seen, "read": len(read), "weights": weights}, folder / f"rank{rank}.pt")
 
-    ConfKDTrainer.train_step, ConfKDTrainer.on_train_end = train_step, on_train_end
+    ConfKDTrainer.train_step, ConfKDTrainer.on_train_end, supervision.count_voxels = train_step, on_train_end, count_voxels
     run_training.run_ddp(rank, HIPPOCAMPUS, configuration, 0, "ConfKDTrainer", "nnUNetPlans", False, go_on, False, None, False, False, WORLD)
 
 
@@ -71,9 +76,12 @@ def test_two_ranks_train_and_validate_one_model(nnunet, hippocampus, tmp_path, b
     """Batches of 2 and 1 (2-D, batch Dice) and of 1 and 1 (3-D): the ranks hold unequal numbers of full images, and none at times."""
     configuration = nnunet.configure(HIPPOCAMPUS, f"{base}_ranks", base, {"epochs": EPOCHS, "iterations_per_epoch": STEPS, "seed": 5,
                                      "kl_ramp_start": 0.0, "kl_ramp_end": 0.0}, batch_size=batch_size)
+    for counts in nnunet.preprocessed(HIPPOCAMPUS).glob("confkd_supervision_*.json"):
+        counts.unlink()
     ranks = run_ranks(tmp_path, configuration)
 
-    assert [sum(rank["steps"][0]["images"] for rank in ranks)] == [batch_size]
+    assert [rank["read"] for rank in ranks] == [sum(map(len, hippocampus.values())) - len(hippocampus["test"]), 0]  # of the labels
+    assert sum(rank["steps"][0]["images"] for rank in ranks) == batch_size
     full = [[step["num_full"] for step in rank["steps"]] for rank in ranks]
     assert any(a != b for a, b in zip(*full)) and 0 in full[1]
     for name, weights in ranks[0]["weights"].items():
@@ -92,8 +100,8 @@ def test_two_ranks_train_and_validate_one_model(nnunet, hippocampus, tmp_path, b
         assert len(cases) == len(hippocampus["validation"])
 
     nnunet.configure(HIPPOCAMPUS, configuration, base, {"epochs": EPOCHS + 1, "iterations_per_epoch": STEPS, "seed": 5}, batch_size=batch_size)
-    for step in run_ranks(tmp_path, configuration, "--c"):
-        assert len(step["steps"]) == STEPS
+    for rank in run_ranks(tmp_path, configuration, "--c"):
+        assert len(rank["steps"]) == STEPS
     assert len(torch.load(fold / "checkpoint_final.pth", weights_only=False)["logging"]["loss_kl"]) == EPOCHS + 1
 
 

@@ -1,0 +1,41 @@
+"""The benchmarks still run: tiny ones, of whose times nothing is asserted."""
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+
+
+@pytest.fixture
+def folders(monkeypatch, tmp_path):
+    """nnU-Net's three, empty; the benchmarks can be imported."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    for name in ("raw", "preprocessed", "results"):
+        monkeypatch.setenv(f"nnUNet_{name}", str(tmp_path / name))
+    monkeypatch.setenv("nnUNet_compile", "false")
+    return tmp_path
+
+
+@pytest.mark.parametrize("network", ("PlainConvUNet", "ResidualEncoderUNet"))
+def test_step_time_measures_steps_parts_and_predictions(folders, network):
+    import step_time
+    case = step_time.Case(network, (16, 16), 4, (4, 8, 8), 0.5)
+    run = step_time.measure(case, "cpu", False, False, 2, folders)
+    bound = run["flops"]["confkd"] / run["flops"]["stock"]
+    assert 1 < bound < 2
+    assert {f"term {term}" for term in ("teacher", "student", "kl", "entropy")} < set(run["parts_ms"])
+    assert set(run["step"]) == {"stock", "confkd"} and set(run["prediction"]) == {"stock", "confkd", "exported"}
+    *_, row, _, parts = step_time.table_of({"runs": [json.loads(json.dumps(run))]}).splitlines()
+    assert row.count("|") == 11 and f"| {bound:.3f} |" in row and "teacher's decoder" in parts
+    assert step_time.peak_memory(case, "cpu", "confkd", folders) > 0
+
+
+def test_many_cases_measures_starts_and_batches(folders, capsys):
+    import many_cases
+    seconds, batches = many_cases.measure(many_cases.TINY, (4, 16, 16), 20, 5, 2, folders)
+    assert set(seconds) == {"stock", "confkd, first", "confkd, again", "stock, again"}
+    assert batches["confkd, again"]["median_ms"] > 0
