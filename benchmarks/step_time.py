@@ -8,7 +8,7 @@ Both trainers live in one process, with the same plan and the same batch in memo
 median, with quartiles, of those of neighbouring steps: a machine that slows down for a while slows down both. Beside it stands that of
 the floating-point operations of networks alone (`torch.utils.flop_counter`, forward and backward): no implementation can be cheaper.
 Peak memory is taken in processes of its own.
-Writes step_time_DEVICE.json beside this file (with --only or --modes: these rows of it), and its tables into docs/performance.md.
+Writes each row, as soon as it is measured, into step_time_DEVICE.json beside this file, and the table into docs/performance.md.
 """
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class Case:
 
 def cases_of(device: str) -> list[Case]:
     wide = (32, 64, 128, 256, 320, 320)
-    sizes = ({2: ((128, 128), 8, wide[:5]), 3: ((16, 48, 48), 4, wide[:4])} if device == "cpu" else
+    sizes = ({2: ((128, 128), 8, wide[:5]), 3: ((16, 32, 32), 8, wide[:4])} if device == "cpu" else
              {2: ((256, 256), 32, wide), 3: ((64, 128, 128), 4, wide)})
     return [Case(network, *sizes[d], share) for d in (2, 3) for network in (PLAIN, RESENC) for share in (0.5, 0.25)]
 
@@ -103,7 +103,7 @@ def batch_of(case: Case, scales, device: str) -> dict:
         target[num_full:][torch.rand(target[num_full:].shape, generator=generator) > 0.01] = CLASSES
         targets.append(target.to(device))
     shown = torch.rand(targets[0].shape, generator=generator) < 0.01
-    return {"data": data.to(device), "target": targets if scales else targets[0], "num_full": num_full, "shown": shown}
+    return {"data": data.to(device), "target": targets if scales else targets[0], "num_full": num_full, "shown": shown.to(device)}
 
 
 # ---- measures ---------------------------------------------------------------------------------------------------------
@@ -197,7 +197,8 @@ def measure(case: Case, device: str, amp: bool, compiled: bool, repetitions: int
     torch.compiler.reset()  # else the graphs of earlier cases count towards the number at which torch gives up
     autocast = torch.autocast
     with patch.object(nnUNetTrainer, "_do_i_compile", lambda self: compiled):
-        trainers = {"stock": build(case, nnUNetTrainer, folder, device), "confkd": build(case, ConfKDTrainer, folder, device)}
+        trainers = {"stock": build(case, nnUNetTrainer, folder, device), "confkd": build(case, ConfKDTrainer, folder, device),
+                    "kl on full": build(case, ConfKDTrainer, folder, device, {"kl_images": "full"})}
     batch = batch_of(case, trainers["stock"]._get_deep_supervision_scales(), device)
     if not amp and device == "cuda":  # nnU-Net has no switch for it
         torch.autocast = lambda *_, **__: nullcontext()
@@ -205,21 +206,20 @@ def measure(case: Case, device: str, amp: bool, compiled: bool, repetitions: int
         stock_module.autocast = torch.autocast
     try:
         steps = by_turns({name: lambda t=t: t.train_step(batch) for name, t in trainers.items()}, device, repetitions)
-        parts = None if compiled else parts_of(trainers["confkd"], batch, device, max(3, repetitions // 3))
+        parts = None if compiled else parts_of(trainers["confkd"], batch, device, max(3, repetitions // 6))
     finally:
         torch.autocast = autocast
         if device == "cuda":
             stock_module = sys.modules["nnunetv2.training.nnUNetTrainer.nnUNetTrainer"]
             stock_module.autocast = autocast
-    networks = {name: unwrap(t.network) for name, t in trainers.items()}
-    flops = {"stock": flops_of(networks["stock"], batch["data"]),
-             "confkd": flops_of(networks["confkd"], batch["data"], batch["num_full"], None, trainers["confkd"].settings.teaches_others)}
-    predictions = by_turns(predictions_of(trainers, device), device, repetitions)
+    flops = {name: flops_of(unwrap(t.network), batch["data"], *(
+        () if name == "stock" else (batch["num_full"], None, t.settings.teaches_others))) for name, t in trainers.items()}
+    predictions = by_turns(predictions_of(trainers, device), device, max(2, repetitions // 2))
     found = {"case": case.name, "patch": list(case.patch), "batch": case.batch, "amp": amp, "compiled": compiled, "step": steps,
              "flops": flops, "parts_ms": parts, "prediction": predictions}
-    ratio, bound = steps["confkd"]["ratios"], flops["confkd"] / flops["stock"]
-    print(f"{case.name}{', AMP' if amp else ''}{', compiled' if compiled else ''}: {ratio} of a stock step; bound {bound:.3f}; prediction "
-          f"{predictions['confkd']['ratios']}, exported {predictions['exported']['ratios']}", flush=True)
+    for name in ("confkd", "kl on full"):
+        print(f"{_name(found)}, {name}: {steps[name]['ratios']} of a stock step; bound {flops[name] / flops['stock']:.3f}", flush=True)
+    print(f"prediction {predictions['confkd']['ratios']}, exported {predictions['exported']['ratios']}", flush=True)
     return found
 
 
@@ -231,7 +231,7 @@ def predictions_of(trainers: dict, device: str) -> dict:
     from nnunet_confkd.network import branch_weights, unwrap
 
     stock, ours = trainers["stock"], trainers["confkd"]
-    networks = {name: unwrap(t.network) for name, t in trainers.items()}
+    networks = {name: unwrap(trainers[name].network) for name in ("stock", "confkd")}
     networks["exported"] = stock.build_network_architecture(
         stock.plans_manager, stock.configuration_manager, stock.num_input_channels, stock.label_manager.num_segmentation_heads).to(device)
     networks["exported"].load_state_dict(branch_weights(networks["confkd"].state_dict(), "student"))
@@ -268,23 +268,27 @@ def peak_memory(case: Case, device: str, trainer_name: str, folder: Path) -> flo
 # ---- tables -------------------------------------------------------------------------------------------------------------
 
 def table_of(result: dict) -> str:
-    lines = ["| plan | step, stock | step, ConfKD | ratio (quartiles) | bound (FLOPs) | over the bound | loss terms, of the step | prediction, "
-             "as trained | exported | peak memory |", "|" + "---|" * 10]
+    lines = ["| plan | step, stock | step, ConfKD | ratio (quartiles) | bound (FLOPs) | over the bound | KL on full images alone: ratio | bound | "
+             "over | loss terms, of the step | prediction, as trained | exported | peak memory |", "|" + "---|" * 13]
     for run in result["runs"]:
-        stock, ours = (run["step"][name]["median_ms"] for name in ("stock", "confkd"))
-        low, ratio, high = run["step"]["confkd"]["ratios"]
-        bound = run["flops"]["confkd"] / run["flops"]["stock"]
-        terms = "" if run["parts_ms"] is None else "{:.1f} %".format(
-            100 * sum(ms for part, ms in run["parts_ms"].items() if part.startswith("term ")) / ours)
+        cells = [_name(run), *(f"{run['step'][name]['median_ms']:.0f} ms" for name in ("stock", "confkd"))]
+        for name in ("confkd", "kl on full"):
+            low, ratio, high = run["step"][name]["ratios"]
+            bound = run["flops"][name] / run["flops"]["stock"]
+            cells += [f"{ratio:.3f} ({low:.3f}-{high:.3f})", f"{bound:.3f}", f"{ratio / bound:.3f}"]
+        terms = sum(ms for part, ms in (run["parts_ms"] or {}).items() if part.startswith("term "))
+        cells.append(f"{100 * terms / run['step']['confkd']['median_ms']:.1f} %" if terms else "")
+        cells += [f"{run['prediction'][name]['ratios'][1]:.3f}" for name in ("confkd", "exported")]
         memory = run.get("memory_mib")
-        predicted = " | ".join(f"{run['prediction'][name]['ratios'][1]:.3f}" for name in ("confkd", "exported"))
-        lines.append(f"| {run['case']}{', AMP' if run['amp'] else ''}{', compiled' if run['compiled'] else ''} | {stock:.1f} ms | "
-                     f"{ours:.1f} ms | {ratio:.3f} ({low:.3f}-{high:.3f}) | {bound:.3f} | {ratio / bound:.3f} | {terms} | {predicted} | "
-                     + (f"{memory['confkd'] / memory['stock']:.2f}" if memory else "") + " |")
-    parts = next(run for run in result["runs"] if run["parts_ms"])
-    lines += ["", f"Parts of a step, {parts['case']} (ms): " + ", ".join(
-        f"{part} {ms:.1f}" for part, ms in parts["parts_ms"].items()) + "."]
+        cells.append(f"{memory['confkd'] / memory['stock']:.2f}" if memory else "")
+        lines.append("| " + " | ".join(cells) + " |")
+    for run in [run for run in result["runs"] if run["parts_ms"]][:1]:
+        lines += ["", f"Parts of a step, {_name(run)} (ms): " + ", ".join(f"{part} {ms:.1f}" for part, ms in run["parts_ms"].items()) + "."]
     return "\n".join(lines)
+
+
+def _name(run: dict) -> str:
+    return f"{run['case']}{', AMP' if run['amp'] else ''}{', compiled' if run['compiled'] else ''}"
 
 
 def insert(docs: Path, name: str, text: str) -> None:
@@ -301,7 +305,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--threads", type=int, default=1, help="of torch, on the CPU")
-    parser.add_argument("--repetitions", type=int, default=41)
+    parser.add_argument("--repetitions", type=int, default=25)
     parser.add_argument("--only", type=int, nargs="+", metavar="N", help="numbers of the cases, from 0")
     parser.add_argument("--modes", nargs="+", choices=("eager", "compiled"), default=("eager", "compiled"))
     parser.add_argument("--output", type=Path, help="JSON file; then docs/ is left alone")
@@ -319,7 +323,10 @@ def main() -> None:
         if args.memory:
             print("MEMORY", peak_memory(cases[int(args.memory[0])], args.device, args.memory[1], folder))
             return
-        runs = []
+        from importlib.metadata import version
+        described = {"device": args.device, "versions": ", ".join(f"{p} {version(p)}" for p in ("nnunetv2", "torch")), "machine": (
+            f"{platform.machine()} CPU, {args.threads} thread(s) of {os.cpu_count()} cores, float32" if args.device == "cpu"
+            else torch.cuda.get_device_name())}
         for i, case in enumerate(cases):
             if args.only and i not in args.only:
                 continue
@@ -328,23 +335,24 @@ def main() -> None:
                 modes = [(False, False)] + [(False, True)] * (case.full_share == 0.5)
             for amp, compiled in modes:
                 if ("compiled" if compiled else "eager") in args.modes:
-                    runs.append(measure(case, args.device, amp, compiled, args.repetitions, folder))
+                    run = measure(case, args.device, amp, compiled, args.repetitions, folder)
                     if amp == (args.device == "cuda") and not compiled:
-                        runs[-1]["memory_mib"] = {name: _memory_of(i, name, args) for name in ("stock", "confkd")}
-    from importlib.metadata import version
-    machine = (f"{platform.machine()} CPU, {args.threads} thread(s) of {os.cpu_count()} cores, float32" if args.device == "cpu"
-               else torch.cuda.get_device_name())
-    result = {"device": args.device, "machine": machine, "versions": ", ".join(f"{p} {version(p)}" for p in ("nnunetv2", "torch"))}
-    output = args.output or ROOT / "benchmarks" / f"step_time_{args.device}.json"
-    kept = json.loads(output.read_text()) if output.is_file() else {}
-    if (args.only or args.modes != ("eager", "compiled")) and all(kept.get(key) == result[key] for key in ("machine", "versions")):
-        measured = {_mode(run) for run in runs}
-        runs += [run for run in kept["runs"] if _mode(run) not in measured]
-    order = [case.name for case in cases]
-    result["runs"] = sorted(runs, key=lambda run: (order.index(run["case"]), *_mode(run)[1:]))
-    output.write_text(json.dumps(result, indent=1))
-    if not args.output:
-        insert(ROOT / "docs" / "performance.md", f"step time, {args.device}", f"{machine}; {result['versions']}.\n\n{table_of(result)}")
+                        run["memory_mib"] = {name: _memory_of(i, name, args) for name in ("stock", "confkd")}
+                    save(run, described, [case.name for case in cases], args.output)
+
+
+def save(run: dict, described: dict, names: list[str], output: Path | None) -> None:
+    """Put a row into the JSON file, and the table into docs/; rows of another machine or other versions are dropped."""
+    file = output or ROOT / "benchmarks" / f"step_time_{described['device']}.json"
+    kept = json.loads(file.read_text()) if file.is_file() else {}
+    runs = [run]
+    if all(kept.get(key) == value for key, value in described.items()):
+        runs += [other for other in kept["runs"] if _mode(other) != _mode(run) and other["case"] in names]
+    result = described | {"runs": sorted(runs, key=lambda run: (names.index(run["case"]), *_mode(run)[1:]))}
+    file.write_text(json.dumps(result, indent=1))
+    if not output:
+        insert(ROOT / "docs" / "performance.md", f"step time, {described['device']}",
+               f"{described['machine']}; {described['versions']}.\n\n{table_of(result)}")
 
 
 def _mode(run: dict) -> tuple:

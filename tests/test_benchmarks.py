@@ -26,11 +26,16 @@ def test_step_time_measures_steps_parts_and_predictions(folders, network):
     case = step_time.Case(network, (16, 16), 4, (4, 8, 8), 0.5)
     run = step_time.measure(case, "cpu", False, False, 2, folders)
     bound = run["flops"]["confkd"] / run["flops"]["stock"]
-    assert 1 < bound < 2
+    assert 1 < run["flops"]["kl on full"] / run["flops"]["stock"] < bound < 2
     assert {f"term {term}" for term in ("teacher", "student", "kl", "entropy")} < set(run["parts_ms"])
-    assert set(run["step"]) == {"stock", "confkd"} and set(run["prediction"]) == {"stock", "confkd", "exported"}
-    *_, row, _, parts = step_time.table_of({"runs": [json.loads(json.dumps(run))]}).splitlines()
-    assert row.count("|") == 11 and f"| {bound:.3f} |" in row and "teacher's decoder" in parts
+    assert set(run["step"]) == {"stock", "confkd", "kl on full"} and set(run["prediction"]) == {"stock", "confkd", "exported"}
+    described, output = {"device": "cpu", "machine": "one", "versions": "1"}, folders / "rows.json"
+    for row in (run, run, run | {"compiled": True, "parts_ms": None}):
+        step_time.save(row, described, [case.name], output)
+    result = json.loads(output.read_text())
+    assert [row["compiled"] for row in result["runs"]] == [False, True], "a row is renewed, the others stay"
+    head, _, row, _, _, parts = step_time.table_of(result).splitlines()
+    assert row.count("|") == head.count("|") and f"| {bound:.3f} |" in row and "teacher's decoder" in parts
     assert step_time.peak_memory(case, "cpu", "confkd", folders) > 0
 
 
