@@ -4,6 +4,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 # read by nnU-Net at import: one process each, and no background workers that a failing test would leave behind
@@ -118,6 +120,29 @@ def workspace_after_every_test():
     yield
     for workspace in Workspace.made:
         workspace.activate()
+
+
+@pytest.fixture(scope="session")
+def run_ranks():
+    """Runs a test file as the worker of two ranks, `python FILE RANK FOLDER OPTIONS...`, and returns what each has saved in
+    `FOLDER/rankN.pt`; fails where they hang or crash."""
+    def run(file: str, folder: Path, *options: str) -> list[dict]:
+        import torch
+        logs = [folder / f"rank{rank}.log" for rank in range(2)]
+        processes = [subprocess.Popen([sys.executable, file, str(rank), str(folder), *options], stdout=log.open("w"),
+                                      stderr=subprocess.STDOUT, env={**os.environ, "nnUNet_compile": "false"})
+                     for rank, log in enumerate(logs)]
+        try:
+            for process, log in zip(processes, logs):
+                assert process.wait(timeout=300) == 0, log.read_text()
+        except subprocess.TimeoutExpired:
+            pytest.fail("the ranks hang")
+        finally:
+            for process in processes:
+                process.kill()
+        return [torch.load(folder / f"rank{rank}.pt", weights_only=False) for rank in range(2)]
+
+    return run
 
 
 HIPPOCAMPUS = "Dataset004_Hippocampus"

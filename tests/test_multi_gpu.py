@@ -6,8 +6,6 @@ worker: `python test_multi_gpu.py RANK FOLDER CONFIGURATION [--c]`.
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 from datetime import timedelta
 from pathlib import Path
@@ -54,31 +52,14 @@ def work(rank: int, folder: Path, configuration: str, go_on: bool) -> None:
     run_training.run_ddp(rank, HIPPOCAMPUS, configuration, 0, "ConfKDTrainer", "nnUNetPlans", False, go_on, False, None, False, False, WORLD)
 
 
-def run_ranks(folder: Path, configuration: str, *options: str) -> list[dict]:
-    """What both ranks have seen and learnt; fails where they hang or crash."""
-    logs = [folder / f"rank{rank}.log" for rank in range(WORLD)]
-    environment = {**os.environ, "nnUNet_compile": "false"}
-    processes = [subprocess.Popen([sys.executable, __file__, str(rank), str(folder), configuration, *options], env=environment,
-                                  stdout=log.open("w"), stderr=subprocess.STDOUT) for rank, log in enumerate(logs)]
-    try:
-        for process, log in zip(processes, logs):
-            assert process.wait(timeout=300) == 0, log.read_text()
-    except subprocess.TimeoutExpired:
-        pytest.fail("the ranks hang")
-    finally:
-        for process in processes:
-            process.kill()
-    return [torch.load(folder / f"rank{rank}.pt", weights_only=False) for rank in range(WORLD)]
-
-
 @pytest.mark.parametrize("base, batch_size", [("2d", 3), ("3d_fullres", 2)])
-def test_two_ranks_train_and_validate_one_model(nnunet, hippocampus, tmp_path, base, batch_size):
+def test_two_ranks_train_and_validate_one_model(nnunet, hippocampus, run_ranks, tmp_path, base, batch_size):
     """Batches of 2 and 1 (2-D, batch Dice) and of 1 and 1 (3-D): the ranks hold unequal numbers of full images, and none at times."""
     configuration = nnunet.configure(HIPPOCAMPUS, f"{base}_ranks", base, {"epochs": EPOCHS, "iterations_per_epoch": STEPS, "seed": 5,
                                      "kl_ramp_start": 0.0, "kl_ramp_end": 0.0}, batch_size=batch_size)
     for counts in nnunet.preprocessed(HIPPOCAMPUS).glob("confkd_supervision_*.json"):
         counts.unlink()
-    ranks = run_ranks(tmp_path, configuration)
+    ranks = run_ranks(__file__, tmp_path, configuration)
 
     assert [rank["read"] for rank in ranks] == [sum(map(len, hippocampus.values())) - len(hippocampus["test"]), 0]  # of the labels
     assert sum(rank["steps"][0]["images"] for rank in ranks) == batch_size
@@ -100,7 +81,7 @@ def test_two_ranks_train_and_validate_one_model(nnunet, hippocampus, tmp_path, b
         assert len(cases) == len(hippocampus["validation"])
 
     nnunet.configure(HIPPOCAMPUS, configuration, base, {"epochs": EPOCHS + 1, "iterations_per_epoch": STEPS, "seed": 5}, batch_size=batch_size)
-    for rank in run_ranks(tmp_path, configuration, "--c"):
+    for rank in run_ranks(__file__, tmp_path, configuration, "--c"):
         assert len(rank["steps"]) == STEPS
     assert len(torch.load(fold / "checkpoint_final.pth", weights_only=False)["logging"]["loss_kl"]) == EPOCHS + 1
 

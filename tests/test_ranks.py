@@ -5,7 +5,6 @@ nnU-Net's own runner insists on CUDA. This file is its own worker: `python test_
 from __future__ import annotations
 
 import itertools
-import subprocess
 import sys
 from datetime import timedelta
 from pathlib import Path
@@ -118,21 +117,9 @@ def work(rank: int, folder: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def ranks(tmp_path_factory) -> list[dict]:
-    """Terms and gradients of both ranks; fails where they hang or crash."""
-    folder = tmp_path_factory.mktemp("ranks")
-    logs = [folder / f"rank{rank}.log" for rank in range(WORLD)]
-    processes = [subprocess.Popen([sys.executable, __file__, str(rank), str(folder)], stdout=log.open("w"),
-                                  stderr=subprocess.STDOUT) for rank, log in enumerate(logs)]
-    try:
-        for process, log in zip(processes, logs):
-            assert process.wait(timeout=300) == 0, log.read_text()
-    except subprocess.TimeoutExpired:
-        pytest.fail("the ranks hang")
-    finally:
-        for process in processes:
-            process.kill()
-    return [torch.load(folder / f"rank{rank}.pt") for rank in range(WORLD)]
+def ranks(run_ranks, tmp_path_factory) -> list[dict]:
+    """Terms and gradients of both ranks."""
+    return run_ranks(__file__, tmp_path_factory.mktemp("ranks"))
 
 
 @each_split
