@@ -41,9 +41,11 @@ folder = Path(os.environ["nnUNet_preprocessed"]) / {dataset!r}
 plans = json.loads((folder / "nnUNetPlans.json").read_text()) | {{"continue_training": False}}
 trainer = ConfKDTrainer(plans, {configuration!r}, 0, json.loads((folder / "dataset.json").read_text()), torch.device("cpu"))
 trainer.initialize()
-loader, _ = trainer.get_dataloaders()
+loader, validation = trainer.get_dataloaders()
 for _ in range(200):
     next(loader)
+for each in (loader, validation):
+    each._finish()  # else its threads end with the interpreter, which now and then aborts it
 """
 
 
@@ -111,6 +113,8 @@ def run(command: list[str], log: Path) -> dict:
 def measure(name: str, cases: int | None, volume: tuple[int, ...] | None, folder: Path) -> dict[str, dict]:
     done_file = folder / f"{name}.json"
     done = json.loads(done_file.read_text()) if done_file.is_file() else {}
+    if set(COMMANDS) <= set(done):
+        return done
     for variable in ("raw", "preprocessed", "results"):
         os.environ[f"nnUNet_{variable}"] = str(folder / name / variable)
     preprocessed, results = folder / name / "preprocessed" / DATASET, folder / name / "results" / DATASET

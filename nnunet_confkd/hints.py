@@ -99,14 +99,19 @@ class ShownVoxels:
 
 def _packed(pattern: np.ndarray) -> tuple[tuple[int, ...], np.ndarray]:
     """A mask's bounding box, one bit a voxel: patterns of large patches are kept by the dozen."""
-    box = pattern[tuple(slice(where.min(), where.max() + 1) for where in np.nonzero(pattern))]
+    box = pattern[tuple(slice(where.min(), where.max() + 1) for where in _voxels(pattern).T)]
     return box.shape, np.packbits(box)
 
 
 def _unpacked(pattern: tuple[tuple[int, ...], np.ndarray]) -> np.ndarray:
     """The voxels of a pattern, `(n, dimensions)`."""
     shape, bits = pattern
-    return np.argwhere(np.unpackbits(bits, count=math.prod(shape)).reshape(shape))
+    return _voxels(np.unpackbits(bits, count=math.prod(shape)).view(bool).reshape(shape))
+
+
+def _voxels(mask: np.ndarray) -> np.ndarray:
+    """`np.argwhere`, several times as fast."""
+    return np.stack(np.unravel_index(np.flatnonzero(mask), mask.shape), 1)
 
 
 def _shifted(pattern: np.ndarray, within: np.ndarray, rng: np.random.Generator) -> np.ndarray:
