@@ -235,8 +235,8 @@ def predictions_of(trainers: dict, device: str) -> dict:
     networks["exported"] = stock.build_network_architecture(
         stock.plans_manager, stock.configuration_manager, stock.num_input_channels, stock.label_manager.num_segmentation_heads).to(device)
     networks["exported"].load_state_dict(branch_weights(networks["confkd"].state_dict(), "student"))
-    patch = stock.configuration_manager.patch_size
-    image = torch.randn(1, *((4, *patch) if len(patch) == 2 else (2 * patch[0], *patch[1:])))
+    size = stock.configuration_manager.patch_size
+    image = torch.randn(1, *((4, *size) if len(size) == 2 else (2 * size[0], *size[1:])))
     predictions = {}
     for name, network in networks.items():
         for decoder in (d for d in (network.decoder, getattr(network, "teacher_decoder", None)) if d):

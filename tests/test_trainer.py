@@ -96,17 +96,18 @@ def test_a_batch_of_one_trains_with_and_without_a_full_image(nnunet, hippocampus
 
 def test_the_teacher_is_shown_the_annotations(nnunet, hippocampus, started):
     trainer = started(HIPPOCAMPUS, nnunet.configure(HIPPOCAMPUS, "hints", "2d", SHORT | {"kl_images": "all"}, batch_size=8))
-    seen = {}
-    hints = trainer.network.teacher_decoder.hints
-    hints.register_forward_pre_hook(lambda _, inputs: seen.update(hints=inputs[1]))
+    seen = []
+    trainer.network.teacher_decoder.hints.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[1]))
     full_hinted = 0
     for _ in range(4):
         batch = next(trainer.dataloader_train)
+        seen.clear()
         trainer.train_step(batch)
-        target, num_full, shown = batch["target"][0], batch["num_full"], seen["hints"][:, -1:].bool()
+        hints = torch.cat(seen)  # of the full images, then of the others
+        target, num_full, shown = batch["target"][0], batch["num_full"], hints[:, -1:].bool()
         assert torch.equal(shown[num_full:], target[num_full:] != 3)
         assert 0 < shown[:num_full].float().mean() < 0.05
-        labels = seen["hints"][:, :-1].argmax(1, keepdim=True)
+        labels = hints[:, :-1].argmax(1, keepdim=True)
         assert torch.equal(labels[shown], target[shown].long())
         full_hinted += int(shown[:num_full].flatten(1).any(1).sum())
     assert full_hinted > 8
