@@ -157,8 +157,8 @@ def table_of(result: dict) -> str:
     for command in COMMANDS:
         runs = [result["runs"][size][command] for size in sizes]
         few, many = (result["runs"][f"{n} cases"][command]["peak_mib"] for n in (counts[0], counts[-1]))
-        slope = 1024 * (many - few) / (counts[-1] - counts[0])
-        lines.append(f"| {command} | " + " | ".join(f"{r['seconds']:.0f} s, {r['peak_mib']:.0f} MiB" for r in runs) + f" | {round(slope)} KiB a case |")
+        slope = round(1024 * (many - few) / (counts[-1] - counts[0]))
+        lines.append(f"| {command} | " + " | ".join(f"{r['seconds']:.0f} s, {r['peak_mib']:.0f} MiB" for r in runs) + f" | {slope} KiB a case |")
     return "\n".join(lines)
 
 

@@ -282,8 +282,14 @@ def table_of(result: dict) -> str:
         memory = run.get("memory_mib")
         cells.append(f"{memory['confkd'] / memory['stock']:.2f}" if memory else "")
         lines.append("| " + " | ".join(cells) + " |")
-    for run in [run for run in result["runs"] if run["parts_ms"]][:1]:
-        lines += ["", f"Parts of a step, {_name(run)} (ms): " + ", ".join(f"{part} {ms:.1f}" for part, ms in run["parts_ms"].items()) + "."]
+    measured = [run for run in result["runs"] if run["parts_ms"]]
+    if measured:
+        parts = [part for part in measured[0]["parts_ms"] if not part.endswith(", backward")]
+        lines += ["", "Parts of a step, ms; of the terms forward and backward, each alone:", "", "| plan | " + " | ".join(parts) + " |",
+                  "|" + "---|" * (len(parts) + 1)]
+        for run in measured:
+            times = ([run["parts_ms"][key] for key in (part, f"{part}, backward") if key in run["parts_ms"]] for part in parts)
+            lines.append(f"| {_name(run)} | " + " | ".join(" + ".join(f"{ms:.1f}" for ms in of) for of in times) + " |")
     return "\n".join(lines)
 
 

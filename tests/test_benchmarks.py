@@ -33,8 +33,9 @@ def test_step_time_measures_steps_parts_and_predictions(folders, network):
         step_time.save(row, described, [case.name], output)
     result = json.loads(output.read_text())
     assert [row["compiled"] for row in result["runs"]] == [False, True], "a row is renewed, the others stay"
-    head, _, row, _, _, parts = step_time.table_of(result).splitlines()
-    assert row.count("|") == head.count("|") and f"| {bound:.3f} |" in row and "teacher's decoder" in parts
+    head, _, row, _, *_, names, _, parts = step_time.table_of(result).splitlines()
+    assert row.count("|") == head.count("|") and f"| {bound:.3f} |" in row
+    assert parts.count("|") == names.count("|") and "teacher's decoder" in names and parts.count(" + ") == 4
     assert step_time.peak_memory(case, "cpu", "confkd", folders) > 0
 
 
