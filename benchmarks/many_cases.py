@@ -20,8 +20,8 @@ from pathlib import Path
 from step_time import PLAIN, ROOT, Case, build, by_turns, insert
 
 TINY = Case(PLAIN, (16, 16), 8, (8, 16), 0.5)
-WARM_UP = 5
 REAL = Case(PLAIN, (64, 128, 128), 2, (8, 16), 0.5)
+WARM_UP = 5
 
 
 def generate(folder: Path, shape: tuple[int, ...], count: int, full_every: int) -> None:

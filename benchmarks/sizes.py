@@ -110,8 +110,6 @@ def run(command: list[str], log: Path) -> dict[str, float]:
 def measure(name: str, cases: int | None, volume: tuple[int, ...] | None, folder: Path) -> dict[str, dict]:
     done_file = folder / f"{name}.json"
     done = json.loads(done_file.read_text()) if done_file.is_file() else {}
-    if set(COMMANDS) <= set(done):
-        return done
     for variable in ("raw", "preprocessed", "results"):
         os.environ[f"nnUNet_{variable}"] = str(folder / name / variable)
     preprocessed, results = folder / name / "preprocessed" / DATASET, folder / name / "results" / DATASET

@@ -215,7 +215,8 @@ def measure(case: Case, device: str, amp: bool, compiled: bool, repetitions: int
     flops = {name: flops_of(unwrap(t.network), batch["data"], *(
         () if name == "stock" else (batch["num_full"], None, t.settings.teaches_others))) for name, t in trainers.items()}
     predictions = by_turns(predictions_of(trainers, device), device, max(2, repetitions // 2))
-    found = {"case": case.name, "patch": list(case.patch), "batch": case.batch, "amp": amp, "compiled": compiled, "step": steps,
+    found = {"case": case.name, "patch": list(case.patch), "batch": case.batch, "amp": amp, "compiled": compiled,
+             "repetitions": repetitions, "step": steps,
              "flops": flops, "parts_ms": parts, "prediction": predictions}
     for name in ("confkd", "kl on full"):
         print(f"{_name(found)}, {name}: {steps[name]['ratios']} of a stock step; bound {flops[name] / flops['stock']:.3f}", flush=True)
@@ -233,14 +234,15 @@ def predictions_of(trainers: dict, device: str) -> dict:
     stock, ours = trainers["stock"], trainers["confkd"]
     networks = {name: unwrap(trainers[name].network) for name in ("stock", "confkd")}
     networks["exported"] = stock.build_network_architecture(
-        stock.plans_manager, stock.configuration_manager, stock.num_input_channels, stock.label_manager.num_segmentation_heads).to(device)
+        stock.plans_manager, stock.configuration_manager, stock.num_input_channels, stock.label_manager.num_segmentation_heads,
+        enable_deep_supervision=False).to(device)
     networks["exported"].load_state_dict(branch_weights(networks["confkd"].state_dict(), "student"))
     size = stock.configuration_manager.patch_size
     image = torch.randn(1, *((4, *size) if len(size) == 2 else (2 * size[0], *size[1:])))
     predictions = {}
+    for trainer in (stock, ours):
+        trainer.set_deep_supervision_enabled(False)
     for name, network in networks.items():
-        for decoder in (d for d in (network.decoder, getattr(network, "teacher_decoder", None)) if d):
-            decoder.deep_supervision = False
         predictor = nnUNetPredictor(use_mirroring=False, perform_everything_on_device=device == "cuda", device=torch.device(device),
                                     allow_tqdm=False)
         predictor.manual_initialization(network, ours.plans_manager, ours.configuration_manager, None, ours.dataset_json, name, None)

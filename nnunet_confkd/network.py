@@ -98,7 +98,7 @@ class TwoBranchUNet(nn.Module):
         if num_full is None:
             if self.branch == "student":
                 return self.decoder(skips)
-            teacher = self.teacher_decoder(skips if hints is None else self.teacher_decoder.hints(skips, hints))
+            teacher = self._teach(skips, hints)
             return teacher if self.branch == "teacher" else _combine(self.decoder(skips), teacher, self.branch)
         student = self.decoder(skips)
         if hints is None:  # zeros rather than nothing: DDP fails on parameters without gradient
@@ -120,8 +120,8 @@ class TwoBranchUNet(nn.Module):
             unlearnt = self._teach([skip[num_full:].detach() for skip in skips], hints[num_full:])
         return torch.cat((teacher, unlearnt)) if torch.is_tensor(teacher) else [torch.cat(pair) for pair in zip(teacher, unlearnt)]
 
-    def _teach(self, skips: list[Tensor], hints: Tensor):
-        return self.teacher_decoder(self.teacher_decoder.hints(skips, hints))
+    def _teach(self, skips: list[Tensor], hints: Tensor | None):
+        return self.teacher_decoder(skips if hints is None else self.teacher_decoder.hints(skips, hints))
 
 
 class Hints(nn.Module):
