@@ -64,8 +64,6 @@ RIVAL, LOWER, UPPER = "ignore", "full_only", "all"
 PLAIN = {"weight_kl": 0.0, "weight_entropy": 0.0, "kl_images": "full", "kl_ramp_start": 0.0, "kl_ramp_end": 0.0, "extra_resolutions": "all"}
 HINTS = {"kl_ramp_start": 0.0, "kl_ramp_end": 0.2, "extra_resolutions": "highest", "weight_entropy": 0.0}
 TRIALS = {
-    "t_padding": Row("the ignore label, stratified; the padding is background, as nnU-Net has it", "ConfKDTrainer_partialOnly",
-                     settings={"ignore_padding": False}),
     "t_separate": Row("two decoders, no KL, no entropy; L_w the mean of the two kinds' losses",
                       settings={**PLAIN, "student_average": "separate"}),
     "t_kl_0.1": Row("KL of weight 0.1 alone", settings={**PLAIN, "weight_kl": 0.1}),
@@ -342,11 +340,11 @@ def run_name(spec: dict) -> str:
 
 
 def predict_and_measure(trainer, cases: list[str]) -> dict:
-    """{case: {branch: {class: metrics, "entropy": nats}}}, predicted as nnU-Net's final validation does,
-    measured in the space of the raw labels."""
+    """{case: {branch: {class: metrics, "entropy": nats}}}, predicted as the final validation does (a teacher that learnt to use hints gets
+    simulated ones), measured in the space of the raw labels."""
     from nnunetv2.inference.export_prediction import convert_predicted_logits_to_segmentation_with_correct_shape
 
-    from nnunet_confkd.validation import CasePredictor
+    from nnunet_confkd.validation import CasePredictor, simulated_hints
 
     trainer.set_deep_supervision_enabled(False)
     trainer.network.eval()
@@ -355,11 +353,12 @@ def predict_and_measure(trainer, cases: list[str]) -> dict:
     reader = trainer.plans_manager.image_reader_writer_class()
     measured = {}
     for case in cases:
-        data, _, _, properties = dataset.load_case(case)
+        data, seg, _, properties = dataset.load_case(case)
+        hints = simulated_hints(trainer, case, data[:], seg[:]) if len(predict.branches) > 1 else None
         truth = Path(trainer.preprocessed_dataset_folder_base) / "gt_segmentations" / (case + trainer.dataset_json["file_ending"])
         truth = reader.read_seg(str(truth))[0][0]
         measured[case] = {}
-        for branch, logits in predict(data[:], None).items():
+        for branch, logits in predict(data[:], None, hints).items():
             labels, probabilities = convert_predicted_logits_to_segmentation_with_correct_shape(
                 logits, trainer.plans_manager, trainer.configuration_manager, trainer.label_manager, properties, True)
             measured[case][branch] = measure(truth, labels, probabilities, properties["spacing"],

@@ -103,7 +103,7 @@ def batch_of(case: Case, scales, device: str) -> dict:
         target[num_full:][torch.rand(target[num_full:].shape, generator=generator) > 0.01] = CLASSES
         targets.append(target.to(device))
     shown = torch.rand(targets[0].shape, generator=generator) < 0.01
-    return {"data": data.to(device), "target": targets if scales else targets[0], "num_full": num_full, "shown": shown.to(device)}
+    return {"data": data.to(device), "target": targets if scales else targets[0], "num_full": num_full, "hint_mask": shown.to(device)}
 
 
 # ---- measures ---------------------------------------------------------------------------------------------------------
@@ -169,7 +169,7 @@ def parts_of(trainer, batch: dict, device: str, repetitions: int) -> dict[str, f
             skips = timed("encoder", lambda: network.encoder(batch["data"]))
             student = timed("student's decoder", lambda: network.decoder(skips))
             hints = timed("hints as channels", lambda: trainer._hints(batch, batch["target"][0]))
-            teacher = timed("teacher's decoder", lambda: network.run_teacher(skips, hints, student, num_full, trainer.settings.teaches_others))
+            teacher = timed("teacher's decoder", lambda: network.run_teacher(skips, hints, student, num_full, trainer.settings.kl_on_non_full))
             with torch.no_grad():
                 timed("hints into skips (of the teacher's decoder)", lambda: network.teacher_decoder.hints(skips, hints))
             loss, _ = timed("loss", lambda: trainer.loss(student, teacher, batch["target"], num_full))
@@ -213,7 +213,7 @@ def measure(case: Case, device: str, amp: bool, compiled: bool, repetitions: int
             stock_module = sys.modules["nnunetv2.training.nnUNetTrainer.nnUNetTrainer"]
             stock_module.autocast = autocast
     flops = {name: flops_of(unwrap(t.network), batch["data"], *(
-        () if name == "stock" else (batch["num_full"], None, t.settings.teaches_others))) for name, t in trainers.items()}
+        () if name == "stock" else (batch["num_full"], None, t.settings.kl_on_non_full))) for name, t in trainers.items()}
     predictions = by_turns(predictions_of(trainers, device), device, max(2, repetitions // 2))
     found = {"case": case.name, "patch": list(case.patch), "batch": case.batch, "amp": amp, "compiled": compiled,
              "repetitions": repetitions, "step": steps,

@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from batchgeneratorsv2.transforms.utils.seg_to_regions import ConvertSegmentationToRegionsTransform
 from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
 from nnunetv2.utilities.label_handling.label_handling import LabelManager
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
@@ -23,13 +22,12 @@ from nnunet_confkd.dataset_conversion.volumes import Picture, Volume, read
 from nnunet_confkd.dataset_conversion.writer import FULL, PARTIAL, PROCESSES, UNLABELLED, Case, Dataset
 from nnunet_confkd.discovery import make_findable
 from nnunet_confkd.errors import InputError
-from nnunet_confkd.hints import as_channels
+from nnunet_confkd.hints import volume_hints
 from nnunet_confkd.json_files import read_description, read_folds, read_json, read_plans
 from nnunet_confkd.loading import fold_folders, load_checkpoint
-from nnunet_confkd.losses import annotated_voxels
 from nnunet_confkd.network import BRANCHES, has_teacher, predicting, unwrap
-from nnunet_confkd.settings import Settings
-from nnunet_confkd.supervision import TABLE_KEY, check_labels, count_voxels, decide_kinds, split_full_cases
+from nnunet_confkd.resampling import KeepAnnotations
+from nnunet_confkd.supervision import TABLE_KEY, check_labels, count_voxels, decide_kinds, real_hints, split_full_cases
 from nnunet_confkd.uncertainty import (
     ExportingPredictor,
     case_score,
@@ -193,7 +191,9 @@ def _uses_hints(model: Path, folds: list[str]) -> bool:
             return False
         record = read_json(file)
         try:
-            found.append(Settings.from_blocks(record["settings"]).shows_hints and PARTIAL in record["supervision"].values())
+            settings = record["settings"]  # of any version of this package
+            found.append(settings["teacher_hints"] and settings["weight_kl"] > 0 and settings["kl_images"] != "full"
+                         and PARTIAL in record["supervision"].values())
         except (AttributeError, KeyError, TypeError) as error:
             raise InputError(f"{file}: is not the record of a ConfKD training; train again, or use --branch student") from error
     return all(found)
@@ -221,16 +221,11 @@ def _with_hints(predictor: _CompletingPredictor, sources: list[list[str]], label
     """What nnU-Net's predictor takes of a preprocessed case, the hints behind the channels."""
     plans, configuration, described = predictor.plans_manager, predictor.configuration_manager, predictor.dataset_json
     manager = plans.get_label_manager(described)
-    preprocessor = configuration.preprocessor_class(verbose=False)
     for images, label, output in zip(sources, labels, outputs):
-        data, seg, properties = preprocessor.run_case(images, label, plans, configuration, described)
-        target = torch.from_numpy(seg)[None].clamp_min(0)  # -1: background outside the image's nonzero part
-        if manager.has_regions:
-            regions = [*manager.foreground_regions, manager.ignore_label]
-            target = ConvertSegmentationToRegionsTransform(regions)(segmentation=target[0])["segmentation"][None]
-        shown = annotated_voxels(target, manager.ignore_label, manager.has_regions)
-        hints = as_channels(target, shown, manager.num_segmentation_heads, manager.has_regions)[0]
+        # as `confkd plan` preprocesses the training cases: no annotation is lost
+        data, seg, properties = KeepAnnotations(verbose=False).run_case(images, label, plans, configuration, described)
         properties.pop("class_locations", None)
+        hints = volume_hints(*real_hints(seg[0], manager.ignore_label), manager)
         yield {"data": torch.cat((torch.from_numpy(data).float(), hints)), "data_properties": properties, "ofile": output}
 
 

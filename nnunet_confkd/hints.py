@@ -1,138 +1,410 @@
 """Hints: the annotated voxels of an image, shown to the teacher.
 
-The KL of the papers acts on the fully labelled images, where the student has the labels themselves. On all others a teacher that
-sees the image alone knows no more than the student. But these images have annotations, and with them as a second input the teacher
-need only complete them, which it learns on the fully labelled images, from annotations simulated there. The student, which sees
-the image alone, follows it (learning with privileged information: Vapnik, Vashist, Neural Networks 2009; as distillation:
-Lopez-Paz, Bottou, Schölkopf, Vapnik, ICLR 2016, arXiv 1511.03643).
+The papers apply the KL to the fully annotated images, where the student has the labels themselves. On every other image a teacher
+that sees the image alone knows no more than the student. These images have annotations, however. With the annotations as a
+second input the teacher only has to complete them. It learns this on the fully annotated images, from annotations that are simulated
+there. The student sees the image alone and follows the teacher (learning with privileged information: Vapnik, Vashist, Neural
+Networks 2009; as distillation: Lopez-Paz, Bottou, Schölkopf, Vapnik, ICLR 2016, arXiv 1511.03643).
+
+A hint is useful only if simulated annotations look like real ones. `benchmarks/hint_realism.py` compares the two.
 """
 from __future__ import annotations
 
-import math
 from collections import Counter, deque
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
+from batchgeneratorsv2.transforms.utils.seg_to_regions import ConvertSegmentationToRegionsTransform
+from nnunetv2.utilities.label_handling.label_handling import LabelManager
+from scipy import ndimage
 from torch import Tensor
 
 from nnunet_confkd.losses import annotated_voxels
 
-WITHOUT = 0.2  # share of the fully labelled images that get no hint: the teacher must predict without, too
-KEPT = 16  # patterns of annotated voxels, of each class
-PLACES = 8  # tried for a pattern
-SAMPLE = 256  # voxels of a pattern by which places are compared
+NO_HINTS = 0.2  # share of the fully annotated images without hints: the teacher must also predict without any
+KEPT = 16  # patterns kept for each class, and slice profiles
+PLACES = 48  # tried for a pattern
+SAMPLE = 128  # voxels of a pattern that are compared
+FITS = 0.95  # share of a pattern that must lie inside its class
+MANY = 20_000  # voxels; a larger pattern is not split into its connected components
 
 
-def as_channels(target: Tensor, shown: Tensor, num_heads: int, regions: bool = False) -> Tensor:
-    """The network's hints: per class (regions: per region) where a shown voxel belongs to it, and where a voxel is shown.
+def hint_channels(target: Tensor, hint_mask: Tensor, num_heads: int, regions: bool = False) -> Tensor:
+    """The network's input for hints: one channel for each class (or region), and one for "this voxel is a hint".
 
-    target: a label map `(B, 1, *spatial)`, or nnU-Net's regions `(B, R + 1, *spatial)`. shown: bool, `(B, 1, *spatial)`.
-    Returns `(B, num_heads + 1, *spatial)`, float32, zero wherever nothing is shown.
+    Args:
+        target: a label map `(B, 1, *spatial)`, or nnU-Net's regions `(B, R + 1, *spatial)`.
+        hint_mask: bool, `(B, 1, *spatial)`: which voxels are shown.
+        num_heads: number of classes with the background, or number of regions.
+        regions: whether `target` holds regions.
+
+    Returns:
+        `(B, num_heads + 1, *spatial)`, float32, zero wherever no voxel is shown.
     """
     if regions:
         labels = target[:, :num_heads] != 0
     else:
         labels = target == torch.arange(num_heads, device=target.device).view(1, -1, *[1] * (target.ndim - 2))
-    return torch.cat((labels & shown, shown), 1).float()
+    return torch.cat((labels & hint_mask, hint_mask), 1).float()
 
 
-class ShownVoxels:
-    """Which voxels are shown to the teacher: of images that are not fully labelled the annotated ones, of the others simulated ones.
+def volume_hints(label: np.ndarray, hint_mask: np.ndarray, label_manager: LabelManager) -> Tensor:
+    """The network's input for hints of a whole image, as :func:`hint_channels` makes it for batches.
 
-    Called with the batches of a training, one after the other. What is annotated in an image, class by class, are its patterns; the last
-    `KEPT` of each class are kept, for a batch may hold few images or one alone. On a fully labelled image, but for a share `WITHOUT` of
-    them, a pattern of each class is shifted onto the class, as it is, and shown where it lies within it. A class is left out as
-    often as it seems to be where a class is annotated at all: its share of the annotated images over its share of the fully
-    labelled ones. So the teacher learns how much it tells that a class is *not* annotated.
+    Args:
+        label: label map `(*spatial)`.
+        hint_mask: bool, `(*spatial)`: which voxels are shown.
+        label_manager: nnU-Net's; it tells classes and regions.
+
+    Returns:
+        `(heads + 1, *spatial)`, float32.
+    """
+    target = regions_of(torch.from_numpy(label)[None], label_manager)
+    return hint_channels(target[None], torch.from_numpy(hint_mask)[None, None], label_manager.num_segmentation_heads,
+                         label_manager.has_regions)[0]
+
+
+def regions_of(label: Tensor, label_manager: LabelManager) -> Tensor:
+    """A label map `(1, *spatial)` as nnU-Net's regions `(R + 1, *spatial)` where the data set has regions; else as it is."""
+    if not label_manager.has_regions:
+        return label
+    ignore = [] if label_manager.ignore_label is None else [label_manager.ignore_label]
+    return ConvertSegmentationToRegionsTransform([*label_manager.foreground_regions, *ignore])(segmentation=label)["segmentation"]
+
+
+class Pattern(NamedTuple):
+    """The annotated voxels of one class in one image."""
+
+    corner: np.ndarray  # of their bounding box
+    shape: tuple[int, ...]
+    bits: np.ndarray  # the voxels in it, packed: patterns of large patches are kept by the dozen
+
+    @classmethod
+    def of(cls, voxels: np.ndarray) -> Pattern:
+        low = voxels.min(0)
+        box = np.zeros(voxels.max(0) + 1 - low, bool)
+        box[tuple((voxels - low).T)] = True
+        return cls(low, box.shape, np.packbits(box))
+
+    def voxels(self) -> np.ndarray:
+        """`(n, dimensions)`."""
+        return _voxels(np.unpackbits(self.bits, count=int(np.prod(self.shape))).view(bool).reshape(self.shape)) + self.corner
+
+
+class Depth:
+    """How far the annotations of a class stay inside it: from 0, anywhere, to 1, as far as possible.
+
+    No label of a partially annotated image tells where a class ends, but the image does: edges are strong at borders. The mean strength of
+    the edges under real annotations is compared with that at random and at the innermost places of simulated ones.
     """
 
-    def __init__(self, ignore_label: int | None, regions: bool = False):
-        self.ignore_label, self.regions = ignore_label, regions
-        self.patterns: dict[int, deque] = {}
-        self.images = {"annotated": 0, "full": 0}
-        self.with_class = {"annotated": Counter(), "full": Counter()}
+    KEEP = 0.99  # of the sums, for each new value
+
+    def __init__(self):
+        self.sums = {where: [0.0, 0.0] for where in ("real", "anywhere", "innermost")}
+
+    def add(self, where: str, edge: float) -> None:
+        total, weight = self.sums[where]
+        self.sums[where] = [self.KEEP * total + edge, self.KEEP * weight + 1]
+
+    def value(self) -> float:
+        if not all(weight for _, weight in self.sums.values()):
+            return 0.0
+        real, anywhere, innermost = (total / weight for total, weight in self.sums.values())
+        if innermost >= anywhere:  # the edges tell nothing
+            return 0.0
+        return min(1.0, max(0.0, (anywhere - real) / (anywhere - innermost)))
+
+
+class HintSampler:
+    """Draws the hint mask of each training batch: real annotations where there are any, simulated ones on fully annotated images.
+
+    The sampler keeps the last patterns of each class: what is annotated of it in an image. On a fully annotated image a pattern of each
+    class is moved to a place where it fits. It is not cut at the border of the class: the end of a hint would then tell where the class
+    ends, which is false on real annotations. Of the places where it fits, the sampler takes the innermost
+    or any, as often as the real annotations ask for (see :class:`Depth`). A pattern that fits nowhere is moved component by component.
+    A component that fits nowhere is replaced by as many of the innermost voxels of the class.
+
+    A class is left out as often as it seems to be left out in real annotations: its share of the annotated images, divided by
+    its share of the fully annotated ones. Thus the teacher learns how much it means that a class is *not* annotated. A share `no_hints`
+    of the fully annotated images gets no hints. Annotation by whole slices is recognised and simulated by whole slices.
+
+    Args:
+        ignore_label: the data set's ignore label.
+        regions: whether targets are nnU-Net's regions.
+        no_hints: share of the fully annotated images without hints.
+    """
+
+    def __init__(self, ignore_label: int | None, regions: bool = False, no_hints: float = NO_HINTS):
+        self.ignore_label, self.regions, self.no_hints = ignore_label, regions, no_hints
+        self.patterns: dict[int, deque[Pattern]] = {}
+        self.depth: dict[int, Depth] = {}
+        self.profiles: deque[tuple[int, np.ndarray]] = deque(maxlen=KEPT)
+        self.images: Counter = Counter()  # "full", "annotated", and of the annotated ones those "by slices"
+        self.with_class: dict[str, Counter] = {"annotated": Counter(), "full": Counter()}
 
     def __call__(self, batch: dict) -> dict:
-        """The batch of the stratified loader with `shown`, see :meth:`draw`."""
+        """Add `hint_mask` (see :meth:`draw`) to a batch of the stratified loader, which holds `inside`."""
         target = batch["target"][0] if isinstance(batch["target"], list) else batch["target"]
-        # random numbers apart from nnU-Net's, but decided by them: the images are those of a training without hints
+        # The numbers are separate from nnU-Net's, but derived from them: the images equal those of a training without hints.
         _, numbers, position, *_ = np.random.get_state()
         rng = np.random.default_rng([*numbers[:8], position])
-        return {**batch, "shown": self.draw(target, batch["num_full"], rng)}
+        return {**batch, "hint_mask": self.draw(batch["data"], target, batch["inside"], batch["num_full"], rng)}
 
-    def draw(self, target: Tensor, num_full: int, rng: np.random.Generator) -> Tensor:
-        """What is shown of a batch, whose first `num_full` images are fully labelled: bool, `(B, 1, *spatial)`.
+    def draw(self, data: Tensor, target: Tensor, inside: Tensor, num_full: int, rng: np.random.Generator) -> Tensor:
+        """The hint mask of a batch whose first `num_full` images are fully annotated.
 
-        target: a label map `(B, 1, *spatial)`, or nnU-Net's regions `(B, R + 1, *spatial)`.
+        Args:
+            data: the images, `(B, channels, *spatial)`.
+            target: a label map `(B, 1, *spatial)`, or nnU-Net's regions `(B, R + 1, *spatial)`.
+            inside: bool, `(B, 1, *spatial)`: False in the padding and in the empty surroundings of an image.
+            num_full: number of fully annotated images.
+            rng: source of random numbers.
+
+        Returns:
+            bool, `(B, 1, *spatial)`; never true outside of the image.
         """
-        shown = annotated_voxels(target, self.ignore_label, self.regions)
-        shown[:num_full] = False
-        labels = _one_label_a_voxel(target, self.regions).numpy()
-        annotated = shown[:, 0].numpy()
-        for image in range(num_full, len(target)):
-            found = self._count("annotated", labels[image][annotated[image]])
-            for label in found:
-                pattern = annotated[image] & (labels[image] == label)
-                self.patterns.setdefault(label, deque(maxlen=KEPT)).append(_packed(pattern))
-        if not self.patterns:
-            return shown
+        mask = annotated_voxels(target, self.ignore_label, self.regions) & inside
+        mask[:num_full] = False
+        labels, inside = class_map(target, self.regions), inside[:, 0].numpy()
+        hints = mask[:, 0].numpy()  # a view
+        for image in range(num_full, len(labels)):
+            self.observe(data[image].numpy(), labels[image], hints[image], inside[image])
         for image in range(num_full):
-            present = self._count("full", labels[image])
-            if rng.random() < WITHOUT:
-                continue
-            for label in present:
-                if label in self.patterns and rng.random() < self._share("annotated", label) / self._share("full", label):
-                    pattern = self.patterns[label][rng.integers(len(self.patterns[label]))]
-                    annotated[(image, *_shifted(_unpacked(pattern), labels[image] == label, rng))] = True
-        return shown
+            hints[image] = self.simulate(data[image].numpy(), labels[image], inside[image], rng)
+        return mask
 
-    def _count(self, kind: str, labels: np.ndarray) -> list[int]:
-        """The classes that occur; counted for `_share`. An image without any does not count."""
-        found = np.flatnonzero(np.bincount(labels.ravel())).tolist()
-        self.images[kind] += bool(found)
-        self.with_class[kind].update(found)
-        return found
+    def observe(self, data: np.ndarray, labels: np.ndarray, annotated: np.ndarray, inside: np.ndarray) -> None:
+        """Keep the patterns of an image that is not fully annotated: `(channels, *spatial)`, its label, what is annotated and where the
+        image is, `(*spatial)`."""
+        found = _values(labels[annotated])
+        if not len(found):
+            return
+        self.images["annotated"] += 1
+        if _is_by_slices(labels, annotated, inside):
+            self.images["by slices"] += 1
+            if (profile := _slice_profile(annotated, inside)) is not None:
+                self.profiles.append(profile)
+            return
+        self.with_class["annotated"].update(found)
+        for label in found:
+            voxels = _voxels(annotated & (labels == label))
+            self.patterns.setdefault(label, deque(maxlen=KEPT)).append(Pattern.of(voxels))
+            self.depth.setdefault(label, Depth()).add("real", _edge(data, _thinned(voxels)))
 
-    def _share(self, kind: str, label: int) -> float:
-        return self.with_class[kind][label] / self.images[kind]
+    def simulate(self, data: np.ndarray, labels: np.ndarray, inside: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        """Simulated annotations of a fully annotated image: bool, `(*spatial)`. Arguments as those of :meth:`observe`."""
+        hints = np.zeros(labels.shape, bool)
+        if not self.images["annotated"]:
+            return hints
+        present = _values(labels[inside])
+        self.images["full"] += 1
+        self.with_class["full"].update(present)
+        if rng.random() < self.no_hints:
+            return hints
+        if rng.random() < self.images["by slices"] / self.images["annotated"]:
+            return _by_profile(self.profiles[rng.integers(len(self.profiles))], inside, rng) if self.profiles else hints
+        for label in present:
+            if label in self.patterns and rng.random() < self._share_annotated(label):
+                pattern = self.patterns[label][rng.integers(len(self.patterns[label]))]
+                of_class = (labels == label) & inside
+                voxels = _placed(pattern.voxels(), of_class, inside, data, self.depth[label], rng)
+                hints[_index(voxels, of_class)] = True
+        return hints
+
+    def simulate_volume(self, data: np.ndarray, label: np.ndarray, inside: np.ndarray, patch_size: Sequence[int],
+                        rng: np.random.Generator) -> np.ndarray:
+        """Simulated annotations of a whole, fully annotated image: bool, `(*spatial)`.
+
+        The image is divided into tiles of the size of a training patch, single slices for a 2-D network.
+
+        Args:
+            data: the image, `(channels, *spatial)`.
+            label: label map `(*spatial)`; of regions the number of :func:`class_map`.
+            inside: bool, `(*spatial)`.
+            patch_size: of the network.
+            rng: source of random numbers.
+        """
+        hints = np.zeros(label.shape, bool)
+        tile = (1,) * (label.ndim - len(patch_size)) + tuple(patch_size)
+        for corner in np.ndindex(*(-(-size // step) for size, step in zip(label.shape, tile))):
+            where = tuple(slice(i * step, (i + 1) * step) for i, step in zip(corner, tile))
+            flat = (label[where].shape[-len(patch_size):])
+            hints[where] = self.simulate(data[(slice(None), *where)].reshape(len(data), *flat), label[where].reshape(flat),
+                                         inside[where].reshape(flat), rng).reshape(label[where].shape)
+        return hints
+
+    def _share_annotated(self, label: int) -> float:
+        """How often a class seems to be annotated in an image that holds it."""
+        marked = self.images["annotated"] - self.images["by slices"]
+        return (self.with_class["annotated"][label] / marked) / (self.with_class["full"][label] / self.images["full"])
 
 
-def _packed(pattern: np.ndarray) -> tuple[tuple[int, ...], np.ndarray]:
-    """A mask's bounding box, one bit a voxel: patterns of large patches are kept by the dozen."""
-    box = pattern[tuple(slice(where.min(), where.max() + 1) for where in _voxels(pattern).T)]
-    return box.shape, np.packbits(box)
+def class_map(target: Tensor, regions: bool) -> np.ndarray:
+    """Labels `(B, *spatial)`; of overlapping regions a number for each combination, 0 for none.
+
+    Args:
+        target: a label map `(B, 1, *spatial)`, or nnU-Net's regions `(B, R + 1, *spatial)`.
+    """
+    if not regions:
+        return target[:, 0].numpy()
+    masks = target[:, :-1].numpy() != 0
+    number = masks.shape[1]
+    # beyond 16 regions random weights: powers of two would overflow, and two equal sums are as good as impossible
+    weights = 2 ** np.arange(number) if number <= 16 else np.random.default_rng(0).integers(2 ** 53, size=number)
+    found = np.zeros((len(masks), *masks.shape[2:]), np.int64)
+    for region, weight in enumerate(weights):
+        found += weight * masks[:, region]
+    return found
 
 
-def _unpacked(pattern: tuple[tuple[int, ...], np.ndarray]) -> np.ndarray:
-    """The voxels of a pattern, `(n, dimensions)`."""
-    shape, bits = pattern
-    return _voxels(np.unpackbits(bits, count=math.prod(shape)).view(bool).reshape(shape))
+# ---- what is annotated ----------------------------------------------------------------------------------------------
+
+def _values(labels: np.ndarray) -> list[int]:
+    """The values that occur, all of them from 0."""
+    if not labels.size:
+        return []
+    return (np.flatnonzero(np.bincount(labels)) if labels.max() < 2 ** 16 else np.unique(labels)).tolist()
 
 
 def _voxels(mask: np.ndarray) -> np.ndarray:
-    """`np.argwhere`, several times as fast."""
+    """`np.argwhere`, `(n, dimensions)`, several times as fast."""
     return np.stack(np.unravel_index(np.flatnonzero(mask), mask.shape), 1)
 
 
-def _shifted(pattern: np.ndarray, within: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """The pattern's voxels, `(n, dimensions)`, shifted from a random one of them onto a random voxel of the mask `within`, as far as they lie
-    in it; of `PLACES` such shifts that which keeps most. Returns `(dimensions, m)`, an index."""
-    places = np.flatnonzero(within)
-    places = np.stack(np.unravel_index(places[rng.integers(len(places), size=PLACES)], within.shape), 1)
-    shifts = places - pattern[rng.integers(len(pattern), size=PLACES)]
-    sample = pattern[rng.integers(len(pattern), size=SAMPLE)] if len(pattern) > SAMPLE else pattern
-
-    def kept(voxels):
-        inside = ((voxels >= 0) & (voxels < within.shape)).all(-1)
-        return inside & within[tuple(np.moveaxis(np.where(inside[..., None], voxels, 0), -1, 0))]
-
-    moved = pattern + shifts[kept(sample + shifts[:, None]).sum(1).argmax()]
-    return moved[kept(moved)].T
+def _thinned(voxels: np.ndarray) -> np.ndarray:
+    return voxels if len(voxels) <= SAMPLE else voxels[np.linspace(0, len(voxels) - 1, SAMPLE).astype(int)]
 
 
-def _one_label_a_voxel(target: Tensor, regions: bool) -> Tensor:
-    """`(B, *spatial)`; of overlapping regions a number for each combination."""
-    if not regions:
-        return target[:, 0]
-    places = 2 ** torch.arange(target.shape[1] - 1).view(1, -1, *[1] * (target.ndim - 2))
-    return ((target[:, :-1] != 0) * places).sum(1)
+def _edge(data: np.ndarray, voxels: np.ndarray) -> float:
+    """Mean size of the central differences of an image `(channels, *spatial)` at some voxels `(n, dimensions)`."""
+    last, total = np.array(data.shape[1:]) - 1, 0.0
+    for step in np.eye(voxels.shape[-1], dtype=int):
+        before, after = (data[(slice(None), *np.clip(voxels + sign * step, 0, last).T)] for sign in (-1, 1))
+        total += float(np.abs(after - before).mean())
+    return total
+
+
+def _is_by_slices(labels: np.ndarray, annotated: np.ndarray, inside: np.ndarray) -> bool:
+    """Whether whole slices of an image are annotated, up to the borders between classes.
+
+    Along two axes at least, few annotated voxels have then a neighbour in the image that is not annotated.
+    """
+    within = 0
+    for axis in range(labels.ndim):
+        a, b = (tuple(slice(start, stop) if i == axis else slice(None) for i in range(labels.ndim))
+                for start, stop in ((None, -1), (1, None)))
+        both = annotated[a] & annotated[b]
+        closed = np.count_nonzero(both & (labels[a] != labels[b]))
+        opened = np.count_nonzero((annotated[a] ^ annotated[b]) & inside[a] & inside[b])
+        within += closed >= opened
+    return within >= 2
+
+
+def _slice_profile(annotated: np.ndarray, inside: np.ndarray) -> tuple[int, np.ndarray] | None:
+    """The axis across the annotated slices and which of them are annotated; None where the slices are tilted."""
+    for axis in range(annotated.ndim):
+        others = tuple(i for i in range(annotated.ndim) if i != axis)
+        known = inside.sum(others)
+        share = annotated.sum(others)[known > 0] / known[known > 0]
+        if ((share < 0.1) | (share > 0.9)).all():
+            return axis, share > 0.5
+    return None
+
+
+# ---- where it is placed ---------------------------------------------------------------------------------------------
+
+def _by_profile(profile: tuple[int, np.ndarray], inside: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """The image's slices of a profile, shifted at random."""
+    axis, slices = profile
+    size = inside.shape[axis]
+    annotated = np.resize(np.roll(slices, rng.integers(len(slices))), size)
+    return inside & annotated.reshape([size if i == axis else 1 for i in range(inside.ndim)])
+
+
+def _placed(voxels: np.ndarray, of_class: np.ndarray, inside: np.ndarray, data: np.ndarray, depth: Depth,
+            rng: np.random.Generator, whole: bool = True) -> np.ndarray:
+    """A pattern moved to a place where it fits, `(n, dimensions)`.
+
+    Args:
+        voxels: of the pattern, `(n, dimensions)`.
+        of_class: where the class is, `(*spatial)`.
+        inside: where the image is, `(*spatial)`.
+        data: the image, `(channels, *spatial)`.
+        depth: of the class; what is found here is added to it.
+        rng: source of random numbers.
+        whole: whether the components may still be moved one by one.
+    """
+    places = _voxels(of_class)
+    shifts = places[rng.integers(len(places), size=PLACES)] - voxels[rng.integers(len(voxels), size=PLACES)]
+    shifts = np.concatenate((shifts, np.zeros_like(shifts[:1])))
+    moved = _thinned(voxels) + shifts[:, None]
+    fit, kept = _fit(moved, of_class, inside)
+    good = np.flatnonzero((fit >= FITS) & (kept >= 0.9 * kept[fit >= FITS].max(initial=0.5)))
+    if len(good):
+        margins = _margin(moved[good], of_class, inside)
+        innermost = good[margins.argmax()]
+        depth.add("anywhere", _edge(data, moved[good[0]]))
+        depth.add("innermost", _edge(data, moved[innermost]))
+        if rng.random() >= depth.value():
+            return voxels + shifts[good[0]]
+        deeper = _innermost(of_class, len(voxels), rng)
+        return deeper if _margin(_thinned(deeper)[None], of_class, inside)[0] > margins.max() else voxels + shifts[innermost]
+    if whole:
+        return np.concatenate([_placed(part, of_class, inside, data, depth, rng, whole=False) for part in _components(voxels)])
+    return _innermost(of_class, len(voxels), rng)
+
+
+def _components(voxels: np.ndarray) -> list[np.ndarray]:
+    if len(voxels) > MANY:
+        return [voxels]
+    low = voxels.min(0)
+    box = np.zeros(voxels.max(0) - low + 1, bool)
+    box[tuple((voxels - low).T)] = True
+    numbered, number = ndimage.label(box, np.ones([3] * box.ndim))
+    of_voxel = numbered[tuple((voxels - low).T)]
+    return [voxels[of_voxel == component] for component in range(1, number + 1)]
+
+
+def _looked_up(mask: np.ndarray, voxels: np.ndarray, beyond: bool) -> np.ndarray:
+    """`mask` at the voxels `(..., dimensions)`; `beyond` for those that lie outside of the patch."""
+    in_patch = np.all((voxels >= 0) & (voxels < mask.shape), axis=-1)
+    return np.where(in_patch, mask[tuple(np.moveaxis(np.where(in_patch[..., None], voxels, 0), -1, 0))], beyond)
+
+
+def _fit(voxels: np.ndarray, of_class: np.ndarray, inside: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Of the voxels `(places, n, dimensions)`: the share in the class, of those in the image; and the share in the image. `(places,)` each.
+
+    The end of the image may cut a pattern: that tells nothing about the class.
+    """
+    kept = _looked_up(inside, voxels, False).mean(1)
+    return _looked_up(of_class, voxels, False).mean(1) / np.maximum(kept, 1e-9), kept
+
+
+def _margin(voxels: np.ndarray, of_class: np.ndarray, inside: np.ndarray) -> np.ndarray:
+    """How much of the surroundings of the voxels `(places, n, dimensions)` belongs to their class, `(places,)`."""
+    own = of_class | ~inside  # nobody knows where a class ends that the image cuts
+    steps = np.concatenate([sign * distance * np.eye(voxels.shape[-1], dtype=int) for sign in (-1, 1) for distance in (1, 2, 4)])
+    return sum(_looked_up(own, voxels + step, True).mean(1) for step in steps)
+
+
+def _index(voxels: np.ndarray, of_class: np.ndarray) -> tuple[np.ndarray, ...]:
+    """Those of the voxels that lie in the class, as an index."""
+    voxels = voxels[((voxels >= 0) & (voxels < of_class.shape)).all(-1)]
+    return tuple(voxels[of_class[tuple(voxels.T)]].T)
+
+
+def _innermost(of_class: np.ndarray, size: int, rng: np.random.Generator) -> np.ndarray:
+    """The innermost voxels of a class, `(n, dimensions)`: `size`, but at most two thirds of it; of equally deep ones those next to a random one."""
+    places = _voxels(of_class)
+    size = max(1, min(size, 2 * len(places) // 3))
+    low, high = places.min(0), places.max(0) + 1
+    box = of_class[tuple(map(slice, low, high))]
+    # what lies beyond the patch counts as the class: nobody knows where it ends
+    depth = ndimage.distance_transform_cdt(np.pad(of_class, 1, mode="edge")[tuple(map(slice, low, high + 2))])
+    depth = depth[tuple([slice(1, -1)] * box.ndim)][box]
+    deepest = np.flatnonzero(depth == depth.max())
+    distance = ((places - places[deepest[rng.integers(len(deepest))]]) ** 2).sum(1)
+    return places[np.lexsort((distance, -depth))[:size]]

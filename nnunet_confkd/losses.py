@@ -146,17 +146,25 @@ def rank_factors(counts: Tensor) -> tuple[Tensor, Tensor]:
 class PartialSupervision(nn.Module):
     """nnU-Net's supervised loss over the annotated voxels of some images of a batch.
 
-    loss: nnU-Net's compound loss of Dice and (binary) cross-entropy, which masks the ignore label itself; its value is
-        returned to the bit wherever there is anything annotated.
-    ddp: the images are those of one rank of several. In the ranks' average stands the loss of all ranks' images together; every
-        rank must call it, and ranks may hold different numbers of images and of annotated voxels, none included. (nnU-Net's
-        own cross-entropy is each rank's mean, whose voxels weigh more where few are annotated.)
+    Images without any annotated voxel do not enter it.
 
-    Returns a scalar; zero, with a graph, where no voxel is annotated.
+    Args:
+        loss: nnU-Net's compound loss of Dice and (binary) cross-entropy, which masks the ignore label itself. Its value is returned to
+            the bit wherever every image has annotated voxels.
+        ignore_label: the data set's ignore label; None where it has none.
+        regions: sigmoid heads instead of softmax labels.
+        ddp: the images are those of one rank of several. The average over the ranks is the loss of all ranks' images together. Every
+            rank must call it. Ranks may hold different numbers of images and of annotated voxels, none included. (nnU-Net's own
+            cross-entropy is each rank's mean, whose voxels weigh more where few are annotated.)
+
+    Returns:
+        A scalar; zero, with a graph, where no voxel is annotated.
+
+    Raises:
+        ValueError: logits and target differ in the number of images or in their spatial shape.
     """
 
-    def __init__(self, loss: Any, ignore_label: int | None, regions: bool = False,
-                 ddp: bool = False):
+    def __init__(self, loss: Any, ignore_label: int | None, regions: bool = False, ddp: bool = False):
         super().__init__()
         self.loss, self.ignore_label, self.regions, self.ddp = loss, ignore_label, regions, ddp
 
@@ -164,6 +172,11 @@ class PartialSupervision(nn.Module):
         if logits.shape[0] != target.shape[0] or logits.shape[2:] != target.shape[2:]:
             raise ValueError(f"logits {tuple(logits.shape)} and target {tuple(target.shape)} do not match")
         annotated = annotated_voxels(target, self.ignore_label, self.regions)
+        if not getattr(getattr(self.loss, "dc", None), "batch_dice", True):
+            # In a Dice of each image, one without any annotated voxel would count as perfect and weaken the gradient of the others.
+            images = annotated.flatten(1).any(1)
+            if not images.all():
+                logits, target, annotated = logits[images], target[images], annotated[images]
         if self.ddp:
             value = self._over_ranks(logits, target, annotated.sum())
         else:
@@ -206,7 +219,7 @@ class ConfKDLoss(nn.Module):
 
     supervised: the loss of L_s and L_w, e.g. :class:`PartialSupervision`; called with the logits and the target of the
         images concerned.
-    weights: of the terms, keys as in `TERMS`. A term of weight 0 is not computed.
+    weights: of the terms, keys as in `TERMS`. A term of weight 0 is not computed, and neither is one whose ramp is 0.
     resolution_weights: of the deep supervision outputs, highest resolution first (nnU-Net's); resolutions of weight 0
         are not computed. One entry where there is no deep supervision.
     regions: sigmoid heads instead of softmax labels.
@@ -258,19 +271,20 @@ class ConfKDLoss(nn.Module):
             return self.supervised(student, target)
         return (self.supervised(student[full], target[full]) + self.supervised(student[partial], target[partial])) / kinds.present
 
-    def _terms(self, student: Tensor, teacher: Tensor | None, target: Tensor, kinds: _Kinds, extra: bool) -> dict[str, Tensor]:
-        """The unweighted terms at one resolution; the extra ones (KL, entropy) only on request."""
+    def _terms(self, student: Tensor, teacher: Tensor | None, target: Tensor, kinds: _Kinds, weights: dict[str, float],
+               extra: bool) -> dict[str, Tensor]:
+        """The unweighted terms of a weight above 0 at one resolution; the extra ones (KL, entropy) only on request."""
         terms = {}
-        if self.weights["teacher"]:
+        if weights["teacher"]:
             full = kinds.images("full")
             terms["teacher"] = self.supervised(teacher[full], target[full])
-        if self.weights["student"]:
+        if weights["student"]:
             terms["student"] = self._student_term(student, target, kinds)
-        if self.weights["kl"] and extra:
+        if weights["kl"] and extra:
             images = kinds.images(self.kl_images)
             terms["kl"] = kinds.factors[self.kl_images] * _mean(distillation(
                 teacher[images], student[images], regions=self.regions, **self.kl_options))
-        if self.weights["entropy"] and extra:
+        if weights["entropy"] and extra:
             images = kinds.images(self.entropy_images)
             terms["entropy"] = kinds.factors[self.entropy_images] * _mean(entropy(student[images], self.regions))
         return terms
@@ -293,9 +307,12 @@ class ConfKDLoss(nn.Module):
             if resolution_weight == 0:
                 continue
             at_all = self.extra_resolutions == "all"
-            terms = self._terms(student[i], teacher[i], target[i], kinds, at_all or i == 0)
+            terms = self._terms(student[i], teacher[i], target[i], kinds, weights, at_all or i == 0)
             for term, value in terms.items():
                 share = resolution_weight if at_all or term in ("teacher", "student") else 1.0
                 total = total + share * weights[term] * value
                 sums[term] = sums[term] + share * value.detach()
+        if getattr(self.supervised, "ddp", False) and not (weights["student"] and weights["teacher"]):
+            # DDP fails on parameters without gradient, e.g. of a decoder that no term of a weight above 0 uses
+            total = total + sum(_zero_with_graph(output) for output in (*student, *teacher) if output is not None)
         return total, {term: value.detach() for term, value in sums.items()}

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._dynamo import OptimizedModule
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
 from nnunet_confkd.errors import InputError
@@ -76,6 +77,7 @@ class TwoBranchUNet(nn.Module):
         if hasattr(unet, "initialize"):
             self.teacher_decoder.apply(unet.initialize)
         self.teacher_decoder.hints = Hints(unet.encoder, unet.decoder.num_classes)
+        self.batch_norms = [m for m in self.teacher_decoder.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
         self.branch = _predicted_branch.get()
         self.hints_in_input = False
 
@@ -83,14 +85,18 @@ class TwoBranchUNet(nn.Module):
         for decoder in (self.decoder, self.teacher_decoder):
             decoder.deep_supervision = enabled
 
-    def forward(self, x: Tensor, num_full: int | None = None, hints: Tensor | None = None, others: bool = False):
-        """Without `num_full`: what a stock network returns, of the branch that predicts (`self.branch`: the student's,
-        unless asked otherwise). The teacher then has hints only where they are given; nnU-Net's predictor passes one tensor, so with
-        `hints_in_input` they are its last channels.
+    def forward(self, x: Tensor, num_full: int | None = None, hints: Tensor | None = None, teach_all: bool = False):
+        """The outputs of the branches: logits, or a list of logits, highest resolution first, with deep supervision.
 
-        With it, for training: the student's output on the batch `(B, C, *spatial)` and the teacher's on its first `num_full` images, the
-        fully labelled ones, alone; with `others` on all of them, of which those that are not fully labelled do not update it.
-        hints: the teacher's, `(B, heads + 1, *spatial)`; None: none.
+        Args:
+            x: images, `(B, C, *spatial)`. With `hints_in_input` the last channels are the hints: nnU-Net's predictor passes one tensor.
+            num_full: in training, the number of fully annotated images, which come first. None in predictions.
+            hints: the teacher's hints, `(B, heads + 1, *spatial)`; None: no hints.
+            teach_all: in training, whether the teacher is also run on the other images, which do not update it.
+
+        Returns:
+            In predictions the output of the branch that predicts (`self.branch`). In training the student's on all images, and the teacher's
+            on the fully annotated ones, with `teach_all` on all of them.
         """
         if self.hints_in_input:
             x, hints = x.tensor_split([x.shape[1] - self.decoder.num_classes - 1], 1)
@@ -101,34 +107,51 @@ class TwoBranchUNet(nn.Module):
             teacher = self._teach(skips, hints)
             return teacher if self.branch == "teacher" else _combine(self.decoder(skips), teacher, self.branch)
         student = self.decoder(skips)
-        if hints is None:  # zeros rather than nothing: DDP fails on parameters without gradient
-            hints = x.new_zeros((len(x), self.decoder.num_classes + 1, *[1] * (x.ndim - 2)))
-        return student, self.run_teacher(skips, hints, student, num_full, others)
+        if hints is None:
+            # DDP fails on parameters without gradient: an empty sum gives the hints' weights a gradient of zero, at no cost
+            anchor = sum(p.flatten()[:0].sum() for p in self.teacher_decoder.hints.parameters())
+            skips = [*skips[:-1], skips[-1] + anchor]
+        return student, self.run_teacher(skips, hints, student, num_full, teach_all)
 
-    def run_teacher(self, skips: list[Tensor], hints: Tensor, student, num_full: int, others: bool):
+    def run_teacher(self, skips: list[Tensor], hints: Tensor | None, student, num_full: int, teach_all: bool):
         """The teacher's output on the encoder's skips, see `forward`; student: the student's on the same images."""
+        def part(images: slice) -> Tensor | None:
+            return None if hints is None else hints[images]
+
         if num_full > 0:
-            teacher = self._teach([skip[:num_full] for skip in skips], hints[:num_full])
+            teacher = self._teach([skip[:num_full] for skip in skips], part(slice(num_full)))
         else:
             # No image for the teacher: empty outputs that still depend on its parameters, whose gradient is then zero
             # rather than missing. DDP fails on parameters without gradient.
             anchor = sum(p.flatten()[0] for p in self.teacher_decoder.parameters())
             teacher = student[:0].detach() + anchor if torch.is_tensor(student) else [s[:0].detach() + anchor for s in student]
-        if not others or num_full == len(skips[0]):
+        if not teach_all or num_full == len(skips[0]):
             return teacher
-        with torch.no_grad():
-            unlearnt = self._teach([skip[num_full:].detach() for skip in skips], hints[num_full:])
-        return torch.cat((teacher, unlearnt)) if torch.is_tensor(teacher) else [torch.cat(pair) for pair in zip(teacher, unlearnt)]
+        with torch.no_grad(), _unchanged(self.batch_norms):
+            others = self._teach([skip[num_full:].detach() for skip in skips], part(slice(num_full, None)))
+        return torch.cat((teacher, others)) if torch.is_tensor(teacher) else [torch.cat(pair) for pair in zip(teacher, others)]
 
     def _teach(self, skips: list[Tensor], hints: Tensor | None):
         return self.teacher_decoder(skips if hints is None else self.teacher_decoder.hints(skips, hints))
+
+
+@contextmanager
+def _unchanged(batch_norms: list[_BatchNorm]):
+    """The running statistics of these layers do not change; they normalise by those of the batch as before."""
+    for layer in batch_norms:
+        layer.track_running_stats = False
+    try:
+        yield
+    finally:
+        for layer in batch_norms:
+            layer.track_running_stats = True
 
 
 class Hints(nn.Module):
     """Shows the annotated voxels to the teacher: at each resolution a learnt vector for each class is added to the
     encoder's features where a voxel is annotated. Without hints nothing is added: the teacher is a stock decoder.
 
-    The layers are called as nnU-Net calls those whose shape depends on the number of classes: -pretrained_weights leaves them out.
+    The layers have the name that nnU-Net gives to layers whose shape depends on the number of classes: -pretrained_weights leaves them out.
     """
 
     def __init__(self, encoder, num_heads: int):
@@ -136,13 +159,21 @@ class Hints(nn.Module):
         self.seg_layers = nn.ModuleList(encoder.conv_op(num_heads + 1, channels, 1, bias=False) for channels in encoder.output_channels)
 
     def forward(self, skips: list[Tensor], hints: Tensor) -> list[Tensor]:
-        """skips: the encoder's, `(B, channels, *spatial)`, highest resolution first. hints: `(B, heads + 1, *spatial)`, see
-        :func:`nnunet_confkd.hints.as_channels`; at a lower resolution a hint stands wherever one of its voxels has it."""
-        pool = F.adaptive_max_pool2d if hints.ndim == 4 else F.adaptive_max_pool3d
+        """Add the hints to the encoder's skips.
+
+        Args:
+            skips: `(B, channels, *spatial)` each, highest resolution first.
+            hints: `(B, heads + 1, *spatial)`, see :func:`nnunet_confkd.hints.hint_channels`.
+
+        Returns:
+            The skips with hints. At a lower resolution a voxel has a hint if any voxel that it covers has it.
+        """
+        pool = F.max_pool2d if hints.ndim == 4 else F.max_pool3d  # adaptive pooling of volumes has no kernel on Apple's MPS
         hinted = []
         for skip, layer in zip(skips, self.seg_layers):
             if hints.shape[2:] != skip.shape[2:]:
-                hints = pool(hints, skip.shape[2:])  # from resolution to resolution: the largest is read once
+                ratio = [-(-fine // coarse) for fine, coarse in zip(hints.shape[2:], skip.shape[2:])]
+                hints = pool(hints, ratio, ceil_mode=True)  # from resolution to resolution: the largest is read once
             hinted.append(skip + layer(hints))
         return hinted
 

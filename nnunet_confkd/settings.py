@@ -47,20 +47,20 @@ class Settings:
     kl_detach_teacher: bool = _flag(True, "the KL does not update the teacher")
     kl_temperature: float = _number(1.0, 1e-2, 1e2, "temperature T of the KL, which is scaled by T^2")
     kl_softmax_twice: bool = _flag(False, "the conference paper's softmax over the softmax outputs, scaled by T^2 / (2 C)")
-    teacher_hints: bool = _flag(True, "the teacher sees the annotated voxels, too, where the KL acts on images that are not full: of "
-                                "these their own, of full images simulated ones")
+    teacher_hints: bool = _flag(True, "the teacher also sees annotated voxels, if the KL acts on images that are not fully annotated: "
+                                "real annotations on partially annotated images, simulated ones on fully annotated images")
     kl_images: str = _choice("all", "full", "partial", doc="images on which the KL acts: all, those fully labelled, or the others")
-    kl_ramp_start: float = _number(0.2, 0, 1, "share of the epochs after which the KL's weight starts to rise")
-    kl_ramp_end: float = _number(0.5, 0, 1, "share of the epochs after which the KL has its whole weight")
+    kl_ramp_start: float = _number(0.2, 0, 1, "share of the iterations after which the KL's weight starts to rise")
+    kl_ramp_end: float = _number(0.5, 0, 1, "share of the iterations after which the KL has its whole weight")
     entropy_images: str = _choice("partial", "full", "all", doc="images on which the entropy acts: those not fully "
                                                                 "labelled, those fully labelled, or all")
-    entropy_ramp_start: float = _number(0.0, 0, 1, "share of the epochs after which the entropy's weight starts to rise")
-    entropy_ramp_end: float = _number(0.0, 0, 1, "share of the epochs after which the entropy has its whole weight")
+    entropy_ramp_start: float = _number(0.0, 0, 1, "share of the iterations after which the entropy's weight starts to rise")
+    entropy_ramp_end: float = _number(0.0, 0, 1, "share of the iterations after which the entropy has its whole weight")
     extra_resolutions: str = _choice(
         "highest", "all", doc="resolutions of the KL and the entropy: the highest, or all supervised ones")
-    full_share: float = _number(0.5, 0.01, 0.99, "share of fully labelled images in a training batch")
-    ignore_padding: bool = _flag(True, "the padding around images that are not fully labelled is not annotated; false: it "
-                                       "is background, as nnU-Net has it")
+    full_share: float = _number(0.5, 0.01, 0.99, "share of fully annotated images in a training batch")
+    unlabelled_share: float = _number(0.25, 0, 1, "share of unlabelled images among the others in a batch, but at most their share of "
+                                                  "the cases; the rest is partially annotated")
     epochs: int | None = _optional(1, 10 ** 6, "number of epochs; null: the trainer's own (1000, or its name's)")
     iterations_per_epoch: int | None = _optional(1, 10 ** 6, "training steps an epoch; null: nnU-Net's 250")
     max_nonfinite_steps: int = _number(20, 1, 10 ** 6, "steps in a row whose loss or gradient is not finite, after which the "
@@ -102,17 +102,17 @@ class Settings:
         return asdict(self)
 
     @property
-    def teaches_others(self) -> bool:
-        """Whether the KL acts on images that are not fully labelled."""
+    def kl_on_non_full(self) -> bool:
+        """Whether the KL acts on images that are not fully annotated."""
         return self.weight_kl > 0 and self.kl_images != "full"
 
     @property
-    def shows_hints(self) -> bool:
-        """Whether the teacher learns to use annotations that it is shown."""
-        return self.teacher_hints and self.teaches_others
+    def uses_hints(self) -> bool:
+        """Whether the teacher learns to use hints."""
+        return self.teacher_hints and self.kl_on_non_full
 
     def ramp(self, term: str, progress: float) -> float:
-        """Factor of the weight of `term` ("kl" or "entropy") at `progress`, the share of the epochs done, 0 to 1."""
+        """Factor of the weight of `term` ("kl" or "entropy") at `progress`, the share of the iterations done, 0 to 1."""
         start, end = getattr(self, f"{term}_ramp_start"), getattr(self, f"{term}_ramp_end")
         if progress >= end:
             return 1.0

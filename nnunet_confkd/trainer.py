@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 import random
 import warnings
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -30,13 +31,14 @@ from nnunet_confkd.curves import CURVES, plot_curves
 from nnunet_confkd.dataset_conversion.writer import patients_of
 from nnunet_confkd.errors import InputError, TrainingError
 from nnunet_confkd.faults import Divergence, terminable, written_whole
-from nnunet_confkd.hints import ShownVoxels, as_channels
+from nnunet_confkd.hints import KEPT, HintSampler, hint_channels
 from nnunet_confkd.json_files import read_folds
 from nnunet_confkd.losses import TERMS, ConfKDLoss, PartialSupervision, annotated_voxels, confidence
 from nnunet_confkd.network import TwoBranchUNet, unwrap
 from nnunet_confkd.settings import Settings
 from nnunet_confkd.supervision import (
     FULL,
+    PARTIAL,
     TABLE_KEY,
     UNLABELLED,
     StratifiedLoader,
@@ -84,6 +86,7 @@ class ConfKDTrainer(nnUNetTrainer):
         # plans travel with the model: so do the settings that it was trained with
         self.plans_manager.plans["configurations"][configuration]["confkd"] = self.settings.as_dict()
         self.kinds: dict[str, str] | None = None  # -> find_supervision
+        self.iteration = 0  # training steps done
         self.divergence = Divergence(self.settings.max_nonfinite_steps)
         self._add_missing_curves()
 
@@ -193,16 +196,69 @@ class ConfKDTrainer(nnUNetTrainer):
         if set(training.values()) == {FULL}:
             self.print_to_log_file("WARNING: every training case is fully labelled. Nothing is left for the student to "
                                    "learn from partial labels; this is nnU-Net with self-distillation.")
-        hidden = [case for case, kind in training.items() if kind == UNLABELLED]
-        dataset_tr = TrainingCases(dataset_tr, hidden, self.label_manager.ignore_label)
+        dataset_tr = self._training_cases(dataset_tr)
         full = [case for case in dataset_val.identifiers if kinds[case] == FULL]
         if len(full) < len(dataset_val.identifiers):
             self.print_to_log_file(f"WARNING: {len(dataset_val.identifiers) - len(full)} validation case(s) are not fully "
                                    f"labelled. " + ("The pseudo-Dice is that of the others." if full else "There is no "
                                                     "other: the pseudo-Dice counts annotated voxels only."))
         dataset_val.identifiers = full or dataset_val.identifiers
-        self._record(training, dataset_val.identifiers)
+        with_hints = self.validation_hints is not None  # asked of all ranks: it reads the split, which they do together
+        self._record(training, dataset_val.identifiers, with_hints)
         return dataset_tr, dataset_val
+
+    def _training_cases(self, dataset) -> TrainingCases:
+        unlabelled = [case for case in dataset.identifiers if self.kinds[case] == UNLABELLED]
+        return TrainingCases(dataset, unlabelled, self.label_manager.ignore_label)
+
+    @property
+    def _label_options(self) -> dict:
+        """What nnU-Net's transforms are told of the labels."""
+        labels = self.label_manager
+        return dict(is_cascaded=self.is_cascaded, foreground_labels=labels.foreground_labels, ignore_label=labels.ignore_label,
+                    regions=labels.foreground_regions if labels.has_regions else None)
+
+    @property
+    def _loader_options(self) -> dict:
+        return dict(oversample_foreground_percent=self.oversample_foreground_percent, sampling_probabilities=None,
+                    pad_sides=None, probabilistic_oversampling=self.probabilistic_oversampling)
+
+    @property
+    def _strata(self) -> dict:
+        return dict(kinds=self.kinds, full_share=self.settings.full_share, unlabelled_share=self.settings.unlabelled_share)
+
+    def _with_padding(self, transforms):
+        """nnU-Net's transforms; beside an ignore label the loader decides what the padding is."""
+        if self.label_manager.has_ignore_label:
+            label_padding(transforms, self.label_manager.ignore_label)
+        return transforms
+
+    @cached_property
+    def validation_hints(self) -> HintSampler | None:
+        """Simulates annotations of the validation cases, for the teacher: it has seen partially annotated training cases of this fold.
+
+        None where the teacher does not learn to use hints, or where a validation case is not fully annotated.
+        """
+        if not self.settings.uses_hints:
+            return None
+        train, val = self.do_split()
+        kinds = self.find_supervision()
+        if PARTIAL not in (kinds[case] for case in train) or any(kinds[case] != FULL for case in val):
+            return None
+        sampler = HintSampler(self.label_manager.ignore_label, self.label_manager.has_regions, no_hints=0)
+        patch_size = self.configuration_manager.patch_size
+        cases = self.dataset_class(self.preprocessed_dataset_folder, list(train),
+                                   folder_with_segs_from_previous_stage=self.folder_with_segs_from_previous_stage)
+        transforms = self._with_padding(self.get_validation_transforms(None, **self._label_options))
+        loader = StratifiedLoader(self._training_cases(cases), self.configuration_manager.batch_size, patch_size, patch_size, self.label_manager,
+                                  transforms=transforms, **self._strata, **self._loader_options)
+        before = np.random.get_state()
+        np.random.seed(12345)  # the same hints in every validation
+        for _ in range(4 * KEPT):
+            if sampler.images["annotated"] < KEPT:
+                sampler(next(loader))
+        np.random.set_state(before)
+        return sampler
 
     def get_dataloaders(self):
         """nnU-Net's body, with a stratified loader: there is no hook for the class."""
@@ -212,26 +268,21 @@ class ConfKDTrainer(nnUNetTrainer):
         deep_supervision_scales = self._get_deep_supervision_scales()
         (rotation_for_DA, do_dummy_2d_data_aug, initial_patch_size,
          mirror_axes) = self.configure_rotation_dummyDA_mirroring_and_inital_patch_size()
-        labels = dict(is_cascaded=self.is_cascaded, foreground_labels=self.label_manager.foreground_labels,
-                      regions=self.label_manager.foreground_regions if self.label_manager.has_regions else None,
-                      ignore_label=self.label_manager.ignore_label)
-        tr_transforms = self.get_training_transforms(
+        tr_transforms = self._with_padding(self.get_training_transforms(
             patch_size, rotation_for_DA, deep_supervision_scales, mirror_axes, do_dummy_2d_data_aug,
-            use_mask_for_norm=self.configuration_manager.use_mask_for_norm, **labels)
-        if self.settings.ignore_padding and self.label_manager.ignore_label is not None:
-            label_padding(tr_transforms, self.label_manager.ignore_label)
-        val_transforms = self.get_validation_transforms(deep_supervision_scales, **labels)
+            use_mask_for_norm=self.configuration_manager.use_mask_for_norm, **self._label_options))
+        val_transforms = self._with_padding(self.get_validation_transforms(deep_supervision_scales, **self._label_options))
         dataset_tr, dataset_val = self.get_tr_and_val_datasets()
-        options = dict(oversample_foreground_percent=self.oversample_foreground_percent, sampling_probabilities=None,
-                       pad_sides=None, probabilistic_oversampling=self.probabilistic_oversampling)
-        complete = None
-        if self.settings.shows_hints:
-            complete = ShownVoxels(self.label_manager.ignore_label, self.label_manager.has_regions)
-        dl_tr = StratifiedLoader(dataset_tr, self.batch_size, initial_patch_size, patch_size, self.label_manager,
-                                 kinds=self.kinds, full_share=self.settings.full_share, offset=self.local_rank,
-                                 complete=complete, transforms=tr_transforms, **options)
-        dl_val = nnUNetDataLoader(dataset_val, self.batch_size, patch_size, patch_size, self.label_manager,
-                                  transforms=val_transforms, **options)
+        hints = None
+        if self.settings.uses_hints and any(self.kinds[case] == PARTIAL for case in dataset_tr.identifiers):
+            hints = HintSampler(self.label_manager.ignore_label, self.label_manager.has_regions)
+        dl_tr = StratifiedLoader(dataset_tr, self.batch_size, initial_patch_size, patch_size, self.label_manager, offset=self.local_rank,
+                                 complete=hints, transforms=tr_transforms, **self._strata, **self._loader_options)
+        val = dataset_val, self.batch_size, patch_size, patch_size, self.label_manager
+        if all(self.kinds[case] == FULL for case in dataset_val.identifiers):
+            dl_val = StratifiedLoader(*val, complete=self.validation_hints, transforms=val_transforms, **self._strata, **self._loader_options)
+        else:
+            dl_val = nnUNetDataLoader(*val, transforms=val_transforms, **self._loader_options)
         processes = get_allowed_n_proc_DA()
         if self.settings.seed is not None:
             # differs between ranks, and after a restart, which must not see the first batches again
@@ -258,11 +309,12 @@ class ConfKDTrainer(nnUNetTrainer):
         np.random.seed(seed)
         torch.manual_seed(seed)
 
-    def _record(self, training: dict[str, str], validation: list[str]) -> None:
+    def _record(self, training: dict[str, str], validation: list[str], teacher_with_hints: bool) -> None:
         """Write what is trained on what into the fold's folder."""
         if self.local_rank == 0:
             record = {"trainer": type(self).__name__, "nnunet_confkd": __version__, "settings": self.settings.as_dict(),
-                      "supervision": training, "pseudo_dice_on": list(validation)}
+                      "supervision": training, "pseudo_dice_on": list(validation),
+                      "teacher_validated_with_hints": teacher_with_hints}
             with open(join(self.output_folder, "confkd.json"), "w") as f:
                 json.dump(record, f, indent=2)
 
@@ -291,14 +343,15 @@ class ConfKDTrainer(nnUNetTrainer):
         data, target = self._to_device(batch)
         num_full = batch['num_full']
         highest_target = target[0] if self.enable_deep_supervision else target
-        progress = (self.current_epoch + 1) / self.num_epochs
+        self.iteration += 1
+        progress = self.iteration / (self.num_epochs * self.num_iterations_per_epoch)
+        ramps = {term: self.settings.ramp(term, progress) for term in ("kl", "entropy")}
 
         self.optimizer.zero_grad(set_to_none=True)
         with self._autocast():
             student, teacher = self._forward(data, num_full, hints=self._hints(batch, highest_target),
-                                             others=self.settings.teaches_others)
-            loss, terms = self.loss(student, teacher, target, num_full, kl_ramp=self.settings.ramp("kl", progress),
-                                    entropy_ramp=self.settings.ramp("entropy", progress))
+                                             teach_all=self.settings.kl_on_non_full and ramps["kl"] > 0)
+            loss, terms = self.loss(student, teacher, target, num_full, kl_ramp=ramps["kl"], entropy_ramp=ramps["entropy"])
 
         if self.grad_scaler is not None:
             self.grad_scaler.scale(loss).backward()
@@ -326,10 +379,10 @@ class ConfKDTrainer(nnUNetTrainer):
         return values
 
     def _hints(self, batch: dict, target: torch.Tensor) -> torch.Tensor | None:
-        if "shown" not in batch:
+        if "hint_mask" not in batch:
             return None
-        return as_channels(target, batch["shown"].to(self.device, non_blocking=True), self.label_manager.num_segmentation_heads,
-                           self.label_manager.has_regions)
+        return hint_channels(target, batch["hint_mask"].to(self.device, non_blocking=True), self.label_manager.num_segmentation_heads,
+                             self.label_manager.has_regions)
 
     def run_training(self):
         """nnU-Net's; where it does not get to its end, it says what is left to go on from."""
@@ -351,6 +404,10 @@ class ConfKDTrainer(nnUNetTrainer):
                                     f"was killed, most likely for want of memory (nnUNet_n_proc_DA: fewer processes). {stopped}") from error
             raise
 
+    def on_train_epoch_start(self):
+        super().on_train_epoch_start()
+        self.iteration = self.current_epoch * self.num_iterations_per_epoch  # after --c, too
+
     def on_train_epoch_end(self, train_outputs: list[dict]):
         super().on_train_epoch_end(train_outputs)
         outputs = collate_outputs(train_outputs)
@@ -371,7 +428,8 @@ class ConfKDTrainer(nnUNetTrainer):
     def validation_step(self, batch: dict) -> dict:
         data, target = self._to_device(batch)
         with self._autocast():
-            student, teacher = self._forward(data, data.shape[0])
+            hints = self._hints(batch, target[0] if self.enable_deep_supervision else target) if self.two_branches else None
+            student, teacher = self._forward(data, data.shape[0], hints=hints)
             if not self.enable_deep_supervision:
                 student, teacher, target = [student], [teacher], [target]
             loss = sum(w * self.loss.supervised(s, t)
@@ -424,7 +482,7 @@ class ConfKDTrainer(nnUNetTrainer):
         self.print_to_log_file("terms", {term: round(value(f"loss_{term}", step=-1), 4) for term in TERMS},
                                "| student's confidence", round(value("student_confidence", step=-1), 4),
                                "| annotated share", round(value("annotated_share", step=-1), 4))
-        self.print_to_log_file("Pseudo dice of the teacher",
+        self.print_to_log_file("Pseudo dice of the teacher" + (" (with simulated hints)" if self.validation_hints else ""),
                                np.round(value("teacher_dice_per_class_or_region", step=-1), 4).tolist())
         super().on_epoch_end()
         if self.local_rank == 0:

@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
+from typing import Any
+from zlib import crc32
 
 import numpy as np
 import torch
@@ -22,7 +24,9 @@ from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
 from nnunetv2.utilities.label_handling.label_handling import convert_labelmap_to_one_hot
 
 from nnunet_confkd.errors import TrainingError
+from nnunet_confkd.hints import class_map, regions_of, volume_hints
 from nnunet_confkd.network import TwoBranchUNet, unwrap
+from nnunet_confkd.supervision import OUTSIDE, label_outside
 
 VALIDATION_FOLDERS = {"student": "validation", "teacher": "validation_teacher"}
 
@@ -52,27 +56,45 @@ class CasePredictor:
         self.predictor.label_manager = _Heads(self.heads * len(branches))
 
     @contextmanager
-    def _output_of_branches(self):
-        module = unwrap(self.trainer.network)
+    def _output_of_branches(self, hints: bool):
+        module: Any = unwrap(self.trainer.network)
         if len(self.branches) < 2:
             yield
             return
-        before, module.branch = module.branch, "both"
+        before, module.branch, module.hints_in_input = module.branch, "both", hints
         try:
             yield
         finally:
-            module.branch = before
+            module.branch, module.hints_in_input = before, False
 
-    def __call__(self, data: np.ndarray, seg_prev: np.ndarray | None) -> dict[str, np.ndarray]:
-        """data: `(C, *spatial)`; seg_prev: the previous stage's labels `(*spatial)`, for a cascade. Returns the logits
-        of each branch, `(heads, *spatial)`."""
+    def __call__(self, data: np.ndarray, seg_prev: np.ndarray | None, hints: torch.Tensor | None = None) -> dict[str, np.ndarray]:
+        """data: `(C, *spatial)`; seg_prev: the previous stage's labels `(*spatial)`, for a cascade; hints: the teacher's,
+        `(heads + 1, *spatial)`. Returns the logits of each branch, `(heads, *spatial)`."""
         if self.trainer.is_cascaded:
             data = np.vstack((data, convert_labelmap_to_one_hot(
                 seg_prev, self.trainer.label_manager.foreground_labels, output_dtype=data.dtype)))
-        with self._output_of_branches():
-            logits = self.predictor.predict_sliding_window_return_logits(torch.tensor(data)).cpu().numpy()
+        image = torch.tensor(data)
+        if hints is not None:
+            image = torch.cat((image, hints.to(image.dtype)))
+        with self._output_of_branches(hints is not None):
+            logits = self.predictor.predict_sliding_window_return_logits(image).cpu().numpy()
         return {branch: np.ascontiguousarray(logits[i * self.heads:(i + 1) * self.heads])
                 for i, branch in enumerate(self.branches)}
+
+
+def simulated_hints(trainer, case: str, data: np.ndarray, seg: np.ndarray) -> torch.Tensor | None:
+    """The teacher's hints on a fully annotated case, `(heads + 1, *spatial)`; None where it is validated without hints.
+
+    They are the same in every validation of this case with the same partially annotated training cases.
+    """
+    sampler = trainer.validation_hints
+    if sampler is None:
+        return None
+    label = label_outside(torch.from_numpy(seg[0].astype(np.int16)), trainer.label_manager.ignore_label, full=True)
+    target = regions_of(label[None], trainer.label_manager)
+    mask = sampler.simulate_volume(data, class_map(target[None], trainer.label_manager.has_regions)[0], seg[0] != OUTSIDE,
+                                   trainer.configuration_manager.patch_size, np.random.default_rng(crc32(case.encode())))
+    return volume_hints(label.numpy(), mask, trainer.label_manager)
 
 
 class _ExportPool:
@@ -167,9 +189,10 @@ def _predict_cases(trainer, cases: list[str], branches: list[str], pool: _Export
     predict = CasePredictor(trainer, branches)
     for i, case in enumerate(dataset.identifiers):
         pool.wait_for_room()
-        data, _, seg_prev, properties = dataset.load_case(case)
+        data, seg, seg_prev, properties = dataset.load_case(case)
         trainer.print_to_log_file(f"predicting {case}, shape {data.shape}, rank {trainer.local_rank}")
-        logits = predict(data[:], None if seg_prev is None else seg_prev[:])
+        hints = simulated_hints(trainer, case, data[:], seg[:]) if "teacher" in branches else None
+        logits = predict(data[:], None if seg_prev is None else seg_prev[:], hints)
         for branch, folder in folders.items():
             pool.submit(export_prediction_from_logits, logits[branch], properties, trainer.configuration_manager,
                         trainer.plans_manager, trainer.dataset_json, join(folder, case), save_probabilities)
@@ -190,6 +213,9 @@ def validate(trainer, save_probabilities: bool) -> None:
     for folder in folders.values():
         maybe_mkdir_p(folder)
     _, val_cases = trainer.do_split()
+    if len(branches) > 1:
+        trainer.print_to_log_file("The teacher is validated " + ("with simulated annotations as hints, which is what it is trained for."
+                                                                 if trainer.validation_hints else "without hints."))
 
     with _export_pool() as pool:
         _predict_cases(trainer, val_cases, branches, pool, folders, save_probabilities)

@@ -331,6 +331,22 @@ class Batch:
 
 # ---- partial supervision --------------------------------------------------------------------------------------------
 
+@pytest.mark.parametrize("regions", (False, True))
+@pytest.mark.parametrize("ndim", (2, 3))
+def test_images_without_any_annotated_voxel_do_not_enter_the_loss(ndim, regions):
+    """With a Dice of each image (3-D) one would count as perfect, and halve the gradient of the image beside it."""
+    target = make_target(ndim, regions, 1, 1, seed=0)
+    target[1, -1] = 1 if regions else IGNORE
+    target[1, :-1] = 0
+    logits = random_logits(2, CHANNELS, *target.shape[2:], seed=1, dtype=torch.float32).requires_grad_()
+    loss = supervised(ndim, regions)
+    value, alone = loss(logits, target), loss(logits[:1], target[:1])
+    assert float(value) == pytest.approx(float(alone), abs=1e-6)
+    gradients = [torch.autograd.grad(of, logits)[0] for of in (value, alone)]
+    torch.testing.assert_close(*gradients)
+    assert gradients[0][0].any() and not gradients[0][1].any()
+
+
 def test_annotated_voxels_are_those_that_do_not_carry_the_ignore_label():
     labels = torch.tensor([0, 2, IGNORE, 1]).reshape(1, 1, 2, 2)
     assert annotated_voxels(labels, IGNORE).flatten().tolist() == [True, True, False, True]

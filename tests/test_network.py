@@ -11,6 +11,7 @@ from dynamic_network_architectures.architectures.primus import Primus
 from dynamic_network_architectures.architectures.unet import PlainConvUNet, ResidualEncoderUNet, ResidualUNet
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from nnunet_confkd.errors import InputError
 from nnunet_confkd.network import TwoBranchUNet, add_teacher, branch_weights, has_teacher, predicting, unwrap
@@ -332,12 +333,81 @@ def test_a_hint_stands_at_every_resolution(architecture, ndim, stages):
 def test_images_that_are_not_full_do_not_update_the_teacher(deep_supervision, num_full):
     network = two_branches(deep_supervision=deep_supervision)
     hints = hints_at(2, 2)
-    student, teacher = network(images(), num_full, hints, others=True)
+    student, teacher = network(images(), num_full, hints, teach_all=True)
     alone = network(images(), BATCH, hints)[1]
     for result, expected in zip(as_list(teacher), as_list(alone)):
         torch.testing.assert_close(result, expected)
     sum(x[num_full:].sum() for x in as_list(teacher)).backward()
     assert all(g is None or not g.any() for g in gradients(network))
+
+
+@pytest.mark.parametrize("ndim", (2, 3))
+def test_a_hint_at_the_end_of_an_odd_image_stands_at_every_resolution(ndim):
+    """Strided convolutions round up, and so does the pooling of the hints."""
+    network = two_branches(PlainConvUNet, ndim)
+    skips = network.encoder(torch.randn(1, 1, *ndim * [15]))
+    hints = torch.zeros(1, CLASSES + 1, *ndim * [15])
+    hints[(0, 1, *ndim * [14])] = 1
+    for skip, with_hint in zip(skips, network.teacher_decoder.hints(skips, hints)):
+        changed = (with_hint - skip).detach().abs().sum((0, 1))
+        assert changed[ndim * (-1,)] > 0 and (changed > 0).sum() == 1
+
+
+@each_network
+def test_without_hints_none_are_computed_and_their_weights_have_a_gradient_of_zero(architecture, ndim, stages):
+    """Zeros of the size of the image would cost (heads + 1) * 12 bytes a voxel. DDP fails on weights without gradient."""
+    network = two_branches(architecture, ndim, stages)
+    calls = Calls(network.teacher_decoder.hints)
+    total(network(images(ndim), BATCH)[1]).backward()
+    assert not calls.batch_sizes
+    weights = list(network.teacher_decoder.hints.parameters())
+    assert weights and all(p.grad is not None and not p.grad.any() for p in weights)
+
+
+class Operators(TorchDispatchMode):
+    """The names of all operators that run in this context."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.add(function._schema.name.removeprefix("aten::"))
+        return function(*args, **(kwargs or {}))
+
+
+# All of them have a kernel for Apple's MPS (or consist of such), for volumes as well, in PyTorch's native_functions.yaml.
+# (`adaptive_max_pool3d` has none.)
+ON_EVERY_DEVICE = {
+    "add", "add_", "avg_pool2d", "avg_pool3d", "cat", "convolution", "detach", "empty", "leaky_relu_", "max_pool2d_with_indices",
+    "max_pool3d_with_indices", "native_batch_norm", "repeat", "select", "slice", "sum", "view"}
+
+
+@each_network
+@pytest.mark.parametrize("with_hints", (True, False))
+def test_no_operator_lacks_a_kernel_on_some_device(architecture, ndim, stages, with_hints):
+    network, x = two_branches(architecture, ndim, stages), images(ndim)
+    hints = hints_at(ndim, 0) if with_hints else None
+    with Operators() as operators:
+        network(x, 2, hints, teach_all=True)
+        network(x, 0, hints)
+        network(x)
+    assert "convolution" in operators.names and operators.names <= ON_EVERY_DEVICE, operators.names - ON_EVERY_DEVICE
+
+
+def test_images_that_are_not_full_do_not_change_the_teachers_running_statistics():
+    torch.manual_seed(0)
+    unet = PlainConvUNet(1, 2, [4, 8], nn.Conv2d, 3, [1, 2], 1, CLASSES, 1, True, nn.BatchNorm2d, {}, nonlin=nn.LeakyReLU, deep_supervision=False)
+    networks = [TwoBranchUNet(unet)]
+    networks.append(deepcopy(networks[0]))
+    before = deepcopy(networks[0].teacher_decoder.state_dict())
+    teachers = [network(images(), 2, hints_at(2, 0), teach_all) [1] for network, teach_all in zip(networks, (True, False))]
+    statistics = [{name: value for name, value in network.teacher_decoder.state_dict().items() if "running" in name or "tracked" in name}
+                  for network in networks]
+    assert statistics[0] and all(torch.equal(statistics[0][name], statistics[1][name]) for name in statistics[0])
+    assert any(not torch.equal(statistics[0][name], before[name]) for name in statistics[0])
+    assert len(teachers[0]) == BATCH and torch.equal(teachers[0][:2], teachers[1])
+    assert all(layer.track_running_stats for layer in networks[0].batch_norms) and networks[0].batch_norms
 
 
 # ---- the branch that predicts ---------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from nnunetv2.training.loss.dice import MemoryEfficientSoftDiceLoss
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from nnunet_confkd.hints import as_channels
+from nnunet_confkd.hints import hint_channels
 from nnunet_confkd.losses import ConfKDLoss, PartialSupervision
 from nnunet_confkd.network import TwoBranchUNet
 
@@ -57,7 +57,7 @@ def joint_batch(split: str, ndim: int, regions: bool):
     shown = torch.rand(images.shape, generator=random) < 0.2
     if not regions:
         shown &= targets[0] != IGNORE
-    return images, targets, as_channels(targets[0], shown, CHANNELS, regions).double(), full
+    return images, targets, hint_channels(targets[0], shown, CHANNELS, regions).double(), full
 
 
 def images_of_rank(split: str, rank: int) -> list[int]:

@@ -65,7 +65,7 @@ BAD_VALUES = {
     "student_average": ("mean",),
     "kl_images": ("unlabelled",),
     "teacher_hints": (1, "no"),
-    "ignore_padding": (1, "no"),
+    "unlabelled_share": (-0.1, 1.1, "no"),
     "entropy_images": ("unlabelled",),
     "extra_resolutions": ("lowest",),
 }

@@ -32,6 +32,7 @@ from nnunet_confkd.supervision import (
     kind_of,
     label_padding,
     lost_annotations,
+    real_hints,
     require_full,
     split_full_cases,
     summary,
@@ -244,17 +245,32 @@ class Cases:
         return data, seg, None, {"class_locations": where}
 
 
-@pytest.mark.parametrize("labels, padding", [([-1, 0, 3, 1], 3), ([-1, 0, 2, 1], 0), ([-1, 3, 3, 3], 3), ([-1, -1, -1, -1], 0)])
-def test_padding_is_ignored_beside_ignored_voxels_only(labels, padding):
+@pytest.mark.parametrize("full, padding", [(False, 3), (True, 0)])
+@pytest.mark.parametrize("labels", ([-1, 0, 3, 1], [-1, 0, 2, 1], [-1, -1, -1, -1]))
+def test_padding_is_ignored_in_images_that_are_not_full(labels, full, padding):
+    """Also in a patch whose own voxels are all annotated: nobody annotated what lies around it."""
     before = torch.tensor([[labels], [[-1, 1, 2, 3]]], dtype=torch.int16)  # the second: a cascade's previous prediction
-    after = LabelPadding(3)(segmentation=before.clone())["segmentation"]
+    step = LabelPadding(3)
+    step.full = full
+    after = step(segmentation=before.clone())["segmentation"]
+    assert after.dtype == before.dtype
     assert after[0, 0].tolist() == [padding if label == -1 else label for label in labels]
     assert after[1, 0].tolist() == [0, 1, 2, 3]
+    assert step.inside.tolist() == [[[label != -1 for label in labels]]]
+
+
+def test_real_hints_of_a_whole_image_are_those_of_its_patches():
+    label = np.array([[-1, 0, 3, 1], [2, -1, -1, 3]], np.int16)
+    known, mask = real_hints(label, 3)
+    step = LabelPadding(3)
+    step.full = False
+    patch = step(segmentation=torch.from_numpy(label)[None])["segmentation"][0]
+    assert known.tolist() == patch.tolist() == [[3, 0, 3, 1], [2, 3, 3, 3]] and mask.tolist() == (known != 3).tolist()
 
 
 def test_unknown_training_transforms_are_not_passed_over():
     for steps in ([], [RemoveLabelTransform(-1, 0)] * 2, [RemoveLabelTransform(4, 0)]):
-        with pytest.raises(RuntimeError, match="^nnU-Net's training transforms .*; set ignore_padding to false$"):
+        with pytest.raises(RuntimeError, match="^nnU-Net's training transforms .*: another version of nnU-Net\\?$"):
             label_padding(ComposeTransforms(steps), 3)
 
 
@@ -294,7 +310,7 @@ def test_without_other_cases_all_images_are_full():
 
 
 def test_without_a_full_case_there_is_nothing_to_draw_from():
-    with pytest.raises(InputError, match="^no fully labelled case to draw from$"):
+    with pytest.raises(InputError, match="^no fully annotated case to draw from$"):
         loader(4, kinds={"p": PARTIAL, "u": UNLABELLED})
 
 
@@ -322,6 +338,76 @@ def test_every_case_of_a_stratum_is_drawn_as_often():
         drawn.update(dl.get_indices())
     # 3000 draws from 3 full cases and 3000 from 10 others: 1000 and 300 each; five standard deviations are 129 and 82
     assert all(abs(drawn[case] - (1000 if case[0] == "f" else 300)) < (130 if case[0] == "f" else 83) for case in KINDS)
+
+
+@pytest.mark.parametrize("batch_size, share, unlabelled, partial_cases, unlabelled_cases, expected", [
+    (4, 0.5, 0.25, 12, 500, (2, 1.5, 0.5)),  # few partial among many unlabelled: in every batch partial images nonetheless
+    (4, 0.5, 0.25, 57, 3, (2, 1.9, 0.1)),  # few unlabelled: no more often than they occur
+    (4, 0.5, 0.25, 9, 0, (2, 2, 0)), (4, 0.5, 0.25, 0, 9, (2, 0, 2)), (4, 0.5, 0.0, 9, 9, (2, 2, 0)), (4, 0.5, 1.0, 3, 9, (2, 0.5, 1.5)),
+    (1, 0.5, 0.25, 12, 500, (0.5, 0.375, 0.125)), (2, 0.5, 0.25, 12, 500, (1, 0.75, 0.25)), (10, 0.2, 0.25, 12, 500, (2, 6, 2))])
+def test_each_batch_holds_the_set_shares_of_the_three_strata(batch_size, share, unlabelled, partial_cases, unlabelled_cases, expected):
+    kinds = {"f": FULL} | {f"p{i}": PARTIAL for i in range(partial_cases)} | {f"u{i}": UNLABELLED for i in range(unlabelled_cases)}
+    dl = loader(batch_size, share, kinds, unlabelled_share=unlabelled)
+    drawn = Counter()
+    for number in range(400):
+        keys = dl.get_indices()
+        of_batch = [kinds[key] for key in keys]
+        assert of_batch == sorted(of_batch, key=(FULL, PARTIAL, UNLABELLED).index) and len(keys) == batch_size
+        drawn.update(of_batch)
+        # regularly: at no time is a stratum two images away from its share
+        assert all(abs(drawn[kind] - (number + 1) * wanted) < 2 for kind, wanted in zip((FULL, PARTIAL, UNLABELLED), expected))
+
+
+def test_patches_of_partial_images_hold_an_annotated_voxel_at_any_place():
+    """nnU-Net centres them on it: a real hint would always lie in the middle, and a simulated one anywhere."""
+    kinds = {"f": FULL, "p": PARTIAL}
+    cases = Cases(kinds, (1, 40, 40))
+    dl = StratifiedLoader(cases, 2, (12, 12), (8, 8), WITH_IGNORE, kinds=kinds, full_share=0.5, oversample_foreground_percent=0.33)
+    np.random.seed(0)
+    annotated = np.zeros((1, 40, 40), bool)
+    annotated[0, 20, 17] = True
+    load = cases.load_case
+
+    def one_voxel(case):
+        data, seg, previous, properties = load(case)
+        if case == "p":
+            seg[0] = np.where(annotated, 1, IGNORE)
+            properties = {"class_locations": {1: np.argwhere(seg == 1), 2: [], (-1, 0, 1, 2): np.argwhere(seg == 1)}}
+        return data, seg, previous, properties
+
+    cases.load_case = one_voxel
+    seen = np.zeros((12, 12), int)
+    for _ in range(2000):
+        target = next(dl)["target"][1, 0]
+        assert (target == 1).sum() == 1
+        seen += (target == 1).numpy()
+    # anywhere in the middle 8 x 8, which the network gets, and nowhere else: 31 times each, five standard deviations are 28
+    assert seen[2:10, 2:10].sum() == 2000 and seen[2:10, 2:10].min() > 3 and seen[2:10, 2:10].max() < 60
+
+
+def test_patches_at_the_end_of_an_image_stay_as_far_inside_as_nnunets():
+    kinds = {"f": FULL, "p": PARTIAL}
+    dl = loader(2, kinds=kinds)
+    dl.get_indices()
+    dl.get_do_oversample(1)
+    where = {1: np.array([[0, 0, 0, 0]]), (-1, 0, 1, 2): np.array([[0, 0, 0, 0]])}
+    low, high = dl.get_bbox((1, 12, 12), True, where)
+    assert low == [0, 0, 0] and high == [1, 8, 8]
+    low, high = dl.get_bbox((1, 5, 12), False, where)  # smaller than a patch: in its middle
+    assert low == [0, -2, 0] and high == [1, 6, 8]
+
+
+def test_transforms_are_told_which_images_are_full_and_tell_where_the_image_is():
+    transforms = ComposeTransforms([RemoveLabelTransform(-1, 0)])
+    label_padding(transforms, IGNORE)
+    kinds = {"f": FULL, "p": PARTIAL}
+    dl = StratifiedLoader(Cases(kinds, (1, 8, 8)), 2, (10, 10), (10, 10), WITH_IGNORE, kinds=kinds, full_share=0.5,
+                          oversample_foreground_percent=0.33, transforms=transforms)
+    batch = next(dl)
+    image = torch.zeros(10, 10, dtype=torch.bool)
+    image[1:9, 1:9] = True
+    assert batch["inside"].dtype == torch.bool and torch.equal(batch["inside"], image.expand(2, 1, 10, 10))
+    assert (batch["target"][0, 0][~image] == 0).all() and (batch["target"][1, 0][~image] == IGNORE).all()
 
 
 @pytest.mark.parametrize("share", [0.5, 0.25, 1 / 3])
@@ -359,8 +445,10 @@ def test_each_stratum_is_forced_to_the_foreground_as_often_as_stock_batches(batc
 
 
 def test_probabilistic_oversampling_stays_nnunets():
-    dl = loader(4, probabilistic_oversampling=True)
-    assert dl.get_do_oversample == dl._probabilistic_oversampling
+    np.random.seed(0)
+    dl = loader(4, probabilistic_oversampling=True, oversample=0.25)
+    forced = [dl.get_do_oversample(0) for _ in range(2000)]
+    assert np.mean(forced) == pytest.approx(0.25, abs=0.05)  # five standard deviations
 
 
 def test_unlabelled_cases_give_random_crops_and_no_warning():

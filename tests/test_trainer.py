@@ -55,20 +55,19 @@ def test_a_step_moves_every_part_and_reports_every_term(nnunet, hippocampus, sta
 
 
 def test_the_padding_of_partial_images_is_not_annotated(nnunet, hippocampus, started):
-    """Of a partial image, its points carry a label and its padding does not."""
-    shares = {}
-    for ignored in (True, False):
-        trainer = started(HIPPOCAMPUS, nnunet.configure(HIPPOCAMPUS, f"padding_{ignored}", "2d", SHORT | {"ignore_padding": ignored}))
-        full, partial = [], []
-        for _ in range(3):
-            batch = next(trainer.dataloader_train)
-            assert not any((target == -1).any() for target in batch["target"])
-            labelled = batch["target"][0] != 3
-            full.append(labelled[:batch["num_full"]].float().mean())
-            partial.append(labelled[batch["num_full"]:].float().mean())
-        shares[ignored] = np.mean(full), np.mean(partial)
-    assert shares[True][0] == shares[False][0] == 1
-    assert 0 < shares[True][1] < 0.03 and shares[False][1] > 2 * shares[True][1]
+    """Of a partial image, its points carry a label and its padding does not; of a full one the padding is background."""
+    trainer = started(HIPPOCAMPUS, nnunet.configure(HIPPOCAMPUS, "padding", "2d", SHORT))
+    padding, points = 0, []
+    for _ in range(6):
+        batch = next(trainer.dataloader_train)
+        assert not any((target == -1).any() for target in batch["target"])
+        num_full, target, inside = batch["num_full"], batch["target"][0], batch["inside"]
+        assert (target[:num_full] != 3).all() and (target[:num_full][~inside[:num_full]] == 0).all()
+        assert (target[num_full:][~inside[num_full:]] == 3).all()
+        assert not (batch["hint_mask"] & ~inside).any()
+        padding += int((~inside).sum())
+        points.append((target[num_full:] != 3).float().mean())
+    assert padding > 0 and 0 < np.mean(points) < 0.03
 
 
 def test_regions_train_and_validate(nnunet, regions, started):
@@ -107,6 +106,7 @@ def test_the_teacher_is_shown_the_annotations(nnunet, hippocampus, started):
         target, num_full, shown = batch["target"][0], batch["num_full"], hints[:, -1:].bool()
         assert torch.equal(shown[num_full:], target[num_full:] != 3)
         assert 0 < shown[:num_full].float().mean() < 0.05
+        assert not (shown & ~batch["inside"]).any()
         labels = hints[:, :-1].argmax(1, keepdim=True)
         assert torch.equal(labels[shown], target[shown].long())
         full_hinted += int(shown[:num_full].flatten(1).any(1).sum())
@@ -116,7 +116,7 @@ def test_the_teacher_is_shown_the_annotations(nnunet, hippocampus, started):
 def test_hints_leave_the_batches_as_they_are(nnunet, hippocampus, started):
     def batches(name, block):
         trainer = started(HIPPOCAMPUS, nnunet.configure(HIPPOCAMPUS, name, "2d", SHORT | block))
-        return [(list(b["keys"]), float(b["data"].sum()), "shown" in b) for b in (next(trainer.dataloader_train) for _ in range(3))]
+        return [(list(b["keys"]), float(b["data"].sum()), "hint_mask" in b) for b in (next(trainer.dataloader_train) for _ in range(3))]
 
     with_hints, without = (batches(f"hints_{on}", {"teacher_hints": on}) for on in (True, False))
     assert [b[:2] for b in with_hints] == [b[:2] for b in without]
@@ -144,11 +144,15 @@ def test_validation_batches_are_full_and_count_as_nnunet_does(nnunet, hippocampu
     stock.initialize()
     weights = {k: v for k, v in trainer.network.state_dict().items() if not k.startswith("teacher_decoder.")}
     stock.network.load_state_dict(weights)
+    seen = []
+    trainer.network.teacher_decoder.hints.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[1]))
     with torch.no_grad():
         ours = trainer.validation_step({**batch, "target": [t.clone() for t in batch["target"]]})
         theirs = stock.validation_step(batch)
     for key in ("loss", "tp_hard", "fp_hard", "fn_hard"):
         np.testing.assert_array_equal(ours[key], theirs[key])
+    # the teacher is measured at its work: with hints
+    assert len(seen) == 1 and torch.equal(seen[0][:, -1:].bool(), batch["hint_mask"]) and batch["hint_mask"].any()
 
 
 def test_partial_only_has_one_branch_and_nnunets_loss_to_the_bit(nnunet, hippocampus, started):
@@ -234,8 +238,26 @@ def test_ramps_are_read_as_the_run_goes(nnunet, hippocampus, started, start, tra
     trainer.loss.forward = remember
     for epoch in (0, round(trainer.num_epochs * 0.9)):
         trainer.current_epoch = epoch
+        trainer.on_train_epoch_start()
         trainer.train_step(next(trainer.dataloader_train))
     assert ramps == [0.0, 1.0]
+
+
+def test_ramps_rise_with_every_iteration_of_a_single_epoch(nnunet, hippocampus, started):
+    """By epochs, a training of one epoch would distil from an untrained teacher from its first step."""
+    configuration = nnunet.configure(HIPPOCAMPUS, "ramp_1", "2d", {"seed": 0, "epochs": 1, "iterations_per_epoch": 6, "kl_ramp_start": 0.4,
+                                                                  "kl_ramp_end": 0.9})
+    trainer = started(HIPPOCAMPUS, configuration)
+    trainer.on_train_epoch_start()
+    losses, images = [], []
+    trainer.network.teacher_decoder.register_forward_hook(lambda _, inputs, __: images.append(len(inputs[0][0])))
+    for _ in range(6):
+        images.clear()
+        batch = next(trainer.dataloader_train)
+        losses.append(trainer.train_step(batch)["loss_kl"])
+        # while the KL has no weight, the teacher is run on nothing but the full images, which it learns from
+        assert sum(images) == (len(batch["data"]) if losses[-1] else batch["num_full"])
+    assert [bool(loss) for loss in losses] == [False, False, True, True, True, True]
 
 
 # ---- bad input: one clear error, before any training or writing -----------------------------------------------------
