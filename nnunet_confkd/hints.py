@@ -299,7 +299,7 @@ def _is_by_slices(labels: np.ndarray, annotated: np.ndarray, inside: np.ndarray)
         both = annotated[a] & annotated[b]
         closed = np.count_nonzero(both & (labels[a] != labels[b]))
         opened = np.count_nonzero((annotated[a] ^ annotated[b]) & inside[a] & inside[b])
-        within += closed >= opened
+        within += int(closed >= opened)
     return within >= 2
 
 

@@ -18,6 +18,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import SimpleITK as sitk
+import torch
+from batchgeneratorsv2.transforms.utils.compose import ComposeTransforms
+from batchgeneratorsv2.transforms.utils.remove_label import RemoveLabelTransform
 from nnunetv2.experiment_planning import plan_and_preprocess_entrypoints
 from nnunetv2.experiment_planning.dataset_fingerprint.fingerprint_extractor import DatasetFingerprintExtractor
 from nnunetv2.experiment_planning.plan_and_preprocess_api import extract_fingerprints, plan_experiments, preprocess
@@ -30,9 +33,10 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunet_confkd import planning
 from nnunet_confkd.errors import InputError
+from nnunet_confkd.hints import HintSampler, hint_channels
 from nnunet_confkd.planning import main, plan
 from nnunet_confkd.resampling import KeepAnnotations, _KeepingConfiguration, keep_annotations
-from nnunet_confkd.supervision import decide_kinds
+from nnunet_confkd.supervision import StratifiedLoader, decide_kinds, label_padding
 
 X = 9  # the ignore label of the hand-made examples
 
@@ -462,6 +466,39 @@ def test_every_point_survives_preprocessing_and_is_found_by_patch_sampling(mixed
         for key, classes in ((1, [1]), (2, [2]), ((-1, 0, 1, 2), [-1, 0, 1, 2])):
             assert {tuple(p[1:]) for p in np.asarray(locations[key]).tolist()} == {
                 place for place, value in expected.items() if value in classes}
+
+
+def test_completion_shows_the_teacher_what_training_would_show_it(mixed):
+    """Another spacing, points, and empty surroundings, in which points of background lie: one preprocessing, one rule for the padding."""
+    from nnunet_confkd.complete import _with_hints
+    plans = PlansManager(str(mixed.preprocessed / "nnUNetPlans.json"))
+    described, configuration = _json(mixed.raw / "dataset.json"), plans.get_configuration("3d_fullres")
+    folder = mixed.preprocessed / configuration.data_identifier
+    for case in (case for case, kind in mixed.kinds.items() if kind == "partial"):
+        image, label = mixed.raw / "imagesTr" / f"{case}_0000.nii.gz", mixed.raw / "labelsTr" / f"{case}.nii.gz"
+        predictor = SimpleNamespace(plans_manager=plans, configuration_manager=configuration, dataset_json=described)
+        item, = _with_hints(predictor, [[str(image)]], [str(label)], ["out"])
+        shown = item["data"][1:]
+        seg = nnUNetDatasetBlosc2(str(folder), [case]).load_case(case)[1][:]
+        assert (seg == -1).any() and shown.shape[1:] == seg.shape[1:]
+        # the whole case, and some of its surroundings, as a patch of a training batch
+        margin = 2
+        patch = [n + 2 * margin for n in seg.shape[1:]]
+        transforms = ComposeTransforms([RemoveLabelTransform(-1, 0)])
+        label_padding(transforms, IGNORE)
+        kinds = {case: "partial", "c00": "full"}
+        loader = StratifiedLoader(nnUNetDatasetBlosc2(str(folder), list(kinds)), 2, patch, patch, LabelManager(described["labels"], None),
+                                  kinds=kinds, full_share=0.5, transforms=transforms, complete=HintSampler(IGNORE))
+        batch = next(loader)
+        assert list(batch["keys"]) == ["c00", case]
+        trained = hint_channels(batch["target"], batch["hint_mask"], 3)[1]
+        inner = (slice(None), *[slice(margin, -margin)] * 3)
+        assert torch.equal(trained[inner], shown) and trained.sum() == shown.sum()
+        annotated = int(shown[-1].sum())
+        assert annotated == int(((seg != IGNORE) & (seg != -1)).sum()) > 30
+        # nnU-Net's own resampling keeps few of these points
+        stock = DefaultPreprocessor(verbose=False).run_case([str(image)], str(label), plans, configuration, described)[1]
+        assert ((stock != IGNORE) & (stock != -1)).sum() < annotated / 2
 
 
 @pytest.mark.parametrize("configuration", ["2d", "3d_fullres"])
