@@ -17,7 +17,7 @@ from types import SimpleNamespace
 
 import numpy as np
 
-from nnunet_confkd.dataset_conversion.volumes import TIFF, Geometry, ending_of, read, spacing_file
+from nnunet_confkd.dataset_conversion.volumes import TIFF, Geometry, count_voxels, ending_of, read, spacing_file
 from nnunet_confkd.dataset_conversion.writer import (
     FULL,
     PARTIAL,
@@ -213,7 +213,7 @@ def _examine_label(files: Files, grid: Geometry | None, values: list[int], found
     if grid is not None:
         found.errors += [f"{files.label}: is on another grid than {files.images[0]}: {difference}; bring it to the image's"
                          for difference in picture.geometry.differences(grid)]
-    counts = {value: int(np.count_nonzero(label == value)) for value in values}
+    counts = count_voxels(label, values)
     if sum(counts.values()) != label.size:
         held = np.unique(label)
         whole = np.isfinite(held) & (held == np.rint(held))
