@@ -28,7 +28,8 @@ def mix(full: Path, dataset_id: int, *, partial: Path | None = None, unlabelled:
     channels: names, which choose nnU-Net's normalisation ("CT"); None: from dataset.json, else channel_0, ... (z-score).
     ignore_value: what marks voxels that are not annotated in the partial labels; None: dataset.json's "ignore".
     background_value: what marks background there, where `ignore_value` is the background's value.
-    validation: patients to validate on, names or one number; None: a fifth of the fully labelled ones, at least one.
+    validation: patients that are held back to validate in the only fold, names or one number (seeded). None: up to five
+    folds, in which the fully annotated patients validate in turn.
 
     Raises InputError with all that is wrong with the folders.
     """
@@ -63,7 +64,8 @@ def mix(full: Path, dataset_id: int, *, partial: Path | None = None, unlabelled:
         channels = [*map(str, described.get("channel_names", described.get("modality", {})).values())] or _count_channels(training)
     return writer.write_dataset(Dataset(
         name=name, channel_names=channels, labels=names, file_ending=ending, training=training,
-        validation=_validation(training, patient_pattern, seed, validation), patient_pattern=patient_pattern,
+        validation=[] if validation is None else _validation(training, patient_pattern, seed, validation),
+        folds=1 if validation else writer.FOLDS, patient_pattern=patient_pattern,
         regions_class_order=regions, licence=described.get("licence", described.get("license", "unknown")),
         reference=described.get("reference", ""), roots=tuple(Path(f) for f in folders.values() if f is not None),
         problems=problems), dataset_id, processes, link)
@@ -197,8 +199,8 @@ def _count_channels(training: list[Case]) -> list[str]:
 
 # ---- validation -----------------------------------------------------------------------------------------------------
 
-def _validation(training: list[Case], pattern: str | None, seed: int, wanted: list[str] | None) -> list[str]:
-    """Cases of patients all of whose cases are full; none where that would leave no full case to train on."""
+def _validation(training: list[Case], pattern: str | None, seed: int, wanted: list[str]) -> list[str]:
+    """The wanted cases, of patients all of whose cases are full."""
     try:
         patients = writer.patients_of([case.name for case in training], pattern)
     except InputError:
@@ -206,16 +208,17 @@ def _validation(training: list[Case], pattern: str | None, seed: int, wanted: li
     weak = {patients[case.name] for case in training if case.kind != FULL}
     order = sorted({patients[case.name] for case in training} - weak)
     random.Random(seed).shuffle(order)
-    if wanted is not None and not (len(wanted) == 1 and wanted[0].isdigit()):
+    if not (len(wanted) == 1 and wanted[0].isdigit()):
         unknown = sorted(set(wanted) - set(order))
         if unknown:
             raise InputError(f"--validation: these are no patients all of whose cases are full: {', '.join(unknown)}")
         chosen = set(wanted)
     else:
-        count = max(1, round(writer.VALIDATION_SHARE * len(order))) if wanted is None else int(wanted[0])
-        if wanted is not None and count >= len(order):
-            raise InputError(f"--validation: {count} of {len(order)} fully labelled patients would leave none to train on")
-        chosen = set(order[:count]) if len(order) > 1 else set()
+        count = int(wanted[0])
+        if not 0 < count < len(order):
+            raise InputError(f"--validation: {count} of {len(order)} fully annotated patients would leave none to "
+                             f"{'train on' if count else 'validate on'}")
+        chosen = set(order[:count])
     return [case.name for case in training if patients[case.name] in chosen]
 
 
@@ -235,11 +238,11 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--ignore-value", type=int, metavar="V", help="value of the partial labels where nothing is annotated")
     parser.add_argument("--background-value", type=int, metavar="V", help="value of the partial labels for background, where "
                         "--ignore-value is the background's own")
-    parser.add_argument("--validation", nargs="+", metavar="N|PATIENT", help="fully labelled patients to validate on, a number or "
-                        "names; default: a fifth of them")
+    parser.add_argument("--validation", nargs="+", metavar="N|PATIENT", help="fully annotated patients that validate in one "
+                        "fold and never train, a number or names; default: up to five folds, in which they validate in turn")
     parser.add_argument("--patient-pattern", metavar="REGEX", help="its first group in the name of a case is the patient; default: "
                         "a case a patient")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="of the choice of --validation N")
     parser.add_argument("--processes", type=int, default=PROCESSES)
     parser.add_argument("--link", action="store_true", help="hard links instead of copies of images: no space, but what "
                         "writes to one writes to the other")

@@ -27,7 +27,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunet_confkd import __version__
 from nnunet_confkd.curves import CURVES, plot_curves
-from nnunet_confkd.dataset_conversion.writer import patients_of
+from nnunet_confkd.dataset_conversion.writer import patients_of, single_patient_text, split_full_cases
 from nnunet_confkd.errors import InputError, TrainingError
 from nnunet_confkd.faults import Divergence, terminable, written_whole
 from nnunet_confkd.hints import ShownVoxels, as_channels
@@ -47,10 +47,9 @@ from nnunet_confkd.supervision import (
     label_padding,
     lost_annotations,
     require_full,
-    split_full_cases,
     summary,
 )
-from nnunet_confkd.validation import validate
+from nnunet_confkd.validation import check_first_stage, validate
 
 
 class ConfKDTrainer(nnUNetTrainer):
@@ -177,8 +176,9 @@ class ConfKDTrainer(nnUNetTrainer):
             if self.fold >= num_splits:
                 raise InputError(
                     f"fold {self.fold} was asked for, but {splits_file} has {num_splits} fold(s), 0 to {num_splits - 1}. "
-                    f"nnU-Net would make a random split here, with partially labelled cases in validation. Use one of "
-                    f"these folds, add one to the file, or train on fold 'all'.")
+                    f"nnU-Net would make a random split here, with partially annotated cases in validation. Use one of "
+                    f"these folds, add one to the file, or train on fold 'all'. If the file is deleted, the next training "
+                    f"writes up to five folds over the fully annotated cases.")
         return super().do_split()
 
     def get_tr_and_val_datasets(self):
@@ -190,6 +190,13 @@ class ConfKDTrainer(nnUNetTrainer):
         training = {case: kinds[case] for case in dataset_tr.identifiers}
         require_full(training)
         self.print_to_log_file(f"Training cases: {summary(training)}")
+        if self.fold != "all":
+            patients = patients_of(kinds, self.dataset_json.get("patient_pattern"))
+            fold = {"train": list(training), "val": list(dataset_val.identifiers)}
+            if text := single_patient_text({f"fold {self.fold}": fold}, kinds, patients):
+                self.print_to_log_file(f"WARNING: {text}.")
+        if self.is_cascaded:
+            check_first_stage(self)
         if set(training.values()) == {FULL}:
             self.print_to_log_file("WARNING: every training case is fully labelled. Nothing is left for the student to "
                                    "learn from partial labels; this is nnU-Net with self-distillation.")
