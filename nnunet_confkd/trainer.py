@@ -14,7 +14,7 @@ import torch.distributed as dist
 from batchgenerators.dataloading.nondet_multi_threaded_augmenter import NonDetMultiThreadedAugmenter
 from batchgenerators.dataloading.single_threaded_augmenter import SingleThreadedAugmenter
 from batchgenerators.utilities.file_and_folder_operations import isfile, join, load_json, save_json
-from nnunetv2.paths import nnUNet_preprocessed
+from nnunetv2.paths import nnUNet_preprocessed, nnUNet_raw, nnUNet_results
 from nnunetv2.training.dataloading.data_loader import nnUNetDataLoader
 from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
 from nnunetv2.training.loss.deep_supervision import DeepSupervisionWrapper
@@ -31,7 +31,7 @@ from nnunet_confkd.dataset_conversion.writer import patients_of, single_patient_
 from nnunet_confkd.errors import InputError, TrainingError
 from nnunet_confkd.faults import Divergence, terminable, written_whole
 from nnunet_confkd.hints import ShownVoxels, as_channels
-from nnunet_confkd.json_files import read_folds
+from nnunet_confkd.json_files import changed_since_planning, planning_text, read_folds, read_json
 from nnunet_confkd.losses import TERMS, ConfKDLoss, PartialSupervision, annotated_voxels, confidence
 from nnunet_confkd.network import TwoBranchUNet, unwrap
 from nnunet_confkd.settings import Settings
@@ -74,6 +74,9 @@ class ConfKDTrainer(nnUNetTrainer):
         if "file_ending" not in dataset_json:
             raise InputError('dataset.json: lacks "file_ending"')
         _check_plans_belong(plans, dataset_json)
+        changed = _changed_since_planning(plans["dataset_name"], dataset_json)
+        if changed and not _has_begun(plans, configuration, fold, type(self).__name__):
+            raise InputError(changed)
         super().__init__(plans, configuration, fold, dataset_json, device)
         if self.settings.epochs is not None:
             self.num_epochs = self.settings.epochs
@@ -82,6 +85,8 @@ class ConfKDTrainer(nnUNetTrainer):
             self.num_val_iterations_per_epoch = max(1, self.num_iterations_per_epoch // 5)  # nnU-Net's share
         # plans travel with the model: so do the settings that it was trained with
         self.plans_manager.plans["configurations"][configuration]["confkd"] = self.settings.as_dict()
+        if changed:
+            self.print_to_log_file(f"WARNING: {changed}. This training has begun and goes on with the second.")
         self.kinds: dict[str, str] | None = None  # -> find_supervision
         self.divergence = Divergence(self.settings.max_nonfinite_steps)
         self._add_missing_curves()
@@ -476,6 +481,26 @@ def _check_plans_belong(plans: dict, dataset_json: dict) -> None:
             f"asked for: {own} " + ("differs from its dataset.json" if isfile(own) else "does not exist")
             + ". Plan and preprocess the data set itself (nnUNetv2_plan_and_preprocess); to carry plans over from another "
               "one use nnUNetv2_move_plans_between_datasets.")
+
+
+def _changed_since_planning(dataset: str, dataset_json: dict) -> str | None:
+    """What is wrong if the raw dataset.json was edited after planning; None where there is none to compare with."""
+    if not (nnUNet_raw.is_set() and nnUNet_preprocessed.is_set()):
+        return None
+    raw, planned = (join(folder, dataset, "dataset.json") for folder in (nnUNet_raw, nnUNet_preprocessed))
+    try:
+        keys = changed_since_planning(read_json(raw), dataset_json)
+    except InputError:
+        return None  # training does not need the raw data
+    return planning_text(raw, planned, keys, int(dataset[7:10])) if keys else None
+
+
+def _has_begun(plans: dict, configuration: str, fold: int | str, trainer: str) -> bool:
+    """Whether there is a checkpoint to go on from, or to validate."""
+    if not nnUNet_results.is_set():
+        return False
+    folder = join(nnUNet_results, plans["dataset_name"], f"{trainer}__{plans['plans_name']}__{configuration}", f"fold_{fold}")
+    return any(isfile(join(folder, f"checkpoint_{name}.pth")) for name in ("final", "latest", "best"))
 
 
 # ---- variants -------------------------------------------------------------------------------------------------------
