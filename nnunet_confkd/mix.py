@@ -4,7 +4,10 @@ from __future__ import annotations
 import argparse
 import random
 import re
+from collections import Counter
 from pathlib import Path
+
+import numpy as np
 
 from nnunet_confkd.dataset_conversion import writer
 from nnunet_confkd.dataset_conversion.volumes import ENDINGS, ITK, Volume, ending_of
@@ -52,7 +55,7 @@ def mix(full: Path, dataset_id: int, *, partial: Path | None = None, unlabelled:
     if not any(case.kind == FULL for case in training) and not problems:
         raise InputError(f"{full}: holds no images with labels")
     if partial is not None and not problems:
-        _require_ignored_voxels(Path(partial), training, ignore_value)
+        _require_ignored_voxels(Path(partial), training, ignore_value, values)
     mixed = partial is not None or unlabelled is not None
     names = writer.with_ignore(values["names"]) if mixed else values["names"]
     endings = [ending_of(case.images[0].file) for case in training if case.kind == FULL]
@@ -135,12 +138,27 @@ def _partial_values(values: dict, ignore_value: int | None, background_value: in
     return mapping
 
 
-def _require_ignored_voxels(folder: Path, training: list[Case], ignore_value: int) -> None:
+def _require_ignored_voxels(folder: Path, training: list[Case], ignore_value: int, values: dict) -> None:
     """Raise InputError where no partial label has the value: then it is most likely another one."""
     labels = [case.label for case in training if case.kind == PARTIAL]
-    if not any((label.read().voxels == ignore_value).any() for label in labels):
-        raise InputError(f"{folder}: no label holds the value {ignore_value}, which is said to mark what is not annotated; correct "
-                         f"--ignore-value, or give the folder as --full")
+    if any((label.read().voxels == ignore_value).any() for label in labels):
+        return
+    held: Counter = Counter()
+    for label in labels:
+        found, counts = np.unique(label.read().voxels, return_counts=True)
+        held.update(dict(zip(found.tolist(), counts.tolist())))
+    total = sum(held.values())
+    shares = [f"{value:g}: {100 * count / total:.2g} %" if count < 0.1 * total else f"{value:g}: {100 * count / total:.1f} %"
+              for value, count in sorted(held.items())[:20]]
+    likely = max(held, key=held.__getitem__)
+    advice = "correct --ignore-value: which of them means \"not annotated\"?"
+    if likely == values["background"]:
+        others = [value for value in sorted(held) if value not in values["full"]]
+        advice += f" If it is {likely:g}: --ignore-value {likely:g}"
+        if others:
+            advice += f" --background-value {others[0]:g}, where {others[0]:g} marks the strokes in the background"
+    raise InputError(f"{folder}: no label holds the value {ignore_value}, which is said to mark what is not annotated. The labels hold "
+                     f"{', '.join(shares)}; {advice}")
 
 
 # ---- files ----------------------------------------------------------------------------------------------------------

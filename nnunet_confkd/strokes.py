@@ -113,10 +113,10 @@ def suspects(shapes: Mapping[str, Shape]) -> dict[str, str]:
         strokes = [value for value in compared if shape.volumes[value] < SMALL * usual[value] and any(
             shares[value] < THIN * most[axis, value] for axis, shares in shape.inner.items())]
         if compared and strokes == compared and (len(compared) > 1 or shape.filled[compared[0]] < FILLED):
-            found[case] = (f"{foreground} foreground voxels, hardly any of them with foreground on all sides; usual are "
+            found[case] = (f"{foreground} foreground voxels in lines or dots; complete masks of these classes have "
                            f"{sum(usual[value] for value in compared):.0f}")
         elif shape.every_nth:
-            found[case] = f"one slice in {shape.every_nth} is annotated"
+            found[case] = f"foreground in one slice of {shape.every_nth}"
         elif nothing_solid and shape.volumes and foreground < FOREGROUND * shape.size:
-            found[case] = f"{foreground} foreground voxels, hardly any of them with foreground on all sides, as in all other cases"
+            found[case] = f"{foreground} foreground voxels in lines or dots, as in all other cases"
     return found

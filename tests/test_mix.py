@@ -330,7 +330,21 @@ def test_the_ignore_value_is_missing(folders, nnunet_folders):
 
 
 def test_an_ignore_value_that_no_label_holds(folders, nnunet_folders):
-    _fails(folders, nnunet_folders, "no label holds the value 8", ignore_value=8)
+    text = _fails(folders, nnunet_folders, "no label holds the value 8", ignore_value=8)
+    assert re.search(r"The labels hold 0: \d+\.\d %, 1: [\d.]+ %, 2: [\d.]+ %, 9: \d+\.\d %; correct --ignore-value: which of them", text)
+    assert "--full" not in text
+
+
+def test_where_most_voxels_have_the_value_of_background_the_right_options_are_named(folders, nnunet_folders):
+    # an annotator's file: 0 is untouched, 5 is background, 1 and 2 the classes
+    for file in (folders["partial"] / "labels").iterdir():
+        label = _read(file)
+        label[label == 0] = 5
+        label[label == 9] = 0
+        _write(file, label)
+    text = _fails(folders, nnunet_folders, "no label holds the value 255", ignore_value=255)
+    assert text.endswith("If it is 0: --ignore-value 0 --background-value 5, where 5 marks the strokes in the background")
+    _mix(folders, ignore_value=0, background_value=5)
 
 
 @pytest.mark.parametrize("options, pattern", [
