@@ -13,11 +13,13 @@ from pathlib import Path
 
 from nnunet_confkd.dataset_conversion.volumes import Volume
 from nnunet_confkd.dataset_conversion.writer import (
+    FOLDS,
     PARTIAL,
     PROCESSES,
     Case,
     Dataset,
     choose_patients,
+    experiment_arguments,
     with_ignore,
     write_dataset,
 )
@@ -38,15 +40,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         "annotated)")
     parser.add_argument("--full", nargs="+", metavar="N|PATIENT", help="training patients that keep their full masks, a "
                         "number or names; the others are scribbled (needs --scribbles)")
+    experiment_arguments(parser)
 
 
 def convert(source: Path, dataset_id: int, *, scribbles: Path | None = None, full: list[str] | None = None,
-            name: str = "ACDC", seed: int = 0, processes: int = PROCESSES, link: bool = False) -> Path:
+            folds: int = FOLDS, name: str = "ACDC", seed: int = 0, processes: int = PROCESSES, link: bool = False) -> Path:
     """Write ACDC as a data set of nnU-Net; returns its folder.
 
     source: holds `training/patientXXX/` and, if at hand, `testing/patientXXX/`, as published.
-    scribbles: a folder of scribbles. full: the training patients that keep their masks, names or one number; all other
-    training patients get their scribbles, validation patients are full. Both or neither.
+    scribbles: a folder of scribbles. full: the training patients that keep their masks, names or one number. A fifth of
+    all patients keep theirs, too, and are held back: they validate, divided over the `folds`, and never train. All other
+    patients get their scribbles. Both or neither.
     Raises InputError with all that is wrong with the data.
     """
     source = Path(source)
@@ -67,7 +71,7 @@ def convert(source: Path, dataset_id: int, *, scribbles: Path | None = None, ful
         raise InputError(f"{source / 'training'}: holds no folders patient001, patient002 and so on")
     patient = {case.name: case.name.split("_")[0] for case in training}
     try:
-        roles = choose_patients(patient.values(), seed, full)
+        roles = choose_patients(patient.values(), seed, full) if full is not None else {}
     except InputError as error:  # may come of what is missing
         raise InputError("\n  ".join([*problems, str(error)])) from error
     validating = {twin for twin in TWINS if roles.get(twin) == "validation"}
@@ -80,7 +84,9 @@ def convert(source: Path, dataset_id: int, *, scribbles: Path | None = None, ful
                     for case in training]
     return write_dataset(Dataset(
         name=name, channel_names=["cineMRI"], labels=labels, file_ending=".nii.gz", training=training, test=test,
-        validation=[case for case, of in patient.items() if roles[of] == "validation"], patient_pattern=PATIENT_PATTERN,
+        validation=[case for case, of in patient.items() if roles.get(of) == "validation"], folds=folds,
+        patient_pattern=PATIENT_PATTERN,
+        patients={case: TWINS[0] if of in TWINS else of for case, of in patient.items()},
         licence=LICENCE, reference=REFERENCE + (f"; {SCRIBBLE_REFERENCE}" if scribbles is not None else ""),
         roots=(source,) if scribbles is None else (source, Path(scribbles)), problems=problems,
     ), dataset_id, processes, link)

@@ -21,8 +21,6 @@ from nnunet_confkd.dataset_conversion.writer import (
     PROCESSES,
     Case,
     Dataset,
-    choose_patients,
-    patients_of,
     write_dataset,
 )
 
@@ -71,7 +69,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def convert(source: Path, dataset_id: int, *, convention: str | None = None, test: Path | None = None, name: str = "BraTS",
-            seed: int = 0, processes: int = PROCESSES, link: bool = False) -> Path:
+            processes: int = PROCESSES, link: bool = False) -> Path:
     """Write BraTS as a fully labelled data set of nnU-Net with regions; returns its folder.
 
     source: holds a folder a case, directly or in folders such as HGG and LGG. test: the same, labels may be missing.
@@ -100,12 +98,9 @@ def convert(source: Path, dataset_id: int, *, convention: str | None = None, tes
                            values=rules.values)
 
     cases, test_cases = list(complete(training)), list(complete(tests))
-    patient = patients_of([case.name for case in cases], rules.patients)
-    roles = choose_patients(patient.values(), seed) if cases else {}
     return write_dataset(Dataset(
         name=name, channel_names=channels, labels=rules.regions, regions_class_order=rules.order, file_ending=".nii.gz",
         training=cases, test=test_cases, patient_pattern=rules.patients,
-        validation=[case for case, of in patient.items() if roles[of] == "validation"],
         licence="CC BY-NC-SA 3.0" if convention == "2015" else "see the publisher's terms (synapse.org)",
         reference="Menze et al., IEEE TMI 2015, doi 10.1109/TMI.2014.2377694; Baid et al., arXiv 2107.02314",
         roots=(source,) if test is None else (source, Path(test)), problems=problems, more={"convention": convention},

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 from nnunet_confkd.dataset_conversion.volumes import Geometry, Picture, Volume
-from nnunet_confkd.dataset_conversion.writer import PROCESSES, Case, Dataset, choose_patients, write_dataset
+from nnunet_confkd.dataset_conversion.writer import PROCESSES, Case, Dataset, write_dataset
 
 from nnunet_confkd.errors import InputError
 
@@ -29,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--spacing", type=float, nargs=3, metavar=("X", "Y", "Z"), help=f"mm; reads {H5}, which stores none")
 
 
-def convert(source: Path, dataset_id: int, *, spacing: list[float] | None = None, name: str = "LA2018", seed: int = 0,
+def convert(source: Path, dataset_id: int, *, spacing: list[float] | None = None, name: str = "LA2018",
             processes: int = PROCESSES, link: bool = False) -> Path:
     """Write LA 2018 as a fully labelled data set of nnU-Net; returns its folder.
 
@@ -72,11 +72,10 @@ def convert(source: Path, dataset_id: int, *, spacing: list[float] | None = None
         problems += [f"{label}: has no {IMAGE} beside it" for label in labels if label.with_name(IMAGE) not in images]
     if not training and not problems:
         raise InputError(f"{source}: holds no training case, only test cases (in folders whose names begin with \"Test\")")
-    patient = {case.name: case.name for case in training} if spacing is not None else _patients(training)
-    roles = choose_patients(patient.values(), seed)
+    patients = None if spacing is not None else _patients(training)
     return write_dataset(Dataset(
         name=name, channel_names=["LGE"], labels={"background": 0, "left_atrium": 1}, file_ending=".nrrd",
-        training=training, test=test, validation=[case for case, of in patient.items() if roles[of] == "validation"],
+        training=training, test=test, patients=patients,
         licence="see the publisher's terms (2018 Left Atrium Segmentation Challenge)",
         reference="Xiong et al., Medical Image Analysis 2021, doi 10.1016/j.media.2020.101832", roots=(source,),
         problems=problems), dataset_id, processes, link)

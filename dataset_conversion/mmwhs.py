@@ -11,7 +11,7 @@ import re
 from pathlib import Path
 
 from nnunet_confkd.dataset_conversion.volumes import Volume
-from nnunet_confkd.dataset_conversion.writer import PROCESSES, Case, Dataset, choose_patients, write_dataset
+from nnunet_confkd.dataset_conversion.writer import PROCESSES, Case, Dataset, write_dataset
 
 from nnunet_confkd.errors import InputError
 
@@ -36,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def convert(source: Path, dataset_id: int, *, modality: str | None = None, mapped: list[tuple[int, int]] | None = None,
-            name: str | None = None, seed: int = 0, processes: int = PROCESSES, link: bool = False) -> Path:
+            name: str | None = None, processes: int = PROCESSES, link: bool = False) -> Path:
     """Write the CT or the MR part as a fully labelled data set of nnU-Net; returns its folder.
 
     source: the images and labels, or folders such as ct_train that hold them. mapped: (stray value, published value).
@@ -76,10 +76,9 @@ def convert(source: Path, dataset_id: int, *, modality: str | None = None, mappe
             for stem, parts in cases.items() if "_test_" in stem and "image" in parts]
     if not training and not problems:
         raise InputError(f"{source}: holds no training case ({modality}_train_10NN_image.nii.gz)")
-    roles = choose_patients([case.name for case in training], seed) if training else {}
     return write_dataset(Dataset(
         name=name or f"MMWHS{modality.upper()}", channel_names=[CHANNELS[modality]], labels=LABELS, file_ending=".nii.gz",
-        training=training, test=test, validation=[case for case, role in roles.items() if role == "validation"],
+        training=training, test=test,
         licence="see the publisher's terms (MM-WHS 2017 challenge)",
         reference="Zhuang and Shen, Medical Image Analysis 2016, doi 10.1016/j.media.2016.02.006", roots=(source,),
         problems=problems), dataset_id, processes, link)

@@ -12,12 +12,14 @@ from pathlib import Path
 
 from nnunet_confkd.dataset_conversion.volumes import Volume
 from nnunet_confkd.dataset_conversion.writer import (
+    FOLDS,
     FULL,
     PARTIAL,
     PROCESSES,
     Case,
     Dataset,
     choose_patients,
+    experiment_arguments,
     with_ignore,
     write_dataset,
 )
@@ -34,14 +36,16 @@ ENDING = ".nii.gz"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--full", nargs="+", metavar="N|SUBJECT", help="subjects of val that train instead, with their full "
                         "masks: a number, or names such as subject1_DE; ConfKD needs at least one, since train has none")
+    experiment_arguments(parser)
 
 
-def convert(source: Path, dataset_id: int, *, full: list[str] | None = None, name: str = "MSCMR", seed: int = 0,
-            processes: int = PROCESSES, link: bool = False) -> Path:
+def convert(source: Path, dataset_id: int, *, full: list[str] | None = None, folds: int = FOLDS, name: str = "MSCMR",
+            seed: int = 0, processes: int = PROCESSES, link: bool = False) -> Path:
     """Write MSCMR as a mixed data set of nnU-Net; returns its folder.
 
     source: holds train and val, and TestSet if at hand, as published. full: subjects of val that train, names or one
-    number; the others validate. With None no training case is full, and ConfKDTrainer refuses to train: a note tells.
+    number; the others are held back and validate, divided over the `folds`. With None no training case is full, and
+    ConfKDTrainer refuses to train: a note tells.
     Raises InputError with all that is wrong with the data.
     """
     source = Path(source)
@@ -63,7 +67,8 @@ def convert(source: Path, dataset_id: int, *, full: list[str] | None = None, nam
         problems.append(f"{source / 'val'}: has one subject, which is needed to validate; leave out --full")
     folder = write_dataset(Dataset(
         name=name, channel_names=["LGE"], labels=with_ignore(LABELS), file_ending=ENDING, training=[*scribbled, *val],
-        test=test, validation=validation, licence="see the publisher's terms (MS-CMRSeg 2019 challenge)",
+        test=test, validation=validation, folds=folds,
+        licence="see the publisher's terms (MS-CMRSeg 2019 challenge)",
         reference="Zhuang, IEEE TPAMI 2019, doi 10.1109/TPAMI.2018.2869576; scribbles: Zhang and Zhuang, CVPR 2022, arXiv "
                   "2203.01475", roots=(source,), problems=problems), dataset_id, processes, link)
     if full is None:

@@ -12,7 +12,7 @@ import re
 from pathlib import Path
 
 from nnunet_confkd.dataset_conversion.volumes import Volume, read
-from nnunet_confkd.dataset_conversion.writer import PROCESSES, Case, Dataset, choose_patients, write_dataset
+from nnunet_confkd.dataset_conversion.writer import PROCESSES, Case, Dataset, write_dataset
 
 from nnunet_confkd.errors import InputError
 
@@ -29,17 +29,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def convert(source: Path, dataset_id: int, *, labels: list[str] | None = None, channels: list[str] | None = None,
-            name: str | None = None, seed: int = 0, processes: int = PROCESSES, link: bool = False) -> Path:
+            name: str | None = None, processes: int = PROCESSES, link: bool = False) -> Path:
     """Write a task as a fully labelled data set of nnU-Net; returns its folder.
 
     labels, channels: their names, where the task has no dataset.json. name: default: the task's, without its number.
     Raises InputError with all that is wrong with the data.
     """
-    return write_dataset(task(source, labels, channels, name, seed), dataset_id, processes, link)
+    return write_dataset(task(source, labels, channels, name), dataset_id, processes, link)
 
 
 def task(source: Path, labels: list[str] | None = None, channels: list[str] | None = None, name: str | None = None,
-         seed: int = 0) -> Dataset:
+         ) -> Dataset:
     """What `convert` writes."""
     source = Path(source)
     missing = [sub for sub in ("imagesTr", "labelsTr") if not (source / sub).is_dir()]
@@ -54,11 +54,9 @@ def task(source: Path, labels: list[str] | None = None, channels: list[str] | No
     test = [Case(_name(image), _channels(image, channel_names)) for image in _files(source / "imagesTs")]
     if not training and not problems:
         raise InputError(f"{source / 'imagesTr'}: holds no images ({ENDING})")
-    roles = choose_patients([case.name for case in training], seed) if training else {}
     return Dataset(
         name=name or _task_name(source, described), channel_names=channel_names, labels=described["labels"],
         file_ending=ENDING, training=training, test=test, roots=(source,), problems=problems,
-        validation=[case for case, role in roles.items() if role == "validation"],
         licence=described.get("licence", "CC BY-SA 4.0"), reference=described.get("reference") or REFERENCE)
 
 

@@ -10,7 +10,7 @@ import re
 from pathlib import Path
 
 from nnunet_confkd.dataset_conversion.volumes import Volume, parts
-from nnunet_confkd.dataset_conversion.writer import PROCESSES, Case, Dataset, choose_patients, write_dataset
+from nnunet_confkd.dataset_conversion.writer import PROCESSES, Case, Dataset, write_dataset
 
 from nnunet_confkd.errors import InputError
 
@@ -23,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     pass
 
 
-def convert(source: Path, dataset_id: int, *, name: str = "PROMISE12", seed: int = 0, processes: int = PROCESSES,
+def convert(source: Path, dataset_id: int, *, name: str = "PROMISE12", processes: int = PROCESSES,
             link: bool = False) -> Path:
     """Write PROMISE12 as a fully labelled data set of nnU-Net; returns its folder.
 
@@ -58,10 +58,9 @@ def convert(source: Path, dataset_id: int, *, name: str = "PROMISE12", seed: int
             (test if testing else training).append(Case(case, (Volume(image),), Volume(label) if label else None))
     if not training and not problems:
         raise InputError(f"{source}: holds no training case (Case00.mhd and Case00_segmentation.mhd)")
-    roles = choose_patients([case.name for case in training], seed)
     return write_dataset(Dataset(
         name=name, channel_names=["T2"], labels={"background": 0, "prostate": 1}, file_ending=".mha", training=training,
-        test=test, validation=[case for case, role in roles.items() if role == "validation"],
+        test=test,
         licence="see the publisher's terms (PROMISE12 challenge)",
         reference="Litjens et al., Medical Image Analysis 2014, doi 10.1016/j.media.2013.12.002", roots=(source,),
         problems=problems), dataset_id, processes, link)

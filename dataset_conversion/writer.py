@@ -1,6 +1,7 @@
 """The one writer of nnU-Net's raw format: what a converter found goes in, a checked data set comes out, or none at all."""
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import random
@@ -35,6 +36,7 @@ from nnunet_confkd.faults import terminable
 
 FULL, PARTIAL, UNLABELLED = "full", "partial", "unlabelled"
 VALIDATION_SHARE = 0.2
+FOLDS = 5  # nnU-Net's number
 PROCESSES = min(8, os.cpu_count() or 1)
 
 
@@ -58,8 +60,12 @@ class Dataset:
     """What a converter hands to :func:`write_dataset`.
 
     name: `Dataset027_NAME`. labels: as in dataset.json, "ignore" included where any case is not full.
-    training: validation cases among them, named in `validation`. test: written to imagesTs and labelsTs.
+    training: all cases of imagesTr. test: written to imagesTs and labelsTs.
+    validation: cases that are held back. They validate and never train. Empty: every fully annotated patient validates in
+        one fold and trains in the others.
+    folds: at most how many folds splits_final.json gets.
     patient_pattern: a regular expression whose first group in the name of a case is the patient; None: a case a patient.
+    patients: {case: patient} for the folds, where the pattern cannot tell that two cases show the same patient.
     roots: the folders that were given; a file that lies elsewhere (a link) is refused. Empty: no such check.
     problems: what the converter found to be wrong; nothing is written then.
     more: further entries of dataset.json.
@@ -70,9 +76,11 @@ class Dataset:
     file_ending: str
     training: list[Case]
     validation: list[str] = field(default_factory=list)
+    folds: int = FOLDS
     test: list[Case] = field(default_factory=list)
     regions_class_order: list[int] | None = None
     patient_pattern: str | None = None
+    patients: dict[str, str] | None = None
     licence: str = "unknown"
     reference: str = ""
     roots: tuple[Path, ...] = ()
@@ -103,17 +111,24 @@ def patients_of(cases: Iterable[str], pattern: str | None) -> dict[str, str]:
     return patients
 
 
-def choose_patients(patients: Iterable[str], seed: int, full: list[str] | None = None,
-                    validation: Iterable[str] | None = None) -> dict[str, str]:
+def experiment_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of commands that keep N patients full and hold others back to validate."""
+    parser.add_argument("--seed", type=int, default=0, help="of the choice of patients, and of weak labels")
+    parser.add_argument("--folds", type=int, choices=range(1, FOLDS + 1), default=FOLDS, help="folds over which the patients "
+                        f"are divided that are held back to validate (default: {FOLDS}; 1: fold 0 validates on all of them)")
+
+
+def choose_patients(patients: Iterable[str], seed: int, full: list[str], validation: Iterable[str] | None = None,
+                    ) -> dict[str, str]:
     """{patient: "validation" | "full" | "other"}, seeded: about a fifth to validate, and of the others those to stay full.
 
-    full: names, or one number (of the same seed, fewer lie within more); None: all that do not validate.
+    full: names, or one number (of the same seed, fewer lie within more).
     validation: the patients that validate, where that is settled already. A single patient does not validate.
     Raises InputError where that many or those are not there, or where they would leave too few to validate.
     """
     order = sorted(set(patients))
     random.Random(seed).shuffle(order)
-    named = [] if full is None or _is_number(full) else list(full)
+    named = [] if _is_number(full) else list(full)
     unknown = sorted(set(named) - set(order))
     if unknown:
         raise InputError(f"no such patients: {_some(unknown)}; there are {_some(sorted(order))}")
@@ -128,9 +143,7 @@ def choose_patients(patients: Iterable[str], seed: int, full: list[str] | None =
         raise InputError(f"these patients validate and cannot be among the full ones: "
                          f"{_some(sorted(validation & set(named)))}")
     rest = [patient for patient in order if patient not in validation]
-    if full is None:
-        named = rest
-    elif _is_number(full):
+    if _is_number(full):
         if not 1 <= int(full[0]) <= len(rest):
             raise InputError(f"{full[0]} full patients are asked for; besides the {len(validation)} that validate there are "
                              f"{len(rest)} to choose from")
@@ -140,6 +153,72 @@ def choose_patients(patients: Iterable[str], seed: int, full: list[str] | None =
 
 def _is_number(full: list[str]) -> bool:
     return len(full) == 1 and str(full[0]).isdecimal()
+
+
+def split_full_cases(kinds: Mapping[str, str], patients: Mapping[str, str] | None = None,
+                     held_back: Iterable[str] | None = None, folds: int = FOLDS) -> list[dict[str, list[str]]]:
+    """Make the folds of splits_final.json, which validate on fully annotated patients only.
+
+    They are nnU-Net's seeded cross-validation over the patients all of whose cases are fully annotated. All other cases
+    train in every fold. A validation on partial labels would measure the annotated voxels only, and a patient on both
+    sides nothing at all.
+
+    Args:
+        kinds: {case: kind} of all training cases.
+        patients: {case: patient}; None: each case is a patient of its own.
+        held_back: Patients that validate and never train. Each fold validates on a part of them, and trains on all
+            patients that are not held back. None: all fully annotated patients take their turn.
+        folds: At most how many folds. One fold validates on all patients that are held back; without such patients there
+            are at least two.
+
+    Returns:
+        The folds, at most one for each patient to validate.
+
+    Raises:
+        InputError: Fewer than two patients are fully annotated, and none is held back.
+    """
+    patients = patients or {case: case for case in kinds}
+    full = {patients[case] for case in kinds} - {patients[case] for case, kind in kinds.items() if kind != FULL}
+    held_back = set(held_back or ())
+    validating = sorted(full & held_back if held_back else full)
+    if len(full) < 2 or not validating:
+        raise InputError("fewer than two patients are fully annotated in all of their cases, so none can be spared for validation. "
+                         "Train on fold 'all' (confkd train ID CONFIGURATION all), or annotate another patient completely.")
+    number = min(folds if held_back else max(folds, 2), len(validating))
+    if number == 1:
+        parts = [validating]
+    else:
+        from nnunetv2.utilities.crossval_split import generate_crossval_split
+
+        parts = [fold["val"] for fold in generate_crossval_split(validating, seed=12345, n_splits=number)]
+    return [{"train": sorted(case for case in kinds if patients[case] not in {*part, *held_back}),
+             "val": sorted(case for case in kinds if patients[case] in part)} for part in map(set, parts)]
+
+
+def single_patient_text(folds: Mapping[str, Mapping[str, Iterable[str]]], kinds: Mapping[str, str],
+                        patients: Mapping[str, str]) -> str | None:
+    """Say what it costs that folds validate on a single patient.
+
+    Args:
+        folds: {name: fold} of some or all folds of splits_final.json.
+        kinds: {case: kind} of all training cases.
+        patients: {case: patient}; a case that is not in it is a patient of its own.
+
+    Returns:
+        The text, with numbers; None if every fold validates on more than one patient.
+    """
+    def full(cases: Iterable[str]) -> set[str]:
+        return {patients.get(case, case) for case in cases if kinds.get(case) == FULL}
+
+    single = [name for name, fold in folds.items() if len({patients.get(case, case) for case in fold["val"]}) == 1]
+    if not single:
+        return None
+    everybody = len(full(kinds))
+    lost = [everybody - len(full(folds[name]["train"])) for name in single]
+    shares = _range(round(100 * number / everybody) for number in lost) if everybody else "0"
+    return (f"{_some(single)}: the validation is on a single patient, so the pseudo-Dice and the choice of checkpoint_best are mostly "
+            f"noise, and {_range(lost)} of {everybody} fully annotated patients ({shares} %) do not train. Consider fold 'all', "
+            f"which trains on all of them; predict with checkpoint_final then")
 
 
 # ---- labels ---------------------------------------------------------------------------------------------------------
@@ -196,15 +275,18 @@ def write_into(folder: Path, preprocessed: Path, dataset: Dataset, processes: in
         raise InputError(f"{len(problems)} problems; nothing was written:\n  " + "\n  ".join(problems)
                          if len(problems) > 1 else problems[0])
     _write_json(folder / "dataset.json", _dataset_json(dataset))
-    if dataset.validation:
-        _write_json(preprocessed / "splits_final.json", [split_of(dataset)])
+    try:
+        folds = folds_of(dataset)
+    except InputError:
+        return  # summary() says what to do without a split
+    _write_json(preprocessed / "splits_final.json", folds)
 
 
-def split_of(dataset: Dataset) -> dict[str, list[str]]:
-    """The one fold of splits_final.json."""
-    validation = set(dataset.validation)
-    return {"train": sorted(case.name for case in dataset.training if case.name not in validation),
-            "val": sorted(validation)}
+def folds_of(dataset: Dataset) -> list[dict[str, list[str]]]:
+    """The folds of splits_final.json. Raises InputError where there are too few fully annotated patients."""
+    kinds = {case.name: case.kind for case in dataset.training}
+    patients = dataset.patients or patients_of(kinds, dataset.patient_pattern)
+    return split_full_cases(kinds, patients, {patients[case] for case in dataset.validation}, dataset.folds)
 
 
 def parallel(function: Callable, tasks: list[tuple], processes: int, text: str) -> list:
@@ -393,14 +475,41 @@ def _dataset_json(dataset: Dataset) -> dict:
 def summary(folder: Path) -> str:
     """A few lines on a data set that was just written, and what comes next."""
     described = json.loads((folder / "dataset.json").read_text(encoding="utf-8"))
-    kinds = list(described["supervision"].values())
+    kinds = described["supervision"]
     splits = preprocessed_folder() / folder.name / "splits_final.json"
-    validating = len(json.loads(splits.read_text(encoding="utf-8"))[0]["val"]) if splits.is_file() else 0
     number = int(folder.name[7:10])
-    counts = ", ".join(f"{kinds.count(kind)} {kind}" for kind in (FULL, PARTIAL, UNLABELLED))
-    return (f"{folder}: {len(kinds)} training cases ({counts}), {validating} of them (full) for validation\n"
-            + ("" if validating else "no split was written: there is no fully labelled case to spare for validation\n")
-            + f"next: confkd check -d {number}, then confkd plan -d {number}")
+    counts = ", ".join(f"{list(kinds.values()).count(kind)} {kind}" for kind in (FULL, PARTIAL, UNLABELLED))
+    if splits.is_file():
+        pattern = described.get("patient_pattern")
+        text = _folds_text(json.loads(splits.read_text(encoding="utf-8")), kinds, patients_of(kinds, pattern),
+                           "patients" if pattern else "cases")
+    else:
+        text = (f"no split was written: it takes two fully annotated patients to spare one for validation. Train on fold "
+                f"'all': confkd train {number} CONFIGURATION all")
+    return (f"{folder}: {len(kinds)} training cases ({counts})\n{text}\n"
+            f"next: confkd check -d {number}, then confkd plan -d {number}")
+
+
+def _folds_text(folds: list[dict[str, list[str]]], kinds: dict[str, str], patients: dict[str, str], noun: str) -> str:
+    """What the folds train and validate on, and what a single fold means. noun: "patients", or "cases" where each is one."""
+    full = {patients[case] for case, kind in kinds.items() if kind == FULL}
+    training = [full & {patients[case] for case in fold["train"] if kinds[case] == FULL} for fold in folds]
+    validating = [{patients[case] for case in fold["val"]} for fold in folds]
+    held_back = len(full - set().union(*training))
+    counts = [_range(map(len, sets)) for sets in (training, validating)]
+    if len(folds) == 1:
+        return (f"one fold: fold 0 trains on {counts[0]} fully annotated {noun} and validates on {counts[1]}, which are held "
+                f"back. There are no folds 1 to 4: give -f 0 to nnUNetv2_find_best_configuration and nnUNetv2_predict")
+    if held_back:
+        return (f"{len(folds)} folds: each trains on the same {counts[0]} fully annotated {noun} and validates on {counts[1]} of "
+                f"{held_back} that are held back from training")
+    return (f"{len(folds)} folds over {len(full)} fully annotated {noun}: each trains on {counts[0]} of them and validates on "
+            f"{counts[1]}; all other cases train in every fold")
+
+
+def _range(numbers: Iterable[int]) -> str:
+    numbers = sorted(numbers)
+    return f"{numbers[0]}" if numbers[0] == numbers[-1] else f"{numbers[0]} to {numbers[-1]}"
 
 
 # ---- what is wrong with the whole -----------------------------------------------------------------------------------
@@ -438,11 +547,12 @@ def _problems_of_the_whole(dataset: Dataset) -> list[str]:
         patients = patients_of([case.name for case in dataset.training], dataset.patient_pattern)
     except InputError as error:
         return [*problems, str(error)]
+    patients = dataset.patients or patients
     kinds = {case.name: case.kind for case in dataset.training}
     problems += [f"{name}: is to validate, but its label is {kinds.get(name, 'not there')}"
                  for name in dataset.validation if kinds.get(name) != FULL]
-    split = split_of(dataset)
-    both = {patients[name] for name in split["train"]} & {patients.get(name) for name in split["val"]}
+    held_back = {patients.get(name) for name in dataset.validation}
+    both = {patient for name, patient in patients.items() if patient in held_back and name not in dataset.validation}
     return problems + [f"patient {patient}: has cases for training and for validation" for patient in sorted(both)]
 
 

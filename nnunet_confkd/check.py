@@ -17,7 +17,7 @@ from types import SimpleNamespace
 
 import numpy as np
 
-from nnunet_confkd.dataset_conversion.volumes import TIFF, Geometry, ending_of, read, spacing_file
+from nnunet_confkd.dataset_conversion.volumes import TIFF, Geometry, count_voxels, ending_of, read, spacing_file
 from nnunet_confkd.dataset_conversion.writer import (
     FULL,
     PARTIAL,
@@ -30,10 +30,13 @@ from nnunet_confkd.dataset_conversion.writer import (
     patients_of,
     preprocessed_folder,
     raw_folder,
+    single_patient_text,
+    split_full_cases,
     with_ignore,
 )
 from nnunet_confkd.errors import InputError, shown
-from nnunet_confkd.json_files import NEEDED, is_whole, malformed, read_folds, read_json
+from nnunet_confkd.json_files import NEEDED, changed_since_planning, is_whole, malformed, planning_text, read_folds, read_json
+from nnunet_confkd.strokes import Shape, shape_of, suspects
 
 KINDS = (FULL, PARTIAL, UNLABELLED)
 WIDTH = 100  # of the text, in characters
@@ -158,6 +161,7 @@ class Found:
 
     counts: {value: voxels}; None for no label, or one that cannot be used. size: voxels of the image. channels: how many;
     None where an image cannot be read. digest: of all the voxels, equal for equal images; None for constant ones.
+    shape: of a label that has no ignored voxel, which may be strokes all the same.
     """
     errors: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
@@ -165,9 +169,10 @@ class Found:
     size: int = 0
     channels: int | None = 0
     digest: str | None = None
+    shape: Shape | None = None
 
 
-def _examine(files: Files, values: list[int]) -> Found:
+def _examine(files: Files, values: list[int], ignore: int | None) -> Found:
     found, grid, constant, digest = Found(), None, True, hashlib.blake2b(digest_size=16)
     for file in files.images:
         try:
@@ -196,11 +201,11 @@ def _examine(files: Files, values: list[int]) -> Found:
     if found.channels and not constant:
         found.digest = digest.hexdigest()
     if files.label is not None:
-        _examine_label(files, grid, values, found)
+        _examine_label(files, grid, values, ignore, found)
     return found
 
 
-def _examine_label(files: Files, grid: Geometry | None, values: list[int], found: Found) -> None:
+def _examine_label(files: Files, grid: Geometry | None, values: list[int], ignore: int | None, found: Found) -> None:
     try:
         picture = read(files.label)
     except InputError as error:
@@ -213,7 +218,7 @@ def _examine_label(files: Files, grid: Geometry | None, values: list[int], found
     if grid is not None:
         found.errors += [f"{files.label}: is on another grid than {files.images[0]}: {difference}; bring it to the image's"
                          for difference in picture.geometry.differences(grid)]
-    counts = {value: int(np.count_nonzero(label == value)) for value in values}
+    counts = count_voxels(label, values)
     if sum(counts.values()) != label.size:
         held = np.unique(label)
         whole = np.isfinite(held) & (held == np.rint(held))
@@ -226,6 +231,8 @@ def _examine_label(files: Files, grid: Geometry | None, values: list[int], found
                                 f"correct the label, or add them there")
     if len(found.errors) == before:
         found.counts = counts
+        if not counts.get(ignore):
+            found.shape = shape_of(label, picture.geometry.spacing[::-1])
 
 
 # ---- the data set ---------------------------------------------------------------------------------------------------
@@ -257,7 +264,7 @@ def check_dataset(dataset: int | str, processes: int = PROCESSES, patient_patter
         notes.warnings.append(f"{folder / 'labelsTs'}: has no label for " + _some(
             [case for case, files in test.items() if files.label is None]))
     values = sorted(label_values(report.labels))
-    tasks = [(files, values) for files in (*training.values(), *test.values())]
+    tasks = [(files, values, report.labels.get("ignore")) for files in (*training.values(), *test.values())]
     results = parallel(_examine, tasks, processes, f"checking {name}")
     found, tested = dict(zip(training, results)), dict(zip(test, results[len(training):]))
     _collect(training, found, report)
@@ -269,15 +276,21 @@ def check_dataset(dataset: int | str, processes: int = PROCESSES, patient_patter
     kinds = _decide_kinds(found, described, report)
     patients = _find_patients(training, patient_pattern or described.get("patient_pattern"), report)
     _describe_cases(found, kinds, described.get("supervision"), patients, report)
-    if splits_file.is_file():
-        folds = _check_split(splits_file, training, kinds, patients, report)
+    written = splits_file.is_file()
+    if written:
+        folds = future = _check_split(splits_file, training, kinds, patients, report)
     else:
-        folds = []
+        folds, future = [], []
         if FULL in kinds.values():
-            report.warnings.append(f"{splits_file}: there is no split. "
-                                   f"{_default_split(kinds, patients, described.get('patient_pattern'))}")
-    _check_classes(folds, report)
+            text, future = _default_split(kinds, patients, described.get("patient_pattern"))
+            report.warnings.append(f"{splits_file}: there is no split. {text}")
+    single = single_patient_text({f"fold {k}": fold for k, fold in enumerate(future)}, kinds, patients)
+    if single:
+        report.warnings.append(f"{single} (confkd train {int(name[7:10])} CONFIGURATION all)")
+    _check_strokes(found, kinds, report)
+    _check_classes(future, written, report)
     _check_copies(found, tested, folds, report)
+    _check_planned(described, report)
     report.warnings += [f"test: {text}" for text in (*notes.errors, *notes.warnings)]
     return report
 
@@ -474,18 +487,34 @@ def _with_shares(size: int, annotated: int | None, voxels: dict[str, int | None]
             "voxels": voxels, "share": {name: share(count) for name, count in voxels.items()}}
 
 
-def _check_classes(folds: list[dict[str, list[str]]], report: Report) -> None:
-    """Warn of classes that neither the teacher nor, of the partial labels, the student can learn from."""
+def _check_strokes(found: dict[str, Found], kinds: dict[str, str], report: Report) -> None:
+    """Warn of cases that are taken for fully annotated though their labels look like strokes."""
+    shapes = {case: result.shape for case, result in found.items() if kinds.get(case) == FULL and result.shape is not None}
+    strokes = suspects(shapes)
+    if strokes:
+        listed = _some((f"{case} ({reason})" for case, reason in strokes.items()), 5)
+        report.warnings.append(
+            f"{len(strokes)} of {len(shapes)} fully annotated cases look like strokes and not like complete masks: {listed}. Look at "
+            f"them. Where 0 means \"not annotated\", training would take it for background: give such cases to confkd mix as --partial, "
+            f"with --ignore-value 0 and the --background-value of the strokes in the background")
+
+
+def _check_classes(folds: list[dict[str, list[str]]], written: bool, report: Report) -> None:
+    """Warn of classes that neither the teacher nor, of the partial labels, the student can learn from.
+
+    folds: of splits_final.json, or, where it is not written yet, those that the trainer would write.
+    """
     cases, totals = report.cases, report.totals
-    parts = {f"fold {k}": fold["train"] for k, fold in enumerate(folds)} or {"": list(cases)}
+    parts = {str(k): fold["train"] for k, fold in enumerate(folds)}
     for name in totals["all"]["voxels"]:
         if name != "background":
-            without = [part for part, of_part in parts.items() if _any_full(of_part, cases) and not any(
+            parts_without = [part for part, of_part in [("", list(cases)), *parts.items()] if _any_full(of_part, cases) and not any(
                 cases[case]["voxels"][name] for case in of_part if cases[case]["kind"] == FULL)]
-            if without:
-                where = f" of {_some(without)}" if folds else ""
-                report.warnings.append(f"class {name}: annotated nowhere among the full training cases{where}; the teacher "
-                                       f"cannot learn it")
+            if parts_without:
+                of_folds = f" of fold {_some(parts_without)}" + ("" if written else " that the trainer will write")
+                report.warnings.append(
+                    f"class {name}: annotated in no fully annotated training case{'' if parts_without[0] == '' else of_folds}; the "
+                    f"teacher cannot learn it, and what it teaches speaks against the class. Annotate it completely in one of them")
         if totals[PARTIAL]["cases"] and not totals[PARTIAL]["voxels"][name]:
             report.warnings.append(f"class {name}: annotated nowhere among the partial cases" + (
                 "; the student learns what is background from the full ones alone" if name == "background" else
@@ -498,6 +527,19 @@ def _any_full(names: Iterable[str], cases: dict[str, dict]) -> bool:
 
 # ---- the split --------------------------------------------------------------------------------------------------------
 
+def _check_planned(described: dict, report: Report) -> None:
+    """An error where dataset.json was edited after planning: training reads the copy that planning made."""
+    raw, planned = Path(report.folder) / "dataset.json", preprocessed_folder() / report.dataset / "dataset.json"
+    if planned.is_file():
+        try:
+            keys = changed_since_planning(described, read_json(planned))
+        except InputError as error:
+            report.errors.append(str(error))
+            return
+        if keys:
+            report.errors.append(planning_text(raw, planned, keys, int(report.dataset[7:10])))
+
+
 def _check_split(file: Path, cases: Iterable[str], kinds: dict[str, str], patients: dict[str, str], report: Report,
                  ) -> list[dict[str, list[str]]]:
     """Report what is wrong with it; returns the folds, with the cases that exist."""
@@ -508,13 +550,13 @@ def _check_split(file: Path, cases: Iterable[str], kinds: dict[str, str], patien
     except InputError as error:
         report.errors.append(str(error))
         return []
-    known, cases = [], dict.fromkeys(cases)
+    known, cases, weak = [], dict.fromkeys(cases), {}
     report.split["file"] = str(file)
     for k, fold in enumerate(folds):
         where, train, val = f"{file}, fold {k}: ", fold["train"], fold["val"]
         unknown = sorted({*train, *val} - cases.keys())
         both = sorted({*train} & {*val})
-        weak = [case for case in val if kinds.get(case, FULL) != FULL]
+        weak |= {case: k for case in val if kinds.get(case, FULL) != FULL}
         shared = _on_both_sides(patients, sorted({*train} - {*both}), sorted({*val} - {*both}))
         known.append({side: [case for case in fold[side] if case in cases] for side in ("train", "val")})
         if unknown:
@@ -523,14 +565,17 @@ def _check_split(file: Path, cases: Iterable[str], kinds: dict[str, str], patien
             report.errors.append(f"{where}trains and validates on {_some(both)}; each case can be on one side only")
         report.errors += [f"{where}patient {patient} has cases to train ({_some(of_train)}) and to validate "
                           f"({_some(of_val)}); keep them on one side" for patient, (of_train, of_val) in shared.items()]
-        if weak:
-            report.errors.append(f"{where}validates on cases that are not fully labelled, where only annotated voxels would "
-                                 f"count: {_some(f'{case} ({kinds[case]})' for case in weak)}; move them to \"train\"")
         if not val:
             report.errors.append(f"{where}validates on no case; move fully labelled ones to \"val\"")
         training = {case: kinds[case] for case in known[-1]["train"] if case in kinds}
         if FULL in kinds.values() and len(training) == len(known[-1]["train"]):
             _report_error(report, where, require_full, training)
+    if weak:
+        report.errors.append(
+            f"{file}, fold {_some(sorted(set(weak.values())))}: validates on cases that are not fully annotated, where only annotated "
+            f"voxels would count: {_some(f'{case} ({kinds[case]})' for case in weak)}. Did nnU-Net write this file? Then delete it: "
+            f"confkd plan, or the next training, writes folds that validate on fully annotated cases only. Or move these cases to "
+            f"\"train\"")
     report.split["folds"] = [{side: {kind: sum(kinds.get(case) == kind for case in fold[side]) for kind in KINDS}
                               for side in ("train", "val")} for fold in known]
     used = {case for fold in known for side in fold.values() for case in side}
@@ -540,28 +585,28 @@ def _check_split(file: Path, cases: Iterable[str], kinds: dict[str, str], patien
     return known
 
 
-def _default_split(kinds: dict[str, str], patients: dict[str, str], pattern: str | None) -> str:
-    """In words, what the trainer does without a splits_final.json. pattern: dataset.json's, the only one that it knows."""
+def _default_split(kinds: dict[str, str], patients: dict[str, str], pattern: str | None,
+                   ) -> tuple[str, list[dict[str, list[str]]]]:
+    """What the trainer does without a splits_final.json, in words, and the folds. pattern: dataset.json's, the only one that
+    it knows."""
     from nnunetv2.utilities.crossval_split import generate_crossval_split
-
-    from nnunet_confkd.supervision import split_full_cases
 
     if pattern is None and set(kinds.values()) == {FULL}:
         if len(kinds) < 5:
             return (f"nnU-Net would make five folds, and fail: there are only {len(kinds)} cases. Write a split, or train "
-                    f"on fold 'all'")
+                    f"on fold 'all'"), []
         folds, text = generate_crossval_split(sorted(kinds)), "nnU-Net will make five random folds of all cases"
     else:
         try:
             folds = split_full_cases(kinds, patients_of(kinds, pattern))
         except InputError as error:
-            return str(error)
+            return str(error), []
         text = f"The trainer will write {len(folds)} folds of the fully labelled cases; all others train in every fold"
     shared = {patient for fold in folds for patient in _on_both_sides(patients, fold["train"], fold["val"])}
     if shared:
         text += (f". It does not know the patients: {_some(sorted(shared))} would be on both sides of a fold. Write the "
                  f"pattern to dataset.json as \"patient_pattern\"")
-    return text
+    return text, folds
 
 
 def _on_both_sides(patients: dict[str, str], train: Iterable[str], val: Iterable[str],

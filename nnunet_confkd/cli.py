@@ -171,7 +171,6 @@ def convert(argv: list[str]) -> None:
         sub.add_argument("--source", required=True, type=Path, metavar="DIR", help="the data set as published")
         sub.add_argument("--id", required=True, type=int, help="id of the data set to write")
         sub.add_argument("--name", help="its name, Dataset027_NAME")
-        sub.add_argument("--seed", type=int, default=0, help="of the choice of patients")
         sub.add_argument("--processes", type=int, default=PROCESSES)
         sub.add_argument("--link", action="store_true", help="hard links instead of copies of images: no space, but what "
                         "writes to one writes to the other")

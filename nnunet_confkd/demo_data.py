@@ -58,7 +58,7 @@ def import_dataset(source: Path, dataset_id: int, name: str, seed: int = 0, limi
     for kind in (PARTIAL, UNLABELLED):
         dataset.training += [replace(cases[case], kind=kind) if mixed else
                              weakened(cases[case], kind, dataset.labels, "points", seed) for case in roles[kind]]
-    dataset.test, dataset.validation = [cases[case] for case in roles["test"]], roles["validation"]
+    dataset.test, dataset.validation, dataset.folds = [cases[case] for case in roles["test"]], roles["validation"], 1
     writer.write_dataset(dataset, dataset_id, processes=1)
     return roles
 

@@ -96,6 +96,36 @@ def read_folds(file: str | Path) -> list[dict[str, list[str]]]:
     return folds
 
 
+def changed_since_planning(raw: dict, planned: dict) -> list[str]:
+    """Compare a raw dataset.json with the copy that planning made of it, which is what training reads.
+
+    Args:
+        raw: The content of nnUNet_raw/DATASET/dataset.json.
+        planned: The content of nnUNet_preprocessed/DATASET/dataset.json.
+
+    Returns:
+        The keys that matter to training and differ. The order of entries does not count, except that of regions.
+    """
+    def meaning(described: dict, key: str):
+        value = described.get(key)
+        if key == "labels" and isinstance(value, dict) and any(isinstance(v, list) for v in value.values()):
+            return list(value.items())
+        return None if value == {} else value
+
+    return [key for key in (*NEEDED, *OPTIONAL) if meaning(raw, key) != meaning(planned, key)]
+
+
+def planning_text(raw: str | Path, planned: str | Path, keys: Iterable[str], dataset_id: int) -> str:
+    """What to do about :func:`changed_since_planning`."""
+    keys = list(keys)
+    if {"supervision", "patient_pattern"}.issuperset(keys):
+        remedy = f"Copy the first file over the second (confkd plan -d {dataset_id} --no_pp does so, too)"
+    else:
+        remedy = f"Plan and preprocess again: confkd plan -d {dataset_id}, with the options of the first time"
+    return (f"{raw} differs from {planned}, which training reads, in {', '.join(keys)}: it was edited after planning, and training "
+            f"would not notice. {remedy}, or undo the edit")
+
+
 def is_whole(value) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 

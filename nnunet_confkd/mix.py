@@ -4,7 +4,10 @@ from __future__ import annotations
 import argparse
 import random
 import re
+from collections import Counter
 from pathlib import Path
+
+import numpy as np
 
 from nnunet_confkd.dataset_conversion import writer
 from nnunet_confkd.dataset_conversion.volumes import ENDINGS, ITK, Volume, ending_of
@@ -28,7 +31,8 @@ def mix(full: Path, dataset_id: int, *, partial: Path | None = None, unlabelled:
     channels: names, which choose nnU-Net's normalisation ("CT"); None: from dataset.json, else channel_0, ... (z-score).
     ignore_value: what marks voxels that are not annotated in the partial labels; None: dataset.json's "ignore".
     background_value: what marks background there, where `ignore_value` is the background's value.
-    validation: patients to validate on, names or one number; None: a fifth of the fully labelled ones, at least one.
+    validation: patients that are held back to validate in the only fold, names or one number (seeded). None: up to five
+    folds, in which the fully annotated patients validate in turn.
 
     Raises InputError with all that is wrong with the folders.
     """
@@ -51,7 +55,7 @@ def mix(full: Path, dataset_id: int, *, partial: Path | None = None, unlabelled:
     if not any(case.kind == FULL for case in training) and not problems:
         raise InputError(f"{full}: holds no images with labels")
     if partial is not None and not problems:
-        _require_ignored_voxels(Path(partial), training, ignore_value)
+        _require_ignored_voxels(Path(partial), training, ignore_value, values)
     mixed = partial is not None or unlabelled is not None
     names = writer.with_ignore(values["names"]) if mixed else values["names"]
     endings = [ending_of(case.images[0].file) for case in training if case.kind == FULL]
@@ -63,7 +67,8 @@ def mix(full: Path, dataset_id: int, *, partial: Path | None = None, unlabelled:
         channels = [*map(str, described.get("channel_names", described.get("modality", {})).values())] or _count_channels(training)
     return writer.write_dataset(Dataset(
         name=name, channel_names=channels, labels=names, file_ending=ending, training=training,
-        validation=_validation(training, patient_pattern, seed, validation), patient_pattern=patient_pattern,
+        validation=[] if validation is None else _validation(training, patient_pattern, seed, validation),
+        folds=1 if validation else writer.FOLDS, patient_pattern=patient_pattern,
         regions_class_order=regions, licence=described.get("licence", described.get("license", "unknown")),
         reference=described.get("reference", ""), roots=tuple(Path(f) for f in folders.values() if f is not None),
         problems=problems), dataset_id, processes, link)
@@ -133,12 +138,27 @@ def _partial_values(values: dict, ignore_value: int | None, background_value: in
     return mapping
 
 
-def _require_ignored_voxels(folder: Path, training: list[Case], ignore_value: int) -> None:
+def _require_ignored_voxels(folder: Path, training: list[Case], ignore_value: int, values: dict) -> None:
     """Raise InputError where no partial label has the value: then it is most likely another one."""
     labels = [case.label for case in training if case.kind == PARTIAL]
-    if not any((label.read().voxels == ignore_value).any() for label in labels):
-        raise InputError(f"{folder}: no label holds the value {ignore_value}, which is said to mark what is not annotated; correct "
-                         f"--ignore-value, or give the folder as --full")
+    if any((label.read().voxels == ignore_value).any() for label in labels):
+        return
+    held: Counter = Counter()
+    for label in labels:
+        found, counts = np.unique(label.read().voxels, return_counts=True)
+        held.update(dict(zip(found.tolist(), counts.tolist())))
+    total = sum(held.values())
+    shares = [f"{value:g}: {100 * count / total:.2g} %" if count < 0.1 * total else f"{value:g}: {100 * count / total:.1f} %"
+              for value, count in sorted(held.items())[:20]]
+    likely = max(held, key=held.__getitem__)
+    advice = "correct --ignore-value: which of them means \"not annotated\"?"
+    if likely == values["background"]:
+        others = [value for value in sorted(held) if value not in values["full"]]
+        advice += f" If it is {likely:g}: --ignore-value {likely:g}"
+        if others:
+            advice += f" --background-value {others[0]:g}, where {others[0]:g} marks the strokes in the background"
+    raise InputError(f"{folder}: no label holds the value {ignore_value}, which is said to mark what is not annotated. The labels hold "
+                     f"{', '.join(shares)}; {advice}")
 
 
 # ---- files ----------------------------------------------------------------------------------------------------------
@@ -197,8 +217,8 @@ def _count_channels(training: list[Case]) -> list[str]:
 
 # ---- validation -----------------------------------------------------------------------------------------------------
 
-def _validation(training: list[Case], pattern: str | None, seed: int, wanted: list[str] | None) -> list[str]:
-    """Cases of patients all of whose cases are full; none where that would leave no full case to train on."""
+def _validation(training: list[Case], pattern: str | None, seed: int, wanted: list[str]) -> list[str]:
+    """The wanted cases, of patients all of whose cases are full."""
     try:
         patients = writer.patients_of([case.name for case in training], pattern)
     except InputError:
@@ -206,16 +226,17 @@ def _validation(training: list[Case], pattern: str | None, seed: int, wanted: li
     weak = {patients[case.name] for case in training if case.kind != FULL}
     order = sorted({patients[case.name] for case in training} - weak)
     random.Random(seed).shuffle(order)
-    if wanted is not None and not (len(wanted) == 1 and wanted[0].isdigit()):
+    if not (len(wanted) == 1 and wanted[0].isdigit()):
         unknown = sorted(set(wanted) - set(order))
         if unknown:
             raise InputError(f"--validation: these are no patients all of whose cases are full: {', '.join(unknown)}")
         chosen = set(wanted)
     else:
-        count = max(1, round(writer.VALIDATION_SHARE * len(order))) if wanted is None else int(wanted[0])
-        if wanted is not None and count >= len(order):
-            raise InputError(f"--validation: {count} of {len(order)} fully labelled patients would leave none to train on")
-        chosen = set(order[:count]) if len(order) > 1 else set()
+        count = int(wanted[0])
+        if not 0 < count < len(order):
+            raise InputError(f"--validation: {count} of {len(order)} fully annotated patients would leave none to "
+                             f"{'train on' if count else 'validate on'}")
+        chosen = set(order[:count])
     return [case.name for case in training if patients[case.name] in chosen]
 
 
@@ -235,11 +256,11 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--ignore-value", type=int, metavar="V", help="value of the partial labels where nothing is annotated")
     parser.add_argument("--background-value", type=int, metavar="V", help="value of the partial labels for background, where "
                         "--ignore-value is the background's own")
-    parser.add_argument("--validation", nargs="+", metavar="N|PATIENT", help="fully labelled patients to validate on, a number or "
-                        "names; default: a fifth of them")
+    parser.add_argument("--validation", nargs="+", metavar="N|PATIENT", help="fully annotated patients that validate in one "
+                        "fold and never train, a number or names; default: up to five folds, in which they validate in turn")
     parser.add_argument("--patient-pattern", metavar="REGEX", help="its first group in the name of a case is the patient; default: "
                         "a case a patient")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="of the choice of --validation N")
     parser.add_argument("--processes", type=int, default=PROCESSES)
     parser.add_argument("--link", action="store_true", help="hard links instead of copies of images: no space, but what "
                         "writes to one writes to the other")

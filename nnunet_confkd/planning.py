@@ -33,7 +33,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
 
 from nnunet_confkd.dataset_conversion.volumes import quiet
-from nnunet_confkd.dataset_conversion.writer import find_dataset, patients_of, preprocessed_folder, raw_folder
+from nnunet_confkd.dataset_conversion.writer import find_dataset, patients_of, preprocessed_folder, raw_folder, split_full_cases
 from nnunet_confkd.errors import InputError
 from nnunet_confkd.json_files import read_description, read_json
 from nnunet_confkd.resampling import KeepAnnotations
@@ -47,7 +47,6 @@ from nnunet_confkd.supervision import (
     count_voxels,
     decide_kinds,
     kind_of,
-    split_full_cases,
     summary,
 )
 

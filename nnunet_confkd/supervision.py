@@ -18,26 +18,22 @@ from batchgeneratorsv2.transforms.base.basic_transform import BasicTransform, Se
 from batchgeneratorsv2.transforms.utils.remove_label import RemoveLabelTransform
 from nnunetv2.training.dataloading.data_loader import nnUNetDataLoader
 from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
-from nnunetv2.utilities.crossval_split import generate_crossval_split
 from nnunetv2.utilities.label_handling.label_handling import LabelManager
 from threadpoolctl import ThreadpoolController
 from tqdm import tqdm
 
+from nnunet_confkd.dataset_conversion.volumes import count_voxels
+from nnunet_confkd.dataset_conversion.writer import FULL, PARTIAL, UNLABELLED
+from nnunet_confkd.dataset_conversion.writer import split_full_cases as split_full_cases
 from nnunet_confkd.errors import InputError
 from nnunet_confkd.json_files import NEEDED
 
-FULL, PARTIAL, UNLABELLED = "full", "partial", "unlabelled"
 KINDS = (FULL, PARTIAL, UNLABELLED)  # from the most to the least annotation
 TABLE_KEY = "supervision"  # the table's key in dataset.json: {case: kind}
 OUTSIDE = -1  # nnU-Net's label of padding and of the empty surroundings of an image
 
 
 # ---- counting -------------------------------------------------------------------------------------------------------
-
-def count_voxels(seg: np.ndarray, labels: Iterable[int]) -> dict[int, int]:
-    """Voxels of each label in a label map of any shape."""
-    return {label: int(np.count_nonzero(seg == label)) for label in labels}
-
 
 def kind_of(counts: dict[int, int], ignore_label: int | None) -> str:
     """Kind of a case with these voxel counts per label (`ignore_label` and `OUTSIDE` included)."""
@@ -173,25 +169,6 @@ def lost_annotations(cases: Iterable[str], label_folder: str | Path, file_ending
     present = [case for case in files if files[case].is_file()]
     with ThreadPoolExecutor(processes) as pool:
         return [case for case, lost in zip(present, pool.map(annotated, present)) if lost]
-
-
-def split_full_cases(kinds: dict[str, str], patients: dict[str, str] | None = None) -> list[dict[str, list[str]]]:
-    """nnU-Net's seeded cross-validation, of the patients all of whose cases are fully labelled; all others train in
-    every fold.
-
-    patients: {case: patient}; None: each case is its own. Up to five folds, as many as there are such patients. A
-    validation on partial labels would measure the annotated voxels only, and a patient on both sides nothing at all.
-    Raises InputError where there is only one such patient.
-    """
-    patients = patients or {case: case for case in kinds}
-    full = sorted({patients[case] for case in kinds} - {patients[case] for case, kind in kinds.items() if kind != FULL})
-    if len(full) < 2:
-        raise InputError(
-            "fewer than two patients are fully labelled in all of their cases, so none can be spared for validation. Train "
-            "on fold 'all', or write a splits_final.json into the data set's preprocessed folder.")
-    splits = generate_crossval_split(full, seed=12345, n_splits=min(5, len(full)))
-    return [{"train": sorted(case for case in kinds if patients[case] not in split["val"]),
-             "val": sorted(case for case in kinds if patients[case] in split["val"])} for split in splits]
 
 
 def check_labels(dataset_json: dict) -> None:

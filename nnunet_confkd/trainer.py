@@ -15,7 +15,7 @@ import torch.distributed as dist
 from batchgenerators.dataloading.nondet_multi_threaded_augmenter import NonDetMultiThreadedAugmenter
 from batchgenerators.dataloading.single_threaded_augmenter import SingleThreadedAugmenter
 from batchgenerators.utilities.file_and_folder_operations import isfile, join, load_json, save_json
-from nnunetv2.paths import nnUNet_preprocessed
+from nnunetv2.paths import nnUNet_preprocessed, nnUNet_raw, nnUNet_results
 from nnunetv2.training.dataloading.data_loader import nnUNetDataLoader
 from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
 from nnunetv2.training.loss.deep_supervision import DeepSupervisionWrapper
@@ -28,11 +28,11 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunet_confkd import __version__
 from nnunet_confkd.curves import CURVES, plot_curves
-from nnunet_confkd.dataset_conversion.writer import patients_of
+from nnunet_confkd.dataset_conversion.writer import patients_of, single_patient_text, split_full_cases
 from nnunet_confkd.errors import InputError, TrainingError
 from nnunet_confkd.faults import Divergence, terminable, written_whole
 from nnunet_confkd.hints import KEPT, HintSampler, hint_channels
-from nnunet_confkd.json_files import read_folds
+from nnunet_confkd.json_files import changed_since_planning, planning_text, read_folds, read_json
 from nnunet_confkd.losses import TERMS, ConfKDLoss, PartialSupervision, annotated_voxels, confidence
 from nnunet_confkd.network import TwoBranchUNet, unwrap
 from nnunet_confkd.settings import Settings
@@ -49,10 +49,9 @@ from nnunet_confkd.supervision import (
     label_padding,
     lost_annotations,
     require_full,
-    split_full_cases,
     summary,
 )
-from nnunet_confkd.validation import validate
+from nnunet_confkd.validation import check_first_stage, validate
 
 
 class ConfKDTrainer(nnUNetTrainer):
@@ -77,6 +76,9 @@ class ConfKDTrainer(nnUNetTrainer):
         if "file_ending" not in dataset_json:
             raise InputError('dataset.json: lacks "file_ending"')
         _check_plans_belong(plans, dataset_json)
+        changed = _changed_since_planning(plans["dataset_name"], dataset_json)
+        if changed and not _has_begun(plans, configuration, fold, type(self).__name__):
+            raise InputError(changed)
         super().__init__(plans, configuration, fold, dataset_json, device)
         if self.settings.epochs is not None:
             self.num_epochs = self.settings.epochs
@@ -85,6 +87,8 @@ class ConfKDTrainer(nnUNetTrainer):
             self.num_val_iterations_per_epoch = max(1, self.num_iterations_per_epoch // 5)  # nnU-Net's share
         # plans travel with the model: so do the settings that it was trained with
         self.plans_manager.plans["configurations"][configuration]["confkd"] = self.settings.as_dict()
+        if changed:
+            self.print_to_log_file(f"WARNING: {changed}. This training has begun and goes on with the second.")
         self.kinds: dict[str, str] | None = None  # -> find_supervision
         self.iteration = 0  # training steps done
         self.divergence = Divergence(self.settings.max_nonfinite_steps)
@@ -180,8 +184,9 @@ class ConfKDTrainer(nnUNetTrainer):
             if self.fold >= num_splits:
                 raise InputError(
                     f"fold {self.fold} was asked for, but {splits_file} has {num_splits} fold(s), 0 to {num_splits - 1}. "
-                    f"nnU-Net would make a random split here, with partially labelled cases in validation. Use one of "
-                    f"these folds, add one to the file, or train on fold 'all'.")
+                    f"nnU-Net would make a random split here, with partially annotated cases in validation. Use one of "
+                    f"these folds, add one to the file, or train on fold 'all'. If the file is deleted, the next training "
+                    f"writes up to five folds over the fully annotated cases.")
         return super().do_split()
 
     def get_tr_and_val_datasets(self):
@@ -193,6 +198,13 @@ class ConfKDTrainer(nnUNetTrainer):
         training = {case: kinds[case] for case in dataset_tr.identifiers}
         require_full(training)
         self.print_to_log_file(f"Training cases: {summary(training)}")
+        if self.fold != "all":
+            patients = patients_of(kinds, self.dataset_json.get("patient_pattern"))
+            fold = {"train": list(training), "val": list(dataset_val.identifiers)}
+            if text := single_patient_text({f"fold {self.fold}": fold}, kinds, patients):
+                self.print_to_log_file(f"WARNING: {text}.")
+        if self.is_cascaded:
+            check_first_stage(self)
         if set(training.values()) == {FULL}:
             self.print_to_log_file("WARNING: every training case is fully labelled. Nothing is left for the student to "
                                    "learn from partial labels; this is nnU-Net with self-distillation.")
@@ -527,6 +539,26 @@ def _check_plans_belong(plans: dict, dataset_json: dict) -> None:
             f"asked for: {own} " + ("differs from its dataset.json" if isfile(own) else "does not exist")
             + ". Plan and preprocess the data set itself (nnUNetv2_plan_and_preprocess); to carry plans over from another "
               "one use nnUNetv2_move_plans_between_datasets.")
+
+
+def _changed_since_planning(dataset: str, dataset_json: dict) -> str | None:
+    """What is wrong if the raw dataset.json was edited after planning; None where there is none to compare with."""
+    if not (nnUNet_raw.is_set() and nnUNet_preprocessed.is_set()):
+        return None
+    raw, planned = (join(folder, dataset, "dataset.json") for folder in (nnUNet_raw, nnUNet_preprocessed))
+    try:
+        keys = changed_since_planning(read_json(raw), dataset_json)
+    except InputError:
+        return None  # training does not need the raw data
+    return planning_text(raw, planned, keys, int(dataset[7:10])) if keys else None
+
+
+def _has_begun(plans: dict, configuration: str, fold: int | str, trainer: str) -> bool:
+    """Whether there is a checkpoint to go on from, or to validate."""
+    if not nnUNet_results.is_set():
+        return False
+    folder = join(nnUNet_results, plans["dataset_name"], f"{trainer}__{plans['plans_name']}__{configuration}", f"fold_{fold}")
+    return any(isfile(join(folder, f"checkpoint_{name}.pth")) for name in ("final", "latest", "best"))
 
 
 # ---- variants -------------------------------------------------------------------------------------------------------

@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
@@ -23,8 +23,10 @@ from nnunetv2.paths import nnUNet_preprocessed
 from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
 from nnunetv2.utilities.label_handling.label_handling import convert_labelmap_to_one_hot
 
-from nnunet_confkd.errors import TrainingError
+from nnunet_confkd.dataset_conversion.writer import FULL
+from nnunet_confkd.errors import InputError, TrainingError
 from nnunet_confkd.hints import class_map, regions_of, volume_hints
+from nnunet_confkd.json_files import read_folds
 from nnunet_confkd.network import TwoBranchUNet, unwrap
 from nnunet_confkd.supervision import OUTSIDE, label_outside
 
@@ -166,6 +168,51 @@ def _submit_next_stages(trainer, pool: _ExportPool, case: str, logits: np.ndarra
         pool.submit(_save_for_next_stage, logits, data.shape[1:], join(output_folder, case), trainer.plans_manager,
                     trainer.configuration_manager, properties, trainer.dataset_json, default_num_processes,
                     dataset_class)
+
+
+def check_first_stage(trainer) -> None:
+    """Check the predictions of the first stage of a cascade, before its second stage trains on them.
+
+    The second stage should see what the first stage predicts for images that it was not trained on. A fold of the first
+    stage predicts its validation cases for that. Training cases that no trained fold validates were predicted by a network
+    that was trained on them, and their predictions are better than those of new images: a warning says so.
+
+    Raises:
+        InputError: Predictions are missing.
+    """
+    folder, stage = trainer.folder_with_segs_from_previous_stage, trainer.configuration_manager.previous_stage_name
+    model = os.path.dirname(os.path.dirname(folder))
+    train, val = trainer.do_split()
+    splits_file = join(trainer.preprocessed_dataset_folder_base, "splits_final.json")
+    folds = dict(enumerate(read_folds(splits_file))) if isfile(splits_file) else {}
+    trained = [k for k in folds if isfile(join(model, f"fold_{k}", "validation", "summary.json"))]
+    lacking = [k for k in folds if k not in trained]
+    plans, name = trainer.plans_manager.plans_name, type(trainer).__name__
+    options = (f" -tr {name}" if name != "ConfKDTrainer" else "") + (f" -p {plans}" if plans != "nnUNetPlans" else "")
+    number = int(trainer.plans_manager.dataset_name[7:10])
+
+    def commands(numbers: Iterable[int | str], more: str = "") -> str:
+        return "; ".join(f"confkd train {number} {stage} {k}{options}{more}" for k in numbers)
+
+    missing = [case for case in sorted({*train, *val}) if not any(isfile(join(folder, case + end)) for end in (".b2nd", ".npz"))]
+    if missing:
+        raise InputError(f"{folder}: {len(missing)} case(s) lack the prediction of the first stage, {stage}, which the second stage needs: "
+                         f"{', '.join(missing[:10])}{' ...' if len(missing) > 10 else ''}. Run first: "
+                         f"{commands(lacking) or commands(trained, ' --val') or commands(['all'])}")
+    validated = {case for k in trained for case in folds[k]["val"]}
+    seen = [case for case in train if case not in validated]
+    full = [case for case in seen if trainer.find_supervision()[case] == FULL]
+    if full:
+        trainer.print_to_log_file(
+            f"WARNING: the first stage, {stage}, predicted {len(full)} fully annotated training case(s) with a network that was trained "
+            f"on these very cases. Its predictions of new images are worse, so that the second stage learns to trust them too much. " + (
+                f"The first stage lacks {len(lacking)} of {len(folds)} folds; train them first: {commands(lacking)}" if lacking else
+                f"No fold of {splits_file} validates these cases. Without this file the next training writes folds that do; train "
+                f"the folds of both stages then."))
+    if len(seen) > len(full):
+        trainer.print_to_log_file(
+            f"WARNING: {len(seen) - len(full)} partially annotated or unlabelled training case(s) validate in no fold, so that the first "
+            f"stage, {stage}, predicted them with a network that was trained on them, without their missing annotations.")
 
 
 def _cases_of_no_validation(trainer) -> list[str]:

@@ -9,20 +9,21 @@ import numpy as np
 
 from nnunet_confkd.dataset_conversion import writer
 from nnunet_confkd.dataset_conversion.volumes import Picture, Volume, read
-from nnunet_confkd.dataset_conversion.writer import FULL, PARTIAL, PROCESSES, UNLABELLED, Case, Dataset
+from nnunet_confkd.dataset_conversion.writer import FOLDS, FULL, PARTIAL, PROCESSES, UNLABELLED, Case, Dataset
 from nnunet_confkd.errors import InputError
 from nnunet_confkd.json_files import read_description, read_folds
 from nnunet_confkd.weak_labels import STYLES, case_rng, weaken
 
 
 def weaken_dataset(source: int | str, dataset_id: int, *, full: list[str], style: str, unlabelled: int = 0, seed: int = 0,
-                   name: str | None = None, patient_pattern: str | None = None, processes: int = PROCESSES, link: bool = False,
-                   **options) -> Path:
+                   folds: int = FOLDS, name: str | None = None, patient_pattern: str | None = None,
+                   processes: int = PROCESSES, link: bool = False, **options) -> Path:
     """Write a mixed copy of a fully labelled data set of nnU-Net; returns its folder.
 
     source: id or name of the data set. full: the training patients that stay full, names or one number (of the same seed,
-    fewer lie within more). The source's validation cases (fold 0) stay full; without a split about a fifth of the
-    patients are chosen. unlabelled: number of further patients that lose all labels; the rest is turned to `style`.
+    fewer lie within more). The source's validation cases (fold 0) stay full and are held back; without a split about a
+    fifth of the patients are chosen. folds: they are divided over so many folds, each of which trains on the same `full`
+    patients and on none that is held back. unlabelled: number of further patients that lose all labels; the rest is turned to `style`.
     patient_pattern: regular expression whose first group in the name of a case is the patient; default: the source's.
     options: those of :func:`nnunet_confkd.weak_labels.weaken`. Each case is seeded by its name, the style and `seed`.
 
@@ -43,7 +44,7 @@ def weaken_dataset(source: int | str, dataset_id: int, *, full: list[str], style
              for case in cases}
     dataset = weak_dataset(folder, name or f"{found[11:]}_{style}", kinds, style, seed, **options)
     dataset.validation = [case for case in cases if roles[patients[case]] == "validation"]
-    dataset.patient_pattern = pattern
+    dataset.folds, dataset.patient_pattern = folds, pattern
     dataset.more["weakened"] = {"source": found, "style": style, "seed": seed, **options}
     return writer.write_dataset(dataset, dataset_id, processes, link)
 
@@ -150,7 +151,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--radius", type=int, default=1, help="of the points, in voxels")
     parser.add_argument("--no-background", action="store_true", help="annotate no background")
     parser.add_argument("--unlabelled", type=int, default=0, metavar="N", help="patients that lose all labels")
-    parser.add_argument("--seed", type=int, default=0)
+    writer.experiment_arguments(parser)
     parser.add_argument("--patient-pattern", metavar="REGEX", help="its first group in the name of a case is the patient; default: "
                         "that of the source, or a case a patient")
     parser.add_argument("--processes", type=int, default=PROCESSES)
@@ -158,7 +159,7 @@ def main(argv: list[str]) -> None:
                         "writes to one writes to the other")
     args = parser.parse_args(argv)
     folder = weaken_dataset(
-        args.source, args.id, full=args.full, style=args.style, unlabelled=args.unlabelled, seed=args.seed, name=args.name,
+        args.source, args.id, full=args.full, style=args.style, unlabelled=args.unlabelled, seed=args.seed, folds=args.folds, name=args.name,
         patient_pattern=args.patient_pattern, processes=args.processes, link=args.link, fraction=args.fraction,
         dimension=args.dimension, slice_axis=args.slice_axis, radius=args.radius, background=not args.no_background)
     print(writer.summary(folder))

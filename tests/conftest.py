@@ -145,6 +145,20 @@ def run_ranks():
     return run
 
 
+@pytest.fixture
+def crossvalidation():
+    """Reads the splits_final.json of a data set all of whose cases are full, and checks that each validates in one fold."""
+    def read(dataset: str, number: int = 5) -> list[dict]:
+        raw, preprocessed = (Path(os.environ[f"nnUNet_{name}"]) / dataset for name in ("raw", "preprocessed"))
+        cases = sorted(json.loads((raw / "dataset.json").read_text())["supervision"])
+        folds = json.loads((preprocessed / "splits_final.json").read_text())
+        assert len(folds) == number and sorted(case for fold in folds for case in fold["val"]) == cases
+        assert all(sorted(fold["train"] + fold["val"]) == cases and fold["val"] for fold in folds)
+        return folds
+
+    return read
+
+
 HIPPOCAMPUS = "Dataset004_Hippocampus"
 
 

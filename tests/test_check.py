@@ -14,6 +14,7 @@ import pytest
 import SimpleITK as sitk
 import tifffile
 from nnunet_confkd.dataset_conversion import acdc
+from nnunet_confkd.dataset_conversion.writer import split_full_cases
 from skimage import io
 
 from nnunet_confkd import cli
@@ -21,16 +22,19 @@ from nnunet_confkd.check import Report, check_dataset
 from nnunet_confkd.errors import InputError
 
 KINDS = {"p1_a": "full", "p1_b": "full", "p2_a": "full", "p2_b": "full", "p3_a": "partial", "p3_b": "partial",
-         "p4_a": "unlabelled"}
+         "p4_a": "unlabelled", "p5_a": "full"}
 LABELS = {"background": 0, "organ": 1, "tumour": 2, "ignore": 3}
 REGIONS = {"background": 0, "whole": [1, 2], "tumour": 2, "ignore": 3}
-FOLD = {"train": ["p1_a", "p1_b", "p3_a", "p3_b", "p4_a"], "val": ["p2_a", "p2_b"]}
+FOLD = {"train": ["p1_a", "p1_b", "p3_a", "p3_b", "p4_a"], "val": ["p2_a", "p2_b", "p5_a"]}
 SHAPE = (4, 6, 5)
 NOWHERE = object()
+# warnings that tests of other things meet
+NO_SPLIT = r"splits_final.json: there is no split"
+SINGLE = r"^fold 0.*: the validation is on a single patient, so the pseudo-Dice and the choice of checkpoint_best are mostly noise"
 
 
 class Data:
-    """Data set 7: two channels, four full, two partial and one unlabelled case, a split by patients; nothing is wrong."""
+    """Data set 7: two channels, five full, two partial and one unlabelled case, a split by patients; nothing is wrong."""
 
     def __init__(self, folder, ending=".nii.gz", shape=SHAPE):
         self.folder, self.ending, self.shape = folder / "raw" / "Dataset007_Toy", ending, shape
@@ -45,7 +49,7 @@ class Data:
                 label[self.rng.random(shape) < (0.7 if kind == "partial" else 2)] = 3
             self.relabel(case, label)
         (self.folder / "dataset.json").write_text("{}")
-        self.describe(channel_names={"0": "T1", "1": "T2"}, labels=LABELS, numTraining=7, file_ending=ending,
+        self.describe(channel_names={"0": "T1", "1": "T2"}, labels=LABELS, numTraining=8, file_ending=ending,
                       patient_pattern=r"(p\d+)_")
         self.split([FOLD])
 
@@ -147,18 +151,18 @@ def test_a_correct_data_set_has_the_right_kinds_and_counts_and_nothing_to_compla
             "kind": KINDS[case], "declared": None, "patient": case[:2], "size": voxels, "hidden": 0,
             "annotated": sum(counts.values()), "annotated_share": pytest.approx((label != 3).mean()), "voxels": counts,
             "share": pytest.approx({name: (label == LABELS[name]).mean() for name in counts})}
-    # four full cases; two partial ones
+    # five full cases; two partial ones
     assert report["totals"]["full"] | {"voxels": 0, "share": 0} == {
-        "cases": 4, "size": 4 * voxels, "annotated": 4 * voxels, "annotated_share": 1.0, "voxels": 0, "share": 0}
+        "cases": 5, "size": 5 * voxels, "annotated": 5 * voxels, "annotated_share": 1.0, "voxels": 0, "share": 0}
     both = np.stack([data.labels["p3_a"], data.labels["p3_b"]])
     assert report["totals"]["partial"]["voxels"] == counted(both)
     assert report["totals"]["partial"]["share"]["tumour"] == pytest.approx((both == 2).mean())
     assert report["totals"]["unlabelled"]["annotated"] == 0 and report["totals"]["unlabelled"]["cases"] == 1
     every = np.stack(list(data.labels.values()))
-    assert report["totals"]["all"]["cases"] == 7 and report["totals"]["all"]["voxels"] == counted(every)
+    assert report["totals"]["all"]["cases"] == 8 and report["totals"]["all"]["voxels"] == counted(every)
     assert report["totals"]["all"]["annotated_share"] == pytest.approx((every != 3).mean())
     assert report["split"] == {"file": str(data.split_file), "unused": [], "folds": [
-        {"train": {"full": 2, "partial": 2, "unlabelled": 1}, "val": {"full": 2, "partial": 0, "unlabelled": 0}}]}
+        {"train": {"full": 2, "partial": 2, "unlabelled": 1}, "val": {"full": 3, "partial": 0, "unlabelled": 0}}]}
     assert (report["dataset"], report["labels"], report["channels"]) == ("Dataset007_Toy", LABELS, ["T1", "T2"])
 
 
@@ -212,7 +216,7 @@ def test_colours_are_channels(folders, check):
         data.image(case).unlink()
         write(data.image(case), data.rng.integers(0, 200, (6, 5, 3)).astype(np.uint8))
     data.describe(channel_names={"0": "R", "1": "G", "2": "B"})
-    assert check()["totals"]["all"]["size"] == 7 * 6 * 5
+    assert check()["totals"]["all"]["size"] == 8 * 6 * 5
 
 
 def test_labels_that_are_whole_numbers_of_a_float_type_are_right(data, check):
@@ -328,7 +332,7 @@ def test_what_is_wrong_in_dataset_json_is_told_and_the_files_stay_unexamined(dat
 @pytest.mark.parametrize("entries, message", [
     ({"numTraining": NOWHERE}, r'lacks "numTraining"; add the number of training cases'),
     ({"numTraining": "7"}, r'"numTraining" must be the number of training cases; got "7"'),
-    ({"numTraining": 8}, r'"numTraining" is 8, but there are 7 training cases; correct it'),
+    ({"numTraining": 9}, r'"numTraining" is 9, but there are 8 training cases; correct it'),
     ({"patient_pattern": 3}, r'"patient_pattern" must be a regular expression, a text; got 3'),
     ({"supervision": ["p1_a"]}, r'"supervision" must be an object \{case: kind\}; got \["p1_a"\]'),
     ({"supervision": []}, r'"supervision" must be an object'),
@@ -343,7 +347,7 @@ def test_what_is_wrong_in_dataset_json_is_told_and_the_files_stay_unexamined(dat
 def test_what_is_wrong_in_dataset_json_is_told_and_the_files_are_examined(data, entries, message):
     data.describe(**entries)
     found = check_dataset(7, 1)
-    assert len(found.cases) == 7
+    assert len(found.cases) == 8
     assert [re.search(rf"dataset\.json: .*{message}", text) is not None for text in found.errors] == [True], found.errors
     assert cli.main(["check", "-d", "7", "--processes", "1"]) == 1
 
@@ -368,7 +372,7 @@ def test_an_image_without_a_label_is_an_error(data, check):
     assert report["cases"]["p3_a"] == {
         "kind": None, "declared": None, "patient": "p3", "size": 120, "annotated": None, "annotated_share": None,
         "voxels": nothing, "share": nothing, "hidden": 0}
-    assert report["totals"]["all"]["cases"] == 6
+    assert report["totals"]["all"]["cases"] == 7
 
 
 def test_a_label_without_an_image_is_an_error(data, check):
@@ -463,7 +467,7 @@ def test_label_values_that_are_not_listed_are_an_error(data, check):
     label[0, 0, :2] = 7, 9
     data.relabel("p1_a", label)
     report = check([r"labelsTr/p1_a.nii.gz: holds the values 7, 9, which dataset.json does not list"])
-    assert report["cases"]["p1_a"]["kind"] is None and report["totals"]["full"]["cases"] == 3
+    assert report["cases"]["p1_a"]["kind"] is None and report["totals"]["full"]["cases"] == 4
 
 
 @pytest.mark.parametrize("value, printed", [(0.5, "0.5"), (np.nan, "nan"), (np.inf, "inf")])
@@ -494,7 +498,7 @@ def test_names_that_nnunet_cannot_have_are_errors(data, check):
                                (data.label("p4_a"), data.label(name))):
             image = sitk.ReadImage(str(source))
             sitk.WriteImage(image + (len(name) if "images" in str(target) else 0), str(target))
-    data.describe(numTraining=9, patient_pattern=NOWHERE)
+    data.describe(numTraining=10, patient_pattern=NOWHERE)
     data.split([FOLD | {"train": [*FOLD["train"], "p5_seg", "._p6"]}])
     check([r"\._p6_0000.nii.gz: the name of the case, '\._p6', is empty, hidden",
            r"p5_seg_0000.nii.gz: the name of the case, 'p5_seg', ends with _seg"])
@@ -505,7 +509,7 @@ def test_all_that_is_wrong_is_listed_together(data, check):
     data.label("p1_a").unlink()
     write(data.image("p3_a"), np.full(SHAPE, np.nan, np.float32))
     write(data.label("p3_a"), np.full(SHAPE, 9, np.uint8))
-    data.split([FOLD | {"val": ["p2_a", "p2_b", "p7"]}])
+    data.split([FOLD | {"val": [*FOLD["val"], "p7"]}])
     check([r"has no label", r"p3_a_0000.nii.gz: 120 voxels not finite", r"p3_a.nii.gz: holds the values 9",
            r'"numTraining" is 1', r"fold 0: there are no cases p7"])
 
@@ -533,7 +537,7 @@ def test_it_is_not_said_that_no_case_is_full_where_one_cannot_be_read(data, chec
     for case in ("p1_a", "p1_b"):  # all that the fold trains on
         data.label(case).write_text("no gzip")
     check([r"labelsTr/p1_a.nii.gz: cannot be read", r"labelsTr/p1_b.nii.gz: cannot be read"])
-    data.remove("p1_b", "p2_a", "p2_b")
+    data.remove("p1_b", "p2_a", "p2_b", "p5_a")
     data.split_file.unlink()
     data.label("p1_a").write_text("no gzip")
     check([r"labelsTr/p1_a.nii.gz: cannot be read"])
@@ -542,9 +546,9 @@ def test_it_is_not_said_that_no_case_is_full_where_one_cannot_be_read(data, chec
 def test_no_full_case_is_an_error(data, check):
     data.describe(supervision={case: "partial" for case in KINDS if KINDS[case] == "full"})
     # said once, not again for each fold
-    check([r"none of the 7 training cases is fully labelled", r"fold 0: validates on cases that are not fully labelled"])
+    check([r"none of the 8 training cases is fully labelled", r"fold 0: validates on cases that are not fully annotated"])
     data.split_file.unlink()
-    check([r"none of the 7 training cases is fully labelled \(0 full, 6 partial, 1 unlabelled\), so there is no teacher"])
+    check([r"none of the 8 training cases is fully labelled \(0 full, 7 partial, 1 unlabelled\), so there is no teacher"])
 
 
 # ---- classes --------------------------------------------------------------------------------------------------------
@@ -552,9 +556,28 @@ def test_no_full_case_is_an_error(data, check):
 def test_a_class_that_no_full_training_case_has_is_a_warning_for_each_fold(data, check):
     for case in ("p1_a", "p1_b"):
         data.relabel(case, np.where(data.labels[case] == 2, 1, data.labels[case]))
-    check([], [r"^class tumour: annotated nowhere among the full training cases of fold 0; the teacher cannot learn it$"])
-    data.split([FOLD, {"train": [*FOLD["val"], "p3_a", "p3_b", "p4_a"], "val": ["p1_a", "p1_b"]}])
-    check([], [r"^class tumour: annotated nowhere among the full training cases of fold 0;"])
+    missing = "class tumour: annotated in no fully annotated training case"
+    check([], [rf"^{missing} of fold 0; the teacher cannot learn it, and what it teaches speaks against the class\. Annotate it completely"])
+    data.split([FOLD, {"train": ["p2_a", "p2_b", "p3_a", "p3_b", "p4_a"], "val": ["p1_a", "p1_b", "p5_a"]}])
+    check([], [rf"^{missing} of fold 0;"])
+
+
+def test_a_class_that_one_full_patient_has_is_a_warning_for_the_fold_that_will_validate_on_it(data, check):
+    data.split_file.unlink()
+    for case in ("p1_a", "p1_b", "p5_a"):
+        data.relabel(case, np.where(data.labels[case] == 2, 1, data.labels[case]))
+    folds = split_full_cases(KINDS, {case: case[:2] for case in KINDS})
+    (fold,) = [k for k, fold in enumerate(folds) if "p2_a" in fold["val"]]
+    check([], [NO_SPLIT, SINGLE, rf"^class tumour: annotated in no fully annotated training case of fold {fold} that the trainer will write;"])
+
+
+def test_a_class_that_no_full_case_has_is_a_warning_with_and_without_a_split(data, check):
+    for case, kind in KINDS.items():
+        if kind == "full":
+            data.relabel(case, np.where(data.labels[case] == 2, 1, data.labels[case]))
+    check([], [r"^class tumour: annotated in no fully annotated training case; the teacher cannot learn it"])
+    data.split_file.unlink()
+    check([], [NO_SPLIT, SINGLE, r"^class tumour: annotated in no fully annotated training case; the teacher cannot learn it"])
 
 
 @pytest.mark.parametrize("value, name, message", [
@@ -567,7 +590,7 @@ def test_a_class_that_no_partial_case_has_is_a_warning(data, check, value, name,
 
 
 def test_full_cases_without_background_are_no_reason_to_warn(data, check):
-    for case in ("p1_a", "p1_b", "p2_a", "p2_b"):
+    for case in ("p1_a", "p1_b", "p2_a", "p2_b", "p5_a"):
         data.relabel(case, np.where(data.labels[case] == 0, 1, data.labels[case]))
     check()
 
@@ -604,7 +627,7 @@ def test_identical_images_to_train_and_to_validate_are_an_error(data, check):
         shutil.copyfile(data.image("p1_a", channel), data.image("p2_b", channel))
     check([r"the images of p1_a, p2_b are identical, and fold 0 trains and validates on them"])
     data.split_file.unlink()
-    check([], [r"there is no split", r"p1_a, p2_b are identical; is one a copy"])
+    check([], [NO_SPLIT, SINGLE, r"p1_a, p2_b are identical; is one a copy"])
 
 
 # ---- the split ------------------------------------------------------------------------------------------------------
@@ -620,7 +643,7 @@ def test_a_split_of_another_form_is_an_error(data, check, content):
     (["p1_a", "x"], ["p2_a", "y"], r"there are no cases x, y; correct the names"),
     (["p1_a", "p2_a"], ["p2_a"], r"trains and validates on p2_a; each case can be on one side only"),
     (["p1_a", "p2_a"], ["p2_b"], r"patient p2 has cases to train \(p2_a\) and to validate \(p2_b\); keep them on one side"),
-    (["p1_a"], ["p2_a", "p3_a", "p4_a"], r"not fully labelled, .*: p3_a \(partial\), p4_a \(unlabelled\); move them"),
+    (["p1_a"], ["p2_a", "p3_a", "p4_a"], r"not fully annotated, .*: p3_a \(partial\), p4_a \(unlabelled\)\. Did nnU-Net write"),
     (["p3_a", "p4_a"], ["p2_a"], r"none of the 2 training cases is fully labelled \(0 full, 1 partial, 1 unlabelled\)"),
     (["p1_a"], [], r"validates on no case")])
 def test_what_is_wrong_in_a_fold_is_an_error(data, train, val, message):
@@ -631,7 +654,7 @@ def test_what_is_wrong_in_a_fold_is_an_error(data, train, val, message):
 
 
 def test_without_a_pattern_each_case_is_a_patient(data, check):
-    data.split([FOLD | {"train": ["p1_a", "p2_a", "p3_a", "p3_b", "p4_a"], "val": ["p1_b", "p2_b"]}])
+    data.split([FOLD | {"train": ["p1_a", "p2_a", "p3_a", "p3_b", "p4_a"], "val": ["p1_b", "p2_b", "p5_a"]}])
     check([r"patient p1 has", r"patient p2 has"])
     data.describe(patient_pattern=NOWHERE)
     check()
@@ -647,6 +670,51 @@ def test_a_pattern_that_does_not_match_is_an_error(data, check, pattern, message
     check([rf"patient pattern .*{message}"], [], "--patient-pattern", pattern)
 
 
+def test_a_split_that_nnunet_wrote_is_one_error_that_says_to_delete_it(data, check):
+    from nnunetv2.utilities.crossval_split import generate_crossval_split
+
+    data.split(generate_crossval_split(sorted(KINDS)))
+    data.describe(patient_pattern=NOWHERE)
+    check([r"splits_final.json, fold \d(, \d)+: validates on cases that are not fully annotated.* Then delete it: confkd plan, or the next "
+           r"training, writes folds that validate on fully annotated cases only"], [SINGLE.replace("0", ".")])
+    data.split_file.unlink()
+    check([], [NO_SPLIT, SINGLE])
+
+
+def test_folds_that_validate_on_one_patient_are_a_warning_with_the_numbers(data, check):
+    data.split([{"train": ["p1_a", "p1_b", "p3_a", "p3_b", "p4_a", "p5_a"], "val": ["p2_a", "p2_b"]}, FOLD])
+    check([], [r"^fold 0: the validation is on a single patient, .*, and 1 of 3 fully annotated patients \(33 %\) do not train\. Consider "
+               r"fold 'all', .* \(confkd train 7 CONFIGURATION all\)$"])
+    data.describe(patient_pattern=NOWHERE)
+    check()  # two patients of one case each
+
+
+def test_a_dataset_json_that_was_edited_after_planning_is_an_error_that_says_what_to_type(data, check):
+    planned = data.split_file.with_name("dataset.json")
+    shutil.copyfile(data.folder / "dataset.json", planned)
+    check()
+    data.describe(licence="CC0", supervision={})  # neither says anything to the training
+    described = json.loads((data.folder / "dataset.json").read_text())
+    (data.folder / "dataset.json").write_text(json.dumps(dict(reversed(described.items())), indent=4))
+    check()
+    data.describe(supervision={"p1_b": "unlabelled"})
+    check([rf"{data.folder}/dataset\.json differs from {planned}, which training reads, in supervision: .*Copy the first file over the "
+           r"second \(confkd plan -d 7 --no_pp"])
+    data.describe(labels={"background": 0, "lesion": 1, "tumour": 2, "ignore": 3})
+    check([r"which training reads, in labels, supervision: .*Plan and preprocess again: confkd plan -d 7"])
+    planned.write_text("{")
+    check([r"preprocessed/Dataset007_Toy/dataset\.json: cannot be read as JSON"])
+
+
+def test_the_order_of_regions_counts_and_that_of_other_labels_does_not(data, check):
+    planned = data.split_file.with_name("dataset.json")
+    for labels, errors in ((LABELS, []), (REGIONS, ["in labels"])):
+        data.describe(labels=labels, regions_class_order=[1, 2])
+        shutil.copyfile(data.folder / "dataset.json", planned)
+        data.describe(labels={"background": 0, **dict(reversed(list(labels.items())[1:]))})
+        check(errors)
+
+
 def test_cases_in_no_fold_are_a_warning(data, check):
     data.split([FOLD | {"train": ["p1_a", "p3_a"]}])
     report = check([], [r"splits_final.json: no fold trains or validates on p1_b, p3_b, p4_a"])
@@ -655,30 +723,30 @@ def test_cases_in_no_fold_are_a_warning(data, check):
 
 def test_a_missing_split_is_a_warning_that_tells_what_the_trainer_does(data, check):
     data.split_file.unlink()
-    # two patients are full
-    report = check([], [r"splits_final.json: there is no split. The trainer will write 2 folds of the fully labelled cases; "
-                        r"all others train in every fold$"])
+    # three patients are full
+    report = check([], [r"splits_final.json: there is no split. The trainer will write 3 folds of the fully labelled cases; "
+                        r"all others train in every fold$", SINGLE])
     assert report["split"] == {"file": None, "folds": [], "unused": []}
     data.describe(patient_pattern=NOWHERE)
-    check([], [r"The trainer will write 4 folds of .*every fold$"])
-    check([], [r"The trainer will write 4 folds of .*every fold. It does not know the patients: p1, p2 would be on both"],
+    check([], [r"The trainer will write 5 folds of .*every fold$", SINGLE])
+    check([], [r"The trainer will write 5 folds of .*every fold. It does not know the patients: p1, p2 would be on both", SINGLE],
           "--patient-pattern", r"(p\d+)_")
 
 
 def test_without_a_split_and_with_one_full_patient_nothing_can_be_validated(data, check):
-    data.remove("p2_a", "p2_b")
+    data.remove("p2_a", "p2_b", "p5_a")
     data.split_file.unlink()
-    check([], [r"there is no split. fewer than two patients are fully labelled in all of their cases"])
+    check([], [r"there is no split. fewer than two patients are fully annotated in all of their cases"])
 
 
 def test_without_a_split_full_cases_are_split_by_nnunet(data, check):
     for case in ("p3_a", "p3_b", "p4_a"):
         data.relabel(case, data.rng.integers(0, 3, SHAPE).astype(np.uint8))
     data.split_file.unlink()
-    check([], [r"The trainer will write 4 folds of the fully"])  # by patients, of which there are four
+    check([], [r"The trainer will write 5 folds of the fully", SINGLE])  # by patients, of which there are five
     data.describe(patient_pattern=NOWHERE)
-    check([], [r"nnU-Net will make five random folds of all cases$"])
-    data.remove("p3_a", "p3_b", "p4_a")
+    check([], [r"nnU-Net will make five random folds of all cases$", SINGLE])
+    data.remove("p3_a", "p3_b", "p4_a", "p5_a")
     data.split_file.unlink()
     check([], [r"nnU-Net would make five folds, and fail: there are only 4 cases. Write a split, or train on fold 'all'"])
 
@@ -721,25 +789,25 @@ def test_the_text_has_totals_and_a_row_for_each_case(data):
     label[0, 0, :3] = 0, 1, 2
     data.relabel("p3_a", label)
     data.relabel("p3_b", np.where(label == 2, 1, label))
-    for case in ("p1_a", "p1_b", "p2_a", "p2_b"):
+    for case in ("p1_a", "p1_b", "p2_a", "p2_b", "p5_a"):
         label = np.zeros(SHAPE, np.uint8)
         label[0] = 1  # 30 of 120
         label[1, :2] = 2  # 10 of 120
         data.relabel(case, label)
-    # 4 * (80, 30, 10) of 480; 1 + 1 background, 1 + 2 organ, 1 tumour of 240
+    # 5 * (80, 30, 10) of 600; 1 + 1 background, 1 + 2 organ, 1 tumour of 240
     assert check_dataset(7, 1).text().splitlines() == [
-        "Dataset007_Toy: 7 training cases",
+        "Dataset007_Toy: 8 training cases",
         f"folder: {data.folder}",
         "channels: T1, T2",
         "labels: background 0, organ 1, tumour 2, ignore 3",
-        "fold 0: trains on 2 full, 2 partial, 1 unlabelled; validates on 2 full",
+        "fold 0: trains on 2 full, 2 partial, 1 unlabelled; validates on 3 full",
         "",
         "annotated voxels and their share          full     partial  unlabelled           all",
-        "cases                                        4           2           1             7",
-        "annotated                         480    100 %  6   2.50 %  0      0 %  486   57.9 %",
-        "background                        320   66.7 %  2  0.833 %  0      0 %  322   38.3 %",
-        "organ                             120   25.0 %  3   1.25 %  0      0 %  123   14.6 %",
-        "tumour                             40   8.33 %  1  0.417 %  0      0 %   41   4.88 %",
+        "cases                                        5           2           1             8",
+        "annotated                         600    100 %  6   2.50 %  0      0 %  606   63.1 %",
+        "background                        400   66.7 %  2  0.833 %  0      0 %  402   41.9 %",
+        "organ                             150   25.0 %  3   1.25 %  0      0 %  153   15.9 %",
+        "tumour                             50   8.33 %  1  0.417 %  0      0 %   51   5.31 %",
         "",
         "case        kind  annotated  background  organ  tumour",
         "p1_a        full      100 %          80     30      10",
@@ -749,6 +817,7 @@ def test_the_text_has_totals_and_a_row_for_each_case(data):
         "p3_a     partial     2.50 %           1      1       1",
         "p3_b     partial     2.50 %           1      2       0",
         "p4_a  unlabelled        0 %           0      0       0",
+        "p5_a        full      100 %          80     30      10",
         "",
         "0 errors, 0 warnings: ready; next: confkd plan -d 7"]
 
@@ -827,7 +896,9 @@ def test_acdc_with_scribbles_is_right_and_counted_as_in_the_source(folders, test
 
     assert cli.main(["check", "-d", "27", "--processes", "1", "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
-    assert (report["errors"], report["warnings"]) == ([], [])
+    assert report["errors"] == []
+    assert [re.search(r"^fold 0: .*, and 1 of 3 fully annotated patients \(33 %\) do not train", text) is not None
+            for text in report["warnings"]] == [True], report["warnings"]
     kinds = json.loads((folder / "dataset.json").read_text())["supervision"]
     # one of six patients validates and two train with their masks; three have scribbles
     assert sorted(kinds.values()) == ["full"] * 6 + ["partial"] * 6

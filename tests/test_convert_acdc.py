@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 from nnunet_confkd.dataset_conversion import acdc
+from nnunet_confkd.dataset_conversion.writer import folds_of, split_full_cases
 
 from nnunet_confkd.cli import main
 from nnunet_confkd.errors import InputError
@@ -80,15 +81,17 @@ def test_every_case_is_a_published_mask(real, test_data, described):
 
 
 def test_three_patients_train_in_full_twenty_validate_and_all_others_are_scribbled(real, described):
-    split, = json.loads((real.parents[1] / "preprocessed" / real.name / "splits_final.json").read_text())
+    folds = json.loads((real.parents[1] / "preprocessed" / real.name / "splits_final.json").read_text())
     kinds = described["supervision"]
-    patients = {role: {case.split("_")[0] for case in split[role]} for role in ("train", "val")}
-    assert len(patients["train"]) == 80 and len(patients["val"]) == 20 and not patients["train"] & patients["val"]
-    assert len(split["train"]) == 160 and len(split["val"]) == 40 and set(split["train"]) | set(split["val"]) == set(kinds)
-    assert all(kinds[case] == "full" for case in split["val"])
-    full = {case.split("_")[0] for case in split["train"] if kinds[case] == "full"}
+    held_back = [case for fold in folds for case in fold["val"]]
+    assert len(held_back) == len(set(held_back)) == 40 and all(kinds[case] == "full" for case in held_back)
+    assert [len({case.split("_")[0] for case in fold["val"]}) for fold in folds] == [4] * 5
+    for fold in folds:  # all train on the same 80 patients, of whom three are full
+        assert fold["train"] == sorted(set(kinds) - set(held_back)) and len(fold["train"]) == 160
+    assert not {case.split("_")[0] for case in held_back} & {case.split("_")[0] for case in folds[0]["train"]}
+    full = {case.split("_")[0] for case in folds[0]["train"] if kinds[case] == "full"}
     assert len(full) == 3
-    assert all(kinds[case] == ("full" if case.split("_")[0] in full else "partial") for case in split["train"])
+    assert all(kinds[case] == ("full" if case.split("_")[0] in full else "partial") for case in folds[0]["train"])
 
 
 def test_two_patients_who_are_one_stay_on_one_side(test_data, monkeypatch):
@@ -104,6 +107,12 @@ def test_two_patients_who_are_one_stay_on_one_side(test_data, monkeypatch):
     assert set(twins) <= {0, 2}
     assert {len({name[:10] for name in dataset.validation}) for dataset in written} <= {19, 20}
     assert any(len({name[:10] for name in dataset.validation}) == 19 for dataset in written)  # a seed had parted them
+
+    acdc.convert(test_data / "acdc", 27)
+    validating = [{case[:10] for case in fold["val"]} for fold in folds_of(written[-1])]
+    assert {len({"patient074", "patient076"} & patients) for patients in validating} == {0, 2}
+    parted = split_full_cases({case.name: case.kind for case in written[-1].training}, {c.name: c.name[:10] for c in written[-1].training})
+    assert {len({"patient074", "patient076"} & {case[:10] for case in fold["val"]}) for fold in parted} == {0, 1}  # by names
 
 
 def test_images_are_the_published_bytes_and_labels_the_published_voxels(real, test_data, described):
@@ -200,14 +209,14 @@ ALL = sorted(f"{patient}_frame{frame:02d}" for patient in PATIENTS
              for frame in (4 if patient == "patient090" else 1, ES[patient]))
 
 
-def test_without_scribbles_all_masks_are_kept(source, nnunet):
+def test_without_scribbles_all_masks_are_kept(source, nnunet, crossvalidation):
     folder = acdc.convert(source, 27, name="Full", processes=1)
     described = json.loads((folder / "dataset.json").read_text())
     assert folder.name == "Dataset027_Full" and described["labels"] == LABELS and described["reference"] == REFERENCE
     assert described["supervision"] == dict.fromkeys(ALL, "full")
     assert sorted(os.listdir(folder / "imagesTr")) == [f"{case}_0000.nii.gz" for case in ALL]
-    split, = json.loads((nnunet / "preprocessed" / "Dataset027_Full" / "splits_final.json").read_text())
-    assert len({case.split("_")[0] for case in split["val"]}) == 1 and len(split["val"]) == 2  # a fifth of six
+    for fold in crossvalidation("Dataset027_Full"):  # six patients of two cases
+        assert len(fold["val"]) == 2 * len({case.split("_")[0] for case in fold["val"]})
 
 
 def test_the_chosen_patients_are_full_the_others_scribbled(source, scribbles, nnunet):
@@ -243,8 +252,9 @@ def test_the_command_converts(source, scribbles, nnunet, capsys):
     assert main(["convert", "acdc", "--source", str(source), "--scribbles", str(scribbles), "--full", "2", "--seed", "5",
                  "--id", "27", "--processes", "1"]) == 0
     assert capsys.readouterr().out == (
-        f"{nnunet / 'raw' / 'Dataset027_ACDC'}: 12 training cases (6 full, 6 partial, 0 unlabelled), 2 of them (full) for "
-        "validation\nnext: confkd check -d 27, then confkd plan -d 27\n")
+        f"{nnunet / 'raw' / 'Dataset027_ACDC'}: 12 training cases (6 full, 6 partial, 0 unlabelled)\none fold: fold 0 "
+        "trains on 2 fully annotated patients and validates on 1, which are held back. There are no folds 1 to 4: give -f 0 to "
+        "nnUNetv2_find_best_configuration and nnUNetv2_predict\nnext: confkd check -d 27, then confkd plan -d 27\n")
 
 
 # ---- bad input ------------------------------------------------------------------------------------------------------

@@ -187,14 +187,6 @@ def test_nnunet_makes_a_label_map_of_the_same_regions_out_of_perfect_predictions
         assert set(np.unique(predicted)) <= {0, *manager.all_labels}
 
 
-def test_another_seed_makes_another_split_and_the_same_seed_the_same(source17, monkeypatch):
-    written = []
-    monkeypatch.setattr(brats, "write_dataset", lambda dataset, *_: written.append(sorted(dataset.validation)))
-    for seed in (*range(8), *range(8)):
-        brats.convert(source17, 1, seed=seed)
-    assert written[:8] == written[8:] and len(set(map(tuple, written))) > 1
-
-
 def test_nnunet_finds_nothing_wrong(source, nnunet, monkeypatch, capfd):
     from nnunetv2.experiment_planning import verify_dataset_integrity
     monkeypatch.setattr(verify_dataset_integrity, "multiprocessing", THREADS)
@@ -203,45 +195,36 @@ def test_nnunet_finds_nothing_wrong(source, nnunet, monkeypatch, capfd):
     assert "verify_dataset_integrity Done" in out and "Warning:" not in out and "Error:" not in out
 
 
-def _split(nnunet):
-    split, = _json(nnunet / "preprocessed" / "Dataset021_BraTS" / "splits_final.json")
-    assert not set(split["train"]) & set(split["val"])
-    return split
-
-
-def test_a_fifth_validates(source, year, nnunet):
+def test_each_patient_validates_in_one_of_five_folds(source, year, nnunet, crossvalidation):
     brats.convert(source, 21, processes=1)
-    split = _split(nnunet)
-    assert sorted(split["train"] + split["val"]) == sorted(case.split("/")[-1] for case in CASES[year])
-    # of five patients one; 2023 has 1 to 3 visits of each
-    assert len(split["val"]) == 1 or year == "2023" and len({case[:15] for case in split["val"]}) == 1
+    for fold in crossvalidation("Dataset021_BraTS"):
+        # of five patients one; 2023 has 1 to 3 visits of each
+        assert len(fold["val"]) == 1 or year == "2023" and len({case[:15] for case in fold["val"]}) == 1
 
 
-@pytest.mark.parametrize("seed", range(4))
-def test_the_visits_of_a_patient_stay_together(source23, nnunet, seed):
+def test_the_visits_of_a_patient_stay_together(source23, nnunet, crossvalidation):
     _case(source23 / "another_name", "2023")  # does not make the others' patients unknown
-    described = _json(brats.convert(source23, 21, seed=seed, processes=1) / "dataset.json")
-    patients = {role: {case[:15] for case in cases} for role, cases in _split(nnunet).items()}
-    assert not patients["train"] & patients["val"] and len(patients["train"] | patients["val"]) == 6
+    described = _json(brats.convert(source23, 21, processes=1) / "dataset.json")
+    for fold in crossvalidation("Dataset021_BraTS"):
+        assert not {case[:15] for case in fold["train"]} & {case[:15] for case in fold["val"]}
     from nnunet_confkd.dataset_conversion.writer import patients_of
     assert patients_of(described["supervision"], described["patient_pattern"]) == {
         case: case[:15] if case.startswith("BraTS-GLI") else case for case in described["supervision"]}
 
 
-@pytest.mark.parametrize("seed", range(4))
-def test_the_visits_of_2015_stay_together(tmp_path, nnunet, seed):
+def test_the_visits_of_2015_stay_together(tmp_path, nnunet, crossvalidation):
     for visit in ("149_1", "198_1", "198_283", "222_1", "222_35", "222_250"):
         _case(tmp_path / "brats" / f"brats_tcia_pat{visit}", "2015")
-    brats.convert(tmp_path / "brats", 21, seed=seed, processes=1)
-    patients = {role: {case.split("_")[2] for case in cases} for role, cases in _split(nnunet).items()}
-    assert not patients["train"] & patients["val"] and patients["train"] | patients["val"] == {"pat149", "pat198", "pat222"}
+    brats.convert(tmp_path / "brats", 21, processes=1)
+    folds = crossvalidation("Dataset021_BraTS", 3)
+    assert [{case.split("_")[2] for case in fold["val"]} for fold in folds] == [{"pat149"}, {"pat198"}, {"pat222"}]
 
 
-def test_of_2017_to_2021_every_case_is_a_patient(tmp_path, nnunet):
+def test_of_2017_to_2021_every_case_is_a_patient(tmp_path, nnunet, crossvalidation):
     for k in range(5):
         _case(tmp_path / "brats" / f"BraTS2021_{k:05d}", "2017")
     assert "patient_pattern" not in _json(brats.convert(tmp_path / "brats", 21, processes=1) / "dataset.json")
-    assert len(_split(nnunet)["val"]) == 1
+    assert [len(fold["val"]) for fold in crossvalidation("Dataset021_BraTS")] == [1] * 5
 
 
 def test_test_cases_may_lack_a_label(source, year, tmp_path, nnunet):
@@ -276,14 +259,14 @@ def test_uncompressed_files_and_the_odd_label_of_2020_are_converted(source17, nn
 def test_the_command_converts(source17, tmp_path, nnunet, capsys):
     _case(tmp_path / "validation" / "Brats17_CBICA_AAM_1", "2017", labelled=False)
     assert main(["convert", "brats", "--source", str(source17), "--id", "21", "--processes", "1", "--convention", "2017",
-                 "--test", str(tmp_path / "validation"), "--name", "BraTS2017", "--seed", "3"]) == 0
-    assert "Dataset021_BraTS2017: 5 training cases (5 full, 0 partial, 0 unlabelled), 1 of them" in capsys.readouterr().out
+                 "--test", str(tmp_path / "validation"), "--name", "BraTS2017"]) == 0
+    assert "Dataset021_BraTS2017: 5 training cases (5 full, 0 partial, 0 unlabelled)\n5 folds" in capsys.readouterr().out
     assert len(os.listdir(nnunet / "raw" / "Dataset021_BraTS2017" / "imagesTs")) == 4
 
 
 # ---- the real files -------------------------------------------------------------------------------------------------
 
-def test_the_real_cases_of_2015(test_data, nnunet):
+def test_the_real_cases_of_2015(test_data, nnunet, crossvalidation):
     source = test_data / "brats2015"
     before = {file: (file.stat().st_size, file.stat().st_mtime_ns) for file in source.rglob("*")}
     folder = brats.convert(source, 21, processes=1)
@@ -291,7 +274,7 @@ def test_the_real_cases_of_2015(test_data, nnunet):
     described = _json(folder / "dataset.json")
     assert described["channel_names"] == {"0": "T1c", "1": "FLAIR"} and described["convention"] == "2015"
     assert sorted(described["supervision"]) == [f"brats_2013_pat000{k}_1" for k in (1, 2, 5)]
-    assert len(_split(nnunet)["val"]) == 1
+    crossvalidation("Dataset021_BraTS", 3)
     for case in described["supervision"]:
         for k, name in enumerate(("T1c", "Flair")):
             assert ((folder / "imagesTr" / f"{case}_000{k}.nii.gz").read_bytes()

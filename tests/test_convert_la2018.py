@@ -121,12 +121,6 @@ def refused(nnunet, tmp_path):
     return refuse
 
 
-def _split(nnunet):
-    split, = _json(nnunet / "preprocessed" / "Dataset051_LA2018" / "splits_final.json")
-    assert not set(split["train"]) & set(split["val"])
-    return split
-
-
 # ---- what is written ------------------------------------------------------------------------------------------------
 
 def test_images_are_the_published_bytes_and_255_becomes_1(source, nnunet):
@@ -152,35 +146,23 @@ def test_labels_of_0_and_1_are_the_published_bytes(source, nnunet):
     assert (folder / "labelsTr" / f"{TRAINING[3]}.nrrd").read_bytes() == label.read_bytes()
 
 
-def test_dataset_json_and_the_split(source, nnunet):
+def test_dataset_json_and_the_split(source, nnunet, crossvalidation):
     folder = la2018.convert(source, 51, processes=1)
     assert _json(folder / "dataset.json") == {
         "channel_names": {"0": "LGE"}, "labels": {"background": 0, "left_atrium": 1}, "numTraining": 10,
         "file_ending": ".nrrd", "name": "LA2018", "supervision": dict.fromkeys(TRAINING, "full"),
         "licence": "see the publisher's terms (2018 Left Atrium Segmentation Challenge)",
         "reference": "Xiong et al., Medical Image Analysis 2021, doi 10.1016/j.media.2020.101832"}
-    split = _split(nnunet)
-    assert len(split["val"]) == 2 and sorted(split["train"] + split["val"]) == TRAINING  # a fifth of ten
+    assert [len(fold["val"]) for fold in crossvalidation("Dataset051_LA2018")] == [2] * 5
 
 
-def test_cases_of_one_mask_stay_on_one_side(source, nnunet, monkeypatch):
-    first, second = TRAINING[1], TRAINING[6]
+def test_cases_of_one_mask_stay_on_one_side(source, nnunet, crossvalidation):
+    la2018.convert(source, 51, processes=1)
+    validating = {case: k for k, fold in enumerate(crossvalidation("Dataset051_LA2018")) for case in fold["val"]}
+    first, second = TRAINING[1], next(case for case in TRAINING if validating[case] != validating[TRAINING[1]])
     shutil.copy(source / "Training Set" / first / "laendo.nrrd", source / "Training Set" / second / "laendo.nrrd")
-    written = []
-    monkeypatch.setattr(la2018, "write_dataset", lambda dataset, *_: written.append(set(dataset.validation)))
-    for seed in range(20):
-        la2018.convert(source, 51, seed=seed)
-    together = [len(validation & {first, second}) for validation in written]
-    assert set(together) == {0, 2}  # both of them occur in twenty draws of two of nine, but for a chance of 0.7 %
-    assert all(len(validation) == 2 + (two == 2) for validation, two in zip(written, together))
-
-
-def test_another_seed_makes_another_split_and_the_same_seed_the_same(source, monkeypatch):
-    written = []
-    monkeypatch.setattr(la2018, "write_dataset", lambda dataset, *_: written.append(sorted(dataset.validation)))
-    for seed in (*range(8), *range(8)):
-        la2018.convert(source, 1, seed=seed)
-    assert written[:8] == written[8:] and len(set(map(tuple, written))) > 1
+    la2018.convert(source, 52, name="Again", processes=1)
+    assert {len({first, second} & set(fold["val"])) for fold in crossvalidation("Dataset052_Again")} == {0, 2}
 
 
 @pytest.mark.parametrize("form", ["nrrd", "h5"])
@@ -194,7 +176,7 @@ def test_nnunet_finds_nothing_wrong(request, nnunet, monkeypatch, capfd, form):
     assert "verify_dataset_integrity Done" in out and "Warning:" not in out and "Error:" not in out
 
 
-def test_the_hdf5_form_keeps_its_voxels_and_gets_the_spacing(packed, nnunet):
+def test_the_hdf5_form_keeps_its_voxels_and_gets_the_spacing(packed, nnunet, crossvalidation):
     before = _state(packed)
     folder = la2018.convert(packed, 51, spacing=SPACING, processes=1)
     assert _state(packed) == before and sorted(os.listdir(folder)) == ["dataset.json", "imagesTr", "labelsTr"]
@@ -207,8 +189,7 @@ def test_the_hdf5_form_keeps_its_voxels_and_gets_the_spacing(packed, nnunet):
             assert image.GetOrigin() == (0, 0, 0) and image.GetDirection() == (1, 0, 0, 0, 1, 0, 0, 0, 1)
             voxels = sitk.GetArrayFromImage(image)
             assert voxels.dtype == dtype and np.array_equal(voxels.transpose(2, 1, 0), array)
-    split = _split(nnunet)
-    assert len(split["val"]) == 2 and sorted(split["train"] + split["val"]) == TRAINING
+    crossvalidation("Dataset051_LA2018")
 
 
 def test_where_both_forms_lie_side_by_side_the_spacing_chooses(source, nnunet):
@@ -239,7 +220,7 @@ def test_the_command_converts_and_asks_for_the_spacing(packed, nnunet, capsys):
     assert main(command) == 1
     assert "mri_norm2.h5: stores no spacing; give that of your files as --spacing X Y Z in mm" in capsys.readouterr().err
     assert main([*command, "--spacing", "0.625", "0.75", "1.25"]) == 0
-    assert "Dataset051_LA2018: 10 training cases (10 full, 0 partial, 0 unlabelled), 2 of them" in capsys.readouterr().out
+    assert "Dataset051_LA2018: 10 training cases (10 full, 0 partial, 0 unlabelled)\n5 folds" in capsys.readouterr().out
     image = sitk.ReadImage(str(nnunet / "raw" / "Dataset051_LA2018" / "imagesTr" / f"{TRAINING[0]}_0000.nrrd"))
     assert image.GetSpacing() == SPACING
 

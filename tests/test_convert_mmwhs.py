@@ -106,7 +106,7 @@ def refused(nnunet, tmp_path):
 
 @pytest.mark.parametrize("flat", [True, False])
 @pytest.mark.parametrize("modality, channel", [("ct", "CT"), ("mr", "MRI")])
-def test_a_part_is_converted_from_one_folder_or_several(tmp_path, nnunet, modality, channel, flat):
+def test_a_part_is_converted_from_one_folder_or_several(tmp_path, nnunet, crossvalidation, modality, channel, flat):
     source = _part(tmp_path / "mmwhs", modality, flat)
     before = _state(source)
     folder = mmwhs.convert(source, 17, processes=1)
@@ -133,16 +133,7 @@ def test_a_part_is_converted_from_one_folder_or_several(tmp_path, nnunet, modali
         "channel_names": {"0": channel}, "labels": dict(STRUCTURES.values()), "numTraining": 10, "file_ending": ".nii.gz",
         "name": f"MMWHS{modality.upper()}", "licence": "see the publisher's terms (MM-WHS 2017 challenge)",
         "supervision": dict.fromkeys(names, "full")}
-    split, = _json(nnunet / "preprocessed" / folder.name / "splits_final.json")
-    assert len(split["val"]) == 2 and sorted(split["train"] + split["val"]) == names  # a fifth of ten
-
-
-def test_another_seed_makes_another_split_and_the_same_seed_the_same(ct, monkeypatch):
-    written = []
-    monkeypatch.setattr(mmwhs, "write_dataset", lambda dataset, *_: written.append(sorted(dataset.validation)))
-    for seed in (*range(8), *range(8)):
-        mmwhs.convert(ct, 1, seed=seed)
-    assert written[:8] == written[8:] and len(set(map(tuple, written))) > 1
+    assert [len(fold["val"]) for fold in crossvalidation(folder.name)] == [2] * 5
 
 
 def test_nnunet_finds_nothing_wrong(ct, nnunet, monkeypatch, capfd):
@@ -186,7 +177,7 @@ def test_the_command_converts_and_names_stray_values(mr, nnunet, capsys):
     assert main(command) == 1
     assert "mr_train_1003_label.nii.gz: holds the values 421;" in capsys.readouterr().err
     assert main([*command, "--modality", "mr", "--map", "421=420"]) == 0
-    assert "Dataset017_MMWHSMR: 10 training cases (10 full, 0 partial, 0 unlabelled), 2 of them" in capsys.readouterr().out
+    assert "Dataset017_MMWHSMR: 10 training cases (10 full, 0 partial, 0 unlabelled)\n5 folds" in capsys.readouterr().out
 
 
 # ---- bad input ------------------------------------------------------------------------------------------------------

@@ -92,9 +92,12 @@ def refused(nnunet, tmp_path, capsys):
     return refuse
 
 
-def _split(nnunet):
-    split, = _json(nnunet / "preprocessed" / "Dataset031_MSCMR" / "splits_final.json")
-    return split
+def _folds(nnunet, dataset="Dataset031_MSCMR"):
+    return _json(nnunet / "preprocessed" / dataset / "splits_final.json")
+
+
+def _validating(folds):
+    return sorted(case for fold in folds for case in fold["val"])
 
 
 # ---- what is written ------------------------------------------------------------------------------------------------
@@ -123,7 +126,9 @@ def test_train_is_scribbled_and_val_is_full_and_validates(source, nnunet):
         "numTraining": 12, "file_ending": ".nii.gz", "name": "MSCMR",
         "licence": "see the publisher's terms (MS-CMRSeg 2019 challenge)",
         "supervision": dict.fromkeys(TRAIN, "partial") | dict.fromkeys(VAL, "full")}
-    assert _split(nnunet) == {"train": sorted(TRAIN), "val": sorted(VAL)}
+    folds = _folds(nnunet)
+    assert len(folds) == 5 and _validating(folds) == sorted(VAL)
+    assert all(fold["train"] == sorted(TRAIN) for fold in folds)
 
 
 def test_another_seed_makes_another_split_and_the_same_seed_the_same(source, monkeypatch):
@@ -193,21 +198,23 @@ def test_the_test_set_may_be_absent(source, nnunet):
 @pytest.mark.parametrize("number", [1, 2, 4])
 def test_a_number_of_subjects_of_val_trains_in_full(source, nnunet, number, capsys):
     described = _json(mscmr.convert(source, 31, full=[str(number)], processes=1) / "dataset.json")
-    split = _split(nnunet)
-    assert len(split["val"]) == 5 - number and set(split["val"]) < set(VAL)
-    assert sorted(split["train"] + split["val"]) == sorted(TRAIN + VAL)
-    assert {case for case in split["train"] if described["supervision"][case] == "full"} == set(VAL) - set(split["val"])
+    folds = _folds(nnunet)
+    held_back = _validating(folds)
+    assert len(folds) == len(held_back) == 5 - number and set(held_back) < set(VAL)
+    for fold in folds:  # each trains on the same full subjects, and on none that is held back
+        assert sorted(fold["train"] + held_back) == sorted(TRAIN + VAL) and len(fold["val"]) == 1
+        assert {case for case in fold["train"] if described["supervision"][case] == "full"} == set(VAL) - set(held_back)
     assert "note" not in capsys.readouterr().out
 
 
 def test_named_subjects_of_val_train_in_full_and_of_a_number_fewer_lie_within_more(source, nnunet):
-    mscmr.convert(source, 31, full=["subject29_DE", "subject1_DE"], processes=1)
-    assert _split(nnunet)["val"] == ["subject36_DE", "subject41_DE", "subject8_DE"]
+    mscmr.convert(source, 31, full=["subject29_DE", "subject1_DE"], folds=1, processes=1)
+    split, = _folds(nnunet)
+    assert split["val"] == ["subject36_DE", "subject41_DE", "subject8_DE"]
     validation = []
     for dataset_id, number in ((32, "1"), (33, "3")):
         mscmr.convert(source, dataset_id, full=[number], seed=5, processes=1)
-        split, = _json(nnunet / "preprocessed" / f"Dataset{dataset_id:03d}_MSCMR" / "splits_final.json")
-        validation.append(set(split["val"]))
+        validation.append(set(_validating(_folds(nnunet, f"Dataset{dataset_id:03d}_MSCMR"))))
     assert validation[1] < validation[0]
 
 
@@ -216,12 +223,13 @@ def test_without_a_full_training_case_a_note_tells_what_the_trainer_will(source,
     described = _json(mscmr.convert(source, 31, processes=1) / "dataset.json")
     assert "note: no training case is fully labelled, and ConfKDTrainer needs one; with --full N" in capsys.readouterr().out
     with pytest.raises(InputError, match="none of the 7 training cases is fully labelled"):
-        require_full({case: described["supervision"][case] for case in _split(nnunet)["train"]})
+        require_full({case: described["supervision"][case] for case in _folds(nnunet)[0]["train"]})
 
 
 def test_the_command_converts(source, nnunet, capsys):
     assert main(["convert", "mscmr", "--source", str(source), "--id", "31", "--processes", "1", "--full", "2"]) == 0
-    assert "Dataset031_MSCMR: 12 training cases (5 full, 7 partial, 0 unlabelled), 3 of them" in capsys.readouterr().out
+    assert ("Dataset031_MSCMR: 12 training cases (5 full, 7 partial, 0 unlabelled)\n3 folds: each trains on the same 2 fully annotated cases "
+            "and validates on 1 of 3 that are held back from training\n") in capsys.readouterr().out
 
 
 # ---- bad input ------------------------------------------------------------------------------------------------------

@@ -142,23 +142,13 @@ def test_the_channels_of_a_file_become_files_in_their_order(task4d, nnunet):
                 assert np.array_equal(_read(folder / f"images{split}" / f"{name}_000{k}.nii.gz"), channels[k])
 
 
-def test_dataset_json_and_the_split(task4d, nnunet):
-    folder = msd.convert(task4d, 5, processes=1, seed=4)
+def test_dataset_json_and_the_split(task4d, nnunet, crossvalidation):
+    folder = msd.convert(task4d, 5, processes=1)
     assert json.loads((folder / "dataset.json").read_text()) == {
         "channel_names": {"0": "T2", "1": "ADC"}, "labels": {"background": 0, "PZ": 1, "TZ": 2}, "numTraining": 10,
         "file_ending": ".nii.gz", "name": "Prostate", "licence": "CC-BY-SA 4.0", "reference": "Radboud",
         "supervision": dict.fromkeys(NAMES, "full")}
-    split, = json.loads((nnunet / "preprocessed" / folder.name / "splits_final.json").read_text())
-    assert len(split["val"]) == 2  # a fifth of ten
-    assert sorted(split["train"] + split["val"]) == NAMES
-
-
-def test_another_seed_makes_another_split_and_the_same_seed_the_same(task3d, monkeypatch):
-    written = []
-    monkeypatch.setattr(msd, "write_dataset", lambda dataset, *_: written.append(sorted(dataset.validation)))
-    for seed in (*range(8), *range(8)):
-        msd.convert(task3d, 1, seed=seed)
-    assert written[:8] == written[8:] and len(set(map(tuple, written))) > 1
+    assert [len(fold["val"]) for fold in crossvalidation(folder.name)] == [2] * 5
 
 
 @pytest.mark.parametrize("dimensions", [3, 4])
@@ -215,12 +205,12 @@ def test_the_command_converts_and_names_what_is_wrong(task3d, nnunet, capsys):
     assert capsys.readouterr().err == (f"confkd convert: {task3d / 'dataset.json'}: is missing; name the labels and the "
                                        "channels: --labels background NAME ... --channels MRI\n")
     assert main([*command, "--labels", "background", "PZ", "TZ", "--channels", "CT", "--name", "Zones"]) == 0
-    assert "Dataset005_Zones: 10 training cases (10 full, 0 partial, 0 unlabelled), 2 of them" in capsys.readouterr().out
+    assert "Dataset005_Zones: 10 training cases (10 full, 0 partial, 0 unlabelled)\n5 folds" in capsys.readouterr().out
 
 
 # ---- the real files -------------------------------------------------------------------------------------------------
 
-def test_real_hippocampus(test_data, nnunet):
+def test_real_hippocampus(test_data, nnunet, crossvalidation):
     source = test_data / "hippocampus"
     before = _state(source)
     folder = msd.convert(source, 4, labels=["background", "anterior", "posterior"], channels=["MRI"], name="Hippocampus",
@@ -237,8 +227,7 @@ def test_real_hippocampus(test_data, nnunet):
             published, written = _read(source / "labelsTr" / name), _read(folder / "labelsTr" / name)
             assert published.dtype.kind == "f" and written.dtype == np.uint8 and np.array_equal(published, written)
     assert changed == ["hippocampus_243.nii.gz"]  # the one that is published in floats
-    split, = json.loads((nnunet / "preprocessed" / folder.name / "splits_final.json").read_text())
-    assert len(split["val"]) == 40 and len(split["train"]) == 160 and not set(split["val"]) & set(split["train"])
+    assert [len(fold["val"]) for fold in crossvalidation(folder.name)] == [40] * 5
 
 
 # ---- bad input ------------------------------------------------------------------------------------------------------

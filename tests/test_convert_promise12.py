@@ -145,23 +145,14 @@ def test_test_cases_bear_the_name_of_their_folder_and_may_have_labels(source, la
             _assert_same(folder / "labelsTs" / f"{name}.mha", source / part / f"Case{number:02d}_segmentation.mhd")
 
 
-def test_dataset_json_and_the_split(source, nnunet):
-    folder = promise12.convert(source, 41, name="Prostate", seed=2, processes=1)
+def test_dataset_json_and_the_split(source, nnunet, crossvalidation):
+    folder = promise12.convert(source, 41, name="Prostate", processes=1)
     assert _json(folder / "dataset.json") == {
         "channel_names": {"0": "T2"}, "labels": {"background": 0, "prostate": 1}, "numTraining": 10, "file_ending": ".mha",
         "name": "Prostate", "licence": "see the publisher's terms (PROMISE12 challenge)",
         "reference": "Litjens et al., Medical Image Analysis 2014, doi 10.1016/j.media.2013.12.002",
         "supervision": dict.fromkeys(TRAINING, "full")}
-    split, = _json(nnunet / "preprocessed" / "Dataset041_Prostate" / "splits_final.json")
-    assert len(split["val"]) == 2 and sorted(split["train"] + split["val"]) == TRAINING  # a fifth of ten
-
-
-def test_another_seed_makes_another_split_and_the_same_seed_the_same(parts, monkeypatch):
-    written = []
-    monkeypatch.setattr(promise12, "write_dataset", lambda dataset, *_: written.append(sorted(dataset.validation)))
-    for seed in (*range(8), *range(8)):
-        promise12.convert(parts, 1, seed=seed)
-    assert written[:8] == written[8:] and len(set(map(tuple, written))) > 1
+    assert [len(fold["val"]) for fold in crossvalidation(folder.name)] == [2] * 5
 
 
 def test_nnunet_finds_nothing_wrong(parts, nnunet, monkeypatch, capfd):
@@ -190,7 +181,7 @@ def test_compressed_voxels_and_voxels_within_the_header_are_read(parts, nnunet):
 
 def test_the_command_converts(parts, nnunet, capsys):
     assert main(["convert", "promise12", "--source", str(parts), "--id", "41", "--processes", "1"]) == 0
-    assert "Dataset041_PROMISE12: 10 training cases (10 full, 0 partial, 0 unlabelled), 2 of" in capsys.readouterr().out
+    assert "Dataset041_PROMISE12: 10 training cases (10 full, 0 partial, 0 unlabelled)\n5 folds" in capsys.readouterr().out
 
 
 # ---- bad input ------------------------------------------------------------------------------------------------------

@@ -66,10 +66,8 @@ def _state(folder):
             for f in folder.rglob("*") if f.is_file()}
 
 
-def _split(nnunet_folders, name="Dataset007_Mixed"):
-    folds = _json(nnunet_folders / "preprocessed" / name / "splits_final.json")
-    assert len(folds) == 1
-    return folds[0]
+def _folds(nnunet_folders, name="Dataset007_Mixed"):
+    return _json(nnunet_folders / "preprocessed" / name / "splits_final.json")
 
 
 # ---- what is written ------------------------------------------------------------------------------------------------
@@ -99,11 +97,12 @@ def test_three_folders_become_one_data_set(folders, nnunet_folders):
     assert {kind: _state(folder) for kind, folder in folders.items()} == before
 
 
-def test_a_fifth_of_the_full_cases_validates_and_all_others_train(folders, nnunet_folders):
-    _mix(folders)
-    split = _split(nnunet_folders)
-    assert len(split["val"]) == 2 and all(case.startswith("full") for case in split["val"])
-    assert len(split["train"]) == 15 and not set(split["train"]) & set(split["val"])
+def test_each_full_case_validates_in_one_of_five_folds_and_all_others_train(folders, nnunet_folders):
+    target = _mix(folders)
+    folds, kinds = _folds(nnunet_folders), _json(target / "dataset.json")["supervision"]
+    assert [len(fold["val"]) for fold in folds] == [2] * 5
+    assert sorted(case for fold in folds for case in fold["val"]) == [case for case in sorted(kinds) if case.startswith("full")]
+    assert all(sorted(fold["train"] + fold["val"]) == sorted(kinds) for fold in folds)
 
 
 def test_nnunet_finds_nothing_wrong(folders, nnunet_folders):
@@ -246,18 +245,23 @@ def test_patients_with_a_partial_case_do_not_validate(folders, nnunet_folders):
     for folder in folders.values():
         for file in list(folder.rglob("*.nii.gz")):
             file.rename(file.with_name(names[file.name[:-7]] + ".nii.gz"))
+    _mix(folders, patient_pattern=r"(\w+)_\d")
+    validating = [case for fold in _folds(nnunet_folders) for case in fold["val"]]
+    assert sorted(validating) == [f"P{k}_0" for k in range(2, 10)]
     for seed in range(5):
-        mix(folders["full"], seed + 1, partial=folders["partial"], unlabelled=folders["unlabelled"], labels=CLASSES,
-            ignore_value=9, patient_pattern=r"(\w+)_\d", seed=seed, processes=1)
-        split = _split(nnunet_folders, f"Dataset{seed + 1:03d}_Mixed")
+        mix(folders["full"], seed + 11, partial=folders["partial"], unlabelled=folders["unlabelled"], labels=CLASSES,
+            ignore_value=9, patient_pattern=r"(\w+)_\d", validation=["2"], seed=seed, processes=1)
+        (split,) = _folds(nnunet_folders, f"Dataset{seed + 11:03d}_Mixed")
         assert len(split["val"]) == 2 and not any(case.startswith("A_") for case in split["val"])
 
 
 def test_who_validates_may_be_named_or_counted(folders, nnunet_folders):
     _mix(folders, validation=["full3", "full7"])
-    assert _split(nnunet_folders)["val"] == ["full3", "full7"]
+    (split,) = _folds(nnunet_folders)
+    assert split["val"] == ["full3", "full7"] and len(split["train"]) == 15
     mix(folders["full"], 8, labels=CLASSES, validation=["5"], processes=1)
-    assert len(_split(nnunet_folders, "Dataset008_Mixed")["val"]) == 5
+    (split,) = _folds(nnunet_folders, "Dataset008_Mixed")
+    assert len(split["val"]) == len(split["train"]) == 5
 
 
 def test_a_single_full_case_trains_and_no_split_is_written(folders, nnunet_folders, capsys):
@@ -267,7 +271,8 @@ def test_a_single_full_case_trains_and_no_split_is_written(folders, nnunet_folde
                 file.unlink()
     code = cli.main(["mix", "--full", str(folders["full"]), "--partial", str(folders["partial"]), "--labels", *CLASSES,
                      "--ignore-value", "9", "--id", "7", "--processes", "1"])
-    assert code == 0 and "no split was written" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert code == 0 and "no split was written" in out and "confkd train 7 CONFIGURATION all" in out
     assert not (nnunet_folders / "preprocessed" / "Dataset007_Mixed").exists()
 
 
@@ -275,7 +280,7 @@ def test_the_command_says_what_it_wrote(folders, nnunet_folders, capsys):
     code = cli.main(["mix", *(word for kind, folder in folders.items() for word in (f"--{kind}", str(folder))), "--labels", *CLASSES,
                      "--ignore-value", "9", "--id", "7", "--name", "Mine", "--processes", "2", "--channels", "MRI"])
     out = capsys.readouterr().out
-    assert code == 0 and "17 training cases (10 full, 4 partial, 3 unlabelled), 2 of them (full) for validation" in out
+    assert code == 0 and "17 training cases (10 full, 4 partial, 3 unlabelled)\n5 folds over 10 fully annotated cases: each trains on 8" in out
     assert "Dataset007_Mine" in out and "confkd check -d 7" in out
 
 
@@ -325,7 +330,21 @@ def test_the_ignore_value_is_missing(folders, nnunet_folders):
 
 
 def test_an_ignore_value_that_no_label_holds(folders, nnunet_folders):
-    _fails(folders, nnunet_folders, "no label holds the value 8", ignore_value=8)
+    text = _fails(folders, nnunet_folders, "no label holds the value 8", ignore_value=8)
+    assert re.search(r"The labels hold 0: \d+\.\d %, 1: [\d.]+ %, 2: [\d.]+ %, 9: \d+\.\d %; correct --ignore-value: which of them", text)
+    assert "--full" not in text
+
+
+def test_where_most_voxels_have_the_value_of_background_the_right_options_are_named(folders, nnunet_folders):
+    # an annotator's file: 0 is untouched, 5 is background, 1 and 2 the classes
+    for file in (folders["partial"] / "labels").iterdir():
+        label = _read(file)
+        label[label == 0] = 5
+        label[label == 9] = 0
+        _write(file, label)
+    text = _fails(folders, nnunet_folders, "no label holds the value 255", ignore_value=255)
+    assert text.endswith("If it is 0: --ignore-value 0 --background-value 5, where 5 marks the strokes in the background")
+    _mix(folders, ignore_value=0, background_value=5)
 
 
 @pytest.mark.parametrize("options, pattern", [
@@ -338,7 +357,8 @@ def test_an_ignore_value_that_no_label_holds(folders, nnunet_folders):
     ({"labels": ["background"]}, "at least two labels"),
     ({"labels": ["background=0", "organ=1", "tumour=1"]}, "the same value"),
     ({"validation": ["full3", "nobody"]}, "no patients all of whose cases are full: nobody"),
-    ({"validation": ["10"]}, "10 of 10 fully labelled patients would leave none"),
+    ({"validation": ["10"]}, "10 of 10 fully annotated patients would leave none to train on"),
+    ({"validation": ["0"]}, "0 of 10 fully annotated patients would leave none to validate on"),
     ({"patient_pattern": r"patient(\d+)"}, "does not match these cases"),
     ({"patient_pattern": "("}, "is no regular expression"),
 ])

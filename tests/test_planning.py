@@ -657,7 +657,7 @@ def test_with_fewer_than_two_full_patients_no_split_is_written(tmp_path, monkeyp
     (tmp_path / MIXED).mkdir()
     planning.write_split(MIXED, _raw_labels(COUNTS, table))
     printed = capsys.readouterr().out
-    assert f"splits_final.json: was not written ({kinds}): fewer than two patients are fully labelled" in printed
+    assert f"splits_final.json: was not written ({kinds}): fewer than two patients are fully annotated" in printed
     assert list((tmp_path / MIXED).iterdir()) == []
 
 

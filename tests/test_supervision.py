@@ -130,7 +130,7 @@ def test_default_folds_validate_each_full_case_once_and_train_the_others_always(
     for split in splits:
         assert {"p", "u"} <= set(split["train"]) and not set(split["train"]) & set(split["val"])
     assert len(split_full_cases({"a": FULL, "b": FULL, "p": PARTIAL})) == 2
-    with pytest.raises(InputError, match="^fewer than two patients .* Train on fold 'all', .* preprocessed folder.$"):
+    with pytest.raises(InputError, match="^fewer than two patients .* Train on fold 'all' .confkd train ID CONFIGURATION all., or annotate another"):
         split_full_cases({"a": FULL, "p": PARTIAL})
 
 

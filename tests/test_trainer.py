@@ -363,12 +363,11 @@ def test_partial_validation_cases_are_left_out_of_the_pseudo_dice(nnunet, hippoc
 
 
 def test_a_case_declared_unlabelled_is_trained_without_its_annotations(nnunet, hippocampus):
-    folder = nnunet.preprocessed(HIPPOCAMPUS)
-    before = (folder / "dataset.json").read_text()
-    described = json.loads(before)
+    files = [folder / "dataset.json" for folder in (nnunet.raw(HIPPOCAMPUS), nnunet.preprocessed(HIPPOCAMPUS))]
+    before = [file.read_text() for file in files]
     lowered = hippocampus["full"][0]
-    described["supervision"] = {lowered: "unlabelled"}
-    (folder / "dataset.json").write_text(json.dumps(described))
+    for file in files:
+        file.write_text(json.dumps(json.loads(before[0]) | {"supervision": {lowered: "unlabelled"}}))
     try:
         trainer = nnunet.trainer(HIPPOCAMPUS, "2d")
         data, _ = trainer.get_tr_and_val_datasets()
@@ -376,7 +375,33 @@ def test_a_case_declared_unlabelled_is_trained_without_its_annotations(nnunet, h
         assert (data.load_case(lowered)[1] == 3).all()
         assert not (np.asarray(data.load_case(hippocampus["full"][1])[1][:]) == 3).any()
     finally:
-        (folder / "dataset.json").write_text(before)
+        for file, text in zip(files, before):
+            file.write_text(text)
+
+
+def test_a_dataset_json_that_was_edited_after_planning_stops_before_anything_is_written(nnunet, hippocampus):
+    raw = nnunet.raw(HIPPOCAMPUS) / "dataset.json"
+    before = raw.read_text()
+    configuration = nnunet.configure(HIPPOCAMPUS, "edited", "2d", SHORT)
+    raw.write_text(json.dumps(json.loads(before) | {"supervision": {hippocampus["full"][0]: "unlabelled"}}))
+    try:
+        with pytest.raises(InputError, match=rf"{raw} differs from .*preprocessed.*, which training reads, in supervision: .*Copy the first"):
+            nnunet.trainer(HIPPOCAMPUS, configuration)
+        fold = nnunet.model(HIPPOCAMPUS, configuration) / "fold_0"
+        assert not fold.parent.exists()
+
+        fold.mkdir(parents=True)  # a training that had begun may go on, and a trained model be validated
+        (fold / "checkpoint_latest.pth").touch()
+        nnunet.trainer(HIPPOCAMPUS, configuration)
+        (log,) = fold.glob("training_log_*.txt")
+        assert "This training has begun and goes on with the second." in log.read_text()
+
+        raw.rename(raw.with_suffix(".away"))  # the raw data need not be where training is
+        (fold / "checkpoint_latest.pth").unlink()
+        nnunet.trainer(HIPPOCAMPUS, configuration)
+    finally:
+        raw.with_suffix(".away").unlink(missing_ok=True)
+        raw.write_text(before)
 
 
 # ---- whole runs -----------------------------------------------------------------------------------------------------

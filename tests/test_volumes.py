@@ -17,6 +17,7 @@ from nnunet_confkd.dataset_conversion.volumes import (
     Geometry,
     Volume,
     carry_over,
+    count_voxels,
     ending_of,
     parts,
     quiet,
@@ -519,3 +520,39 @@ def test_the_warnings_of_itk_are_as_before():
             assert not sitk.ProcessObject.GetGlobalWarningDisplay()
         assert sitk.ProcessObject.GetGlobalWarningDisplay() == setting
     sitk.ProcessObject.SetGlobalWarningDisplay(before)
+
+
+# ---- counting -------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("dtype", [np.bool_, np.int8, np.uint8, np.int16, np.uint16, np.int32, np.int64, np.uint64, np.float16, np.float32,
+                                   np.float64])
+def test_voxels_of_each_value_are_counted_whatever_the_type_and_whatever_else_is_there(dtype):
+    rng = np.random.default_rng(0)
+    label = rng.integers(-1 if np.dtype(dtype).kind in "if" else 0, 130 if dtype != np.int8 else 127, (40, 30, 20)).astype(dtype)
+    strange = {"f": [np.nan, np.inf, -np.inf, 0.5, -0.5, 1e4], "i": [np.iinfo(dtype).max, np.iinfo(dtype).min] if np.dtype(dtype).kind == "i"
+               else [], "u": [np.iinfo(dtype).max] if np.dtype(dtype).kind == "u" else [], "b": []}[np.dtype(dtype).kind]
+    label[0, 0, :len(strange)] = strange
+    for values in (range(-1, 119), [0, 1, 2, 255], [3, -1], [0], [], [0, 32767], [-5, 2 ** 40]):
+        counts = count_voxels(label[:, ::-1, ::2], values)  # not contiguous
+        assert counts == {value: int(np.sum(label[:, ::-1, ::2] == value)) for value in values}
+        assert all(type(count) is int for count in counts.values())
+
+
+def test_more_voxels_than_are_counted_at_a_time_are_all_counted():
+    label = np.zeros((3, 2 ** 20 + 5), np.uint8)
+    label[1, -7:], label[2, 3] = 1, 2
+    assert count_voxels(label, [0, 1, 2]) == {0: label.size - 8, 1: 7, 2: 1}
+
+
+def test_counting_many_values_takes_no_pass_for_each():
+    class Watched(np.ndarray):
+        voxels = 0  # that any operation has looked at
+
+        def __array_ufunc__(self, ufunc, method, *inputs, **options):
+            Watched.voxels += max(np.size(i) for i in inputs)
+            plain = [i.view(np.ndarray) if isinstance(i, Watched) else i for i in inputs]
+            return getattr(ufunc, method)(*plain, **options)
+
+    label = np.random.default_rng(0).integers(0, 119, (50, 50, 50)).astype(np.int16)
+    assert count_voxels(label.view(Watched), range(119)) == dict(enumerate(np.bincount(label.ravel()).tolist()))
+    assert Watched.voxels < 10 * label.size

@@ -68,9 +68,12 @@ def _weaken(**options):
 
 
 def _split(folders, name):
+    """What every fold trains on, and what all of them together validate on."""
     folds = _json(folders / "preprocessed" / name / "splits_final.json")
-    assert len(folds) == 1
-    return folds[0]
+    assert all(fold["train"] == folds[0]["train"] and fold["val"] for fold in folds)
+    validating = [case for fold in folds for case in fold["val"]]
+    assert len(validating) == len(set(validating))
+    return {"train": folds[0]["train"], "val": sorted(validating), "folds": len(folds)}
 
 
 def _files(folder):
@@ -90,7 +93,7 @@ def test_each_kind_of_case_has_its_label(source, folders):
     kinds = described["supervision"]
     assert len(kinds) == 20 and described["numTraining"] == 20
     of = {kind: {case for case in kinds if kinds[case] == kind} for kind in ("full", "partial", "unlabelled")}
-    assert len(_patients(split["val"])) == 2 and len(_patients(of["full"])) == 5  # 3 and those that validate
+    assert len(_patients(split["val"])) == split["folds"] == 2 and len(_patients(of["full"])) == 5  # 3 and those that validate
     assert set(split["val"]) < of["full"] and len(_patients(of["unlabelled"])) == 2 and len(_patients(of["partial"])) == 3
     assert len(of["full"]) == 10 and len(of["partial"]) == 6 and len(of["unlabelled"]) == 4  # both cases of a patient alike
     for case, kind in kinds.items():
@@ -182,9 +185,23 @@ def test_the_sources_validation_cases_stay_full_and_validate(source, folders):
     (folders / "preprocessed" / SOURCE / "splits_final.json").write_text(json.dumps([split, {"train": [], "val": []}]))
     for seed in range(3):
         target = _weaken(seed=seed, full=["1"], dataset_id=seed + 2, name=f"S{seed}")
-        assert _split(folders, target.name) == {"train": sorted(split["train"]), "val": sorted(validation)}
+        assert _split(folders, target.name) == {"train": sorted(split["train"]), "val": sorted(validation), "folds": 2}
         kinds = _json(target / "dataset.json")["supervision"]
         assert all(kinds[case] == "full" for case in validation)
+
+
+def test_patients_that_are_held_back_are_divided_over_five_folds_or_fewer_each_of_which_trains_on_the_same(source, folders):
+    described = _json(source / "dataset.json") | {"patient_pattern": None}  # 20 patients, of whom 4 are held back
+    (source / "dataset.json").write_text(json.dumps(described))
+    for dataset_id, number, sizes in ((2, 5, [1] * 4), (3, 2, [2, 2]), (4, 1, [4])):
+        target = _weaken(dataset_id=dataset_id, name=f"F{number}", folds=number)
+        folds = _json(folders / "preprocessed" / target.name / "splits_final.json")
+        assert [len(fold["val"]) for fold in folds] == sizes
+        kinds = _json(target / "dataset.json")["supervision"]
+        held_back = {case for fold in folds for case in fold["val"]}
+        for fold in folds:
+            assert set(fold["train"]) == set(kinds) - held_back
+            assert sum(kinds[case] == "full" for case in fold["train"]) == 3  # as many as --full says
 
 
 def test_the_full_patients_may_be_named(source):
@@ -233,7 +250,7 @@ def test_the_command(source, folders, capsys):
     code = cli.main(["weaken", "--source", "1", "--id", "9", "--full", "2", "--style", "erosion", "--fraction", "0.5",
                      "--unlabelled", "1", "--seed", "4", "--processes", "2", "--no-background", "--name", "Weak"])
     out = capsys.readouterr().out
-    assert code == 0 and "20 training cases (8 full, 10 partial, 2 unlabelled), 4 of them (full) for validation" in out
+    assert code == 0 and "20 training cases (8 full, 10 partial, 2 unlabelled)\n2 folds: each trains on the same 2 " in out
     target = folders / "raw" / "Dataset009_Weak"
     case = next(c for c, kind in _json(target / "dataset.json")["supervision"].items() if kind == "partial")
     weak = _read(target / "labelsTr" / f"{case}.nii.gz")

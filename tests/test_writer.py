@@ -32,6 +32,7 @@ from nnunet_confkd.dataset_conversion.writer import (
     folder_name,
     new_dataset,
     patients_of,
+    split_full_cases,
     with_ignore,
     write_dataset,
 )
@@ -136,27 +137,54 @@ def test_a_data_set_has_the_files_of_its_source_byte_for_byte(source, nnunet):
         "licence": "CC0", "reference": "Nobody 2020", "supervision": dict.fromkeys(names, "full"),
         "patient_pattern": "([a-z])", "extra": [1]}
     preprocessed = _tree(nnunet / "preprocessed")
-    assert json.loads(preprocessed.pop("Dataset007_Test/splits_final.json")) == [
+    assert json.loads(preprocessed.pop("Dataset007_Test/splits_final.json")) == [  # d1 is held back
         {"train": ["a1", "a2", "b1", "c1"], "val": ["d1"]}]
     assert preprocessed == {"Dataset007_Test": None}
     assert sorted(os.listdir(nnunet / "raw")) == ["Dataset007_Test"]  # nothing hidden
     assert _state(source) == before
 
 
-def test_without_validation_cases_no_split_is_written(source, nnunet):
-    folder = write_dataset(_dataset(source, validation=[]), 7, processes=1)
-    assert _tree(nnunet / "preprocessed") == {}
-    assert writer.summary(folder) == (
-        f"{folder}: 5 training cases (5 full, 0 partial, 0 unlabelled), 0 of them (full) for validation\n"
-        "no split was written: there is no fully labelled case to spare for validation\n"
-        "next: confkd check -d 7, then confkd plan -d 7")
-
-
-def test_the_summary_counts_the_kinds(source, nnunet):
-    training = [_case(source, "a1"), _case(source, "a2", PARTIAL), _case(source, "b1", UNLABELLED), _case(source, "d1")]
-    folder = write_dataset(_dataset(source, labels=MIXED, training=training), 7, processes=1)
+def test_fully_annotated_patients_validate_in_turn_and_all_others_train_in_every_fold(source, nnunet):
+    training = [_case(source, name, PARTIAL if name == "b1" else FULL) for name in ("a1", "a2", "b1", "c1", "d1")]
+    folder = write_dataset(_dataset(source, training=training, labels=MIXED, validation=[]), 7, processes=1)
+    folds = json.loads((nnunet / "preprocessed" / folder.name / "splits_final.json").read_text())
+    assert [fold["val"] for fold in folds] == [["a1", "a2"], ["c1"], ["d1"]]
+    assert all(sorted(fold["train"] + fold["val"]) == ["a1", "a2", "b1", "c1", "d1"] for fold in folds)
     assert writer.summary(folder).splitlines() == [
-        f"{folder}: 4 training cases (2 full, 1 partial, 1 unlabelled), 1 of them (full) for validation",
+        f"{folder}: 5 training cases (4 full, 1 partial, 0 unlabelled)",
+        "3 folds over 3 fully annotated patients: each trains on 2 of them and validates on 1; all other cases train in every fold",
+        "next: confkd check -d 7, then confkd plan -d 7"]
+
+
+def test_the_folds_are_those_that_the_trainer_and_plan_would_write(source, nnunet):
+    kinds = dict.fromkeys(("a1", "a2", "b1", "c1", "d1"), FULL)
+    folder = write_dataset(_dataset(source, validation=[]), 7, processes=1)
+    assert json.loads((nnunet / "preprocessed" / folder.name / "splits_final.json").read_text()) == split_full_cases(
+        kinds, patients_of(kinds, "([a-z])"))
+
+
+def test_cases_that_are_held_back_are_divided_over_the_folds_and_never_train(source, nnunet):
+    folder = write_dataset(_dataset(source, validation=["a1", "a2", "d1"]), 7, processes=1)
+    folds = json.loads((nnunet / "preprocessed" / folder.name / "splits_final.json").read_text())
+    assert sorted(folds, key=str) == [{"train": ["b1", "c1"], "val": ["a1", "a2"]}, {"train": ["b1", "c1"], "val": ["d1"]}]
+    assert writer.summary(folder).splitlines()[1] == (
+        "2 folds: each trains on the same 2 fully annotated patients and validates on 1 of 2 that are held back from training")
+    folder = write_dataset(_dataset(source, name="One", validation=["a1", "a2", "d1"], folds=1), 8, processes=1)
+    assert json.loads((nnunet / "preprocessed" / folder.name / "splits_final.json").read_text()) == [
+        {"train": ["b1", "c1"], "val": ["a1", "a2", "d1"]}]
+    assert writer.summary(folder).splitlines()[1] == (
+        "one fold: fold 0 trains on 2 fully annotated patients and validates on 2, which are held back. There are no folds 1 to 4: "
+        "give -f 0 to nnUNetv2_find_best_configuration and nnUNetv2_predict")
+
+
+def test_with_one_fully_annotated_patient_there_is_no_split_and_the_summary_says_what_to_do(source, nnunet):
+    training = [_case(source, "a1"), _case(source, "a2"), _case(source, "b1", PARTIAL), _case(source, "d1", UNLABELLED)]
+    folder = write_dataset(_dataset(source, labels=MIXED, training=training, validation=[]), 7, processes=1)
+    assert _tree(nnunet / "preprocessed") == {}
+    assert writer.summary(folder).splitlines() == [
+        f"{folder}: 4 training cases (2 full, 1 partial, 1 unlabelled)",
+        "no split was written: it takes two fully annotated patients to spare one for validation. Train on fold 'all': "
+        "confkd train 7 CONFIGURATION all",
         "next: confkd check -d 7, then confkd plan -d 7"]
 
 
@@ -436,19 +464,18 @@ def test_a_fifth_of_the_patients_validates_and_more_full_ones_hold_fewer():
         full = _of_role(roles, "full")
         assert len(full) == number and previous < full
         assert len(_of_role(roles, "validation")) == 20 and len(_of_role(roles, "other")) == 80 - number
-        assert _of_role(roles, "validation") == _of_role(choose_patients(PATIENTS[::-1] * 2, 0), "validation")
+        assert _of_role(roles, "validation") == _of_role(choose_patients(PATIENTS[::-1] * 2, 0, ["7"]), "validation")
         previous = full
     assert _of_role(choose_patients(PATIENTS, 1, ["3"]), "full") != _of_role(choose_patients(PATIENTS, 0, ["3"]), "full")
-    assert not _of_role(choose_patients(PATIENTS, 0), "other")  # all that do not validate are full
 
 
 def test_of_few_patients_one_validates_and_of_one_none():
-    assert sorted(choose_patients(["a", "b"], 0).values()) == ["full", "validation"]
-    assert choose_patients(["a"], 0) == {"a": "full"}
+    assert sorted(choose_patients(["a", "b"], 0, ["1"]).values()) == ["full", "validation"]
+    assert choose_patients(["a"], 0, ["1"]) == {"a": "full"}
 
 
 def test_patients_can_be_named_and_then_do_not_validate():
-    default = choose_patients(PATIENTS, 0)
+    default = choose_patients(PATIENTS, 0, ["1"])
     named = sorted(_of_role(default, "validation"))[:2]
     roles = choose_patients(PATIENTS, 0, named)
     assert _of_role(roles, "full") == set(named) and len(_of_role(roles, "validation")) == 20

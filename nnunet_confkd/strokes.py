@@ -1,0 +1,122 @@
+"""Finds label maps that look like strokes among those that are taken for complete masks.
+
+This module does not import torch: `confkd check` runs it in every worker.
+"""
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from statistics import median
+
+import numpy as np
+from scipy import ndimage
+
+THIN = 0.2  # of the class's most solid mask: a mask below it is thin
+SOLID = 0.5  # of the same: a mask above it is one to compare volumes with
+SMALL = 0.5  # of the median volume of solid masks
+FILLED = 0.2  # of its bounding box: a small object fills more than a stroke
+FOREGROUND = 0.02  # of the image: strokes cover less
+FLAT = 2.0  # slices that are so many times as thick as pixels are wide have been annotated one by one
+
+
+@dataclass
+class Shape:
+    """What tells strokes from masks in one label map.
+
+    Attributes:
+        size: Voxels of the image.
+        volumes: {class: voxels} of the classes that it holds, without background.
+        filled: {class: share of the class's bounding box that it fills}.
+        inner: {axis: {class: share of its voxels that an erosion with a 3x3 square across this axis leaves}}.
+        every_nth: Distance of the annotated slices, where no two of them are neighbours and they lie at equal distances.
+    """
+    size: int
+    volumes: dict[int, int]
+    filled: dict[int, float]
+    inner: dict[int, dict[int, float]]
+    every_nth: int | None
+
+
+def shape_of(label: np.ndarray, spacing: Iterable[float]) -> Shape:
+    """Measure a label map.
+
+    Args:
+        label: Whole numbers from 0 on, of two or three dimensions; 0 is background.
+        spacing: Of the array's axes, in mm.
+    """
+    label, size, spacing = label.astype(np.int32, copy=False), label.size, list(spacing)
+    if label.ndim == 2:
+        label, spacing = label[None], [np.inf, *spacing]
+    boxes = ndimage.find_objects(label)
+    found = {value: box for value, box in enumerate(boxes, 1) if box is not None}
+    if not found:
+        return Shape(size, {}, {}, {}, None)
+    whole = tuple(slice(min(box[a].start for box in found.values()), max(box[a].stop for box in found.values())) for a in range(3))
+    label = np.pad(label[whole], 1)
+    histogram = np.bincount(label.ravel())
+    volumes = {value: int(histogram[value]) for value in found}
+    filled = {value: volumes[value] / np.prod([side.stop - side.start for side in box]) for value, box in found.items()}
+    flat = max(spacing) >= FLAT * min(spacing)
+    inner = {}
+    for axis in [int(np.argmax(spacing))] if flat else range(3):
+        left = np.bincount(_inside(np.moveaxis(label, axis, 0)), minlength=len(histogram))
+        inner[axis] = {value: left[value] / volume for value, volume in volumes.items()}
+    return Shape(size, volumes, filled, inner, _every_nth(label > 0))
+
+
+def _inside(label: np.ndarray) -> np.ndarray:
+    """The values of the voxels whose eight neighbours in the slice (the last two axes) have the same value."""
+    across, down = label[:, :, 1:] == label[:, :, :-1], label[:, 1:] == label[:, :-1]
+    row = across[:, :, 1:] & across[:, :, :-1]  # equal to the voxels to the left and to the right
+    same = row[:, 1:-1] & row[:, :-2] & row[:, 2:] & down[:, 1:, 1:-1] & down[:, :-1, 1:-1]
+    return label[:, 1:-1, 1:-1][same]
+
+
+def _every_nth(foreground: np.ndarray) -> int | None:
+    for axis in range(3):
+        distances = np.diff(np.flatnonzero(foreground.any(axis=tuple({0, 1, 2} - {axis}))))
+        if len(distances) > 1 and distances.min() > 1 and distances.max() - distances.min() <= 1:
+            return round(float(distances.mean()))
+    return None
+
+
+def suspects(shapes: Mapping[str, Shape]) -> dict[str, str]:
+    """Find the cases that look like strokes.
+
+    A case is suspect if every class that it holds is thin, and smaller than half of the class's usual volume. A mask is
+    thin if an erosion with a 3x3 square in the slice leaves less than a fifth of the share that it leaves of the class's most
+    solid mask. A single class must also fill less than a fifth of its bounding box, which small objects do not. A case
+    is also suspect if only every n-th slice is annotated. If no mask of any class is solid, all cases are suspect that hold
+    little foreground.
+
+    Args:
+        shapes: {case: its shape} of all fully annotated cases.
+
+    Returns:
+        {case: what is suspect, for a message}.
+    """
+    most: dict[tuple[int, int], float] = {}  # (axis, class): share that the erosion leaves of the most solid mask
+    for shape in shapes.values():
+        for axis, shares in shape.inner.items():
+            for value, share in shares.items():
+                most[axis, value] = max(share, most.get((axis, value), 0))
+    usual: dict[int, float] = {}  # {class: median volume of its solid masks}
+    for value in {value for _, value in most}:
+        solid = [shape.volumes[value] for shape in shapes.values() if value in shape.volumes and all(
+            shares[value] >= SOLID * most[axis, value] for axis, shares in shape.inner.items())]
+        usual[value] = median(solid) if solid else 0
+    found = {}
+    nothing_solid = bool(most) and max(most.values()) < THIN / 4
+    for case, shape in shapes.items():
+        foreground = sum(shape.volumes.values())
+        compared = [value for value in shape.volumes if any(most[axis, value] >= THIN for axis in shape.inner)]
+        strokes = [value for value in compared if shape.volumes[value] < SMALL * usual[value] and any(
+            shares[value] < THIN * most[axis, value] for axis, shares in shape.inner.items())]
+        if compared and strokes == compared and (len(compared) > 1 or shape.filled[compared[0]] < FILLED):
+            found[case] = (f"{foreground} foreground voxels in lines or dots; complete masks of these classes have "
+                           f"{sum(usual[value] for value in compared):.0f}")
+        elif shape.every_nth:
+            found[case] = f"foreground in one slice of {shape.every_nth}"
+        elif nothing_solid and shape.volumes and foreground < FOREGROUND * shape.size:
+            found[case] = f"{foreground} foreground voxels in lines or dots, as in all other cases"
+    return found
