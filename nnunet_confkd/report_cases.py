@@ -207,7 +207,7 @@ class Prediction:
     model: Model
     data: np.ndarray
     seg: np.ndarray
-    logits: dict[str, np.ndarray]
+    logits: dict[str, torch.Tensor]
     properties: dict
 
     def original(self, branch: str) -> tuple[np.ndarray, np.ndarray]:
@@ -239,7 +239,7 @@ class Prediction:
                 "index": index, "count": foreground.shape[0], "aspect": spacing[-2] / spacing[-1]}
 
 
-def _normalised_entropy(logits: np.ndarray, labels) -> np.ndarray:
+def _normalised_entropy(logits: torch.Tensor, labels) -> np.ndarray:
     """`(heads, h, w)` -> `(h, w)`, 0 to 1."""
     return measure(logits[:, None], labels.has_regions)["entropy"][0] / max_entropy(len(logits), labels.has_regions)
 
