@@ -96,6 +96,12 @@ def read_folds(file: str | Path) -> list[dict[str, list[str]]]:
     return folds
 
 
+def split_of_fold(file: str | Path, name: str) -> dict[str, list[str]] | None:
+    """The split of a fold ("0", "1", ...) in a splits_final.json; None where there is no such file or fold. Raises InputError."""
+    folds = read_folds(file) if Path(file).is_file() else []
+    return folds[int(name)] if name.isdigit() and int(name) < len(folds) else None
+
+
 def is_whole(value) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
