@@ -13,7 +13,7 @@ import numpy as np
 from nnunet_confkd.dataset_conversion.writer import PROCESSES, preprocessed_folder
 from nnunet_confkd.errors import InputError
 from nnunet_confkd.evaluate import FOREGROUND, PATTERN_HELP, Evaluation, _aligned, _cell, _p, _replace, _without_nan, evaluate_folders, patients_by
-from nnunet_confkd.json_files import read_description, read_json, split_of_fold
+from nnunet_confkd.json_files import read_description, read_record, split_of_fold
 from nnunet_confkd.loading import fold_folders
 from nnunet_confkd.metrics import MEASURES, TOLERANCE_MM, count_of, holm, paired_statistics, statistics
 from nnunet_confkd.validation import VALIDATION_FOLDERS
@@ -93,7 +93,7 @@ def validation_of(model: str | Path, tolerance_mm: float = TOLERANCE_MM, process
 def _cases_of_fold(fold: Path, splits_file: Path) -> tuple[list[str] | None, list[str] | None]:
     """Its training and validation cases; None where nobody knows."""
     if (fold / "confkd.json").is_file():
-        record = read_json(fold / "confkd.json")
+        record = read_record(fold / "confkd.json")
         return list(record["supervision"]), record["pseudo_dice_on"]
     name = fold.name.removeprefix("fold_")
     split = split_of_fold(splits_file, name)

@@ -23,7 +23,7 @@ from nnunet_confkd.dataset_conversion.writer import patients_of
 from nnunet_confkd.discovery import make_findable
 from nnunet_confkd.errors import InputError
 from nnunet_confkd.evaluate import FOREGROUND, Evaluation
-from nnunet_confkd.json_files import read_description, read_json, read_plans, split_of_fold
+from nnunet_confkd.json_files import read_description, read_json, read_plans, read_record, split_of_fold
 from nnunet_confkd.loading import fold_folders, load_checkpoint
 from nnunet_confkd.metrics import TOLERANCE_MM, measure_case
 from nnunet_confkd.network import has_teacher
@@ -114,7 +114,7 @@ class Model:
     def read_fold(self, folder: Path) -> Fold:
         """The fold's record, curves and cases."""
         checkpoint = load_checkpoint(folder / self.checkpoint_name)
-        record = read_json(folder / "confkd.json") if (folder / "confkd.json").is_file() else None
+        record = read_record(folder / "confkd.json") if (folder / "confkd.json").is_file() else None
         fold = Fold(folder.name, checkpoint["trainer_name"], checkpoint["current_epoch"], checkpoint["logging"], record,
                     ["student", "teacher"] if has_teacher(checkpoint["network_weights"]) else ["student"])
         if record is not None:

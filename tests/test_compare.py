@@ -112,6 +112,14 @@ def test_the_record_of_the_training_decides_which_cases_count(models):
         compare_models(models[:1], processes=1)
 
 
+@pytest.mark.parametrize("content", [{}, {"supervision": ["case0"], "pseudo_dice_on": []}, {"supervision": {}, "pseudo_dice_on": "case0"},
+                                     {"supervision": {}, "pseudo_dice_on": [["case0"]]}])
+def test_a_record_of_another_form_is_named(models, content):
+    (models[0] / "fold_0" / "confkd.json").write_text(json.dumps(content))
+    with pytest.raises(InputError, match='fold_0/confkd.json: must hold "supervision"'):
+        compare_models(models, processes=1)
+
+
 def test_the_split_tells_the_cases_of_a_stock_model(models):
     split(models, (["case1", "case3"], ["case0", "case2"]))
     found = compare_models(models[1:], processes=1)
