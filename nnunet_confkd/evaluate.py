@@ -7,7 +7,7 @@ import io
 import json
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,19 +15,22 @@ from typing import Any
 import numpy as np
 
 from nnunet_confkd.dataset_conversion.volumes import ITK, ending_of, read, spacing_file
-from nnunet_confkd.dataset_conversion.writer import PROCESSES, find_dataset, parallel, preprocessed_folder, raw_folder
+from nnunet_confkd.dataset_conversion.writer import PROCESSES, find_dataset, parallel, patients_of, preprocessed_folder, raw_folder
 from nnunet_confkd.errors import InputError
 from nnunet_confkd.json_files import read_description
-from nnunet_confkd.metrics import HIGHER_IS_BETTER, MEASURES, TOLERANCE_MM, holm, measure_case, paired_statistics, statistics
+from nnunet_confkd.metrics import HIGHER_IS_BETTER, MEASURES, TOLERANCE_MM, count_of, holm, measure_case, paired_statistics, statistics
 
 FOREGROUND = "foreground"  # a case's mean over its classes
 MADE_BY = "confkd evaluate"
 FILES = ("metrics.json", "metrics.csv")
+PATTERN_HELP = ("intervals and tests are by patient: a regular expression whose first group in the name of a case is the patient; default: "
+                "{} \"patient_pattern\" in dataset.json, or every case is a patient")
 
 
 @dataclass
 class Evaluation:
-    """cases: {case: {class: measures}}. counts: of voxels, the same, for nnU-Net's summary. classes: {name: labels}."""
+    """cases: {case: {class: measures}}. counts: of voxels, the same, for nnU-Net's summary. classes: {name: labels}.
+    patients: {case: patient}; a case that is not in it is a patient of its own."""
     truth: Path
     prediction: Path
     classes: dict[str, tuple[int, ...]]
@@ -38,6 +41,17 @@ class Evaluation:
     files: dict[str, tuple[Path, Path]]
     no_spacing: list[str] = field(default_factory=list)
     occurring: set[int] = field(default_factory=set)  # labels in any of the files
+    patients: dict[str, str] = field(default_factory=dict)
+    partly_annotated: list[str] = field(default_factory=list)  # cases whose truth holds the ignore label
+
+    @property
+    def patient_of_each(self) -> list[str]:
+        """The patient of every case, in the order of the cases."""
+        return [self.patients.get(case, case) for case in self.cases]
+
+    def count(self) -> str:
+        """In words: "4 cases of 2 patients"."""
+        return count_of(len(self.cases), len(set(self.patient_of_each)))
 
     def values(self, name: str, measure: str) -> np.ndarray:
         """Of every case, of a class or of FOREGROUND; NaN where undefined."""
@@ -47,8 +61,9 @@ class Evaluation:
         return np.where(defined.any(1), np.where(defined, table, 0).sum(1) / np.maximum(defined.sum(1), 1), np.nan)
 
     def statistics(self) -> dict[str, dict[str, dict[str, float]]]:
-        """{class or FOREGROUND: {measure: mean, sd, n, ci_low, ci_high}}."""
-        return {name: {measure: statistics(self.values(name, measure)) for measure in MEASURES}
+        """{class or FOREGROUND: {measure: mean, sd, n, patients, ci_low, ci_high}}; the intervals are by patient."""
+        patients = self.patient_of_each
+        return {name: {measure: statistics(self.values(name, measure), patients) for measure in MEASURES}
                 for name in self._rows()}
 
     def _rows(self) -> list[str]:
@@ -64,6 +79,7 @@ class Evaluation:
         return _without_nan({
             "made_by": MADE_BY, "truth": str(self.truth), "prediction": str(self.prediction), "tolerance_mm": self.tolerance_mm,
             "ignore_label": self.ignore_label, "labels": {name: list(labels) for name, labels in self.classes.items()},
+            "patients": dict(zip(self.cases, self.patient_of_each)), "partly_annotated": self.partly_annotated,
             "cases": self.cases, "mean": {name: {m: s["mean"] for m, s in of.items()} for name, of in found.items()},
             "statistics": found, "one_empty": {name: self.one_empty(name) for name in self.classes}})
 
@@ -87,11 +103,15 @@ class Evaluation:
         for name in self._rows():
             rows.append([name, str(found[name]["Dice"]["n"]), *(_cell(found[name][m], digits) for m, digits in MEASURES.items()),
                          str(self.one_empty(name)) if name in self.classes else ""])
-        lines = [f"{self.prediction}: {len(self.cases)} cases; means with 95 % intervals (bootstrap over cases)", "", *_aligned(rows), "",
+        lines = [f"{self.prediction}: {self.count()}; means over the cases with 95 % intervals (bootstrap over the patients)", "",
+                 *_aligned(rows), "",
                  f"NSD at {self.tolerance_mm:g} mm; volume difference: prediction - truth. A class that is in neither has no measure and "
                  f"is not in n; one that is in one of them alone has Dice, IoU and NSD 0 and no distance."]
         if self.no_spacing:
             lines.append(f"WARNING: {len(self.no_spacing)} images have no spacing (their format holds none): no distances, no volumes.")
+        if self.partly_annotated:
+            lines.append(f"WARNING: the truth of {len(self.partly_annotated)} of the {len(self.cases)} cases is only partly annotated; their "
+                         f"measures count the annotated voxels alone: {', '.join(self.partly_annotated)}")
         return "\n".join(lines)
 
 
@@ -115,6 +135,7 @@ class Found:
     counts: dict | None = None
     values: set[int] = field(default_factory=set)
     has_spacing: bool = True
+    partly_annotated: bool = False
 
 
 def _evaluate(task: Task) -> Found:
@@ -154,6 +175,7 @@ def _evaluate(task: Task) -> Found:
             for measured in found.measures.values():
                 measured |= dict.fromkeys(("HD95_mm", "ASSD_mm", "NSD", "volume_difference_ml"), math.nan)
         known = np.ones(truth.shape, bool) if task.ignore_label is None else truth != task.ignore_label
+        found.partly_annotated = not known.all()
         found.counts = {}
         for name, of in task.classes.items():
             a, b = np.isin(truth, of) & known, np.isin(prediction, of) & known
@@ -167,24 +189,30 @@ def _evaluate(task: Task) -> Found:
 
 def evaluate_folders(truth: str | Path, prediction: str | Path, *, dataset: int | str | None = None,
                      labels: Sequence[str | int] | None = None, tolerance_mm: float = TOLERANCE_MM, ignore_label: int | None = None,
-                     subset: bool = False, processes: int = PROCESSES) -> Evaluation:
+                     subset: bool = False, cases: Collection[str] | None = None, patient_pattern: str | None = None,
+                     processes: int = PROCESSES) -> Evaluation:
     """Measure every segmentation of `prediction` against the file of the same name in `truth`.
 
     dataset: id or name; its dataset.json names classes (or regions) and the ignore label, and other values are an error. labels: those to
     measure: 1, or "1,2" for the union of two; without a data set, other values are background. Neither: all that occur in the truth but 0.
-    subset: the truth may hold more cases than are predicted.
+    subset: the truth may hold more cases than are predicted. cases: those to measure; None: all that are predicted.
+    patient_pattern: a regular expression whose first group in the name of a case is the patient; None: dataset.json's
+    "patient_pattern", and without that every case is a patient.
 
-    Raises InputError, listing all that is wrong: folders or files missing, other grids, no images, unknown labels.
+    Raises InputError, listing all that is wrong: folders or files missing, other grids, no images, unknown labels, a pattern that does
+    not match.
     """
     truth, prediction = Path(truth), Path(prediction)
     if not (isinstance(tolerance_mm, (int, float)) and 0 <= tolerance_mm < math.inf):
         raise InputError(f"the tolerance must be a number of mm from 0, not {tolerance_mm!r}")
-    files = _pairs(truth, prediction, subset)
+    files = _pairs(truth, prediction, subset, cases)
     known = None
     classes: dict[str, tuple[int, ...]]
     if dataset is not None:
-        classes, ignore_label = _classes_of(dataset)
+        classes, ignore_label, pattern_of_dataset = _described(dataset)
+        patient_pattern = patient_pattern or pattern_of_dataset
         known = frozenset({0, *(label for of in classes.values() for label in of)})
+    patients = patients_by(patient_pattern, files)
     if labels:
         classes = _given_classes(labels)
         if known and (unknown := {label for of in classes.values() for label in of} - known):
@@ -199,7 +227,16 @@ def evaluate_folders(truth: str | Path, prediction: str | Path, *, dataset: int 
     found = _run(files, classes, ignore_label, tolerance_mm, known, processes, "evaluate")
     return Evaluation(truth, prediction, classes, float(tolerance_mm), ignore_label, {case: of.measures for case, of in found.items()},
                       {case: of.counts for case, of in found.items()}, files,
-                      [case for case, of in found.items() if not of.has_spacing], set().union(*(of.values for of in found.values())))
+                      [case for case, of in found.items() if not of.has_spacing], set().union(*(of.values for of in found.values())),
+                      patients, [case for case, of in found.items() if of.partly_annotated])
+
+
+def patients_by(pattern: str | None, cases: Iterable[str]) -> dict[str, str]:
+    """{case: patient}. Raises InputError, which names the option, where the pattern does not match."""
+    try:
+        return patients_of(cases, pattern)
+    except InputError as error:
+        raise InputError(f"{error}. Give the right one with --patient-pattern; '.+' takes every case as one patient.") from error
 
 
 def _run(files: dict, classes, ignore_label, tolerance_mm, known, processes: int, text: str) -> dict[str, Found]:
@@ -210,7 +247,7 @@ def _run(files: dict, classes, ignore_label, tolerance_mm, known, processes: int
     return found
 
 
-def _pairs(truth: Path, prediction: Path, subset: bool) -> dict[str, tuple[Path, Path]]:
+def _pairs(truth: Path, prediction: Path, subset: bool, cases: Collection[str] | None) -> dict[str, tuple[Path, Path]]:
     """{case: (truth, prediction)}."""
     found = []
     for folder in (truth, prediction):
@@ -229,7 +266,7 @@ def _pairs(truth: Path, prediction: Path, subset: bool) -> dict[str, tuple[Path,
         if not images:
             raise InputError(f"{folder}: holds no image")
         found.append(images)
-    truths, predictions = found
+    truths, predictions = found if cases is None else ({case: images[case] for case in images if case in cases} for images in found)
     problems = [f"{file}: {truth} holds no {case}" for case, file in predictions.items() if case not in truths]
     if not subset:
         problems += [f"{file}: {prediction} holds no {case}" for case, file in truths.items() if case not in predictions]
@@ -238,8 +275,8 @@ def _pairs(truth: Path, prediction: Path, subset: bool) -> dict[str, tuple[Path,
     return {case: (truths[case], file) for case, file in predictions.items()}
 
 
-def _classes_of(dataset: int | str) -> tuple[dict[str, tuple[int, ...]], int | None]:
-    """{name: labels} and the ignore label, of a raw or preprocessed data set."""
+def _described(dataset: int | str) -> tuple[dict[str, tuple[int, ...]], int | None, str | None]:
+    """{name: labels}, the ignore label and the patient pattern of a raw or preprocessed data set."""
     try:
         file = raw_folder() / find_dataset(dataset) / "dataset.json"
     except InputError as error:  # predictions are evaluated where the raw data are gone, too
@@ -251,7 +288,7 @@ def _classes_of(dataset: int | str) -> tuple[dict[str, tuple[int, ...]], int | N
     described = read_description(file, ["labels"])
     labels = {name: tuple(of) if isinstance(of, list) else (of,) for name, of in described["labels"].items()}
     ignore = labels.pop("ignore", (None,))[0]
-    return {name: of for name, of in labels.items() if of != (0,)}, ignore
+    return {name: of for name, of in labels.items() if of != (0,)}, ignore, described.get("patient_pattern")
 
 
 def _given_classes(labels: Sequence[str | int]) -> dict[str, tuple[int, ...]]:
@@ -267,7 +304,8 @@ def _given_classes(labels: Sequence[str | int]) -> dict[str, tuple[int, ...]]:
 # ---- two folders ----------------------------------------------------------------------------------------------------------
 
 def compare(ours: Evaluation, theirs: Evaluation) -> dict[str, dict[str, dict[str, float]]]:
-    """{class: {measure: mean of ours - theirs, interval, n, p, p_holm}}, case by case; p corrected for all classes and measures.
+    """{class: {measure: mean of ours - theirs, interval, n, patients, p, p_holm}}. Interval and p are by patient, p_holm is corrected for
+    all classes and measures.
 
     Raises InputError where the cases are not the same. Volumes are compared by the size of their difference to the truth.
     """
@@ -282,7 +320,7 @@ def compare(ours: Evaluation, theirs: Evaluation) -> dict[str, dict[str, dict[st
             a, b = (np.array([of[case] for case in ours.cases]) for of in pair)
             if measure not in HIGHER_IS_BETTER:
                 a, b = np.abs(a), np.abs(b)
-            found[name][measure] = paired_statistics(a, b)
+            found[name][measure] = paired_statistics(a, b, ours.patient_of_each)
     flat = [of for measures in found.values() for of in measures.values()]
     for of, p in zip(flat, holm([of["p"] for of in flat])):
         of["p_holm"] = p
@@ -295,8 +333,8 @@ def comparison_text(found: dict, ours: Evaluation, theirs: Evaluation) -> str:
         for measure, of in measures.items():
             shown = measure.replace("_", " ") if measure in HIGHER_IS_BETTER else "|volume difference| ml"
             rows.append([name, shown, _cell(of, MEASURES[measure], sign=True), str(of["n"]), _p(of["p"]), _p(of["p_holm"])])
-    return "\n".join([f"{ours.prediction} - {theirs.prediction}, paired by case; 95 % intervals (bootstrap), Wilcoxon's signed-rank test, "
-                      f"corrected for all rows (Holm)", "", *_aligned(rows)])
+    return "\n".join([f"{ours.prediction} - {theirs.prediction}, paired, {ours.count()}; 95 % intervals (bootstrap over the patients), "
+                      f"Wilcoxon's signed-rank test of the patients' mean differences, corrected for all rows (Holm)", "", *_aligned(rows)])
 
 
 # ---- output ---------------------------------------------------------------------------------------------------------------
@@ -389,12 +427,13 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--ignore", type=int, metavar="L", help="label of the truth that is not evaluated; -d knows it")
     parser.add_argument("--tolerance", type=float, default=TOLERANCE_MM, metavar="MM", help=f"of the NSD; default {TOLERANCE_MM:g}")
     parser.add_argument("--subset", action="store_true", help="the truth may hold cases that are not predicted")
+    parser.add_argument("--patient-pattern", metavar="REGEX", help=PATTERN_HELP.format("-d's"))
     parser.add_argument("--output", metavar="FOLDER", help="default: the folder of the predictions")
     parser.add_argument("--processes", type=int, default=PROCESSES)
     parser.add_argument("--json", action="store_true", help="print metrics.json's content, and nothing else")
     args = parser.parse_args(argv)
     options = dict(dataset=args.dataset, labels=args.labels, tolerance_mm=args.tolerance, ignore_label=args.ignore, subset=args.subset,
-                   processes=args.processes)
+                   patient_pattern=args.patient_pattern, processes=args.processes)
     evaluation = evaluate_folders(args.truth, args.prediction, **options)
     if args.labels and (absent := [label for of in evaluation.classes.values() for label in of if label not in evaluation.occurring]):
         raise InputError(f"--labels: no file in {args.truth} or {args.prediction} holds {', '.join(map(str, absent))}; they hold "

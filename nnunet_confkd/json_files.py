@@ -126,6 +126,22 @@ def planning_text(raw: str | Path, planned: str | Path, keys: Iterable[str], dat
             f"would not notice. {remedy}, or undo the edit")
 
 
+def read_record(file: str | Path) -> dict:
+    """The confkd.json of a trained fold, with its training cases ("supervision") and validation cases. Raises InputError."""
+    record = read_json(file)
+    validation = record.get("pseudo_dice_on")
+    if not (isinstance(record.get("supervision"), dict) and isinstance(validation, list) and all(isinstance(case, str) for case in validation)):
+        raise InputError(f'{file}: must hold "supervision", {{CASE: kind}}, and "pseudo_dice_on", [CASE, ...], as the training writes them; take '
+                         f"it from a copy, or train again")
+    return record
+
+
+def split_of_fold(file: str | Path, name: str) -> dict[str, list[str]] | None:
+    """The split of a fold ("0", "1", ...) in a splits_final.json; None where there is no such file or fold. Raises InputError."""
+    folds = read_folds(file) if Path(file).is_file() else []
+    return folds[int(name)] if name.isdigit() and int(name) < len(folds) else None
+
+
 def is_whole(value) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 

@@ -68,39 +68,86 @@ def measure_case(truth: np.ndarray, prediction: np.ndarray, classes: Mapping[str
             for name, labels in classes.items()}
 
 
-def statistics(values: Iterable[float]) -> dict[str, float | int]:
-    """mean, sd (of a sample), n and the bounds of the mean's 95 % interval (percentile bootstrap over the cases); NaN is left
-    out. The bounds are NaN of fewer than two cases."""
-    values = np.array([v for v in values if not math.isnan(v)], float)
-    n = len(values)
-    low, high = bootstrap_interval(values) if n > 1 else (math.nan, math.nan)
+def statistics(values: Iterable[float], patients: Sequence[str] | None = None) -> dict[str, float | int]:
+    """Describe the values of many cases.
+
+    Args:
+        values: One for each case. NaN is left out.
+        patients: The patient of each case. None: every case is a patient.
+
+    Returns:
+        mean and sd (of a sample) over the cases; n, the number of cases, and patients, that of their patients; ci_low and ci_high,
+        the 95 % interval of the mean, which is NaN for fewer than two patients (see `bootstrap_interval`).
+    """
+    values = np.fromiter(values, float)
+    keep = ~np.isnan(values)
+    patients = None if patients is None else [patient for patient, kept in zip(patients, keep) if kept]
+    values = values[keep]
+    n, groups = len(values), len(values) if patients is None else len(set(patients))
+    low, high = bootstrap_interval(values, patients) if groups > 1 else (math.nan, math.nan)
     return {"mean": float(values.mean()) if n else math.nan, "sd": float(values.std(ddof=1)) if n > 1 else math.nan, "n": n,
-            "ci_low": low, "ci_high": high}
+            "patients": groups, "ci_low": low, "ci_high": high}
 
 
-def bootstrap_interval(values: np.ndarray, draws: int = DRAWS, seed: int = 0) -> tuple[float, float]:
-    """The 95 % interval of the mean over the first axis of drawn cases. values: `(cases,)`, or `(seeds, cases)`, of which seeds and
-    cases are drawn anew; NaN is left out."""
+def sums_by_patient(values: np.ndarray, patients: Sequence[str] | None) -> tuple[np.ndarray, np.ndarray]:
+    """Sum and number of each patient's values that are not NaN, each `(rows, patients)`; values: `(rows, cases)`."""
+    defined = ~np.isnan(values)
+    if patients is None:
+        return np.where(defined, values, 0), defined.astype(float)
+    number = {patient: i for i, patient in enumerate(dict.fromkeys(patients))}
+    of_case = np.array([number[patient] for patient in patients], int)
+    sums, counts = (np.stack([np.bincount(of_case, row, len(number)) for row in table]) for table in (np.where(defined, values, 0), defined))
+    return sums, counts
+
+
+def bootstrap_interval(values: np.ndarray, patients: Sequence[str] | None = None, draws: int = DRAWS, seed: int = 0) -> tuple[float, float]:
+    """The 95 % interval of the mean over cases: a percentile bootstrap that draws patients, each with all of its cases.
+
+    The cases of one patient are alike, so they must not count as independent. The mean itself stays that over the cases.
+
+    Args:
+        values: `(cases,)`, or `(seeds, cases)`, of which seeds are drawn as well. NaN is left out.
+        patients: The patient of each case. None: every case is a patient.
+    """
+    sums, counts = sums_by_patient(np.atleast_2d(values), patients)
+    number = sums.shape[1]
     rng, means = np.random.default_rng(seed), []
     for _ in range(0, draws, 1000):  # all at once would be large for many cases
-        columns = rng.integers(values.shape[-1], size=(1000, 1, values.shape[-1]))
-        rows = rng.integers(len(values), size=(1000, len(values), 1)) if values.ndim > 1 else 0
-        means.append(np.nanmean(np.atleast_2d(values)[rows, columns], (1, 2)))
+        columns = rng.integers(number, size=(1000, 1, number))
+        rows = rng.integers(len(values), size=(1000, len(values), 1)) if np.ndim(values) > 1 else 0
+        with np.errstate(invalid="ignore"):  # a draw without any value
+            means.append(sums[rows, columns].sum((1, 2)) / counts[rows, columns].sum((1, 2)))
     low, high = np.nanpercentile(np.concatenate(means), (2.5, 97.5))
     return float(low), float(high)
 
 
-def paired_statistics(ours: Sequence[float] | np.ndarray, theirs: Sequence[float] | np.ndarray) -> dict[str, float | int]:
-    """Of the differences ours - theirs, case by case: mean, interval (as `statistics`), n, and Wilcoxon's two-sided p of the signed ranks.
+def paired_statistics(ours: Sequence[float] | np.ndarray, theirs: Sequence[float] | np.ndarray,
+                      patients: Sequence[str] | None = None) -> dict[str, float | int]:
+    """Describe the differences ours - theirs of the same cases.
 
-    A case in which either is NaN is left out. p is 1 where all differences are zero, NaN without a case.
+    Args:
+        ours: One value for each case.
+        theirs: The same. A case in which either is NaN is left out.
+        patients: The patient of each case. None: every case is a patient.
+
+    Returns:
+        What `statistics` returns, and p: Wilcoxon's two-sided p of the signed ranks of the patients' mean differences. It is 1 where
+        all of them are zero, and NaN without a case.
     """
     from scipy.stats import wilcoxon
     differences = np.subtract(ours, theirs)
-    differences = differences[~np.isnan(differences)]
-    found = statistics(differences)
-    found["p"] = math.nan if not len(differences) else 1.0 if not differences.any() else float(wilcoxon(differences).pvalue)
+    found = statistics(differences, patients)
+    sums, counts = sums_by_patient(differences[None], patients)
+    means = sums[counts > 0] / counts[counts > 0]
+    found["p"] = math.nan if not len(means) else 1.0 if not means.any() else float(wilcoxon(means).pvalue)
     return found
+
+
+def count_of(cases: int, patients: int) -> str:
+    """In words: "4 cases of 2 patients"."""
+    if cases == patients:
+        return f"{cases} cases, each taken as one patient" if cases != 1 else "1 case"
+    return f"{cases} cases of {patients} patient{'s' if patients != 1 else ''}"
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

@@ -19,10 +19,11 @@ from tqdm import tqdm
 
 from nnunet_confkd.calibration import Counts, count_case
 from nnunet_confkd.dataset_conversion.volumes import ITK, ending_of, spacing_file
+from nnunet_confkd.dataset_conversion.writer import patients_of
 from nnunet_confkd.discovery import make_findable
 from nnunet_confkd.errors import InputError
 from nnunet_confkd.evaluate import FOREGROUND, Evaluation
-from nnunet_confkd.json_files import read_description, read_folds, read_json, read_plans
+from nnunet_confkd.json_files import read_description, read_json, read_plans, read_record, split_of_fold
 from nnunet_confkd.loading import fold_folders, load_checkpoint
 from nnunet_confkd.metrics import TOLERANCE_MM, measure_case
 from nnunet_confkd.network import has_teacher
@@ -113,7 +114,7 @@ class Model:
     def read_fold(self, folder: Path) -> Fold:
         """The fold's record, curves and cases."""
         checkpoint = load_checkpoint(folder / self.checkpoint_name)
-        record = read_json(folder / "confkd.json") if (folder / "confkd.json").is_file() else None
+        record = read_record(folder / "confkd.json") if (folder / "confkd.json").is_file() else None
         fold = Fold(folder.name, checkpoint["trainer_name"], checkpoint["current_epoch"], checkpoint["logging"], record,
                     ["student", "teacher"] if has_teacher(checkpoint["network_weights"]) else ["student"])
         if record is not None:
@@ -128,15 +129,14 @@ class Model:
     def _cases_of_stock_fold(self, folder: Path, fold: Fold) -> None:
         """nnU-Net keeps no record of its own beside the model: the split, and what the final validation measured."""
         name = folder.name.removeprefix("fold_")
-        cases, splits = None, []
+        cases, split = None, None
         if self.missing_data is None:
             cases = sorted(infer_dataset_class(str(self.data)).get_identifiers(str(self.data)))
-            if (self.base / "splits_final.json").is_file():
-                splits = read_folds(self.base / "splits_final.json")
+            split = split_of_fold(self.base / "splits_final.json", name)
         if name == "all":
             training = validation = cases
-        elif name.isdigit() and int(name) < len(splits):
-            training, validation = splits[int(name)]["train"], sorted(splits[int(name)]["val"])
+        elif split is not None:
+            training, validation = split["train"], sorted(split["val"])
         else:
             training, validation = None, None
             summary = folder / "validation" / "summary.json"
@@ -207,7 +207,7 @@ class Prediction:
     model: Model
     data: np.ndarray
     seg: np.ndarray
-    logits: dict[str, np.ndarray]
+    logits: dict[str, torch.Tensor]
     properties: dict
 
     def original(self, branch: str) -> tuple[np.ndarray, np.ndarray]:
@@ -239,7 +239,7 @@ class Prediction:
                 "index": index, "count": foreground.shape[0], "aspect": spacing[-2] / spacing[-1]}
 
 
-def _normalised_entropy(logits: np.ndarray, labels) -> np.ndarray:
+def _normalised_entropy(logits: torch.Tensor, labels) -> np.ndarray:
     """`(heads, h, w)` -> `(h, w)`, 0 to 1."""
     return measure(logits[:, None], labels.has_regions)["entropy"][0] / max_entropy(len(logits), labels.has_regions)
 
@@ -266,8 +266,13 @@ class Findings:
         if predictions is not None:
             self.names["given"] = predictions.resolve().name
             _check_predictions(predictions, sorted(counts), model.dataset_json["file_ending"])
-        self.evaluations = {branch: Evaluation(model.truths, predictions, model.classes, TOLERANCE_MM,
-                                               model.label_manager.ignore_label, {}, {}, {}) for branch in self.names}
+        try:
+            patients = patients_of(counts, model.dataset_json.get("patient_pattern"))
+        except InputError as error:
+            raise InputError(f"{model.folder / 'dataset.json'}: {error}") from error
+        named = {_name(case, path, counts): patients[case] for path, cases in wanted.items() for case in cases}
+        self.evaluations = {branch: Evaluation(model.truths, predictions, model.classes, TOLERANCE_MM, model.label_manager.ignore_label,
+                                               {}, {}, {}, patients=named) for branch in self.names}
         self.counts = {branch: {voxels: Counts.none() for voxels in VOXELS} for branch in self.branches}
         self.case_counts = {branch: {voxels: [] for voxels in VOXELS} for branch in self.branches}
         self.files: dict[str, Path] = {}
@@ -277,7 +282,7 @@ class Findings:
             for path, cases in wanted.items():
                 predict = Predictor(model, path, self.branches, device)
                 for case in cases:
-                    self._measure(case if counts[case] == 1 else f"{case} ({path.name})", case, predict(case))
+                    self._measure(_name(case, path, counts), case, predict(case))
                     progress.update()
                 if path == model.fold_folders[0]:
                     for case in self.partial:
@@ -340,6 +345,11 @@ class Findings:
     def cases(self) -> list[str]:
         return list(self.evaluations["student"].cases)
 
+    @property
+    def patients(self) -> list[str]:
+        """The patient of each of the cases."""
+        return self.evaluations["student"].patient_of_each
+
     def dice(self, branch: str) -> dict[str, float]:
         """Mean Dice over the classes of each case; NaN where none of them is there."""
         return dict(zip(self.cases, self.evaluations[branch].values(FOREGROUND, "Dice").tolist()))
@@ -350,6 +360,11 @@ class Findings:
         ordered = sorted(dice, key=lambda case: (-dice[case], case))
         places = {"best": 0, "median": len(ordered) // 2, "worst": len(ordered) - 1}
         return {} if not ordered else {what: ordered[i] for what, i in places.items() if what in _distinct(places)}
+
+
+def _name(case: str, fold: Path, counts: Counter) -> str:
+    """A case that several folds validate is called by its fold as well."""
+    return case if counts[case] == 1 else f"{case} ({fold.name})"
 
 
 def _distinct(places: dict[str, int]) -> set[str]:

@@ -6,6 +6,7 @@ import platform
 import re
 import subprocess
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import fields
 from datetime import datetime
 from importlib.metadata import version
@@ -61,17 +62,18 @@ def headline(model: Model, folds: list[Fold], found: Findings | None) -> tuple[s
     if found is None:
         return f"{folds[0].trainer} on {model.plans_manager.dataset_name}: training curves and record", []
     dice = {branch: list(found.dice(branch).values()) for branch in found.names}
-    means = {branch: statistics(values) for branch, values in dice.items()}
+    patients = found.patients
+    means = {branch: statistics(values, patients) for branch, values in dice.items()}
     trained = all(set(fold.validation or ()) <= fold.trained_on for fold in folds)
-    cases = f"{len(found.cases)} {'training' if trained else 'validation'} case{'s' if len(found.cases) != 1 else ''}"
+    cases = f"{len(found.cases)} {'training' if trained else 'validation'} case{'s' if len(found.cases) != 1 else ''}{_of_patients(found)}"
     scores = [_number(means[branch]["mean"]) for branch in found.branches]
     if len(scores) > 1:
         scores = [f"{found.names[branch]} {score}" for branch, score in zip(found.branches, scores)]
     facts = [(f"{found.names[branch]}, mean Dice", _number(m["mean"]), _interval(m)) for branch, m in means.items()]
     for other in (branch for branch in found.names if branch != "student"):
-        m = paired_statistics(dice["student"], dice[other])
+        m = paired_statistics(dice["student"], dice[other], patients)
         p = "<\u00a00.001" if m["p"] < 0.001 else f"=\u00a0{m['p']:.3f}"
-        facts.append((f"{found.names['student']} less {found.names[other]}, by case", _signed(m["mean"]),
+        facts.append((f"{found.names['student']} less {found.names[other]}, paired", _signed(m["mean"]),
                       _interval(m) + (f"; Wilcoxon p\u00a0{p}" if np.isfinite(m["p"]) else "")))
     return f"{', '.join(scores).capitalize()}: mean Dice on {cases}", facts
 
@@ -79,6 +81,12 @@ def headline(model: Model, folds: list[Fold], found: Findings | None) -> tuple[s
 def footer() -> str:
     return page.paragraph(f"Written by confkd report (nnunet_confkd {__version__}) on {_date(datetime.now())}. "
                           "A description of one model on the cases that are named here; not for use on patients.")
+
+
+def _of_patients(found: Findings) -> str:
+    """What follows the number of cases where some are of one patient."""
+    number = len(set(found.patients))
+    return "" if number == len(found.cases) else f" of {number} patient{'s' if number != 1 else ''}"
 
 
 # ---- numbers --------------------------------------------------------------------------------------------------------
@@ -97,7 +105,7 @@ def _percent(share: float, digits: int = 1) -> str:
 
 def _interval(m: dict, digits: int = 3) -> str:
     if not np.isfinite(m["ci_low"]):
-        return "too few cases for an interval"
+        return "too few patients for an interval"
     return f"95\u00a0% interval {_number(m['ci_low'], digits)} to {_number(m['ci_high'], digits)}"
 
 
@@ -131,8 +139,8 @@ def _measures(folder: Path, model: Model, found: Findings) -> str:
     return "".join((
         page.charts("measures", charts, wide=True),
         page.table(["class", *map(_measure_name, MEASURES), "no distance"], rows,
-                   "Means over the cases, and under each its 95\u00a0% bootstrap interval and the number n of cases for "
-                   "which it is defined"),
+                   f"Means over the {len(found.cases)} cases{_of_patients(found)}, and under each its 95\u00a0% interval (bootstrap over "
+                   "the patients) and the number n of cases for which it is defined"),
         page.paragraph(note, "note"), _dice_of_cases(model, found)))
 
 
@@ -265,11 +273,11 @@ def _calibration_in_words(found: Findings, names: dict[str, str], counts: dict[s
     """What the figures say, and no more."""
     sentences, parts = [], []
     if len(names) > 1:
-        low, high = ece_difference(found.case_counts["student"]["in question"], found.case_counts["teacher"]["in question"])
+        low, high = ece_difference(found.case_counts["student"]["in question"], found.case_counts["teacher"]["in question"], found.patients)
         verdict = ("The student is less well calibrated than its teacher" if low > 0 else
                    "The student is better calibrated than its teacher" if high < 0 else
                    "The figures do not tell which branch is better calibrated")
-        interval = f" (95\u00a0% interval {_signed(low)} to {_signed(high)}, bootstrap over the cases)"
+        interval = f" (95\u00a0% interval {_signed(low)} to {_signed(high)}, bootstrap over the patients)"
         difference = _signed(ece(counts["student"]) - ece(counts["teacher"]))
         sentences = [f"{verdict}: in the {len(found.cases)} cases the student's expected calibration error (ECE) less the "
                      f"teacher's is {difference}{interval if np.isfinite(low) else ''}."]
@@ -283,15 +291,24 @@ def _calibration_in_words(found: Findings, names: dict[str, str], counts: dict[s
     return [*sentences, f"In the voxels in question {'; '.join(parts)}."]
 
 
-def ece_difference(first: list[tuple], second: list[tuple], samples: int = 2000) -> tuple[float, float]:
-    """95 % bootstrap interval, over cases, of the difference of two ECEs.
+def ece_difference(first: list[tuple], second: list[tuple], patients: Sequence[str] | None = None, samples: int = 2000) -> tuple[float, float]:
+    """95 % interval of the difference of two ECEs, by a bootstrap that draws patients, each with all of its cases.
 
-    first, second: of each case its (count, correct, confidence), `(bins,)` each. NaN with fewer than two cases.
+    Args:
+        first: Of each case its (count, correct, confidence), `(bins,)` each.
+        second: The same.
+        patients: The patient of each case. None: every case is a patient.
+        samples: The number of draws.
+
+    Returns:
+        The bounds; NaN with fewer than two patients.
     """
-    cases = len(first)
-    if cases < 2:
+    number = {patient: i for i, patient in enumerate(dict.fromkeys(range(len(first)) if patients is None else patients))}
+    if len(number) < 2:
         return float("nan"), float("nan")
-    drawn = np.random.default_rng(0).multinomial(cases, np.full(cases, 1 / cases), samples)  # how often each case
+    drawn = np.random.default_rng(0).multinomial(len(number), np.full(len(number), 1 / len(number)), samples)  # how often each patient
+    if patients is not None:
+        drawn = drawn[:, [number[patient] for patient in patients]]
 
     def eces(counts: list[tuple]) -> np.ndarray:
         count, correct, confidence = (drawn @ np.stack(values).astype(float) for values in zip(*counts))

@@ -7,6 +7,8 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
+from datetime import datetime
+from pathlib import Path
 from typing import Any
 from zlib import crc32
 
@@ -26,7 +28,7 @@ from nnunetv2.utilities.label_handling.label_handling import convert_labelmap_to
 from nnunet_confkd.dataset_conversion.writer import FULL
 from nnunet_confkd.errors import InputError, TrainingError
 from nnunet_confkd.hints import class_map, regions_of, volume_hints
-from nnunet_confkd.json_files import read_folds
+from nnunet_confkd.json_files import read_folds, read_json
 from nnunet_confkd.network import TwoBranchUNet, unwrap
 from nnunet_confkd.supervision import OUTSIDE, label_outside
 
@@ -69,9 +71,17 @@ class CasePredictor:
         finally:
             module.branch, module.hints_in_input = before, False
 
-    def __call__(self, data: np.ndarray, seg_prev: np.ndarray | None, hints: torch.Tensor | None = None) -> dict[str, np.ndarray]:
-        """data: `(C, *spatial)`; seg_prev: the previous stage's labels `(*spatial)`, for a cascade; hints: the teacher's,
-        `(heads + 1, *spatial)`. Returns the logits of each branch, `(heads, *spatial)`."""
+    def __call__(self, data: np.ndarray, seg_prev: np.ndarray | None, hints: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
+        """Predict a preprocessed case.
+
+        Args:
+            data: `(C, *spatial)`.
+            seg_prev: the previous stage's labels `(*spatial)`, for a cascade.
+            hints: the teacher's, `(heads + 1, *spatial)`.
+
+        Returns:
+            The logits of each branch, `(heads, *spatial)`: views of one tensor on the CPU.
+        """
         if self.trainer.is_cascaded:
             data = np.vstack((data, convert_labelmap_to_one_hot(
                 seg_prev, self.trainer.label_manager.foreground_labels, output_dtype=data.dtype)))
@@ -79,9 +89,8 @@ class CasePredictor:
         if hints is not None:
             image = torch.cat((image, hints.to(image.dtype)))
         with self._output_of_branches(hints is not None):
-            logits = self.predictor.predict_sliding_window_return_logits(image).cpu().numpy()
-        return {branch: np.ascontiguousarray(logits[i * self.heads:(i + 1) * self.heads])
-                for i, branch in enumerate(self.branches)}
+            logits = self.predictor.predict_sliding_window_return_logits(image).cpu()
+        return dict(zip(self.branches, logits.split(self.heads)))
 
 
 def simulated_hints(trainer, case: str, data: np.ndarray, seg: np.ndarray) -> torch.Tensor | None:
@@ -111,7 +120,7 @@ class _ExportPool:
 
     def wait_for_room(self) -> None:
         self._collect(wait(self.waiting, timeout=0).done)
-        while len(self.waiting) > default_num_processes + 2:
+        while len(self.waiting) >= default_num_processes + 2:
             self._collect(wait(self.waiting, return_when=FIRST_COMPLETED).done)
 
     def wait_for_all(self) -> None:
@@ -152,7 +161,8 @@ def _save_for_next_stage(prediction, target_shape, output_file, *args):
             os.replace(aside + ending, output_file + ending)
 
 
-def _submit_next_stages(trainer, pool: _ExportPool, case: str, logits: np.ndarray, properties: dict) -> None:
+def _next_stages(trainer, case: str) -> Iterator[tuple]:
+    """What resample_and_save needs for the case in each next stage of a cascade: target shape, file, dataset class."""
     for stage in trainer.configuration_manager.next_stage_names or []:
         configuration = trainer.plans_manager.get_configuration(stage)
         folder = join(nnUNet_preprocessed, trainer.plans_manager.dataset_name, configuration.data_identifier)
@@ -165,9 +175,22 @@ def _submit_next_stages(trainer, pool: _ExportPool, case: str, logits: np.ndarra
             continue
         output_folder = join(trainer.output_folder_base, "predicted_next_stage", stage)
         maybe_mkdir_p(output_folder)
-        pool.submit(_save_for_next_stage, logits, data.shape[1:], join(output_folder, case), trainer.plans_manager,
-                    trainer.configuration_manager, properties, trainer.dataset_json, default_num_processes,
-                    dataset_class)
+        yield data.shape[1:], join(output_folder, case), dataset_class
+
+
+def _export_case(logits: dict[str, torch.Tensor], files: dict[str, str], next_stages: list[tuple], properties: dict,
+                 plans_manager, configuration_manager, dataset_json: dict, save_probabilities: bool) -> None:
+    """Write everything of one case: each branch's segmentation, and the next stages' input from the student.
+
+    This is one task, so that the logits are handed to a process once. They are tensors, which PyTorch moves to shared
+    memory; NumPy arrays would be copied through a pipe.
+    """
+    for branch, file in files.items():
+        export_prediction_from_logits(logits[branch], properties, configuration_manager, plans_manager, dataset_json, file,
+                                      save_probabilities)
+    for shape, file, dataset_class in next_stages:
+        _save_for_next_stage(logits["student"], shape, file, plans_manager, configuration_manager, properties, dataset_json,
+                             default_num_processes, dataset_class)
 
 
 def check_first_stage(trainer) -> None:
@@ -240,13 +263,43 @@ def _predict_cases(trainer, cases: list[str], branches: list[str], pool: _Export
         trainer.print_to_log_file(f"predicting {case}, shape {data.shape}, rank {trainer.local_rank}")
         hints = simulated_hints(trainer, case, data[:], seg[:]) if "teacher" in branches else None
         logits = predict(data[:], None if seg_prev is None else seg_prev[:], hints)
-        for branch, folder in folders.items():
-            pool.submit(export_prediction_from_logits, logits[branch], properties, trainer.configuration_manager,
-                        trainer.plans_manager, trainer.dataset_json, join(folder, case), save_probabilities)
-        _submit_next_stages(trainer, pool, case, logits["student"], properties)
+        pool.submit(_export_case, logits, {branch: join(folder, case) for branch, folder in folders.items()},
+                    list(_next_stages(trainer, case)), properties, trainer.plans_manager, trainer.configuration_manager,
+                    trainer.dataset_json, save_probabilities)
         # as nnU-Net does: without a barrier from time to time nccl times out on large data sets
         if trainer.is_ddp and i < common - 1 and (i + 1) % 20 == 0:
             dist.barrier()
+
+
+def _warn_of_training_cases(trainer, cases: list[str]) -> None:
+    """The split may have changed between the training and a validation alone (--val)."""
+    file = Path(trainer.output_folder, "confkd.json")
+    if trainer.fold == "all" or not file.is_file():
+        return
+    trained = sorted(set(cases) & set(read_json(file).get("supervision", ())))
+    if trained:
+        trainer.print_to_log_file(f"WARNING: {len(trained)} of the {len(cases)} validation cases were training cases of this "
+                                  f"network (see {file}): {', '.join(trained)}. Their Dice does not tell how the "
+                                  f"network does on new cases. If the split was changed after the training, train again.")
+
+
+def _move_other_cases(trainer, folder: str, cases: list[str]) -> None:
+    """Move what an earlier validation, of another split, left of other cases into a folder beside this one.
+
+    nnU-Net's evaluation and `nnUNetv2_find_best_configuration` count every segmentation that they find here.
+    """
+    endings = (trainer.dataset_json["file_ending"], ".npz", ".pkl")
+    found = {file.name.removesuffix(ending) for file in Path(folder).iterdir() for ending in endings[:2] if file.name.endswith(ending)}
+    others = sorted(found - set(cases))
+    if not others:
+        return
+    target = Path(f"{folder}_old_{datetime.now():%Y%m%d_%H%M%S}")
+    target.mkdir(exist_ok=True)
+    for file in (Path(folder, case + ending) for case in others for ending in endings):
+        if file.is_file():
+            file.rename(target / file.name)
+    trainer.print_to_log_file(f"{folder}: moved the files of {len(others)} cases that this fold does not validate to {target}: "
+                              f"{', '.join(others)}")
 
 
 def validate(trainer, save_probabilities: bool) -> None:
@@ -263,6 +316,10 @@ def validate(trainer, save_probabilities: bool) -> None:
     if len(branches) > 1:
         trainer.print_to_log_file("The teacher is validated " + ("with simulated annotations as hints, which is what it is trained for."
                                                                  if trainer.validation_hints else "without hints."))
+    if trainer.local_rank == 0:
+        _warn_of_training_cases(trainer, val_cases)
+        for folder in folders.values():
+            _move_other_cases(trainer, folder, val_cases)
 
     with _export_pool() as pool:
         _predict_cases(trainer, val_cases, branches, pool, folders, save_probabilities)

@@ -5,6 +5,7 @@ import importlib.util
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -89,7 +90,7 @@ def test_report(modules, tmp_path):
     accuracy, report = modules
     fake_runs(accuracy, tmp_path / "runs" / "hippocampus", gain=0.05)
     fake_runs(accuracy, tmp_path / "runs" / "hippocampus_validation", gain=0.03)
-    for file, names in (("results.md", ("tables", "trials")), ("README.md", ("table",))):
+    for file, names in (("results.md", ("table", "tables", "trials")), ("README.md", ("table",))):
         (tmp_path / file).write_text("before\n" + "".join(
             f"<!-- accuracy {name} -->\nold\n<!-- end of accuracy {name} -->\n" for name in names) + "after\n")
     report.write_report(accuracy.TABLES, accuracy.ROWS, accuracy.TRIALS, tmp_path / "runs", tmp_path, tmp_path / "README.md")
@@ -98,11 +99,46 @@ def test_report(modules, tmp_path):
     assert "+0.050 [+0.050, +0.050]" in line and " 75 % " in line and text.endswith("after\n") and "old" not in text
     trials = text.split("<!-- accuracy trials -->")[1]
     assert trials.count("| ConfKD | 0.") == 1 and "| +0.030 [+0.030, +0.030] | 2 |" in trials
-    assert "| **ConfKD** | 0." in (tmp_path / "README.md").read_text()
+    readme = (tmp_path / "README.md").read_text()
+    short = next(line for line in readme.splitlines() if line.startswith("| Hippocampus 2-D, points, 5 full | 0."))
+    assert "| +0.050 [+0.050, +0.050] |  |" in short and short in text
     assert (tmp_path / "accuracy.png").stat().st_size > 10000
     (tmp_path / "README.md").write_text("no marks")
     with pytest.raises(SystemExit, match="lacks the lines"):
         report.write_report(accuracy.TABLES, accuracy.ROWS, accuracy.TRIALS, tmp_path / "runs", tmp_path, tmp_path / "README.md")
+
+
+def test_the_short_table_counts_the_seeds_of_each_cell(modules, tmp_path):
+    accuracy, report = modules
+    tmp_path = tmp_path / "runs"
+    fake_runs(accuracy, tmp_path, 0.05)
+    (tmp_path / "ignore_M5_s1.json").unlink()
+    (tmp_path / "confkd_M5_s0.json").rename(tmp_path / "a_row_of_its_own.json")  # a run is known by its content
+    extra = json.loads((tmp_path / "full_only_M5_s0.json").read_text())
+    extra["spec"]["seed"] = 2  # a seed that ConfKD was not run with
+    (tmp_path / "full_only_M5_s2.json").write_text(json.dumps(extra))
+    text = report.short_table(accuracy.TABLES, {"hippocampus": report.read_runs(tmp_path)})
+    head, _, line, *independent = text.splitlines()
+    cells = dict(zip(head.split(" | "), line.split(" | ")))
+    assert [re.sub(r"^0\.\d{3} ", "", cells[report.SUMMARY[row]]) for row in ("full_only", "ignore", "confkd", "all")] == ["(2)", "(1)", "(2)", "(2)"]
+    assert cells["published objective"] == "" and len(independent) == len(report.INDEPENDENT) and all("†" in line for line in independent)
+
+
+def test_the_two_phases_of_a_heart_and_the_twins_are_one_patient(modules):
+    _, report = modules
+    names = ["patient001_frame01", "patient001_frame09", "patient074_frame01", "patient076_frame01", "hippocampus_014"]
+    assert report.patients_in({0: {"cases": dict.fromkeys(names)}}) == ["patient001", "patient001", "patient074", "patient074", "hippocampus_014"]
+
+
+def test_a_second_case_of_each_patient_that_repeats_the_first_narrows_no_gain(modules):
+    _, report = modules
+    rng = np.random.default_rng(0)
+    ours, rival = ({s: rng.uniform(0.6, 0.8, (12, 2)) for s in range(2)} for _ in range(2))
+    patients = [f"p{i}" for i in range(12)]
+    once = report.paired_gain(ours, rival, patients)
+    twice = [{s: np.tile(v, (2, 1)) for s, v in of.items()} for of in (ours, rival)]
+    assert report.paired_gain(*twice, patients * 2) == pytest.approx(once)
+    assert np.ptp(report.paired_gain(*twice, [f"p{i}" for i in range(24)])[1:]) < 0.95 * np.ptp(once[1:])
 
 
 def test_a_plot_needs_no_run_of_confkd(modules, tmp_path):
@@ -134,9 +170,10 @@ def test_the_interval_covers_zero_where_seeds_disagree(modules):
     _, report = modules
     rival = {s: np.zeros((20, 2)) for s in range(3)}
     ours = {s: np.full((20, 2), gain) for s, gain in enumerate((0.05, -0.05, 0.01))}
-    mean, low, high = report.paired_gain(ours, rival)
+    patients = [f"p{i}" for i in range(20)]
+    mean, low, high = report.paired_gain(ours, rival, patients)
     assert mean == pytest.approx(0.01 / 3) and low < 0 < high
-    assert report.paired_gain({0: np.zeros((2, 1))}, {1: np.zeros((2, 1))}) is None
+    assert report.paired_gain({0: np.zeros((2, 1))}, {1: np.zeros((2, 1))}, patients[:2]) is None
 
 
 def test_finished_runs_are_kept_and_other_settings_refused(modules, tmp_path):

@@ -8,7 +8,7 @@ import pytest
 import SimpleITK as sitk
 
 from nnunet_confkd import cli
-from nnunet_confkd.compare import compare_models
+from nnunet_confkd.compare import compare_models, text_of
 from nnunet_confkd.errors import InputError
 
 LABELS = {"background": 0, "whole": [1, 2], "part": 2, "ignore": 3}
@@ -51,12 +51,128 @@ def test_models_stand_side_by_side_with_both_branches(models, tmp_path, capsys):
     assert [(r["name"], r["branch"]) for r in rows] == [("ConfKDTrainer", "student"), ("ConfKDTrainer", "teacher"), ("nnUNetTrainer", "student")]
     # of 8 rows, 7, 6 and 4 overlap
     for row, dice, n in zip(rows, (7 / 8, 6 / 8, 4 / 8), (4, 4, 3)):
-        assert row["statistics"]["whole"]["Dice"]["mean"] == pytest.approx(dice)
-        assert row["statistics"]["foreground"]["Dice"] | {"n": n} == row["statistics"]["foreground"]["Dice"]
+        assert row["statistics"]["whole"]["Dice"]["mean"] == pytest.approx(dice) and row["n"] == n
+        assert row["statistics"]["foreground"]["Dice"]["n"] == 3
     assert rows[2]["difference"]["n"] == 3 and rows[2]["difference"]["mean"] == pytest.approx(-3 / 8) and "difference" not in rows[0]
     text = capsys.readouterr().out
     assert "-0.375 [-0.375, -0.375]" in text and (tmp_path / "out" / "comparison.txt").read_text().strip() in text
     assert (tmp_path / "out" / "comparison.png").stat().st_size > 5000
+
+
+def record(fold, training, validation):
+    """confkd.json, as the trainer writes it."""
+    (fold / "confkd.json").write_text(json.dumps({"supervision": dict.fromkeys(training, "full"), "pseudo_dice_on": validation}))
+
+
+def split(models, *folds):
+    file = models[0].parents[2] / "preprocessed" / models[0].parent.name / "splits_final.json"
+    file.write_text(json.dumps([{"train": train, "val": val} for train, val in folds]))
+
+
+def test_every_figure_is_over_the_cases_that_all_rows_have(models):
+    """Case 3, which the stock model has not, is the only one that the other segments badly."""
+    for branch in ("validation", "validation_teacher"):
+        save(models[0] / "fold_1" / branch / "case3.nii.gz", 8)
+    found = compare_models(models, processes=1)
+    assert [row["n"] for row in found["rows"]] == [4, 4, 3] and list(found["patients"]) == ["case0", "case1", "case2"]
+    assert found["rows"][0]["statistics"]["whole"]["Dice"]["mean"] == pytest.approx(7 / 8)
+    assert found["notes"][0] == "the rows do not have the same cases; every figure is over the 3 that all of them have"
+    header, _, head, *lines = text_of(found).splitlines()
+    assert "Means over the 3 cases, each taken as one patient, that all rows have in common" in header
+    assert "n  n in common  Dice" in head
+    assert [line.split()[2:4] for line in lines[:3]] == [["4", "3"], ["4", "3"], ["3", "3"]]
+    assert lines[3] == f"WARNING: {found['notes'][0]}."
+    record(models[0] / "fold_0", ["case2"], ["case0", "case1"])
+    record(models[0] / "fold_1", ["case0"], ["case2", "case3"])
+    assert "WARNING" not in text_of(compare_models(models[:1], processes=1))
+
+
+def test_models_without_a_common_case_are_not_compared(models):
+    for name in ("case0", "case1", "case2"):
+        (models[1] / "fold_0" / "validation" / f"{name}.nii.gz").unlink()
+    save(models[1].parents[2] / "preprocessed" / models[1].parent.name / "gt_segmentations" / "case9.nii.gz", 0)
+    save(models[1] / "fold_0" / "validation" / "case9.nii.gz", 4)
+    with pytest.raises(InputError, match="no validation case is common to all .*nnUNetTrainer, student: case9"):
+        compare_models(models, processes=1)
+
+
+def test_the_record_of_the_training_decides_which_cases_count(models):
+    """Fold 0 was trained on case 0, which an earlier validation of another split has left in its folder."""
+    record(models[0] / "fold_0", ["case0", "case2", "case3"], ["case1"])
+    record(models[0] / "fold_1", ["case0", "case1"], ["case2", "case3"])
+    found = compare_models(models[:1], processes=1)
+    assert set(found["patients"]) == {"case1", "case2", "case3"}
+    assert found["notes"] == [f"ConfKDTrainer__nnUNetPlans__2d, fold_0/{folder}: 1 predictions of other cases than this fold validates "
+                              f"are left out: case0" for folder in ("validation", "validation_teacher")]
+    record(models[0] / "fold_0", ["case1", "case2"], ["case0", "case1", "case4"])
+    assert {note.partition(": ")[2] for note in compare_models(models[:1], processes=1)["notes"]} == {
+        "1 validation cases have no prediction: case4", "1 counted cases are training cases as well: case1"}
+    record(models[0] / "fold_0", ["case0", "case1"], ["case4"])
+    with pytest.raises(InputError, match="fold_0/validation: none of its 2 cases is a validation case of this fold.*--val"):
+        compare_models(models[:1], processes=1)
+
+
+@pytest.mark.parametrize("content", [{}, {"supervision": ["case0"], "pseudo_dice_on": []}, {"supervision": {}, "pseudo_dice_on": "case0"},
+                                     {"supervision": {}, "pseudo_dice_on": [["case0"]]}])
+def test_a_record_of_another_form_is_named(models, content):
+    (models[0] / "fold_0" / "confkd.json").write_text(json.dumps(content))
+    with pytest.raises(InputError, match='fold_0/confkd.json: must hold "supervision"'):
+        compare_models(models, processes=1)
+
+
+def test_the_split_tells_the_cases_of_a_stock_model(models):
+    split(models, (["case1", "case3"], ["case0", "case2"]))
+    found = compare_models(models[1:], processes=1)
+    assert set(found["patients"]) == {"case0", "case2"} and "are left out: case1" in found["notes"][0]
+    split(models)
+    with pytest.raises(InputError, match="splits_final.json: is no list of folds"):
+        compare_models(models[1:], processes=1)
+
+
+def test_where_nobody_knows_the_cases_all_count_with_a_warning(models):
+    found = compare_models(models[1:], processes=1)
+    assert len(found["patients"]) == 3
+    assert "WARNING: nnUNetTrainer__nnUNetPlans__2d, fold_0: neither confkd.json nor splits_final.json tells" in text_of(found)
+    (models[1] / "fold_0").rename(models[1] / "fold_all")
+    assert "fold_all: stock nnU-Net validates its training cases" in compare_models(models[1:], processes=1)["notes"][0]
+
+
+def test_partly_annotated_validation_cases_are_left_out(models):
+    """Stock nnU-Net validates them like any other; here it gets the annotated rows of case 1 right and the others wrong."""
+    truth = models[1].parents[2] / "preprocessed" / models[1].parent.name / "gt_segmentations"
+
+    def hide(name):
+        labels = sitk.GetArrayFromImage(sitk.ReadImage(str(truth / name)))
+        labels[:, 6:] = 3
+        sitk.WriteImage(sitk.GetImageFromArray(labels), str(truth / name))
+    hide("case1.nii.gz")
+    found = compare_models(models[1:], processes=1)
+    assert set(found["patients"]) == {"case0", "case2"}
+    assert found["notes"][-1].endswith("1 validation cases are only partly annotated and left out: case1")
+    for name in ("case0.nii.gz", "case2.nii.gz", "case3.nii.gz"):
+        hide(name)
+    found = compare_models(models[1:], processes=1)
+    assert len(found["patients"]) == 3 and found["notes"][-1].endswith("the measures count the annotated voxels alone")
+
+
+def test_patients_are_drawn_and_tested_not_cases(models, tmp_path):
+    """The three common cases are those of two patients."""
+    for file in sorted(tmp_path.rglob("case*.nii.gz")):
+        file.rename(file.with_name({"0": "p0_a", "1": "p0_b", "2": "p1_a", "3": "p1_b"}[file.name[4]] + ".nii.gz"))
+    by_case = compare_models(models, processes=1)["rows"][2]["difference"]
+    by_patient = compare_models(models, patient_pattern=r"(p\d)_", processes=1)
+    assert by_patient["patients"] == {"p0_a": "p0", "p0_b": "p0", "p1_a": "p1"}
+    assert "Means over the 3 cases of 2 patients, that" in text_of(by_patient)
+    assert all(of["Dice"]["patients"] == 2 for row in by_patient["rows"] for of in row["statistics"].values())
+    # all differences are of one sign: p is 2 of the 2^n signs
+    assert by_case["p"] == pytest.approx(2 / 2 ** 3) and by_patient["rows"][2]["difference"]["p"] == pytest.approx(2 / 2 ** 2)
+    for model, pattern in zip(models, (r"(p\d)_", None)):
+        described = json.loads((model / "dataset.json").read_text()) | {"patient_pattern": pattern}
+        (model / "dataset.json").write_text(json.dumps(described))
+    assert compare_models(models, processes=1)["rows"] == by_patient["rows"]
+    (models[1] / "dataset.json").write_text(json.dumps(described | {"patient_pattern": ".+"}))
+    with pytest.raises(InputError, match="name patients differently.*--patient-pattern"):
+        compare_models(models, processes=1)
 
 
 def test_seeds_in_folders_of_their_own_are_told_apart(models, tmp_path):

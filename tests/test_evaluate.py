@@ -146,6 +146,46 @@ def test_two_folders_are_compared_case_by_case(folders, capsys):
     assert "+0.333 [+0.167, +0.500]" in capsys.readouterr().out
 
 
+def two_cases_of_each_patient(folders):
+    """The same cases again as a second of the same patients: p0_a, p0_b, p1_a, ..."""
+    for folder in ("truth", "prediction", "worse"):
+        for i in range(3):
+            file = folders / folder / f"case{i}.nii.gz"
+            (folders / folder / f"p{i}_b.nii.gz").write_bytes(file.read_bytes())
+            file.rename(folders / folder / f"p{i}_a.nii.gz")
+
+
+def test_intervals_and_tests_are_by_patient(folders, dataset, capsys):
+    options = ("--truth", folders / "truth", "--prediction", folders / "prediction", "--against", folders / "worse", "--labels", 1, 2)
+    assert run(*options, "--output", folders / "once") == 0
+    two_cases_of_each_patient(folders)
+    capsys.readouterr()
+    assert run(*options, "--output", folders / "twice", "--patient-pattern", r"(p\d)_") == 0
+    screen = capsys.readouterr().out
+    once, twice = (json.loads((folders / name / "metrics.json").read_text()) for name in ("once", "twice"))
+    for of in ("statistics", "comparison"):
+        first, second = once[of]["1"]["Dice"], twice[of]["1"]["Dice"]
+        assert second | {"sd": None} == pytest.approx(first | {"n": 6, "sd": None}) and second["patients"] == 3
+    assert "prediction: 6 cases of 3 patients; means" in screen and "paired, 6 cases of 3 patients; 95 %" in screen
+    assert twice["patients"] == {f"p{i}_{c}": f"p{i}" for i in range(3) for c in "ab"}
+    # the data set knows the pattern, too; the option wins
+    described = dataset({"background": 0, "a": 1, "b": 2})
+    file = folders / "raw" / "Dataset027_Cubes" / "dataset.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"patient_pattern": r"(p\d)_"}))
+    for options, count in (({}, "6 cases of 3 patients"), ({"patient_pattern": ".+"}, "6 cases, each taken as one patient")):
+        assert count in evaluate_folders(folders / "truth", folders / "prediction", dataset=described, processes=1, **options).text()
+    assert "does not match these cases; correct it: p0_a" in complaint(folders, patient_pattern="x")
+    assert "--patient-pattern; '.+' takes every case" in complaint(folders, patient_pattern="x")
+
+
+def test_partly_annotated_truths_are_named(folders, capsys):
+    save(folders / "truth" / "case2.nii.gz", np.where(np.arange(20)[:, None] >= 10, np.uint8(3), label_map()))
+    assert run("--truth", folders / "truth", "--prediction", folders / "prediction", "--labels", 1, "--ignore", 3) == 0
+    assert json.loads((folders / "prediction" / "metrics.json").read_text())["partly_annotated"] == ["case2"]
+    assert "WARNING: the truth of 1 of the 3 cases is only partly annotated" in capsys.readouterr().out
+    assert "WARNING" not in evaluate_folders(folders / "truth", folders / "prediction", labels=[1], processes=1).text()
+
+
 def test_json_alone_is_printed_on_request(folders, capsys):
     assert run("--truth", folders / "truth", "--prediction", folders / "prediction", "--json") == 0
     assert json.loads(capsys.readouterr().out)["made_by"] == "confkd evaluate"

@@ -8,7 +8,17 @@ import pytest
 import SimpleITK as sitk
 from scipy import ndimage
 
-from nnunet_confkd.metrics import MEASURES, bootstrap_interval, holm, measure_case, measure_masks, paired_statistics, statistics, surface_distances
+from nnunet_confkd.metrics import (
+    MEASURES,
+    bootstrap_interval,
+    count_of,
+    holm,
+    measure_case,
+    measure_masks,
+    paired_statistics,
+    statistics,
+    surface_distances,
+)
 
 
 def cube(start, shape=(12, 12, 12), size=4):
@@ -165,6 +175,58 @@ def test_the_interval_is_that_of_the_mean():
     # where seeds disagree, drawing seeds as well widens it
     table = np.stack([values, values + 1, values - 1])
     assert np.ptp(bootstrap_interval(table)) > 2 * np.ptp(bootstrap_interval(table.mean(0)))
+
+
+def test_a_second_case_of_each_patient_that_repeats_the_first_narrows_nothing():
+    values, others = np.random.default_rng(1).normal(0.8, 0.1, (2, 12))
+    patients = [f"p{i}" for i in range(12)]
+    once, twice = statistics(values), statistics(np.tile(values, 2), patients * 2)
+    assert (twice["ci_low"], twice["ci_high"]) == pytest.approx((once["ci_low"], once["ci_high"]))
+    assert (twice["n"], twice["patients"], once["patients"]) == (24, 12, 12) and twice["mean"] == pytest.approx(once["mean"])
+    # taken as 24 patients, the same values claim an interval that is narrower by about the root of 2
+    wrong = statistics(np.tile(values, 2))
+    assert wrong["ci_high"] - wrong["ci_low"] < 0.8 * (once["ci_high"] - once["ci_low"])
+    paired = paired_statistics(np.tile(values, 2), np.tile(others, 2), patients * 2)
+    assert paired["p"] == pytest.approx(paired_statistics(values, others)["p"])
+    assert paired_statistics(np.tile(values, 2), np.tile(others, 2))["p"] < paired["p"]
+    # of several seeds, too
+    table = np.stack([values, others])
+    assert bootstrap_interval(np.tile(table, 2), patients * 2) == pytest.approx(bootstrap_interval(table))
+
+
+def test_the_interval_by_patient_is_scipys_for_patients_with_different_numbers_of_cases():
+    """SciPy draws patients, too, when it is given each one's sum and number of cases as a pair."""
+    from scipy.stats import bootstrap
+    rng = np.random.default_rng(2)
+    patients = np.repeat([f"p{i}" for i in range(30)], rng.integers(1, 6, 30))
+    values = rng.normal(0, 1, 30)[[int(p[1:]) for p in patients]] + rng.normal(0, 0.2, len(patients))
+    values[[3, 17]] = math.nan
+    there = ~np.isnan(values)
+    sums, counts = (np.array([of[there & (patients == p)].sum() for p in dict.fromkeys(patients)]) for of in (values, there))
+    expected = bootstrap((sums, counts), lambda s, n, axis: s.sum(axis) / n.sum(axis), paired=True, method="percentile",
+                         n_resamples=10000, random_state=3).confidence_interval
+    found = statistics(values, list(patients))
+    assert (found["ci_low"], found["ci_high"]) == pytest.approx((expected.low, expected.high), abs=0.02)
+    assert found["mean"] == pytest.approx(np.nanmean(values)) and found["patients"] == 30 and found["n"] == len(values) - 2
+
+
+def test_one_patient_alone_has_no_interval():
+    found = statistics([0.5, 0.7], ["a", "a"])
+    assert found["n"] == 2 and found["patients"] == 1 and math.isnan(found["ci_low"]) and math.isnan(found["ci_high"])
+
+
+def test_the_paired_test_counts_patients():
+    theirs = np.zeros(10)
+    ours = np.arange(1, 11) / 100  # all of one sign: p is 2 of the 2^n signs
+    assert paired_statistics(ours, theirs, ["abcde"[i // 2] for i in range(10)])["p"] == pytest.approx(2 / 2 ** 5)
+    assert paired_statistics(ours, theirs)["p"] == pytest.approx(2 / 2 ** 10)
+    # gains and losses of a patient that cancel out are no evidence
+    assert paired_statistics([0.5, -0.5, 0.25, -0.25], np.zeros(4), ["a", "a", "b", "b"])["p"] == 1
+
+
+def test_cases_and_patients_in_words():
+    assert count_of(4, 2) == "4 cases of 2 patients" and count_of(2, 1) == "2 cases of 1 patient"
+    assert count_of(3, 3) == "3 cases, each taken as one patient" and count_of(1, 1) == "1 case"
 
 
 def test_paired_differences_and_their_p():

@@ -268,6 +268,11 @@ def test_the_interval_of_a_difference_of_ece():
     low, high = ece_difference([case(1), case(0)], [case(0.75)] * 2)
     np.testing.assert_allclose((low, high), (0.25, 0.75))
     assert np.isnan(ece_difference([case(1)], [case(0.5)])).all()
+    # a second case of each patient that repeats the first narrows nothing
+    first, second, patients = [case(1), case(0), case(0.5), case(0.25)], [case(0.75)] * 4, ["a", "b", "c", "d"]
+    once = ece_difference(first, second)
+    assert ece_difference(first * 2, second * 2, patients * 2) == once and np.ptp(ece_difference(first * 2, second * 2)) < np.ptp(once)
+    assert np.isnan(ece_difference(first, second, ["a"] * 4)).all()
 
 
 # ---- strangers' names -----------------------------------------------------------------------------------------------
@@ -357,11 +362,25 @@ def test_several_folds_are_pooled_and_a_case_of_two_is_told_apart(small, hippoca
     restrict(model, [first], [])
     restrict(model, [first, second], [], fold=1)
     page = read(report(model, output=tmp_path / "out"))
-    assert "on 3 validation cases" in page.text and "folds 0, 1" in page.text
+    assert "on 3 validation cases of 2 patients" in page.text and "folds 0, 1" in page.text
     assert f"{first} (fold_0)" in page.text and f"{first} (fold_1)" in page.text and f"{second} (" not in page.text
     monkeypatch.setenv("nnUNet_preprocessed", str(tmp_path))  # nothing there: one fold, quickly
     one = read(report(model, ["1"], output=tmp_path / "one"))
     assert "fold 1, after" in one.text and "fold 0" not in one.text
+
+
+def test_intervals_are_by_patient(small, tmp_path):
+    """The two validation cases are of one patient: there is nothing to draw."""
+    model = tmp_path / small.name
+    shutil.copytree(small, model)
+    described = json.loads((model / "dataset.json").read_text())
+    (model / "dataset.json").write_text(json.dumps(described | {"patient_pattern": "(hippocampus)_"}))
+    page = read(report(model, output=tmp_path / "out"))
+    assert "on 2 validation cases of 1 patient" in page.text and "Means over the 2 cases of 1 patient" in page.text
+    assert page.text.count("too few patients for an interval") == 3 and not re.search(r"95\xa0% interval [\d−+]", page.text)
+    (model / "dataset.json").write_text(json.dumps(described | {"patient_pattern": "nobody"}))
+    with pytest.raises(InputError, match="dataset.json: the patient pattern 'nobody' does not match these cases"):
+        report(model, output=tmp_path / "out")
 
 
 def test_figures_on_training_cases_are_called_that(small, hippocampus, tmp_path):
