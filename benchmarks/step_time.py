@@ -29,6 +29,10 @@ from unittest.mock import patch
 ROOT = Path(__file__).resolve().parent.parent
 PLAIN, RESENC = "PlainConvUNet", "ResidualEncoderUNet"
 CLASSES = 3  # background and two, and the label "ignore"
+# confkd: with hints and with the KL at its whole weight. before the KL: with hints, while the KL has no weight. kl on full: the papers'
+# form, without hints.
+WHOLE_KL = {"kl_ramp_start": 0.0, "kl_ramp_end": 0.0}
+VARIANTS = {"confkd": WHOLE_KL, "before the KL": {"kl_ramp_start": 1.0, "kl_ramp_end": 1.0}, "kl on full": {**WHOLE_KL, "kl_images": "full"}}
 
 
 @dataclass(frozen=True)
@@ -169,7 +173,7 @@ def parts_of(trainer, batch: dict, device: str, repetitions: int) -> dict[str, f
             skips = timed("encoder", lambda: network.encoder(batch["data"]))
             student = timed("student's decoder", lambda: network.decoder(skips))
             hints = timed("hints as channels", lambda: trainer._hints(batch, batch["target"][0]))
-            teacher = timed("teacher's decoder", lambda: network.run_teacher(skips, hints, student, num_full, trainer.settings.kl_on_non_full))
+            teacher = timed("teacher's decoder", lambda: network.run_teacher(skips, hints, student, num_full, True))
             with torch.no_grad():
                 timed("hints into skips (of the teacher's decoder)", lambda: network.teacher_decoder.hints(skips, hints))
             loss, _ = timed("loss", lambda: trainer.loss(student, teacher, batch["target"], num_full))
@@ -197,15 +201,16 @@ def measure(case: Case, device: str, amp: bool, compiled: bool, repetitions: int
     torch.compiler.reset()  # else the graphs of earlier cases count towards the number at which torch gives up
     autocast = torch.autocast
     with patch.object(nnUNetTrainer, "_do_i_compile", lambda self: compiled):
-        trainers = {"stock": build(case, nnUNetTrainer, folder, device), "confkd": build(case, ConfKDTrainer, folder, device),
-                    "kl on full": build(case, ConfKDTrainer, folder, device, {"kl_images": "full"})}
+        trainers = {"stock": build(case, nnUNetTrainer, folder, device)} | {
+            name: build(case, ConfKDTrainer, folder, device, settings) for name, settings in VARIANTS.items()}
     batch = batch_of(case, trainers["stock"]._get_deep_supervision_scales(), device)
+    batches = {name: batch if name != "kl on full" else {key: value for key, value in batch.items() if key != "hint_mask"} for name in trainers}
     if not amp and device == "cuda":  # nnU-Net has no switch for it
         torch.autocast = lambda *_, **__: nullcontext()
         import nnunetv2.training.nnUNetTrainer.nnUNetTrainer as stock_module
         stock_module.autocast = torch.autocast
     try:
-        steps = by_turns({name: lambda t=t: t.train_step(batch) for name, t in trainers.items()}, device, repetitions)
+        steps = by_turns({name: lambda t=t, b=batches[name]: t.train_step(b) for name, t in trainers.items()}, device, repetitions)
         parts = None if compiled else parts_of(trainers["confkd"], batch, device, max(3, repetitions // 6))
     finally:
         torch.autocast = autocast
@@ -213,12 +218,12 @@ def measure(case: Case, device: str, amp: bool, compiled: bool, repetitions: int
             stock_module = sys.modules["nnunetv2.training.nnUNetTrainer.nnUNetTrainer"]
             stock_module.autocast = autocast
     flops = {name: flops_of(unwrap(t.network), batch["data"], *(
-        () if name == "stock" else (batch["num_full"], None, t.settings.kl_on_non_full))) for name, t in trainers.items()}
+        () if name == "stock" else (batch["num_full"], None, name == "confkd"))) for name, t in trainers.items()}
     predictions = by_turns(predictions_of(trainers, device), device, max(2, repetitions // 2))
     found = {"case": case.name, "patch": list(case.patch), "batch": case.batch, "amp": amp, "compiled": compiled,
              "repetitions": repetitions, "step": steps,
              "flops": flops, "parts_ms": parts, "prediction": predictions}
-    for name in ("confkd", "kl on full"):
+    for name in VARIANTS:
         print(f"{_name(found)}, {name}: {steps[name]['ratios']} of a stock step; bound {flops[name] / flops['stock']:.3f}", flush=True)
     print(f"prediction {predictions['confkd']['ratios']}, exported {predictions['exported']['ratios']}", flush=True)
     return found
@@ -257,8 +262,10 @@ def peak_memory(case: Case, device: str, trainer_name: str, folder: Path) -> flo
 
     from nnunet_confkd.trainer import ConfKDTrainer
 
-    trainer = build(case, {"stock": nnUNetTrainer, "confkd": ConfKDTrainer}[trainer_name], folder, device)
+    trainer = build(case, nnUNetTrainer if trainer_name == "stock" else ConfKDTrainer, folder, device, VARIANTS.get(trainer_name))
     batch = batch_of(case, trainer._get_deep_supervision_scales(), device)
+    if trainer_name == "kl on full":
+        del batch["hint_mask"]
     for _ in range(3):
         trainer.train_step(batch)
     if device == "cuda":
@@ -270,11 +277,12 @@ def peak_memory(case: Case, device: str, trainer_name: str, folder: Path) -> flo
 # ---- tables -------------------------------------------------------------------------------------------------------------
 
 def table_of(result: dict) -> str:
-    lines = ["| plan | step, stock | step, ConfKD | ratio (quartiles) | bound (FLOPs) | over the bound | KL on full images alone: ratio | bound | "
-             "over | loss terms, of the step | prediction, as trained | exported | peak memory |", "|" + "---|" * 13]
+    lines = ["| plan | step, stock | step, ConfKD | ratio (quartiles) | bound (FLOPs) | over the bound | before the KL: ratio | bound | over | "
+             "KL on full images alone: ratio | bound | over | loss terms, of the step | prediction, as trained | exported | "
+             "peak memory | before the KL | without hints |", "|" + "---|" * 18]
     for run in result["runs"]:
         cells = [_name(run), *(f"{run['step'][name]['median_ms']:.0f} ms" for name in ("stock", "confkd"))]
-        for name in ("confkd", "kl on full"):
+        for name in VARIANTS:
             low, ratio, high = run["step"][name]["ratios"]
             bound = run["flops"][name] / run["flops"]["stock"]
             cells += [f"{ratio:.3f} ({low:.3f}-{high:.3f})", f"{bound:.3f}", f"{ratio / bound:.3f}"]
@@ -282,7 +290,7 @@ def table_of(result: dict) -> str:
         cells.append(f"{100 * terms / run['step']['confkd']['median_ms']:.1f} %" if terms else "")
         cells += [f"{run['prediction'][name]['ratios'][1]:.3f}" for name in ("confkd", "exported")]
         memory = run.get("memory_mib")
-        cells.append(f"{memory['confkd'] / memory['stock']:.2f}" if memory else "")
+        cells += [f"{memory[name] / memory['stock']:.2f}" if memory else "" for name in VARIANTS]
         lines.append("| " + " | ".join(cells) + " |")
     measured = [run for run in result["runs"] if run["parts_ms"]]
     if measured:
@@ -345,7 +353,7 @@ def main() -> None:
                 if ("compiled" if compiled else "eager") in args.modes:
                     run = measure(case, args.device, amp, compiled, args.repetitions, folder)
                     if amp == (args.device == "cuda") and not compiled:
-                        run["memory_mib"] = {name: _memory_of(i, name, args) for name in ("stock", "confkd")}
+                        run["memory_mib"] = {name: _memory_of(i, name, args) for name in ("stock", *VARIANTS)}
                     save(run, described, [case.name for case in cases], args.output)
 
 

@@ -20,7 +20,7 @@ def plot_curves(curves: dict[str, list], path: str) -> None:
     """
     panels = (("supervised loss", {"teacher": "loss_teacher", "student": "loss_student"}),
               ("KL and entropy [nats]", {"KL": "loss_kl", "entropy": "loss_entropy"}),
-              ("pseudo-Dice", {"teacher": "teacher_mean_fg_dice", "student": "mean_fg_dice",
+              ("pseudo-Dice", {"teacher (with hints, if trained with them)": "teacher_mean_fg_dice", "student": "mean_fg_dice",
                                "student, moving average": "ema_fg_dice"}),
               ("share", {"student's mean confidence": "student_confidence", "annotated voxels": "annotated_share"}))
     # from the defaults: nnU-Net's own plots leave seaborn's large fonts behind

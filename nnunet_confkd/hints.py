@@ -29,6 +29,7 @@ PLACES = 48  # tried for a pattern
 SAMPLE = 128  # voxels of a pattern that are compared
 FITS = 0.95  # share of a pattern that must lie inside its class
 MANY = 20_000  # voxels; a larger pattern is not split into its connected components
+LARGE = 200_000  # voxels; of a larger class the innermost voxels are not looked for where a pattern fits
 
 
 def hint_channels(target: Tensor, hint_mask: Tensor, num_heads: int, regions: bool = False) -> Tensor:
@@ -100,19 +101,19 @@ class Depth:
     the edges under real annotations is compared with that at random and at the innermost places of simulated ones.
     """
 
-    KEEP = 0.99  # of the sums, for each new value
+    ENOUGH = 20  # patterns, before the comparison says anything
 
     def __init__(self):
-        self.sums = {where: [0.0, 0.0] for where in ("real", "anywhere", "innermost")}
+        self.edges = {where: [0.0, 0] for where in ("real", "anywhere", "innermost")}  # sum and number
 
     def add(self, where: str, edge: float) -> None:
-        total, weight = self.sums[where]
-        self.sums[where] = [self.KEEP * total + edge, self.KEEP * weight + 1]
+        total, number = self.edges[where]
+        self.edges[where] = [total + edge, number + 1]
 
     def value(self) -> float:
-        if not all(weight for _, weight in self.sums.values()):
+        if any(number < self.ENOUGH for _, number in self.edges.values()):
             return 0.0
-        real, anywhere, innermost = (total / weight for total, weight in self.sums.values())
+        real, anywhere, innermost = (total / number for total, number in self.edges.values())
         if innermost >= anywhere:  # the edges tell nothing
             return 0.0
         return min(1.0, max(0.0, (anywhere - real) / (anywhere - innermost)))
@@ -344,17 +345,16 @@ def _placed(voxels: np.ndarray, of_class: np.ndarray, inside: np.ndarray, data: 
     fit, kept = _fit(moved, of_class, inside)
     good = np.flatnonzero((fit >= FITS) & (kept >= 0.9 * kept[fit >= FITS].max(initial=0.5)))
     if len(good):
-        margins = _margin(moved[good], of_class, inside)
-        innermost = good[margins.argmax()]
+        deepest = voxels + shifts[good[_margin(moved[good], of_class, inside).argmax()]]
+        if len(places) <= LARGE:
+            inner = _innermost(of_class, inside, len(voxels), rng, touching=False)
+            deepest = max(deepest, inner, key=lambda found: _margin(_thinned(found)[None], of_class, inside)[0])
         depth.add("anywhere", _edge(data, moved[good[0]]))
-        depth.add("innermost", _edge(data, moved[innermost]))
-        if rng.random() >= depth.value():
-            return voxels + shifts[good[0]]
-        deeper = _innermost(of_class, len(voxels), rng)
-        return deeper if _margin(_thinned(deeper)[None], of_class, inside)[0] > margins.max() else voxels + shifts[innermost]
+        depth.add("innermost", _edge(data, _thinned(deepest)))
+        return deepest if rng.random() < depth.value() else voxels + shifts[good[0]]
     if whole:
         return np.concatenate([_placed(part, of_class, inside, data, depth, rng, whole=False) for part in _components(voxels)])
-    return _innermost(of_class, len(voxels), rng)
+    return _innermost(of_class, inside, len(voxels), rng, touching=rng.random() >= depth.value())
 
 
 def _components(voxels: np.ndarray) -> list[np.ndarray]:
@@ -396,15 +396,20 @@ def _index(voxels: np.ndarray, of_class: np.ndarray) -> tuple[np.ndarray, ...]:
     return tuple(voxels[of_class[tuple(voxels.T)]].T)
 
 
-def _innermost(of_class: np.ndarray, size: int, rng: np.random.Generator) -> np.ndarray:
-    """The innermost voxels of a class, `(n, dimensions)`: `size`, but at most two thirds of it; of equally deep ones those next to a random one."""
+def _innermost(of_class: np.ndarray, inside: np.ndarray, size: int, rng: np.random.Generator,
+               touching: bool) -> np.ndarray:
+    """The innermost voxels of a class, `(n, dimensions)`; of equally deep ones those next to a random one.
+
+    `size` of them, but at most two thirds of the class. Unless `touching`, without those that touch another class, if a third is left.
+    """
     places = _voxels(of_class)
     size = max(1, min(size, 2 * len(places) // 3))
-    low, high = places.min(0), places.max(0) + 1
-    box = of_class[tuple(map(slice, low, high))]
-    # what lies beyond the patch counts as the class: nobody knows where it ends
-    depth = ndimage.distance_transform_cdt(np.pad(of_class, 1, mode="edge")[tuple(map(slice, low, high + 2))])
-    depth = depth[tuple([slice(1, -1)] * box.ndim)][box]
+    own = np.pad(of_class | ~inside, 1, mode="edge")  # nobody knows where a class ends that the image cuts
+    low, high = places.min(0), places.max(0) + 3
+    depth = ndimage.distance_transform_cdt(own[tuple(map(slice, low, high))], "taxicab")
+    depth = depth[tuple((places - places.min(0) + 1).T)]
     deepest = np.flatnonzero(depth == depth.max())
     distance = ((places - places[deepest[rng.integers(len(deepest))]]) ** 2).sum(1)
-    return places[np.lexsort((distance, -depth))[:size]]
+    chosen = np.lexsort((distance, -depth))[:size]
+    untouched = chosen[depth[chosen] > 1]
+    return places[untouched if not touching and 3 * len(untouched) >= size else chosen]

@@ -57,8 +57,22 @@ class Fold:
 
     @property
     def names(self) -> dict[str, str]:
-        """{branch: what it is called}: where there is no teacher, nobody is its student."""
-        return {branch: branch if len(self.branches) > 1 else "network" for branch in self.branches}
+        """{branch: what it is called}: where there is no teacher, nobody is its student.
+
+        The report predicts without hints. A teacher that was trained with hints does less well without them, so its name tells.
+        """
+        return self._named("without hints")
+
+    @property
+    def curve_names(self) -> dict[str, str]:
+        """The same for the curves of the training, which validates such a teacher with simulated hints."""
+        return self._named("with simulated hints")
+
+    def _named(self, how: str) -> dict[str, str]:
+        if len(self.branches) < 2:
+            return dict.fromkeys(self.branches, "network")
+        with_hints = self.record is not None and self.record.get("teacher_validated_with_hints")
+        return {"student": "student", "teacher": f"teacher {how}" if with_hints else "teacher"}
 
 
 class Model:

@@ -321,7 +321,7 @@ def ece_difference(first: list[tuple], second: list[tuple], patients: Sequence[s
 # ---- training -------------------------------------------------------------------------------------------------------
 
 def _curves(folder: Path, folds: list[Fold]) -> str:
-    charts = curve_charts({fold.name: fold.curves for fold in folds}, folds[0].names)
+    charts = curve_charts({fold.name: fold.curves for fold in folds}, folds[0].curve_names)
     if not charts:
         return page.paragraph("The checkpoint holds no curves.")
     save_charts(charts, folder / "curves.png")

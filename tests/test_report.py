@@ -509,3 +509,12 @@ def test_outlines_follow_the_borders_of_voxels():
 
 def test_cases_are_spread_evenly():
     assert _spread(list("abcdefg"), 3) == ["a", "d", "g"] and _spread(["a", "b"], 3) == ["a", "b"] and _spread([], 3) == []
+
+
+@pytest.mark.parametrize("record, table, curves", [
+    ({"teacher_validated_with_hints": True}, "teacher without hints", "teacher with simulated hints"),
+    ({"teacher_validated_with_hints": False}, "teacher", "teacher"), ({}, "teacher", "teacher"), (None, "teacher", "teacher")])
+def test_the_teachers_name_tells_whether_it_had_hints(record, table, curves):
+    from nnunet_confkd.report_cases import Fold
+    fold = Fold("fold_0", "ConfKDTrainer", 1, {}, record, ["student", "teacher"])
+    assert fold.names == {"student": "student", "teacher": table} and fold.curve_names == {"student": "student", "teacher": curves}
