@@ -109,7 +109,7 @@ def simulated_hints(trainer, case: str, data: np.ndarray, seg: np.ndarray) -> to
 
 
 class _ExportPool:
-    """Hands work to processes, and never has more than a few results waiting."""
+    """Hands cases to processes, and never has more of them waiting than there are processes, or two."""
 
     def __init__(self, executor: ProcessPoolExecutor) -> None:
         self.executor = executor
@@ -120,7 +120,7 @@ class _ExportPool:
 
     def wait_for_room(self) -> None:
         self._collect(wait(self.waiting, timeout=0).done)
-        while len(self.waiting) >= default_num_processes + 2:
+        while len(self.waiting) >= max(2, default_num_processes):  # two branches a case: nnU-Net's two more would double its memory
             self._collect(wait(self.waiting, return_when=FIRST_COMPLETED).done)
 
     def wait_for_all(self) -> None:
