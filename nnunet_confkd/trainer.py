@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 import random
 import warnings
+from copy import deepcopy
 from functools import cached_property
 
 import numpy as np
@@ -292,7 +293,8 @@ class ConfKDTrainer(nnUNetTrainer):
                                  complete=hints, transforms=tr_transforms, **self._strata, **self._loader_options)
         val = dataset_val, self.batch_size, patch_size, patch_size, self.label_manager
         if all(self.kinds[case] == FULL for case in dataset_val.identifiers):
-            dl_val = StratifiedLoader(*val, complete=self.validation_hints, transforms=val_transforms, **self._strata, **self._loader_options)
+            dl_val = StratifiedLoader(*val, complete=deepcopy(self.validation_hints), transforms=val_transforms, **self._strata,
+                                      **self._loader_options)
         else:
             dl_val = nnUNetDataLoader(*val, transforms=val_transforms, **self._loader_options)
         processes = get_allowed_n_proc_DA()

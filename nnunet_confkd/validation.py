@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
+from copy import deepcopy
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -98,9 +99,9 @@ def simulated_hints(trainer, case: str, data: np.ndarray, seg: np.ndarray) -> to
 
     They are the same in every validation of this case with the same partially annotated training cases.
     """
-    sampler = trainer.validation_hints
-    if sampler is None:
+    if trainer.validation_hints is None:
         return None
+    sampler = deepcopy(trainer.validation_hints)  # it learns from what it sees: here every case comes first
     label = label_outside(torch.from_numpy(seg[0].astype(np.int16)), trainer.label_manager.ignore_label, full=True)
     target = regions_of(label[None], trainer.label_manager)
     mask = sampler.simulate_volume(data, class_map(target[None], trainer.label_manager.has_regions)[0], seg[0] != OUTSIDE,

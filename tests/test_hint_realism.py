@@ -4,7 +4,7 @@ Tolerances (of means over some dozens of patches; patients differ between the tw
 - the share of hints in the padding: none on either side;
 - how often a class has hints: 0.4 apart;
 - voxels of a class: within a factor of 3;
-- the share that touches another class: 0.25 apart;
+- the share that touches another class: 0.25 apart in 2-D, 0.35 in 3-D, where a class has one annotation a patient and not one a slice;
 - the mean distance from the centre of the patch (0 to 1): 0.2 apart.
 """
 from __future__ import annotations
@@ -43,7 +43,7 @@ def test_simulated_hints_look_like_real_annotations(volumes, name, style, dimens
             continue
         assert real["in padding"] == simulated["in padding"] == 0, where
         assert 1 / 3 <= simulated["voxels"] / real["voxels"] <= 3, where
-        assert abs(simulated["touching"] - real["touching"]) <= 0.25, where
+        assert abs(simulated["touching"] - real["touching"]) <= (0.25 if dimension == "2d" else 0.35), where
         assert abs(simulated["off centre"] - real["off centre"]) <= 0.2, where
         compared += 1
     assert compared >= 2
