@@ -4,6 +4,7 @@ from __future__ import annotations
 import argparse
 import io
 import multiprocessing
+import os
 import sys
 import traceback
 from contextlib import nullcontext
@@ -271,6 +272,16 @@ COMMANDS = {
 }
 
 
+def _wait_without_spinning(argv: list[str]) -> None:
+    """Let PyTorch's threads sleep while they wait for each other, if the CPU computes.
+
+    By default they spin, which slows small networks down several times where other processes want the cores, too. OpenMP
+    reads the variable when torch is imported. A value that is set already stays.
+    """
+    if {"cpu", "-device=cpu"} & {*argv} or not Path("/dev/nvidiactl").exists():
+        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+
 def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     if argv == ["--version"]:
@@ -286,6 +297,7 @@ def main(argv: list[str] | None = None) -> int:
         return 0 if known else 2
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # the names of files may be no proper text
+    _wait_without_spinning(argv)
     try:
         with terminable():
             return COMMANDS[argv[0]][0](argv[1:]) or 0

@@ -136,6 +136,15 @@ def test_unknown_commands_and_help(capsys):
     assert cli.main(["explode"]) == 2 and "there is no command 'explode'" in capsys.readouterr().err
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="PyTorch's threads are those of libgomp on Linux alone")
+@pytest.mark.parametrize("given, spins", [({}, "0"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "30000000000")])
+def test_threads_on_the_cpu_wait_without_spinning(tmp_path, given, spins):
+    """libgomp tells the settings that it has read when torch is imported, which must be after the command has set them."""
+    code = "from nnunet_confkd import cli; cli.main(['report', '--model', 'none', '-device', 'cpu'])"
+    result = run(sys.executable, "-c", code, cwd=tmp_path, OMP_DISPLAY_ENV="VERBOSE", **given)
+    assert f"GOMP_SPINCOUNT = '{spins}'" in result.stderr and "none: there is no such folder" in result.stderr
+
+
 def test_the_version_is_told(capsys):
     assert cli.main(["--version"]) == 0
     out = capsys.readouterr().out
