@@ -3,117 +3,129 @@ from __future__ import annotations
 
 import argparse
 import io
+import multiprocessing
+import os
 import sys
 import traceback
 from contextlib import nullcontext
+from importlib.metadata import version
 from pathlib import Path
 
+from nnunet_confkd import __version__
 from nnunet_confkd.errors import InputError, TrainingError
 from nnunet_confkd.faults import terminable
-
-DEFAULT_TRAINER = "ConfKDTrainer"
-
-
-def _value_of(argv: list[str], flag: str) -> str | None:
-    """The value that nnU-Net's argparse would see for a flag given as `-x VALUE` or `-x=VALUE`; the last one counts."""
-    value = None
-    for i, word in enumerate(argv):
-        if word == flag and i + 1 < len(argv):
-            value = argv[i + 1]
-        elif word.startswith(f"{flag}="):
-            value = word[len(flag) + 1:]
-    return value
-
-
-def _replaced(argv: list[str], flag: str, value: str) -> list[str]:
-    """argv with the value of `flag` replaced."""
-    out = list(argv)
-    for i, word in enumerate(out):
-        if word == flag and i + 1 < len(out):
-            out[i + 1] = value
-        elif word.startswith(f"{flag}="):
-            out[i] = f"{flag}={value}"
-    return out
 
 
 def _run(entry_point, name: str, argv: list[str]) -> None:
     """Call an entry point of nnU-Net's as its command would be."""
-    before, sys.argv = sys.argv, [name, *argv]
+    before, sys.argv, running = sys.argv, [name, *argv], multiprocessing.active_children()
     try:
         entry_point()
+    except BaseException:
+        for process in {*multiprocessing.active_children()} - {*running}:
+            process.terminate()  # the ranks of a training on several GPUs: Python would wait for their end
+        raise
     finally:
         sys.argv = before
 
 
 def _wants_help(argv: list[str]) -> bool:
-    return "-h" in argv or "--help" in argv
+    return any(word == "-h" or len(word) > 2 and "--help".startswith(word) for word in argv)
 
 
 def train(argv: list[str]) -> None:
     from nnunetv2.run.run_training import run_training_entry
 
+    from nnunet_confkd.device import choose_device
     from nnunet_confkd.discovery import make_findable
     from nnunet_confkd.loading import pretrained_for_both_branches
+    from nnunet_confkd.nnunet_commands import DEFAULT_TRAINER, check_training, no_leftovers, parser_of, with_options
 
+    name = "nnUNetv2_train"
     make_findable()
     if _wants_help(argv):
-        print(f"confkd train: nnUNetv2_train with the ConfKD trainers in reach; -tr {DEFAULT_TRAINER} where none is given,\n"
-              "and -pretrained_weights takes stock nnU-Net checkpoints too. All else is nnUNetv2_train's:\n")
-    if _value_of(argv, "-tr") is None:
-        argv = [*argv, "-tr", DEFAULT_TRAINER]
-    pretrained = _value_of(argv, "-pretrained_weights")
-    with (nullcontext() if pretrained is None else pretrained_for_both_branches(pretrained)) as adapted:
-        if adapted is not None:
-            argv = _replaced(argv, "-pretrained_weights", adapted)
-        _run(run_training_entry, "nnUNetv2_train", argv)
+        print("confkd train: nnUNetv2_train with the ConfKD trainers in reach.\n"
+              f"  -tr                  default: {DEFAULT_TRAINER}\n"
+              "  -device              default: cuda where there is one, else cpu\n"
+              "  -pretrained_weights  takes stock nnU-Net checkpoints, too\n"
+              "All else is nnUNetv2_train's:\n")
+        _run(run_training_entry, name, argv)
+        return
+    args = parser_of(run_training_entry, name).parse_args(argv)
+    args.tr = args.tr or DEFAULT_TRAINER
+    output = check_training(args)
+    argv = with_options(argv, "-tr", args.tr, "-device", choose_device(args.device))
+    given = args.pretrained_weights
+    with no_leftovers(output), (nullcontext() if given is None else pretrained_for_both_branches(given)) as adapted:
+        _run(run_training_entry, name, argv if given is None else with_options(argv, "-pretrained_weights", adapted))
 
 
 def predict(argv: list[str]) -> None:
     from nnunetv2.inference.predict_from_raw_data import predict_entry_point, predict_entry_point_modelfolder
 
+    from nnunet_confkd.device import choose_device
     from nnunet_confkd.discovery import make_findable
+    from nnunet_confkd.json_files import read_description
     from nnunet_confkd.network import BRANCHES, predicting
+    from nnunet_confkd.nnunet_commands import (
+        DEFAULT_TRAINER,
+        check_model,
+        name_source,
+        parser_of,
+        readable_images,
+        with_options,
+    )
 
     make_findable()
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--branch", choices=BRANCHES, default="student")
     parser.add_argument("--save-entropy", action="store_true")
     own, argv = parser.parse_known_args(argv)
+    with_folder = parser_of(predict_entry_point_modelfolder, "nnUNetv2_predict_from_modelfolder")
+    for action in with_folder._actions:
+        action.required = False
+    from_folder = with_folder.parse_known_args([word for word in argv if word not in ("-h", "--help")])[0].m is not None
+    entry_point, name = ((predict_entry_point_modelfolder, "nnUNetv2_predict_from_modelfolder") if from_folder
+                         else (predict_entry_point, "nnUNetv2_predict"))
     if _wants_help(argv):
         print("confkd predict: nnUNetv2_predict (with -m FOLDER: nnUNetv2_predict_from_modelfolder) with the ConfKD trainers\n"
-              "in reach, and two flags more:\n  --branch {student,teacher,mean}  which branch predicts (default: student; "
-              "mean: of the logits)\n  --save-entropy                   also write the entropy of each voxel, and a list of "
+              "in reach.\n"
+              "  --branch {student,teacher,mean}  which branch predicts (default: student; mean: of the logits)\n"
+              "  --save-entropy                   also write the entropy of each voxel, and a list of "
               "the cases\n                                   to look at first, to the folder uncertainty of -o\n"
+              "  -i                               a folder of images, or an image; with a single channel the names "
+              "need\n"
+              "                                   no _0000 at their end\n"
+              f"  -tr                              default: {DEFAULT_TRAINER}\n"
+              "  -device                          default: cuda where there is one, else cpu\n"
               "All else is nnU-Net's:\n")
-    from_folder = _value_of(argv, "-m") is not None
-    if not from_folder and _value_of(argv, "-tr") is None:
-        argv = [*argv, "-tr", DEFAULT_TRAINER]
-    if own.branch != "student" and not _wants_help(argv):
-        _require_branches(argv)
-    entry_point = predict_entry_point_modelfolder if from_folder else predict_entry_point
+        _run(entry_point, name, argv)
+        return
+    args = parser_of(entry_point, name).parse_args(argv)
+    if not from_folder:
+        args.tr = args.tr or DEFAULT_TRAINER
+        argv = with_options(argv, "-tr", args.tr)
+    model = check_model(args)
+    if own.branch != "student":
+        _require_branches(model / f"fold_{args.f[0]}" / args.chk)
+    device = choose_device(args.device)
     if own.save_entropy:
         from nnunet_confkd.uncertainty import EntropyPredictor, list_cases, with_names
         entry_point = with_names(entry_point, nnUNetPredictor=EntropyPredictor)
-    with predicting(own.branch):
-        _run(entry_point, "nnUNetv2_predict_from_modelfolder" if from_folder else "nnUNetv2_predict", argv)
+    source = Path(args.i)
+    with readable_images(source, read_description(model / "dataset.json")) as images, predicting(own.branch):
+        _run(entry_point, name, with_options(argv, "-device", device, "-i", str(images)))
+    if images != source:
+        name_source(Path(args.o), source)
     if own.save_entropy:
         print("look at these cases first:", list_cases(EntropyPredictor.output))
 
 
-def _require_branches(argv: list[str]) -> None:
+def _require_branches(checkpoint: Path) -> None:
     """Raise InputError where the model has no teacher: --branch would be ignored without a word."""
-    from nnunetv2.utilities.file_path_utilities import get_output_folder
-
-    from nnunet_confkd.loading import fold_folders, load_checkpoint
+    from nnunet_confkd.loading import load_checkpoint
     from nnunet_confkd.network import has_teacher
 
-    folder = _value_of(argv, "-m")
-    if folder is None:
-        dataset, configuration = _value_of(argv, "-d"), _value_of(argv, "-c")
-        if dataset is None or configuration is None:
-            return  # nnU-Net says what is missing
-        folder = get_output_folder(dataset, _value_of(argv, "-tr"), _value_of(argv, "-p") or "nnUNetPlans", configuration)
-    checkpoint = sorted(fold_folders(folder)[0].glob("checkpoint_*.pth"))[0]
     if not has_teacher(load_checkpoint(checkpoint)["network_weights"]):
         raise InputError(f"{checkpoint}: holds no teacher, so --branch has nothing to choose from")
 
@@ -259,18 +271,32 @@ COMMANDS = {
 }
 
 
+def _wait_without_spinning(argv: list[str]) -> None:
+    """Let PyTorch's threads sleep while they wait for each other, if the CPU computes.
+
+    By default they spin, which slows small networks down several times where other processes want the cores, too. OpenMP
+    reads the variable when torch is imported. A value that is set already stays.
+    """
+    if {"cpu", "-device=cpu"} & {*argv} or not Path("/dev/nvidiactl").exists():
+        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+
 def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
+    if argv == ["--version"]:
+        print(f"confkd {__version__} (nnunetv2 {version('nnunetv2')})")
+        return 0
     if not argv or argv[0] in ("-h", "--help") or argv[0] not in COMMANDS:
         known = bool(argv) and argv[0] in ("-h", "--help")
         if argv and not known:
             print(f"confkd: there is no command '{argv[0]}'", file=sys.stderr)
-        print("usage: confkd COMMAND ...   (confkd COMMAND --help tells more)\n\n"
+        print("usage: confkd COMMAND ...   (confkd COMMAND --help tells more; confkd --version)\n\n"
               + "\n".join(f"  {name:<13}{text}" for name, (_, text) in COMMANDS.items()),
               file=sys.stdout if known else sys.stderr)
         return 0 if known else 2
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # the names of files may be no proper text
+    _wait_without_spinning(argv)
     try:
         with terminable():
             return COMMANDS[argv[0]][0](argv[1:]) or 0
@@ -278,6 +304,11 @@ def main(argv: list[str] | None = None) -> int:
         print(f"confkd {argv[0]}: {error}", file=sys.stderr)
         return 1
     except Exception as error:
+        from nnunet_confkd.nnunet_commands import explanation
+
+        if ordinary := explanation(error, argv[0]):
+            print(f"confkd {argv[0]}: {ordinary}", file=sys.stderr)
+            return 1
         traceback.print_exc()
         print(f"confkd {argv[0]}: an unexpected {type(error).__name__}. Either the program is at fault, or a file is of a form that nobody "
               f"thought of: confkd check examines a data set. Please report the lines above with the command.", file=sys.stderr)

@@ -20,6 +20,7 @@ from nnunet_confkd import __version__
 from nnunet_confkd.dataset_conversion import writer
 from nnunet_confkd.dataset_conversion.volumes import Picture, Volume, read
 from nnunet_confkd.dataset_conversion.writer import FULL, PARTIAL, PROCESSES, UNLABELLED, Case, Dataset
+from nnunet_confkd.device import choose_device
 from nnunet_confkd.discovery import make_findable
 from nnunet_confkd.errors import InputError
 from nnunet_confkd.hints import volume_hints
@@ -147,10 +148,7 @@ def _load_model(model: Path, folds: list[str] | None, checkpoint: str, branch: s
     if plans.get_configuration(configuration).previous_stage_name is not None:
         raise InputError(f"{model}: is the second stage of a cascade, which needs the predictions of the first; give a model of "
                          f"another configuration")
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if device == "cuda" and not torch.cuda.is_available():
-        raise InputError("-device cuda: there is no CUDA device; use -device cpu")
-    predictor = _CompletingPredictor(device=torch.device(device))
+    predictor = _CompletingPredictor(device=torch.device(choose_device(device)))
     try:
         with predicting(branch):
             predictor.initialize_from_trained_model_folder(str(model), folds, checkpoint)

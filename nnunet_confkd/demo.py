@@ -51,6 +51,7 @@ def _new_run_folder(output: Path) -> Path:
 def run(folder: Path, data: Path | None, epochs: int, iterations: int, seed: int) -> dict[str, float]:
     """The whole job; nnU-Net's folders (raw, preprocessed, results) are those of `folder`. Returns the mean Dice."""
     from nnunet_confkd import cli
+    from nnunet_confkd.device import choose_device
     from nnunet_confkd.discovery import make_findable
 
     start = time.time()
@@ -81,7 +82,7 @@ def run(folder: Path, data: Path | None, epochs: int, iterations: int, seed: int
     import torch
     from nnunetv2.run.run_training import run_training
     make_findable()
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = choose_device()
     # nnU-Net's command would take all cores for the network; the augmentation needs one of them
     torch.set_num_threads(max(1, (os.cpu_count() or 1) - 1))
     run_training(name, CONFIGURATION, 0, "ConfKDTrainer", device=torch.device(device))

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import argparse
+import platform
 import shutil
 import tarfile
 from dataclasses import dataclass
@@ -28,7 +29,8 @@ SOURCES = {
 def download(name: str, target: Path, source: Source | None = None) -> Path:
     """Fetch, verify and unpack a data set into a new folder in `target`; returns that folder.
 
-    Raises InputError where the folder exists, the server cannot be reached, or what came is not what was published.
+    Raises InputError where the folder exists, the server cannot be reached, or what came is not what was published; and
+    for a Python that cannot unpack archives safely.
     """
     import pooch
 
@@ -36,6 +38,10 @@ def download(name: str, target: Path, source: Source | None = None) -> Path:
     target = Path(target)
     folder, archive = target / source.folder, target / f".{source.folder}.download"
     unpacked = target / f".{source.folder}.unfinished"
+    if not hasattr(tarfile, "data_filter"):
+        raise InputError(f"this Python ({platform.python_version()}) cannot unpack archives safely; use Python "
+                         "3.10.12, 3.11.4 "
+                         f"or newer, or fetch {source.url} and unpack it yourself")
     if folder.exists():
         raise InputError(f"{folder}: exists already; remove it or choose another --target")
     try:

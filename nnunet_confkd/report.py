@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 
 from nnunet_confkd import report_page as page
+from nnunet_confkd.device import choose_device
 from nnunet_confkd.errors import InputError
 from nnunet_confkd.report_cases import Findings, Fold, Model
 from nnunet_confkd.report_sections import about, footer, headline, sections
@@ -37,9 +38,10 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--output", type=Path, metavar="FOLDER",
                         help="default: 'report' in the model's folder; an earlier report in it is replaced")
     parser.add_argument("-chk", default="checkpoint_final.pth", metavar="NAME", help="default: checkpoint_final.pth")
-    parser.add_argument("-device", choices=("cpu", "cuda", "mps"), default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("-device", choices=("cpu", "cuda", "mps"), help="default: cuda where there is one, else cpu")
     args = parser.parse_args(argv)
-    print("written:", report(args.model, args.fold, args.predictions, args.output, args.chk, torch.device(args.device)))
+    device = torch.device(choose_device(args.device))
+    print("written:", report(args.model, args.fold, args.predictions, args.output, args.chk, device))
 
 
 def report(model: str | Path, folds: list[str] | None = None, predictions: Path | None = None, output: Path | None = None,

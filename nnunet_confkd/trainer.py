@@ -5,9 +5,13 @@ It joins the network, the losses, the supervision and the settings by nnU-Net's 
 from __future__ import annotations
 
 import json
+import os
 import random
+import shutil
 import warnings
+from contextlib import contextmanager, nullcontext
 from copy import deepcopy
+from datetime import timedelta
 from functools import cached_property
 
 import numpy as np
@@ -30,7 +34,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from nnunet_confkd import __version__
 from nnunet_confkd.curves import CURVES, plot_curves
 from nnunet_confkd.dataset_conversion.writer import patients_of, single_patient_text, split_full_cases
-from nnunet_confkd.errors import InputError, TrainingError
+from nnunet_confkd.errors import InputError, TrainingError, shown
 from nnunet_confkd.faults import Divergence, terminable, written_whole
 from nnunet_confkd.hints import KEPT, HintSampler, hint_channels
 from nnunet_confkd.json_files import changed_since_planning, planning_text, read_folds, read_json
@@ -92,6 +96,7 @@ class ConfKDTrainer(nnUNetTrainer):
             self.print_to_log_file(f"WARNING: {changed}. This training has begun and goes on with the second.")
         self.kinds: dict[str, str] | None = None  # -> find_supervision
         self.iteration = 0  # training steps done
+        self.continued = False  # -> load_checkpoint
         self.divergence = Divergence(self.settings.max_nonfinite_steps)
         self._add_missing_curves()
 
@@ -147,24 +152,38 @@ class ConfKDTrainer(nnUNetTrainer):
         cases = self.dataset_class.get_identifiers(self.preprocessed_dataset_folder)
         cache = join(self.preprocessed_dataset_folder_base,
                      f"confkd_supervision_{self.configuration_manager.data_identifier}.json")
-        if self.local_rank != 0:
-            dist.barrier()  # the first rank counts, and keeps the counts for the others
-        counts = annotation_counts(self.preprocessed_dataset_folder, cases, self.label_manager, cache)
-        if self.is_ddp and self.local_rank == 0:
-            dist.barrier()
         table = self.dataset_json.get(TABLE_KEY)
-        kinds = decide_kinds(counts, self.label_manager, table)
-        self.print_to_log_file(f"Supervision of the data set: {summary(kinds)}")
-        suspects = [case for case, kind in kinds.items() if kind == UNLABELLED != (table or {}).get(case)]
-        if self.local_rank == 0 and suspects:
-            lost = lost_annotations(suspects, join(self.preprocessed_dataset_folder_base, "gt_segmentations"),
-                                    self.dataset_json["file_ending"], self.plans_manager.image_reader_writer_class(),
-                                    self.label_manager.ignore_label)
-            if lost:
-                self.print_to_log_file(f"WARNING: resampling dropped every annotated voxel of {len(lost)} partially "
-                                       f"labelled case(s), which count as unlabelled now: {', '.join(lost)}")
+        with self._first_rank_first():  # it counts, and keeps the counts for the others
+            counts = annotation_counts(self.preprocessed_dataset_folder, cases, self.label_manager, cache)
+            kinds = decide_kinds(counts, self.label_manager, table)
+            self.print_to_log_file(f"Supervision of the data set: {summary(kinds)}")
+            suspects = [case for case, kind in kinds.items() if kind == UNLABELLED != (table or {}).get(case)]
+            if self.local_rank == 0 and suspects:
+                lost = lost_annotations(suspects, join(self.preprocessed_dataset_folder_base, "gt_segmentations"),
+                                        self.dataset_json["file_ending"],
+                                        self.plans_manager.image_reader_writer_class(), self.label_manager.ignore_label)
+                if lost:
+                    self.print_to_log_file(f"WARNING: resampling dropped every annotated voxel of {len(lost)} "
+                                           "partially annotated case(s), which count as unlabelled now: "
+                                           f"{', '.join(lost)}")
         self.kinds = kinds
         return kinds
+
+    @contextmanager
+    def _first_rank_first(self):
+        """Let the first rank run a block before the others, however long it takes.
+
+        The wait has its own process group, because nccl gives up every wait after 10 minutes.
+        """
+        if not self.is_ddp:
+            yield
+            return
+        group = dist.new_group(backend="gloo", timeout=timedelta(days=7))
+        if self.local_rank != 0:
+            dist.barrier(group)
+        yield
+        if self.local_rank == 0:
+            dist.barrier(group)
 
     def do_split(self):
         """nnU-Net's, but never a random split, and never by default a validation on partial labels."""
@@ -324,13 +343,29 @@ class ConfKDTrainer(nnUNetTrainer):
         torch.manual_seed(seed)
 
     def _record(self, training: dict[str, str], validation: list[str], teacher_with_hints: bool) -> None:
-        """Write what is trained on what into the fold's folder."""
-        if self.local_rank == 0:
-            record = {"trainer": type(self).__name__, "nnunet_confkd": __version__, "settings": self.settings.as_dict(),
-                      "supervision": training, "pseudo_dice_on": list(validation),
-                      "teacher_validated_with_hints": teacher_with_hints}
-            with open(join(self.output_folder, "confkd.json"), "w") as f:
-                json.dump(record, f, indent=2)
+        """Write to `confkd.json` in the fold's folder what is trained on what.
+
+        If a training is continued with other settings, the earlier ones are kept under "history", with the epoch until
+        which they were used.
+        """
+        if self.local_rank != 0:
+            return
+        file, settings, history = join(self.output_folder, "confkd.json"), self.settings.as_dict(), []
+        if self.continued and isfile(file):
+            before = read_json(file)
+            earlier, history = before.get("settings", {}), before.get("history", [])
+            changed = [f"{name}: {shown(earlier.get(name))} -> {shown(settings.get(name))}"
+                       for name in sorted({*earlier, *settings}) if earlier.get(name) != settings.get(name)]
+            if changed:
+                self.print_to_log_file(f"WARNING: this training is continued with other settings than before: "
+                                       f"{', '.join(changed)}. {file} keeps both.")
+                history = [*history, {"until_epoch": self.current_epoch, "nnunet_confkd": before.get("nnunet_confkd"),
+                                      "settings": earlier}]
+        record = {"trainer": type(self).__name__, "nnunet_confkd": __version__, "settings": settings,
+                  "supervision": training, "pseudo_dice_on": list(validation),
+                  "teacher_validated_with_hints": teacher_with_hints, "history": history}
+        with written_whole(file) as aside, open(aside, "w", encoding="utf-8") as f:
+            json.dump(record, f, indent=2)
 
     # ---- training ---------------------------------------------------------------------------------------------------
 
@@ -386,7 +421,8 @@ class ConfKDTrainer(nnUNetTrainer):
         values = {**watched, "student_confidence": confidence(highest.detach(), regions), "annotated_share": labelled.float().mean()}
         # one transfer for all of them
         values = dict(zip(values, torch.stack([v.float() for v in values.values()]).cpu().numpy()))
-        warning = self.divergence.look({name: values[name] for name in watched}, self.current_epoch, batch.get("keys", ()))
+        warning = self.divergence.look({name: values[name] for name in watched}, self.current_epoch, batch.get("keys", ()),
+                                       scaled=self.grad_scaler is not None)
         if warning:
             self.print_to_log_file(warning)
         del values["gradient"]
@@ -399,9 +435,13 @@ class ConfKDTrainer(nnUNetTrainer):
                              self.label_manager.has_regions)
 
     def run_training(self):
-        """nnU-Net's; where it does not get to its end, it says what is left to go on from."""
+        """nnU-Net's; if it does not get to its end, say what is left to continue from.
+
+        SIGTERM ends each of several ranks at once: a rank that waits for the others in C would not notice a Python
+        handler.
+        """
         try:
-            with terminable():
+            with nullcontext() if self.is_ddp else terminable():
                 super().run_training()
         except InputError:
             raise  # nothing had begun
@@ -509,7 +549,7 @@ class ConfKDTrainer(nnUNetTrainer):
     # ---- checkpoints ------------------------------------------------------------------------------------------------
 
     def save_checkpoint(self, filename: str) -> None:
-        """nnU-Net's, which the checkpoint before outlives until the new one is whole and on the disk."""
+        """Save atomically: the previous checkpoint is replaced only after the new one has been completely written."""
         if self.local_rank != 0 or self.disable_checkpointing:
             super().save_checkpoint(filename)
             return
@@ -517,10 +557,13 @@ class ConfKDTrainer(nnUNetTrainer):
             with written_whole(filename) as aside:
                 super().save_checkpoint(aside)
         except (OSError, RuntimeError) as error:  # RuntimeError: torch's own writer
-            raise TrainingError(f"{filename}: could not be written ({error}). Is the disk full?") from error
+            free = shutil.disk_usage(os.path.dirname(filename) or ".").free / 1e9
+            raise TrainingError(f"{filename}: the checkpoint could not be written ({error}). {free:.1f} GB of the disk "
+                                f"are free.") from error
 
     def load_checkpoint(self, filename_or_checkpoint) -> None:
         super().load_checkpoint(filename_or_checkpoint)
+        self.continued = True
         self._add_missing_curves()
 
     def _add_missing_curves(self) -> None:

@@ -50,7 +50,7 @@ RUN_BY = {
     r"confkd train .*": "test_scaling.py::test_a_task_of_the_array_trains_its_line_and_goes_on_when_submitted_again",
     r"nnUNetv2_train .*": "test_trainer.py::test_final_validation_reports_both_branches",  # its function run_training
     r"confkd predict .* --save-entropy": "test_uncertainty.py::test_the_segmentation_is_the_same_to_the_bit",
-    r"nnUNetv2_predict .*": "test_real_data.py::test_acdc_trains_predicts_and_exports",  # by confkd predict, which calls it
+    r"confkd predict .*": "test_nnunet_commands.py::test_images_without_numbers_are_predicted_under_their_own_names",
     r"nnUNetv2_predict_from_modelfolder .*": "test_export.py::test_stock_nnunet_predicts_the_same_to_the_bit",
     r"confkd evaluate .* --against .*": "test_evaluate.py::test_two_folders_are_compared_case_by_case",
     r"confkd evaluate .*": "test_evaluate.py::test_the_command_writes_what_it_measures",
@@ -123,7 +123,6 @@ def only_parsed(monkeypatch):
         raise Parsed
 
     monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse_and_stop)
-    monkeypatch.setattr(cli, "_require_branches", lambda argv: None)  # it looks into the model
     monkeypatch.setenv("nnUNet_extTrainer", "")
 
 

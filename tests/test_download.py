@@ -93,5 +93,12 @@ def test_an_existing_folder_stays(tmp_path):
     assert mine.read_text() == "mine"
 
 
+def test_a_python_that_cannot_unpack_safely_is_told_before_anything_is_fetched(tmp_path, monkeypatch, capsys):
+    monkeypatch.delattr(tarfile, "data_filter")  # as before 3.10.12 and 3.11.4
+    assert cli.main(["download", "hippocampus", "--target", str(tmp_path / "x")]) == 1
+    assert "cannot unpack archives safely; use Python 3.10.12, 3.11.4 or newer" in capsys.readouterr().err
+    assert not (tmp_path / "x").exists()
+
+
 def test_the_published_checksum_is_the_one_named_by_the_decathlon():
     assert SOURCES["hippocampus"].md5 == "9d24dba78a72977dbd1d2e110310f31b"

@@ -257,6 +257,6 @@ def test_confkd_train_takes_stock_weights(nnunet, hippocampus_model, tmp_path, c
     assert (nnunet.model(HIPPOCAMPUS, configuration) / "fold_0" / "checkpoint_final.pth").is_file()
 
 
-def test_missing_pretrained_weights_are_one_clear_error(nnunet, tmp_path, capsys):
+def test_missing_pretrained_weights_are_one_clear_error(nnunet, hippocampus, tmp_path, capsys):
     assert cli.main(["train", "4", "2d", "0", "-device", "cpu", "-pretrained_weights", str(tmp_path / "no.pth")]) == 1
     assert "no.pth: there is no such checkpoint" in capsys.readouterr().err

@@ -4,11 +4,15 @@ Kills at random moments, of whole processes, are in benchmarks/faults.py.
 """
 from __future__ import annotations
 
+import json
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from concurrent.futures import wait
+from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import numpy as np
@@ -24,6 +28,7 @@ from nnunet_confkd.validation import _export_pool
 
 HIPPOCAMPUS = "Dataset004_Hippocampus"
 SHORT = {"epochs": 1, "iterations_per_epoch": 3, "seed": 0}
+posix = pytest.mark.skipif(os.name == "nt", reason="on Windows os.kill ends the process that it should signal")
 
 
 # ---- files ----------------------------------------------------------------------------------------------------------
@@ -44,6 +49,25 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path):
     assert file.read_text() == "second" and os.listdir(tmp_path) == ["file"]
 
 
+@pytest.mark.skipif(os.name == "nt", reason="Windows refuses what this test guards against by itself")
+def test_what_is_brought_to_the_disk_is_open_for_writing(tmp_path, monkeypatch):
+    """os.fsync of a file that is open for reading is an error on Windows."""
+    import fcntl
+    import stat
+    modes, fsync = [], os.fsync
+
+    def watched(file: int) -> None:
+        if not stat.S_ISDIR(os.fstat(file).st_mode):
+            modes.append(fcntl.fcntl(file, fcntl.F_GETFL) & os.O_ACCMODE)
+        fsync(file)
+
+    monkeypatch.setattr(os, "fsync", watched)
+    with written_whole(tmp_path / "file") as aside:
+        with open(aside, "w") as f:
+            f.write("content")
+    assert modes == [os.O_RDWR] and (tmp_path / "file").read_text() == "content"
+
+
 def test_a_full_disk_leaves_the_previous_checkpoint_and_says_so(nnunet, hippocampus, monkeypatch):
     trainer = nnunet.trainer(HIPPOCAMPUS, nnunet.configure(HIPPOCAMPUS, "disk", "2d", SHORT))
     trainer.initialize()
@@ -57,7 +81,9 @@ def test_a_full_disk_leaves_the_previous_checkpoint_and_says_so(nnunet, hippocam
         raise RuntimeError("[enforce fail at inline_container.cc] . PytorchStreamWriter failed writing file")
 
     monkeypatch.setattr(torch, "save", full)
-    with pytest.raises(TrainingError, match=r"checkpoint_latest\.pth: could not be written .* disk full"):
+    # a fact, no guess at the cause
+    with pytest.raises(TrainingError, match=r"checkpoint_latest\.pth: the checkpoint could not be written .*failed "
+                                            r"writing file.*\d GB of the disk are free\.$"):
         trainer.save_checkpoint(file)
     assert open(file, "rb").read() == before and not [f for f in os.listdir(trainer.output_folder) if f.endswith(".part")]
     trainer.disable_checkpointing = True
@@ -92,6 +118,7 @@ def test_a_broken_preprocessed_case_is_named(nnunet, hippocampus):
 
 # ---- signals and workers --------------------------------------------------------------------------------------------
 
+@posix
 def test_sigterm_ends_the_process_in_order_and_the_handler_before_comes_back():
     before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(SystemExit) as stopped:
@@ -126,6 +153,87 @@ def test_a_forked_process_ends_at_once_whenever_it_is_told_to():
         assert signal.SIGTERM not in signal.pthread_sigmask(signal.SIG_BLOCK, ())
 
 
+FORKS = """
+import os, signal
+hooks, register = [], os.register_at_fork
+
+def remember(**functions):
+    hooks.extend(f for f in functions.values() if getattr(f, "__module__", "").startswith("nnunet_confkd"))
+    register(**functions)
+
+os.register_at_fork = remember
+import nnunet_confkd.cli, nnunet_confkd.dataset_conversion.writer, nnunet_confkd.faults
+assert not hooks, "the import has hooked the forks of this program"
+for _ in range(2):
+    with nnunet_confkd.faults.terminable():
+        pass
+assert len(hooks) == 3, hooks
+
+def mine(*_):
+    os._exit(7)
+
+signal.signal(signal.SIGTERM, mine)
+masks = []
+signal.pthread_sigmask = lambda *arguments: masks.append(arguments)
+child = os.fork()
+if not child:
+    os.kill(os.getpid(), signal.SIGTERM)
+    os._exit(0)
+assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7 and not masks
+print("UNCHANGED")
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="Windows never forks")
+def test_forks_of_a_program_that_imports_the_package_are_as_they_were():
+    done = subprocess.run([sys.executable, "-c", FORKS], capture_output=True, text=True, timeout=120)
+    assert done.stdout.endswith("UNCHANGED\n"), done.stdout + done.stderr
+
+
+RANKS = """
+import os, sys, time
+from nnunet_confkd import cli
+
+def rank(number, folder):
+    with open(os.path.join(folder, f"{number}.part"), "w") as f:
+        f.write(str(os.getpid()))
+    os.rename(f.name, os.path.join(folder, str(number)))
+    time.sleep(600)
+
+def entry_point():
+    import torch.multiprocessing
+    torch.multiprocessing.spawn(rank, (sys.argv[1],), nprocs=2)
+
+if __name__ == "__main__":
+    cli.COMMANDS["train"] = (lambda argv: cli._run(entry_point, "nnUNetv2_train", argv), "")
+    sys.exit(cli.main(["train", sys.argv[1]]))
+"""
+
+
+@posix
+def test_sigterm_to_the_command_ends_its_ranks_too(tmp_path):
+    """Python waits at its end for the processes that it has spawned: for the whole training."""
+    (tmp_path / "run.py").write_text(RANKS)
+    (tmp_path / "ranks").mkdir()
+    command = [sys.executable, str(tmp_path / "run.py"), str(tmp_path / "ranks")]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE)
+    try:
+        end = time.monotonic() + 120
+        while not all((tmp_path / "ranks" / number).exists() for number in "01"):
+            assert process.poll() is None and time.monotonic() < end
+            time.sleep(0.05)
+        ranks = [int((tmp_path / "ranks" / number).read_text()) for number in "01"]
+        process.terminate()
+        assert process.wait(timeout=20) == 128 + signal.SIGTERM
+        for rank in ranks:
+            with pytest.raises(ProcessLookupError):
+                os.kill(rank, 0)
+    finally:
+        process.kill()
+        process.communicate()
+
+
+@posix
 def test_a_command_that_is_ended_leaves_no_temporary_files(tmp_path, monkeypatch):
     def command(argv):
         with replaced_folder(tmp_path / "report") as folder, TemporaryDirectory(dir=tmp_path):
@@ -160,6 +268,7 @@ def test_a_training_that_is_stopped_says_what_is_left(nnunet, hippocampus, capsy
     assert torch.load(os.path.join(trainer.output_folder, "checkpoint_latest.pth"), weights_only=False)["current_epoch"] == 1
 
 
+@posix
 @pytest.mark.parametrize("at_rest", (True, False), ids=("waiting", "at work"))
 def test_a_killed_process_of_the_validation_ends_it_with_a_message(at_rest):
     # in a multiprocessing.Pool the others wait for ever for the queue that a killed one held
@@ -201,6 +310,31 @@ def test_steps_that_are_not_finite_are_named_once_and_stop_the_training_at_the_l
         divergence.look({"gradient": float("inf")}, 8, ["c"])
 
 
+def test_back_offs_of_the_gradient_scaler_are_reported_from_the_fifth_in_a_row_on():
+    divergence = Divergence(8)
+    infinite, good = {"loss": 1.0, "loss_kl": 0.2, "gradient": float("inf")}, {"loss": 1.0, "gradient": 2.0}
+    for _ in range(3):  # single ones, and a few at the start, are normal
+        assert [divergence.look(infinite, 0, ["a"], scaled=True) for _ in range(4)] == [None] * 4
+        assert divergence.look(good, 0, ["a"], scaled=True) is None
+    said = [divergence.look(infinite, 3, ["a"], scaled=True) for _ in range(7)]
+    assert said[:4] == [None] * 4
+    assert all(f"{i} steps in a row" in text and "epoch 3" in text for i, text in enumerate(said[4:], 5))
+    with pytest.raises(TrainingError, match="8 steps in a row"):
+        divergence.look(infinite, 3, ["a"], scaled=True)
+
+
+def test_a_loss_that_is_not_finite_is_named_at_once_with_a_gradient_scaler_too():
+    divergence, nan = Divergence(8), float("nan")
+    infinite, bad = {"loss": 1.0, "gradient": nan}, {"loss": nan, "gradient": nan}
+    assert divergence.look(infinite, 0, ["a"], scaled=True) is None
+    text = divergence.look(bad, 0, ["b"], scaled=True)
+    assert "loss = nan" in text and "cases: b" in text
+    assert divergence.look(bad, 0, ["c"], scaled=True) is None  # not said again
+    assert divergence.look(infinite, 0, ["c"], scaled=True) is None
+    assert "5 steps in a row" in divergence.look(infinite, 0, ["c"], scaled=True)  # all of them were left out
+    assert "gradient = nan" in Divergence(8).look({"loss": 1.0, "gradient": nan}, 0, ["a"])  # no scaler: no back-off
+
+
 def test_a_step_that_is_not_finite_changes_no_weight_and_names_term_and_cases(nnunet, hippocampus, capsys):
     trainer = nnunet.trainer(HIPPOCAMPUS, nnunet.configure(HIPPOCAMPUS, "nan", "2d", SHORT | {"max_nonfinite_steps": 2}))
     trainer.on_train_start()
@@ -228,6 +362,32 @@ class Batches:
     def __next__(self):
         self.count += 1
         return self.batches[(self.trainer.current_epoch + self.count) % len(self.batches)]
+
+
+def test_a_training_that_continues_with_other_settings_says_so_and_records_both(nnunet, hippocampus, capsys):
+    def train(continue_training: bool, **settings) -> tuple[dict, list[str]]:
+        configuration = nnunet.configure(HIPPOCAMPUS, "changed", "2d", SHORT | {"iterations_per_epoch": 1} | settings)
+        trainer = nnunet.trainer(HIPPOCAMPUS, configuration, continue_training=continue_training)
+        maybe_load_checkpoint(trainer, continue_training, False)
+        trainer.run_training()
+        warnings = [line for line in capsys.readouterr().out.splitlines() if "other settings than before" in line]
+        return json.loads(Path(trainer.output_folder, "confkd.json").read_text()), warnings
+
+    from nnunetv2.run.run_training import maybe_load_checkpoint
+    first, warnings = train(False)
+    assert first["history"] == [] and not warnings
+    second, (warning,) = train(True, epochs=2, weight_kl=1.5)
+    before = {"until_epoch": 1, "nnunet_confkd": first["nnunet_confkd"], "settings": first["settings"]}
+    assert "before: epochs: 1 -> 2, weight_kl: 3.0 -> 1.5. " in warning and "confkd.json keeps both" in warning
+    assert second["settings"]["weight_kl"] == 1.5 and second["supervision"] == first["supervision"]
+    assert second["history"] == [before]
+    third, warnings = train(True, epochs=2, weight_kl=1.5)
+    assert third == second and not warnings
+    fourth, warnings = train(True, epochs=3, weight_kl=1.5)
+    assert fourth["history"] == [before, before | {"until_epoch": 2, "settings": second["settings"]}]
+    assert len(warnings) == 1
+    anew, warnings = train(False)  # from the beginning
+    assert anew == first and not warnings
 
 
 def test_k_epochs_and_then_m_are_k_plus_m(nnunet, hippocampus):

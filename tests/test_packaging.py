@@ -1,6 +1,7 @@
 """What a user gets: the lookup of the trainers in fresh processes, the commands, the wheel."""
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -11,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from nnunet_confkd import cli, discovery
+import nnunet_confkd
+from nnunet_confkd import cli, discovery, nnunet_commands
 
 ROOT = Path(__file__).resolve().parent.parent
 TRAINERS = ["ConfKDTrainer", "ConfKDTrainer_noEntropy", "ConfKDTrainer_noKL", "ConfKDTrainer_partialOnly",
@@ -134,22 +136,42 @@ def test_unknown_commands_and_help(capsys):
     assert cli.main(["explode"]) == 2 and "there is no command 'explode'" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("command, entry_point, given, handed", [
-    ("train", "nnunetv2.run.run_training.run_training_entry", ["4", "2d", "0", "--npz", "-p", "x"],
-     ["4", "2d", "0", "--npz", "-p", "x", "-tr", "ConfKDTrainer"]),
-    ("train", "nnunetv2.run.run_training.run_training_entry", ["4", "2d", "all", "-tr", "Mine", "-device=cpu"],
-     ["4", "2d", "all", "-tr", "Mine", "-device=cpu"]),
-    ("predict", "nnunetv2.inference.predict_from_raw_data.predict_entry_point",
-     ["-i", "in", "-o", "out", "-d", "4", "-c", "2d", "-f", "0", "1", "--branch", "student", "-p", "x"],
-     ["-i", "in", "-o", "out", "-d", "4", "-c", "2d", "-f", "0", "1", "-p", "x", "-tr", "ConfKDTrainer"]),
-    ("predict", "nnunetv2.inference.predict_from_raw_data.predict_entry_point_modelfolder",
-     ["-m", "model", "-i", "in", "-o", "out", "--verbose"], ["-m", "model", "-i", "in", "-o", "out", "--verbose"])])
-def test_arguments_are_handed_on_untouched(monkeypatch, command, entry_point, given, handed):
-    seen = []
-    monkeypatch.setattr(entry_point, lambda: seen.append(sys.argv[1:]))
+@pytest.mark.skipif(sys.platform != "linux", reason="PyTorch's threads are those of libgomp on Linux alone")
+@pytest.mark.parametrize("given, spins", [({}, "0"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "30000000000")])
+def test_threads_on_the_cpu_wait_without_spinning(tmp_path, given, spins):
+    """libgomp tells the settings that it has read when torch is imported, which must be after the command has set them."""
+    code = "from nnunet_confkd import cli; cli.main(['report', '--model', 'none', '-device', 'cpu'])"
+    result = run(sys.executable, "-c", code, cwd=tmp_path, OMP_DISPLAY_ENV="VERBOSE", **given)
+    assert f"GOMP_SPINCOUNT = '{spins}'" in result.stderr and "none: there is no such folder" in result.stderr
+
+
+def test_the_version_is_told(capsys):
+    assert cli.main(["--version"]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith(f"confkd {nnunet_confkd.__version__} (nnunetv2 2.8.") and out.count("\n") == 1
+
+
+@pytest.mark.parametrize("command, name, given, handed", [
+    ("train", "nnUNetv2_train", ["4", "2d", "0", "--npz", "-p", "x", "-device", "cpu"],
+     ["-tr", "ConfKDTrainer", "-device", "cpu"]),
+    ("train", "nnUNetv2_train", ["4", "2d", "all", "-tr", "Mine", "-device=cpu"], ["-tr", "Mine", "-device", "cpu"]),
+    ("predict", "nnUNetv2_predict", ["-o", "out", "-d", "4", "-c", "2d", "-f", "0", "1", "-p", "x", "-device", "cpu"],
+     ["-tr", "ConfKDTrainer", "-device", "cpu"]),
+    ("predict", "nnUNetv2_predict_from_modelfolder", ["-m", "model", "-o", "out", "--verbose", "-device", "cpu"],
+     ["-device", "cpu"])])
+def test_arguments_are_handed_on_and_defaults_are_added(monkeypatch, tmp_path, command, name, given, handed):
+    seen, model = [], {"file_ending": ".nii.gz", "channel_names": {"0": "CT"}, "labels": {"background": 0, "one": 1}}
+    (tmp_path / "dataset.json").write_text(json.dumps(model))
+    (tmp_path / "a_0000.nii.gz").touch()
+    for check in ("check_training", "check_model"):
+        monkeypatch.setattr(nnunet_commands, check, lambda args: tmp_path)
+    monkeypatch.setattr(cli, "_run", lambda entry_point, name, argv: seen.append((name, argv)))
     monkeypatch.setenv("nnUNet_extTrainer", "")
-    assert cli.main([command, *given]) == 0
-    assert seen == [handed] and str(discovery.trainer_dir()) in os.environ["nnUNet_extTrainer"]
+    images = ["-i", str(tmp_path)] if command == "predict" else []
+    branch = ["--branch", "student"] if command == "predict" else []
+    assert cli.main([command, *images, *given, *branch]) == 0
+    assert seen == [(name, [*images, *given, *handed, *images])]
+    assert str(discovery.trainer_dir()) in os.environ["nnUNet_extTrainer"]
 
 
 def test_an_unknown_branch_is_refused(capsys):

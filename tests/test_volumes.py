@@ -3,7 +3,6 @@ from __future__ import annotations
 import gzip
 import json
 import os
-import resource
 import struct
 from contextlib import contextmanager
 
@@ -486,6 +485,7 @@ def test_a_format_that_cannot_hold_the_grid_is_refused(tmp_path, voxels):
 @contextmanager
 def _no_file_larger_than(size):
     """Python ignores the signal, so that writing more is an error, as on a disk that is full."""
+    resource = pytest.importorskip("resource", reason="Windows has no limit of the size of files")
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
     try:

@@ -3,8 +3,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import resource
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -45,6 +45,7 @@ SHAPE = (3, 4, 5)  # Z, Y, X
 LABELS = {"background": 0, "one": 1, "two": 2}
 MIXED = {**LABELS, "ignore": 3}
 OBLIQUE = (0.8, -0.6, 0.0, 0.6, 0.8, 0.0, 0.0, 0.0, 1.0)
+posix = pytest.mark.skipif(os.name == "nt", reason="Windows has neither these signals nor these permissions")
 
 
 @pytest.fixture
@@ -781,6 +782,7 @@ def test_a_folder_below_a_file_is_refused(source, nnunet, refused, monkeypatch, 
         assert text.startswith(_not_kept(raw, preprocessed) + "([Errno ") and f"'{nnunet / 'file'}" in text
 
 
+@posix
 @pytest.mark.parametrize("variable", ["raw", "preprocessed"])
 def test_a_folder_without_the_right_to_write_is_refused(monkeypatch, variable):
     """In a place that another user can reach, which the folders of the other tests are not."""
@@ -852,6 +854,8 @@ if __name__ == "__main__":
 @pytest.fixture
 def start(source, tmp_path):
     """Start a conversion in a process of its own, of `cases` that take twice `pause` seconds each: minutes."""
+    if os.name == "nt":
+        pytest.skip("what ends the conversion are POSIX's signals and limits")
     (tmp_path / "run.py").write_text(RUN)
     started = []
 
@@ -880,6 +884,8 @@ def _written(nnunet):
 
 def _runs(process):
     """A zombie, which nobody waits for, does not."""
+    if not os.path.isdir("/proc/self"):
+        pytest.skip("only Linux tells which processes are zombies")
     try:
         return Path(f"/proc/{process}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
     except OSError:
@@ -896,6 +902,7 @@ def _wait_until_both_write(nnunet, tmp_path):
 
 def test_a_full_disk_leaves_nothing(source, nnunet, start):
     """No file may grow beyond 300 bytes; an image has about 400."""
+    resource = pytest.importorskip("resource", reason="Windows has no limit of the size of files")
     before = _state(source)
     process = start(2, 0, 4, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (300, 300)))
     _, text = process.communicate(timeout=60)
@@ -906,6 +913,7 @@ def test_a_full_disk_leaves_nothing(source, nnunet, start):
 
 
 def test_a_disk_that_is_full_from_the_start_leaves_nothing(source, nnunet, refused):
+    resource = pytest.importorskip("resource", reason="Windows has no limit of the size of files")
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (0, before[1]))
     try:
@@ -940,14 +948,15 @@ def test_a_full_file_system_leaves_nothing(source, nnunet, tmp_path, monkeypatch
 
 # ---- interruption and company ---------------------------------------------------------------------------------------
 
+@posix
 def test_ctrl_c_leaves_nothing_and_another_process_has_to_wait(source, nnunet, tmp_path, start, refused):
     process = start(2)
     _wait_until_both_write(nnunet, tmp_path)
     with pytest.raises(InputError) as error:  # this process wants the id, too
         write_dataset(_dataset(source), 7, 1)
     assert str(error.value) == (
-        f"{nnunet}/raw/.Dataset007.unfinished: another process (number {process.pid} on {os.uname().nodename}) is writing a "
-        f"data set of this id. Wait for it; if there is none any more, remove the folder")
+        f"{nnunet}/raw/.Dataset007.unfinished: another process (number {process.pid} on {socket.gethostname()}) is "
+        f"writing a data set of this id. Wait for it; if there is none any more, remove the folder")
     assert len(_written(nnunet)) > 2 and process.poll() is None
     os.killpg(process.pid, signal.SIGINT)  # as the terminal does it: to all of them
     _, text = process.communicate(timeout=60)
@@ -984,6 +993,7 @@ def ctrl_c():
     signal.signal(signal.SIGINT, before)
 
 
+@posix
 @pytest.mark.parametrize("number, raised", [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, SystemExit)])
 def test_a_signal_does_not_break_into_the_pool(tmp_path, monkeypatch, ctrl_c, number, raised):
     """In the middle of its code it would leave locks held, and the pool would hang."""
@@ -1004,6 +1014,7 @@ def test_a_signal_does_not_break_into_the_pool(tmp_path, monkeypatch, ctrl_c, nu
     assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == before
 
 
+@posix
 def test_ctrl_c_while_cases_finish_without_a_pause_is_noticed(monkeypatch, ctrl_c):
     class Finished(Future):
         def result(self, timeout=None):
@@ -1028,17 +1039,19 @@ def test_workers_are_used_from_a_thread_too():
         assert pool.submit(writer.parallel, divmod, [(7, 2), (9, 4)], 2, "dividing").result() == [(3, 1), (2, 1)]
 
 
-@pytest.mark.parametrize("to", [os.kill, os.killpg], ids=("one", "group"))
+@posix
+@pytest.mark.parametrize("to", ["kill", "killpg"], ids=("one", "group"))
 def test_sigterm_leaves_nothing(source, nnunet, tmp_path, start, to):
     process = start(2)
     _wait_until_both_write(nnunet, tmp_path)
-    to(process.pid, signal.SIGTERM)
+    getattr(os, to)(process.pid, signal.SIGTERM)
     _, text = process.communicate(timeout=60)
     assert process.returncode == 128 + signal.SIGTERM and "Traceback" not in text
     assert _tree(nnunet) == {"raw": None, "preprocessed": None, "results": None}
     _wait_for(lambda: not any(_runs(worker) for worker in _workers(tmp_path)))
 
 
+@posix
 def test_a_killed_run_leaves_no_data_set_and_the_next_one_takes_its_place(source, nnunet, tmp_path, start):
     process = start(2)
     _wait_until_both_write(nnunet, tmp_path)
@@ -1055,7 +1068,7 @@ def test_what_a_killed_run_left_is_removed_before_anything_is_written(nnunet):
     """It could fill the disk."""
     left = nnunet / "raw" / ".Dataset007.unfinished"
     (left / "by-1" / "imagesTr").mkdir(parents=True)
-    (left / "owner.json").write_text(json.dumps({"host": os.uname().nodename, "process": 2 ** 22 + 1}))
+    (left / "owner.json").write_text(json.dumps({"host": socket.gethostname(), "process": 2 ** 22 + 1}))
     with new_dataset(7, "Test") as (raw, _):
         assert raw.parent == left and not (left / "by-1").exists()
         assert json.loads((left / "owner.json").read_text())["process"] == os.getpid()
@@ -1066,7 +1079,7 @@ def test_of_two_that_want_to_take_over_the_slower_gives_way(source, nnunet, monk
     """Both have seen that the owner is dead; the other has begun to take over, or is done, before this one begins."""
     left = nnunet / "raw" / ".Dataset007.unfinished"
     left.mkdir()
-    dead, other = ({"host": os.uname().nodename, "process": process} for process in (2 ** 22 + 1, 2 ** 22 + 2))
+    dead, other = ({"host": socket.gethostname(), "process": process} for process in (2 ** 22 + 1, 2 ** 22 + 2))
     (left / "owner.json").write_text(json.dumps(dead))
 
     def other_is_faster(process):

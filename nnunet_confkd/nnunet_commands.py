@@ -1,0 +1,395 @@
+"""What `confkd train` and `confkd predict` do before nnU-Net's own commands take over.
+
+They read the arguments as those commands read them, and tell each ordinary mistake in one sentence, with the command
+that helps.
+"""
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import json
+import os
+import re
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from unittest import mock
+
+from nnunet_confkd.errors import InputError
+
+DEFAULT_TRAINER = "ConfKDTrainer"
+
+
+# ---- arguments ------------------------------------------------------------------------------------------------------
+
+class _Parser(BaseException):
+    """Carries the parser out of the function that makes it."""
+
+
+def parser_of(entry_point: Callable, name: str) -> argparse.ArgumentParser:
+    """The parser that a command of nnU-Net makes, so that abbreviations mean here what they mean there.
+
+    Args:
+        entry_point: The function that the command runs.
+        name: The command's name, for its messages.
+
+    Returns:
+        The parser, without a default for the device and the trainer: None if they are not given.
+    """
+    def stop(parser, *_):
+        raise _Parser(parser)
+
+    with mock.patch.object(argparse.ArgumentParser, "parse_args", stop), mock.patch.object(sys, "argv", [name]), \
+            contextlib.redirect_stdout(io.StringIO()):
+        try:
+            entry_point()
+        except _Parser as found:
+            parser = found.args[0]
+            parser.set_defaults(device=None, tr=None)
+            return parser
+    raise RuntimeError(f"{name} makes no parser: nnU-Net is of another version than was tested")
+
+
+def with_options(argv: list[str], *options: str) -> list[str]:
+    """argv with more options, which win over earlier ones of the same name."""
+    end = argv.index("--") if "--" in argv else len(argv)
+    return [*argv[:end], *options, *argv[end:]]
+
+
+# ---- before a training ----------------------------------------------------------------------------------------------
+
+def check_training(args: argparse.Namespace) -> Path:
+    """Find what would end a training at its start.
+
+    Args:
+        args: What nnU-Net's parser made of the arguments, with `tr` set.
+
+    Returns:
+        The folder that the training will write to.
+
+    Raises:
+        InputError: The variables are not set; there is no such data set, plans, configuration, trainer or fold; the
+            configuration is not preprocessed; the options contradict each other; there are fewer GPUs than asked for.
+    """
+    _require_variables("nnUNet_preprocessed", "nnUNet_results")
+    for one, other in (("c", "val"), ("c", "pretrained_weights"), ("val_best", "disable_checkpointing")):
+        if getattr(args, one) and getattr(args, other):
+            raise InputError(f"{_flag(one)} and {_flag(other)} exclude each other; leave one out")
+    name = _dataset_name(args.dataset_name_or_id)
+    folder = Path(os.environ["nnUNet_preprocessed"]) / name
+    _require_preprocessed(folder, args.p, args.configuration)
+    _require_fold(folder, args.fold)
+    _require_trainer(args.tr)
+    if args.num_gpus > 1:
+        import torch
+        if args.num_gpus > torch.cuda.device_count():
+            raise InputError(f"-num_gpus {args.num_gpus}: this machine has {torch.cuda.device_count()} CUDA devices")
+    model = Path(os.environ["nnUNet_results"]) / name / f"{args.tr}__{args.p}__{args.configuration}"
+    output = model / f"fold_{args.fold}"
+    if args.val and not (output / "checkpoint_final.pth").is_file():
+        raise InputError(f"{output}: has no checkpoint_final.pth, so --val has nothing to validate; finish the "
+                         "training "
+                         f"first: confkd train {args.dataset_name_or_id} {args.configuration} {args.fold} -tr "
+                         f"{args.tr} --c")
+    return output
+
+
+@contextmanager
+def no_leftovers(output: Path) -> Iterator[None]:
+    """Remove the folders that a training made if it fails before the end of its first epoch.
+
+    Args:
+        output: The fold's folder.
+    """
+    fold, model, dataset = output, output.parent, output.parent.parent
+    existed = {folder for folder in (fold, model, dataset) if folder.exists()}
+    try:
+        yield
+    except Exception:
+        if fold not in existed and not [*fold.glob("checkpoint_*"), *fold.glob("progress*.png")]:
+            shutil.rmtree(fold, ignore_errors=True)
+            if model not in existed and not any(model.glob("fold_*")):
+                shutil.rmtree(model, ignore_errors=True)  # nnU-Net's copies of the plans and the like
+            with contextlib.suppress(OSError):  # not empty
+                if dataset not in existed:
+                    dataset.rmdir()
+        raise
+
+
+def _flag(name: str) -> str:
+    return f"-{name}" if name == "pretrained_weights" else f"--{name}"
+
+
+def _require_variables(*names: str) -> None:
+    missing = [name for name in names if not os.environ.get(name)]
+    if missing:
+        raise InputError(f"{' and '.join(missing)}, nnU-Net's environment variables, are not set; set them to your "
+                         "folders: " + "; ".join(f"export {name}=/path/to/{name}" for name in missing))
+
+
+def _dataset_name(dataset: str) -> str:
+    """The name of a data set, given as 27 or Dataset027_NAME; nnU-Net looks in all three of its folders."""
+    from nnunetv2.utilities.dataset_name_id_conversion import find_candidate_datasets
+
+    if dataset.startswith("Dataset"):
+        return dataset
+    if not dataset.isdigit():
+        raise InputError(f"{dataset}: is no data set; give its id or its name, 27 or Dataset027_NAME")
+    found = [str(name) for name in find_candidate_datasets(int(dataset))]
+    if len(found) > 1:
+        raise InputError(f"{dataset}: there are several data sets of this id: {', '.join(found)}; rename all but one")
+    if not found:
+        raise _no_dataset(f"{int(dataset):03d}")
+    return found[0]
+
+
+def _no_dataset(name: str) -> InputError:
+    names = sorted({found.name for folder in _nnunet_folders() for found in folder.glob("Dataset[0-9][0-9][0-9]_*")})
+    there = f"there are: {', '.join(names)}" if names else "there is none at all"
+    return InputError(f"there is no data set {name} ({there}); confkd mix and confkd convert write one into the "
+                      "folder nnUNet_raw")
+
+
+def _nnunet_folders() -> list[Path]:
+    variables = ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")
+    return [Path(os.environ[name]) for name in variables if os.environ.get(name)]
+
+
+def _require_preprocessed(folder: Path, plans_name: str, configuration: str) -> None:
+    """folder: of the data set, in nnUNet_preprocessed."""
+    from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+
+    from nnunet_confkd.json_files import read_plans
+
+    file, plan = folder / f"{plans_name}.json", f"confkd plan -d {folder.name[7:10].lstrip('0')} -c {configuration}"
+    preset = re.fullmatch("nnUNetResEncUNet(M|L|XL)Plans", plans_name)
+    if preset:
+        plan += f" -pl nnUNetPlannerResEnc{preset[1]}"
+    elif plans_name != "nnUNetPlans":
+        plan += f" -overwrite_plans_name {plans_name}, with the options that the plans of this name are made with"
+    if not any((place / folder.name).is_dir() for place in _nnunet_folders()):
+        raise _no_dataset(folder.name)
+    if not file.is_file() or not (folder / "dataset.json").is_file():
+        others = sorted(f.stem for f in folder.glob("*Plans*.json") if not f.name.startswith("confkd_"))
+        raise InputError(f"{file}: is not there; plan and preprocess the data set first: {plan}"
+                         + (f"; or choose other plans with -p: {', '.join(others)}" if others else ""))
+    plans = read_plans(file)
+    if configuration not in plans["configurations"]:
+        large = configuration in ("3d_lowres", "3d_cascade_fullres")
+        raise InputError(f"{file}: has no configuration {configuration}; it has {', '.join(plans['configurations'])}"
+                         + ("; nnU-Net plans 3d_lowres and the cascade only for large images" if large else ""))
+    try:
+        data = folder / PlansManager(plans).get_configuration(configuration).data_identifier
+    except (RuntimeError, ValueError, KeyError) as error:  # what it inherits from
+        raise InputError(f"{file}: the configuration {configuration} is not complete: {error}") from error
+    if not data.is_dir() or not any(data.iterdir()):
+        raise InputError(f"{data}: the configuration {configuration} is not preprocessed; do it first: {plan}")
+
+
+def _require_fold(folder: Path, fold: str) -> None:
+    from nnunet_confkd.json_files import read_folds
+
+    splits = folder / "splits_final.json"
+    number = len(read_folds(splits)) if splits.is_file() else 5  # as many as nnU-Net writes
+    if fold != "all" and not (fold.isdigit() and int(fold) < number):
+        raise InputError(f"there is no fold {fold}; use all, or 0 to {number - 1}, the folds of {splits}")
+
+
+def _require_trainer(name: str) -> None:
+    from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
+
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            recursive_find_trainer_class_by_name(name)
+    except RuntimeError as error:
+        raise InputError(f"-tr {name}: there is no such trainer in nnU-Net or in the folders of nnUNet_extTrainer "
+                         f"({os.environ.get('nnUNet_extTrainer', '')})") from error
+
+
+# ---- before a prediction --------------------------------------------------------------------------------------------
+
+def check_model(args: argparse.Namespace) -> Path:
+    """Find what would keep a model from being loaded.
+
+    Args:
+        args: What nnU-Net's parser made of the arguments, with `tr` set if there is no `m`.
+
+    Returns:
+        The folder of the model.
+
+    Raises:
+        InputError: The variables are not set; there is no such data set or model; a fold is not trained; the
+        predictions
+            of a cascade's first stage are missing.
+    """
+    from nnunet_confkd.json_files import read_plans
+
+    if getattr(args, "m", None) is not None:
+        model, train = Path(args.m), "confkd train"
+        if not model.is_dir():
+            raise InputError(f"-m {model}: there is no such folder; give the folder TRAINER__PLANS__CONFIGURATION of "
+                             "a model")
+    else:
+        _require_variables("nnUNet_results")
+        name = _dataset_name(args.d)
+        model = Path(os.environ["nnUNet_results"]) / name / f"{args.tr}__{args.p}__{args.c}"
+        train = f"confkd train {args.d} {args.c} 0 -tr {args.tr}" + (f" -p {args.p}" if args.p != "nnUNetPlans" else "")
+        if not model.is_dir():
+            trained = sorted(found.name for found in model.parent.glob("*__*__*"))
+            others = f"; or choose with -tr, -p and -c one that is trained: {', '.join(trained)}" if trained else ""
+            raise InputError(f"{model}: there is no such model; train it first: {train}{others}")
+    for file in ("plans.json", "dataset.json"):
+        if not (model / file).is_file():
+            raise InputError(f"{model}: is no trained model, because it has no {file}; train first: {train}")
+    _require_folds(model, [str(fold) for fold in args.f], args.chk, train)
+    configuration = model.name.split("__")[-1]
+    previous = read_plans(model / "plans.json")["configurations"].get(configuration, {}).get("previous_stage")
+    if previous and args.prev_stage_predictions is None:
+        raise InputError(f"{model}: is the second stage of a cascade; predict with {previous} first, and give the "
+                         "folder "
+                         f"of these predictions here: -prev_stage_predictions FOLDER")
+    return model
+
+
+def _require_folds(model: Path, folds: list[str], checkpoint: str, train: str) -> None:
+    untrained = [fold for fold in folds if not (model / f"fold_{fold}" / checkpoint).is_file()]
+    if not untrained:
+        return
+    trained = [file.parent.name[len("fold_"):] for file in sorted(model.glob(f"fold_*/{checkpoint}"))]
+    others = sorted({file.name for fold in untrained for file in (model / f"fold_{fold}").glob("checkpoint_*.pth")})
+    if trained:
+        help_ = f"predict with what is trained: -f {' '.join(trained)}"
+    elif others:
+        help_ = f"the training has not ended: continue it with --c, or predict with -chk {others[0]}"
+    else:
+        help_ = f"train first: {train}"
+    which = f"fold {untrained[0]} has" if len(untrained) == 1 else f"folds {', '.join(untrained)} have"
+    raise InputError(f"{model}: {which} no {checkpoint}; {help_}")
+
+
+@contextmanager
+def readable_images(source: Path, described: dict) -> Iterator[Path]:
+    """Yield a folder whose images have the names that nnU-Net needs: CASE_0000, CASE_0001, ..., a number for each
+    channel.
+
+    A folder with such names is yielded as it is. A single image, or images without these numbers, are linked into a
+    temporary folder. The predictions have the names of the images.
+
+    Args:
+        source: An image or a folder of images.
+        described: The model's dataset.json.
+
+    Raises:
+        InputError: There is no such file or folder, it has no images of the model's file ending, or the names cannot be
+            understood.
+    """
+    ending = described["file_ending"]
+    channels = list(described.get("channel_names", described.get("modality", {"0": "image"})).values())
+    if not source.exists():
+        raise InputError(f"-i {source}: there is no such file or folder")
+    inside = [source] if source.is_file() else sorted(source.iterdir())
+    images = [file for file in inside if file.name.endswith(ending) and not file.is_dir()]
+    files = [file for file in images if not file.name.startswith(".")]  # nnU-Net would take the others for images
+    if not files:
+        raise InputError(f"-i {source}: has no image that ends with {ending}, as the model's training images do; it "
+                         + _endings(inside))
+    cases, plain = _cases_of(files, ending, len(channels))
+    expected = ", ".join(f"CASE_{i:04d}{ending} ({name})" for i, name in enumerate(channels))
+    if plain and (cases or len(channels) > 1):
+        mixed = f", but {next(iter(cases.values()))[0].name} has one" if cases else ""
+        raise InputError(f"-i {source}: {plain[0].name} does not end with the number of a channel{mixed}. Name the "
+                         "files "
+                         f"of every case {expected}")
+    incomplete = [case for case, of_case in cases.items() if len(of_case) != len(channels)]
+    if incomplete:
+        some = ", ".join(incomplete[:5]) + (", ..." if len(incomplete) > 5 else "")
+        raise InputError(f"-i {source}: {len(incomplete)} case(s) do not have all {len(channels)} channels: {some}. "
+                         "Name the "
+                         f"files of every case {expected}")
+    if source.is_dir() and not plain and images == files:
+        yield source
+        return
+    cases |= {file.name[:-len(ending)]: [file] for file in plain}
+    with tempfile.TemporaryDirectory(prefix="confkd_images_") as folder:
+        for case, of_case in cases.items():
+            for number, file in enumerate(of_case):
+                _link(file, Path(folder) / f"{case}_{number:04d}{ending}")
+        yield Path(folder)
+
+
+def _endings(files: list[Path]) -> str:
+    found = sorted({"".join(file.suffixes[-2:] if file.suffix == ".gz" else file.suffixes[-1:]) or file.name
+                    for file in files if file.is_file()})
+    return f"has {', '.join(found[:5])}" if found else "holds folders only" if files else "is empty"
+
+
+def _cases_of(files: list[Path], ending: str, channels: int) -> tuple[dict[str, list[Path]], list[Path]]:
+    """{case: its channels} of the files that have the number of a channel, and the files that have none."""
+    cases: dict[str, list[Path]] = {}
+    plain = []
+    for file in files:
+        match = re.fullmatch(r"(.+)_(\d{4})", file.name[:-len(ending)])
+        if match and int(match[2]) < channels:
+            cases.setdefault(match[1], []).append(file)
+        else:
+            plain.append(file)
+    return cases, plain
+
+
+def _link(file: Path, target: Path) -> None:
+    """Link an image and what belongs to it, a NRRD's voxels or a TIFF's spacing. Windows may permit only copies."""
+    from nnunet_confkd.dataset_conversion.volumes import parts, spacing_file
+
+    for part in parts(file):
+        to = target if part == file else spacing_file(target) if part.suffix == ".json" else target.with_name(part.name)
+        if to.exists():
+            continue  # the spacing is that of all channels
+        try:
+            to.symlink_to(part.resolve())
+        except OSError:
+            shutil.copyfile(part, to)
+
+
+def name_source(output: Path, source: Path) -> None:
+    """Let nnU-Net's record of a prediction name the images that were given, not the temporary folder."""
+    file = output / "predict_from_raw_data_args.json"
+    if file.is_file():
+        record = json.loads(file.read_text(encoding="utf-8"))
+        record["list_of_lists_or_source_folder"] = str(source)
+        file.write_text(json.dumps(record, indent=4), encoding="utf-8")
+
+
+# ---- afterwards -----------------------------------------------------------------------------------------------------
+
+OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "DefaultCPUAllocator", "ALLOC_FAILED")
+LESS_MEMORY = {
+    "train": "plan a smaller patch or batch, e.g. confkd plan -d ID -c CONFIGURATION -gpu_memory_target 4 "
+             "-overwrite_plans_name nnUNetPlans_4GB, and train with -p nnUNetPlans_4GB; nnUNet_n_proc_DA=2 loads the "
+             "data with "
+             "fewer processes",
+    "predict": "--not_on_device keeps the result out of the GPU's memory, -npp 1 -nps 1 use fewer processes, -device "
+               "cpu "
+               "uses no GPU"}
+
+
+def explanation(error: BaseException, command: str) -> str | None:
+    """What to tell of an error that has an ordinary cause; None for all others."""
+    text = str(error).strip()
+    inner = re.findall(r"^nnunet_confkd\.errors\.(?:InputError|TrainingError): (.*)", text, re.MULTILINE | re.DOTALL)
+    if inner:  # a rank's, of which torch hands on the traceback
+        return inner[-1]
+    advice = f"To use less: {LESS_MEMORY.get(command, '-device cpu uses no GPU, --processes 1 uses fewer processes')}"
+    if isinstance(error, MemoryError):
+        return f"the memory is exhausted. {advice}"
+    if isinstance(error, RuntimeError) and any(sign in text for sign in OUT_OF_MEMORY):
+        cause = next(line for line in text.splitlines() if any(sign in line for sign in OUT_OF_MEMORY))
+        return f"the memory is exhausted ({cause.strip()}). {advice}"
+    if isinstance(error, RuntimeError) and re.search(r"ackground workers (died|are no longer alive)", text):
+        return ("a process that works on the images has ended. What it said stands above; if it said nothing, it was "
+                "killed, "
+                f"most likely for want of memory. {advice}")
+    return None

@@ -1,0 +1,442 @@
+"""The ordinary mistakes of `confkd train` and `confkd predict`: one sentence each, with the command that helps."""
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+import types
+
+import numpy as np
+import pytest
+import SimpleITK as sitk
+import torch
+
+from nnunet_confkd import cli, nnunet_commands
+from nnunet_confkd.device import choose_device
+from nnunet_confkd.errors import InputError
+from nnunet_confkd.nnunet_commands import explanation, no_leftovers, parser_of, readable_images, with_options
+
+HIPPOCAMPUS = "Dataset004_Hippocampus"
+ONE_CHANNEL = {"channel_names": {"0": "MRI"}, "file_ending": ".nii.gz"}
+TWO_CHANNELS = {"channel_names": {"0": "T1", "1": "T2"}, "file_ending": ".nii.gz"}
+
+
+@pytest.fixture
+def said(capsys):
+    """Runs a command that must fail; returns its one sentence."""
+    def run(*argv) -> str:
+        assert cli.main([str(word) for word in argv]) == 1
+        out, err = capsys.readouterr()
+        assert "Traceback" not in out + err and "unexpected" not in err and len(err.splitlines()) == 1, err
+        return err
+    return run
+
+
+@pytest.fixture
+def predict(said, tmp_path, nnunet, hippocampus):
+    """`confkd predict` on held-back images of Hippocampus."""
+    def run(*argv, images=None) -> str:
+        images = images or nnunet.raw(HIPPOCAMPUS) / "imagesTs"
+        return said("predict", "-i", images, "-o", tmp_path / "out", "-device", "cpu", *argv)
+    return run
+
+
+def tree(folder) -> list[str]:
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
+
+
+# ---- training -------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("argv, expected", [
+    (("99", "2d", "0"), "there is no data set 099 (there are: Dataset004_Hippocampus"),
+    (("Dataset099_Nothing", "2d", "0"), "there is no data set Dataset099_Nothing (there are: Dataset004_Hippocampus"),
+    (("hippocampus", "2d", "0"), "give its id or its name, 27 or Dataset027_NAME"),
+    (("4", "3d_lowres", "0"), "has no configuration 3d_lowres; it has 2d, 3d_fullres"),
+    (("4", "2d", "0", "-p", "nnUNetResEncUNetMPlans"),
+     "nnUNetResEncUNetMPlans.json: is not there; plan and preprocess the data set first: confkd plan -d 4 -c 2d "
+     "-pl nnUNetPlannerResEncM; or choose other plans with -p: nnUNetPlans"),
+    (("4", "2d", "0", "-p", "Mine"), "confkd plan -d 4 -c 2d -overwrite_plans_name Mine, with the options that"),
+    (("4", "2d", "1"), "there is no fold 1; use all, or 0 to 0"),
+    (("4", "2d", "first"), "there is no fold first; use all, or 0 to 0"),
+    (("4", "2d", "0", "-tr", "ConfKDTrainr"), "-tr ConfKDTrainr: there is no such trainer"),
+    (("4", "2d", "0", "--val", "-tr", "ConfKDTrainer_5epochs"),
+     "has no checkpoint_final.pth, so --val has nothing to validate; finish the training first: confkd train 4 2d 0 "
+     "-tr ConfKDTrainer_5epochs --c"),
+    (("4", "2d", "0", "--val", "--c"), "--c and --val exclude each other"),
+    (("4", "2d", "0", "-device", "gpu"), "-device gpu: must be cuda, cpu or mps"),
+    (("4", "2d", "0", "-pretrained_weights", "no.pth"), "no.pth: there is no such checkpoint")])
+def test_a_mistake_of_train_is_one_sentence_and_leaves_nothing(nnunet, hippocampus, said, argv, expected):
+    before = tree(nnunet.folder / "results")
+    assert expected in said("train", *argv)
+    assert tree(nnunet.folder / "results") == before
+
+
+def test_a_configuration_that_is_not_preprocessed_is_named_with_the_command(nnunet, hippocampus, said):
+    file = nnunet.preprocessed(HIPPOCAMPUS) / "nnUNetPlans.json"
+    before = file.read_text()
+    plans = json.loads(before)
+    plans["configurations"]["2d_new"] = {"inherits_from": "2d", "data_identifier": "nnUNetPlans_2d_new"}
+    plans["configurations"]["2d_lost"] = {"inherits_from": "2d_gone"}
+    file.write_text(json.dumps(plans))
+    try:
+        text = said("train", "4", "2d_new", "0")
+        assert "the configuration 2d_new is not preprocessed; do it first: confkd plan -d 4 -c 2d_new" in text
+        assert "the configuration 2d_lost is not complete" in said("train", "4", "2d_lost", "0")
+    finally:
+        file.write_text(before)
+    assert not nnunet.model(HIPPOCAMPUS, "2d_new").exists()
+
+
+def test_a_data_set_that_is_only_raw_is_to_be_planned(nnunet, hippocampus, said):
+    raw = nnunet.raw("Dataset098_Raw")
+    raw.mkdir()
+    try:
+        text = said("train", "98", "2d", "0")
+        assert "Dataset098_Raw/nnUNetPlans.json: is not there; plan and" in text and "confkd plan -d 98 -c 2d" in text
+        nnunet.preprocessed("Dataset098_Other").mkdir()
+        assert "several data sets of this id: Dataset098_Other, Dataset098_Raw" in said("train", "98", "2d", "0")
+    finally:
+        shutil.rmtree(raw)
+        shutil.rmtree(nnunet.preprocessed("Dataset098_Other"), ignore_errors=True)
+
+
+def test_variables_that_are_not_set_are_named_at_once(said, monkeypatch, tmp_path):
+    for name in ("raw", "preprocessed", "results"):
+        monkeypatch.delenv(f"nnUNet_{name}", raising=False)
+    text = said("train", "4", "2d", "0")
+    assert "nnUNet_preprocessed and nnUNet_results, nnU-Net's environment variables, are not set" in text
+    assert "export nnUNet_preprocessed=/path/to/nnUNet_preprocessed; export nnUNet_results=" in text
+    assert "export nnUNet_results=" in said("predict", "-i", tmp_path, "-o", tmp_path, "-d", "4", "-c", "2d")
+
+
+@pytest.mark.parametrize("fault, expected", [
+    (torch.OutOfMemoryError("CUDA out of memory. Tried 9 GiB.\nMore of it."), "(CUDA out of memory. Tried 9 GiB.)"),
+    (RuntimeError("[enforce fail at alloc_cpu.cpp] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to"),
+     "DefaultCPUAllocator: can't allocate memory"), (MemoryError(), "exhausted. ")], ids=("cuda", "cpu", "python"))
+def test_a_training_out_of_memory_says_how_to_use_less_and_leaves_nothing(nnunet, hippocampus, said, monkeypatch,
+                                                                          fault, expected):
+    from nnunet_confkd.trainer import ConfKDTrainer
+
+    def train_step(*_):
+        raise fault
+
+    configuration = nnunet.configure(HIPPOCAMPUS, "2d_memory", "2d", {"epochs": 1, "iterations_per_epoch": 1})
+    monkeypatch.setattr(ConfKDTrainer, "train_step", train_step)
+    before = tree(nnunet.folder / "results")
+    text = said("train", "4", configuration, "0", "-device", "cpu")
+    assert "the memory is exhausted" in text and expected in text
+    assert "confkd plan -d ID -c CONFIGURATION -gpu_memory_target 4 " in text
+    assert tree(nnunet.folder / "results") == before
+
+
+def test_memory_that_really_runs_out_is_known_by_its_error():
+    with pytest.raises((RuntimeError, MemoryError)) as error:
+        torch.empty(2 ** 60, dtype=torch.uint8)
+    assert "the memory is exhausted" in explanation(error.value, "predict")
+
+
+def test_the_end_of_a_rank_is_told_by_its_own_sentence():
+    def ended(name: str, text: str) -> RuntimeError:
+        return RuntimeError(f"-- Process 1 terminated with the following error:\nTraceback:\n  ...\n{name}: {text}\n")
+
+    assert explanation(ended("nnunet_confkd.errors.InputError", "plans.json: wrong"), "train") == "plans.json: wrong"
+    assert "4 epochs" in explanation(ended("nnunet_confkd.errors.TrainingError", "stopped after 4 epochs"), "train")
+    out_of_memory = explanation(ended("torch.OutOfMemoryError", "CUDA out of memory"), "train")
+    assert "exhausted (torch.OutOfMemoryError: CUDA out of memory)" in out_of_memory
+    assert explanation(ended("IndexError", "index out of range"), "train") is None
+    assert explanation(ValueError("out of memory"), "train") is None
+
+
+def test_what_an_earlier_training_left_stays_after_a_failed_start(tmp_path):
+    fold = tmp_path / "Dataset001_A" / "model" / "fold_0"
+
+    def fail(*files):
+        with no_leftovers(fold):
+            fold.mkdir(parents=True, exist_ok=True)
+            for file in ("training_log.txt", *files):
+                (fold / file).touch()
+            (fold.parent / "plans.json").touch()
+            raise InputError("wrong")
+
+    def left() -> list[str]:
+        return tree(tmp_path)
+
+    with pytest.raises(InputError):
+        fail()
+    assert left() == []
+    (tmp_path / "Dataset001_A" / "model" / "fold_1").mkdir(parents=True)  # another fold's
+    with pytest.raises(InputError):
+        fail()
+    assert left()[2:] == ["Dataset001_A/model/fold_1", "Dataset001_A/model/plans.json"]
+    with pytest.raises(InputError):
+        fail("progress.png")  # an epoch was trained
+    assert (fold / "training_log.txt").is_file()
+    with pytest.raises(InputError):
+        fail()  # it was there before
+    assert (fold / "progress.png").is_file()
+
+
+# ---- prediction -----------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("argv, expected", [
+    (("-d", "99", "-c", "2d", "-f", "0"), "there is no data set 099"),
+    (("-d", "4", "-c", "3d_new", "-f", "0"),
+     "ConfKDTrainer__nnUNetPlans__3d_new: there is no such model; train it first: confkd train 4 3d_new 0 -tr "
+     "ConfKDTrainer; or choose with -tr, -p and -c one that is trained: "),
+    (("-d", "4", "-c", "2d_export", "-tr", "nnUNetTrainer"), "nnUNetTrainer__nnUNetPlans__2d_export: there is no such"),
+    (("-d", "4", "-c", "2d_export"), "folds 1, 2, 3, 4 have no checkpoint_final.pth; predict with what is trained: -f"),
+    (("-d", "4", "-c", "2d_export", "-f", "0", "-chk", "other.pth"),
+     "fold 0 has no other.pth; the training has not ended: continue it with --c, or predict with -chk checkpoint_"),
+    (("-m", "nowhere", "-f", "0"), "-m nowhere: there is no such folder")])
+def test_a_mistake_of_predict_is_one_sentence(hippocampus_model, predict, argv, expected):
+    assert expected in predict(*argv)
+
+
+def test_a_fold_without_any_checkpoint_is_to_be_trained(hippocampus_model, predict, tmp_path):
+    model = tmp_path / "ConfKDTrainer__nnUNetPlans__2d"
+    (model / "fold_0").mkdir(parents=True)
+    text = predict("-m", model, "-f", "0")
+    assert "is no trained model, because it has no plans.json; train first: confkd train" in text
+    for name in ("plans.json", "dataset.json"):
+        shutil.copyfile(hippocampus_model / name, model / name)
+    assert "fold 0 has no checkpoint_final.pth; train first: confkd train" in predict("-m", model, "-f", "0")
+
+
+def test_the_second_stage_of_a_cascade_asks_for_the_first(hippocampus_model, predict, tmp_path):
+    model = tmp_path / "ConfKDTrainer__nnUNetPlans__3d_cascade_fullres"
+    (model / "fold_0").mkdir(parents=True)
+    plans = json.loads((hippocampus_model / "plans.json").read_text())
+    plans["configurations"]["3d_cascade_fullres"] = {"inherits_from": "3d_fullres", "previous_stage": "3d_lowres"}
+    (model / "plans.json").write_text(json.dumps(plans))
+    shutil.copyfile(hippocampus_model / "dataset.json", model / "dataset.json")
+    (model / "fold_0" / "checkpoint_final.pth").touch()
+    text = predict("-m", model, "-f", "0")
+    assert "predict with 3d_lowres first, and give the folder of these predictions here: -prev_stage" in text
+
+
+@pytest.mark.parametrize("make, expected", [
+    (lambda folder: None, "there is no such file or folder"),
+    (lambda folder: folder.mkdir(), "that ends with .nii.gz, as the model's training images do; it is empty"),
+    (lambda folder: (folder / "patient").mkdir(parents=True), "it holds folders only"),
+    (lambda folder: (folder.mkdir(), (folder / "a.nrrd").touch(), (folder / "b.nii").touch()), "it has .nii, .nrrd"),
+    (lambda folder: (folder.mkdir(), (folder / "a_0000.nii.gz").touch(), (folder / "b.nii.gz").touch()),
+     "b.nii.gz does not end with the number of a channel, but a_0000.nii.gz has one. Name the files of every case "
+     "CASE_0000.nii.gz (channel_0)")], ids=("missing", "empty", "folders", "other format", "mixed"))
+def test_images_that_cannot_be_read_are_told(hippocampus_model, predict, tmp_path, make, expected):
+    make(tmp_path / "images")
+    assert expected in predict("-d", "4", "-c", "2d_export", "-f", "0", images=tmp_path / "images")
+
+
+def test_a_model_of_several_channels_tells_the_names_that_it_needs(tmp_path):
+    (tmp_path / "a.nii.gz").touch()
+    both = r"CASE_0000\.nii\.gz \(T1\), CASE_0001\.nii\.gz \(T2\)"
+    for source in (tmp_path, tmp_path / "a.nii.gz"):
+        with pytest.raises(InputError, match=rf"a\.nii\.gz does not end with the number of a channel\. Name .* {both}"):
+            with readable_images(source, TWO_CHANNELS):
+                pass
+    (tmp_path / "a.nii.gz").rename(tmp_path / "a_0000.nii.gz")
+    with pytest.raises(InputError, match=rf"1 case\(s\) do not have all 2 channels: a\. Name .* {both}"):
+        with readable_images(tmp_path, TWO_CHANNELS):
+            pass
+    (tmp_path / "a_0001.nii.gz").touch()
+    with readable_images(tmp_path, TWO_CHANNELS) as images:
+        assert images == tmp_path
+
+
+def test_numbers_that_are_no_channels_belong_to_the_name_and_hidden_files_are_left_out(tmp_path):
+    for name in ("scan_2019.nii.gz", "scan_2020.nii.gz", "._scan_2020.nii.gz"):
+        (tmp_path / name).write_text(name)
+    with readable_images(tmp_path, ONE_CHANNEL) as images:
+        assert {file.name: file.read_text() for file in images.iterdir()} == {
+            "scan_2019_0000.nii.gz": "scan_2019.nii.gz", "scan_2020_0000.nii.gz": "scan_2020.nii.gz"}
+    assert not images.exists()
+    for name in ("2019", "2020"):
+        (tmp_path / f"scan_{name}.nii.gz").rename(tmp_path / f"scan{name}_0000.nii.gz")
+    with readable_images(tmp_path, ONE_CHANNEL) as images:  # which nnU-Net would take for an image
+        assert sorted(file.name for file in images.iterdir()) == ["scan2019_0000.nii.gz", "scan2020_0000.nii.gz"]
+
+
+def test_where_links_are_not_permitted_images_are_copied_with_what_belongs_to_them(tmp_path, monkeypatch):
+    def refused(*_):
+        raise OSError("privilege not held")
+
+    (tmp_path / "a.tif").write_text("image")
+    (tmp_path / "a.json").write_text('{"spacing": [1, 1, 1]}')
+    for links in (True, False):
+        if not links:
+            monkeypatch.setattr("pathlib.Path.symlink_to", refused)
+        with readable_images(tmp_path / "a.tif", ONE_CHANNEL | {"file_ending": ".tif"}) as images:
+            linked = {file.name: file.read_text() for file in images.iterdir()}
+            assert linked == {"a_0000.tif": "image", "a.json": '{"spacing": [1, 1, 1]}'}
+            assert (images / "a_0000.tif").is_symlink() == links
+    header = b"NRRD0004\ntype: uint8\ndimension: 3\nsizes: 1 1 1\nencoding: raw\ndata file: b.raw\n\n"
+    (tmp_path / "b.nrrd").write_bytes(header)
+    (tmp_path / "b.raw").write_bytes(b"x")
+    with readable_images(tmp_path / "b.nrrd", ONE_CHANNEL | {"file_ending": ".nrrd"}) as images:
+        assert sorted(file.name for file in images.iterdir()) == ["b.raw", "b_0000.nrrd"]
+
+
+def test_images_without_numbers_are_predicted_under_their_own_names(nnunet, hippocampus, hippocampus_model, tmp_path,
+                                                                    capsys):
+    """README's way: `confkd mix` takes images without _0000, where nnUNetv2_predict ends in an IndexError."""
+    numbered, plain = tmp_path / "numbered", tmp_path / "plain"
+    for folder in (numbered, plain):
+        folder.mkdir()
+    cases = hippocampus["test"][:2]
+    for case in cases:
+        source = nnunet.raw(HIPPOCAMPUS) / "imagesTs" / f"{case}_0000.nii.gz"
+        shutil.copyfile(source, numbered / source.name)
+        shutil.copyfile(source, plain / f"{case}.nii.gz")
+
+    def run(images, output):
+        folder = tmp_path / output
+        assert cli.main(["predict", "-d", "4", "-i", str(images), "-o", str(folder), "-c", "2d_export", "-f", "0",
+                         "-npp", "0", "-nps", "0"]) == 0
+        return {file.name: sitk.GetArrayFromImage(sitk.ReadImage(str(file))) for file in folder.glob("*.nii.gz")}
+
+    expected = run(numbered, "a")
+    for images, output, names in ((plain, "b", cases), (plain / f"{cases[0]}.nii.gz", "c", cases[:1]),
+                                  (numbered / f"{cases[1]}_0000.nii.gz", "d", cases[1:])):
+        found = run(images, output)
+        assert sorted(found) == sorted(f"{case}.nii.gz" for case in names)
+        assert all(np.array_equal(voxels, expected[name]) for name, voxels in found.items())
+        record = json.loads((tmp_path / output / "predict_from_raw_data_args.json").read_text())
+        assert record["list_of_lists_or_source_folder"] == str(images)
+    if not torch.cuda.is_available():  # nothing was said about the device, and train and predict run
+        assert capsys.readouterr().out.count("no CUDA device: running on the CPU\n") == 4
+
+
+# ---- devices --------------------------------------------------------------------------------------------------------
+
+@pytest.fixture
+def machine(monkeypatch):
+    def with_devices(cuda=False, mps=False):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: int(cuda))
+        monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
+    return with_devices
+
+
+def test_the_default_device_is_cuda_else_the_cpu_and_one_line_says_so(machine, capsys):
+    machine(cuda=True)
+    assert choose_device() == choose_device("cuda") == "cuda" and choose_device("cpu") == "cpu"
+    assert capsys.readouterr().out == ""
+    machine()
+    assert choose_device() == "cpu" and capsys.readouterr().out == "no CUDA device: running on the CPU\n"
+    machine(mps=True)
+    assert choose_device() == "cpu" and "-device mps" in capsys.readouterr().out and choose_device("mps") == "mps"
+
+
+@pytest.mark.parametrize("argv", [
+    ("train", "4", "2d_export", "0"),
+    ("predict", "-i", "{images}", "-o", "{out}", "-d", "4", "-c", "2d_export", "-f", "0"),
+    ("report", "--model", "{model}", "--output", "{out}"), ("complete", "-d", "4", "--model", "{model}", "--id", "77")],
+    ids=lambda argv: argv[0])
+def test_cuda_where_there_is_none_is_one_sentence(nnunet, hippocampus_model, machine, said, tmp_path, argv):
+    machine()
+    values = {"images": nnunet.raw(HIPPOCAMPUS) / "imagesTs", "out": tmp_path / "out", "model": hippocampus_model}
+    text = said(*(word.format(**values) for word in argv), "-device", "cuda")
+    assert "-device cuda: there is no CUDA device on this machine; use -device cpu" in text
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("cuda", (False, True))
+def test_every_command_chooses_the_same_device(nnunet, hippocampus_model, machine, monkeypatch, tmp_path, capsys, cuda):
+    from nnunet_confkd import complete, report
+    machine(cuda)
+    seen = []
+
+    class Chosen(Exception):
+        pass
+
+    def stop(*args, **kwargs):
+        seen.extend(str(value) for value in (*args, *kwargs.values()) if isinstance(value, torch.device))
+        raise Chosen
+
+    monkeypatch.setattr(cli, "_run", lambda _, name, argv: seen.append(argv[argv.index("-device") + 1]))
+    monkeypatch.setattr(report, "report", stop)
+    monkeypatch.setattr(complete, "_CompletingPredictor", stop)
+    cli.train(["4", "2d_export", "0"])
+    images = nnunet.raw(HIPPOCAMPUS) / "imagesTs"
+    cli.predict(["-i", str(images), "-o", str(tmp_path), "-d", "4", "-c", "2d_export", "-f", "0"])
+    for command, argv in ((report, []), (complete, ["-d", "4", "--id", "77"])):
+        with pytest.raises(Chosen):
+            command.main(["--model", str(hippocampus_model), *argv])
+    assert seen == ["cuda" if cuda else "cpu"] * 4
+    assert capsys.readouterr().out.count("no CUDA device: running on the CPU") == (0 if cuda else 4)
+
+
+def test_more_gpus_than_there_are_is_one_sentence(nnunet, hippocampus, machine, said):
+    machine(cuda=True)
+    assert "-num_gpus 2: this machine has 1 CUDA devices" in said("train", "4", "2d", "0", "-num_gpus", "2")
+
+
+# ---- arguments ------------------------------------------------------------------------------------------------------
+
+@pytest.fixture
+def handed(monkeypatch, tmp_path):
+    """What `confkd train` and `confkd predict` hand to nnU-Net, and what they made of the arguments themselves."""
+    seen = types.SimpleNamespace(args=None, command=None, argv=None)
+
+    def remember(args):
+        seen.args = args
+        return tmp_path
+
+    def run(entry_point, name, argv):
+        seen.command, seen.argv = name, argv
+
+    monkeypatch.setattr(nnunet_commands, "check_training", remember)
+    monkeypatch.setattr(nnunet_commands, "check_model", remember)
+    monkeypatch.setattr("nnunet_confkd.json_files.read_description", lambda *_: ONE_CHANNEL)
+    monkeypatch.setattr(cli, "_run", run)
+    (tmp_path / "a_0000.nii.gz").touch()
+    return seen
+
+
+@pytest.mark.parametrize("argv, expected", [
+    (["4", "2d", "0", "-t", "Mine", "-num", "2", "-dev", "cpu"], {"tr": "Mine", "num_gpus": 2, "device": "cpu"}),
+    (["4", "2d", "0", "-pMyPlans", "-tr=Mine", "-device=cpu"], {"p": "MyPlans", "tr": "Mine", "device": "cpu"}),
+    (["-tr", "One", "4", "2d", "0", "-tr", "Two", "--disable"], {"tr": "Two", "disable_checkpointing": True})])
+def test_abbreviations_mean_what_they_mean_to_nnunets_train(handed, argv, expected):
+    cli.train(argv)
+    assert {name: getattr(handed.args, name) for name in expected} == expected
+    from nnunetv2.run.run_training import run_training_entry
+    theirs = parser_of(run_training_entry, "x").parse_args(handed.argv)  # after what we have added
+    assert theirs.tr == handed.args.tr and theirs.device in ("cpu", "cuda") and theirs.dataset_name_or_id == "4"
+
+
+@pytest.mark.parametrize("command, argv, expected", [
+    ("nnUNetv2_predict", ["-d4", "-c", "2d", "-f", "0", "1", "-t", "Mine"], {"d": "4", "f": ["0", "1"], "tr": "Mine"}),
+    ("nnUNetv2_predict", ["-d", "4", "-c=2d", "-nu", "2", "-device", "cpu"], {"c": "2d", "num_parts": 2}),
+    ("nnUNetv2_predict_from_modelfolder", ["-mmodel", "-ch", "best.pth"], {"m": "model", "chk": "best.pth"}),
+    ("nnUNetv2_predict_from_modelfolder", ["-m=model", "-f", "all"], {"m": "model", "f": ["all"]})])
+def test_abbreviations_mean_what_they_mean_to_nnunets_predict(handed, tmp_path, command, argv, expected):
+    cli.predict([*argv, "-i", str(tmp_path), "-o", str(tmp_path / "out")])
+    assert handed.command == command and {name: getattr(handed.args, name) for name in expected} == expected
+    assert "-tr" not in handed.argv or command == "nnUNetv2_predict"
+
+
+def test_pretrained_weights_are_found_however_they_are_given(handed, hippocampus_model, monkeypatch):
+    """nnU-Net's own parser decides: -pretrained is ambiguous with -p, at least in some versions of Python."""
+    seen = []
+
+    @nnunet_commands.contextmanager
+    def adapted(file):
+        seen.append(file)
+        yield "adapted.pth"
+
+    monkeypatch.setattr("nnunet_confkd.loading.pretrained_for_both_branches", adapted)
+    cli.train(["4", "2d", "0", "-pretrained_weights=stock.pth"])
+    assert seen == ["stock.pth"] and handed.argv[-2:] == ["-pretrained_weights", "adapted.pth"]
+
+
+def test_options_are_added_before_the_end_of_options():
+    assert with_options(["a", "--", "b"], "-x", "1") == ["a", "-x", "1", "--", "b"]
+    assert with_options(["a"], "-x") == ["a", "-x"]
+
+
+def test_a_command_without_a_parser_is_not_taken_for_one():
+    before = sys.argv[:]
+    with pytest.raises(RuntimeError, match="of another version"):
+        parser_of(lambda: None, "nnUNetv2_train")
+    assert sys.argv == before
