@@ -113,7 +113,7 @@ def patients_of(cases: Iterable[str], pattern: str | None) -> dict[str, str]:
 
 def experiment_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of commands that keep N patients full and hold others back to validate."""
-    parser.add_argument("--seed", type=int, default=0, help="of the choice of patients, and of weak labels")
+    parser.add_argument("--seed", type=int, default=0, help="of the choice of patients (and of weak labels)")
     parser.add_argument("--folds", type=int, choices=range(1, FOLDS + 1), default=FOLDS, help="folds over which the patients "
                         f"are divided that are held back to validate (default: {FOLDS}; 1: fold 0 validates on all of them)")
 
@@ -196,29 +196,33 @@ def split_full_cases(kinds: Mapping[str, str], patients: Mapping[str, str] | Non
 
 
 def single_patient_text(folds: Mapping[str, Mapping[str, Iterable[str]]], kinds: Mapping[str, str],
-                        patients: Mapping[str, str]) -> str | None:
+                        patients: Mapping[str, str], command: str) -> str | None:
     """Say what it costs that folds validate on a single patient.
 
     Args:
         folds: {name: fold} of some or all folds of splits_final.json.
         kinds: {case: kind} of all training cases.
         patients: {case: patient}; a case that is not in it is a patient of its own.
+        command: What to type to train on fold 'all'.
 
     Returns:
         The text, with numbers; None if every fold validates on more than one patient.
     """
-    def full(cases: Iterable[str]) -> set[str]:
-        return {patients.get(case, case) for case in cases if kinds.get(case) == FULL}
+    def of(cases: Iterable[str]) -> set[str]:
+        return {patients.get(case, case) for case in cases}
 
-    single = [name for name, fold in folds.items() if len({patients.get(case, case) for case in fold["val"]}) == 1]
+    single = [fold for fold in folds.values() if len(of(fold["val"])) == 1]
     if not single:
         return None
-    everybody = len(full(kinds))
-    lost = [everybody - len(full(folds[name]["train"])) for name in single]
-    shares = _range(round(100 * number / everybody) for number in lost) if everybody else "0"
-    return (f"{_some(single)}: the validation is on a single patient, so the pseudo-Dice and the choice of checkpoint_best are mostly "
-            f"noise, and {_range(lost)} of {everybody} fully annotated patients ({shares} %) do not train. Consider fold 'all', "
-            f"which trains on all of them; predict with checkpoint_final then")
+    full = of(kinds) - of(case for case, kind in kinds.items() if kind != FULL)
+    lost = [len(full - of(fold["train"])) for fold in single]
+    shares = _range(round(100 * number / len(full)) for number in lost) if full else "0"
+    names = _some(name for name, fold in folds.items() if fold in single)
+    text = (f"{names}: the validation is on a single patient, so the pseudo-Dice and the choice of checkpoint_best are mostly noise, and "
+            f"{_range(lost)} of {len(full)} fully annotated patients ({shares} %) do not train. ")
+    if any(full - of(fold["train"]) - of(fold["val"]) for fold in single):
+        return text + "Others are held back for other folds: with --folds 1, the command that wrote the data set makes one fold of them"
+    return text + f"Consider fold 'all', which trains on all of them ({command}); predict with checkpoint_final then"
 
 
 # ---- labels ---------------------------------------------------------------------------------------------------------
@@ -492,8 +496,8 @@ def summary(folder: Path) -> str:
 
 def _folds_text(folds: list[dict[str, list[str]]], kinds: dict[str, str], patients: dict[str, str], noun: str) -> str:
     """What the folds train and validate on, and what a single fold means. noun: "patients", or "cases" where each is one."""
-    full = {patients[case] for case, kind in kinds.items() if kind == FULL}
-    training = [full & {patients[case] for case in fold["train"] if kinds[case] == FULL} for fold in folds]
+    full = set(patients.values()) - {patients[case] for case, kind in kinds.items() if kind != FULL}
+    training = [full & {patients[case] for case in fold["train"]} for fold in folds]
     validating = [{patients[case] for case in fold["val"]} for fold in folds]
     held_back = len(full - set().union(*training))
     counts = [_range(map(len, sets)) for sets in (training, validating)]

@@ -284,9 +284,10 @@ def check_dataset(dataset: int | str, processes: int = PROCESSES, patient_patter
         if FULL in kinds.values():
             text, future = _default_split(kinds, patients, described.get("patient_pattern"))
             report.warnings.append(f"{splits_file}: there is no split. {text}")
-    single = single_patient_text({f"fold {k}": fold for k, fold in enumerate(future)}, kinds, patients)
+    single = single_patient_text({f"fold {k}": fold for k, fold in enumerate(future)}, kinds, patients,
+                                 f"confkd train {int(name[7:10])} CONFIGURATION all")
     if single:
-        report.warnings.append(f"{single} (confkd train {int(name[7:10])} CONFIGURATION all)")
+        report.warnings.append(single)
     _check_strokes(found, kinds, report)
     _check_classes(future, written, report)
     _check_copies(found, tested, folds, report)

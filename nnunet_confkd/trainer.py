@@ -221,7 +221,8 @@ class ConfKDTrainer(nnUNetTrainer):
         if self.fold != "all":
             patients = patients_of(kinds, self.dataset_json.get("patient_pattern"))
             fold = {"train": list(training), "val": list(dataset_val.identifiers)}
-            if text := single_patient_text({f"fold {self.fold}": fold}, kinds, patients):
+            command = f"confkd train {int(self.plans_manager.dataset_name[7:10])} {self.configuration_name} all"
+            if text := single_patient_text({f"fold {self.fold}": fold}, kinds, patients, command):
                 self.print_to_log_file(f"WARNING: {text}.")
         if self.is_cascaded:
             check_first_stage(self)

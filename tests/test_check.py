@@ -684,9 +684,12 @@ def test_a_split_that_nnunet_wrote_is_one_error_that_says_to_delete_it(data, che
 def test_folds_that_validate_on_one_patient_are_a_warning_with_the_numbers(data, check):
     data.split([{"train": ["p1_a", "p1_b", "p3_a", "p3_b", "p4_a", "p5_a"], "val": ["p2_a", "p2_b"]}, FOLD])
     check([], [r"^fold 0: the validation is on a single patient, .*, and 1 of 3 fully annotated patients \(33 %\) do not train\. Consider "
-               r"fold 'all', .* \(confkd train 7 CONFIGURATION all\)$"])
+               r"fold 'all', .* \(confkd train 7 CONFIGURATION all\); predict with checkpoint_final then$"])
     data.describe(patient_pattern=NOWHERE)
     check()  # two patients of one case each
+    data.split([{"train": ["p1_a", "p1_b", "p3_a"], "val": ["p2_a", "p2_b"]}, {"train": ["p1_a", "p1_b", "p4_a", "p3_b"], "val": ["p5_a"]}])
+    data.describe(patient_pattern=r"(p\d+)_")
+    check([], [r"^fold 0, fold 1: .* and 2 of 3 fully annotated patients \(67 %\) do not train\. Others are held back .* --folds 1"])
 
 
 def test_a_dataset_json_that_was_edited_after_planning_is_an_error_that_says_what_to_type(data, check):

@@ -8,6 +8,7 @@ import shutil
 import numpy as np
 import pytest
 import SimpleITK as sitk
+from nnunet_confkd.dataset_conversion.writer import summary
 
 from nnunet_confkd import cli
 from nnunet_confkd.errors import InputError
@@ -245,7 +246,8 @@ def test_patients_with_a_partial_case_do_not_validate(folders, nnunet_folders):
     for folder in folders.values():
         for file in list(folder.rglob("*.nii.gz")):
             file.rename(file.with_name(names[file.name[:-7]] + ".nii.gz"))
-    _mix(folders, patient_pattern=r"(\w+)_\d")
+    target = _mix(folders, patient_pattern=r"(\w+)_\d")
+    assert "5 folds over 8 fully annotated patients: each trains on 6 to 7 of them and validates on 1 to 2" in summary(target)
     validating = [case for fold in _folds(nnunet_folders) for case in fold["val"]]
     assert sorted(validating) == [f"P{k}_0" for k in range(2, 10)]
     for seed in range(5):
