@@ -276,11 +276,12 @@ class ConfKDTrainer(nnUNetTrainer):
             return None
         train, val = self.do_split()
         kinds = self.find_supervision()
-        if PARTIAL not in (kinds[case] for case in train) or any(kinds[case] != FULL for case in val):
+        train = [case for case in train if case in kinds]
+        if PARTIAL not in (kinds[case] for case in train) or any(kinds.get(case) != FULL for case in val):
             return None
         sampler = HintSampler(self.label_manager.ignore_label, self.label_manager.has_regions, no_hints=0)
         patch_size = self.configuration_manager.patch_size
-        cases = self.dataset_class(self.preprocessed_dataset_folder, list(train),
+        cases = self.dataset_class(self.preprocessed_dataset_folder, train,
                                    folder_with_segs_from_previous_stage=self.folder_with_segs_from_previous_stage)
         transforms = self._with_padding(self.get_validation_transforms(None, **self._label_options))
         loader = StratifiedLoader(self._training_cases(cases), self.configuration_manager.batch_size, patch_size, patch_size, self.label_manager,
