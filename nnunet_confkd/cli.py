@@ -112,8 +112,8 @@ def predict(argv: list[str]) -> None:
     if own.save_entropy:
         from nnunet_confkd.uncertainty import EntropyPredictor, list_cases, with_names
         entry_point = with_names(entry_point, nnUNetPredictor=EntropyPredictor)
-    source = Path(args.i)
-    with readable_images(source, read_description(model / "dataset.json")) as images, predicting(own.branch):
+    source, described = Path(args.i), read_description(model / "dataset.json", ("file_ending",))
+    with readable_images(source, described) as images, predicting(own.branch):
         _run(entry_point, name, with_options(argv, "-device", device, "-i", str(images)))
     if images != source:
         name_source(Path(args.o), source)

@@ -160,7 +160,7 @@ def test_the_version_is_told(capsys):
     ("predict", "nnUNetv2_predict_from_modelfolder", ["-m", "model", "-o", "out", "--verbose", "-device", "cpu"],
      ["-device", "cpu"])])
 def test_arguments_are_handed_on_and_defaults_are_added(monkeypatch, tmp_path, command, name, given, handed):
-    seen, model = [], {"file_ending": ".nii.gz", "channel_names": {"0": "CT"}, "labels": {"background": 0, "one": 1}}
+    seen, model = [], {"file_ending": ".nii.gz", "modality": {"0": "CT"}}  # the older name of the channels, which nnU-Net takes
     (tmp_path / "dataset.json").write_text(json.dumps(model))
     (tmp_path / "a_0000.nii.gz").touch()
     for check in ("check_training", "check_model"):
