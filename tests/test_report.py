@@ -493,7 +493,7 @@ def test_the_slice_that_is_shown_holds_most_foreground(small, hippocampus):
         "student", "teacher")) for i in range(len(prediction.seg))]
     assert areas[shown["index"]] == max(areas) > 0 and shown["count"] == len(areas)
     np.testing.assert_array_equal(shown["label"], prediction.seg[shown["index"]])
-    p = np.exp(prediction.logits["student"][:, shown["index"]].astype(float))
+    p = np.exp(prediction.logits["student"][:, shown["index"]].numpy().astype(float))
     p /= p.sum(0)
     np.testing.assert_allclose(shown["entropy"], -(p * np.log(p)).sum(0) / np.log(3), atol=1e-4)
     # a segmentation on the image's grid, cropped and on the preprocessed one: the truth is the preprocessed label
