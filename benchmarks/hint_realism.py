@@ -189,14 +189,11 @@ def cells(found: dict) -> list[list[str]]:
 
 
 def write_table(results: dict) -> None:
-    page = ROOT / "docs" / "method.md"
-    begin, end = "<!-- hint realism -->", "<!-- end of hint realism -->"
+    from step_time import insert
     rows = ["| data, network, annotation | class | has hints | voxels | touching | off centre | in padding |", "|---|---|---|---|---|---|---|"]
     for name, found in results.items():
         rows += ["| " + " | ".join([name if i == 0 else "", *row]) + " |" for i, row in enumerate(cells(found))]
-    text = page.read_text()
-    head, tail = text[:text.index(begin)], text[text.index(end):]
-    page.write_text(head + begin + "\n" + "\n".join(rows) + "\n" + tail)
+    insert(ROOT / "docs" / "method.md", "hint realism", "\n".join(rows))
 
 
 def main() -> None:
