@@ -183,7 +183,7 @@ def test_what_an_earlier_training_left_stays_after_a_failed_start(tmp_path):
     (("-d", "4", "-c", "3d_new", "-f", "0"),
      "ConfKDTrainer__nnUNetPlans__3d_new: there is no such model; train it first: confkd train 4 3d_new 0 -tr "
      "ConfKDTrainer; or choose with -tr, -p and -c one that is trained: "),
-    (("-d", "4", "-c", "2d_export", "-tr", "nnUNetTrainer"), "nnUNetTrainer__nnUNetPlans__2d_export: there is no such"),
+    (("-d", "4", "-c", "2d_export", "-tr", "ConfKDTrainer_noKL"), "ConfKDTrainer_noKL__nnUNetPlans__2d_export: there is no such"),
     (("-d", "4", "-c", "2d_export"), "folds 1, 2, 3, 4 have no checkpoint_final.pth; predict with what is trained: -f"),
     (("-d", "4", "-c", "2d_export", "-f", "0", "-chk", "other.pth"),
      "fold 0 has no other.pth; the training has not ended: continue it with --c, or predict with -chk checkpoint_"),
