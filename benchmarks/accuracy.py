@@ -98,7 +98,7 @@ TRIALS = {
 @dataclass(frozen=True)
 class Table:
     """The settings that all rows share. patients: for test, for validation, to train. small: a plan for CPUs
-    (:func:`nnunet_confkd.demo.add_small_configuration`). An epoch has 50 iterations here."""
+    (:func:`nnunet_confkd.demo.demo.add_small_configuration`). An epoch has 50 iterations here."""
     title: str
     data: str
     style: str
@@ -138,11 +138,13 @@ EPOCH = 50
 def prepare(table: Table, data: Path, scribbles: Path | None, work: Path) -> None:
     """The data sets of a table, preprocessed: one with all labels (fold 0 trains on all, fold M on the first M patients)
     and one for each M. Kept in `work` and used again."""
-    from nnunet_confkd.dataset_conversion import acdc, msd, writer
-    from nnunet_confkd.dataset_conversion.volumes import Volume
+    from nnunet_confkd.dataset_conversion import acdc, msd
 
-    from nnunet_confkd.supervision import FULL, PARTIAL, UNLABELLED
-    from nnunet_confkd.weaken import raw_dataset, weakened
+    from nnunet_confkd.data.folders import preprocessed_folder
+    from nnunet_confkd.data.images import Volume
+    from nnunet_confkd.data.raw_format import raw_dataset, with_ignore, write_dataset
+    from nnunet_confkd.data.supervision import FULL, PARTIAL, UNLABELLED
+    from nnunet_confkd.data.weaken import weakened
 
     done = work / "prepared.json"
     asked = json.loads(json.dumps({**asdict(table), "data": str(data), "scribbles": str(scribbles)}))
@@ -169,11 +171,11 @@ def prepare(table: Table, data: Path, scribbles: Path | None, work: Path) -> Non
     # fold 0, then one fold for each M, in their order
     splits = [{"train": sorted(train), "val": sorted(roles["validation"])}
               for train in (roles["train"], *(first(count) for count in table.full))]
-    (writer.preprocessed_folder() / source.name).mkdir(exist_ok=True)
-    (writer.preprocessed_folder() / source.name / "splits_final.json").write_text(json.dumps(splits))
+    (preprocessed_folder() / source.name).mkdir(exist_ok=True)
+    (preprocessed_folder() / source.name / "splits_final.json").write_text(json.dumps(splits))
     for count in table.full:
         dataset = raw_dataset(source, f"Mixed{count}")
-        dataset.labels = writer.with_ignore(dataset.labels)
+        dataset.labels = with_ignore(dataset.labels)
         kept = {*held_back, *first(count)}
         dataset.training = []
         for name in (*held_back, *roles["train"]):
@@ -185,8 +187,8 @@ def prepare(table: Table, data: Path, scribbles: Path | None, work: Path) -> Non
                 case = weakened(case, kind, dataset.labels, table.style, SPLIT_SEED)
             dataset.training.append(case if name not in kept else replace(case, kind=FULL))
         dataset.validation = held_back
-        folder = writer.write_dataset(dataset, FULL_ID + count, link=True)
-        (writer.preprocessed_folder() / folder.name / "splits_final.json").write_text(json.dumps(splits[:1]))
+        folder = write_dataset(dataset, FULL_ID + count, link=True)
+        (preprocessed_folder() / folder.name / "splits_final.json").write_text(json.dumps(splits[:1]))
     planned(table, [FULL_ID, *(FULL_ID + count for count in table.full)])
     (work / "roles.json").write_text(json.dumps(roles))
     done.write_text(json.dumps(asked))
@@ -194,7 +196,7 @@ def prepare(table: Table, data: Path, scribbles: Path | None, work: Path) -> Non
 
 def planned(table: Table, ids: list[int]) -> None:
     """Data sets, planned and preprocessed."""
-    from nnunet_confkd.planning import plan
+    from nnunet_confkd.data.planning import plan
     processes = int(os.environ["nnUNet_def_n_proc"])
     plan(ids, configurations=[table.configuration], processes=[processes], overwrite_target_spacing=table.spacing,
          overwrite_plans_name="nnUNetPlans" if table.spacing else None, fingerprint_processes=processes, no_progress_bar=True)
@@ -234,7 +236,7 @@ def described(row: str) -> Row:
 
 def settings_of(row: Row) -> dict | None:
     """All settings of a row of ours, the defaults of today included."""
-    from nnunet_confkd import trainer
+    from nnunet_confkd.training import trainer
     if row.trainer == "nnUNetTrainer":
         return None
     settings = trainer.Settings.from_blocks(row.settings, getattr(trainer, row.trainer).fixed_settings).as_dict()
@@ -248,9 +250,9 @@ def build_trainer(table: Table, spec: dict, dataset_id: int | None = None):
     from nnunetv2.run.run_training import get_trainer_from_args
     from nnunetv2.utilities.dataset_name_id_conversion import convert_id_to_dataset_name
 
-    from nnunet_confkd.demo import add_small_configuration
+    from nnunet_confkd.demo.demo import add_small_configuration
     from nnunet_confkd.discovery import make_findable
-    from nnunet_confkd.trainer import ConfKDTrainer
+    from nnunet_confkd.training.trainer import ConfKDTrainer
 
     make_findable()
     row, full = described(spec["name"]), spec["full"]
@@ -344,7 +346,7 @@ def predict_and_measure(trainer, cases: list[str]) -> dict:
     simulated ones), measured in the space of the raw labels."""
     from nnunetv2.inference.export_prediction import convert_predicted_logits_to_segmentation_with_correct_shape
 
-    from nnunet_confkd.validation import CasePredictor, simulated_hints
+    from nnunet_confkd.training.validation import CasePredictor, simulated_hints
 
     trainer.set_deep_supervision_enabled(False)
     trainer.network.eval()
@@ -374,7 +376,7 @@ def measure(truth: np.ndarray, labels: np.ndarray, probabilities: np.ndarray, sp
     """
     from scipy.ndimage import distance_transform_edt
 
-    from nnunet_confkd.metrics import measure_masks
+    from nnunet_confkd.evaluation.metrics import measure_masks
 
     found = {}
     for c in classes:

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import numpy as np
 from nnunet_confkd.dataset_conversion.acdc import TWINS
-from nnunet_confkd.dataset_conversion.writer import patients_of
 from step_time import insert
 
-from nnunet_confkd.metrics import bootstrap_interval, count_of
+from nnunet_confkd.data.patients import patients_of
+from nnunet_confkd.evaluation.metrics import bootstrap_interval, count_of
 
 DOCS = Path(__file__).parent.parent / "docs"
 README = DOCS.parent / "README.md"

@@ -3,7 +3,7 @@
     python benchmarks/compatibility.py [--python 3.11=/usr/bin/python3.11 ...] [--only N ...]
 
 Builds the wheel from a copy of the checkout and installs it (about 6 GB, minutes) into an environment in a temporary folder, which is removed
-again before the next. From that folder it runs tests/test_packaging.py and `confkd demo` with ten steps. Writes compatibility.json beside this
+again before the next. From that folder it runs tests/system/test_packaging.py and `confkd demo` with ten steps. Writes compatibility.json beside this
 file, where earlier results of other versions are kept, and the table into docs/compatibility.md.
 """
 from __future__ import annotations
@@ -59,13 +59,13 @@ def attempt(interpreter: str, nnunet: str, torch: str, wheel: Path, folder: Path
                                 "*(m.version(p) for p in ('nnunetv2', 'torch', 'numpy')))"], capture_output=True, text=True, check=True)
         result |= dict(zip(("python", "nnunetv2", "torch", "numpy"), shown.stdout.split()))
         # the installed package, not the checkout's
-        for name in ("tests/test_packaging.py", "README.md", "pyproject.toml", "setup.py", "LICENSE"):
+        for name in ("tests/system/test_packaging.py", "README.md", "pyproject.toml", "setup.py", "LICENSE"):
             (folder / "checkout" / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(ROOT / name, folder / "checkout" / name)
         for name in ("nnunet_confkd", "trainers", "dataset_conversion"):  # what its own wheel is built of
             shutil.copytree(ROOT / name, folder / "checkout" / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
         result["seconds"]["packaging tests"] = round(run(log, python, "-P" if sys.version_info >= (3, 11) and result["python"] >= "3.11" else "-I",
-                                                         "-m", "pytest", "-q", "checkout/tests/test_packaging.py", cwd=folder))
+                                                         "-m", "pytest", "-q", "checkout/tests/system/test_packaging.py", cwd=folder))
         result["seconds"]["ten steps"] = round(run(log, folder / "venv" / "bin" / "confkd", "demo", "--epochs", "1", "--iterations", "10",
                                                    cwd=folder, OMP_NUM_THREADS="1", nnUNet_compile="false", nnUNet_n_proc_DA="2"))
         result["works"] = True

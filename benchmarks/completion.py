@@ -39,9 +39,8 @@ def trained(table, spec: dict) -> Path:
 
 
 def dice_of(truth: Path, labels: Path, classes: dict[str, list[int]]) -> list[float]:
-    from nnunet_confkd.dataset_conversion.volumes import read
-
-    from nnunet_confkd.metrics import measure_case
+    from nnunet_confkd.data.images import read
+    from nnunet_confkd.evaluation.metrics import measure_case
     truth, labels = (read(file).voxels[0] for file in (truth, labels))
     return [round(of["Dice"], 5) for of in measure_case(truth, labels, classes, (1.0,) * truth.ndim).values()]
 
@@ -72,9 +71,8 @@ def main() -> None:
 
     import torch
     torch.set_num_threads(1)
-    from nnunet_confkd.dataset_conversion.writer import find_dataset
-
-    from nnunet_confkd.complete import complete
+    from nnunet_confkd.data.folders import find_dataset
+    from nnunet_confkd.inference.completion import complete
 
     table = TABLES[args.table]
     start = time.time()

@@ -58,7 +58,7 @@ def main() -> None:
         from nnunet_confkd.dataset_conversion import acdc
 
         from nnunet_confkd import __version__
-        from nnunet_confkd.weaken import weaken_dataset
+        from nnunet_confkd.data.weaken import weaken_dataset
 
         source = acdc.convert(args.acdc, 1, name="Full", processes=1)
         images, labels = sorted((source / "imagesTr").iterdir()), sorted((source / "labelsTr").iterdir())

@@ -222,8 +222,8 @@ def not_finite(fold: Path, log: Path, case: Path) -> str:
 
 def prepare(folder: Path) -> Path:
     """Data, plans and a trainer that saves every epoch; the fold's folder."""
-    from nnunet_confkd.demo import add_small_configuration, plan_and_preprocess
-    from nnunet_confkd.synthetic import generate_dataset
+    from nnunet_confkd.demo.demo import add_small_configuration, plan_and_preprocess
+    from nnunet_confkd.demo.synthetic import generate_dataset
     roles = generate_dataset(folder / "raw" / DATASET, num_full=1, num_partial=3, num_unlabelled=1, num_validation=1, num_test=0)
     plan_and_preprocess(ID, ["2d"])
     preprocessed = folder / "preprocessed" / DATASET

@@ -18,14 +18,15 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from nnunet_confkd.dataset_conversion.volumes import quiet, read
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.label_handling.label_handling import LabelManager
 
-from nnunet_confkd.hints import HintSampler
-from nnunet_confkd.resampling import keep_annotations
-from nnunet_confkd.supervision import FULL, PARTIAL, StratifiedLoader, label_padding
-from nnunet_confkd.weak_labels import case_rng, weaken
+from nnunet_confkd.data.images import quiet, read
+from nnunet_confkd.data.resampling import keep_annotations
+from nnunet_confkd.data.supervision import FULL, PARTIAL
+from nnunet_confkd.data.weak_labels import case_rng, weaken
+from nnunet_confkd.training.batches import StratifiedLoader, label_padding
+from nnunet_confkd.training.hints import HintSampler
 
 ROOT = Path(__file__).resolve().parent.parent
 OUTPUT = Path(__file__).with_suffix(".json")

@@ -48,7 +48,7 @@ def measure(case: Case, shape: tuple[int, ...], count: int, full_every: int, tur
     """On a data set generated for it: seconds until the first batch of each loader, and times of batches by turns."""
     from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
-    from nnunet_confkd.trainer import ConfKDTrainer
+    from nnunet_confkd.training.trainer import ConfKDTrainer
     dataset = folder / "preprocessed" / "Dataset999_Step"
     generate(dataset, shape, count, full_every)
     seconds, loaders = {}, {}

@@ -38,7 +38,7 @@ def main() -> None:
     if not (model / "fold_0" / "validation" / "summary.json").is_file():
         train(args.data.resolve(), work)
 
-    from nnunet_confkd.report import report
+    from nnunet_confkd.report.report import report
     page = work / "report" / "report.html"
     if not page.is_file():
         report(model, output=page.parent)
@@ -49,8 +49,8 @@ def train(data: Path, work: Path) -> None:
     import torch
     from nnunetv2.run.run_training import run_training
 
-    from nnunet_confkd.demo import add_small_configuration, plan_and_preprocess
-    from nnunet_confkd.demo_data import import_dataset
+    from nnunet_confkd.demo.data import import_dataset
+    from nnunet_confkd.demo.demo import add_small_configuration, plan_and_preprocess
     from nnunet_confkd.discovery import make_findable
 
     source = work / "source"  # with the classes' names

@@ -13,11 +13,11 @@ import json
 from pathlib import Path
 
 import numpy as np
-from nnunet_confkd.dataset_conversion.volumes import read
 from nnunetv2.preprocessing.resampling.default_resampling import compute_new_shape, resample_data_or_seg_to_shape
 
-from nnunet_confkd.resampling import keep_annotations
-from nnunet_confkd.weak_labels import case_rng, weaken
+from nnunet_confkd.data.images import read
+from nnunet_confkd.data.resampling import keep_annotations
+from nnunet_confkd.data.weak_labels import case_rng, weaken
 
 ROOT = Path(__file__).resolve().parent.parent
 IGNORE, SEED, SCALES = 3, 0, (0.9, 0.8, 0.5, 2.0)

@@ -53,7 +53,7 @@ def prepare(cases: int | None, volume: tuple[int, ...] | None) -> None:
     import numpy as np
     import SimpleITK as sitk
 
-    from nnunet_confkd.synthetic import generate_dataset
+    from nnunet_confkd.demo.synthetic import generate_dataset
     raw = Path(os.environ["nnUNet_raw"]) / DATASET
     if cases:
         generate_dataset(raw, num_full=NUM_FULL, num_partial=cases // 2, num_unlabelled=0, num_test=0,
@@ -127,7 +127,7 @@ def measure(name: str, cases: int | None, volume: tuple[int, ...] | None, folder
     step("check", [*confkd, "check", "-d", str(ID), "--processes", "2"])
     step("plan", [*confkd, "plan", "-d", str(ID), "-c", "2d", "-np", "2", "-npfp", "2"])
     if CONFIGURATION not in json.loads((preprocessed / "nnUNetPlans.json").read_text())["configurations"]:
-        from nnunet_confkd.demo import add_small_configuration
+        from nnunet_confkd.demo.demo import add_small_configuration
         add_small_configuration(preprocessed / "nnUNetPlans.json", CONFIGURATION, "2d", {"epochs": 1, "iterations_per_epoch": 5, "seed": 0},
                                 features=(4, 8, 8), batch_size=4, max_patch=256, convolutions=1)
         if volume:  # planned for the small cases that train: hundreds of patches a slice

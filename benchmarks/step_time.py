@@ -153,8 +153,8 @@ def parts_of(trainer, batch: dict, device: str, repetitions: int) -> dict[str, f
     """ms of each part of a step, medians: forward of encoder and decoders, loss terms, backward, optimiser."""
     import torch
 
-    from nnunet_confkd.losses import TERMS
-    from nnunet_confkd.network import unwrap
+    from nnunet_confkd.training.losses import TERMS
+    from nnunet_confkd.training.network import unwrap
 
     network, num_full, seconds = unwrap(trainer.network), batch["num_full"], {}
 
@@ -194,8 +194,8 @@ def measure(case: Case, device: str, amp: bool, compiled: bool, repetitions: int
     import torch
     from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
-    from nnunet_confkd.network import unwrap
-    from nnunet_confkd.trainer import ConfKDTrainer
+    from nnunet_confkd.training.network import unwrap
+    from nnunet_confkd.training.trainer import ConfKDTrainer
 
     os.environ["nnUNet_compile"] = str(compiled)
     torch.compiler.reset()  # else the graphs of earlier cases count towards the number at which torch gives up
@@ -234,7 +234,7 @@ def predictions_of(trainers: dict, device: str) -> dict:
     import torch
     from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 
-    from nnunet_confkd.network import branch_weights, unwrap
+    from nnunet_confkd.training.network import branch_weights, unwrap
 
     stock, ours = trainers["stock"], trainers["confkd"]
     networks = {name: unwrap(trainers[name].network) for name in ("stock", "confkd")}
@@ -260,7 +260,7 @@ def peak_memory(case: Case, device: str, trainer_name: str, folder: Path) -> flo
     import torch
     from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
-    from nnunet_confkd.trainer import ConfKDTrainer
+    from nnunet_confkd.training.trainer import ConfKDTrainer
 
     trainer = build(case, nnUNetTrainer if trainer_name == "stock" else ConfKDTrainer, folder, device, VARIANTS.get(trainer_name))
     batch = batch_of(case, trainer._get_deep_supervision_scales(), device)
@@ -363,7 +363,8 @@ def save(run: dict, described: dict, names: list[str], output: Path | None) -> N
     kept = json.loads(file.read_text()) if file.is_file() else {}
     runs = [run]
     if all(kept.get(key) == value for key, value in described.items()):
-        runs += [other for other in kept["runs"] if _mode(other) != _mode(run) and other["case"] in names]
+        runs += [other for other in kept["runs"] if _mode(other) != _mode(run) and other["case"] in names
+                 and set(VARIANTS) <= set(other["step"])]  # measured with the same variants
     result = described | {"runs": sorted(runs, key=lambda run: (names.index(run["case"]), *_mode(run)[1:]))}
     file.write_text(json.dumps(result, indent=1))
     if not output:

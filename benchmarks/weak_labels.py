@@ -18,9 +18,13 @@ import matplotlib.pyplot as plt  # noqa: E402
 import numpy as np  # noqa: E402
 from matplotlib.colors import ListedColormap  # noqa: E402
 from matplotlib.patches import Patch  # noqa: E402
-from nnunet_confkd.dataset_conversion.volumes import read  # noqa: E402
 
-from nnunet_confkd.weak_labels import STYLES, case_rng, weaken  # noqa: E402
+from nnunet_confkd.data.images import read  # noqa: E402
+from nnunet_confkd.data.weak_labels import (
+    STYLES,  # noqa: E402
+    case_rng,  # noqa: E402
+    weaken,  # noqa: E402
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 IGNORE, SEED = 9, 0

@@ -11,20 +11,12 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
-from nnunet_confkd.dataset_conversion.volumes import Volume
-from nnunet_confkd.dataset_conversion.writer import (
-    FOLDS,
-    PARTIAL,
-    PROCESSES,
-    Case,
-    Dataset,
-    choose_patients,
-    experiment_arguments,
-    with_ignore,
-    write_dataset,
-)
-
+from nnunet_confkd.data.images import Volume
+from nnunet_confkd.data.patients import FOLDS, choose_patients, experiment_arguments
+from nnunet_confkd.data.raw_format import Case, Dataset, with_ignore, write_dataset
+from nnunet_confkd.data.supervision import PARTIAL
 from nnunet_confkd.errors import InputError
+from nnunet_confkd.processes import PROCESSES
 
 DESCRIPTION = "ACDC, cardiac cine MRI (training/patientXXX/..., testing/...), with expert scribbles or without"
 LABELS = {"background": 0, "RV": 1, "myocardium": 2, "LV": 3}

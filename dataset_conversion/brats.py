@@ -16,15 +16,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from nnunet_confkd.dataset_conversion.volumes import Volume
-from nnunet_confkd.dataset_conversion.writer import (
-    PROCESSES,
-    Case,
-    Dataset,
-    write_dataset,
-)
-
+from nnunet_confkd.data.images import Volume
+from nnunet_confkd.data.raw_format import Case, Dataset, write_dataset
 from nnunet_confkd.errors import InputError
+from nnunet_confkd.processes import PROCESSES
 
 DESCRIPTION = "BraTS 2015-2023, brain tumours (one folder a case, two to four channels), as regions"
 

@@ -14,10 +14,11 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-from nnunet_confkd.dataset_conversion.volumes import Geometry, Picture, Volume
-from nnunet_confkd.dataset_conversion.writer import PROCESSES, Case, Dataset, write_dataset
 
+from nnunet_confkd.data.images import Geometry, Picture, Volume
+from nnunet_confkd.data.raw_format import Case, Dataset, write_dataset
 from nnunet_confkd.errors import InputError
+from nnunet_confkd.processes import PROCESSES
 
 DESCRIPTION = "LA 2018, left atrium in LGE MRI (a folder a case: lgemri.nrrd and laendo.nrrd, or mri_norm2.h5)"
 IMAGE, LABEL, H5 = "lgemri.nrrd", "laendo.nrrd", "mri_norm2.h5"

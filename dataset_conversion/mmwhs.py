@@ -10,10 +10,10 @@ import argparse
 import re
 from pathlib import Path
 
-from nnunet_confkd.dataset_conversion.volumes import Volume
-from nnunet_confkd.dataset_conversion.writer import PROCESSES, Case, Dataset, write_dataset
-
+from nnunet_confkd.data.images import Volume
+from nnunet_confkd.data.raw_format import Case, Dataset, write_dataset
 from nnunet_confkd.errors import InputError
+from nnunet_confkd.processes import PROCESSES
 
 DESCRIPTION = "MM-WHS, whole heart in CT or MRI (ct_train_10NN_image.nii.gz, ct_train_10NN_label.nii.gz, mr_train_...)"
 LABELS = {"background": 0, "left_ventricle": 1, "right_ventricle": 2, "left_atrium": 3, "right_atrium": 4, "myocardium": 5,

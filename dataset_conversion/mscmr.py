@@ -10,21 +10,12 @@ import argparse
 from dataclasses import replace
 from pathlib import Path
 
-from nnunet_confkd.dataset_conversion.volumes import Volume
-from nnunet_confkd.dataset_conversion.writer import (
-    FOLDS,
-    FULL,
-    PARTIAL,
-    PROCESSES,
-    Case,
-    Dataset,
-    choose_patients,
-    experiment_arguments,
-    with_ignore,
-    write_dataset,
-)
-
+from nnunet_confkd.data.images import Volume
+from nnunet_confkd.data.patients import FOLDS, choose_patients, experiment_arguments
+from nnunet_confkd.data.raw_format import Case, Dataset, with_ignore, write_dataset
+from nnunet_confkd.data.supervision import FULL, PARTIAL
 from nnunet_confkd.errors import InputError
+from nnunet_confkd.processes import PROCESSES
 
 DESCRIPTION = "MSCMR, cardiac LGE MRI with scribbles (train, val, TestSet, each with images and labels)"
 LABELS = {"background": 0, "RV": 1, "myocardium": 2, "LV": 3}

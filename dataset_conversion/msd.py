@@ -11,10 +11,10 @@ import json
 import re
 from pathlib import Path
 
-from nnunet_confkd.dataset_conversion.volumes import Volume, read
-from nnunet_confkd.dataset_conversion.writer import PROCESSES, Case, Dataset, write_dataset
-
+from nnunet_confkd.data.images import Volume, read
+from nnunet_confkd.data.raw_format import Case, Dataset, write_dataset
 from nnunet_confkd.errors import InputError
+from nnunet_confkd.processes import PROCESSES
 
 DESCRIPTION = "Medical Segmentation Decathlon, any task (imagesTr, labelsTr, dataset.json)"
 ENDING = ".nii.gz"

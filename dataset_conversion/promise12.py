@@ -9,10 +9,10 @@ import argparse
 import re
 from pathlib import Path
 
-from nnunet_confkd.dataset_conversion.volumes import Volume, parts
-from nnunet_confkd.dataset_conversion.writer import PROCESSES, Case, Dataset, write_dataset
-
+from nnunet_confkd.data.images import Volume, parts
+from nnunet_confkd.data.raw_format import Case, Dataset, write_dataset
 from nnunet_confkd.errors import InputError
+from nnunet_confkd.processes import PROCESSES
 
 DESCRIPTION = "PROMISE12, prostate MRI (CaseNN.mhd/.raw, CaseNN_segmentation.mhd/.raw)"
 FOLDERS = ("*", "*/*", "*/*/*")  # not "**", which passes over folders that are links, without a word

@@ -12,8 +12,10 @@ from dataclasses import fields
 from pathlib import Path
 from unittest import mock
 
-from nnunet_confkd import cli, trainer
-from nnunet_confkd.settings import Settings, settings_table
+from nnunet_confkd.trainers import confkd_trainers
+
+from nnunet_confkd import cli, nnunet_commands
+from nnunet_confkd.training.settings import Settings, settings_table
 
 FOLDER = Path(__file__).parent / "reference"
 NOTE = "<!-- written by docs/generate_reference.py -->\n"
@@ -35,7 +37,7 @@ def parser_of(command: str) -> argparse.ArgumentParser:
 
     with mock.patch.object(argparse.ArgumentParser, "parse_args", stop):
         try:
-            cli.COMMANDS[command][0]([])
+            cli.run(command, [])
         except _Found as found:
             return found.args[0]
     raise AssertionError(f"{command} makes no parser")
@@ -93,8 +95,8 @@ def _text(described: str) -> str:
 def _words(command: str) -> str:
     """What `confkd train --help` says before nnU-Net's help."""
     said = io.StringIO()
-    with mock.patch.object(cli, "_run"), contextlib.redirect_stdout(said):
-        cli.COMMANDS[command][0](["--help"])
+    with mock.patch.object(nnunet_commands, "run_as"), contextlib.redirect_stdout(said):
+        cli.run(command, ["--help"])
     return said.getvalue().rstrip()
 
 
@@ -125,7 +127,7 @@ def command_line() -> str:
 def settings() -> str:
     defaults = {f.name: f.default for f in fields(Settings)}
     variants = "".join(
-        f"| `{name}` | " + (", ".join(f"`{key}` {_short(value)}" for key, value in getattr(trainer, name).fixed_settings.items()
+        f"| `{name}` | " + (", ".join(f"`{key}` {_short(value)}" for key, value in getattr(confkd_trainers, name).fixed_settings.items()
                                       if value != defaults[key]) or "nothing") + " |\n" for name in TRAINERS)
     return "\n".join([
         "# Settings\n", NOTE,

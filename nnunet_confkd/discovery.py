@@ -1,6 +1,7 @@
 """How nnU-Net finds the trainers: the environment variable nnUNet_extTrainer."""
 from __future__ import annotations
 
+import argparse
 import os
 from importlib.resources import files
 from pathlib import Path
@@ -26,3 +27,13 @@ def make_findable() -> None:
     held = [entry for entry in os.environ.get(VARIABLE, "").split(os.pathsep) if entry]
     if str(trainer_dir()) not in held:
         os.environ[VARIABLE] = os.pathsep.join([*held, str(trainer_dir())])
+
+
+def main(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(prog="confkd trainer-dir", description=(
+        "Print the folder that the environment variable nnUNet_extTrainer must name, and nothing else."))
+    parser.add_argument("--export", action="store_true", help="print the whole line for the shell instead; it keeps what "
+                                                              "the variable already holds")
+    args = parser.parse_args(argv)
+
+    print(export_line() if args.export else trainer_dir())

@@ -1,7 +1,7 @@
 """The errors that carry their reason in their text. The command line prints it without a traceback; any other exception is a
 fault of the program."""
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 
 class InputError(ValueError):
@@ -19,3 +19,9 @@ def shown(value, as_text: Callable = json.dumps, longest: int = 200) -> str:
     except (TypeError, ValueError, RecursionError):
         text = f"a {type(value).__name__}"
     return text if len(text) <= longest else text[:longest] + " ..."
+
+
+def some(values: Iterable, limit: int = 10) -> str:
+    """The first of the values, and how many more there are."""
+    values = [str(value) for value in values]
+    return ", ".join(values[:limit]) + (f" and {len(values) - limit} more" if len(values) > limit else "")

@@ -8,14 +8,13 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
-import json
+import multiprocessing
 import os
 import re
 import shutil
 import sys
-import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from unittest import mock
 
@@ -163,7 +162,7 @@ def _require_preprocessed(folder: Path, plans_name: str, configuration: str) -> 
     """folder: of the data set, in nnUNet_preprocessed."""
     from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
-    from nnunet_confkd.json_files import read_plans
+    from nnunet_confkd.data.json_files import read_plans
 
     file, plan = folder / f"{plans_name}.json", f"confkd plan -d {folder.name[7:10].lstrip('0')} -c {configuration}"
     preset = re.fullmatch("nnUNetResEncUNet(M|L|XL)Plans", plans_name)
@@ -191,7 +190,7 @@ def _require_preprocessed(folder: Path, plans_name: str, configuration: str) -> 
 
 
 def _require_fold(folder: Path, fold: str) -> None:
-    from nnunet_confkd.json_files import read_folds
+    from nnunet_confkd.data.json_files import read_folds
 
     splits = folder / "splits_final.json"
     number = len(read_folds(splits)) if splits.is_file() else 5  # as many as nnU-Net writes
@@ -226,7 +225,7 @@ def check_model(args: argparse.Namespace) -> Path:
         predictions
             of a cascade's first stage are missing.
     """
-    from nnunet_confkd.json_files import read_plans
+    from nnunet_confkd.data.json_files import read_plans
 
     if getattr(args, "m", None) is not None:
         model, train = Path(args.m), "confkd train"
@@ -271,96 +270,14 @@ def _require_folds(model: Path, folds: list[str], checkpoint: str, train: str) -
     raise InputError(f"{model}: {which} no {checkpoint}; {help_}")
 
 
-@contextmanager
-def readable_images(source: Path, described: dict) -> Iterator[Path]:
-    """Yield a folder whose images have the names that nnU-Net needs: CASE_0000, CASE_0001, ..., a number for each
-    channel.
-
-    A folder with such names is yielded as it is. A single image, or images without these numbers, are linked into a
-    temporary folder. The predictions have the names of the images.
-
-    Args:
-        source: An image or a folder of images.
-        described: The model's dataset.json.
-
-    Raises:
-        InputError: There is no such file or folder, it has no images of the model's file ending, or the names cannot be
-            understood.
-    """
-    ending = described["file_ending"]
-    channels = list(described.get("channel_names", described.get("modality", {"0": "image"})).values())
-    if not source.exists():
-        raise InputError(f"-i {source}: there is no such file or folder")
-    inside = [source] if source.is_file() else sorted(source.iterdir())
-    images = [file for file in inside if file.name.endswith(ending) and not file.is_dir()]
-    files = [file for file in images if not file.name.startswith(".")]  # nnU-Net would take the others for images
-    if not files:
-        raise InputError(f"-i {source}: has no image that ends with {ending}, as the model's training images do; it "
-                         + _endings(inside))
-    cases, plain = _cases_of(files, ending, len(channels))
-    expected = ", ".join(f"CASE_{i:04d}{ending} ({name})" for i, name in enumerate(channels))
-    if plain and (cases or len(channels) > 1):
-        mixed = f", but {next(iter(cases.values()))[0].name} has one" if cases else ""
-        raise InputError(f"-i {source}: {plain[0].name} does not end with the number of a channel{mixed}. Name the "
-                         "files "
-                         f"of every case {expected}")
-    incomplete = [case for case, of_case in cases.items() if len(of_case) != len(channels)]
-    if incomplete:
-        some = ", ".join(incomplete[:5]) + (", ..." if len(incomplete) > 5 else "")
-        raise InputError(f"-i {source}: {len(incomplete)} case(s) do not have all {len(channels)} channels: {some}. "
-                         "Name the "
-                         f"files of every case {expected}")
-    if source.is_dir() and not plain and images == files:
-        yield source
-        return
-    cases |= {file.name[:-len(ending)]: [file] for file in plain}
-    with tempfile.TemporaryDirectory(prefix="confkd_images_") as folder:
-        for case, of_case in cases.items():
-            for number, file in enumerate(of_case):
-                _link(file, Path(folder) / f"{case}_{number:04d}{ending}")
-        yield Path(folder)
 
 
-def _endings(files: list[Path]) -> str:
-    found = sorted({"".join(file.suffixes[-2:] if file.suffix == ".gz" else file.suffixes[-1:]) or file.name
-                    for file in files if file.is_file()})
-    return f"has {', '.join(found[:5])}" if found else "holds folders only" if files else "is empty"
 
 
-def _cases_of(files: list[Path], ending: str, channels: int) -> tuple[dict[str, list[Path]], list[Path]]:
-    """{case: its channels} of the files that have the number of a channel, and the files that have none."""
-    cases: dict[str, list[Path]] = {}
-    plain = []
-    for file in files:
-        match = re.fullmatch(r"(.+)_(\d{4})", file.name[:-len(ending)])
-        if match and int(match[2]) < channels:
-            cases.setdefault(match[1], []).append(file)
-        else:
-            plain.append(file)
-    return cases, plain
 
 
-def _link(file: Path, target: Path) -> None:
-    """Link an image and what belongs to it, a NRRD's voxels or a TIFF's spacing. Windows may permit only copies."""
-    from nnunet_confkd.dataset_conversion.volumes import parts, spacing_file
-
-    for part in parts(file):
-        to = target if part == file else spacing_file(target) if part.suffix == ".json" else target.with_name(part.name)
-        if to.exists():
-            continue  # the spacing is that of all channels
-        try:
-            to.symlink_to(part.resolve())
-        except OSError:
-            shutil.copyfile(part, to)
 
 
-def name_source(output: Path, source: Path) -> None:
-    """Let nnU-Net's record of a prediction name the images that were given, not the temporary folder."""
-    file = output / "predict_from_raw_data_args.json"
-    if file.is_file():
-        record = json.loads(file.read_text(encoding="utf-8"))
-        record["list_of_lists_or_source_folder"] = str(source)
-        file.write_text(json.dumps(record, indent=4), encoding="utf-8")
 
 
 # ---- afterwards -----------------------------------------------------------------------------------------------------
@@ -393,3 +310,110 @@ def explanation(error: BaseException, command: str) -> str | None:
                 "killed, "
                 f"most likely for want of memory. {advice}")
     return None
+
+
+def run_as(entry_point, name: str, argv: list[str]) -> None:
+    """Call an entry point of nnU-Net's as its command would be."""
+    before, sys.argv, running = sys.argv, [name, *argv], multiprocessing.active_children()
+    try:
+        entry_point()
+    except BaseException:
+        for process in {*multiprocessing.active_children()} - {*running}:
+            process.terminate()  # the ranks of a training on several GPUs: Python would wait for their end
+        raise
+    finally:
+        sys.argv = before
+
+
+def _wants_help(argv: list[str]) -> bool:
+    return any(word == "-h" or len(word) > 2 and "--help".startswith(word) for word in argv)
+
+
+def train(argv: list[str]) -> None:
+    from nnunetv2.run.run_training import run_training_entry
+
+    from nnunet_confkd.device import choose_device
+    from nnunet_confkd.discovery import make_findable
+    from nnunet_confkd.inference.checkpoints import pretrained_for_both_branches
+
+    name = "nnUNetv2_train"
+    make_findable()
+    if _wants_help(argv):
+        print("confkd train: nnUNetv2_train with the ConfKD trainers in reach.\n"
+              f"  -tr                  default: {DEFAULT_TRAINER}\n"
+              "  -device              default: cuda where there is one, else cpu\n"
+              "  -pretrained_weights  takes stock nnU-Net checkpoints, too\n"
+              "All else is nnUNetv2_train's:\n")
+        run_as(run_training_entry, name, argv)
+        return
+    args = parser_of(run_training_entry, name).parse_args(argv)
+    args.tr = args.tr or DEFAULT_TRAINER
+    output = check_training(args)
+    argv = with_options(argv, "-tr", args.tr, "-device", choose_device(args.device))
+    given = args.pretrained_weights
+    with no_leftovers(output), (nullcontext() if given is None else pretrained_for_both_branches(given)) as adapted:
+        run_as(run_training_entry, name, argv if given is None else with_options(argv, "-pretrained_weights", adapted))
+
+
+def predict(argv: list[str]) -> None:
+    from nnunetv2.inference.predict_from_raw_data import predict_entry_point, predict_entry_point_modelfolder
+
+    from nnunet_confkd.data.json_files import read_description
+    from nnunet_confkd.device import choose_device
+    from nnunet_confkd.discovery import make_findable
+    from nnunet_confkd.inference.inputs import name_source, readable_images
+    from nnunet_confkd.training.network import BRANCHES, predicting
+
+    make_findable()
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--branch", choices=BRANCHES, default="student")
+    parser.add_argument("--save-entropy", action="store_true")
+    own, argv = parser.parse_known_args(argv)
+    with_folder = parser_of(predict_entry_point_modelfolder, "nnUNetv2_predict_from_modelfolder")
+    for action in with_folder._actions:
+        action.required = False
+    from_folder = with_folder.parse_known_args([word for word in argv if word not in ("-h", "--help")])[0].m is not None
+    entry_point, name = ((predict_entry_point_modelfolder, "nnUNetv2_predict_from_modelfolder") if from_folder
+                         else (predict_entry_point, "nnUNetv2_predict"))
+    if _wants_help(argv):
+        print("confkd predict: nnUNetv2_predict (with -m FOLDER: nnUNetv2_predict_from_modelfolder) with the ConfKD trainers\n"
+              "in reach.\n"
+              "  --branch {student,teacher,mean}  which branch predicts (default: student; mean: of the logits)\n"
+              "  --save-entropy                   also write the entropy of each voxel, and a list of "
+              "the cases\n                                   to look at first, to the folder uncertainty of -o\n"
+              "  -i                               a folder of images, or an image; with a single channel the names "
+              "need\n"
+              "                                   no _0000 at their end\n"
+              f"  -tr                              default: {DEFAULT_TRAINER}\n"
+              "  -device                          default: cuda where there is one, else cpu\n"
+              "All else is nnU-Net's:\n")
+        run_as(entry_point, name, argv)
+        return
+    args = parser_of(entry_point, name).parse_args(argv)
+    if not from_folder:
+        args.tr = args.tr or DEFAULT_TRAINER
+        argv = with_options(argv, "-tr", args.tr)
+    model = check_model(args)
+    if own.branch != "student":
+        _require_branches(model / f"fold_{args.f[0]}" / args.chk)
+    device = choose_device(args.device)
+    if own.save_entropy:
+        from nnunet_confkd.inference.prediction import with_names
+        from nnunet_confkd.inference.uncertainty import EntropyPredictor, list_cases
+        entry_point = with_names(entry_point, nnUNetPredictor=EntropyPredictor)
+    source, described = Path(args.i), read_description(model / "dataset.json", ("file_ending",))
+    with readable_images(source, described) as images, predicting(own.branch):
+        run_as(entry_point, name, with_options(argv, "-device", device, "-i", str(images)))
+    if images != source:
+        name_source(Path(args.o), source)
+    if own.save_entropy:
+        print("look at these cases first:", list_cases(EntropyPredictor.output))
+
+
+def _require_branches(checkpoint: Path) -> None:
+    """Raise InputError where the model has no teacher: --branch would be ignored without a word."""
+    from nnunet_confkd.inference.checkpoints import load_checkpoint
+    from nnunet_confkd.training.network import has_teacher
+
+    if not has_teacher(load_checkpoint(checkpoint)["network_weights"]):
+        raise InputError(f"{checkpoint}: holds no teacher, so --branch has nothing to choose from")

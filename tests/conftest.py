@@ -79,14 +79,14 @@ class Workspace:
 
     def prepare(self, dataset: str, configurations: list[str], split: dict | None = None) -> None:
         """Plan and preprocess; write the split."""
-        from nnunet_confkd.demo import plan_and_preprocess
+        from nnunet_confkd.demo.demo import plan_and_preprocess
         plan_and_preprocess(int(dataset[7:10]), configurations)
         if split is not None:
             (self.preprocessed(dataset) / "splits_final.json").write_text(json.dumps([split]))
 
     def configure(self, dataset: str, name: str, base: str, confkd: dict | None = None, **options) -> str:
         """Add a tiny configuration of its own name to the plans."""
-        from nnunet_confkd.demo import add_small_configuration
+        from nnunet_confkd.demo.demo import add_small_configuration
         add_small_configuration(self.preprocessed(dataset) / "nnUNetPlans.json", name, base, confkd, **TINY | options)
         return name
 
@@ -166,7 +166,7 @@ HIPPOCAMPUS = "Dataset004_Hippocampus"
 def hippocampus(nnunet, test_data) -> dict[str, list[str]]:
     """Real MSD Hippocampus as Dataset004: 5 full, 30 point-labelled, 10 unlabelled training cases; 2-D and 3-D. Returns
     the cases by role."""
-    from nnunet_confkd.demo_data import import_dataset
+    from nnunet_confkd.demo.data import import_dataset
     roles = import_dataset(test_data / "hippocampus", 4, HIPPOCAMPUS[11:], seed=1)
     training = [*roles["full"], *roles["partial"], *roles["unlabelled"]]
     nnunet.prepare(HIPPOCAMPUS, ["2d", "3d_fullres"], {"train": sorted(training), "val": sorted(roles["validation"])})

@@ -14,7 +14,8 @@ import torch
 from nnunet_confkd import cli, nnunet_commands
 from nnunet_confkd.device import choose_device
 from nnunet_confkd.errors import InputError
-from nnunet_confkd.nnunet_commands import explanation, no_leftovers, parser_of, readable_images, with_options
+from nnunet_confkd.inference.inputs import readable_images
+from nnunet_confkd.nnunet_commands import explanation, no_leftovers, parser_of, with_options
 
 HIPPOCAMPUS = "Dataset004_Hippocampus"
 ONE_CHANNEL = {"channel_names": {"0": "MRI"}, "file_ending": ".nii.gz"}
@@ -115,7 +116,7 @@ def test_variables_that_are_not_set_are_named_at_once(said, monkeypatch, tmp_pat
      "DefaultCPUAllocator: can't allocate memory"), (MemoryError(), "exhausted. ")], ids=("cuda", "cpu", "python"))
 def test_a_training_out_of_memory_says_how_to_use_less_and_leaves_nothing(nnunet, hippocampus, said, monkeypatch,
                                                                           fault, expected):
-    from nnunet_confkd.trainer import ConfKDTrainer
+    from nnunet_confkd.training.trainer import ConfKDTrainer
 
     def train_step(*_):
         raise fault
@@ -342,7 +343,8 @@ def test_cuda_where_there_is_none_is_one_sentence(nnunet, hippocampus_model, mac
 
 @pytest.mark.parametrize("cuda", (False, True))
 def test_every_command_chooses_the_same_device(nnunet, hippocampus_model, machine, monkeypatch, tmp_path, capsys, cuda):
-    from nnunet_confkd import complete, report
+    from nnunet_confkd.inference import completion as complete
+    from nnunet_confkd.report import report
     machine(cuda)
     seen = []
 
@@ -353,12 +355,12 @@ def test_every_command_chooses_the_same_device(nnunet, hippocampus_model, machin
         seen.extend(str(value) for value in (*args, *kwargs.values()) if isinstance(value, torch.device))
         raise Chosen
 
-    monkeypatch.setattr(cli, "_run", lambda _, name, argv: seen.append(argv[argv.index("-device") + 1]))
+    monkeypatch.setattr(nnunet_commands, "run_as", lambda _, name, argv: seen.append(argv[argv.index("-device") + 1]))
     monkeypatch.setattr(report, "report", stop)
     monkeypatch.setattr(complete, "_CompletingPredictor", stop)
-    cli.train(["4", "2d_export", "0"])
+    nnunet_commands.train(["4", "2d_export", "0"])
     images = nnunet.raw(HIPPOCAMPUS) / "imagesTs"
-    cli.predict(["-i", str(images), "-o", str(tmp_path), "-d", "4", "-c", "2d_export", "-f", "0"])
+    nnunet_commands.predict(["-i", str(images), "-o", str(tmp_path), "-d", "4", "-c", "2d_export", "-f", "0"])
     for command, argv in ((report, []), (complete, ["-d", "4", "--id", "77"])):
         with pytest.raises(Chosen):
             command.main(["--model", str(hippocampus_model), *argv])
@@ -387,8 +389,8 @@ def handed(monkeypatch, tmp_path):
 
     monkeypatch.setattr(nnunet_commands, "check_training", remember)
     monkeypatch.setattr(nnunet_commands, "check_model", remember)
-    monkeypatch.setattr("nnunet_confkd.json_files.read_description", lambda *_: ONE_CHANNEL)
-    monkeypatch.setattr(cli, "_run", run)
+    monkeypatch.setattr("nnunet_confkd.data.json_files.read_description", lambda *_: ONE_CHANNEL)
+    monkeypatch.setattr(nnunet_commands, "run_as", run)
     (tmp_path / "a_0000.nii.gz").touch()
     return seen
 
@@ -398,7 +400,7 @@ def handed(monkeypatch, tmp_path):
     (["4", "2d", "0", "-pMyPlans", "-tr=Mine", "-device=cpu"], {"p": "MyPlans", "tr": "Mine", "device": "cpu"}),
     (["-tr", "One", "4", "2d", "0", "-tr", "Two", "--disable"], {"tr": "Two", "disable_checkpointing": True})])
 def test_abbreviations_mean_what_they_mean_to_nnunets_train(handed, argv, expected):
-    cli.train(argv)
+    nnunet_commands.train(argv)
     assert {name: getattr(handed.args, name) for name in expected} == expected
     from nnunetv2.run.run_training import run_training_entry
     theirs = parser_of(run_training_entry, "x").parse_args(handed.argv)  # after what we have added
@@ -411,7 +413,7 @@ def test_abbreviations_mean_what_they_mean_to_nnunets_train(handed, argv, expect
     ("nnUNetv2_predict_from_modelfolder", ["-mmodel", "-ch", "best.pth"], {"m": "model", "chk": "best.pth"}),
     ("nnUNetv2_predict_from_modelfolder", ["-m=model", "-f", "all"], {"m": "model", "f": ["all"]})])
 def test_abbreviations_mean_what_they_mean_to_nnunets_predict(handed, tmp_path, command, argv, expected):
-    cli.predict([*argv, "-i", str(tmp_path), "-o", str(tmp_path / "out")])
+    nnunet_commands.predict([*argv, "-i", str(tmp_path), "-o", str(tmp_path / "out")])
     assert handed.command == command and {name: getattr(handed.args, name) for name in expected} == expected
     assert "-tr" not in handed.argv or command == "nnUNetv2_predict"
 
@@ -425,8 +427,8 @@ def test_pretrained_weights_are_found_however_they_are_given(handed, hippocampus
         seen.append(file)
         yield "adapted.pth"
 
-    monkeypatch.setattr("nnunet_confkd.loading.pretrained_for_both_branches", adapted)
-    cli.train(["4", "2d", "0", "-pretrained_weights=stock.pth"])
+    monkeypatch.setattr("nnunet_confkd.inference.checkpoints.pretrained_for_both_branches", adapted)
+    nnunet_commands.train(["4", "2d", "0", "-pretrained_weights=stock.pth"])
     assert seen == ["stock.pth"] and handed.argv[-2:] == ["-pretrained_weights", "adapted.pth"]
 
 

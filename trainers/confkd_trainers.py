@@ -1,6 +1,6 @@
-"""What nnU-Net finds through nnUNet_extTrainer: the trainers' names; the classes live in the installed package."""
-from nnunet_confkd.trainer import (  # noqa: F401
-    ConfKDTrainer,
+"""What nnU-Net finds through nnUNet_extTrainer: the names of the trainers. The classes live in the installed package."""
+from nnunet_confkd.training.trainer import ConfKDTrainer  # noqa: F401
+from nnunet_confkd.training.variants import (  # noqa: F401
     ConfKDTrainer_1epoch,
     ConfKDTrainer_5epochs,
     ConfKDTrainer_50epochs,

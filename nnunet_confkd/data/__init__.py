@@ -1,0 +1,1 @@
+"""Data sets: reading, checking, mixing, weakening and planning them."""

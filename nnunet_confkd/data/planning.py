@@ -1,0 +1,411 @@
+"""nnU-Net's fingerprint, planning and preprocessing, made right for partial labels.
+
+Without an ignore label these are nnU-Net's own steps and results. With one, the intensity statistics are those of annotated
+foreground (nnU-Net takes ignored voxels for foreground), resampling loses no annotation, the default split validates on
+fully labelled cases alone, and a report tells what became of the annotations. In both, `confkd` blocks of settings
+survive planning anew.
+"""
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from copy import deepcopy
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import nnunetv2
+import numpy as np
+from batchgenerators.utilities.file_and_folder_operations import save_json
+from nnunetv2.experiment_planning.plan_and_preprocess_api import extract_fingerprints, plan_experiments, preprocess, preprocess_dataset
+from nnunetv2.experiment_planning.verify_dataset_integrity import verify_dataset_integrity
+from nnunetv2.imageio.base_reader_writer import BaseReaderWriter
+from nnunetv2.imageio.reader_writer_registry import determine_reader_writer_from_dataset_json
+from nnunetv2.utilities.dataset_name_id_conversion import convert_id_to_dataset_name
+from nnunetv2.utilities.find_class_by_name import recursive_find_python_class
+from nnunetv2.utilities.label_handling.label_handling import LabelManager
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
+
+from nnunet_confkd.data.folders import find_dataset, preprocessed_folder, raw_folder
+from nnunet_confkd.data.images import count_voxels, quiet
+from nnunet_confkd.data.json_files import read_description, read_json
+from nnunet_confkd.data.patients import patients_of, split_full_cases
+from nnunet_confkd.data.resampling import KeepAnnotations
+from nnunet_confkd.data.supervision import FULL, OUTSIDE, TABLE_KEY, UNLABELLED, annotation_counts, check_labels, decide_kinds, kind_of, summary
+from nnunet_confkd.errors import InputError
+
+BLOCK = "confkd"  # the key of the trainer's settings in the plans
+# of the fingerprint, where the statistics are not nnU-Net's: one without it counts ignored voxels as foreground
+MARKER, MARK = "foreground_intensities_of", "annotated voxels"
+CONFIGURATIONS = ("2d", "3d_fullres", "3d_lowres")
+PROCESSES = {"2d": 8, "3d_fullres": 4, "3d_lowres": 8}  # nnU-Net's defaults; 4 for any other
+THREADS = 8
+
+
+def plan(datasets: Sequence[int | str], *, configurations: Sequence[str] = CONFIGURATIONS,
+         planner: str = "ExperimentPlanner", gpu_memory_target: float | None = None,
+         preprocessor_name: str = "DefaultPreprocessor", overwrite_target_spacing: Sequence[float] | None = None,
+         overwrite_plans_name: str | None = None, fingerprint_extractor: str = "DatasetFingerprintExtractor",
+         fingerprint_processes: int = 8, processes: Sequence[int] | None = None, verify_integrity: bool = False,
+         clean: bool = False, no_preprocessing: bool = False, verbose: bool = False, no_progress_bar: bool = False) -> str:
+    """nnUNetv2_plan_and_preprocess; returns the name of the plans.
+
+    datasets: ids or names. The keywords are nnU-Net's options, with its defaults (see :func:`main`).
+    Raises InputError before anything is written: no such data set or class, numbers that do not fit, labels that cannot be
+    read or hold other values than dataset.json lists, a "supervision" table that contradicts them, no annotated foreground.
+    """
+    names = [_find(dataset) for dataset in datasets]
+    processes = list(processes or [PROCESSES.get(c, 4) for c in configurations])
+    if len(processes) not in (1, len(configurations)):
+        raise InputError(f"-np: {len(processes)} numbers for {len(configurations)} configurations; give one, or one each")
+    processes = processes * len(configurations) if len(processes) == 1 else processes
+    if overwrite_target_spacing is not None and len(overwrite_target_spacing) != 3:
+        raise InputError(f"-overwrite_target_spacing: three numbers are needed, not {len(overwrite_target_spacing)}")
+    extractor = _find_class("experiment_planning", fingerprint_extractor, "-fpe")
+    _find_class("experiment_planning", planner, "-pl")
+    _find_class("preprocessing", preprocessor_name, "-preprocessor_name")
+    described = {name: _dataset_json(name) for name in names}
+    labels = {name: read_raw_labels(name, content) for name, content in described.items() if "ignore" in content["labels"]}
+
+    bar = not no_progress_bar
+    print("Fingerprint extraction...")
+    for name in names:
+        if name not in labels:
+            extract_fingerprints([_id(name)], fingerprint_extractor, fingerprint_processes, verify_integrity, clean, verbose,
+                                 bar)
+            continue
+        print(name)
+        if verify_integrity:
+            verify_dataset_integrity(str(raw_folder() / name), fingerprint_processes)
+        extract_annotated_fingerprint(name, labels[name], extractor, fingerprint_processes, clean, verbose, bar)
+
+    print("Experiment planning...")
+    for name in names:
+        with _blocks_kept(preprocessed_folder() / name), _threads_for_planning():
+            plans_name = plan_experiments([_id(name)], planner, gpu_memory_target, preprocessor_name,
+                                          overwrite_target_spacing, overwrite_plans_name)
+
+    if not no_preprocessing:
+        print("Preprocessing...")
+        for name in names:
+            if name in labels:
+                preprocess_keeping_annotations(name, plans_name, configurations, processes, verbose, bar)
+            else:
+                preprocess([_id(name)], plans_name, configurations, processes, verbose, bar)
+    for name in labels:
+        print()
+        if not no_preprocessing:
+            for configuration, counts in preprocessed_counts(name, plans_name, configurations, labels[name]).items():
+                print(report(name, configuration, labels[name], counts))
+        write_split(name, labels[name])
+    return plans_name
+
+
+# ---- what is there --------------------------------------------------------------------------------------------------
+
+def _find(dataset: int | str) -> str:
+    name = find_dataset(dataset)
+    if not (name.startswith("Dataset") and name[7:10].isdigit()):
+        raise InputError(f"{raw_folder() / name}: nnU-Net's data sets are called Dataset027_NAME")
+    preprocessed_folder()
+    try:
+        convert_id_to_dataset_name(_id(name))
+    except RuntimeError as error:  # another of the same id, among the preprocessed ones or the results
+        raise InputError(str(error)) from error
+    return name
+
+
+def _id(name: str) -> int:
+    return int(name[7:10])
+
+
+def _find_class(package: str, name: str, option: str) -> type:
+    """A class of nnU-Net's by its name, as nnU-Net finds it."""
+    found = recursive_find_python_class(os.path.join(nnunetv2.__path__[0], package), name, f"nnunetv2.{package}")
+    if found is None:
+        raise InputError(f"{option} {name}: nnU-Net has no such class in nnunetv2.{package}")
+    return found
+
+
+def _replace_json(file: Path, content) -> None:
+    """In nnU-Net's format; the file is whole at any time."""
+    aside = file.with_name(f".{file.name}.{os.getpid()}")
+    try:
+        save_json(content, str(aside), sort_keys=False)
+        os.replace(aside, file)
+    except OSError as error:
+        aside.unlink(missing_ok=True)
+        raise InputError(f"{file}: cannot be written: {error.strerror}") from error
+
+
+def _dataset_json(name: str) -> dict:
+    file = raw_folder() / name / "dataset.json"
+    described = read_description(file, ["labels", "file_ending", "numTraining"])
+    with _about(file.parent):
+        check_labels(described)
+    return described
+
+
+@contextmanager
+def _about(folder: Path) -> Iterator[None]:
+    """Tell which data set an error is about."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"{folder}: {error}") from error
+
+
+@dataclass
+class RawLabels:
+    """The training labels of a data set with an ignore label: by case the file, the voxels per label, the kind and the
+    patient."""
+    files: dict[str, str]
+    counts: dict[str, dict[int, int]]
+    kinds: dict[str, str]
+    patients: dict[str, str]
+    reader: type[BaseReaderWriter]
+    manager: LabelManager
+
+
+def read_raw_labels(name: str, described: dict) -> RawLabels:
+    """Count the voxels of all labels. Raises InputError with all that is wrong with them."""
+    folder = raw_folder() / name
+    try:
+        manager = LabelManager(described["labels"], described.get("regions_class_order"))
+        found = get_filenames_of_train_images_and_targets(str(folder), deepcopy(described))
+        cases = {str(case): files for case, files in found.items()}
+        if not cases:
+            raise InputError(f"{folder / 'imagesTr'}: holds no training image that ends in _0000{described['file_ending']}")
+        example = next(iter(cases.values()))["images"][0]
+        with quiet():
+            reader = determine_reader_writer_from_dataset_json(described, example, verbose=False)
+    except (OSError, LookupError, RuntimeError, AssertionError) as error:
+        raise InputError(f"{folder}: the training cases cannot be read ({error}); confkd check tells more") from error
+    values = [*map(int, manager.all_labels), int(manager.ignore_label)]
+
+    def count(case: str) -> Any:  # its counts, or what is wrong
+        file = cases[case]["label"]
+        try:
+            seg = reader().read_seg(file)[0]
+        except Exception as error:  # each reader has its own
+            return f"{file}: the label cannot be read ({' '.join(str(error).split()[-20:]) or type(error).__name__})"
+        counts = count_voxels(seg, values)
+        if sum(counts.values()) == seg.size:
+            return counts
+        strange = np.setdiff1d(np.unique(seg), values)
+        return (f"{file}: holds the values {', '.join(f'{v:g}' for v in strange[:10])}; dataset.json lists "
+                f"{', '.join(map(str, values))}")
+
+    with quiet(), ThreadPoolExecutor(THREADS) as pool:
+        counts = dict(zip(cases, pool.map(count, cases)))
+    problems = [found for found in counts.values() if isinstance(found, str)]
+    if problems:
+        raise InputError(f"{folder}: {len(problems)} labels are wrong; correct them:\n  " + "\n  ".join(problems))
+    if not any(c[value] for c in counts.values() for value in values[:-1] if value > 0):
+        raise InputError(f"{folder}: none of the {len(cases)} labels has an annotated voxel of any foreground class, so "
+                         f"there is nothing to learn; annotate some, or correct \"ignore\" in dataset.json")
+    with _about(folder):
+        kinds = decide_kinds(counts, manager, described.get(TABLE_KEY))
+        patients = patients_of(cases, described.get("patient_pattern"))
+    return RawLabels({case: files["label"] for case, files in cases.items()}, counts, kinds, patients, reader, manager)
+
+
+# ---- fingerprint ----------------------------------------------------------------------------------------------------
+
+def extract_annotated_fingerprint(name: str, labels: RawLabels, extractor_class: type, processes: int, clean: bool,
+                                  verbose: bool, show_progress_bar: bool) -> None:
+    """nnU-Net's fingerprint, of labels in which nothing but annotated foreground is foreground.
+
+    Its extractor takes every label above 0 for foreground, so it is shown copies in which ignored voxels are background.
+    All else in the fingerprint follows from the images. A fingerprint of stock nnU-Net's is made again; otherwise, as there,
+    an existing one stays unless `clean`.
+    """
+    file = preprocessed_folder() / name / "dataset_fingerprint.json"
+    if file.is_file() and not clean:
+        if read_json(file).get(MARKER) == MARK:
+            return
+        print("The existing fingerprint takes ignored voxels for foreground: it is made again.")
+    extractor = extractor_class(_id(name), processes, verbose=verbose)
+    extractor.show_progress_bar = show_progress_bar
+    ignoring = [case for case, counts in labels.counts.items() if counts[labels.manager.ignore_label]]
+    with TemporaryDirectory(prefix="confkd_") as folder:
+        with quiet(), ThreadPoolExecutor(THREADS) as pool:
+            copies = pool.map(partial(_without_ignored, labels=labels, folder=Path(folder)), ignoring)
+            for case, copy in zip(ignoring, copies):
+                extractor.dataset[case]["label"] = copy
+        extractor.run(overwrite_existing=True)
+    _replace_json(file, read_json(file) | {MARKER: MARK})
+
+
+def _without_ignored(case: str, labels: RawLabels, folder: Path) -> str:
+    """A copy of a case's label, in the folder, in which ignored voxels are background."""
+    file, reader = labels.files[case], labels.reader
+    seg, properties = reader().read_seg(file)
+    seg[seg == labels.manager.ignore_label] = 0
+    target = str(folder / f"{case}_{Path(file).name}")
+    reader().write_seg(seg[0], target, properties)
+    if not np.array_equal(reader().read_seg(target)[0], seg):  # ITK is silent about a full disk
+        raise InputError(f"{target}: was not written as it should be; is the disk full? TMPDIR names another folder")
+    return target
+
+
+# ---- planning -------------------------------------------------------------------------------------------------------
+
+@contextmanager
+def _blocks_kept(folder: Path) -> Iterator[None]:
+    """Put `confkd` blocks back into the plans that are written meanwhile: nnU-Net drops what it does not know.
+
+    Configurations with names of their own are kept by nnU-Net.
+    """
+    files = {file: read_json(file, object) for file in folder.glob("*.json")}
+    yield
+    for file, before in files.items():
+        if not isinstance(before, dict) or "configurations" not in before:
+            continue
+        plans = read_json(file)
+        changed = {**plans, "configurations": {
+            name: configuration | _block(before["configurations"].get(name, {}))
+            for name, configuration in plans["configurations"].items()}, **_block(before)}
+        if changed != plans:
+            _replace_json(file, changed)
+
+
+def _block(content: dict) -> dict:
+    return {BLOCK: content[BLOCK]} if BLOCK in content else {}
+
+
+@contextmanager
+def _threads_for_planning() -> Iterator[None]:
+    """nnU-Net's planner computes with as many threads as it has workers for augmentation, and fails where that is 0, the
+    setting for repeatable training."""
+    repeatable = os.environ.get("nnUNet_n_proc_DA") == "0"
+    if repeatable:
+        os.environ["nnUNet_n_proc_DA"] = "1"
+    try:
+        yield
+    finally:
+        if repeatable:
+            os.environ["nnUNet_n_proc_DA"] = "0"
+
+
+# ---- preprocessing --------------------------------------------------------------------------------------------------
+
+def preprocess_keeping_annotations(name: str, plans_name: str, configurations: Sequence[str], processes: Sequence[int],
+                                   verbose: bool, show_progress_bar: bool) -> None:
+    """nnU-Net's loop, with :class:`KeepAnnotations` wherever the plans name nnU-Net's own preprocessor."""
+    plans = PlansManager(str(preprocessed_folder() / name / f"{plans_name}.json"))
+    for configuration, number in zip(configurations, processes):
+        planned = configuration in plans.available_configurations
+        used = plans.get_configuration(configuration).preprocessor_name if planned else None
+        if used == "DefaultPreprocessor":
+            print(f"Configuration: {configuration}...")
+            preprocessor = KeepAnnotations(verbose)
+            preprocessor.show_progress_bar = show_progress_bar
+            preprocessor.run(_id(name), configuration, plans_name, number)
+            continue
+        if planned:
+            print(f"{configuration}: its preprocessor, {used}, is used as it is and may lose single annotated voxels.")
+        preprocess_dataset(_id(name), plans_name, [configuration], [number], verbose, show_progress_bar)
+    preprocess_dataset(_id(name), plans_name, [], [], verbose, show_progress_bar)  # copies the labels to gt_segmentations
+
+
+def preprocessed_counts(name: str, plans_name: str, configurations: Sequence[str], labels: RawLabels,
+                        ) -> dict[str, dict[str, dict[int, int]]]:
+    """{configuration: {case: {label: voxels}}} of those that the plans hold; fills the cache that the trainer reads."""
+    folder = preprocessed_folder() / name
+    plans = PlansManager(str(folder / f"{plans_name}.json"))
+    counts = {}
+    for configuration in configurations:
+        if configuration in plans.available_configurations:
+            data = plans.get_configuration(configuration).data_identifier
+            cache = folder / f"confkd_supervision_{data}.json"
+            counts[configuration] = annotation_counts(folder / data, labels.files, labels.manager, cache)
+    return counts
+
+
+# ---- afterwards -----------------------------------------------------------------------------------------------------
+
+def report(name: str, configuration: str, labels: RawLabels, after: dict[str, dict[int, int]]) -> str:
+    """What became of the annotations: voxels per class in the raw labels and after preprocessing, and cases that changed."""
+    ignore = labels.manager.ignore_label
+    kinds = {case: kind_of(counts, ignore) for case, counts in labels.counts.items()}
+    groups = {"not fully labelled": [case for case in kinds if kinds[case] != FULL],
+              "fully labelled": [case for case in kinds if kinds[case] == FULL]}
+    groups = {title: cases for title, cases in groups.items() if cases}
+    rows = [["", *(f"{len(cases)} {title}:" if column == 0 else "" for title, cases in groups.items() for column in (0, 1))],
+            ["", *["before", "after"] * len(groups)]]
+    for value in map(int, labels.manager.all_labels):
+        holding = [label for label, content in labels.manager.label_dict.items()
+                   if value in np.atleast_1d(content) and label != "ignore"]
+        numbers = [sum(counts[case].get(v, 0) for case in cases for v in ([0, OUTSIDE] if value == 0 else [value]))
+                   for cases in groups.values() for counts in (labels.counts, after)]
+        rows.append([f"{value} {', '.join(holding)}", *map(str, numbers)])
+    width = max(len(row[0]) for row in rows)
+    lines = [f"{name}, {configuration}: annotated voxels per class, before and after preprocessing"]
+    lines += [("  " + row[0].ljust(width) + "".join(f"{cell:>20}" for cell in row[1:])).rstrip() for row in rows]
+
+    left = {case: kind_of(counts, ignore) for case, counts in after.items()}
+    lost = [case for case in kinds if kinds[case] != UNLABELLED == left[case]]
+    filled = [case for case in kinds if kinds[case] != FULL == left[case]]
+    if lost:
+        lines.append(f"  WARNING: {len(lost)} case(s) had annotations and have none left: {', '.join(lost)}")
+    if filled:
+        lines.append(f"  {len(filled)} case(s) hold no ignored voxel any more and count as fully labelled, unless "
+                     f"dataset.json's \"supervision\" says otherwise: {', '.join(filled)}")
+    return "\n".join(lines) + "\n"
+
+
+def write_split(name: str, labels: RawLabels) -> None:
+    """splits_final.json as the trainer would write it, unless there is one.
+
+    The raw labels decide: a case that resampling has filled up is no fully labelled one.
+    """
+    file = preprocessed_folder() / name / "splits_final.json"
+    if file.is_file():
+        print(f"{file}: is there already, and stays as it is.")
+        return
+    try:
+        splits = split_full_cases(labels.kinds, labels.patients)
+    except InputError as error:
+        print(f"{file}: was not written ({summary(labels.kinds)}): {error}")
+        return
+    _replace_json(file, splits)
+    print(f"{file}: written, {len(splits)} folds of the fully labelled cases; the others train in every fold "
+          f"({summary(labels.kinds)}).")
+
+
+# ---- command line ---------------------------------------------------------------------------------------------------
+
+def main(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(prog="confkd plan", description=(
+        "nnUNetv2_plan_and_preprocess, with all its options. Without an ignore label its very result; with one, intensity "
+        "statistics of annotated foreground alone, no annotation lost in resampling, a report, and splits_final.json."))
+    add = parser.add_argument
+    add("-d", dest="datasets", nargs="+", required=True, metavar="DATASET", help="ids or names of data sets in nnUNet_raw")
+    add("-fpe", dest="fingerprint_extractor", default="DatasetFingerprintExtractor", metavar="CLASS",
+        help="nnU-Net's class for the fingerprint")
+    add("-npfp", dest="fingerprint_processes", type=int, default=8, metavar="N", help="processes for the fingerprint")
+    add("--verify_dataset_integrity", dest="verify_integrity", action="store_true", help="nnU-Net's check of the data set")
+    add("--no_pp", dest="no_preprocessing", action="store_true", help="fingerprint and planning alone")
+    add("--clean", action="store_true", help="make an existing fingerprint anew; needed where the data set has changed")
+    add("-pl", dest="planner", default="ExperimentPlanner", metavar="CLASS",
+        help="nnU-Net's planner; nnUNetPlannerResEncM, L or XL are its presets")
+    add("-gpu_memory_target", type=float, metavar="GB", help="default: the planner's own")
+    add("-preprocessor_name", default="DefaultPreprocessor", metavar="CLASS",
+        help="another one is used as it is, and may lose single annotated voxels")
+    add("-overwrite_target_spacing", type=float, nargs="+", metavar="MM",
+        help="three numbers, for 3d_fullres and its cascade")
+    add("-overwrite_plans_name", metavar="NAME", help="default: the planner's own")
+    add("-c", dest="configurations", nargs="+", default=list(CONFIGURATIONS), metavar="CONFIGURATION",
+        help="to preprocess; those that the plans lack are skipped")
+    add("-np", dest="processes", type=int, nargs="+", metavar="N", help="processes for preprocessing: one number, or one "
+        "for each configuration; default: 8 for 2d, 4 for 3d_fullres, 8 for 3d_lowres, 4 for any other")
+    add("--verbose", action="store_true")
+    add("--no_pbar", dest="no_progress_bar", action="store_true", help="no progress bars")
+    plan(**vars(parser.parse_args(argv)))

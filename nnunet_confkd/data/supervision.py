@@ -1,0 +1,194 @@
+"""Kinds of supervision: which case is fully annotated, partially annotated or unlabelled.
+
+The kind of a case follows from its *preprocessed* label, because that is what training sees: resampling may drop
+single annotated voxels.
+"""
+from __future__ import annotations
+
+import json
+import os
+import warnings
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from tqdm import tqdm
+
+from nnunet_confkd.data.images import count_voxels
+from nnunet_confkd.data.json_files import NEEDED
+from nnunet_confkd.errors import InputError
+
+if TYPE_CHECKING:  # worker processes that only convert files need no torch
+    from nnunetv2.utilities.label_handling.label_handling import LabelManager
+
+FULL, PARTIAL, UNLABELLED = "full", "partial", "unlabelled"
+KINDS = (FULL, PARTIAL, UNLABELLED)  # from the most to the least annotation
+TABLE_KEY = "supervision"  # the table's key in dataset.json: {case: kind}
+OUTSIDE = -1  # nnU-Net's label of padding and of the empty surroundings of an image
+
+
+# ---- counting -------------------------------------------------------------------------------------------------------
+
+def kind_of(counts: dict[int, int], ignore_label: int | None) -> str:
+    """Kind of a case with these voxel counts per label (`ignore_label` and `OUTSIDE` included)."""
+    ignored = counts.get(ignore_label, 0)
+    if not ignored:
+        return FULL
+    return PARTIAL if sum(counts.values()) > ignored else UNLABELLED
+
+
+def annotation_counts(folder: str | Path, cases: Iterable[str], label_manager: LabelManager,
+                      cache: str | Path | None = None, processes: int = 8) -> dict[str, dict[int, int]]:
+    """Voxels per label of each case of a preprocessed configuration, counted in parallel.
+
+    folder: the configuration's preprocessed folder.
+    cache: a JSON file that keeps the counts, each with the size and the time of the label file it was counted in: what
+        changed is counted again. It must not lie inside `folder`, where nnU-Net would take it for a case.
+    Returns {case: {label: voxels}}, labels being those of the data set, `OUTSIDE` and the ignore label.
+    Raises InputError, naming the case, for a label file that is missing or holds any other value.
+    """
+    from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
+
+    folder, cases = Path(folder), sorted(cases)
+    labels = [OUTSIDE, *(int(label) for label in label_manager.all_labels)]
+    if label_manager.has_ignore_label:
+        labels.append(int(label_manager.ignore_label))
+    known = _read_cache(cache, labels)
+    dataset = infer_dataset_class(str(folder))(str(folder), list(cases))
+
+    def count(case: str) -> dict:
+        stamp = _stamp(folder, case)
+        if case in known and known[case]["stamp"] == stamp:
+            return known[case]
+        try:
+            seg = np.asarray(dataset.load_case(case)[1][:])
+        except Exception as error:  # whatever the broken bytes lead to
+            raise unreadable(folder, case, error) from error
+        counts = count_voxels(seg, labels)
+        if sum(counts.values()) != seg.size:
+            strange = sorted(set(np.unique(seg).tolist()) - set(labels))
+            raise InputError(f"{folder / case}: the label holds the values {strange}, which dataset.json does not "
+                                   f"list. Correct the label or dataset.json and preprocess again.")
+        return {"stamp": stamp, "counts": [counts[label] for label in labels]}
+
+    with ThreadPoolExecutor(processes) as pool:
+        # a bar for the first time alone: later all are known, and it takes no time
+        entries = dict(zip(cases, tqdm(pool.map(count, cases), "count annotations", len(cases), disable=True if known else None)))
+    if cache is not None and any(known.get(case) != entry for case, entry in entries.items()):
+        _write_cache(cache, labels, known | entries)
+    return {case: dict(zip(labels, entry["counts"])) for case, entry in entries.items()}
+
+
+def _stamp(folder: Path, case: str) -> list[int]:
+    """Size and modification time of the file that holds a case's preprocessed label."""
+    for name in (f"{case}_seg.b2nd", f"{case}.npz"):
+        if (folder / name).is_file():
+            status = (folder / name).stat()
+            return [status.st_size, status.st_mtime_ns]
+    raise InputError(f"{folder}: no preprocessed label of the case '{case}'. Run nnUNetv2_preprocess again, or "
+                           f"correct splits_final.json if there is no such case.")
+
+
+def _read_cache(cache: str | Path | None, labels: list[int]) -> dict:
+    try:
+        content = json.loads(Path(cache).read_text())
+        return content["cases"] if content["labels"] == labels else {}
+    except (TypeError, OSError, ValueError, KeyError):  # none asked for, none there, or not ours
+        return {}
+
+
+def _write_cache(cache: str | Path, labels: list[int], cases: dict) -> None:
+    aside = Path(f"{cache}.{os.getpid()}")
+    try:
+        aside.write_text(json.dumps({"labels": labels, "cases": cases}))
+        os.replace(aside, cache)
+    except OSError as error:  # read-only data is no reason not to train
+        warnings.warn(f"could not keep the annotation counts in {cache}: {error}", stacklevel=2)
+
+
+# ---- deciding -------------------------------------------------------------------------------------------------------
+
+def decide_kinds(counts: dict[str, dict[int, int]], label_manager: LabelManager, table: dict | None = None,
+                 ) -> dict[str, str]:
+    """Kind of each case: that of its label, lowered where `table` (dataset.json's "supervision") says so.
+
+    Raises InputError, with all that is wrong in one text: a case or a kind that does not exist, a case declared
+    full whose label has ignored voxels, a case declared partial or unlabelled in a data set without an ignore label.
+    """
+    table = {} if table is None else table
+    if not isinstance(table, dict):
+        raise InputError(f"dataset.json: \"{TABLE_KEY}\" must be an object {{case: kind}}, got {table!r}")
+    kinds = {}
+    problems = [f"{case}: there is no such case among the preprocessed ones" for case in sorted(set(table) - set(counts))]
+    for case, found in ((case, kind_of(c, label_manager.ignore_label)) for case, c in counts.items()):
+        declared = table.get(case, found)
+        if declared not in KINDS:
+            problems.append(f"{case}: '{declared}' is no kind of supervision; use one of {', '.join(KINDS)}")
+        elif declared == FULL != found:
+            problems.append(f"{case}: declared full, but {counts[case][label_manager.ignore_label]} of its voxels are "
+                            f"ignored; declare it {found} or leave it out of the table")
+        elif declared != FULL and not label_manager.has_ignore_label:
+            problems.append(f"{case}: declared {declared}, but the labels in dataset.json have no \"ignore\" (the "
+                            f"highest label plus one), without which no voxel can be without a label")
+        else:
+            kinds[case] = max(declared, found, key=KINDS.index)
+    if problems:
+        raise InputError("dataset.json, \"supervision\":\n  " + "\n  ".join(problems))
+    return kinds
+
+
+def require_full(kinds: dict[str, str]) -> None:
+    """Raise InputError where no case is fully labelled: there would be nothing to teach the teacher."""
+    if FULL not in kinds.values():
+        raise InputError(
+            f"none of the {len(kinds)} training cases is fully labelled ({summary(kinds)}), so there is no teacher. Label "
+            f"at least one case completely, or train nnU-Net with its ignore label alone (-tr nnUNetTrainer).")
+
+
+def summary(kinds: dict[str, str]) -> str:
+    """E.g. "3 full, 57 partial, 0 unlabelled"."""
+    return ", ".join(f"{sum(k == kind for k in kinds.values())} {kind}" for kind in KINDS)
+
+
+def lost_annotations(cases: Iterable[str], label_folder: str | Path, file_ending: str, reader_writer,
+                     ignore_label: int, processes: int = 8) -> list[str]:
+    """Those of `cases` whose original label has annotated voxels: resampling has dropped every one of them.
+
+    cases: whose preprocessed label has none. label_folder: of the original labels (nnU-Net's `gt_segmentations`); a
+    case that has no file there is passed over. reader_writer: an instance of nnU-Net's reader for these files.
+    """
+    files = {case: Path(label_folder) / (case + file_ending) for case in cases}
+
+    def annotated(case: str) -> bool:
+        return bool((reader_writer.read_seg(str(files[case]))[0] != ignore_label).any())
+
+    present = [case for case in files if files[case].is_file()]
+    with ThreadPoolExecutor(processes) as pool:
+        return [case for case, lost in zip(present, pool.map(annotated, present)) if lost]
+
+
+def check_labels(dataset_json: dict) -> None:
+    """Raise InputError where nnU-Net cannot use the labels, or the ignore label is not the highest label plus one."""
+    try:
+        labels = dict(dataset_json["labels"])
+        ignore = labels.pop("ignore", None)
+        highest = max(int(v) for value in labels.values() for v in (value if isinstance(value, (list, tuple)) else [value]))
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
+        raise InputError(f'dataset.json: "labels" must be {NEEDED["labels"]} ({type(error).__name__}: {error})') from error
+    if ignore is not None and ignore != highest + 1:
+        raise InputError(
+            f"dataset.json: the ignore label is {ignore!r}, but nnU-Net needs the highest other label plus one, "
+            f"{highest + 1}. Change it there and in the label files, then plan and preprocess again.")
+    from nnunetv2.utilities.label_handling.label_handling import LabelManager
+
+    try:
+        LabelManager(dataset_json["labels"], dataset_json.get("regions_class_order"))
+    except Exception as error:  # what else nnU-Net demands of them
+        raise InputError(f"dataset.json: {error}") from error
+
+
+def unreadable(folder: str | Path, case: str, error: Exception) -> InputError:
+    return InputError(f"{Path(folder) / case}: the preprocessed case cannot be read ({type(error).__name__}: {error}). Its files are "
+                      f"damaged or missing: preprocess again (confkd plan or nnUNetv2_preprocess).")

@@ -1,0 +1,159 @@
+"""The main job from beginning to end, on generated data or on a given folder, small enough for two CPU cores.
+
+Data, nnU-Net's planning and preprocessing, ConfKDTrainer with a small plan, prediction of held-back images with
+nnU-Net's predictor, evaluation, a picture. Everything is written into one new folder.
+"""
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import time
+from pathlib import Path
+
+DATASET_ID = 901
+PLANS, CONFIGURATION = "nnUNetPlans", "2d_small"
+
+
+def main(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(prog="confkd demo", description=__doc__.split("\n")[0])
+    parser.add_argument("--data", metavar="FOLDER", help="a folder in the layout of an MSD task or of nnU-Net's raw format; "
+                                                         "default: a generated cardiac-like data set")
+    parser.add_argument("--output", metavar="FOLDER", default="demo_output", help="each run makes a new folder in it")
+    parser.add_argument("--epochs", type=int, default=12)
+    parser.add_argument("--iterations", type=int, default=90, help="training steps an epoch")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args(argv)
+
+    folder = _new_run_folder(Path(args.output).resolve())
+    # for this process and its children only, and before nnU-Net is imported, which reads them then
+    os.environ.update({f"nnUNet_{name}": str(folder / name) for name in ("raw", "preprocessed", "results")})
+    # threads that wait without spinning: on a busy machine spinning ones slow a training down many times
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    os.environ.setdefault("nnUNet_def_n_proc", str(min(4, os.cpu_count() or 1)))
+    for name in ("raw", "preprocessed", "results"):
+        (folder / name).mkdir()
+    run(folder, None if args.data is None else Path(args.data), args.epochs, args.iterations, args.seed)
+
+
+def _new_run_folder(output: Path) -> Path:
+    """The next free `run_NNN` folder, so that no run overwrites another."""
+    for number in range(1, 10 ** 6):
+        folder = output / f"run_{number:03d}"
+        try:
+            folder.mkdir(parents=True)
+            return folder
+        except FileExistsError:
+            continue
+    raise FileExistsError(output)
+
+
+def run(folder: Path, data: Path | None, epochs: int, iterations: int, seed: int) -> dict[str, float]:
+    """The whole job; nnU-Net's folders (raw, preprocessed, results) are those of `folder`. Returns the mean Dice."""
+    from nnunet_confkd.device import choose_device
+    from nnunet_confkd.discovery import make_findable
+    from nnunet_confkd.nnunet_commands import predict
+
+    start = time.time()
+
+    def say(step: int, text: str) -> None:
+        print(f"\n=== [{step}/6] {text}   ({time.time() - start:.0f} s)", flush=True)
+
+    say(1, "data: " + ("generated, cardiac-like" if data is None else str(data)))
+    name = f"Dataset{DATASET_ID}_Demo"
+    raw = folder / "raw" / name
+    if data is None:
+        from nnunet_confkd.demo.synthetic import generate_dataset
+        cases = generate_dataset(raw, seed=seed)
+    else:
+        from nnunet_confkd.demo.data import import_dataset
+        cases = import_dataset(data, DATASET_ID, name[11:], seed=seed)
+    print(", ".join(f"{len(members)} {role}" for role, members in cases.items()))
+
+    say(2, "planning and preprocessing (nnU-Net's, as confkd plan does)")
+    plan_and_preprocess(DATASET_ID, ["2d"])
+    preprocessed = folder / "preprocessed" / name
+    training = sorted([*cases["full"], *cases["partial"], *cases["unlabelled"]])
+    (preprocessed / "splits_final.json").write_text(json.dumps([{"train": training, "val": sorted(cases["validation"])}]))
+    add_small_configuration(preprocessed / f"{PLANS}.json", CONFIGURATION, "2d",
+                            {"epochs": epochs, "iterations_per_epoch": iterations, "seed": seed})
+
+    say(3, f"training: ConfKDTrainer, {epochs} epochs of {iterations} steps")
+    import torch
+    from nnunetv2.run.run_training import run_training
+    make_findable()
+    device = choose_device()
+    # nnU-Net's command would take all cores for the network; the augmentation needs one of them
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) - 1))
+    run_training(name, CONFIGURATION, 0, "ConfKDTrainer", device=torch.device(device))
+
+    say(4, "prediction of held-back images (nnU-Net's predictor), student and teacher")
+    model = folder / "results" / name / f"ConfKDTrainer__{PLANS}__{CONFIGURATION}"
+    images = folder / "raw" / name / "imagesTs"
+    for branch in ("student", "teacher"):
+        # -npp 0 -nps 0: in this process; a few small images are not worth the start of two pools
+        predict(["-i", str(images), "-o", str(folder / branch), "-d", str(DATASET_ID), "-c", CONFIGURATION, "-f", "0",
+                     "-device", device, "-npp", "0", "-nps", "0", "--disable_progress_bar", "--branch", branch])
+
+    say(5, "evaluation")
+    dice = {branch: evaluate(raw / "labelsTs", folder / branch) for branch in ("student", "teacher")}
+    (folder / "results.json").write_text(json.dumps(
+        {"dice": dice, "cases": cases, "epochs": epochs, "iterations_per_epoch": iterations, "seed": seed,
+         "seconds": round(time.time() - start)}, indent=2))
+
+    say(6, "picture")
+    from nnunet_confkd.demo.picture import draw
+    partial = (cases["partial"] or cases["unlabelled"] or cases["full"])[0]
+    draw(raw, folder / "student", folder / "teacher", sorted(cases["test"]), partial, folder / "picture.png")
+
+    print()
+    for branch, value in dice.items():
+        print(f"{branch} Dice {value:.3f}")
+    for path in (folder / "results.json", model, folder / "student", folder / "picture.png"):
+        print(path)
+    return dice
+
+
+def plan_and_preprocess(dataset_id: int, configurations: list[str]) -> None:
+    """As `confkd plan` does, with as many processes as nnU-Net is set to."""
+    from nnunetv2.configuration import default_num_processes
+
+    from nnunet_confkd.data.planning import plan
+
+    plan([dataset_id], configurations=configurations, verify_integrity=True,
+         fingerprint_processes=default_num_processes, processes=[default_num_processes])
+
+
+def add_small_configuration(plans_file: Path, name: str, base: str, confkd: dict | None = None, *,
+                            features: tuple[int, ...] = (16, 32, 64, 128), batch_size: int = 8,
+                            max_patch: int = 96, convolutions: int = 2) -> dict:
+    """Add a configuration to a plans file that trains on a CPU: `base` with a small U-Net, patch and batch.
+
+    The preprocessed data are those of `base`. confkd: its block of settings. Returns the configuration.
+    """
+    plans = json.loads(plans_file.read_text())
+    parent = plans["configurations"][base]
+    multiple = 2 ** (len(features) - 1)
+    patch = [min(max_patch, -(-size // multiple) * multiple) for size in parent["patch_size"]]
+    stages, dim = len(features), len(patch)
+    architecture = json.loads(json.dumps(parent["architecture"]))
+    architecture["arch_kwargs"].update({
+        "n_stages": stages, "features_per_stage": list(features), "kernel_sizes": [[3] * dim] * stages,
+        "strides": [[1] * dim] + [[2] * dim] * (stages - 1), "n_conv_per_stage_decoder": [convolutions] * (stages - 1)})
+    encoder = "n_blocks_per_stage" if "n_blocks_per_stage" in architecture["arch_kwargs"] else "n_conv_per_stage"
+    architecture["arch_kwargs"][encoder] = [convolutions] * stages
+    configuration = {"inherits_from": base, "patch_size": patch, "batch_size": batch_size, "architecture": architecture}
+    if confkd:
+        configuration["confkd"] = confkd
+    plans["configurations"][name] = configuration
+    plans_file.write_text(json.dumps(plans, indent=4))
+    return configuration
+
+
+def evaluate(truth: Path, prediction: Path) -> float:
+    """Mean foreground Dice by nnU-Net's own evaluation, which leaves its summary.json beside the predictions."""
+    from nnunetv2.evaluation.evaluate_predictions import compute_metrics_on_folder2
+
+    compute_metrics_on_folder2(str(truth), str(prediction), str(prediction / "dataset.json"), str(prediction / "plans.json"),
+                               chill=True)
+    return float(json.loads((prediction / "summary.json").read_text())["foreground_mean"]["Dice"])

@@ -1,0 +1,85 @@
+"""The demo's picture: a weak label, and truth, teacher and student on a held-back image."""
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("agg")
+import matplotlib.pyplot as plt  # noqa: E402  (the backend must be chosen first)
+import numpy as np  # noqa: E402
+import SimpleITK as sitk  # noqa: E402
+from matplotlib.patches import Patch  # noqa: E402
+
+from nnunet_confkd.colours import COLOURS  # noqa: E402
+
+
+def draw(raw: Path, student: Path, teacher: Path, test_cases: list[str], partial_case: str, path: Path) -> None:
+    """Write the picture: the weak label of `partial_case`, then for the middle test case (by the student's Dice) image,
+    truth, teacher and student, in the slice that holds most foreground.
+
+    raw: the data set's folder; student, teacher: folders of predictions with nnU-Net's summary.json.
+    """
+    described = json.loads((raw / "dataset.json").read_text())
+    ending, ignore = described["file_ending"], described["labels"].get("ignore")
+    names = {v: k for k, v in described["labels"].items() if isinstance(v, int) and k not in ("background", "ignore")}
+
+    def read(file: Path) -> np.ndarray:
+        return np.squeeze(sitk.GetArrayFromImage(sitk.ReadImage(str(file))))
+
+    case, dice = _middle_case(student, teacher, test_cases, ending)
+    truth = read(raw / "labelsTs" / (case + ending))
+    weak = read(raw / "labelsTr" / (partial_case + ending))
+    here, there = _fullest(truth, ignore), _fullest(weak, ignore)
+    image = read(raw / "imagesTs" / f"{case}_0000{ending}")[here]
+    panels = [("weak label (training)", read(raw / "imagesTr" / f"{partial_case}_0000{ending}")[there], weak[there]),
+              ("held-back image", image, None), ("truth", image, truth[here]),
+              (f"teacher, Dice {dice['teacher']:.2f}", image, read(teacher / (case + ending))[here]),
+              (f"student, Dice {dice['student']:.2f}", image, read(student / (case + ending))[here])]
+
+    with plt.style.context("default"):  # nnU-Net's own plots leave seaborn's large fonts behind
+        _draw_panels(panels, names, ignore, path)
+
+
+def _draw_panels(panels: list[tuple], names: dict[int, str], ignore: int | None, path: Path) -> None:
+    """panels: (title, image, label map or None), all 2-D; names: of the foreground labels."""
+    figure, axes = plt.subplots(1, len(panels), figsize=(3 * len(panels), 3.7), layout="constrained")
+    for axis, (title, grey, label) in zip(axes, panels):
+        low, high = np.percentile(grey, (1, 99))
+        axis.imshow(grey, cmap="gray", vmin=low, vmax=max(high, low + 1e-6))
+        if label is not None:
+            for value, colour in zip(names, COLOURS * len(names)):
+                inside = label == value
+                axis.imshow(np.ma.masked_where(~inside, inside), cmap=matplotlib.colors.ListedColormap([colour]), alpha=0.45)
+                if inside.any():
+                    axis.contour(inside, [0.5], colors=[colour], linewidths=1.4)
+            if ignore is not None and (label == ignore).any() and (label == 0).any():
+                axis.contour(label == 0, [0.5], colors=["white"], linewidths=1)
+        axis.set_title(title, fontsize=11)
+        axis.axis("off")
+    handles = [Patch(color=colour, label=name) for colour, name in zip(COLOURS * len(names), names.values())]
+    handles.append(Patch(facecolor="none", edgecolor="grey", label="annotated background (white)"))
+    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def _middle_case(student: Path, teacher: Path, cases: list[str], ending: str) -> tuple[str, dict[str, float]]:
+    """The test case in the middle by the student's mean Dice, and the Dice of both branches."""
+    dice = {}
+    for branch, folder in (("student", student), ("teacher", teacher)):
+        for entry in json.loads((folder / "summary.json").read_text())["metric_per_case"]:
+            case = Path(entry["prediction_file"]).name.removesuffix(ending)
+            values = [m["Dice"] for m in entry["metrics"].values()]
+            dice.setdefault(case, {})[branch] = float(np.nanmean(values))
+    ordered = sorted(cases, key=lambda case: dice[case]["student"])
+    case = ordered[len(ordered) // 2]
+    return case, dice[case]
+
+
+def _fullest(label: np.ndarray, ignore: int | None) -> tuple:
+    """Index of the slice with most foreground."""
+    if label.ndim == 2:
+        return (slice(None), slice(None))
+    return (int(np.argmax(((label != 0) & (label != ignore)).sum((1, 2)))),)

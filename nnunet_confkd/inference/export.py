@@ -1,0 +1,202 @@
+"""Export of a trained branch as a model of stock nnU-Net, which needs no plugin.
+
+The student's weights have the stock names, and the teacher's have the stock shapes: either is a network that nnU-Net's
+built-in trainer builds from the plans.
+"""
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import torch
+from nnunetv2.paths import nnUNet_preprocessed, nnUNet_results
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+
+from nnunet_confkd import __version__
+from nnunet_confkd.data.json_files import read_description, read_plans
+from nnunet_confkd.data.supervision import KINDS, TABLE_KEY
+from nnunet_confkd.errors import InputError
+from nnunet_confkd.inference.checkpoints import fold_folders, load_checkpoint
+from nnunet_confkd.training.network import branch_weights, has_teacher
+from nnunet_confkd.training.validation import VALIDATION_FOLDERS
+
+ORIGIN_FILE = "confkd_export.json"
+STOCK_TRAINER = "nnUNetTrainer"
+
+
+def export(model: str | Path, output: str | Path | None = None, branch: str = "student", install: bool = False) -> Path:
+    """Write one branch of a trained ConfKD model as a model folder of stock nnU-Net, all folds and checkpoints.
+
+    model: TRAINER__PLANS__CONFIGURATION under nnUNet_results.
+    output: the folder to write; must not exist.
+        Nothing of single cases goes there: no names, no segmentations of the validation.
+    install: instead of `output`, place the model under nnUNet_results as nnUNetTrainer__PLANS__CONFIGURATION, PLANS
+        being the plans' name and the trainer's, with the validation's segmentations, and the plans beside those of the data
+        set, for nnU-Net's commands that look for them there.
+    Returns the folder. Where the model came from is told in `confkd_export.json` in it.
+
+    Raises InputError: no such model, a checkpoint without a teacher, a name that is taken.
+    """
+    model = Path(model)
+    folds = fold_folders(model)
+    plans, dataset_json = read_plans(model / "plans.json"), read_description(model / "dataset.json")
+    first = next(iter(sorted(folds[0].glob("checkpoint_*.pth"))))
+    checkpoint = load_checkpoint(first)
+    _require_teacher(first, checkpoint)
+    configuration, trainer = checkpoint["init_args"]["configuration"], checkpoint["trainer_name"]
+
+    if configuration not in plans["configurations"]:
+        raise InputError(f"{first}: is of the configuration {configuration}, which {model / 'plans.json'} does not have")
+    settings = plans["configurations"][configuration].get("confkd")
+    stock_plans = _stock_plans(plans, trainer, branch)
+    stock_dataset_json = {key: value for key, value in dataset_json.items() if key != TABLE_KEY}
+    table = dataset_json.get(TABLE_KEY) or {}
+    origin = {"model": model.name, "trainer": trainer, "plans": plans["plans_name"], "configuration": configuration,
+              "branch": branch, "settings": settings, "nnunet_confkd": __version__,
+              "declared_supervision": {kind: sum(k == kind for k in table.values()) for kind in KINDS},
+              "checkpoints": []}
+
+    plans_file = None
+    if install:
+        if output is not None:
+            raise InputError("give either an output folder or --install")
+        output = Path(nnUNet_results) / plans["dataset_name"] / "__".join(
+            (STOCK_TRAINER, stock_plans["plans_name"], configuration))
+        if nnUNet_preprocessed.is_set():
+            plans_file = Path(nnUNet_preprocessed) / plans["dataset_name"] / f"{stock_plans['plans_name']}.json"
+            if plans_file.is_file() and json.loads(plans_file.read_text()) != stock_plans:
+                raise InputError(f"{plans_file}: exists, with other plans. Move it away first; nothing was written.")
+    elif output is None:
+        raise InputError("give an output folder, or --install")
+    output = Path(output)
+    if output.exists():
+        raise InputError(f"{output}: exists already. Choose another folder, or remove it first; nothing was written.")
+
+    network = _stock_network(stock_plans, stock_dataset_json, configuration)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    aside = output.with_name(f"{output.name}.part{os.getpid()}")
+    try:
+        aside.mkdir()
+        for fold in folds:
+            (aside / fold.name).mkdir()
+            for path in sorted(fold.glob("checkpoint_*.pth")):
+                print(f"{fold.name}/{path.name}")
+                stock = _stock_checkpoint(path, network, branch, stock_plans, stock_dataset_json)
+                torch.save(stock, aside / fold.name / path.name)
+                origin["checkpoints"].append(f"{fold.name}/{path.name}")
+            if (fold / "progress.png").is_file():
+                shutil.copyfile(fold / "progress.png", aside / fold.name / "progress.png")
+            if install:
+                _copy_cases(fold, aside / fold.name, branch)
+        _write_json(stock_plans, aside / "plans.json")
+        _write_json(stock_dataset_json, aside / "dataset.json")
+        _write_json(origin, aside / ORIGIN_FILE)
+        if (model / "dataset_fingerprint.json").is_file():
+            shutil.copyfile(model / "dataset_fingerprint.json", aside / "dataset_fingerprint.json")
+        aside.rename(output)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+    if plans_file is not None and plans_file.parent.is_dir() and not plans_file.is_file():
+        _write_json(stock_plans, plans_file)
+    return output
+
+
+def _write_json(content: dict, path: Path) -> None:
+    path.write_text(json.dumps(content, indent=4))
+
+
+def _require_teacher(path: Path, checkpoint: dict) -> None:
+    if not has_teacher(checkpoint["network_weights"]):
+        raise InputError(
+            f"{path}: was written by {checkpoint.get('trainer_name', 'another trainer')} and holds no teacher "
+            f"('teacher_decoder.*'), so it is no two-branch ConfKD model. There is nothing to choose from in it.")
+
+
+def _stock_plans(plans: dict, trainer: str, branch: str) -> dict:
+    """The plans under a name of their own, without our settings."""
+    plans = deepcopy(plans)
+    plans["plans_name"] = f"{plans['plans_name']}_{trainer}" + ("" if branch == "student" else f"_{branch}")
+    for configuration in plans["configurations"].values():
+        configuration.pop("confkd", None)
+    return plans
+
+
+def _stock_network(plans: dict, dataset_json: dict, configuration: str) -> torch.nn.Module:
+    """What nnU-Net builds to predict with these plans."""
+    manager = PlansManager(plans)
+    configuration_manager = manager.get_configuration(configuration)
+    channels = determine_num_input_channels(manager, configuration_manager, dataset_json)
+    heads = manager.get_label_manager(dataset_json).num_segmentation_heads
+    return nnUNetTrainer.build_network_architecture(manager, configuration_manager, channels, heads, False)
+
+
+def _stock_checkpoint(path: Path, network: torch.nn.Module, branch: str, plans: dict, dataset_json: dict) -> dict:
+    """A checkpoint with one branch's weights and its part of the optimiser's state, of the built-in trainer."""
+    checkpoint = load_checkpoint(path)
+    _require_teacher(path, checkpoint)
+    weights = branch_weights(checkpoint["network_weights"], branch)
+    try:
+        network.load_state_dict(weights)
+    except RuntimeError as error:
+        raise InputError(f"{path}: its weights do not fit the network of plans.json: {error}") from error
+    return {
+        **checkpoint,
+        "network_weights": weights,
+        "optimizer_state": _stock_optimizer(checkpoint.get("optimizer_state"), network, branch),
+        "trainer_name": STOCK_TRAINER,
+        "init_args": {**checkpoint["init_args"], "plans": plans, "dataset_json": dataset_json},
+        # our curves are no stock keys
+        "logging": {k: v for k, v in checkpoint["logging"].items() if k in _stock_curves()},
+    }
+
+
+def _stock_curves() -> set[str]:
+    from nnunetv2.training.logging.nnunet_logger import LocalLogger
+    return set(LocalLogger().my_fantastic_logging)
+
+
+def _stock_optimizer(state: dict | None, network: Any, branch: str) -> dict | None:
+    """The part of the optimiser's state that belongs to one branch.
+
+    Parameters are numbered encoder, student's decoder, teacher's decoder, the two decoders in the same order, hints; the stock
+    `network` has the first two.
+    """
+    if state is None:
+        return None
+    num_parameters, encoder = (len(list(module.parameters())) for module in (network, network.encoder))
+    decoder = num_parameters - encoder
+    source = {i: i + decoder if branch == "teacher" and i >= encoder else i for i in range(num_parameters)}
+    return {"state": {i: state["state"][s] for i, s in source.items() if s in state["state"]},
+            "param_groups": [{**group, "params": [p for p in group["params"] if p < num_parameters]}
+                             for group in state["param_groups"]]}
+
+
+def _copy_cases(source: Path, target: Path, branch: str) -> None:
+    """What nnU-Net's commands read beside the checkpoints, and what is not for others: names and segmentations of cases, paths."""
+    if (source / "debug.json").is_file():
+        shutil.copyfile(source / "debug.json", target / "debug.json")
+    validation = source / VALIDATION_FOLDERS[branch]
+    if validation.is_dir():
+        shutil.copytree(validation, target / "validation")
+
+
+def main(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(prog="confkd export", description=(
+        "Write one branch of a trained ConfKD model as a model of stock nnU-Net, which needs no plugin."))
+    parser.add_argument("--model", required=True, metavar="FOLDER",
+                        help="the trained model: TRAINER__PLANS__CONFIGURATION under nnUNet_results")
+    where = parser.add_mutually_exclusive_group(required=True)
+    where.add_argument("--output", metavar="FOLDER", help="the folder to write; it must not exist")
+    where.add_argument("--install", action="store_true",
+                       help="place it under nnUNet_results, as nnUNetTrainer__PLANS__CONFIGURATION with a new plans name")
+    parser.add_argument("--branch", choices=("student", "teacher"), default="student")
+    args = parser.parse_args(argv)
+
+    print("written:", export(args.model, args.output, args.branch, args.install))

@@ -1,0 +1,1 @@
+"""A page on what a trained model does."""

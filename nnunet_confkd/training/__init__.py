@@ -1,0 +1,1 @@
+"""The method: losses, network, hints, batches, and the trainer that joins them."""

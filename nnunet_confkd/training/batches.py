@@ -1,0 +1,232 @@
+"""Training batches with a fixed share of fully annotated images.
+
+nnU-Net's loader draws the cases, and nnU-Net's transforms augment them. This module decides which kinds of cases are drawn, where a
+patch of a partially annotated image lies, and which label the padding gets.
+"""
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import numpy as np
+import torch
+from batchgeneratorsv2.transforms.base.basic_transform import BasicTransform, SegOnlyTransform
+from batchgeneratorsv2.transforms.utils.remove_label import RemoveLabelTransform
+from nnunetv2.training.dataloading.data_loader import nnUNetDataLoader
+from threadpoolctl import ThreadpoolController
+
+from nnunet_confkd.data.supervision import FULL, KINDS, OUTSIDE, PARTIAL, UNLABELLED, unreadable
+from nnunet_confkd.errors import InputError
+
+
+class TrainingCases:
+    """nnU-Net's data set, with the labels hidden that are not to be seen (cases declared unlabelled that carry annotations).
+
+    Raises InputError, naming the case, where its preprocessed files cannot be read.
+    """
+
+    def __init__(self, dataset, hidden: Iterable[str] = (), ignore_label: int | None = None):
+        self.dataset, self.hidden, self.ignore_label = dataset, set(hidden), ignore_label
+        self.identifiers = dataset.identifiers
+
+    def load_case(self, case: str):
+        try:
+            data, seg, seg_prev, properties = self.dataset.load_case(case)
+        except Exception as error:  # whatever the broken bytes lead to
+            raise unreadable(self.dataset.source_folder, case, error) from error
+        if case in self.hidden:
+            seg = np.full(seg.shape, self.ignore_label, np.int16)
+            properties = {**properties, "class_locations": {c: [] for c in properties["class_locations"]}}
+        return data, seg, seg_prev, properties
+
+
+def label_outside(label: torch.Tensor, ignore_label: int | None, full: bool) -> torch.Tensor:
+    """Give nnU-Net's -1, the padding and the empty surroundings of an image, a label.
+
+    In an image that is not fully annotated nobody annotated these voxels: they become `ignore_label`. In a fully annotated
+    image they become background, as in nnU-Net. Training and completion both use this rule.
+
+    Args:
+        label: label map of any shape.
+        ignore_label: the data set's ignore label; None where it has none.
+        full: whether the image is fully annotated.
+
+    Returns:
+        A new label map without -1.
+    """
+    return torch.where(label == OUTSIDE, 0 if full or ignore_label is None else ignore_label, label)
+
+
+def real_hints(label: np.ndarray, ignore_label: int) -> tuple[np.ndarray, np.ndarray]:
+    """The label of an image that is not fully annotated, without -1, and the mask of its hints: its annotated voxels.
+
+    The training loader does the same with patches.
+
+    Args:
+        label: preprocessed label map of any shape.
+        ignore_label: the data set's ignore label.
+    """
+    known = label_outside(torch.from_numpy(label), ignore_label, full=False).numpy()
+    return known, known != ignore_label
+
+
+class LabelPadding(SegOnlyTransform):
+    """Takes the place of nnU-Net's transform that turns the padding, -1 so far, into background.
+
+    Nobody annotated the padding of an image that is not fully annotated. As background it would be most of what the loss of a few
+    points averages over (for points in Hippocampus' slices, 99 % of the "annotated" voxels). The same holds for the empty
+    surroundings of an image, which are -1, too. See :func:`label_outside`.
+
+    Attributes:
+        full: whether the next image is fully annotated; set by the loader.
+        inside: bool, `(1, *spatial)`: where the last image was not -1.
+    """
+
+    def __init__(self, ignore_label: int | None):
+        super().__init__()
+        self.ignore_label = ignore_label
+        self.full = True
+        self.inside: torch.Tensor
+
+    def _apply_to_segmentation(self, segmentation: torch.Tensor, **params) -> torch.Tensor:
+        labels, previous = segmentation[:1], segmentation[1:]  # previous: a cascade's first-stage prediction
+        self.inside = labels != OUTSIDE
+        return torch.cat((label_outside(labels, self.ignore_label, self.full), label_outside(previous, None, True)))
+
+
+def label_padding(transforms: BasicTransform, ignore_label: int | None) -> LabelPadding:
+    """Put a :class:`LabelPadding` into nnU-Net's training transforms, where padding becomes background, and return it.
+
+    Raises:
+        RuntimeError: the transforms are not as expected.
+    """
+    steps = transforms.transforms
+    at = [i for i, step in enumerate(steps) if isinstance(step, RemoveLabelTransform) and step.label_value == OUTSIDE]
+    if len(at) != 1:
+        raise RuntimeError("nnU-Net's training transforms do not label the padding as expected: another version of nnU-Net?")
+    steps[at[0]] = LabelPadding(ignore_label)
+    return steps[at[0]]
+
+
+def full_images_per_batch(batch_size: int, share: float, others: bool) -> int:
+    """Fully annotated images in a batch of two or more: the rounded share, but at least one, and fewer than all where there are
+    `others`."""
+    if not others:
+        return batch_size
+    return min(max(round(share * batch_size), 1), batch_size - 1)
+
+
+class StratifiedLoader(nnUNetDataLoader):
+    """nnU-Net's loader, with three strata in each batch: fully annotated, partially annotated, unlabelled images, in this order.
+
+    A batch has two more entries than nnU-Net's: `num_full`, the number of fully annotated images, and `inside`, bool
+    `(B, 1, *spatial)`, False in the padding and in the empty surroundings of an image. In each stratum the share of patches that are
+    forced to hold foreground is nnU-Net's for the whole batch, over many batches.
+
+    A patch of a partially annotated image lies at a random place that holds a random annotated voxel. (nnU-Net centres it on this voxel.
+    An annotation would then tell the teacher by its place whether it is real.)
+
+    Args:
+        kinds: {case: kind} of all the cases of the data set.
+        full_share: share of fully annotated images. In batches of one it is the share of the batches.
+        unlabelled_share: share of unlabelled images among the others, but at most their share of the cases.
+        offset: the rank. It shifts the turns of the strata, so that ranks and workers do not all hold the same one at once.
+        complete: is given each batch and returns it, e.g. with more entries.
+
+    Raises:
+        InputError: no case is fully annotated.
+    """
+
+    def __init__(self, data, *args, kinds: dict[str, str], full_share: float, unlabelled_share: float = 1.0, offset: int = 0,
+                 complete: Callable[[dict], dict] | None = None, transforms=None, **kwargs):
+        super().__init__(data, *args, transforms=None, **kwargs)  # the transforms need the stratum, which nnU-Net does not tell them
+        self.strata = {kind: [case for case in data.identifiers if kinds[case] == kind] for kind in KINDS}
+        if not self.strata[FULL]:
+            raise InputError("no fully annotated case to draw from")
+        others = len(self.strata[PARTIAL]) + len(self.strata[UNLABELLED])
+        self.unlabelled_share = min(unlabelled_share, len(self.strata[UNLABELLED]) / others) if self.strata[PARTIAL] else 1.0
+        self.full_share = full_share if others else 1.0
+        self.offset, self.complete, self.sample_transforms = offset, complete, transforms
+        self.padding = next((step for step in getattr(transforms, "transforms", ()) if isinstance(step, LabelPadding)), None)
+        self.threads: ThreadpoolController | None = None
+        self.batches, self.sample = 0, 0
+        stock = [self._oversample_last_XX_percent(i) for i in range(self.batch_size)]
+        self.forced_share = sum(stock) / self.batch_size
+        self.forced: list[bool] = []
+        self.probabilistic = self.get_do_oversample == self._probabilistic_oversampling
+        self.get_do_oversample = self._oversample
+
+    def _oversample(self, sample_idx: int) -> bool:
+        """Whether a sample is forced to hold foreground. nnU-Net asks before it loads the sample's case."""
+        self.sample = sample_idx
+        return self._probabilistic_oversampling(sample_idx) if self.probabilistic else self.forced[sample_idx]
+
+    def _draw_forced(self, size: int) -> list[bool]:
+        """Which patches of a stratum are forced to hold foreground: the last, and one more as often as needed."""
+        wanted = size * self.forced_share
+        number = int(wanted) + (np.random.uniform() < wanted - int(wanted))
+        return [i >= size - number for i in range(size)]
+
+    def _draw_numbers(self) -> dict[str, int]:
+        """Number of images of each stratum in the next batch."""
+        per_batch = full_images_per_batch(self.batch_size, self.full_share, self.full_share < 1)
+
+        def full_until(batch: int) -> int:  # batches of one take turns
+            return batch * per_batch if self.batch_size > 1 else int(batch * self.full_share)
+
+        batch = self.batches + self.offset + self.thread_id
+        full = full_until(batch + 1) - full_until(batch)
+        others = [number * self.batch_size - full_until(number) for number in (batch, batch + 1)]
+        unlabelled = int(others[1] * self.unlabelled_share) - int(others[0] * self.unlabelled_share)
+        return {FULL: full, PARTIAL: self.batch_size - full - unlabelled, UNLABELLED: unlabelled}
+
+    def get_indices(self):
+        self.numbers = self._draw_numbers()
+        self.batches += 1
+        self.forced = [forced for number in self.numbers.values() for forced in self._draw_forced(number)]
+        return [case for kind, number in self.numbers.items() if number for case in np.random.choice(self.strata[kind], number)]
+
+    def get_bbox(self, data_shape, force_fg, class_locations, *args, **kwargs):
+        if not self.has_ignore or self.sample < self.numbers[FULL]:
+            return super().get_bbox(data_shape, force_fg, class_locations, *args, **kwargs)
+        places = {key: voxels for key, voxels in class_locations.items() if len(voxels)}
+        annotated = places.pop(self.annotated_classes_key, ())
+        if not len(annotated):
+            # With no classes to choose from nnU-Net crops anywhere and does not warn.
+            return super().get_bbox(data_shape, True, {}, *args, **kwargs)
+        if force_fg and places:
+            annotated = list(places.values())[np.random.choice(len(places))]
+        voxel = annotated[np.random.choice(len(annotated))][1:]
+        corner = []
+        for place, image, patch, final, pad in zip(voxel, data_shape, self.patch_size, self.final_patch_size, self.need_to_pad):
+            pad = max(pad, patch - image)
+            low, high = -pad // 2, image + pad // 2 + pad % 2 - patch  # nnU-Net's bounds of a random crop
+            # the patch that the network gets, in the middle of the one that is augmented, holds the voxel
+            wanted = place - np.random.randint(final) - (patch - final) // 2
+            corner.append(int(min(max(wanted, low), high)))
+        return corner, [start + size for start, size in zip(corner, self.patch_size)]
+
+    def generate_train_batch(self):
+        raw = super().generate_train_batch()
+        batch = {**raw, "num_full": self.numbers[FULL]}
+        if self.sample_transforms is not None:
+            batch |= self._transformed(raw["data"], raw["target"])
+        return self.complete(batch) if self.complete else batch
+
+    def _transformed(self, data: torch.Tensor, target: torch.Tensor) -> dict:
+        samples = []
+        if self.threads is None:  # not before: a worker finds other libraries than the main process
+            self.threads = ThreadpoolController()
+        with torch.no_grad(), self.threads.limit(limits=1):  # as nnU-Net
+            for i, (image, segmentation) in enumerate(zip(data, target)):
+                if self.padding:
+                    self.padding.full = i < self.numbers[FULL]
+                sample = self.sample_transforms(image=image, segmentation=segmentation)
+                if self.padding:
+                    sample["inside"] = self.padding.inside
+                samples.append(sample)
+        targets = [sample["segmentation"] for sample in samples]
+        batch = {"data": torch.stack([sample["image"] for sample in samples]).float(),
+                 "target": list(map(torch.stack, zip(*targets))) if isinstance(targets[0], list) else torch.stack(targets)}
+        if self.padding:
+            batch["inside"] = torch.stack([sample["inside"] for sample in samples])
+        return batch

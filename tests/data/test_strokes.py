@@ -1,0 +1,165 @@
+"""Strokes that are taken for complete masks are found, and complete masks are not."""
+from __future__ import annotations
+
+import re
+
+import numpy as np
+import pytest
+import SimpleITK as sitk
+
+from nnunet_confkd import cli
+from nnunet_confkd.data.check import check_dataset
+from nnunet_confkd.data.strokes import shape_of, suspects
+from nnunet_confkd.data.weak_labels import case_rng, weaken
+
+SPACING = (5.0, 1.0, 1.0)
+
+
+def organs(seed, size=1.0):
+    """Two cylinders side by side in ten thick slices, of random radii and places."""
+    rng = np.random.default_rng(seed)
+    y, x = np.indices((48, 48))
+    label = np.zeros((10, 48, 48), np.uint8)
+    for value, center in ((1, 14), (2, 34)):
+        radius = size * rng.uniform(5, 9)
+        label[2:9, (y - rng.uniform(20, 28)) ** 2 + (x - center) ** 2 < radius ** 2] = value
+    return label
+
+
+def stroke(label, style="points", **options):
+    """Of a mask its weak label, 0 where nothing is annotated."""
+    weak = weaken(label, style, 9, case_rng("case", style, 0), spacing=SPACING, **options)
+    return np.where(weak == 9, 0, weak).astype(np.uint8)
+
+
+def found(masks, strokes, spacing=SPACING):
+    """The names of suspects among masks (m0, ...) and strokes (s0, ...)."""
+    labels = {f"{letter}{k}": label for letter, group in (("m", masks), ("s", strokes)) for k, label in enumerate(group)}
+    return sorted(suspects({name: shape_of(label, spacing) for name, label in labels.items()}))
+
+
+@pytest.mark.parametrize("masks, strokes", [(4, 20), (1, 3), (20, 1)])
+def test_points_among_masks_are_found_whatever_there_are_more_of(masks, strokes):
+    assert found([organs(k) for k in range(masks)], [stroke(organs(100 + k)) for k in range(strokes)]) == sorted(
+        f"s{k}" for k in range(strokes))
+
+
+def test_lines_are_found():
+    def line(k):
+        label = np.zeros((10, 48, 48), np.uint8)
+        label[2:9, 20 + k, 8:20], label[2:9, 20:30, 34 + k] = 1, 2
+        return label
+
+    assert found([organs(k) for k in range(3)], [line(k) for k in range(3)]) == ["s0", "s1", "s2"]
+
+
+def test_every_third_slice_is_found_even_where_all_cases_are_so():
+    def thinned(label, step):
+        kept = np.zeros_like(label)
+        kept[::step] = label[::step]
+        return kept
+
+    assert found([], [thinned(organs(k).repeat(3, 0), 3) for k in range(4)]) == ["s0", "s1", "s2", "s3"]
+    shape = shape_of(thinned(organs(0), 2), SPACING)
+    assert suspects({"s": shape}) == {"s": "foreground in one slice of 2"}
+
+
+def test_where_all_cases_are_strokes_all_are_found():
+    assert found([], [stroke(organs(k)) for k in range(3)]) == ["s0", "s1", "s2"]
+
+
+def test_complete_masks_of_any_size_and_empty_ones_are_not_found():
+    assert found([*(organs(k, size) for k in range(4) for size in (0.5, 1, 1.5)), np.zeros((10, 48, 48), np.uint8)], []) == []
+
+
+def test_a_small_compact_lesion_beside_large_ones_is_not_found_and_a_line_of_as_many_voxels_is():
+    def lesion(k):
+        return (organs(k) == 1).astype(np.uint8)
+
+    small, line = np.zeros((10, 48, 48), np.uint8), np.zeros((10, 48, 48), np.uint8)
+    small[4:6, 20:22, 20:22] = 1
+    line[4, np.arange(20, 28), np.arange(20, 28)] = 1
+    assert found([lesion(k) for k in range(4)] + [small], []) == []
+    assert found([lesion(k) for k in range(4)], [line]) == ["s0"]
+
+
+def test_a_structure_that_is_thin_in_all_cases_is_not_found_beside_solid_ones():
+    def wall(k):
+        label = organs(k)
+        label[2:9, 10:40, 24:26] = 3  # two voxels thick, everywhere
+        return (label == 3).astype(np.uint8)
+
+    assert found([wall(k) for k in range(3)], []) == ["m0", "m1", "m2"]  # alone it cannot be told from strokes
+    assert found([np.where(wall(k) > 0, 3, organs(k)) for k in range(3)], []) == []
+
+
+def test_a_mask_that_is_thin_in_one_class_only_or_thin_and_large_is_not_found():
+    remnant = organs(0)
+    remnant[remnant == 2] = 0
+    remnant[2:9, 20:24, 34] = 2  # of the second organ an edge is in the image
+    assert found([remnant, *(organs(k) for k in range(1, 4))], []) == []
+    net = np.zeros((10, 48, 48), np.uint8)
+    net[:, ::6], net[:, 3::6], net[:, :, 0] = 1, 2, 1
+    assert found([net, *(organs(k) for k in range(1, 4))], []) == []
+
+
+def test_two_dimensions_and_equal_spacings_are_measured_too():
+    flat = [organs(k)[4] for k in range(4)]
+    assert found(flat, [stroke(organs(k))[4] for k in range(10, 13)], SPACING[1:]) == ["s0", "s1", "s2"]
+    cube = (1.0, 1.0, 1.0)
+    assert found([organs(k).repeat(3, 0) for k in range(3)], [stroke(organs(k)).repeat(3, 0) for k in range(10, 12)], cube) == ["s0", "s1"]
+
+
+# ---- real masks and strokes ---------------------------------------------------------------------------------------------
+
+def read(file):
+    sitk.ProcessObject.SetGlobalWarningDisplay(False)
+    image = sitk.ReadImage(str(file))
+    return sitk.GetArrayFromImage(image), image.GetSpacing()[::-1]
+
+
+def test_no_real_mask_of_hippocampus_is_found(test_data):
+    files = sorted((test_data / "hippocampus" / "labelsTr").glob("*.nii.gz"))
+    assert len(files) == 200 and suspects({file.name: shape_of(*read(file)) for file in files}) == {}
+
+
+def test_experts_scribbles_are_found_among_real_masks_of_acdc_and_none_of_these(test_data):
+    files = sorted((test_data / "acdc" / "training").glob("patient*/*_gt.nii.gz"))
+    names = {file.name[:-10]: shape_of(*read(file)) for file in files}
+    assert len(names) == 200 and suspects(names) == {}
+
+    scribbled = sorted(names)[1::20]
+    for case in scribbled:
+        strokes, spacing = read(test_data / "acdc_scribbles" / f"{case}_scribble.nii.gz")
+        names[case] = shape_of(np.where(strokes == 4, 0, strokes), spacing)
+    assert sorted(suspects(names)) == scribbled and len(scribbled) == 10
+
+
+# ---- the way that failed ------------------------------------------------------------------------------------------------
+
+def test_strokes_with_0_for_not_annotated_given_as_full_masks_are_named_by_check(tmp_path, monkeypatch, capsys):
+    for name in ("raw", "preprocessed", "results"):
+        monkeypatch.setenv(f"nnUNet_{name}", str(tmp_path / name))
+    for k in range(24):
+        label = organs(k) if k < 4 else stroke(organs(k))
+        for sub, array in (("images", np.random.default_rng(k).normal(size=label.shape).astype(np.float32)), ("labels", label)):
+            image = sitk.GetImageFromArray(array)
+            image.SetSpacing(SPACING[::-1])
+            file = tmp_path / ("full" if k < 4 else "strokes") / sub / f"p{k:02d}.nii.gz"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            sitk.WriteImage(image, str(file))
+    command = ["mix", "--full", str(tmp_path / "full"), "--labels", "background", "one", "two", "--processes", "1"]
+    assert cli.main([*command, "--partial", str(tmp_path / "strokes"), "--ignore-value", "255", "--id", "7"]) == 1
+    error = capsys.readouterr().err
+    assert re.search(r"no label holds the value 255, .*The labels hold 0: 9\d\.\d %, 1: 0\.\d+ %, 2: 0\.\d+ %; .*If it is 0: --ignore-value 0$",
+                     error.strip()) and "--full" not in error
+
+    for file in (tmp_path / "strokes").rglob("*.nii.gz"):  # who gives them as --full all the same
+        file.rename(tmp_path / "full" / file.parent.name / file.name)
+    assert cli.main([*command, "--id", "7"]) == 0
+    assert cli.main(["check", "-d", "7", "--processes", "1"]) == 0
+    report = check_dataset(7, 1)
+    (warning,) = [text for text in report.warnings if "look like strokes" in text]
+    assert warning.startswith("20 of 24 fully annotated cases look like strokes and not like complete masks: p04 (")
+    assert re.search(r"p04 \(\d+ foreground voxels in lines or dots; complete masks of these classes have \d{4}\), p05 .* and 15 more\. Look",
+                     warning) and "give such cases to confkd mix as --partial, with --ignore-value 0" in warning

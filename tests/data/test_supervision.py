@@ -1,0 +1,489 @@
+from __future__ import annotations
+
+import json
+import os
+import warnings
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+from batchgeneratorsv2.transforms.utils.compose import ComposeTransforms
+from batchgeneratorsv2.transforms.utils.remove_label import RemoveLabelTransform
+from nnunetv2.training.dataloading.data_loader import nnUNetDataLoader
+from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2
+from nnunetv2.utilities.crossval_split import generate_crossval_split
+from nnunetv2.utilities.label_handling.label_handling import LabelManager
+
+from nnunet_confkd.data.images import count_voxels
+from nnunet_confkd.data.patients import split_full_cases
+from nnunet_confkd.data.supervision import (
+    FULL,
+    OUTSIDE,
+    PARTIAL,
+    UNLABELLED,
+    annotation_counts,
+    check_labels,
+    decide_kinds,
+    kind_of,
+    lost_annotations,
+    require_full,
+    summary,
+)
+from nnunet_confkd.errors import InputError
+from nnunet_confkd.training.batches import LabelPadding, StratifiedLoader, TrainingCases, full_images_per_batch, label_padding, real_hints
+
+IGNORE = 3
+WITH_IGNORE = LabelManager({"background": 0, "a": 1, "b": 2, "ignore": IGNORE}, None)
+WITHOUT_IGNORE = LabelManager({"background": 0, "a": 1, "b": 2}, None)
+
+
+# ---- kinds ----------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("label, kind", [
+    ([0, 1, 2, 0], FULL),
+    ([OUTSIDE, 0, 1, 1], FULL),  # background outside of the non-zero part is annotated
+    ([IGNORE, IGNORE, 1, IGNORE], PARTIAL),
+    ([IGNORE, IGNORE, OUTSIDE, IGNORE], PARTIAL),
+    ([IGNORE, IGNORE, IGNORE, IGNORE], UNLABELLED)])
+def test_kind_follows_from_the_ignored_voxels(label, kind):
+    assert kind_of(count_voxels(np.array(label), [OUTSIDE, 0, 1, 2, IGNORE]), IGNORE) == kind
+
+
+COUNTS = {"f": {0: 5, 1: 2, IGNORE: 0}, "p": {0: 1, 1: 1, IGNORE: 5}, "u": {0: 0, 1: 0, IGNORE: 7}}
+
+
+def test_table_may_lower_a_kind_and_leaves_the_others():
+    assert decide_kinds(COUNTS, WITH_IGNORE) == {"f": FULL, "p": PARTIAL, "u": UNLABELLED}
+    assert decide_kinds(COUNTS, WITH_IGNORE, {"f": PARTIAL}) == {"f": PARTIAL, "p": PARTIAL, "u": UNLABELLED}
+    assert decide_kinds(COUNTS, WITH_IGNORE, {"p": UNLABELLED})["p"] == UNLABELLED
+
+
+def test_the_summary_counts_the_kinds():
+    assert summary({"a": FULL, "b": PARTIAL, "c": FULL}) == "2 full, 1 partial, 0 unlabelled"
+
+
+def test_a_table_that_is_none_is_shown():
+    with pytest.raises(InputError, match=r'"supervision" must be an object \{case: kind\}, got \[\]'):
+        decide_kinds(COUNTS, WITH_IGNORE, [])
+
+
+def test_a_case_declared_partial_that_has_no_annotated_voxel_is_unlabelled():
+    assert decide_kinds(COUNTS, WITH_IGNORE, {"u": PARTIAL})["u"] == UNLABELLED
+
+
+def test_all_that_is_wrong_with_the_table_is_told_at_once():
+    with pytest.raises(InputError) as error:
+        decide_kinds(COUNTS, WITH_IGNORE, {"p": FULL, "u": "weak", "stranger": FULL})
+    assert str(error.value).split("\n  ") == [
+        'dataset.json, "supervision":', "stranger: there is no such case among the preprocessed ones",
+        "p: declared full, but 5 of its voxels are ignored; declare it partial or leave it out of the table",
+        "u: 'weak' is no kind of supervision; use one of full, partial, unlabelled"]
+
+
+def test_without_an_ignore_label_only_a_declaration_is_an_error():
+    counts = {"f": {0: 5, 1: 2}}
+    assert decide_kinds(counts, WITHOUT_IGNORE) == {"f": FULL}
+    for kind in (PARTIAL, UNLABELLED):
+        with pytest.raises(InputError, match='no "ignore"'):
+            decide_kinds(counts, WITHOUT_IGNORE, {"f": kind})
+
+
+def test_no_full_case_names_the_ignore_label_as_the_thing_to_use():
+    with pytest.raises(InputError, match="ignore label alone"):
+        require_full({"p": PARTIAL})
+    require_full({"p": PARTIAL, "f": FULL})
+
+
+@pytest.mark.parametrize("labels", [{"background": 0, "ignore": 1, "a": 2}, {"background": 0, "a": 2, "ignore": 4},
+                                    {"background": 0, "whole": [1, 2], "core": [2], "ignore": 2}])
+def test_an_ignore_label_that_is_not_the_highest_plus_one_is_refused(labels):
+    with pytest.raises(InputError, match="highest other label plus one, 3"):
+        check_labels({"labels": labels})
+
+
+@pytest.mark.parametrize("described, text", [
+    ({}, '"labels" must be .* \\(KeyError: \'labels\'\\)'), ({"labels": {"background": 0, "a": "x"}}, "ValueError: invalid literal"),
+    ({"labels": {"a": 1, "b": 2}}, "dataset.json: Background label not declared")])
+def test_labels_that_nnunet_cannot_use_are_refused_with_the_reason(described, text):
+    with pytest.raises(InputError, match=text):
+        check_labels(described)
+
+
+def test_good_ignore_labels_pass():
+    check_labels({"labels": {"background": 0, "a": 1}})
+    check_labels({"labels": {"background": 0, "whole": [1, 2], "core": [2], "ignore": 3}, "regions_class_order": [1, 2]})
+
+
+def test_default_folds_validate_each_full_case_once_and_train_the_others_always():
+    kinds = {f"f{i}": FULL for i in range(7)} | {"p": PARTIAL, "u": UNLABELLED}
+    splits = split_full_cases(kinds)
+    nnunets = generate_crossval_split(sorted(f"f{i}" for i in range(7)), seed=12345, n_splits=5)  # its own seed: the same in every run
+    assert [split["val"] for split in splits] == [sorted(split["val"]) for split in nnunets]
+    assert len(splits) == 5
+    assert sorted(case for split in splits for case in split["val"]) == sorted(f"f{i}" for i in range(7))
+    for split in splits:
+        assert {"p", "u"} <= set(split["train"]) and not set(split["train"]) & set(split["val"])
+    assert len(split_full_cases({"a": FULL, "b": FULL, "p": PARTIAL})) == 2
+    with pytest.raises(InputError, match="^fewer than two patients .* Train on fold 'all' .confkd train ID CONFIGURATION all., or annotate another"):
+        split_full_cases({"a": FULL, "p": PARTIAL})
+
+
+def test_patients_are_never_split_and_those_with_partial_cases_only_train():
+    kinds = {"p1_a": FULL, "p1_b": FULL, "p2_a": FULL, "p3_a": FULL, "p3_b": PARTIAL, "p4_a": UNLABELLED}
+    splits = split_full_cases(kinds, {case: case[:2] for case in kinds})
+    assert sorted(split["val"] for split in splits) == [["p1_a", "p1_b"], ["p2_a"]]
+    for split in splits:
+        assert sorted(split["train"] + split["val"]) == sorted(kinds)
+    with pytest.raises(InputError, match="fewer than two patients"):
+        split_full_cases({"p1_a": FULL, "p1_b": FULL}, {"p1_a": "p1", "p1_b": "p1"})
+
+
+# ---- counting on real preprocessed data -----------------------------------------------------------------------------
+
+@pytest.fixture
+def preprocessed(nnunet, hippocampus):
+    return nnunet.preprocessed("Dataset004_Hippocampus") / "nnUNetPlans_2d"
+
+
+def test_real_kinds_are_those_that_were_made(preprocessed, hippocampus):
+    cases = [case for role in ("full", "partial", "unlabelled", "validation") for case in hippocampus[role]]
+    kinds = decide_kinds(annotation_counts(preprocessed, cases, WITH_IGNORE), WITH_IGNORE)
+    for role, kind in (("full", FULL), ("partial", PARTIAL), ("unlabelled", UNLABELLED), ("validation", FULL)):
+        assert {kinds[case] for case in hippocampus[role]} == {kind}
+
+
+def test_counts_are_kept_and_counted_again_when_a_label_changes(preprocessed, hippocampus, tmp_path, monkeypatch):
+    import nnunet_confkd.data.supervision as module
+    counted, bars = [], []
+    monkeypatch.setattr(module, "tqdm", lambda values, *arguments, **options: bars.append((*arguments, options)) or values)
+    monkeypatch.setattr(module, "count_voxels", lambda seg, labels: counted.append(1) or count_voxels(seg, labels))
+    folder, cases = tmp_path / "data", sorted(hippocampus["partial"])[:3]
+    folder.mkdir()
+    for case in cases:
+        for name in (f"{case}.b2nd", f"{case}_seg.b2nd", f"{case}.pkl"):
+            (folder / name).write_bytes((preprocessed / name).read_bytes())
+    cache = tmp_path / "cache.json"
+    first = annotation_counts(folder, cases, WITH_IGNORE, cache)
+    assert len(counted) == 3 and cache.is_file() and list(tmp_path.iterdir()) != []
+    written = cache.stat().st_mtime_ns
+    assert annotation_counts(folder, cases, WITH_IGNORE, cache) == first and len(counted) == 3
+    assert cache.stat().st_mtime_ns == written
+    # None: a bar where there is a terminal
+    assert bars == [("count annotations", 3, {"disable": None}), ("count annotations", 3, {"disable": True})]
+    replacement = preprocessed / f"{hippocampus['full'][0]}_seg.b2nd"
+    (folder / f"{cases[0]}_seg.b2nd").write_bytes(replacement.read_bytes())
+    changed = annotation_counts(folder, cases, WITH_IGNORE, cache)
+    assert len(counted) == 4
+    assert kind_of(changed[cases[0]], IGNORE) == FULL and changed[cases[1]] == first[cases[1]]
+    cache.write_text("{ half a file")
+    assert annotation_counts(folder, cases, WITH_IGNORE, cache) == changed and len(counted) == 7
+    # another ignore label: the old counts do not answer the question
+    more = LabelManager({"background": 0, "a": 1, "b": 2, "c": 3, "ignore": 4}, None)
+    assert annotation_counts(folder, cases, more, cache)[cases[1]] == first[cases[1]] | {4: 0} and len(counted) == 10
+
+
+def test_a_label_value_that_dataset_json_does_not_list_is_an_error_naming_the_case(preprocessed, hippocampus):
+    case = hippocampus["partial"][0]
+    with pytest.raises(InputError, match=rf"{case}.*\[3\]"):
+        annotation_counts(preprocessed, [case], WITHOUT_IGNORE)
+
+
+def test_a_case_that_cannot_be_read_is_an_error_naming_it_and_the_reason(preprocessed, hippocampus, tmp_path):
+    case = hippocampus["partial"][0]
+    for name in (f"{case}.b2nd", f"{case}_seg.b2nd", f"{case}.pkl"):
+        content = (preprocessed / name).read_bytes()
+        (tmp_path / name).write_bytes(content[:len(content) // 2] if "_seg" in name else content)
+    dataset = nnUNetDatasetBlosc2(str(tmp_path))
+    for read in (lambda: annotation_counts(tmp_path, [case], WITH_IGNORE), lambda: TrainingCases(dataset).load_case(case)):
+        with pytest.raises(InputError) as error:
+            read()
+        reason = error.value.__cause__
+        assert str(error.value).startswith(f"{tmp_path / case}: the preprocessed case cannot be read ({type(reason).__name__}: {reason}).")
+
+
+def test_a_case_that_is_not_preprocessed_is_an_error_naming_it(preprocessed):
+    with pytest.raises(InputError, match="nobody"):
+        annotation_counts(preprocessed, ["nobody"], WITH_IGNORE)
+
+
+def test_a_read_only_cache_is_no_reason_not_to_train(preprocessed, hippocampus, tmp_path):
+    with pytest.warns(UserWarning, match="could not keep"):
+        counts = annotation_counts(preprocessed, hippocampus["full"], WITH_IGNORE, tmp_path / "missing" / "cache.json")
+    assert set(counts) == set(hippocampus["full"])
+
+
+def test_annotations_that_resampling_lost_are_found_by_name(nnunet, hippocampus):
+    from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
+    labels = nnunet.preprocessed("Dataset004_Hippocampus") / "gt_segmentations"
+    cases = [hippocampus["partial"][0], hippocampus["unlabelled"][0], "nobody"]
+    assert lost_annotations(cases, labels, ".nii.gz", SimpleITKIO(), IGNORE) == cases[:1]
+
+
+# ---- batches --------------------------------------------------------------------------------------------------------
+
+class Cases:
+    """Cases in memory: the image holds the case's number, so that a batch tells what is in it."""
+
+    def __init__(self, kinds: dict[str, str], shape=(1, 12, 12)):
+        self.kinds, self.shape, self.identifiers = kinds, shape, sorted(kinds)
+
+    def load_case(self, case):
+        data = np.full((1, *self.shape), self.identifiers.index(case), np.float32)
+        seg = np.full((1, *self.shape), IGNORE, np.int16)
+        if self.kinds[case] == FULL:
+            seg[:] = 0
+        if self.kinds[case] != UNLABELLED:
+            seg[0, 0, 5, 6] = 1
+        where = {label: np.argwhere(seg == label) for label in (1, 2)}
+        where[(-1, 0, 1, 2)] = np.argwhere(seg != IGNORE)
+        return data, seg, None, {"class_locations": where}
+
+
+@pytest.mark.parametrize("full, padding", [(False, 3), (True, 0)])
+@pytest.mark.parametrize("labels", ([-1, 0, 3, 1], [-1, 0, 2, 1], [-1, -1, -1, -1]))
+def test_padding_is_ignored_in_images_that_are_not_full(labels, full, padding):
+    """Also in a patch whose own voxels are all annotated: nobody annotated what lies around it."""
+    before = torch.tensor([[labels], [[-1, 1, 2, 3]]], dtype=torch.int16)  # the second: a cascade's previous prediction
+    step = LabelPadding(3)
+    step.full = full
+    after = step(segmentation=before.clone())["segmentation"]
+    assert after.dtype == before.dtype
+    assert after[0, 0].tolist() == [padding if label == -1 else label for label in labels]
+    assert after[1, 0].tolist() == [0, 1, 2, 3]
+    assert step.inside.tolist() == [[[label != -1 for label in labels]]]
+
+
+def test_real_hints_of_a_whole_image_are_those_of_its_patches():
+    label = np.array([[-1, 0, 3, 1], [2, -1, -1, 3]], np.int16)
+    known, mask = real_hints(label, 3)
+    step = LabelPadding(3)
+    step.full = False
+    patch = step(segmentation=torch.from_numpy(label)[None])["segmentation"][0]
+    assert known.tolist() == patch.tolist() == [[3, 0, 3, 1], [2, 3, 3, 3]] and mask.tolist() == (known != 3).tolist()
+
+
+def test_unknown_training_transforms_are_not_passed_over():
+    for steps in ([], [RemoveLabelTransform(-1, 0)] * 2, [RemoveLabelTransform(4, 0)]):
+        with pytest.raises(RuntimeError, match="^nnU-Net's training transforms .*: another version of nnU-Net\\?$"):
+            label_padding(ComposeTransforms(steps), 3)
+
+
+def test_where_nnunet_labels_the_padding_ours_takes_its_place():
+    steps = [RemoveLabelTransform(1, 0), RemoveLabelTransform(-1, 0), RemoveLabelTransform(2, 0)]
+    transforms = ComposeTransforms(list(steps))
+    label_padding(transforms, 3)
+    assert [transforms.transforms[0], transforms.transforms[2]] == [steps[0], steps[2]]
+    assert isinstance(transforms.transforms[1], LabelPadding) and transforms.transforms[1].ignore_label == 3
+
+
+KINDS = {f"f{i}": FULL for i in range(3)} | {f"p{i}": PARTIAL for i in range(9)} | {"u": UNLABELLED}
+
+
+def loader(batch_size, share=0.5, kinds=KINDS, oversample=0.33, **options):
+    return StratifiedLoader(Cases(kinds), batch_size, (8, 8), (8, 8), WITH_IGNORE, kinds=kinds, full_share=share,
+                            oversample_foreground_percent=oversample, **options)
+
+
+def test_full_images_come_first_in_the_set_number():
+    for batch_size, share, expected in ((2, 0.5, 1), (4, 0.5, 2), (12, 0.25, 3), (6, 1 / 6, 1), (5, 0.9, 4), (2, 0.01, 1),
+                                        (2, 0.99, 1), (16, 0.99, 15)):
+        dl = loader(batch_size, share)
+        for _ in range(20):
+            batch = next(dl)
+            kinds = [KINDS[key] for key in batch["keys"]]
+            assert batch["num_full"] == expected == kinds.count(FULL)
+            assert kinds[:expected] == [FULL] * expected
+            # the images are those that the keys name
+            assert [dl.indices[int(i)] for i in batch["data"].amax((1, 2, 3))] == list(batch["keys"])
+
+
+def test_without_other_cases_all_images_are_full():
+    assert full_images_per_batch(4, 0.5, others=False) == 4
+    batch = next(loader(4, kinds={"f0": FULL, "f1": FULL}))
+    assert batch["num_full"] == 4
+
+
+def test_without_a_full_case_there_is_nothing_to_draw_from():
+    with pytest.raises(InputError, match="^no fully annotated case to draw from$"):
+        loader(4, kinds={"p": PARTIAL, "u": UNLABELLED})
+
+
+def test_without_an_ignore_label_no_place_of_annotated_voxels_is_asked_for():
+    class Stock(Cases):
+        def load_case(self, case):
+            data, seg, previous, properties = super().load_case(case)
+            del properties["class_locations"][-1, 0, 1, 2]  # nnU-Net keeps them beside an ignore label only
+            return data, seg, previous, properties
+
+    kinds = {"f0": FULL, "f1": FULL}
+    batch = next(StratifiedLoader(Stock(kinds), 4, (8, 8), (8, 8), WITHOUT_IGNORE, kinds=kinds, full_share=0.5, oversample_foreground_percent=0.33))
+    assert batch["num_full"] == 4
+
+
+def test_a_batch_is_completed_when_all_else_is_in_it():
+    batch = next(loader(4, complete=lambda batch: {**batch, "seen": set(batch)}))
+    assert batch["seen"] == {"data", "target", "keys", "num_full"} and batch["num_full"] == 2
+
+
+def test_every_case_of_a_stratum_is_drawn_as_often():
+    np.random.seed(0)
+    dl, drawn = loader(4), Counter()
+    for _ in range(1500):
+        drawn.update(dl.get_indices())
+    # 3000 draws from 3 full cases and 3000 from 10 others: 1000 and 300 each; five standard deviations are 129 and 82
+    assert all(abs(drawn[case] - (1000 if case[0] == "f" else 300)) < (130 if case[0] == "f" else 83) for case in KINDS)
+
+
+@pytest.mark.parametrize("batch_size, share, unlabelled, partial_cases, unlabelled_cases, expected", [
+    (4, 0.5, 0.25, 12, 500, (2, 1.5, 0.5)),  # few partial among many unlabelled: in every batch partial images nonetheless
+    (4, 0.5, 0.25, 57, 3, (2, 1.9, 0.1)),  # few unlabelled: no more often than they occur
+    (4, 0.5, 0.25, 9, 0, (2, 2, 0)), (4, 0.5, 0.25, 0, 9, (2, 0, 2)), (4, 0.5, 0.0, 9, 9, (2, 2, 0)), (4, 0.5, 1.0, 3, 9, (2, 0.5, 1.5)),
+    (1, 0.5, 0.25, 12, 500, (0.5, 0.375, 0.125)), (2, 0.5, 0.25, 12, 500, (1, 0.75, 0.25)), (10, 0.2, 0.25, 12, 500, (2, 6, 2))])
+def test_each_batch_holds_the_set_shares_of_the_three_strata(batch_size, share, unlabelled, partial_cases, unlabelled_cases, expected):
+    kinds = {"f": FULL} | {f"p{i}": PARTIAL for i in range(partial_cases)} | {f"u{i}": UNLABELLED for i in range(unlabelled_cases)}
+    dl = loader(batch_size, share, kinds, unlabelled_share=unlabelled)
+    drawn = Counter()
+    for number in range(400):
+        keys = dl.get_indices()
+        of_batch = [kinds[key] for key in keys]
+        assert of_batch == sorted(of_batch, key=(FULL, PARTIAL, UNLABELLED).index) and len(keys) == batch_size
+        drawn.update(of_batch)
+        # regularly: at no time is a stratum two images away from its share
+        assert all(abs(drawn[kind] - (number + 1) * wanted) < 2 for kind, wanted in zip((FULL, PARTIAL, UNLABELLED), expected))
+
+
+def test_patches_of_partial_images_hold_an_annotated_voxel_at_any_place():
+    """nnU-Net centres them on it: a real hint would always lie in the middle, and a simulated one anywhere."""
+    kinds = {"f": FULL, "p": PARTIAL}
+    cases = Cases(kinds, (1, 40, 40))
+    dl = StratifiedLoader(cases, 2, (12, 12), (8, 8), WITH_IGNORE, kinds=kinds, full_share=0.5, oversample_foreground_percent=0.33)
+    np.random.seed(0)
+    annotated = np.zeros((1, 40, 40), bool)
+    annotated[0, 20, 17] = True
+    load = cases.load_case
+
+    def one_voxel(case):
+        data, seg, previous, properties = load(case)
+        if case == "p":
+            seg[0] = np.where(annotated, 1, IGNORE)
+            properties = {"class_locations": {1: np.argwhere(seg == 1), 2: [], (-1, 0, 1, 2): np.argwhere(seg == 1)}}
+        return data, seg, previous, properties
+
+    cases.load_case = one_voxel
+    seen = np.zeros((12, 12), int)
+    for _ in range(2000):
+        target = next(dl)["target"][1, 0]
+        assert (target == 1).sum() == 1
+        seen += (target == 1).numpy()
+    # anywhere in the middle 8 x 8, which the network gets, and nowhere else: 31 times each, five standard deviations are 28
+    assert seen[2:10, 2:10].sum() == 2000 and seen[2:10, 2:10].min() > 3 and seen[2:10, 2:10].max() < 60
+
+
+def test_patches_at_the_end_of_an_image_stay_as_far_inside_as_nnunets():
+    kinds = {"f": FULL, "p": PARTIAL}
+    dl = loader(2, kinds=kinds)
+    dl.get_indices()
+    dl.get_do_oversample(1)
+    where = {1: np.array([[0, 0, 0, 0]]), (-1, 0, 1, 2): np.array([[0, 0, 0, 0]])}
+    low, high = dl.get_bbox((1, 12, 12), True, where)
+    assert low == [0, 0, 0] and high == [1, 8, 8]
+    low, high = dl.get_bbox((1, 5, 12), False, where)  # smaller than a patch: in its middle
+    assert low == [0, -2, 0] and high == [1, 6, 8]
+
+
+def test_transforms_are_told_which_images_are_full_and_tell_where_the_image_is():
+    transforms = ComposeTransforms([RemoveLabelTransform(-1, 0)])
+    label_padding(transforms, IGNORE)
+    kinds = {"f": FULL, "p": PARTIAL}
+    dl = StratifiedLoader(Cases(kinds, (1, 8, 8)), 2, (10, 10), (10, 10), WITH_IGNORE, kinds=kinds, full_share=0.5,
+                          oversample_foreground_percent=0.33, transforms=transforms)
+    batch = next(dl)
+    image = torch.zeros(10, 10, dtype=torch.bool)
+    image[1:9, 1:9] = True
+    inside, target = batch["inside"], batch["target"]
+    assert inside.dtype == torch.bool and inside.shape == (2, 1, 10, 10) and torch.equal(inside[1, 0], image)
+    assert 0 < inside[0].sum() < 100  # nnU-Net's patch of a full image may reach beyond its end
+    assert (target[0][~inside[0]] == 0).all() and (target[1][~inside[1]] == IGNORE).all()
+
+
+@pytest.mark.parametrize("share", [0.5, 0.25, 1 / 3])
+def test_batches_of_one_alternate_in_the_set_proportion(share):
+    dl = loader(1, share)
+    full = [next(dl)["num_full"] for _ in range(120)]
+    assert sum(full) == pytest.approx(120 * share)
+    period = round(1 / share)
+    assert all(sum(full[i:i + period]) == 1 for i in range(0, 120, period))
+
+
+def test_batches_of_one_are_offset_by_worker_and_rank():
+    first = [loader(1) for _ in range(3)]
+    first[1].set_thread_id(1)
+    first[2].offset = 1
+    full = [[next(dl)["num_full"] for _ in range(4)] for dl in first]
+    assert full[0] != full[1] == full[2] and np.add(full[0], full[1]).tolist() == [1] * 4
+
+
+@pytest.mark.parametrize("batch_size, share", [(1, 0.5), (2, 0.5), (3, 0.5), (4, 0.25), (12, 0.5), (7, 0.3)])
+@pytest.mark.parametrize("oversample", [0.33, 0.0, 1.0])
+def test_each_stratum_is_forced_to_the_foreground_as_often_as_stock_batches(batch_size, share, oversample):
+    np.random.seed(1)
+    dl = loader(batch_size, share, oversample=oversample)
+    stock = nnUNetDataLoader(Cases(KINDS), batch_size, (8, 8), (8, 8), WITH_IGNORE, oversample_foreground_percent=oversample)
+    wanted = np.mean([stock.get_do_oversample(i) for i in range(batch_size)])
+    forced = {True: [], False: []}
+    for _ in range(4000):
+        keys = dl.get_indices()
+        for i, key in enumerate(keys):
+            forced[KINDS[key] == FULL].append(dl.get_do_oversample(i))
+    for flags in forced.values():
+        # at least 2000 draws each: five standard deviations of a coin are 0.056
+        assert abs(np.mean(flags) - wanted) <= (0.056 if 0 < wanted < 1 else 0)
+
+
+def test_probabilistic_oversampling_stays_nnunets():
+    np.random.seed(0)
+    dl = loader(4, probabilistic_oversampling=True, oversample=0.25)
+    forced = [dl.get_do_oversample(0) for _ in range(2000)]
+    assert np.mean(forced) == pytest.approx(0.25, abs=0.05)  # five standard deviations
+
+
+def test_unlabelled_cases_give_random_crops_and_no_warning():
+    kinds = {"f": FULL, "u": UNLABELLED}
+    dl = StratifiedLoader(Cases(kinds, (1, 40, 40)), 2, (8, 8), (8, 8), WITH_IGNORE, kinds=kinds, full_share=0.5,
+                          oversample_foreground_percent=0.33)
+    corners = set()
+    get_bbox = dl.get_bbox
+
+    def remember(shape, force, where, *args):
+        low, high = get_bbox(shape, force, where, *args)
+        if not len(where[(-1, 0, 1, 2)]):
+            corners.add(tuple(int(c) for c in low))
+        return low, high
+
+    dl.get_bbox = remember
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(30):
+            next(dl)
+    assert len(corners) > 20
+
+
+def test_hidden_labels_are_ignored_everywhere():
+    data = TrainingCases(Cases({"f": FULL, "p": PARTIAL}), ["p"], IGNORE)
+    _, seg, _, properties = data.load_case("p")
+    assert data.identifiers == data.dataset.identifiers != []
+    assert seg.dtype == np.int16 and (seg == IGNORE).all() and not any(len(where) for where in properties["class_locations"].values())
+    _, seg, _, properties = data.load_case("f")
+    assert (seg != IGNORE).all() and len(properties["class_locations"][1]) == 1
+
+
+def test_cache_is_not_written_into_a_configurations_folder(nnunet, hippocampus):
+    """A JSON file there makes nnU-Net fail to tell the data set's class."""
+    trainer = nnunet.trainer("Dataset004_Hippocampus", "2d")
+    trainer.find_supervision()
+    assert os.path.isfile(nnunet.preprocessed("Dataset004_Hippocampus") / "confkd_supervision_nnUNetPlans_2d.json")
+    assert not list((nnunet.preprocessed("Dataset004_Hippocampus") / "nnUNetPlans_2d").glob("*.json"))
+    content = json.loads((nnunet.preprocessed("Dataset004_Hippocampus") /
+                          "confkd_supervision_nnUNetPlans_2d.json").read_text())
+    assert set(content["cases"]) == {c for role in hippocampus if role != "test" for c in hippocampus[role]}

@@ -1,0 +1,225 @@
+from __future__ import annotations
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import SimpleITK as sitk
+
+from nnunet_confkd import cli
+from nnunet_confkd.errors import InputError
+from nnunet_confkd.evaluation.compare import compare_models, text_of
+
+LABELS = {"background": 0, "whole": [1, 2], "part": 2, "ignore": 3}
+
+
+def save(file, shift):
+    labels = np.zeros((6, 16, 16), np.uint8)
+    labels[2:5, 2 + shift:10 + shift, 2:8], labels[2:5, 2 + shift:10 + shift, 8:12] = 1, 2
+    file.parent.mkdir(parents=True, exist_ok=True)
+    sitk.WriteImage(sitk.GetImageFromArray(labels), str(file))
+
+
+@pytest.fixture
+def models(tmp_path, monkeypatch):
+    """Two models as nnU-Net leaves them: ConfKD of two folds, whose student is off by a row and whose teacher by two; a stock one of
+    one fold, off by four."""
+    monkeypatch.setenv("nnUNet_preprocessed", str(tmp_path / "preprocessed"))
+    truth = tmp_path / "preprocessed" / "Dataset027_Cubes" / "gt_segmentations"
+    for i in range(4):
+        save(truth / f"case{i}.nii.gz", 0)
+
+    def make(name, folds, **shifts):
+        model = tmp_path / "results" / "Dataset027_Cubes" / name
+        for fold, cases in enumerate(folds):
+            for folder, shift in shifts.items():
+                for case in cases:
+                    save(model / f"fold_{fold}" / folder / f"case{case}.nii.gz", shift)
+            (model / f"fold_{fold}" / "checkpoint_final.pth").touch()
+        (model / "plans.json").write_text("{}")
+        (model / "dataset.json").write_text(json.dumps({"labels": LABELS, "file_ending": ".nii.gz"}))
+        return model
+    return (make("ConfKDTrainer__nnUNetPlans__2d", [(0, 1), (2, 3)], validation=1, validation_teacher=2),
+            make("nnUNetTrainer__nnUNetPlans__2d", [(0, 1, 2)], validation=4))
+
+
+def test_models_stand_side_by_side_with_both_branches(models, tmp_path, capsys):
+    assert cli.main(["compare", *map(str, models), "--output", str(tmp_path / "out"), "--processes", "1"]) == 0
+    found = json.loads((tmp_path / "out" / "comparison.json").read_text())
+    rows = found["rows"]
+    assert [(r["name"], r["branch"]) for r in rows] == [("ConfKDTrainer", "student"), ("ConfKDTrainer", "teacher"), ("nnUNetTrainer", "student")]
+    # of 8 rows, 7, 6 and 4 overlap
+    for row, dice, n in zip(rows, (7 / 8, 6 / 8, 4 / 8), (4, 4, 3)):
+        assert row["statistics"]["whole"]["Dice"]["mean"] == pytest.approx(dice) and row["n"] == n
+        assert row["statistics"]["foreground"]["Dice"]["n"] == 3
+    assert rows[2]["difference"]["n"] == 3 and rows[2]["difference"]["mean"] == pytest.approx(-3 / 8) and "difference" not in rows[0]
+    text = capsys.readouterr().out
+    assert "-0.375 [-0.375, -0.375]" in text and (tmp_path / "out" / "comparison.txt").read_text().strip() in text
+    assert (tmp_path / "out" / "comparison.png").stat().st_size > 5000
+
+
+def record(fold, training, validation):
+    """confkd.json, as the trainer writes it."""
+    (fold / "confkd.json").write_text(json.dumps({"supervision": dict.fromkeys(training, "full"), "pseudo_dice_on": validation}))
+
+
+def split(models, *folds):
+    file = models[0].parents[2] / "preprocessed" / models[0].parent.name / "splits_final.json"
+    file.write_text(json.dumps([{"train": train, "val": val} for train, val in folds]))
+
+
+def test_every_figure_is_over_the_cases_that_all_rows_have(models):
+    """Case 3, which the stock model has not, is the only one that the other segments badly."""
+    for branch in ("validation", "validation_teacher"):
+        save(models[0] / "fold_1" / branch / "case3.nii.gz", 8)
+    found = compare_models(models, processes=1)
+    assert [row["n"] for row in found["rows"]] == [4, 4, 3] and list(found["patients"]) == ["case0", "case1", "case2"]
+    assert found["rows"][0]["statistics"]["whole"]["Dice"]["mean"] == pytest.approx(7 / 8)
+    assert found["notes"][0] == "the rows do not have the same cases; every figure is over the 3 that all of them have"
+    header, _, head, *lines = text_of(found).splitlines()
+    assert "Means over the 3 cases, each taken as one patient, that all rows have in common" in header
+    assert "n  n in common  Dice" in head
+    assert [line.split()[2:4] for line in lines[:3]] == [["4", "3"], ["4", "3"], ["3", "3"]]
+    assert lines[3] == f"WARNING: {found['notes'][0]}."
+    record(models[0] / "fold_0", ["case2"], ["case0", "case1"])
+    record(models[0] / "fold_1", ["case0"], ["case2", "case3"])
+    assert "WARNING" not in text_of(compare_models(models[:1], processes=1))
+
+
+def test_models_without_a_common_case_are_not_compared(models):
+    for name in ("case0", "case1", "case2"):
+        (models[1] / "fold_0" / "validation" / f"{name}.nii.gz").unlink()
+    save(models[1].parents[2] / "preprocessed" / models[1].parent.name / "gt_segmentations" / "case9.nii.gz", 0)
+    save(models[1] / "fold_0" / "validation" / "case9.nii.gz", 4)
+    with pytest.raises(InputError, match="no validation case is common to all .*nnUNetTrainer, student: case9"):
+        compare_models(models, processes=1)
+
+
+def test_the_record_of_the_training_decides_which_cases_count(models):
+    """Fold 0 was trained on case 0, which an earlier validation of another split has left in its folder."""
+    record(models[0] / "fold_0", ["case0", "case2", "case3"], ["case1"])
+    record(models[0] / "fold_1", ["case0", "case1"], ["case2", "case3"])
+    found = compare_models(models[:1], processes=1)
+    assert set(found["patients"]) == {"case1", "case2", "case3"}
+    assert found["notes"] == [f"ConfKDTrainer__nnUNetPlans__2d, fold_0/{folder}: 1 predictions of other cases than this fold validates "
+                              f"are left out: case0" for folder in ("validation", "validation_teacher")]
+    record(models[0] / "fold_0", ["case1", "case2"], ["case0", "case1", "case4"])
+    assert {note.partition(": ")[2] for note in compare_models(models[:1], processes=1)["notes"]} == {
+        "1 validation cases have no prediction: case4", "1 counted cases are training cases as well: case1"}
+    record(models[0] / "fold_0", ["case0", "case1"], ["case4"])
+    with pytest.raises(InputError, match="fold_0/validation: none of its 2 cases is a validation case of this fold.*--val"):
+        compare_models(models[:1], processes=1)
+
+
+@pytest.mark.parametrize("content", [{}, {"supervision": ["case0"], "pseudo_dice_on": []}, {"supervision": {}, "pseudo_dice_on": "case0"},
+                                     {"supervision": {}, "pseudo_dice_on": [["case0"]]}])
+def test_a_record_of_another_form_is_named(models, content):
+    (models[0] / "fold_0" / "confkd.json").write_text(json.dumps(content))
+    with pytest.raises(InputError, match='fold_0/confkd.json: must hold "supervision"'):
+        compare_models(models, processes=1)
+
+
+def test_the_split_tells_the_cases_of_a_stock_model(models):
+    split(models, (["case1", "case3"], ["case0", "case2"]))
+    found = compare_models(models[1:], processes=1)
+    assert set(found["patients"]) == {"case0", "case2"} and "are left out: case1" in found["notes"][0]
+    split(models)
+    with pytest.raises(InputError, match="splits_final.json: is no list of folds"):
+        compare_models(models[1:], processes=1)
+
+
+def test_where_nobody_knows_the_cases_all_count_with_a_warning(models):
+    found = compare_models(models[1:], processes=1)
+    assert len(found["patients"]) == 3
+    assert "WARNING: nnUNetTrainer__nnUNetPlans__2d, fold_0: neither confkd.json nor splits_final.json tells" in text_of(found)
+    (models[1] / "fold_0").rename(models[1] / "fold_all")
+    assert "fold_all: stock nnU-Net validates its training cases" in compare_models(models[1:], processes=1)["notes"][0]
+
+
+def test_partly_annotated_validation_cases_are_left_out(models):
+    """Stock nnU-Net validates them like any other; here it gets the annotated rows of case 1 right and the others wrong."""
+    truth = models[1].parents[2] / "preprocessed" / models[1].parent.name / "gt_segmentations"
+
+    def hide(name):
+        labels = sitk.GetArrayFromImage(sitk.ReadImage(str(truth / name)))
+        labels[:, 6:] = 3
+        sitk.WriteImage(sitk.GetImageFromArray(labels), str(truth / name))
+    hide("case1.nii.gz")
+    found = compare_models(models[1:], processes=1)
+    assert set(found["patients"]) == {"case0", "case2"}
+    assert found["notes"][-1].endswith("1 validation cases are only partly annotated and left out: case1")
+    for name in ("case0.nii.gz", "case2.nii.gz", "case3.nii.gz"):
+        hide(name)
+    found = compare_models(models[1:], processes=1)
+    assert len(found["patients"]) == 3 and found["notes"][-1].endswith("the measures count the annotated voxels alone")
+
+
+def test_patients_are_drawn_and_tested_not_cases(models, tmp_path):
+    """The three common cases are those of two patients."""
+    for file in sorted(tmp_path.rglob("case*.nii.gz")):
+        file.rename(file.with_name({"0": "p0_a", "1": "p0_b", "2": "p1_a", "3": "p1_b"}[file.name[4]] + ".nii.gz"))
+    by_case = compare_models(models, processes=1)["rows"][2]["difference"]
+    by_patient = compare_models(models, patient_pattern=r"(p\d)_", processes=1)
+    assert by_patient["patients"] == {"p0_a": "p0", "p0_b": "p0", "p1_a": "p1"}
+    assert "Means over the 3 cases of 2 patients, that" in text_of(by_patient)
+    assert all(of["Dice"]["patients"] == 2 for row in by_patient["rows"] for of in row["statistics"].values())
+    # all differences are of one sign: p is 2 of the 2^n signs
+    assert by_case["p"] == pytest.approx(2 / 2 ** 3) and by_patient["rows"][2]["difference"]["p"] == pytest.approx(2 / 2 ** 2)
+    for model, pattern in zip(models, (r"(p\d)_", None)):
+        described = json.loads((model / "dataset.json").read_text()) | {"patient_pattern": pattern}
+        (model / "dataset.json").write_text(json.dumps(described))
+    assert compare_models(models, processes=1)["rows"] == by_patient["rows"]
+    (models[1] / "dataset.json").write_text(json.dumps(described | {"patient_pattern": ".+"}))
+    with pytest.raises(InputError, match="name patients differently.*--patient-pattern"):
+        compare_models(models, processes=1)
+
+
+def test_seeds_in_folders_of_their_own_are_told_apart(models, tmp_path):
+    again = tmp_path / "seed1" / "Dataset027_Cubes" / models[0].name
+    again.parent.mkdir(parents=True)
+    shutil.copytree(models[0], again)
+    assert [row["name"] for row in compare_models([models[0], again], processes=1)["rows"]] == ["results", "results", "seed1", "seed1"]
+
+
+def test_one_model_alone_is_a_table_too(models):
+    assert len(compare_models(models[1:], processes=1)["rows"]) == 1
+
+
+def test_a_training_that_did_not_end_is_named(models):
+    for file in (models[1] / "fold_0" / "validation").iterdir():
+        file.unlink()
+    (models[1] / "fold_0" / "validation").rmdir()
+    with pytest.raises(InputError, match="fold_0/validation: there is no such folder: the training did not end"):
+        compare_models(models, processes=1)
+
+
+def test_what_is_no_model_or_has_no_truth(models, tmp_path, monkeypatch):
+    with pytest.raises(InputError, match="is no trained model"):
+        compare_models([tmp_path], processes=1)
+    with pytest.raises(InputError, match="named twice"):
+        compare_models([models[0], models[0]], processes=1)
+    monkeypatch.setenv("nnUNet_preprocessed", str(tmp_path / "elsewhere"))
+    with pytest.raises(InputError, match="gt_segmentations: there is no such folder"):
+        compare_models(models, processes=1)
+
+
+def test_models_of_other_classes_are_not_compared(models):
+    described = json.loads((models[1] / "dataset.json").read_text())
+    described["labels"] = {"background": 0, "all": 1}
+    (models[1] / "dataset.json").write_text(json.dumps(described))
+    with pytest.raises(InputError, match="models of the same classes"):
+        compare_models(models, processes=1)
+
+
+def test_a_broken_prediction_is_named_with_its_model(models):
+    (models[0] / "fold_1" / "validation_teacher" / "case2.nii.gz").write_bytes(b"broken")
+    with pytest.raises(InputError, match="ConfKDTrainer.*fold_1/validation_teacher.*cannot be read as an image"):
+        compare_models(models, processes=1)
+
+
+def test_foreign_files_stay(models, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "comparison.txt").write_text("precious")
+    assert cli.main(["compare", str(models[1]), "--output", str(tmp_path / "out"), "--processes", "1"]) == 1
+    assert (tmp_path / "out" / "comparison.txt").read_text() == "precious"

@@ -1,0 +1,262 @@
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import SimpleITK as sitk
+import torch
+
+from nnunet_confkd import cli, nnunet_commands
+from nnunet_confkd.errors import InputError
+from nnunet_confkd.inference.checkpoints import pretrained_for_both_branches
+from nnunet_confkd.inference.export import ORIGIN_FILE, export
+
+HIPPOCAMPUS = "Dataset004_Hippocampus"
+# an interpreter in which the plugin cannot be imported, and nothing points to it
+WITHOUT_PLUGIN = "import sys; sys.modules['nnunet_confkd'] = None; from nnunetv2.{} import {} as run; run()"
+
+
+def stock(module: str, function: str, *args, **environment) -> subprocess.CompletedProcess:
+    """A command of nnU-Net's in a process that lacks the plugin."""
+    env = {k: v for k, v in os.environ.items() if k != "nnUNet_extTrainer"} | environment
+    code = WITHOUT_PLUGIN.format(module, function)
+    result = subprocess.run([sys.executable, "-c", code, *map(str, args)], env=env, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result
+
+
+def predict_stock(model, images, output, *more):
+    stock("inference.predict_from_raw_data", "predict_entry_point_modelfolder", "-i", images, "-o", output, "-m", model,
+          "-f", "0", "-device", "cpu", "-npp", "1", "-nps", "1", "--save_probabilities", *more)
+
+
+def predict_plugin(model, images, output, branch, *more):
+    nnunet_commands.predict(["-i", str(images), "-o", str(output), "-m", str(model), "-f", "0", "-device", "cpu", "-npp", "1", "-nps",
+                 "1", "--save_probabilities", "--branch", branch, *more])
+
+
+def assert_same_predictions(first, second):
+    files = sorted(f.name for f in first.glob("*.nii.gz"))
+    assert files and files == sorted(f.name for f in second.glob("*.nii.gz"))
+    for name in files:
+        a, b = (sitk.GetArrayFromImage(sitk.ReadImage(str(folder / name))) for folder in (first, second))
+        np.testing.assert_array_equal(a, b)
+        npz = name.replace(".nii.gz", ".npz")
+        np.testing.assert_array_equal(*(np.load(folder / npz)["probabilities"] for folder in (first, second)))
+
+
+@pytest.fixture(scope="module")
+def images(nnunet, hippocampus, tmp_path_factory):
+    """Two held-back images."""
+    folder = tmp_path_factory.mktemp("images")
+    for case in hippocampus["test"][:2]:
+        shutil.copyfile(nnunet.raw(HIPPOCAMPUS) / "imagesTs" / f"{case}_0000.nii.gz", folder / f"{case}_0000.nii.gz")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def predictions(hippocampus_model, images, tmp_path_factory):
+    """What the plugin predicts with each branch."""
+    folder = tmp_path_factory.mktemp("plugin")
+    for branch in ("student", "teacher", "mean"):
+        predict_plugin(hippocampus_model, images, folder / branch, branch)
+    return folder
+
+
+@pytest.mark.parametrize("branch", ["student", "teacher"])
+def test_stock_nnunet_predicts_the_same_to_the_bit(hippocampus_model, images, predictions, tmp_path, branch):
+    assert not list(tmp_path.iterdir())
+    model = export(hippocampus_model, tmp_path / "model", branch)
+    predict_stock(model, images, tmp_path / "stock")
+    assert_same_predictions(predictions / branch, tmp_path / "stock")
+    checkpoints = {f.name for f in (hippocampus_model / "fold_0").glob("checkpoint_*.pth")}
+    assert {f.name for f in (model / "fold_0").glob("checkpoint_*.pth")} == checkpoints == {
+        "checkpoint_final.pth", "checkpoint_best.pth"}
+
+
+def test_the_branches_predict_differently_and_the_mean_is_that_of_the_logits(predictions, images):
+    for name in (f.name.replace("_0000.nii.gz", ".npz") for f in images.iterdir()):
+        p = {branch: np.load(predictions / branch / name)["probabilities"].astype(np.float64)
+             for branch in ("student", "teacher", "mean")}
+        assert not np.array_equal(p["student"], p["teacher"])
+        # The softmax of the mean of logits is the normalised geometric mean. nnU-Net keeps sums of logits in half
+        # precision, which is coarse in the corners, where the weights of the sliding window are small.
+        geometric = np.sqrt(p["student"] * p["teacher"])
+        error = np.abs(p["mean"] - geometric / geometric.sum(0))
+        assert error.mean() < 1e-3 and error.max() < 0.05
+        assert min(np.abs(p["mean"] - p[branch]).mean() for branch in ("student", "teacher")) > 10 * error.mean()
+
+
+def test_nothing_in_the_exported_files_needs_or_names_the_plugin(hippocampus_model, tmp_path):
+    model = export(hippocampus_model, tmp_path / "model")
+    plans = json.loads((model / "plans.json").read_text())
+    assert plans["plans_name"] == "nnUNetPlans_ConfKDTrainer"
+    assert "confkd" not in json.dumps(plans["configurations"])
+    assert "supervision" not in json.loads((model / "dataset.json").read_text())
+    checkpoint = torch.load(model / "fold_0" / "checkpoint_final.pth", weights_only=False)
+    assert checkpoint["trainer_name"] == "nnUNetTrainer"
+    assert not any(name.startswith("teacher_decoder.") for name in checkpoint["network_weights"])
+    assert "confkd" not in json.dumps(checkpoint["init_args"]["plans"]["configurations"])
+    origin = json.loads((model / ORIGIN_FILE).read_text())
+    assert origin["trainer"] == "ConfKDTrainer" and origin["branch"] == "student" and origin["settings"]["seed"] == 3
+    assert origin["declared_supervision"] == {"full": 10, "partial": 30, "unlabelled": 10}
+
+
+def test_nothing_of_single_cases_goes_to_others(hippocampus, hippocampus_model, tmp_path):
+    model = export(hippocampus_model, tmp_path / "model")
+    names = [case.encode() for cases in hippocampus.values() for case in cases]
+    assert any(names[0] in file.read_bytes() or file.name.startswith("hippocampus_") for file in hippocampus_model.rglob("*") if file.is_file())
+    for file in model.rglob("*"):
+        assert not file.name.startswith("hippocampus_")
+        assert file.is_dir() or not any(name in file.read_bytes() for name in [*names, str(tmp_path.parent).encode()]), file
+
+
+def test_stock_nnunet_continues_and_validates_an_exported_checkpoint(nnunet, hippocampus_model, tmp_path):
+    """Its optimiser's state is the branch's own."""
+    from nnunetv2.run.run_training import get_trainer_from_args
+    source = torch.load(hippocampus_model / "fold_0" / "checkpoint_final.pth", weights_only=False)
+    model = export(hippocampus_model, tmp_path / "model", "teacher")
+    trainer = get_trainer_from_args(HIPPOCAMPUS, "2d_export", 0, "nnUNetTrainer", device=torch.device("cpu"))
+    trainer.load_checkpoint(str(model / "fold_0" / "checkpoint_final.pth"))
+    names = [name for name, _ in trainer.network.named_parameters()]
+    # the numbering of a two-branch network's parameters, from a network and not from the code under test
+    from nnunet_confkd.training.network import TwoBranchUNet
+    two = [name for name, _ in TwoBranchUNet(trainer.network).named_parameters()]
+    for name in ("encoder.stages.0.0.convs.0.conv.weight", "decoder.seg_layers.1.weight", "decoder.stages.0.convs.0.conv.bias"):
+        twin = name.replace("decoder.", "teacher_decoder.") if name.startswith("decoder.") else name
+        ours = trainer.optimizer.state_dict()["state"][names.index(name)]["momentum_buffer"]
+        assert torch.equal(ours, source["optimizer_state"]["state"][two.index(twin)]["momentum_buffer"])
+
+
+def test_an_exported_model_is_taken_as_pretrained_weights_by_stock_nnunet(hippocampus_model, nnunet, tmp_path):
+    from nnunetv2.run.load_pretrained_weights import load_pretrained_weights
+    from nnunetv2.run.run_training import get_trainer_from_args
+    model = export(hippocampus_model, tmp_path / "model")
+    trainer = get_trainer_from_args(HIPPOCAMPUS, "2d_export", 0, "nnUNetTrainer", device=torch.device("cpu"))
+    trainer.initialize()
+    load_pretrained_weights(trainer.network, str(model / "fold_0" / "checkpoint_final.pth"))
+    source = torch.load(hippocampus_model / "fold_0" / "checkpoint_final.pth", weights_only=False)["network_weights"]
+    assert torch.equal(trainer.network.decoder.transpconvs[0].weight, source["decoder.transpconvs.0.weight"])
+
+
+def test_an_installed_export_is_read_by_nnunets_own_commands(nnunet, hippocampus_model, tmp_path):
+    """find_best_configuration, ensemble (of both branches), export to zip: with the plugin's model as one of the two."""
+    models = [export(hippocampus_model, install=True, branch=branch) for branch in ("student", "teacher")]
+    plans = ["nnUNetPlans_ConfKDTrainer", "nnUNetPlans_ConfKDTrainer_teacher"]
+    assert [m.name for m in models] == [f"nnUNetTrainer__{p}__2d_export" for p in plans]
+    stock("evaluation.find_best_configuration", "find_best_configuration_entry_point", "4", "-c", "2d_export", "-p", *plans,
+          "-f", "0", "-np", "1")
+    found = json.loads((models[0].parent / "inference_information.json").read_text())["all_results"]
+    assert len(found) == 3 and any(name.startswith("ensemble") for name in found)
+    stock("model_sharing.entry_points", "export_pretrained_model_entry", "-d", "4", "-o", tmp_path / "model.zip", "-c",
+          "2d_export", "-p", plans[0], "-f", "0")
+    stock("model_sharing.entry_points", "install_from_zip_entry_point", tmp_path / "model.zip",
+          nnUNet_results=str(tmp_path / "elsewhere"))
+    assert (tmp_path / "elsewhere" / HIPPOCAMPUS / models[0].name / "fold_0" / "checkpoint_final.pth").is_file()
+    folders = [tmp_path / f"pred_{i}" for i in range(2)]
+    for model, folder in zip(models, folders):
+        shutil.copytree(model / "fold_0" / "validation", folder)
+        shutil.copyfile(model / "plans.json", folder / "plans.json")
+        shutil.copyfile(model / "dataset.json", folder / "dataset.json")
+    stock("ensembling.ensemble", "entry_point_ensemble_folders", "-i", *folders, "-o", tmp_path / "ensemble", "-np", "1")
+    assert len(list((tmp_path / "ensemble").glob("*.nii.gz"))) == 5
+    with pytest.raises(InputError, match="exists already"):
+        export(hippocampus_model, install=True)
+
+
+def test_a_plugin_model_is_read_by_nnunets_own_commands(nnunet, hippocampus_model, tmp_path):
+    from nnunetv2.evaluation.find_best_configuration import find_best_configuration
+    from nnunetv2.model_sharing.model_export import export_pretrained_model
+    found = find_best_configuration(HIPPOCAMPUS, ({"plans": "nnUNetPlans", "configuration": "2d_export",
+                                                   "trainer": "ConfKDTrainer"},), num_processes=1, folds=(0,))
+    assert found["best_model_or_ensemble"]["selected_model_or_models"][0]["trainer"] == "ConfKDTrainer"
+    export_pretrained_model(HIPPOCAMPUS, str(tmp_path / "model.zip"), ("2d_export",), "ConfKDTrainer", folds=(0,))
+    assert (tmp_path / "model.zip").stat().st_size > 10000
+
+
+# ---- bad input ------------------------------------------------------------------------------------------------------
+
+def test_an_output_folder_that_exists_is_left_alone(hippocampus_model, tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes.txt").write_text("mine")
+    with pytest.raises(InputError, match="exists already"):
+        export(hippocampus_model, tmp_path / "mine")
+    assert [f.name for f in tmp_path.rglob("*")] == ["mine", "notes.txt"]
+
+
+def test_a_checkpoint_of_another_trainer_is_refused_and_nothing_is_written(hippocampus_model, tmp_path):
+    model = tmp_path / "model"
+    shutil.copytree(hippocampus_model, model)
+    checkpoint = torch.load(model / "fold_0" / "checkpoint_final.pth", weights_only=False)
+    checkpoint["network_weights"] = {k: v for k, v in checkpoint["network_weights"].items() if "teacher" not in k}
+    checkpoint["trainer_name"] = "nnUNetTrainer"
+    torch.save(checkpoint, model / "fold_0" / "checkpoint_final.pth")
+    with pytest.raises(InputError, match="checkpoint_final.pth: was written by nnUNetTrainer and holds no teacher"):
+        export(model, tmp_path / "out")
+    assert [f.name for f in tmp_path.iterdir()] == ["model"]
+
+
+def test_a_subclass_by_another_name_is_exported(hippocampus_model, tmp_path):
+    """The weights' names tell what a model is, not the trainer's."""
+    model = tmp_path / "model"
+    shutil.copytree(hippocampus_model, model)
+    for path in (model / "fold_0").glob("*.pth"):
+        torch.save(torch.load(path, weights_only=False) | {"trainer_name": "MyTrainer"}, path)
+    out = export(model, tmp_path / "out")
+    assert json.loads((out / "plans.json").read_text())["plans_name"] == "nnUNetPlans_MyTrainer"
+
+
+@pytest.mark.parametrize("spoil, text", [
+    (lambda m: shutil.rmtree(m), "there is no such folder"), (lambda m: (m / "plans.json").unlink(), "plans.json missing"),
+    (lambda m: shutil.rmtree(m / "fold_0"), "train first"),
+    (lambda m: (m / "fold_0" / "checkpoint_best.pth").write_bytes(b"half"), "checkpoint_best.pth: cannot be read"),
+    (lambda m: torch.save({"epoch": 3}, m / "fold_0" / "checkpoint_best.pth"), "is no nnU-Net checkpoint")])
+def test_a_broken_model_folder_is_one_clear_error(hippocampus_model, tmp_path, spoil, text, capsys):
+    model = tmp_path / "model"
+    shutil.copytree(hippocampus_model, model)
+    spoil(model)
+    assert cli.main(["export", "--model", str(model), "--output", str(tmp_path / "out")]) == 1
+    error = capsys.readouterr().err
+    assert text in error and "Traceback" not in error and not (tmp_path / "out").exists()
+
+
+def test_a_branch_of_a_model_that_has_none_is_refused(hippocampus_model, images, tmp_path, capsys):
+    stock_model = export(hippocampus_model, tmp_path / "stock")
+    code = cli.main(["predict", "-i", str(images), "-o", str(tmp_path / "out"), "-m", str(stock_model), "-f", "0", "-device",
+                     "cpu", "--branch", "teacher"])
+    assert code == 1 and "holds no teacher" in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+# ---- pretrained weights ---------------------------------------------------------------------------------------------
+
+def test_stock_pretrained_weights_start_both_branches(nnunet, hippocampus_model, tmp_path):
+    from nnunetv2.run.load_pretrained_weights import load_pretrained_weights
+    stock_file = export(hippocampus_model, tmp_path / "stock") / "fold_0" / "checkpoint_final.pth"
+    trainer = nnunet.trainer(HIPPOCAMPUS, "2d_export")
+    trainer.initialize()
+    with pytest.raises(AssertionError, match="teacher_decoder"):
+        load_pretrained_weights(trainer.network, str(stock_file))
+    with pretrained_for_both_branches(stock_file) as adapted:
+        load_pretrained_weights(trainer.network, adapted)
+    source = torch.load(stock_file, weights_only=False)["network_weights"]["decoder.stages.0.convs.0.conv.weight"]
+    for decoder in (trainer.network.decoder, trainer.network.teacher_decoder):
+        assert torch.equal(decoder.stages[0].convs[0].conv.weight, source)
+    assert not os.path.exists(adapted) and stock_file.is_file()
+
+
+def test_confkd_train_takes_stock_weights(nnunet, hippocampus_model, tmp_path, capsys):
+    stock_file = export(hippocampus_model, tmp_path / "stock") / "fold_0" / "checkpoint_final.pth"
+    configuration = nnunet.configure(HIPPOCAMPUS, "2d_pretrained", "2d", {"epochs": 1, "iterations_per_epoch": 1})
+    assert cli.main(["train", "4", configuration, "0", "-device", "cpu", "-pretrained_weights", str(stock_file)]) == 0
+    assert "its decoder starts both branches" in capsys.readouterr().out
+    assert (nnunet.model(HIPPOCAMPUS, configuration) / "fold_0" / "checkpoint_final.pth").is_file()
+
+
+def test_missing_pretrained_weights_are_one_clear_error(nnunet, hippocampus, tmp_path, capsys):
+    assert cli.main(["train", "4", "2d", "0", "-device", "cpu", "-pretrained_weights", str(tmp_path / "no.pth")]) == 1
+    assert "no.pth: there is no such checkpoint" in capsys.readouterr().err

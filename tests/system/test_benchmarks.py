@@ -1,0 +1,46 @@
+"""The benchmarks still run: tiny ones, of whose times nothing is asserted."""
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
+
+
+@pytest.fixture
+def folders(monkeypatch, tmp_path):
+    """nnU-Net's three, empty; the benchmarks can be imported."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    for name in ("raw", "preprocessed", "results"):
+        monkeypatch.setenv(f"nnUNet_{name}", str(tmp_path / name))
+    monkeypatch.setenv("nnUNet_compile", "false")
+    return tmp_path
+
+
+@pytest.mark.parametrize("network", ("PlainConvUNet", "ResidualEncoderUNet"))
+def test_step_time_measures_steps_parts_and_predictions(folders, network):
+    import step_time
+    case = step_time.Case(network, (16, 16), 4, (4, 8, 8), 0.5)
+    run = step_time.measure(case, "cpu", False, False, 2, folders)
+    bound = run["flops"]["confkd"] / run["flops"]["stock"]
+    assert 1 < run["flops"]["kl on full"] / run["flops"]["stock"] == run["flops"]["before the KL"] / run["flops"]["stock"] < bound < 2
+    assert {f"term {term}" for term in ("teacher", "student", "kl", "entropy")} < set(run["parts_ms"])
+    assert set(run["step"]) == {"stock", *step_time.VARIANTS} and set(run["prediction"]) == {"stock", "confkd", "exported"}
+    described, output = {"device": "cpu", "machine": "one", "versions": "1"}, folders / "rows.json"
+    for row in (run, run, run | {"compiled": True, "parts_ms": None}):
+        step_time.save(row, described, [case.name], output)
+    result = json.loads(output.read_text())
+    assert [row["compiled"] for row in result["runs"]] == [False, True], "a row is renewed, the others stay"
+    head, _, row, _, *_, names, _, parts = step_time.table_of(result).splitlines()
+    assert row.count("|") == head.count("|") and f"| {bound:.3f} |" in row
+    assert parts.count("|") == names.count("|") and "teacher's decoder" in names and parts.count(" + ") == 4
+    assert step_time.peak_memory(case, "cpu", "confkd", folders) > 0
+
+
+def test_many_cases_measures_starts_and_batches(folders, capsys):
+    import many_cases
+    seconds, batches = many_cases.measure(many_cases.TINY, (4, 16, 16), 20, 5, 2, folders)
+    assert set(seconds) == {"stock", "confkd, first", "confkd, again", "stock, again"}
+    assert batches["confkd, again"]["median_ms"] > 0 and batches["confkd, again"]["own_ms"] > 0

@@ -1,0 +1,335 @@
+"""The documentation: its commands are run by tests or say that they are not, they parse, links lead somewhere, and the
+generated reference is that of the code. And what a release holds."""
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import multiprocessing
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import tarfile
+import unicodedata
+from importlib.metadata import entry_points
+from multiprocessing.pool import ThreadPool
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from nnunetv2.experiment_planning.dataset_fingerprint.fingerprint_extractor import DatasetFingerprintExtractor
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+
+import nnunet_confkd
+from nnunet_confkd import cli
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+TUTORIAL = ROOT / "docs" / "tutorial.md"
+
+# Which test runs a command of the documentation: with other paths, ids and lengths, and most often in the test's process.
+# A command that no entry fits must stand under a mark "not run" (see marked).
+RUN_BY = {
+    r"make test": ".ci/run",
+    r"make demo": "system/test_docs.py::test_make_would_install_and_run_the_demo",  # a dry run; the demo itself is the next line's
+    r"confkd demo": "demo/test_demo.py::test_the_whole_demo_in_short_ends_with_the_figures_and_the_paths",
+    r"pip install \.": "system/test_packaging.py::test_the_wheel_holds_one_top_level_name_and_its_trainers_are_found",  # pip wheel
+    r"export nnUNet_extTrainer=.*": "system/test_docs.py::test_the_line_for_the_shell_keeps_what_the_variable_holds",
+    r"(mkdir -p raw .*|export nnUNet_raw=.*)": "system/test_docs.py::test_the_tutorial_up_to_the_training",
+    r"confkd --help": "system/test_packaging.py::test_unknown_commands_and_help",
+    r"confkd convert --list": "system/test_docs.py::test_the_list_of_converters",
+    r"confkd convert acdc .*": "dataset_conversion/test_acdc.py::test_the_command_converts",
+    r"confkd convert msd .*": "dataset_conversion/test_msd.py::test_the_command_converts_and_names_what_is_wrong",
+    r"confkd download hippocampus": "data/test_download.py::test_the_command_tells_what_comes_next",  # from a server of the test's
+    r"confkd mix .*": "data/test_mix.py::test_the_command_says_what_it_wrote",
+    r"confkd weaken .*": "data/test_weaken.py::test_the_command",
+    r"confkd check .*": "data/test_check.py::test_acdc_with_scribbles_is_right_and_counted_as_in_the_source",
+    r"confkd plan .*": "data/test_planning.py::test_every_point_survives_preprocessing_and_is_found_by_patch_sampling",
+    r"confkd train .*": "system/test_scaling.py::test_a_task_of_the_array_trains_its_line_and_goes_on_when_submitted_again",
+    r"nnUNetv2_train .*": "training/test_trainer.py::test_final_validation_reports_both_branches",  # its function run_training
+    r"confkd predict .* --save-entropy": "inference/test_uncertainty.py::test_the_segmentation_is_the_same_to_the_bit",
+    r"confkd predict .*": "test_nnunet_commands.py::test_images_without_numbers_are_predicted_under_their_own_names",
+    r"nnUNetv2_predict_from_modelfolder .*": "inference/test_export.py::test_stock_nnunet_predicts_the_same_to_the_bit",
+    r"confkd evaluate .* --against .*": "evaluation/test_evaluate.py::test_two_folders_are_compared_case_by_case",
+    r"confkd evaluate .*": "evaluation/test_evaluate.py::test_the_command_writes_what_it_measures",
+    r"confkd compare .*": "evaluation/test_compare.py::test_models_stand_side_by_side_with_both_branches",
+    r"confkd report .*": "report/test_report.py::test_figures_are_those_of_nnunets_validation_and_of_the_files",
+    r"confkd complete .* --confidence .*": "inference/test_completion.py::test_with_a_confidence_only_voxels_above_it_are_filled",
+    r"confkd complete .*": "inference/test_completion.py::test_annotated_voxels_stay_and_the_others_are_the_students",
+    r"confkd export .*": "inference/test_export.py::test_stock_nnunet_predicts_the_same_to_the_bit",  # its function export
+}
+
+
+def blocks(page: Path, languages: str) -> list[tuple[str, str]]:
+    """(the line before it, text) of each fenced block in one of the languages, e.g. "bash|sh"."""
+    found = re.findall(rf"(?:^|\n)([^\n]*)\n\s*```(?:{languages})\n(.*?)\n\s*```", page.read_text(encoding="utf-8"), re.DOTALL)
+    return [(before, text) for before, text in found]
+
+
+def marked(before: str, line: str) -> bool:
+    return "<!-- not run" in before or bool(re.search(r"#.*\bnot run\b", line))
+
+
+def commands() -> list[tuple[str, bool, str]]:
+    """(page, whether it is marked as not run, command) of all shell blocks; continued lines are one, comments are gone."""
+    found = []
+    for page in PAGES:
+        for before, text in blocks(page, "bash|sh|console|shell"):
+            for line in re.sub(r"\\\n\s*", "", text).splitlines():
+                command = " ".join(re.sub(r"(^|\s)#.*", "", line).split()).removeprefix("$ ")
+                if command:
+                    found.append((page.relative_to(ROOT).as_posix(), marked(before, line), command))
+    return found
+
+
+COMMANDS = commands()
+
+
+def test_every_shell_block_is_found():
+    fences = sum(len(re.findall(r"^\s*```(?:bash|sh|console|shell)\b", page.read_text(encoding="utf-8"), re.MULTILINE)) for page in PAGES)
+    assert fences == sum(len(blocks(page, "bash|sh|console|shell")) for page in PAGES) > 15
+
+
+def test_every_command_is_run_by_a_test_or_marked_as_not_run():
+    unknown = [f"{page}: {command}" for page, is_marked, command in COMMANDS
+               if not is_marked and not any(re.fullmatch(pattern, command) for pattern in RUN_BY)]
+    assert not unknown, "\n".join(unknown)
+
+
+def test_no_entry_of_the_list_is_left_over_and_every_test_in_it_exists():
+    used = [command for _, is_marked, command in COMMANDS if not is_marked]
+    assert [pattern for pattern in RUN_BY if not any(re.fullmatch(pattern, command) for command in used)] == []
+    for test in RUN_BY.values():
+        file, _, name = test.partition("::")
+        where = ROOT / "tests" / file if name else ROOT / file
+        assert where.is_file() and (not name or f"\ndef {name}(" in where.read_text(encoding="utf-8")), test
+
+
+# ---- parsing --------------------------------------------------------------------------------------------------------
+
+class Parsed(BaseException):  # which no command takes for a fault of its own
+    """A parser took the arguments."""
+
+
+@pytest.fixture
+def only_parsed(monkeypatch):
+    """Commands end where their arguments have been parsed."""
+    parse = argparse.ArgumentParser.parse_args
+
+    def parse_and_stop(self, *arguments):
+        parse(self, *arguments)
+        raise Parsed
+
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse_and_stop)
+    monkeypatch.setenv("nnUNet_extTrainer", "")
+
+
+def accepted(command: str, monkeypatch) -> bool:
+    name, *argv = shlex.split(command)
+    try:
+        if name == "confkd":
+            return cli.main(argv) == 0 and argv in (["--help"], ["convert", "--list"])
+        monkeypatch.setattr(sys, "argv", [name, *argv])
+        next(iter(entry_points(group="console_scripts", name=name))).load()()
+    except Parsed:
+        return True
+    except (SystemExit, StopIteration):
+        return False
+    return False
+
+
+def test_every_command_of_ours_and_of_nnunets_parses(only_parsed, monkeypatch):
+    ours = [(page, command) for page, _, command in COMMANDS if command.startswith(("confkd ", "nnUNetv2_"))]
+    refused = [f"{page}: {command}" for page, command in ours if not accepted(command, monkeypatch)]
+    assert not refused and len(ours) > 30, "\n".join(refused)
+
+
+@pytest.mark.parametrize("command", ["confkd mix --full FULL", "confkd report --modle X", "confkd train 27 2d 0 --nonsense",
+                                     "confkd explode", "nnUNetv2_train 27 2d", "nnUNetv2_explode 1", "confkd predict --branch both"])
+def test_a_wrong_command_is_told_from_a_right_one(only_parsed, monkeypatch, command):
+    assert not accepted(command, monkeypatch)
+
+
+def test_commands_in_the_text_name_options_that_exist(only_parsed, monkeypatch):
+    """Commands in the running text, `confkd NAME --option ...`."""
+    known = {name: {option for sub in parsers(name) for action in sub._actions for option in action.option_strings}
+             for name in cli.COMMANDS if name not in ("train", "predict")}
+    wrong = []
+    for page in PAGES:
+        for name, rest in re.findall(r"`confkd ([a-z-]+)((?: [^`]*)?)`", page.read_text(encoding="utf-8")):
+            assert name in cli.COMMANDS, f"{page}: confkd {name}"
+            wrong += [f"{page}: confkd {name} {option}" for option in re.findall(r" (--?[a-z][a-z-]*)", rest)
+                      if name in known and option not in known[name] | {"--help", "--list"}]
+    assert not wrong, "\n".join(wrong)
+
+
+# ---- the reference --------------------------------------------------------------------------------------------------
+
+def generator():
+    spec = importlib.util.spec_from_file_location("generate_reference", ROOT / "docs" / "generate_reference.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def parsers(name: str) -> list[argparse.ArgumentParser]:
+    """The parser of a command, and its subcommands'."""
+    parser = generator().parser_of(name)
+    return [parser, *(sub for action in parser._actions if isinstance(action, argparse._SubParsersAction)
+                      for sub in action.choices.values())]
+
+
+@pytest.mark.parametrize("page", ["cli.md", "settings.md"])
+def test_the_generated_reference_is_up_to_date(page):
+    written = (ROOT / "docs" / "reference" / page).read_text(encoding="utf-8")
+    assert written == generator().PAGES[page](), "python docs/generate_reference.py writes it anew"
+
+
+def test_the_reference_has_every_command_and_option():
+    text = (ROOT / "docs" / "reference" / "cli.md").read_text(encoding="utf-8")
+    sections = dict(re.findall(r"\n## confkd ([a-z-]+)\n(.*?)(?=\n## |\Z)", text, re.DOTALL))
+    assert list(sections) == list(cli.COMMANDS)
+    assert all(flag in sections["predict"] for flag in ("--branch", "--save-entropy")) and "--ignore-value V" in sections["mix"]
+    assert "or a stock one of the same labels; needed" in sections["complete"] and sections["convert"].count("### ") == 7
+
+
+def test_every_page_is_in_the_navigation_and_the_other_way_round():
+    # mkdocs need not be installed here: the names are enough
+    navigation = re.findall(r": ([\w/]+\.md)$", (ROOT / "mkdocs.yml").read_text(encoding="utf-8"), re.MULTILINE)
+    pages = [page.relative_to(ROOT / "docs").as_posix() for page in PAGES[1:]]
+    assert sorted(navigation) == sorted(pages)
+
+
+def test_modules_named_in_the_reference_exist():
+    names = re.findall(r"^::: (nnunet_confkd\.[\w.]+)$", (ROOT / "docs" / "reference" / "api.md").read_text(encoding="utf-8"), re.MULTILINE)
+    assert len(names) > 20 and all(importlib.util.find_spec(name) for name in names)
+
+
+# ---- links ----------------------------------------------------------------------------------------------------------
+
+def anchors(page: Path) -> set[str]:
+    """Anchors of the headings that the site and GitHub agree on."""
+    text = re.sub(r"^\s*```.*?^\s*```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
+    found = set()
+    for heading in re.findall(r"^#+ (.+)$", text, re.MULTILINE):
+        plain = re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", heading).replace("`", "").strip().lower()
+        github = re.sub(r"[^\w\- ]", "", plain).replace(" ", "-")
+        ascii_only = unicodedata.normalize("NFKD", plain).encode("ascii", "ignore").decode()
+        if github == re.sub(r"[-\s]+", "-", re.sub(r"[^\w\s-]", "", ascii_only).strip()):
+            found.add(github)
+    return found
+
+
+def broken_links(page: Path) -> list[str]:
+    text = re.sub(r"^\s*```.*?^\s*```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
+    broken = []
+    for link in re.findall(r"\]\(([^)\s]+)\)", text):
+        if re.match(r"[a-z]+:", link):
+            continue
+        path, _, anchor = link.partition("#")
+        target = page.parent / path if path else page
+        if not target.is_file() or (anchor and anchor not in anchors(target)):
+            broken.append(f"{page.relative_to(ROOT) if page.is_relative_to(ROOT) else page.name}: {link}")
+    return broken
+
+
+def test_links_and_anchors_lead_somewhere():
+    assert [link for page in PAGES for link in broken_links(page)] == []
+
+
+def test_broken_links_are_found(tmp_path):
+    (tmp_path / "b.md").write_text("# A `confkd mix` heading\n")
+    page = tmp_path / "a.md"
+    page.write_text("[x](b.md) [x](b.md#a-confkd-mix-heading) [x](c.md) [x](b.md#none) [x](#none) [x](https://example.org)\n")
+    assert broken_links(page) == ["a.md: c.md", "a.md: b.md#none", "a.md: #none"]
+
+
+# ---- commands that no other test runs -------------------------------------------------------------------------------
+
+def test_the_list_of_converters(capsys):
+    assert cli.main(["convert", "--list"]) == 0
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == ["acdc", "brats", "la2018", "mmwhs", "mscmr", "msd", "promise12"]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="the line is one of a Unix shell")
+def test_the_line_for_the_shell_keeps_what_the_variable_holds():
+    line, = {command for _, _, command in COMMANDS if command.startswith("export nnUNet_extTrainer=")}
+    folder = ROOT / "trainers"
+    for held, expected in (("", f"{folder}"), ("/mine", f"{folder}:/mine")):
+        # a function stands for the command, whose output test_packaging.py tests
+        script = f"confkd() {{ [ \"$*\" = trainer-dir ] && echo '{folder}'; }}\n{line}\nprintf %s \"$nnUNet_extTrainer\""
+        shell = subprocess.run(["sh", "-c", script], env={**os.environ, "nnUNet_extTrainer": held}, capture_output=True, text=True)
+        assert shell.stdout == expected, shell.stderr
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="there is no make")
+def test_make_would_install_and_run_the_demo(tmp_path):
+    said = subprocess.run(["make", "-n", "demo", f"VENV={tmp_path / 'venv'}"], cwd=ROOT, capture_output=True, text=True,
+                          env={k: v for k, v in os.environ.items() if not k.startswith("MAKE")})  # of a make that runs the tests
+    assert said.returncode == 0 and "pip install -e ." in said.stdout and said.stdout.rstrip().endswith("bin/confkd demo")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="the commands are of a Unix shell")
+def test_the_tutorial_up_to_the_training(tmp_path, monkeypatch, capsys):
+    """Its own snippets and commands, in its order, with what it says is seen; the trainings are other tests'."""
+    monkeypatch.chdir(tmp_path)
+    first, second = (text for _, text in blocks(TUTORIAL, "python"))
+    of_page = [command for page, _, command in COMMANDS if page == "docs/tutorial.md"]
+    exec(first, {})
+    for folder, cases in (("full", 8), ("points", 12), ("unlabelled", 6), ("test", 6)):
+        assert len(list(Path(folder, "images").iterdir())) == cases
+    assert not Path("unlabelled", "labels").exists()
+    for command in of_page[:2]:  # mkdir, export
+        values = subprocess.run(["sh", "-c", f"{command}; env"], capture_output=True, text=True, check=True).stdout
+        for name in ("raw", "preprocessed", "results"):
+            if f"nnUNet_{name}={tmp_path}/{name}\n" in values:
+                monkeypatch.setenv(f"nnUNet_{name}", str(tmp_path / name))
+    mix, check, plan = of_page[2:5]
+    assert cli.main(shlex.split(mix)[1:] + ["--processes", "1"]) == 0
+    out = capsys.readouterr().out
+    seen = [text for _, text in blocks(TUTORIAL, "text")]
+    assert out.rstrip("\n") == seen[0].replace("...", str(tmp_path))
+    assert cli.main(shlex.split(check)[1:] + ["--processes", "1"]) == 0
+    out = capsys.readouterr().out
+    assert all(line in out for line in seen[1].splitlines() if line != "...")
+    # in threads, with fewer samples of intensities: processes take longer to start than the work takes
+    monkeypatch.setattr("nnunetv2.utilities.utils.Pool", ThreadPool)
+    monkeypatch.setattr(DatasetFingerprintExtractor, "num_foreground_voxels_for_intensitystats",
+                        property(lambda self: 1e6, lambda self, value: None), raising=False)
+    monkeypatch.setattr(multiprocessing, "get_context", lambda method: SimpleNamespace(Pool=ThreadPool))
+    assert cli.main(shlex.split(plan)[1:] + ["-npfp", "1", "-np", "1", "--no_pbar"]) == 0
+    out = capsys.readouterr().out
+    assert all(line in out for line in seen[2].splitlines() if line != "...")
+    exec(second, {})
+    small = PlansManager(str(tmp_path / "preprocessed/Dataset027_Hearts/nnUNetPlans.json")).get_configuration("2d_small")
+    assert small.configuration["confkd"] == {"epochs": 12, "iterations_per_epoch": 90, "seed": 0} and small.data_identifier == "nnUNetPlans_2d"
+    assert len(list((tmp_path / "preprocessed/Dataset027_Hearts/nnUNetPlans_2d").glob("*.b2nd"))) == 2 * 26
+    assert of_page[5].startswith("confkd train 27 2d_small 0")
+
+
+# ---- a release ------------------------------------------------------------------------------------------------------
+
+def test_the_version_is_the_same_everywhere():
+    version = nnunet_confkd.__version__
+    assert re.search(r"^version: (.+)$", (ROOT / "CITATION.cff").read_text(), re.MULTILINE)[1] == version
+    assert re.search(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)[1] == version
+
+
+def test_the_sdist_holds_the_package_and_neither_tests_nor_data(tmp_path):
+    source = tmp_path / "source"
+    shutil.copytree(ROOT, source, ignore=shutil.ignore_patterns(
+        ".git", ".venv", "demo_output", "*.egg-info", "build", "site", "runs", "__pycache__"))
+    built = subprocess.run([sys.executable, "-c", "import setuptools.build_meta as b; b.build_sdist('..')"], cwd=source,
+                           capture_output=True, text=True, env={k: v for k, v in os.environ.items() if k != "PYTHONPATH"})
+    assert built.returncode == 0, built.stderr
+    with tarfile.open(next(tmp_path.glob("*.tar.gz"))) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()} - {""}
+    folders = {name.split("/")[0] for name in names if "/" in name}
+    assert folders == {"nnunet_confkd", "trainers", "dataset_conversion", "nnunet_confkd.egg-info"}
+    assert {"README.md", "CHANGELOG.md", "CITATION.cff", "LICENSE", "pyproject.toml", "setup.py"} <= names
+    ours = {name for name in names if not name.startswith("nnunet_confkd.egg-info")}
+    assert {Path(name).suffix for name in ours if "/" in name} <= {".py", ".typed", ""}
+    for folder in ("nnunet_confkd", "trainers", "dataset_conversion"):
+        assert {f"{folder}/{file.name}" for file in (ROOT / folder).glob("*.py")} <= names

@@ -1,0 +1,49 @@
+"""Simulated hints look like real annotations, on real images: see benchmarks/hint_realism.py.
+
+Tolerances (of means over some dozens of patches; patients differ between the two halves):
+- the share of hints in the padding: none on either side;
+- how often a class has hints: 0.4 apart;
+- voxels of a class: within a factor of 3;
+- the share that touches another class: 0.25 apart in 2-D, 0.35 in 3-D, where a class has one annotation a patient and not one a slice;
+- the mean distance from the centre of the patch (0 to 1): 0.2 apart.
+"""
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
+STYLES = ("erosion", "erosion, no background", "points", "scribbles", "slices")
+PATIENTS = 24
+
+
+@pytest.fixture(scope="module")
+def volumes(test_data):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(BENCHMARKS))
+        import hint_realism
+        yield hint_realism, {name: hint_realism.load(name, test_data, PATIENTS) for name in hint_realism.SOURCES}
+
+
+@pytest.mark.parametrize("dimension, batches", [("2d", 30), ("3d", 20)])
+@pytest.mark.parametrize("name, style", [(name, style) for name in ("ACDC", "Hippocampus") for style in STYLES] + [("ACDC", "expert scribbles")])
+def test_simulated_hints_look_like_real_annotations(volumes, name, style, dimension, batches):
+    module, of_source = volumes
+    with torch.random.fork_rng():
+        found = module.compare(name, style, dimension, of_source[name], batches)
+    compared = 0
+    for of_class, of in found.items():
+        real, simulated = of["real"], of["simulated"]
+        where = f"{name}, {dimension}, {style}, {of_class}: {real} {simulated}"
+        assert abs(real["shown"] - simulated["shown"]) <= 0.4, where
+        if real["voxels"] is None or simulated["voxels"] is None:
+            assert style == "erosion, no background" and of_class == "background", where
+            continue
+        assert real["in padding"] == simulated["in padding"] == 0, where
+        assert 1 / 3 <= simulated["voxels"] / real["voxels"] <= 3, where
+        assert abs(simulated["touching"] - real["touching"]) <= (0.25 if dimension == "2d" else 0.35), where
+        assert abs(simulated["off centre"] - real["off centre"]) <= 0.2, where
+        compared += 1
+    assert compared >= 2

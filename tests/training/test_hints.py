@@ -1,0 +1,345 @@
+"""Hints: real annotations where there are any; on fully annotated images simulated ones that are true and look like real ones."""
+from __future__ import annotations
+
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from nnunetv2.utilities.label_handling.label_handling import LabelManager
+
+from nnunet_confkd.training.hints import KEPT, NO_HINTS, SAMPLE, HintSampler, class_map, hint_channels, volume_hints
+
+IGNORE = 3
+
+
+def rng(seed: int = 0) -> np.random.Generator:
+    return np.random.default_rng(seed)
+
+
+def batch(ndim: int = 2) -> torch.Tensor:
+    """Two full images, halved between 0 and 1 and with a cube of 2; two with a bar of each of 0 and 1 annotated, 5 voxels long; one unlabelled."""
+    target = torch.full((5, 1, *ndim * [20]), IGNORE, dtype=torch.int16)
+    target[:2] = 0
+    target[:2, :, 10:] = 1
+    target[(slice(0, 2), 0, *ndim * [slice(13, 17)])] = 2
+    target[(slice(2, 4), 0, 2, slice(5, 10), *(ndim - 2) * [3])] = 0
+    target[(slice(2, 4), 0, 15, slice(5, 10), *(ndim - 2) * [3])] = 1
+    return target
+
+
+def draw(target: torch.Tensor, num_full: int, draws: np.random.Generator, sampler: HintSampler | None = None,
+         inside: torch.Tensor | None = None, data: torch.Tensor | None = None) -> torch.Tensor:
+    """The hint mask of a batch; without a sampler, of the first one of a training."""
+    sampler = HintSampler(IGNORE) if sampler is None else sampler
+    inside = torch.ones_like(target[:, :1], dtype=torch.bool) if inside is None else inside
+    return sampler.draw(torch.zeros(target[:, :1].shape) if data is None else data, target, inside, num_full, draws)
+
+
+# ---- which voxels ---------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("ndim", (2, 3))
+def test_images_that_are_not_full_show_their_annotated_voxels(ndim):
+    target = batch(ndim)
+    mask = draw(target, 2, rng())
+    assert mask.dtype == torch.bool and mask.shape == target.shape
+    assert torch.equal(mask[2:], target[2:] != IGNORE)
+
+
+@pytest.mark.parametrize("ndim", (2, 3))
+def test_full_images_show_whole_patterns_inside_each_class(ndim):
+    target = batch(ndim)
+    whole = {0: 0, 1: 0}
+    for seed in range(60):
+        mask = draw(target, 2, rng(seed))
+        for image, labels in zip(mask[:2, 0], target[:2, 0]):
+            for label in (0, 1):
+                found = torch.nonzero(image & (labels == label))
+                extent = (found.amax(0) - found.amin(0)).tolist() if len(found) else [0]
+                assert len(found) in (0, 5) and max(extent) <= 4 and sum(x > 0 for x in extent) <= 1
+                whole[label] += len(found) == 5
+            assert not (image & (labels == 2)).any()  # annotated in no other image
+    assert all(120 * (1 - NO_HINTS) - 20 < count < 120 * (1 - NO_HINTS) + 20 for count in whole.values())
+
+
+def test_a_pattern_may_lie_anywhere_where_it_fits():
+    target = torch.full((2, 1, 12, 12), IGNORE, dtype=torch.int16)
+    target[0] = 0
+    target[0, 0, 4:7, 4:8] = 1
+    target[1, 0, 0, 0:2] = 1  # a bar of 2
+    sampler, draws = HintSampler(IGNORE, no_hints=0), rng()
+    seen = np.mean([draw(target, 1, draws, sampler)[0, 0].numpy() for _ in range(900)], 0)
+    assert seen.sum() == pytest.approx(2) == pytest.approx(seen[4:7, 4:8].sum())  # never cut
+    # There are nine places for the bar, and fewer draws lead to those at the ends of a row: 2 of 6 to each of 3 in a row.
+    assert seen[4:7, 4:8] == pytest.approx(np.array([[1, 2, 2, 1]] * 3) / 9, abs=0.07)
+
+
+@pytest.mark.parametrize("size", (3, 14), ids=("compared whole", "compared by a sample"))
+def test_a_pattern_is_not_cut_at_the_border_of_its_class(size):
+    """The end of a hint would tell where the class ends, which is false on real annotations."""
+    assert 14 ** 2 > SAMPLE > 3 ** 2
+    target = torch.full((2, 1, 64, 64), IGNORE, dtype=torch.int16)
+    target[0] = 0
+    target[0, 0, 10:10 + 3 * size, 10:10 + 3 * size] = 1
+    target[1, 0, :size, :size] = 1
+    draws = rng()
+    counts = [int(draw(target, 1, draws)[0, 0].sum()) for _ in range(100)]
+    assert set(counts) <= {0, *range(int(0.93 * size ** 2), size ** 2 + 1)}
+    assert np.mean([count == size ** 2 for count in counts if count]) > 0.9
+
+
+def test_a_pattern_that_fits_nowhere_is_moved_component_by_component():
+    target = torch.full((2, 1, 60, 40), IGNORE, dtype=torch.int16)
+    target[0] = 0
+    target[0, 0, 28:32, :] = 1  # a band, 4 wide
+    target[1, 0, 5, 5:9] = target[1, 0, 25, 5:9] = 1  # two strokes, 20 apart
+    draws, numbers = rng(), set()
+    for _ in range(60):
+        mask = draw(target, 1, draws)[0, 0]
+        assert not (mask & (target[0, 0] != 1)).any()
+        numbers.add(int(mask.sum()))
+    assert max(numbers) == 8 and numbers <= {0, *range(4, 9)}  # the strokes may overlap
+
+
+def test_where_nothing_fits_the_innermost_voxels_of_the_class_are_shown():
+    target = torch.full((2, 1, 40, 40), IGNORE, dtype=torch.int16)
+    target[0] = 0
+    target[0, 0, 10:20, 10:20] = 1
+    target[1, 0, 5:7, :] = 1  # a band that is longer than the class
+    sampler, draws = HintSampler(IGNORE, no_hints=0), rng()
+    for _ in range(20):
+        mask = draw(target, 1, draws, sampler)[0, 0]
+        assert int(mask.sum()) == 66  # of 80 voxels two thirds of the class, 100 voxels
+        assert mask[11:19, 11:19].all()  # 64 that touch no other class, and two more
+
+
+@pytest.mark.parametrize("ndim", (2, 3))
+def test_nothing_is_shown_outside_of_the_image(ndim):
+    target = batch(ndim)
+    inside = torch.ones_like(target, dtype=torch.bool)
+    inside[:, :, :2] = inside[..., 14:] = False  # padding: background on full images
+    sampler, draws, total = HintSampler(IGNORE), rng(), 0
+    for _ in range(60):
+        mask = draw(target, 2, draws, sampler, inside)
+        assert not (mask & ~inside).any()
+        total += int((mask[:2] & (target[:2] == 0)).sum())
+    assert total > 0.6 * 60 * 2 * 5  # the bar of background is shown, too
+
+
+def edges_of(target: torch.Tensor) -> torch.Tensor:
+    """Images with strong edges at the borders of class 1 of a full image."""
+    return (target == 1).float()
+
+
+@pytest.mark.parametrize("deep", (True, False))
+def test_hints_keep_the_distance_to_the_border_that_the_edges_of_real_annotations_tell(deep):
+    truth = torch.zeros(2, 1, 40, 40, dtype=torch.int16)
+    truth[:, :, 10:30, 10:30] = 1
+    data, target = edges_of(truth), truth.clone()
+    target[1] = IGNORE
+    sampler, draws, touching = HintSampler(2, no_hints=0), rng(), []
+    target[1] = 2
+    for i in range(300):
+        target[1] = 2
+        y, x = (19, 19) if deep else draws.integers(10, 29, 2)
+        target[1, 0, y:y + 2, x:x + 2] = 1
+        mask = draw(target, 1, draws, sampler, data=data)[0, 0]
+        assert int(mask.sum()) == 4 and (truth[0, 0][mask] == 1).all()
+        if i > 50:
+            touching.append(not mask[11:29, 11:29].sum() == 4)
+    # of the 19 x 19 places 72 touch the border
+    assert np.mean(touching) < 0.02 if deep else np.mean(touching) == pytest.approx(72 / 361, abs=0.1)
+
+
+@pytest.mark.parametrize("ndim, axis", ((2, 0), (3, 0), (3, 2)))
+def test_annotation_by_slices_is_simulated_by_slices(ndim, axis):
+    target = torch.zeros(2, 1, *ndim * [20], dtype=torch.int16)
+    target[(slice(None), 0, *ndim * [slice(5, 12)])] = 1
+    annotated = torch.zeros(ndim * [20], dtype=torch.bool)
+    annotated.select(axis, 0)[:] = False
+    if ndim == 2:
+        annotated[:] = True  # the slice itself
+    else:
+        annotated.movedim(axis, 0)[[2, 7, 12, 17]] = True
+    target[1, 0][~annotated] = IGNORE
+    inside = torch.ones_like(target, dtype=torch.bool)
+    inside[0, ..., 18:] = False
+    sampler, draws, seen = HintSampler(IGNORE, no_hints=0), rng(), set()
+    for _ in range(30):
+        mask = draw(target, 1, draws, sampler, inside)[0, 0].movedim(axis, 0)
+        shown = inside[0, 0].movedim(axis, 0)
+        whole = [bool(of_slice.any()) for of_slice in mask]
+        assert all(torch.equal(of_slice, known if there else torch.zeros_like(known))
+                   for of_slice, known, there in zip(mask, shown, whole))
+        seen.add(tuple(whole))
+    if ndim == 2:
+        assert torch.equal(mask, shown)
+    else:
+        assert len(seen) > 2 and all(sum(whole) in (3, 4) for whole in seen)
+
+
+# ---- how often ------------------------------------------------------------------------------------------------------
+
+def test_a_class_is_left_out_as_often_as_annotated_images_lack_it():
+    sparse, everywhere = torch.full((2, 1, 8, 8), IGNORE, dtype=torch.int16), torch.zeros(1, 1, 8, 8, dtype=torch.int16)
+    sparse[0, 0, 1, 1], sparse[1, 0, 1, 1] = 0, 0
+    sparse[1, 0, 6, 6] = 1  # every second annotated image has class 1, every full one
+    everywhere[..., 4:, :] = 1
+    nothing = torch.full_like(everywhere, IGNORE)
+    sampler, draws = HintSampler(IGNORE), rng()
+    seen = [draw(torch.cat((everywhere, sparse, nothing)), 1, draws, sampler)[0, 0] for _ in range(800)]
+    assert np.mean([bool(mask[:4].any()) for mask in seen]) == pytest.approx(1 - NO_HINTS, abs=0.05)
+    assert np.mean([bool(mask[4:].any()) for mask in seen]) == pytest.approx((1 - NO_HINTS) / 2, abs=0.06)
+    # where the full images lack it as often, it is shown in all that have it
+    sampler = HintSampler(IGNORE)
+    seen = [draw(torch.cat((torch.zeros_like(everywhere), everywhere, sparse)), 2, draws, sampler)[1, 0] for _ in range(400)]
+    assert np.mean([bool(mask[4:].any()) for mask in seen]) == pytest.approx(1 - NO_HINTS, abs=0.06)
+
+
+@pytest.mark.parametrize("share", (NO_HINTS, 0.0))
+def test_a_share_of_the_full_images_gets_no_hints(share):
+    target, draws = batch()[:4], rng()
+    nothing = [not image.any() for _ in range(400) for image in draw(target, 2, draws, HintSampler(IGNORE, no_hints=share))[:2]]
+    assert np.mean(nothing) == pytest.approx(share, abs=0.05)
+
+
+def test_patterns_are_kept_for_batches_without_any():
+    """A batch of one image holds no other to learn from."""
+    target, sampler, draws = batch(), HintSampler(IGNORE), rng()
+    assert not draw(target[:1], 1, draws, sampler).any()
+    for image in target[2:]:
+        assert torch.equal(draw(image[None], 0, draws, sampler)[0], image != IGNORE)
+    seen = torch.cat([draw(target[:1], 1, draws, sampler) for _ in range(50)])
+    assert seen[:, :, :10].any() and seen[:, :, 10:].any()
+
+
+def test_the_last_patterns_of_each_class_are_kept():
+    sampler, draws = HintSampler(IGNORE), rng()
+    for length in range(1, 2 * KEPT + 1):
+        target = torch.full((1, 1, 2, 64), IGNORE, dtype=torch.int16)
+        target[..., 0, 5:5 + length] = 0
+        draw(target, 0, draws, sampler)
+    full = torch.zeros(1, 1, 200, 64, dtype=torch.int16)
+    lengths = {int(draw(full, 1, draws, sampler).sum()) for _ in range(600)}
+    # at the end of the image up to half of a pattern may be cut off
+    assert 2 * KEPT in lengths and lengths - {0} <= set(range((KEPT + 1) // 2, 2 * KEPT + 1))
+
+
+@pytest.mark.parametrize("ignore", (None, IGNORE))
+def test_where_every_image_is_full_nothing_is_shown(ignore):
+    assert not draw(batch()[:2], 2, rng(), HintSampler(ignore)).any()
+
+
+def test_without_full_images_there_is_nothing_to_simulate():
+    target = batch()[2:]
+    assert torch.equal(draw(target, 0, rng()), target != IGNORE)
+
+
+def test_unlabelled_images_show_nothing_and_give_no_pattern():
+    assert not draw(batch()[[0, 1, 4]], 2, rng()).any()
+
+
+def test_a_sampler_with_patterns_can_be_sent_to_another_process():
+    sampler, target = HintSampler(IGNORE), batch()
+    draw(target, 2, rng(), sampler)
+    copy = pickle.loads(pickle.dumps(sampler))
+    assert torch.equal(draw(target, 2, rng(1), copy), draw(target, 2, rng(1), sampler))
+
+
+# ---- regions, batches, whole images ---------------------------------------------------------------------------------
+
+def regions_of(target: torch.Tensor, first: tuple[int, ...] = (1, 2)) -> torch.Tensor:
+    """Region 0: the labels `first`; region 1: label 2; last the ignore mask, as nnU-Net has them."""
+    return torch.cat((torch.isin(target, torch.tensor(first)), target == 2, target == IGNORE), 1)
+
+
+@pytest.mark.parametrize("first", ((1, 2), (1,)), ids=("overlapping", "disjoint"))
+def test_regions_are_shown_as_labels_are(first):
+    target, some = batch(), 0
+    target[3, 0, 12, 5:10] = 2
+    for seed in range(5):
+        labels = draw(target, 2, rng(seed))
+        regions = draw(regions_of(target, first), 2, rng(seed), HintSampler(IGNORE, regions=True))
+        some += int(labels[:2].any())
+        # background is no region, and its number comes first as well: the draws are the same
+        assert torch.equal(labels, regions) or first == (1,)
+        assert not (regions[:2] & (target[:2] == IGNORE)).any()
+    assert some > 2
+
+
+@pytest.mark.parametrize("number", (2, 16, 24, 70))
+def test_regions_of_any_number_have_one_number_for_each_combination(number):
+    target = torch.zeros(1, number + 1, 2, 3, dtype=torch.int16)
+    target[:, 0, 0, 0] = target[:, -2, 0, 1] = 1
+    target[:, [0, -2], 0, 2] = target[:, [0, -2], 1, 0] = 1
+    found = class_map(target, regions=True)[0]
+    assert len(set(found.ravel().tolist())) == 4 and found[0, 2] == found[1, 0] and found[1, 1] == found[1, 2] == 0
+
+
+def test_many_regions_cost_no_table_of_their_combinations():
+    """A count of 2^24 combinations is 128 MiB, and of 2^63 impossible."""
+    import tracemalloc
+    target = torch.zeros(2, 64, 16, 16, dtype=torch.int16)
+    target[0, -2, 4:12, 4:12] = 1
+    target[1, -1] = 1
+    target[1, -2, 5, 5:8], target[1, -1, 5, 5:8] = 1, 0
+    sampler = HintSampler(63, regions=True, no_hints=0)
+    tracemalloc.start()
+    mask = draw(target, 1, rng(), sampler)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert mask[0].sum() == 3 and (target[0, -2][mask[0, 0]] == 1).all() and peak < 8 * 2 ** 20
+
+
+@pytest.mark.parametrize("regions", (False, True))
+def test_the_mask_is_of_the_highest_resolution(regions):
+    target = regions_of(batch()) if regions else batch()
+    whole = {"data": torch.zeros(5, 1, 20, 20), "num_full": 2, "inside": torch.ones(5, 1, 20, 20, dtype=torch.bool)}
+    mask = HintSampler(IGNORE, regions)({**whole, "target": [target, target[..., ::2, ::2]]})["hint_mask"]
+    assert torch.equal(mask[2:], batch()[2:] != IGNORE)
+    without_deep_supervision = HintSampler(IGNORE, regions)({**whole, "target": target})["hint_mask"]
+    assert torch.equal(without_deep_supervision, mask)
+
+
+def test_channels_tell_class_and_place_of_what_is_shown():
+    target = torch.tensor([[[[0, 1, 2, IGNORE]]]])
+    mask = torch.tensor([[[[True, False, True, False]]]])
+    expected = torch.tensor([[[[1, 0, 0, 0]], [[0, 0, 0, 0]], [[0, 0, 1, 0]], [[1, 0, 1, 0]]]]).float()
+    assert torch.equal(hint_channels(target, mask, 3), expected)
+    assert torch.equal(volume_hints(target[0, 0].numpy(), mask[0, 0].numpy(), LabelManager(
+        {"background": 0, "a": 1, "b": 2, "ignore": 3}, None)), expected[0])
+    expected = torch.tensor([[[[0, 0, 1, 0]], [[0, 0, 1, 0]], [[1, 0, 1, 0]]]]).float()
+    assert torch.equal(hint_channels(regions_of(target), mask, 2, regions=True), expected)
+    assert torch.equal(volume_hints(target[0, 0].numpy(), mask[0, 0].numpy(), LabelManager(
+        {"background": 0, "a": (1, 2), "b": 2, "ignore": 3}, [1, 2])), expected[0])
+
+
+@pytest.mark.parametrize("patch", ((8, 8), (8, 8, 8)), ids=("2-D network", "3-D network"))
+def test_a_whole_image_is_simulated_tile_by_tile(patch):
+    sampler, draws = HintSampler(IGNORE, no_hints=0), rng()
+    partial = torch.full((1, 1, *patch), IGNORE, dtype=torch.int16)
+    partial[(0, 0, *(len(patch) - 1) * [4], slice(2, 5))] = 1
+    draw(partial, 0, draws, sampler)
+    label = np.zeros((9, 12, 20), np.int16)
+    label[:, :, 3:] = 1
+    inside = np.ones(label.shape, bool)
+    inside[:, 10:] = False
+    mask = sampler.simulate_volume(np.zeros((1, *label.shape)), label, inside, patch, draws)
+    assert (label[mask] == 1).all() and inside[mask].all()
+    tiles = 9 * 2 * 3 if len(patch) == 2 else 2 * 2 * 3
+    assert tiles <= mask.sum() <= 3 * tiles  # a bar of 3 in each; less where the image ends
+
+
+def test_hints_follow_nnunets_random_numbers_and_leave_them_alone():
+    target = batch()
+    whole = {"data": torch.zeros(5, 1, 20, 20), "num_full": 2, "inside": torch.ones(5, 1, 20, 20, dtype=torch.bool), "target": target}
+    drawn = []
+    for seed in (1, 1, 2):
+        np.random.seed(seed)
+        before = np.random.get_state()
+        drawn.append(HintSampler(IGNORE, no_hints=0)(whole)["hint_mask"])
+        after = np.random.get_state()
+        assert before[2] == after[2] and (before[1] == after[1]).all()
+    assert torch.equal(drawn[0], drawn[1]) and not torch.equal(drawn[0], drawn[2])
+    np.random.uniform()
+    assert not torch.equal(drawn[2], HintSampler(IGNORE, no_hints=0)(whole)["hint_mask"])

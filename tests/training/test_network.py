@@ -1,0 +1,535 @@
+"""Two decoders on one encoder, held against the stock networks of the same seed."""
+from __future__ import annotations
+
+import pickle
+from copy import deepcopy
+from functools import partial
+
+import pytest
+import torch
+from dynamic_network_architectures.architectures.primus import Primus
+from dynamic_network_architectures.architectures.unet import PlainConvUNet, ResidualEncoderUNet, ResidualUNet
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from nnunet_confkd.errors import InputError
+from nnunet_confkd.training.network import TwoBranchUNet, add_teacher, branch_weights, has_teacher, predicting, unwrap
+
+CLASSES = 3
+BATCH = 3
+HINTS = "hints.seg_layers."
+ARCHITECTURES = (PlainConvUNet, ResidualEncoderUNet, ResidualUNet)
+
+each_network = pytest.mark.parametrize("architecture, ndim, stages", [
+    (architecture, ndim, stages) for architecture in ARCHITECTURES for ndim, stages in ((2, 4), (3, 2))],
+    ids=lambda x: getattr(x, "__name__", str(x)))
+deep_or_not = pytest.mark.parametrize("deep_supervision", (True, False), ids=("deep", "flat"))
+
+
+def stock(architecture=PlainConvUNet, ndim: int = 2, stages: int = 3, deep_supervision: bool = True, seed: int = 0, classes: int = CLASSES):
+    """A tiny network, built and initialised as nnU-Net's get_network_from_plans does."""
+    torch.manual_seed(seed)
+    blocks = "n_conv_per_stage" if architecture is PlainConvUNet else "n_blocks_per_stage"
+    network = architecture(
+        input_channels=1, n_stages=stages, features_per_stage=[8, 12, 16, 16][:stages],
+        conv_op={2: nn.Conv2d, 3: nn.Conv3d}[ndim], kernel_sizes=3, strides=[1, 2, 2, 2][:stages], num_classes=classes,
+        n_conv_per_stage_decoder=1, conv_bias=True, norm_op={2: nn.InstanceNorm2d, 3: nn.InstanceNorm3d}[ndim],
+        norm_op_kwargs={"eps": 1e-5, "affine": True}, nonlin=nn.LeakyReLU, nonlin_kwargs={"inplace": True},
+        deep_supervision=deep_supervision, **{blocks: 1})
+    network.apply(network.initialize)
+    return network
+
+
+def two_branches(*args, **kwargs) -> TwoBranchUNet:
+    return TwoBranchUNet(stock(*args, **kwargs))
+
+
+def images(ndim: int = 2) -> torch.Tensor:
+    return torch.randn(BATCH, 1, *ndim * [16], generator=torch.Generator().manual_seed(1))
+
+
+def as_list(outputs) -> list[torch.Tensor]:
+    return [outputs] if torch.is_tensor(outputs) else list(outputs)
+
+
+def equal(a, b) -> bool:
+    a, b = as_list(a), as_list(b)
+    return len(a) == len(b) and all(torch.equal(x, y) for x, y in zip(a, b))
+
+
+def total(outputs) -> torch.Tensor:
+    """A scalar whose gradient reaches every output (the sum of an instance-normed map would hardly depend on it)."""
+    return sum((x ** 2).sum() for x in as_list(outputs))
+
+
+def gradients(module: nn.Module) -> list[torch.Tensor | None]:
+    return [p.grad for p in module.parameters()]
+
+
+def decoder_gradients(decoder: nn.Module) -> dict[str, torch.Tensor | None]:
+    return {name: p.grad for name, p in decoder.named_parameters() if not name.startswith("encoder.")}
+
+
+# ---- construction ---------------------------------------------------------------------------------------------------
+
+@each_network
+def test_the_state_dict_is_the_stock_one_plus_the_teachers_decoder(architecture, ndim, stages):
+    names = list(stock(architecture, ndim, stages).state_dict())
+    decoder = [n.removeprefix("decoder.") for n in names
+               if n.startswith("decoder.") and not n.startswith("decoder.encoder.")]
+    expected = names + [f"teacher_decoder.{n}" for n in decoder] + [f"teacher_decoder.{HINTS}{i}.weight" for i in range(stages)]
+    assert list(two_branches(architecture, ndim, stages).state_dict()) == expected
+
+
+@each_network
+def test_the_encoder_is_stored_as_often_as_in_the_stock_network(architecture, ndim, stages):
+    def distinct_and_named(network):
+        encoder = [w for n, w in network.state_dict().items() if "encoder." in n]
+        return len({w.data_ptr() for w in encoder}), len(encoder)
+    network = two_branches(architecture, ndim, stages)
+    assert distinct_and_named(network) == distinct_and_named(stock(architecture, ndim, stages))
+    assert network.decoder.encoder is network.encoder
+    assert not any("encoder" in name for name, _ in network.teacher_decoder.named_modules())
+
+
+@each_network
+@deep_or_not
+def test_the_student_is_the_stock_network_of_the_same_seed_to_the_bit(architecture, ndim, stages, deep_supervision):
+    network = two_branches(architecture, ndim, stages, deep_supervision)
+    reference = stock(architecture, ndim, stages, deep_supervision)
+    weights = network.state_dict()
+    assert all(torch.equal(weights[name], w) for name, w in reference.state_dict().items())
+    assert equal(network(images(ndim)), reference(images(ndim)))
+    assert type(network(images(ndim))) is type(reference(images(ndim)))
+
+
+@each_network
+def test_the_teacher_has_the_students_shapes_and_an_initialisation_of_its_own(architecture, ndim, stages):
+    network = two_branches(architecture, ndim, stages)
+    teacher = {n: p for n, p in network.teacher_decoder.named_parameters() if not n.startswith(HINTS)}
+    student = {n: p for n, p in network.decoder.named_parameters() if not n.startswith("encoder.")}
+    assert list(teacher) == list(student)
+    for name, weight in teacher.items():
+        assert weight.shape == student[name].shape and weight.data_ptr() != student[name].data_ptr()
+        if weight.ndim == 1:  # biases and norms start from constants, the same ones
+            assert torch.equal(weight, student[name]), name
+        else:
+            assert not torch.equal(weight, student[name]), name
+
+
+@each_network
+def test_the_teachers_convolutions_start_with_the_spread_that_nnunet_gives_them(architecture, ndim, stages):
+    # He: std sqrt(2 / (1 + 0.01^2) / fan_in). torch's own start would be smaller by sqrt(6), about 2.4.
+    for name, module in two_branches(architecture, ndim, stages).teacher_decoder.named_modules():
+        if "Conv" in type(module).__name__ and HINTS not in name and hasattr(module, "weight") and module.weight.numel() >= 200:
+            fan_in = module.weight[0].numel()  # what kaiming_normal_ counts, for transposed convolutions too
+            assert module.weight.std().item() == pytest.approx((2 / 1.0001 / fan_in) ** 0.5, rel=0.3), name
+
+
+class Uninitialised(nn.Module):
+    """A U-Net without an `initialize` of its own."""
+
+    def __init__(self):
+        super().__init__()
+        network = stock()
+        self.encoder, self.decoder = network.encoder, network.decoder
+
+
+def test_the_teacher_of_a_network_without_an_initialisation_gets_torchs():
+    network = TwoBranchUNet(Uninitialised())
+    weights = network.state_dict()
+    for name in (n for n, p in network.teacher_decoder.named_parameters() if p.ndim > 1 and HINTS not in n):
+        assert not torch.equal(weights[f"teacher_decoder.{name}"], weights[f"decoder.{name}"]), name
+
+
+def test_two_teachers_of_one_seed_are_equal_and_of_two_seeds_are_not():
+    first, again, other = (two_branches(seed=seed).teacher_decoder.state_dict() for seed in (0, 0, 1))
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert not all(torch.equal(first[name], other[name]) for name in first)
+
+
+@each_network
+def test_the_parameters_are_the_stock_ones_one_more_decoders_and_a_hint_a_resolution(architecture, ndim, stages):
+    reference = stock(architecture, ndim, stages)
+    count = len(list(reference.parameters()))
+    decoder = count - len(list(reference.encoder.parameters()))
+    optimizer = torch.optim.SGD(two_branches(architecture, ndim, stages).parameters(), 0.1)
+    assert len(optimizer.param_groups[0]["params"]) == count + decoder + stages
+
+
+class ThreeParts(nn.Module):
+    def __init__(self):
+        super().__init__()
+        network = stock()
+        self.encoder, self.decoder, self.head = network.encoder, network.decoder, nn.Identity()
+
+
+class OtherParts(nn.Module):
+    """Of the right names, but one of these lacks what a U-Net of nnU-Net's has."""
+
+    def __init__(self, part: str, lacking: str):
+        super().__init__()
+        network = stock()
+        self.encoder, self.decoder = network.encoder, network.decoder
+        delattr(getattr(self, part), lacking)
+
+
+def primus() -> nn.Module:
+    return Primus(1, embed_dim=24, patch_embed_size=(8, 8, 8), num_classes=2, eva_depth=1, eva_numheads=2,
+                  input_shape=(16, 16, 16))
+
+
+LACKING = (("decoder", "deep_supervision"), ("decoder", "num_classes"), ("encoder", "output_channels"))
+
+
+@pytest.mark.parametrize("build", (ThreeParts, lambda: nn.Sequential(nn.Conv2d(1, 2, 1)), primus, *(partial(OtherParts, *of) for of in LACKING)),
+                         ids=("ThreeParts", "Sequential", "Primus", *("no " + name for _, name in LACKING)))
+def test_other_architectures_are_refused_by_name(build):
+    network = build()
+    with pytest.raises(InputError) as error:
+        TwoBranchUNet(network)
+    assert f"{type(network).__module__}.{type(network).__name__}" in str(error.value)
+    assert "ResidualEncoderUNet" in str(error.value)  # what to use instead
+
+
+# ---- forward --------------------------------------------------------------------------------------------------------
+
+class Calls:
+    """Batch sizes that a decoder was run with."""
+
+    def __init__(self, decoder: nn.Module):
+        self.batch_sizes: list[int] = []
+        decoder.register_forward_pre_hook(lambda _, args: self.batch_sizes.append(args[0][0].shape[0]))
+
+
+@each_network
+@deep_or_not
+def test_prediction_is_the_stock_networks_and_does_not_run_the_teacher(architecture, ndim, stages, deep_supervision):
+    network = two_branches(architecture, ndim, stages, deep_supervision).eval()
+    student, teacher = Calls(network.decoder), Calls(network.teacher_decoder)
+    with torch.no_grad():
+        assert equal(network(images(ndim)), stock(architecture, ndim, stages, deep_supervision).eval()(images(ndim)))
+    assert student.batch_sizes == [BATCH]
+    assert teacher.batch_sizes == []
+
+
+@each_network
+@deep_or_not
+@pytest.mark.parametrize("num_teacher", (1, BATCH))
+def test_in_training_the_teacher_sees_the_first_images_only(architecture, ndim, stages, deep_supervision, num_teacher):
+    network = two_branches(architecture, ndim, stages, deep_supervision)
+    calls = Calls(network.decoder), Calls(network.teacher_decoder)
+    student, teacher = network(images(ndim), num_teacher)
+    assert [c.batch_sizes for c in calls] == [[BATCH], [num_teacher]]
+    assert equal(student, stock(architecture, ndim, stages, deep_supervision)(images(ndim)))
+    assert len(as_list(student)) == (stages - 1 if deep_supervision else 1)
+    assert [(num_teacher, *s.shape[1:]) for s in as_list(student)] == [t.shape for t in as_list(teacher)]
+    skips = network.encoder(images(ndim)[:num_teacher])
+    for result, expected in zip(as_list(teacher), as_list(network.teacher_decoder(skips))):
+        torch.testing.assert_close(result, expected)
+
+
+@each_network
+@deep_or_not
+def test_without_an_image_for_the_teacher_its_gradient_is_zero_and_not_missing(architecture, ndim, stages,
+                                                                             deep_supervision):
+    network = two_branches(architecture, ndim, stages, deep_supervision)
+    calls = Calls(network.teacher_decoder)
+    student, teacher = network(images(ndim), 0)
+    assert calls.batch_sizes == []
+    assert [(0, *s.shape[1:]) for s in as_list(student)] == [t.shape for t in as_list(teacher)]
+    (total(student) + total(teacher)).backward()
+    assert all(g is not None and (g == 0).all() for g in gradients(network.teacher_decoder))
+
+    reference = stock(architecture, ndim, stages, deep_supervision)
+    total(reference(images(ndim))).backward()
+    for ours, stocks in zip(gradients(network.encoder) + list(decoder_gradients(network.decoder).values()),
+                            gradients(reference.encoder) + list(decoder_gradients(reference.decoder).values())):
+        assert ours is stocks is None or torch.equal(ours, stocks)
+
+
+def test_without_an_image_for_the_teacher_a_single_head_keeps_its_gradient_too():
+    network = two_branches(classes=1)  # whose last layers have a single bias
+    total(network(images(), 0)[1]).backward()
+    assert all(g is not None and (g == 0).all() for g in gradients(network.teacher_decoder))
+
+
+@each_network
+def test_each_branch_gives_its_gradient_to_its_own_decoder_and_the_encoder(architecture, ndim, stages):
+    for branch in (0, 1):
+        network = two_branches(architecture, ndim, stages)
+        decoders = network.decoder, network.teacher_decoder
+        total(network(images(ndim), BATCH)[branch]).backward()
+        assert all(g is not None for g in gradients(network.encoder))
+        assert any(g.abs().sum() > 0 for g in gradients(network.encoder))
+        assert all(g is not None for g in decoder_gradients(decoders[branch]).values())
+        assert any(g.abs().sum() > 0 for g in decoder_gradients(decoders[branch]).values())
+        assert all(g is None for g in decoder_gradients(decoders[1 - branch]).values())
+
+
+@deep_or_not
+def test_deep_supervision_is_switched_in_both_branches(deep_supervision):
+    network = two_branches(deep_supervision=not deep_supervision)
+    network.set_deep_supervision(deep_supervision)
+    outputs = network(images(), BATCH)
+    assert [type(output) for output in outputs] == 2 * [list if deep_supervision else torch.Tensor]
+    assert equal(outputs[0], stock(deep_supervision=deep_supervision)(images()))
+
+
+# ---- hints and images that are not full -----------------------------------------------------------------------------
+
+def hints_at(ndim: int, image: int, place: int = 5) -> torch.Tensor:
+    hints = torch.zeros(BATCH, CLASSES + 1, *ndim * [16])
+    hints[(image, slice(1, 2), *ndim * [place])] = 1
+    return hints
+
+
+@each_network
+def test_hints_reach_the_teacher_of_their_image_alone(architecture, ndim, stages):
+    network = two_branches(architecture, ndim, stages)
+    student, teacher = network(images(ndim), BATCH)
+    student_too, hinted = network(images(ndim), BATCH, hints_at(ndim, 1))
+    assert equal(student, student_too)
+    for plain, told in zip(teacher, hinted):
+        assert torch.equal(plain[[0, 2]], told[[0, 2]]) and not torch.equal(plain[1], told[1])
+
+
+@each_network
+@deep_or_not
+def test_no_hints_and_hints_of_zero_make_the_teacher_a_stock_decoder(architecture, ndim, stages, deep_supervision):
+    network = two_branches(architecture, ndim, stages, deep_supervision)
+    exported = stock(architecture, ndim, stages, deep_supervision, seed=7)
+    exported.load_state_dict(branch_weights(network.state_dict(), "teacher"))
+    for hints in (None, torch.zeros(BATCH, CLASSES + 1, *ndim * [16])):
+        assert equal(network(images(ndim), BATCH, hints)[1], exported(images(ndim)))
+
+
+@each_network
+@pytest.mark.parametrize("branch", ("student", "teacher", "mean"))
+def test_for_predictions_hints_may_be_the_last_channels(architecture, ndim, stages, branch):
+    network = two_branches(architecture, ndim, stages, False)
+    student, teacher = network(images(ndim), BATCH, hints_at(ndim, 1))
+    network.branch, network.hints_in_input = branch, True
+    expected = {"student": student, "teacher": teacher, "mean": (student + teacher) / 2}[branch]
+    torch.testing.assert_close(network(torch.cat((images(ndim), hints_at(ndim, 1)), 1)), expected)
+
+
+@each_network
+def test_a_hint_stands_at_every_resolution(architecture, ndim, stages):
+    network = two_branches(architecture, ndim, stages)
+    skips = network.encoder(images(ndim))
+    told = network.teacher_decoder.hints(skips, hints_at(ndim, 0, place=15))
+    for skip, with_hint, layer in zip(skips, told, network.teacher_decoder.hints.seg_layers):
+        difference = (with_hint - skip).detach()
+        last = (0, slice(None), *ndim * [-1])
+        torch.testing.assert_close(difference[last], layer.weight[:, 1].flatten(), rtol=1e-4, atol=1e-5)
+        difference[last] = 0
+        assert not difference.any()
+
+
+@deep_or_not
+@pytest.mark.parametrize("num_full", (0, 1, BATCH))
+def test_images_that_are_not_full_do_not_update_the_teacher(deep_supervision, num_full):
+    network = two_branches(deep_supervision=deep_supervision)
+    hints = hints_at(2, 2)
+    student, teacher = network(images(), num_full, hints, teach_all=True)
+    alone = network(images(), BATCH, hints)[1]
+    for result, expected in zip(as_list(teacher), as_list(alone)):
+        torch.testing.assert_close(result, expected)
+    sum(x[num_full:].sum() for x in as_list(teacher)).backward()
+    assert all(g is None or not g.any() for g in gradients(network))
+
+
+@pytest.mark.parametrize("ndim", (2, 3))
+def test_a_hint_at_the_end_of_an_odd_image_stands_at_every_resolution(ndim):
+    """Strided convolutions round up, and so does the pooling of the hints."""
+    network = two_branches(PlainConvUNet, ndim)
+    skips = network.encoder(torch.randn(1, 1, *ndim * [15]))
+    hints = torch.zeros(1, CLASSES + 1, *ndim * [15])
+    hints[(0, 1, *ndim * [14])] = 1
+    for skip, with_hint in zip(skips, network.teacher_decoder.hints(skips, hints)):
+        changed = (with_hint - skip).detach().abs().sum((0, 1))
+        assert changed[ndim * (-1,)] > 0 and (changed > 0).sum() == 1
+
+
+@each_network
+def test_without_hints_none_are_computed_and_their_weights_have_a_gradient_of_zero(architecture, ndim, stages):
+    """Zeros of the size of the image would cost (heads + 1) * 12 bytes a voxel. DDP fails on weights without gradient."""
+    network = two_branches(architecture, ndim, stages)
+    calls = Calls(network.teacher_decoder.hints)
+    total(network(images(ndim), BATCH)[1]).backward()
+    assert not calls.batch_sizes
+    weights = list(network.teacher_decoder.hints.parameters())
+    assert weights and all(p.grad is not None and not p.grad.any() for p in weights)
+
+
+class Operators(TorchDispatchMode):
+    """The names of all operators that run in this context."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.add(function._schema.name.removeprefix("aten::"))
+        return function(*args, **(kwargs or {}))
+
+
+# All of them have a kernel for Apple's MPS (or consist of such), for volumes as well, in PyTorch's native_functions.yaml.
+# (`adaptive_max_pool3d` has none.)
+ON_EVERY_DEVICE = {
+    "add", "add_", "avg_pool2d", "avg_pool3d", "cat", "convolution", "detach", "empty", "leaky_relu_", "max_pool2d_with_indices",
+    "max_pool3d_with_indices", "native_batch_norm", "repeat", "select", "slice", "sum", "view"}
+
+
+@each_network
+@pytest.mark.parametrize("with_hints", (True, False))
+def test_no_operator_lacks_a_kernel_on_some_device(architecture, ndim, stages, with_hints):
+    network, x = two_branches(architecture, ndim, stages), images(ndim)
+    hints = hints_at(ndim, 0) if with_hints else None
+    with Operators() as operators:
+        network(x, 2, hints, teach_all=True)
+        network(x, 0, hints)
+        network(x)
+    assert "convolution" in operators.names and operators.names <= ON_EVERY_DEVICE, operators.names - ON_EVERY_DEVICE
+
+
+def test_images_that_are_not_full_do_not_change_the_teachers_running_statistics():
+    torch.manual_seed(0)
+    unet = PlainConvUNet(1, 2, [4, 8], nn.Conv2d, 3, [1, 2], 1, CLASSES, 1, True, nn.BatchNorm2d, {}, nonlin=nn.LeakyReLU, deep_supervision=False)
+    networks = [TwoBranchUNet(unet)]
+    networks.append(deepcopy(networks[0]))
+    before = deepcopy(networks[0].teacher_decoder.state_dict())
+    teachers = [network(images(), 2, hints_at(2, 0), teach_all) [1] for network, teach_all in zip(networks, (True, False))]
+    statistics = [{name: value for name, value in network.teacher_decoder.state_dict().items() if "running" in name or "tracked" in name}
+                  for network in networks]
+    assert statistics[0] and all(torch.equal(statistics[0][name], statistics[1][name]) for name in statistics[0])
+    assert any(not torch.equal(statistics[0][name], before[name]) for name in statistics[0])
+    assert len(teachers[0]) == BATCH and torch.equal(teachers[0][:2], teachers[1])
+    assert all(layer.track_running_stats for layer in networks[0].batch_norms) and networks[0].batch_norms
+
+
+# ---- the branch that predicts ---------------------------------------------------------------------------------------
+
+@deep_or_not
+def test_each_branch_their_mean_and_both_can_predict(deep_supervision):
+    network = two_branches(deep_supervision=deep_supervision)
+    student, teacher = map(as_list, network(images(), BATCH))
+    expected = {"student": student, "teacher": teacher, "mean": [(s + t) / 2 for s, t in zip(student, teacher)],
+                "both": [torch.cat((s, t), 1) for s, t in zip(student, teacher)]}
+    for network.branch, outputs in expected.items():
+        assert equal(network(images()), outputs), network.branch
+        assert torch.is_tensor(network(images())) == (not deep_supervision)
+
+
+def test_a_network_built_to_predict_with_a_branch_keeps_it():
+    assert two_branches().branch == "student"
+    with predicting("teacher"):
+        teacher = two_branches()
+        with predicting("mean"):
+            mean = two_branches()
+        assert two_branches().branch == "teacher"
+    assert (teacher.branch, mean.branch, two_branches().branch) == ("teacher", "mean", "student")
+    student_calls = Calls(teacher.decoder)
+    assert equal(teacher(images()), teacher(images(), BATCH)[1])
+    assert student_calls.batch_sizes == [BATCH]  # of the training call: to predict, the teacher alone is run
+
+
+def test_the_branch_is_the_students_again_after_an_error():
+    with pytest.raises(KeyError), predicting("teacher"):
+        raise KeyError
+    assert two_branches().branch == "student"
+
+
+def test_an_unknown_branch_to_predict_with_is_refused():
+    with pytest.raises(ValueError, match="'master'"), predicting("master"):
+        pass
+
+
+# ---- weights --------------------------------------------------------------------------------------------------------
+
+@each_network
+@pytest.mark.parametrize("branch", ("student", "teacher"))
+def test_the_weights_of_a_branch_make_the_stock_network_that_branch_to_the_bit(architecture, ndim, stages, branch):
+    network = two_branches(architecture, ndim, stages)
+    exported = stock(architecture, ndim, stages, seed=7)
+    exported.load_state_dict(branch_weights(network.state_dict(), branch), strict=True)
+    assert equal(exported(images(ndim)), network(images(ndim), BATCH)[branch == "teacher"])
+
+
+@each_network
+def test_a_stock_network_with_a_teacher_added_has_two_equal_branches(architecture, ndim, stages):
+    reference = stock(architecture, ndim, stages)
+    network = two_branches(architecture, ndim, stages, seed=7)
+    missing, unexpected = network.load_state_dict(add_teacher(reference.state_dict()), strict=False)
+    assert not unexpected and all(HINTS in name for name in missing)
+    student, teacher = network(images(ndim), BATCH)
+    assert equal(student, reference(images(ndim)))
+    assert equal(teacher, student)
+
+
+def test_adding_a_teacher_and_taking_a_branch_are_inverse():
+    weights = stock().state_dict()
+    for branch in ("student", "teacher"):
+        result = branch_weights(add_teacher(weights), branch)
+        assert list(result) == list(weights)
+        assert all(result[name] is weights[name] for name in weights)
+
+
+def test_only_the_beginning_of_a_name_tells_the_branch():
+    weights = {name: torch.zeros(1) for name in ("decoder.decoder.weight", "teacher_decoder.decoder.weight")}
+    assert branch_weights(weights, "teacher")["decoder.decoder.weight"] is weights["teacher_decoder.decoder.weight"]
+
+
+def test_names_tell_whether_weights_hold_a_teacher():
+    assert has_teacher(two_branches().state_dict())
+    assert not has_teacher(stock().state_dict())
+
+
+def test_a_branch_of_stock_weights_and_an_unknown_branch_are_refused():
+    with pytest.raises(ValueError, match="teacher_decoder"):
+        branch_weights(stock().state_dict(), "student")
+    with pytest.raises(ValueError, match="'mean'"):
+        branch_weights(two_branches().state_dict(), "mean")
+
+
+@each_network
+def test_weights_survive_a_strict_round_trip(architecture, ndim, stages, tmp_path):
+    network, other = (two_branches(architecture, ndim, stages, seed=seed) for seed in (0, 1))
+    torch.save(network.state_dict(), tmp_path / "weights.pth")
+    other.load_state_dict(torch.load(tmp_path / "weights.pth"), strict=True)
+    for ours, theirs in zip(network(images(ndim), BATCH), other(images(ndim), BATCH)):
+        assert equal(ours, theirs)
+
+
+@each_network
+def test_copies_and_pickles_compute_the_same_and_share_nothing(architecture, ndim, stages):
+    network = two_branches(architecture, ndim, stages)
+    before = [[x.detach() for x in branch] for branch in network(images(ndim), BATCH)]
+    copies = [deepcopy(network)]
+    if architecture is PlainConvUNet:  # the stock residual networks hold lambdas, which cannot be pickled
+        copies.append(pickle.loads(pickle.dumps(network)))
+    for copy in copies:
+        assert all(equal(a, b) for a, b in zip(copy(images(ndim), BATCH), before))
+        assert copy.decoder.encoder is copy.encoder
+        with torch.no_grad():
+            for p in copy.parameters():
+                p.add_(1)
+    assert all(equal(a, b) for a, b in zip(network(images(ndim), BATCH), before))
+
+
+def test_unwrap_finds_the_network_inside_torch_compile():
+    network = two_branches()
+    assert unwrap(network) is network
+    assert unwrap(torch.compile(network)) is network
+
+
+def test_unwrap_finds_the_network_inside_ddp(tmp_path):
+    network = two_branches()
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    try:
+        for wrapped in (network, torch.compile(network)):  # nnU-Net's order
+            assert unwrap(DistributedDataParallel(wrapped)) is network
+    finally:
+        torch.distributed.destroy_process_group()
