@@ -236,10 +236,11 @@ def described(row: str) -> Row:
 
 def settings_of(row: Row) -> dict | None:
     """All settings of a row of ours, the defaults of today included."""
-    from nnunet_confkd.training import trainer
+    from nnunet_confkd.trainers import confkd_trainers
+    from nnunet_confkd.training.settings import Settings
     if row.trainer == "nnUNetTrainer":
         return None
-    settings = trainer.Settings.from_blocks(row.settings, getattr(trainer, row.trainer).fixed_settings).as_dict()
+    settings = Settings.from_blocks(row.settings, getattr(confkd_trainers, row.trainer).fixed_settings).as_dict()
     del settings["max_nonfinite_steps"]  # no result depends on it
     return settings
 
@@ -365,6 +366,10 @@ def predict_and_measure(trainer, cases: list[str]) -> dict:
                 logits, trainer.plans_manager, trainer.configuration_manager, trainer.label_manager, properties, True)
             measured[case][branch] = measure(truth, labels, probabilities, properties["spacing"],
                                              trainer.label_manager.foreground_labels)
+            if branch == "student":
+                for c, values in measure_post_processed(truth, labels, properties["spacing"],
+                                                        trainer.label_manager.foreground_labels).items():
+                    measured[case][branch][c] |= values
     return measured
 
 
@@ -387,6 +392,27 @@ def measure(truth: np.ndarray, labels: np.ndarray, probabilities: np.ndarray, sp
                          "far_ml": round(float(far.sum() * np.prod(spacing) / 1000), 5)}
     p = np.clip(probabilities.astype(np.float32), 1e-7, 1)
     found["entropy"] = round(float(-(p * np.log(p)).sum(0).mean()), 5)
+    return found
+
+
+def measure_post_processed(truth: np.ndarray, labels: np.ndarray, spacing, classes) -> dict:
+    """Dice and HD95 in mm of each class after nnU-Net's post-processing, and the volumes in ml of prediction and truth.
+
+    nnU-Net keeps the largest component of the whole foreground ("foreground"), of single classes ("class"), of both or of
+    neither, whatever is better on the validation cases. The report makes this choice, so all of them are measured.
+    """
+    from nnunetv2.postprocessing.remove_connected_components import remove_all_but_largest_component_from_segmentation as largest
+
+    from nnunet_confkd.evaluation.metrics import measure_masks
+
+    millilitres = float(np.prod(spacing)) / 1000
+    found = {str(c): {"predicted_ml": round(float((labels == c).sum()) * millilitres, 3),
+                      "truth_ml": round(float((truth == c).sum()) * millilitres, 3)} for c in classes}
+    foreground = largest(labels, tuple(classes))
+    for c in classes:
+        for name, prediction in (("foreground", foreground), ("class", largest(labels, c)), ("both", largest(foreground, c))):
+            of = measure_masks(truth == c, prediction == c, spacing)
+            found[str(c)] |= {f"dice_{name}": round(of["Dice"], 5), f"hd95_mm_{name}": round(of["HD95_mm"], 3)}
     return found
 
 
