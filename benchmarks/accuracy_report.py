@@ -15,6 +15,7 @@ from nnunet_confkd.evaluation.metrics import bootstrap_interval, count_of
 
 DOCS = Path(__file__).parent.parent / "docs"
 README = DOCS.parent / "README.md"
+RIVAL, LOWER, UPPER = "ignore", "full_only", "all"
 BRANCHES = {"confkd": ("student", "teacher")}  # of all other rows only what predicts is shown
 
 
@@ -185,7 +186,6 @@ def plot(tables: dict, rows: dict, results: dict, file: Path) -> None:
 
 def trials_of(tables: dict, rows: dict, folder: Path) -> str:
     """What was tried, on the validation cases: Dice of the branches and the gain over the rival."""
-    from accuracy import RIVAL
     lines = []
     for name, table in tables.items():
         runs = read_runs(folder / f"{name}_validation")
@@ -209,7 +209,6 @@ def trials_of(tables: dict, rows: dict, folder: Path) -> str:
 
 
 def write_report(tables: dict, rows: dict, trials: dict, folder: Path, docs: Path = DOCS, readme: Path = README) -> None:
-    from accuracy import LOWER, RIVAL, UPPER
     tried = trials_of(tables, {**rows, **trials}, folder)
     insert(docs / "results.md", "accuracy trials", tried)
     results = read_tables(tables, rows, folder)

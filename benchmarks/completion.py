@@ -20,9 +20,9 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-from accuracy import FULL_ID, RIVAL, ROWS, TABLES, UPPER, build_trainer, planned, predict_and_measure, run_name, spec_of
+from accuracy import FULL_ID, ROWS, TABLES, build_trainer, planned, predict_and_measure, run_name, spec_of
 from accuracy import OUTPUT as RUNS
-from accuracy_report import mean_of, read_runs, values_of
+from accuracy_report import RIVAL, UPPER, mean_of, read_runs, values_of
 from step_time import ROOT, insert
 
 ID = 990  # of the completed data set, which is removed

@@ -20,8 +20,7 @@ from nnunet_confkd.training.settings import Settings, settings_table
 FOLDER = Path(__file__).parent / "reference"
 NOTE = "<!-- written by docs/generate_reference.py -->\n"
 OF_NNUNET = ("train", "predict")  # nnU-Net's own parsers, with a few words of ours before
-TRAINERS = ("ConfKDTrainer", "ConfKDTrainer_noEntropy", "ConfKDTrainer_noKL", "ConfKDTrainer_partialOnly", "ConfKDTrainer_MedIA2023",
-            "ConfKDTrainer_IPMI2021")
+TRAINERS = ("ConfKDTrainer", "ConfKDTrainer_noEntropy", "ConfKDTrainer_noKL", "ConfKDTrainer_partialOnly", "ConfKDTrainer_MedIA2023")
 # defaults that are not the same everywhere
 OF_THE_MACHINE = {"processes": "default: as many as there are cores, 8 at most", "device": "default: cuda where there is one, else cpu"}
 

@@ -6,7 +6,6 @@ from nnunet_confkd.training.variants import (  # noqa: F401
     ConfKDTrainer_50epochs,
     ConfKDTrainer_100epochs,
     ConfKDTrainer_250epochs,
-    ConfKDTrainer_IPMI2021,
     ConfKDTrainer_MedIA2023,
     ConfKDTrainer_noEntropy,
     ConfKDTrainer_noKL,

@@ -1,72 +1,94 @@
-"""The settings of ConfKDTrainer: one dataclass, with the defaults and what each may be.
+"""The settings of ConfKDTrainer: one dataclass, with defaults and allowed values.
 
-Overridden by a `confkd` block in a configuration of the plans file (which nnU-Net saves with the model), and fixed by
-the trainer's variants.
+A `confkd` block in a configuration of the plans file overrides the defaults, and a variant of the trainer overrides
+both. nnU-Net saves the plans with the model.
 """
 from __future__ import annotations
 
 import difflib
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, get_type_hints
 
 from nnunet_confkd.errors import InputError, shown
 
-
-def _choice(default: str, *others: str, doc: str):
-    return field(default=default, metadata={"choices": (default, *others), "doc": doc})
-
-
-def _number(default, low, high, doc: str):
-    return field(default=default, metadata={"range": (low, high), "doc": doc})
-
-
-def _optional(low: int, high: int, doc: str):
-    return field(default=None, metadata={"range": (low, high), "doc": doc})
+# Settings of earlier versions, and the only value of each that the method has kept. The plans of a trained model hold
+# all settings, so that older models name these, too.
+REMOVED: dict[str, Any] = {
+    "supervised_loss": "dice_ce", "student_images": "all", "student_average": "joint", "kl_reference": "teacher",
+    "kl_detach_teacher": True, "kl_temperature": 1.0, "kl_softmax_twice": False, "entropy_images": "partial",
+    "entropy_ramp_start": 0.0, "entropy_ramp_end": 0.0}
 
 
-def _flag(default: bool, doc: str):
-    return field(default=default, metadata={"doc": doc})
+def without_removed(block: Mapping[str, Any]) -> dict[str, Any]:
+    """Leave out the settings of earlier versions that have the value which the method has kept.
+
+    Args:
+        block: Settings by name, of any version of this package.
+
+    Returns:
+        A new dictionary. A removed setting that has another value is still in it.
+    """
+    return {key: value for key, value in block.items() if not (key in REMOVED and value == REMOVED[key])}
+
+
+def _setting(group: str, default: Any, allowed: tuple, meaning: str):
+    """A field of :class:`Settings`.
+
+    Args:
+        group: The heading in the table.
+        default: The default.
+        allowed: Texts to choose from, or the lowest and the highest number; empty for true and false.
+        meaning: The text in the table.
+    """
+    metadata: dict[str, Any] = {"group": group, "doc": meaning}
+    if allowed:
+        metadata["choices" if isinstance(allowed[0], str) else "range"] = allowed
+    return field(default=default, metadata=metadata)
+
+
+WEIGHTS, COUNTS, SHARES = (0, 10 ** 6), (1, 10 ** 6), (0, 1)
 
 
 @dataclass(frozen=True)
 class Settings:
     """What ConfKDTrainer does; every field is a key of the `confkd` block.
 
-    Raises InputError for a value out of range, naming the key, the value and what is allowed.
+    Raises:
+        InputError: A value is not allowed. The text names the key, the value and what is allowed.
     """
 
-    weight_teacher: float = _number(1.0, 0, 1e6, "weight of L_s, the teacher's supervised loss")
-    weight_student: float = _number(1.0, 0, 1e6, "weight of L_w, the student's supervised loss")
-    weight_kl: float = _number(3.0, 0, 1e6, "weight of L_kd, the distillation from teacher to student")
-    weight_entropy: float = _number(0.01, 0, 1e6, "weight of L_ent, the student's entropy")
-    supervised_loss: str = _choice("dice_ce", "ce", doc="nnU-Net's Dice + cross-entropy, or cross-entropy alone")
-    student_images: str = _choice("all", "partial", doc="images that enter L_w: all, or those not fully labelled")
-    student_average: str = _choice(
-        "joint", "separate", doc="L_w: one loss over the batch, or the mean of the losses of full and of other images")
-    kl_reference: str = _choice("teacher", "student", doc="first argument of the KL: KL(teacher || student) or reverse")
-    kl_detach_teacher: bool = _flag(True, "the KL does not update the teacher")
-    kl_temperature: float = _number(1.0, 1e-2, 1e2, "temperature T of the KL, which is scaled by T^2")
-    kl_softmax_twice: bool = _flag(False, "the conference paper's softmax over the softmax outputs, scaled by T^2 / (2 C)")
-    teacher_hints: bool = _flag(True, "the teacher also sees annotated voxels, if the KL acts on images that are not fully annotated: "
-                                "real annotations on partially annotated images, simulated ones on fully annotated images")
-    kl_images: str = _choice("all", "full", "partial", doc="images on which the KL acts: all, those fully labelled, or the others")
-    kl_ramp_start: float = _number(0.2, 0, 1, "share of the iterations after which the KL's weight starts to rise")
-    kl_ramp_end: float = _number(0.5, 0, 1, "share of the iterations after which the KL has its whole weight")
-    entropy_images: str = _choice("partial", "full", "all", doc="images on which the entropy acts: those not fully "
-                                                                "labelled, those fully labelled, or all")
-    entropy_ramp_start: float = _number(0.0, 0, 1, "share of the iterations after which the entropy's weight starts to rise")
-    entropy_ramp_end: float = _number(0.0, 0, 1, "share of the iterations after which the entropy has its whole weight")
-    extra_resolutions: str = _choice(
-        "highest", "all", doc="resolutions of the KL and the entropy: the highest, or all supervised ones")
-    full_share: float = _number(0.5, 0.01, 0.99, "share of fully annotated images in a training batch")
-    unlabelled_share: float = _number(0.25, 0, 1, "share of unlabelled images among the others in a batch, but at most their share of "
-                                                  "the cases; the rest is partially annotated")
-    epochs: int | None = _optional(1, 10 ** 6, "number of epochs; null: the trainer's own (1000, or its name's)")
-    iterations_per_epoch: int | None = _optional(1, 10 ** 6, "training steps an epoch; null: nnU-Net's 250")
-    max_nonfinite_steps: int = _number(20, 1, 10 ** 6, "steps in a row whose loss or gradient is not finite, after which the "
-                                       "training stops; such steps are left out")
-    seed: int | None = _optional(0, 2 ** 31 - 1, "seed of weights, batches and augmentation; null: a new one every run. "
-                                                 "Exactly repeatable with nnUNet_n_proc_DA=0")
+    weight_teacher: float = _setting("losses", 1.0, WEIGHTS, "weight of L_s, the teacher's supervised loss")
+    weight_student: float = _setting("losses", 1.0, WEIGHTS, "weight of L_w, the student's supervised loss")
+    weight_kl: float = _setting("losses", 3.0, WEIGHTS, "weight of L_kd, the distillation from teacher to student")
+    weight_entropy: float = _setting("losses", 0.01, WEIGHTS, "weight of L_ent, the student's entropy")
+    kl_images: str = _setting("losses", "all", ("all", "full", "partial"),
+                              "images on which the KL acts: all, the fully annotated ones, or all others")
+    kl_ramp_start: float = _setting("losses", 0.2, SHARES,
+                                    "share of the iterations after which the KL's weight starts to rise")
+    kl_ramp_end: float = _setting("losses", 0.5, SHARES,
+                                  "share of the iterations after which the KL has its whole weight")
+    extra_resolutions: str = _setting("losses", "highest", ("highest", "all"),
+                                      "resolutions of the KL and the entropy: the highest, or all supervised ones")
+
+    teacher_hints: bool = _setting("hints", True, (),
+                                   "whether the teacher also sees annotated voxels, if the KL acts on images that are "
+                                   "not fully annotated: real annotations on partially annotated images, simulated "
+                                   "ones on fully annotated images")
+
+    full_share: float = _setting("batches", 0.5, (0.01, 0.99), "share of fully annotated images in a training batch")
+    unlabelled_share: float = _setting("batches", 0.25, SHARES,
+                                       "share of unlabelled images among the others in a batch, but at most their "
+                                       "share of the cases; the rest is partially annotated")
+
+    epochs: int | None = _setting("run", None, COUNTS, "number of epochs; null: nnU-Net's 1000")
+    iterations_per_epoch: int | None = _setting("run", None, COUNTS, "iterations per epoch; null: nnU-Net's 250")
+    max_nonfinite_steps: int = _setting("run", 20, COUNTS,
+                                        "number of iterations in a row with a loss or gradient that is not finite, "
+                                        "after which the training stops; such iterations change no weights")
+    seed: int | None = _setting("run", None, (0, 2 ** 31 - 1),
+                                "seed of weights, batches and augmentation; null: a new one in every run. Runs are "
+                                "exactly repeatable with nnUNet_n_proc_DA=0")
 
     def __post_init__(self):
         hints = get_type_hints(type(self))
@@ -76,29 +98,43 @@ class Settings:
             raise InputError("confkd: weight_teacher and weight_student are both 0: there is nothing to learn from")
         if self.weight_kl and not self.weight_teacher:
             raise InputError("confkd: weight_kl is above 0, but weight_teacher is 0: an untrained teacher would teach")
-        for term in ("kl", "entropy"):
-            start, end = getattr(self, f"{term}_ramp_start"), getattr(self, f"{term}_ramp_end")
-            if end < start:
-                raise InputError(f"confkd: {term}_ramp_end ({end}) lies before {term}_ramp_start ({start})")
+        if self.kl_ramp_end < self.kl_ramp_start:
+            raise InputError(f"confkd: kl_ramp_end ({self.kl_ramp_end}) lies before kl_ramp_start "
+                             f"({self.kl_ramp_start})")
 
     @classmethod
     def from_blocks(cls, *blocks: dict) -> Settings:
-        """The defaults, overridden by each block in turn. Raises InputError for unknown keys and bad values."""
+        """Override the defaults by each block in turn.
+
+        Args:
+            blocks: Settings by name. Settings of earlier versions (`REMOVED`) are ignored if they have the value
+                that the method has kept.
+
+        Raises:
+            InputError: A block is no object; a key is unknown or has been removed; a value is not allowed.
+        """
         known = [f.name for f in fields(cls)]
-        merged = {}
+        merged: dict[str, Any] = {}
         for block in blocks:
             if not isinstance(block, dict):
-                raise InputError(f"confkd: the block of settings must be an object of keys and values, got {shown(block, repr)}")
+                raise InputError(f"confkd: the block of settings must be an object of keys and values, got "
+                                 f"{shown(block, repr)}")
             merged.update(block)
-        unknown = [key for key in merged if key not in known]
-        if unknown:
-            hints = {key: difflib.get_close_matches(key, known, 1) for key in unknown}
+        merged = without_removed(merged)
+        if removed := [key for key in merged if key in REMOVED]:
+            raise InputError("confkd: " + "; ".join(
+                f"the setting '{key}' has been removed, and only its value {shown(REMOVED[key])} is left, but the "
+                f"block has {shown(merged[key])}" for key in removed)
+                + ". Delete it from the plans, or use the version of nnunet_confkd that the plans were written for")
+        if unknown := [key for key in merged if key not in known]:
+            close = {key: difflib.get_close_matches(key, known, 1) for key in unknown}
             raise InputError("confkd: unknown setting " + ", ".join(
-                f"'{key}'" + (f" (did you mean '{hint[0]}'?)" if hint else "") for key, hint in hints.items())
+                f"'{key}'" + (f" (did you mean '{close[key][0]}'?)" if close[key] else "") for key in unknown)
                 + f". Known: {', '.join(known)}")
         return cls(**merged)
 
     def as_dict(self) -> dict:
+        """All settings by name, for JSON."""
         return asdict(self)
 
     @property
@@ -111,9 +147,16 @@ class Settings:
         """Whether the teacher learns to use hints."""
         return self.teacher_hints and self.kl_on_non_full
 
-    def ramp(self, term: str, progress: float) -> float:
-        """Factor of the weight of `term` ("kl" or "entropy") at `progress`, the share of the iterations done, 0 to 1."""
-        start, end = getattr(self, f"{term}_ramp_start"), getattr(self, f"{term}_ramp_end")
+    def kl_ramp(self, progress: float) -> float:
+        """Compute the factor of the KL's weight, which rises linearly from `kl_ramp_start` to `kl_ramp_end`.
+
+        Args:
+            progress: Share of the iterations that are done, from 0 to 1.
+
+        Returns:
+            From 0 to 1.
+        """
+        start, end = self.kl_ramp_start, self.kl_ramp_end
         if progress >= end:
             return 1.0
         return 0.0 if progress <= start else (progress - start) / (end - start)
@@ -139,17 +182,24 @@ def _check(f, value, hint) -> None:
 
 
 def settings_table() -> str:
-    """The settings as a Markdown table (for the documentation)."""
-    rows = ["| setting | default | allowed | meaning |", "|---|---|---|---|"]
+    """Describe the settings in a Markdown table with a row for each group and each setting."""
+    rows, group = ["| setting | default | allowed | meaning |", "|---|---|---|---|"], None
     for f in fields(Settings):
+        if f.metadata["group"] != group:
+            group = f.metadata["group"]
+            rows.append(f"| **{group}** | | | |")
         if "choices" in f.metadata:
-            allowed = ", ".join(f'`"{c}"`' for c in f.metadata["choices"])
+            allowed = ", ".join(f'`"{choice}"`' for choice in f.metadata["choices"])
         elif "range" in f.metadata:
-            allowed = "{:g} to {:g}".format(*f.metadata["range"])
+            allowed = "{} to {}".format(*f.metadata["range"])
         else:
             allowed = "`true`, `false`"
-        spelled: dict[Any, str] = {True: "true", False: "false", None: "null"}
-        default = spelled.get(f.default, f.default) if not isinstance(
-            f.default, (int, float)) or isinstance(f.default, bool) else f"{f.default:g}"
-        rows.append(f"| `{f.name}` | {default} | {allowed} | {f.metadata['doc'].replace('|', chr(92) + '|')} |")
+        rows.append(f"| `{f.name}` | {_default_text(f.default)} | {allowed} | {f.metadata['doc']} |")
     return "\n".join(rows)
+
+
+def _default_text(default) -> str:
+    """A default as JSON spells it, numbers as short as possible."""
+    if isinstance(default, bool) or default is None:
+        return {True: "true", False: "false", None: "null"}[default]
+    return default if isinstance(default, str) else f"{default:g}"

@@ -55,7 +55,7 @@ from nnunet_confkd.training.hints import KEPT, HintSampler, hint_channels
 from nnunet_confkd.training.losses import TERMS, ConfKDLoss, PartialSupervision, annotated_voxels, confidence
 from nnunet_confkd.training.network import TwoBranchUNet, unwrap
 from nnunet_confkd.training.recovery import Divergence
-from nnunet_confkd.training.settings import Settings
+from nnunet_confkd.training.settings import Settings, without_removed
 from nnunet_confkd.training.validation import check_first_stage, validate
 
 
@@ -128,18 +128,11 @@ class ConfKDTrainer(nnUNetTrainer):
             stock, resolution_weights = stock.loss, stock.weight_factors
         if len(resolution_weights) == 1:
             resolution_weights = (1.0,)  # nnU-Net gives the lowest resolution weight 0, and would divide by it here
-        s, regions = self.settings, self.label_manager.has_regions
-        if s.supervised_loss == "ce":
-            stock.weight_dice = 0
-        if s.kl_softmax_twice and regions:
-            raise InputError("confkd: 'kl_softmax_twice' is defined for softmax labels; this data set has regions")
+        settings, regions = self.settings, self.label_manager.has_regions
         supervised = PartialSupervision(stock, self.label_manager.ignore_label, regions, ddp=self.is_ddp)
-        return ConfKDLoss(
-            supervised, {term: getattr(s, f"weight_{term}") for term in TERMS}, resolution_weights=resolution_weights,
-            regions=regions, student_images=s.student_images, student_average=s.student_average,
-            kl_images=s.kl_images, entropy_images=s.entropy_images, extra_resolutions=s.extra_resolutions,
-            kl_options={"reference": s.kl_reference, "detach_teacher": s.kl_detach_teacher,
-                        "temperature": s.kl_temperature, "softmax_twice": s.kl_softmax_twice})
+        return ConfKDLoss(supervised, {term: getattr(settings, f"weight_{term}") for term in TERMS},
+                          resolution_weights=resolution_weights, regions=regions, kl_images=settings.kl_images,
+                          extra_resolutions=settings.extra_resolutions)
 
     # ---- supervision and data ---------------------------------------------------------------------------------------
 
@@ -355,7 +348,7 @@ class ConfKDTrainer(nnUNetTrainer):
         file, settings, history = join(self.output_folder, "confkd.json"), self.settings.as_dict(), []
         if self.continued and isfile(file):
             before = read_json(file)
-            earlier, history = before.get("settings", {}), before.get("history", [])
+            earlier, history = without_removed(before.get("settings", {})), before.get("history", [])
             changed = [f"{name}: {shown(earlier.get(name))} -> {shown(settings.get(name))}"
                        for name in sorted({*earlier, *settings}) if earlier.get(name) != settings.get(name)]
             if changed:
@@ -396,13 +389,13 @@ class ConfKDTrainer(nnUNetTrainer):
         highest_target = target[0] if self.enable_deep_supervision else target
         self.iteration += 1
         progress = self.iteration / (self.num_epochs * self.num_iterations_per_epoch)
-        ramps = {term: self.settings.ramp(term, progress) for term in ("kl", "entropy")}
+        kl_ramp = self.settings.kl_ramp(progress)
 
         self.optimizer.zero_grad(set_to_none=True)
         with self._autocast():
             student, teacher = self._forward(data, num_full, hints=self._hints(batch, highest_target),
-                                             teach_all=self.settings.kl_on_non_full and ramps["kl"] > 0)
-            loss, terms = self.loss(student, teacher, target, num_full, kl_ramp=ramps["kl"], entropy_ramp=ramps["entropy"])
+                                             teach_all=self.settings.kl_on_non_full and kl_ramp > 0)
+            loss, terms = self.loss(student, teacher, target, num_full, kl_ramp)
 
         if self.grad_scaler is not None:
             self.grad_scaler.scale(loss).backward()

@@ -197,8 +197,10 @@ def test_settings_that_decide_nothing_and_titles_make_no_other_run(modules):
         found = accuracy.spec_of(table, row, 5, 0, "cpu", 50)
         return {**found, "row": {**found["row"], "title": "another"}, "settings": {**found["settings"], **changes}}
 
-    for row, harmless, decisive in (("ignore", {"kl_images": "full", "teacher_hints": False, "entropy_images": "all"}, {"full_share": 0.25}),
-                                    ("confkd", {}, {"teacher_hints": False}), ("kl", {"entropy_images": "all"}, {"kl_images": "full"})):
+    for row, harmless, decisive in (
+            ("ignore", {"kl_images": "full", "teacher_hints": False, "entropy_images": "all"}, {"full_share": 0.25}),
+            ("confkd", {"kl_temperature": 1.0}, {"teacher_hints": False}), ("confkd", {}, {"kl_temperature": 2.0}),
+            ("kl", {"entropy_images": "all"}, {"kl_images": "full"})):
         now = accuracy.spec_of(table, row, 5, 0, "cpu", 50)
         assert accuracy.differences(spec(row, **harmless), now) == []
         assert accuracy.differences(spec(row, **decisive), now) == ["settings"]

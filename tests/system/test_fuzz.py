@@ -192,7 +192,7 @@ def test_a_block_of_settings_is_taken_or_refused(blocks, progress):
     found = outcome(Settings.from_blocks, *blocks)
     if isinstance(found, Settings):
         assert found == Settings.from_blocks(found.as_dict())
-        assert all(0 <= found.ramp(term, progress) <= 1 for term in ("kl", "entropy"))
+        assert 0 <= found.kl_ramp(progress) <= 1
         assert all(math.isfinite(v) for v in found.as_dict().values() if isinstance(v, (int, float)))
 
 

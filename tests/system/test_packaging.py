@@ -17,7 +17,7 @@ from nnunet_confkd import cli, discovery, nnunet_commands
 
 ROOT = Path(__file__).resolve().parents[2]
 TRAINERS = ["ConfKDTrainer", "ConfKDTrainer_noEntropy", "ConfKDTrainer_noKL", "ConfKDTrainer_partialOnly",
-            "ConfKDTrainer_IPMI2021", "ConfKDTrainer_MedIA2023", "ConfKDTrainer_1epoch", "ConfKDTrainer_5epochs", "ConfKDTrainer_50epochs",
+            "ConfKDTrainer_MedIA2023", "ConfKDTrainer_1epoch", "ConfKDTrainer_5epochs", "ConfKDTrainer_50epochs",
             "ConfKDTrainer_100epochs", "ConfKDTrainer_250epochs"]
 # twice, and compared with the package's own: a class defined in the folder would be another at every lookup
 LOOKUP = """

@@ -40,7 +40,7 @@ def objective_of(ndim: int, regions: bool) -> ConfKDLoss:
         stock = DC_and_CE_loss(dice, {}, ignore_label=IGNORE, dice_class=MemoryEfficientSoftDiceLoss)
     stock.dc = compiled(stock.dc)
     return ConfKDLoss(PartialSupervision(stock, IGNORE, regions), dict.fromkeys(("teacher", "student", "kl", "entropy"), 1.0),
-                      resolution_weights=(4 / 7, 2 / 7, 1 / 7), regions=regions)
+                      resolution_weights=(4 / 7, 2 / 7, 1 / 7), regions=regions, kl_images="full", extra_resolutions="all")
 
 
 class Training:

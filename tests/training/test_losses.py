@@ -17,7 +17,16 @@ from nnunetv2.training.loss.compound_losses import DC_and_BCE_loss, DC_and_CE_lo
 from nnunetv2.training.loss.deep_supervision import DeepSupervisionWrapper
 from nnunetv2.training.loss.dice import MemoryEfficientSoftDiceLoss
 
-from nnunet_confkd.training.losses import TERMS, ConfKDLoss, PartialSupervision, annotated_voxels, confidence, distillation, entropy, kl_divergence
+from nnunet_confkd.training.losses import (
+    TERMS,
+    ConfKDLoss,
+    PartialSupervision,
+    annotated_voxels,
+    confidence,
+    distillation,
+    entropy,
+    kl_divergence,
+)
 
 CHANNELS = 3
 IGNORE = CHANNELS  # nnU-Net: the highest label plus one
@@ -165,9 +174,7 @@ def test_huge_logits_give_finite_values_and_gradients(regions, dtype):
 def test_half_precision_logits_are_computed_in_float32(regions, dtype):
     p, q = (random_logits(2, CHANNELS, 4, 4, seed=s).to(dtype) for s in (0, 1))
     for half, single in ((entropy(p, regions), entropy(p.float(), regions)),
-                         (kl_divergence(p, q, regions), kl_divergence(p.float(), q.float(), regions)),
-                         (distillation(p, q, regions=regions, temperature=3),
-                          distillation(p.float(), q.float(), regions=regions, temperature=3))):
+                         (kl_divergence(p, q, regions), kl_divergence(p.float(), q.float(), regions))):
         assert half.dtype == torch.float32
         assert torch.equal(half, single)
 
@@ -196,80 +203,12 @@ def test_kl_of_different_shapes_is_refused_with_both_shapes():
 # ---- distillation ---------------------------------------------------------------------------------------------------
 
 @each_head
-def test_the_reference_is_the_first_argument_of_the_kl(regions):
-    teacher, student = (random_logits(1, CHANNELS, 4, 4, seed=s) for s in (0, 1))
-    assert torch.equal(distillation(teacher, student, regions=regions), kl_divergence(teacher, student, regions))
-    assert torch.equal(distillation(teacher, student, regions=regions, reference="student"),
-                       kl_divergence(student, teacher, regions))
-
-
-@pytest.mark.parametrize("reference", ("teacher", "student"))
-def test_the_gradient_stops_at_the_teacher_unless_asked_otherwise(reference):
+def test_distillation_is_the_kl_from_teacher_to_student_and_updates_the_student_alone(regions):
     teacher, student = (random_logits(1, CHANNELS, 4, 4, seed=s).requires_grad_() for s in (0, 1))
-    distillation(teacher, student, reference=reference).sum().backward()
-    assert teacher.grad is None
-    assert student.grad.abs().sum() > 0
-    distillation(teacher, student, reference=reference, detach_teacher=False).sum().backward()
-    assert teacher.grad.abs().sum() > 0
-
-
-@pytest.mark.parametrize("options", ({"temperature": 2.0}, {"temperature": 2.0, "softmax_twice": True},
-                                     {"temperature": 0.5, "regions": True}), ids=str)
-@pytest.mark.parametrize("reference", ("teacher", "student"))
-def test_distillation_has_the_gradient_that_finite_differences_give(options, reference):
-    teacher, student = (random_logits(1, CHANNELS, 2, 2, seed=s).requires_grad_() for s in (0, 1))
-    assert torch.autograd.gradcheck(
-        lambda t, s: distillation(t, s, reference=reference, detach_teacher=False, **options), (teacher, student))
-
-
-@pytest.mark.parametrize("temperature", (0.5, 1.0, 4.0))
-def test_distillation_at_a_temperature_agrees_with_scipy(temperature):
-    teacher, student = (random_logits(2, CHANNELS, 4, 4, seed=s) for s in (0, 1))
-    p, q = (scipy.special.softmax(x.numpy() / temperature, 1) for x in (teacher, student))
-    np.testing.assert_allclose(distillation(teacher, student, temperature=temperature),
-                               temperature ** 2 * scipy.stats.entropy(p, q, axis=1), rtol=1e-9)
-
-
-def test_at_a_high_temperature_the_gradient_is_the_difference_of_the_centred_logits_over_c():
-    # Hinton, Vinyals, Dean 2015, eq. 2-4: d/ds_c of T^2 KL is T (softmax(s/T)_c - softmax(t/T)_c), and
-    # softmax(x/T)_c -> 1/C + (x_c - mean x) / (C T). Without the factor T^2 it would vanish.
-    teacher, student = (random_logits(1, CHANNELS, 4, 4, seed=s) for s in (0, 1))
-    student.requires_grad_()
-    distillation(teacher, student, temperature=1e5).sum().backward()
-    difference = (student - teacher).detach()
-    torch.testing.assert_close(student.grad, (difference - difference.mean(1, keepdim=True)) / CHANNELS,
-                               rtol=1e-3, atol=1e-4)
-
-
-def test_softmax_twice_is_the_kl_of_a_softmax_over_the_softmax_times_half_the_squared_temperature_by_class():
-    teacher, student = (random_logits(2, CHANNELS, 4, 4, seed=s) for s in (0, 1))
-    p, q = (scipy.special.softmax(scipy.special.softmax(x.numpy(), 1) / 2, 1) for x in (teacher, student))
-    np.testing.assert_allclose(distillation(teacher, student, temperature=2.0, softmax_twice=True),
-                               2 / CHANNELS * scipy.stats.entropy(p, q, axis=1), rtol=1e-9)
-
-
-def test_softmax_twice_is_a_gentle_squared_difference_for_two_classes():
-    # The softmax of (p, 1 - p) / 2 is sigmoid(p - 1/2). The KL of two sigmoids is, exactly, half the squared
-    # difference of their arguments times sigmoid' at some point between them (Taylor's remainder; log(1 + e^x) has
-    # the second derivative sigmoid'). Here the arguments lie within +-1/2, so sigmoid' within 0.2350 and 0.25, and
-    #     50 KD = 50 * T^2 / (2 C) * 1/2 sigmoid' (p_t - p_b)^2 = 25 sigmoid' (p_t - p_b)^2,  5.87 to 6.25 times.
-    p_t, p_b = torch.meshgrid(*2 * [torch.linspace(0.02, 0.98, 25, dtype=torch.float64)], indexing="ij")
-    teacher, student = (torch.stack((p.log(), (1 - p).log()))[None] for p in (p_t, p_b))
-    apart = p_t != p_b
-    squared = ((p_t - p_b) ** 2)[apart]
-    ratio = 50 * distillation(teacher, student, temperature=2.0, softmax_twice=True)[0][apart] / squared
-    slope = scipy.special.expit(0.5) * scipy.special.expit(-0.5)
-    assert ratio.min() >= 25 * slope and ratio.max() <= 6.25
-    # a plain KL is at least 2 (p_t - p_b)^2 (Pinsker), at weight 50 then at least sixteen times as much
-    assert (50 * distillation(teacher, student)[0][apart] / squared >= 16 * ratio).all()
-
-
-def test_unknown_references_and_softmax_twice_on_regions_are_refused():
-    x = torch.zeros(1, 2, 3, 3)
-    with pytest.raises(ValueError, match="'master'"):
-        distillation(x, x, reference="master")
-    with pytest.raises(ValueError, match="^the softmax over the softmax is defined for softmax labels, not for regions$"):
-        distillation(x, x, regions=True, softmax_twice=True)
+    value = distillation(teacher, student, regions)
+    assert torch.equal(value, kl_divergence(teacher, student, regions))
+    value.sum().backward()
+    assert teacher.grad is None and student.grad.abs().sum() > 0
 
 
 # ---- a batch as nnU-Net makes it, and nnU-Net's own loss ------------------------------------------------------------
@@ -301,10 +240,14 @@ def supervised(ndim: int = 2, regions: bool = False) -> PartialSupervision:
     return PartialSupervision(stock_loss(ndim, regions), IGNORE, regions)
 
 
-def weights_of(**weights: float) -> dict[str, float]:
-    return {term: weights.get(term, 0.0) for term in TERMS}
+def objective(ndim: int = 2, regions: bool = False, resolution_weights=(1.0,), kl_images: str = "all",
+              extra_resolutions: str = "highest", **weights: float) -> ConfKDLoss:
+    """The joint objective with these weights of the terms; the others are 0."""
+    return ConfKDLoss(supervised(ndim, regions), {term: weights.get(term, 0.0) for term in TERMS}, regions=regions,
+                      resolution_weights=resolution_weights, kl_images=kl_images, extra_resolutions=extra_resolutions)
 
 
+ALL_TERMS = dict.fromkeys(TERMS, 1.0)
 NUM_FULL, NUM_IMAGES = 2, 5
 RESOLUTIONS = tuple(np.array([1, 1 / 2, 0]) / 1.5)  # nnU-Net's for three outputs: halved, the lowest off
 
@@ -319,10 +262,10 @@ class Batch:
             [random_logits(num_images, CHANNELS, *target.shape[2:], seed=seed + i, dtype=torch.float32).requires_grad_()
              for i, target in enumerate(self.target)] for seed in (10, 20))
 
-    def evaluate(self, loss: ConfKDLoss, **ramps):
+    def evaluate(self, loss: ConfKDLoss, kl_ramp: float = 1.0):
         """The loss, on as many resolutions as it has weights for."""
         n = len(loss.resolution_weights)
-        return loss(self.student[:n], self.teacher[:n], self.target[:n], self.num_full, **ramps)
+        return loss(self.student[:n], self.teacher[:n], self.target[:n], self.num_full, kl_ramp)
 
     def gradients(self, loss: ConfKDLoss) -> list[torch.Tensor | None]:
         """Of the student's and the teacher's logits at full resolution; None where there is no way to them."""
@@ -341,7 +284,7 @@ def test_images_without_any_annotated_voxel_do_not_enter_the_loss(ndim, regions)
     logits = random_logits(2, CHANNELS, *target.shape[2:], seed=1, dtype=torch.float32).requires_grad_()
     loss = supervised(ndim, regions)
     value, alone = loss(logits, target), loss(logits[:1], target[:1])
-    assert float(value) == pytest.approx(float(alone), abs=1e-6)
+    assert value.item() == pytest.approx(alone.item(), abs=1e-6)
     gradients = [torch.autograd.grad(of, logits)[0] for of in (value, alone)]
     torch.testing.assert_close(*gradients)
     assert gradients[0][0].any() and not gradients[0][1].any()
@@ -369,8 +312,10 @@ def test_partial_supervision_is_nnunets_loss_to_the_bit(ndim, regions):
 
 
 def test_labels_are_softmax_labels_unless_said_otherwise():
-    logits, target = random_logits(1, CHANNELS, 4, 4, dtype=torch.float32), torch.ones(1, 1, 4, 4)  # of regions, everything would be ignored
-    assert torch.equal(PartialSupervision(stock_loss(2, False), IGNORE)(logits, target), stock_loss(2, False)(logits, target))
+    logits = random_logits(1, CHANNELS, 4, 4, dtype=torch.float32)
+    target = torch.ones(1, 1, 4, 4)  # as regions, everything would be ignored
+    result = PartialSupervision(stock_loss(2, False), IGNORE)(logits, target)
+    assert torch.equal(result, stock_loss(2, False)(logits, target))
 
 
 @each_dimension
@@ -437,8 +382,7 @@ def test_a_target_of_another_shape_is_refused_with_both_shapes():
 @each_head
 def test_with_the_teacher_alone_it_is_nnunets_loss_on_the_full_images_to_the_bit(ndim, regions):
     batch = Batch(ndim, regions)
-    loss = ConfKDLoss(supervised(ndim, regions), weights_of(teacher=1.0), resolution_weights=RESOLUTIONS,
-                      regions=regions)
+    loss = objective(ndim, regions, RESOLUTIONS, teacher=1.0)
     stock = DeepSupervisionWrapper(stock_loss(ndim, regions), np.array(RESOLUTIONS))
     expected = stock([x[:NUM_FULL] for x in batch.teacher], [x[:NUM_FULL] for x in batch.target])
     assert torch.equal(batch.evaluate(loss)[0], expected)
@@ -449,44 +393,40 @@ def test_with_the_teacher_alone_it_is_nnunets_loss_on_the_full_images_to_the_bit
 @pytest.mark.parametrize("term", [term for term in TERMS if term != "teacher"])
 def test_any_other_weight_makes_it_differ_from_nnunets_loss(regions, term):
     batch = Batch(regions=regions)
-    alone, with_term = (
-        batch.evaluate(ConfKDLoss(supervised(regions=regions), weights, resolution_weights=RESOLUTIONS,
-                                  regions=regions))[0]
-        for weights in (weights_of(teacher=1.0), weights_of(teacher=1.0, **{term: 0.01})))
+    alone, with_term = (batch.evaluate(objective(2, regions, RESOLUTIONS, **weights))[0]
+                        for weights in ({"teacher": 1.0}, {"teacher": 1.0, term: 0.01}))
     assert not torch.equal(alone, with_term)
 
 
 @each_dimension
 @each_head
-def test_the_joint_student_alone_is_nnunets_loss_on_the_whole_batch_to_the_bit(ndim, regions):
+def test_with_the_student_alone_it_is_nnunets_loss_on_the_whole_batch_to_the_bit(ndim, regions):
     batch = Batch(ndim, regions)
-    loss = ConfKDLoss(supervised(ndim, regions), weights_of(student=1.0), resolution_weights=RESOLUTIONS,
-                      regions=regions, student_average="joint")
     stock = DeepSupervisionWrapper(stock_loss(ndim, regions), np.array(RESOLUTIONS))
+    loss = objective(ndim, regions, RESOLUTIONS, student=1.0)
     assert torch.equal(batch.evaluate(loss)[0], stock(batch.student, batch.target))
-    apart = ConfKDLoss(supervised(ndim, regions), weights_of(student=1.0), resolution_weights=RESOLUTIONS,
-                       regions=regions, student_average="separate")
-    assert not torch.equal(batch.evaluate(apart)[0], stock(batch.student, batch.target))
 
 
-def test_by_default_the_student_has_one_loss_over_all_images_and_any_loss_will_do():
+def test_any_supervised_loss_will_do():
     batch, nnunets = Batch(), stock_loss(2, False)
-    assert torch.equal(batch.evaluate(ConfKDLoss(nnunets, weights_of(student=1.0)))[0], nnunets(batch.student[0], batch.target[0]))
+    loss = ConfKDLoss(nnunets, {**dict.fromkeys(TERMS, 0.0), "student": 1.0})
+    assert torch.equal(batch.evaluate(loss)[0], nnunets(batch.student[0], batch.target[0]))
 
 
 # ---- the joint objective: its terms ---------------------------------------------------------------------------------
 
-def test_the_terms_are_the_formulas_and_the_total_their_weighted_sum():
+@pytest.mark.parametrize("kl_images, images", [("all", slice(None)), ("full", slice(NUM_FULL)),
+                                               ("partial", slice(NUM_FULL, None))])
+def test_the_terms_are_the_formulas_and_the_total_their_weighted_sum(kl_images, images):
     batch = Batch()
     student, teacher, target = batch.student[0].detach(), batch.teacher[0].detach(), batch.target[0]
-    weights = weights_of(teacher=2.0, student=0.5, kl=3.0, entropy=0.25)
-    total, terms = batch.evaluate(ConfKDLoss(supervised(), weights, student_average="separate"))
+    weights = {"teacher": 2.0, "student": 0.5, "kl": 3.0, "entropy": 0.25}
+    total, terms = batch.evaluate(objective(kl_images=kl_images, **weights))
     nnunets = stock_loss(2, False)
     expected = {
         "teacher": nnunets(teacher[:NUM_FULL], target[:NUM_FULL]),
-        "student": (nnunets(student[:NUM_FULL], target[:NUM_FULL])
-                    + nnunets(student[NUM_FULL:], target[NUM_FULL:])) / 2,
-        "kl": scipy.stats.entropy(outcomes(teacher[:NUM_FULL], False), outcomes(student[:NUM_FULL], False)).mean(),
+        "student": nnunets(student, target),
+        "kl": scipy.stats.entropy(outcomes(teacher[images], False), outcomes(student[images], False)).mean(),
         "entropy": scipy.stats.entropy(outcomes(student[NUM_FULL:], False)).mean()}
     assert list(terms) == list(TERMS)
     for term, value in expected.items():
@@ -502,18 +442,14 @@ FULL_ONES, OTHERS = set(range(NUM_FULL)), set(range(NUM_FULL, NUM_IMAGES))
 @pytest.mark.parametrize("term, options, of_student, of_teacher", (
     ("teacher", {}, set(), FULL_ONES),
     ("student", {}, FULL_ONES | OTHERS, set()),
-    ("student", {"student_average": "joint"}, FULL_ONES | OTHERS, set()),
-    ("student", {"student_images": "partial"}, OTHERS, set()),
-    ("kl", {}, FULL_ONES, FULL_ONES),
+    ("kl", {"kl_images": "full"}, FULL_ONES, FULL_ONES),
     ("kl", {"kl_images": "all"}, FULL_ONES | OTHERS, FULL_ONES | OTHERS),
     ("kl", {"kl_images": "partial"}, OTHERS, OTHERS),
     ("entropy", {}, OTHERS, set()),
-    ("entropy", {"entropy_images": "full"}, FULL_ONES, set()),
-    ("entropy", {"entropy_images": "all"}, FULL_ONES | OTHERS, set()),
 ), ids=str)
 def test_each_term_acts_on_its_own_images_only(regions, term, options, of_student, of_teacher):
     batch = Batch(regions=regions)
-    loss = ConfKDLoss(supervised(regions=regions), weights_of(**{term: 1.0}), regions=regions, **options)
+    loss = objective(2, regions, **options, **{term: 1.0})
 
     def images_that_matter(logits: torch.Tensor) -> set[int]:
         before, matter = batch.evaluate(loss)[0], set()
@@ -532,22 +468,19 @@ def test_each_term_acts_on_its_own_images_only(regions, term, options, of_studen
 
 def test_the_teacher_may_be_given_for_the_full_images_only():
     batch = Batch()
-    loss = ConfKDLoss(supervised(), weights_of(teacher=1.0, student=1.0, kl=1.0, entropy=1.0))
+    loss = objective(kl_images="full", **ALL_TERMS)
     whole = batch.evaluate(loss)[0]
     batch.teacher = [x[:NUM_FULL] for x in batch.teacher]
     assert torch.equal(batch.evaluate(loss)[0], whole)
 
 
 @pytest.mark.parametrize("num_full", (0, NUM_IMAGES))
-@pytest.mark.parametrize("average", ("separate", "joint"))
-def test_an_empty_stratum_counts_nothing_and_keeps_the_graph(num_full, average):
+def test_an_empty_stratum_counts_nothing_and_keeps_the_graph(num_full):
     batch = Batch(num_full=num_full)
     batch.teacher = [x.detach()[:num_full].requires_grad_() for x in batch.teacher]
-    loss = ConfKDLoss(supervised(), weights_of(teacher=1.0, student=1.0, kl=1.0, entropy=1.0), student_average=average)
-    total, terms = batch.evaluate(loss)
+    total, terms = batch.evaluate(objective(kl_images="full", **ALL_TERMS))
     for term in ("teacher", "kl") if num_full == 0 else ("entropy",):
         assert terms[term] == 0
-    # with one kind of images only, its loss is not halved
     assert terms["student"].item() == pytest.approx(stock_loss(2, False)(batch.student[0], batch.target[0]).item())
     total.backward()
     assert torch.isfinite(batch.student[0].grad).all() and batch.student[0].grad.abs().sum() > 0
@@ -556,27 +489,27 @@ def test_an_empty_stratum_counts_nothing_and_keeps_the_graph(num_full, average):
 
 def test_a_term_of_weight_zero_is_not_computed():
     batch = Batch()
-    total, terms = ConfKDLoss(supervised(), weights_of(student=1.0))(
-        batch.student[0], None, batch.target[0], NUM_FULL)
+    total, terms = objective(student=1.0)(batch.student[0], None, batch.target[0], NUM_FULL)
     assert torch.isfinite(total)
     assert {term for term in TERMS if terms[term] != 0} == {"student"}
 
 
-def test_ramps_multiply_the_weights_of_kl_and_entropy():
+def test_the_ramp_multiplies_the_weight_of_the_kl_and_at_zero_the_kl_is_not_computed():
     batch = Batch()
-    loss = ConfKDLoss(supervised(), weights_of(teacher=1.0, student=1.0, kl=2.0, entropy=3.0))
-    total, terms = batch.evaluate(loss, kl_ramp=0.25, entropy_ramp=0.5)
+    loss = objective(teacher=1.0, student=1.0, kl=2.0, entropy=3.0)
+    total, terms = batch.evaluate(loss, kl_ramp=0.25)
     assert total.item() == pytest.approx((terms["teacher"] + terms["student"] + 0.25 * 2 * terms["kl"]
-                                          + 0.5 * 3 * terms["entropy"]).item(), rel=1e-6)
+                                          + 3 * terms["entropy"]).item(), rel=1e-6)
     assert torch.equal(terms["kl"], batch.evaluate(loss)[1]["kl"])  # the terms are reported without weight and ramp
     assert loss.weights["kl"] == 2.0
+    batch.teacher = [x[:NUM_FULL] for x in batch.teacher]  # too few for a KL on all images
+    assert batch.evaluate(loss, kl_ramp=0.0)[1]["kl"] == 0
 
 
 def test_resolutions_are_weighted_as_nnunets_deep_supervision_does():
     batch = Batch()
-    weights = weights_of(teacher=1.0, student=1.0, kl=1.0, entropy=1.0)
-    _, terms = batch.evaluate(ConfKDLoss(supervised(), weights, resolution_weights=RESOLUTIONS))
-    single = [ConfKDLoss(supervised(), weights)(batch.student[i], batch.teacher[i], batch.target[i], NUM_FULL)[1]
+    _, terms = batch.evaluate(objective(resolution_weights=RESOLUTIONS, extra_resolutions="all", **ALL_TERMS))
+    single = [objective(**ALL_TERMS)(batch.student[i], batch.teacher[i], batch.target[i], NUM_FULL)[1]
               for i in range(2)]
     for term in TERMS:
         expected = (2 * single[0][term] + single[1][term]) / 3  # 1 and 1/2, normalised
@@ -586,18 +519,22 @@ def test_resolutions_are_weighted_as_nnunets_deep_supervision_does():
 def test_resolutions_of_weight_zero_are_not_evaluated():
     batch = Batch()
     batch.student[2] = batch.teacher[2] = batch.target[2] = None  # anything done with it raises
-    total, _ = batch.evaluate(ConfKDLoss(supervised(), weights_of(teacher=1.0, student=1.0, kl=1.0, entropy=1.0),
-                                         resolution_weights=RESOLUTIONS))
+    total, _ = batch.evaluate(objective(resolution_weights=RESOLUTIONS, extra_resolutions="all", **ALL_TERMS))
     assert torch.isfinite(total)
+
+
+def test_a_resolution_of_weight_zero_does_not_end_the_others():
+    batch = Batch()
+    _, terms = batch.evaluate(objective(resolution_weights=(0.0, 1.0), student=1.0))
+    _, expected = objective(student=1.0)(batch.student[1], batch.teacher[1], batch.target[1], NUM_FULL)
+    assert torch.equal(terms["student"], expected["student"])
 
 
 def test_kl_and_entropy_can_act_on_the_highest_resolution_alone():
     batch = Batch()
-    weights = weights_of(teacher=1.0, student=1.0, kl=1.0, entropy=1.0)
-    total, terms = batch.evaluate(ConfKDLoss(supervised(), weights, resolution_weights=RESOLUTIONS,
-                                             extra_resolutions="highest"))
-    _, everywhere = batch.evaluate(ConfKDLoss(supervised(), weights, resolution_weights=RESOLUTIONS))
-    _, highest = ConfKDLoss(supervised(), weights)(batch.student[0], batch.teacher[0], batch.target[0], NUM_FULL)
+    total, terms = batch.evaluate(objective(resolution_weights=RESOLUTIONS, **ALL_TERMS))
+    _, everywhere = batch.evaluate(objective(resolution_weights=RESOLUTIONS, extra_resolutions="all", **ALL_TERMS))
+    _, highest = objective(**ALL_TERMS)(batch.student[0], batch.teacher[0], batch.target[0], NUM_FULL)
     for term, expected in (("teacher", everywhere), ("student", everywhere), ("kl", highest), ("entropy", highest)):
         assert torch.equal(terms[term], expected[term]), term
     assert total.item() == pytest.approx(sum(terms.values()).item(), rel=1e-6)
@@ -605,62 +542,22 @@ def test_kl_and_entropy_can_act_on_the_highest_resolution_alone():
 
 def test_neither_branch_gets_a_gradient_from_the_terms_of_the_other():
     batch = Batch()
-    everything = dict(teacher=1.0, student=1.0, kl=1.0, entropy=1.0)
-    student, teacher = batch.gradients(ConfKDLoss(supervised(), weights_of(**everything)))
-    of_student, none = batch.gradients(ConfKDLoss(supervised(), weights_of(**everything | {"teacher": 0.0})))
+    student, teacher = batch.gradients(objective(kl_images="full", **ALL_TERMS))
+    of_student, none = batch.gradients(objective(kl_images="full", **ALL_TERMS | {"teacher": 0.0}))
     assert none is None and torch.equal(student, of_student)
     assert (teacher[NUM_FULL:] == 0).all()
-    of_teacher = batch.gradients(ConfKDLoss(supervised(), weights_of(teacher=1.0)))[1]
-    assert torch.equal(teacher, of_teacher)
-    student_given = batch.gradients(ConfKDLoss(supervised(), weights_of(teacher=1.0, kl=1.0)))[0]
+    assert torch.equal(teacher, batch.gradients(objective(teacher=1.0))[1])
+    student_given = batch.gradients(objective(kl_images="full", teacher=1.0, kl=1.0))[0]
     assert (student_given[NUM_FULL:] == 0).all() and student_given[:NUM_FULL].abs().sum() > 0
 
 
-def test_the_kls_gradient_reaches_the_teacher_if_asked_to():
-    batch = Batch()
-    flowing = ConfKDLoss(supervised(), weights_of(kl=1.0), kl_options={"detach_teacher": False})
-    assert batch.gradients(flowing)[1][:NUM_FULL].abs().sum() > 0
-
-
 @each_head
-def test_the_options_of_the_kl_reach_the_distillation(regions):
+def test_kl_and_entropy_are_those_of_the_heads(regions):
     batch = Batch(regions=regions)
-    options = {"reference": "student", "temperature": 3.0}
-    _, terms = batch.evaluate(ConfKDLoss(supervised(regions=regions), weights_of(kl=1.0), regions=regions,
-                                         kl_options=options))
-    expected = distillation(batch.teacher[0][:NUM_FULL], batch.student[0][:NUM_FULL], regions=regions, **options)
-    assert terms["kl"].item() == pytest.approx(expected.mean().item())
-
-
-@each_head
-def test_the_entropy_is_that_of_the_heads(regions):
-    batch = Batch(regions=regions)
-    _, terms = batch.evaluate(ConfKDLoss(supervised(regions=regions), weights_of(entropy=1.0), regions=regions))
-    assert terms["entropy"].item() == pytest.approx(entropy(batch.student[0][NUM_FULL:], regions).mean().item())
-
-
-def test_a_resolution_of_weight_zero_does_not_end_the_others():
-    batch = Batch()
-    weights = weights_of(student=1.0)
-    _, terms = batch.evaluate(ConfKDLoss(supervised(), weights, resolution_weights=(0.0, 1.0)))
-    _, expected = ConfKDLoss(supervised(), weights)(batch.student[1], batch.teacher[1], batch.target[1], NUM_FULL)
-    assert torch.equal(terms["student"], expected["student"])
-
-
-@pytest.mark.parametrize("num_full, num_images", [(1, 3), (2, 3), (1, 2)])
-def test_one_image_of_a_kind_is_a_kind(num_full, num_images):
-    batch, nnunets = Batch(num_full=num_full, num_images=num_images), stock_loss(2, False)
-    student, target = batch.student[0].detach(), batch.target[0]
-    expected = (nnunets(student[:num_full], target[:num_full]) + nnunets(student[num_full:], target[num_full:])) / 2
-    loss = ConfKDLoss(supervised(), weights_of(student=1.0), student_average="separate")
-    assert batch.evaluate(loss)[1]["student"].item() == pytest.approx(expected.item())
-
-
-def test_the_loss_of_full_images_alone_is_not_halved_however_many_there_are():
-    for images in (2, 3, 4):  # as many as channels, fewer and more
-        batch = Batch(num_full=images, num_images=images)
-        loss = ConfKDLoss(supervised(), weights_of(student=1.0), student_average="separate")
-        assert batch.evaluate(loss)[1]["student"].item() == pytest.approx(stock_loss(2, False)(batch.student[0], batch.target[0]).item())
+    _, terms = batch.evaluate(objective(2, regions, kl=1.0, entropy=1.0))
+    student, teacher = batch.student[0], batch.teacher[0]
+    assert terms["kl"].item() == pytest.approx(kl_divergence(teacher, student, regions).mean().item())
+    assert terms["entropy"].item() == pytest.approx(entropy(student[NUM_FULL:], regions).mean().item())
 
 
 def test_one_spatial_axis_is_enough():
@@ -673,32 +570,32 @@ def test_one_spatial_axis_is_enough():
 @pytest.mark.parametrize("term", ("teacher", "kl"))
 def test_each_of_the_terms_that_need_a_teacher_asks_for_one(term):
     batch = Batch()
-    with pytest.raises(ValueError, match="^the weights of 'teacher' and 'kl' are above 0, but no teacher's logits were given$"):
-        ConfKDLoss(supervised(), weights_of(**{term: 1.0}))(batch.student[0], None, batch.target[0], NUM_FULL)
+    with pytest.raises(ValueError, match="no teacher"):
+        objective(**{term: 1.0})(batch.student[0], None, batch.target[0], NUM_FULL)
 
 
-def test_wrong_weights_shapes_and_a_missing_teacher_are_refused():
-    batch = Batch()
-    loss = ConfKDLoss(supervised(), weights_of(teacher=1.0, kl=1.0), kl_images="all")
+def test_wrong_weights_are_refused():
     with pytest.raises(ValueError, match="'kl'"):
         ConfKDLoss(supervised(), {"teacher": 1.0, "student": 1.0, "kl": 1.0})
-    with pytest.raises(ValueError, match="no teacher"):
-        loss(batch.student[0], None, batch.target[0], NUM_FULL)
-    with pytest.raises(ValueError, match="3 student outputs, 3 teacher outputs and 3 targets for 1 "):
-        loss(batch.student, batch.teacher, batch.target, NUM_FULL)
-    for student, teacher, target in ((2, 3, 3), (3, 2, 3), (3, 3, 2)):
-        with pytest.raises(ValueError, match=f"{student} student outputs, {teacher} teacher outputs and {target} targets for 3 "):
-            ConfKDLoss(supervised(), weights_of(student=1.0), resolution_weights=RESOLUTIONS)(
-                batch.student[:student], batch.teacher[:teacher], batch.target[:target], NUM_FULL)
-    with pytest.raises(ValueError, match=r"\(2, 3, 6, 5\).*\(5, 3, 6, 5\)"):  # the teacher of the full images only
-        loss(batch.student[0], batch.teacher[0][:NUM_FULL], batch.target[0], NUM_FULL)
+
+
+@pytest.mark.parametrize("student, teacher, target", ((2, 3, 3), (3, 2, 3), (3, 3, 2), (2, 2, 2)))
+def test_another_number_of_resolutions_than_of_weights_is_refused(student, teacher, target):
+    batch, loss = Batch(), objective(resolution_weights=RESOLUTIONS, student=1.0)
+    with pytest.raises(ValueError, match=f"{student} student .* {teacher} teacher .* {target} targets for 3 "):
+        loss(batch.student[:student], batch.teacher[:teacher], batch.target[:target], NUM_FULL)
+
+
+def test_a_teacher_of_the_full_images_alone_is_refused_if_the_kl_acts_on_all():
+    batch = Batch()
+    with pytest.raises(ValueError, match=r"\(2, 3, 6, 5\).*\(5, 3, 6, 5\)"):
+        objective(kl=1.0)(batch.student[0], batch.teacher[0][:NUM_FULL], batch.target[0], NUM_FULL)
 
 
 @each_head
 def test_copies_and_pickles_of_the_objective_compute_the_same(regions):
     batch = Batch(regions=regions)
-    loss = ConfKDLoss(supervised(regions=regions), weights_of(teacher=1.0, student=1.0, kl=1.0, entropy=1.0),
-                      resolution_weights=RESOLUTIONS, regions=regions, kl_options={"temperature": 2.0})
+    loss = objective(2, regions, RESOLUTIONS, **ALL_TERMS)
     for copy in (deepcopy(loss), pickle.loads(pickle.dumps(loss))):
         assert torch.equal(batch.evaluate(copy)[0], batch.evaluate(loss)[0])
 
@@ -709,10 +606,8 @@ def test_the_objective_of_half_precision_logits_is_finite_with_finite_gradients(
     batch = Batch(regions=regions)
     batch.student, batch.teacher = ([(x.detach() * 1e3).to(dtype).requires_grad_() for x in branch]
                                     for branch in (batch.student, batch.teacher))
-    loss = ConfKDLoss(supervised(regions=regions), weights_of(teacher=1.0, student=1.0, kl=1.0, entropy=1.0),
-                      regions=regions)
     with torch.autocast("cpu", torch.bfloat16):
-        total, terms = batch.evaluate(loss)
+        total, terms = batch.evaluate(objective(2, regions, **ALL_TERMS))
     total.backward()
     assert all(torch.isfinite(value) for value in (total, *terms.values()))
     assert torch.isfinite(batch.student[0].grad).all() and torch.isfinite(batch.teacher[0].grad).all()
