@@ -1,4 +1,7 @@
-"""Shared fixtures: the real data, and a workspace with nnU-Net's three folders and small prepared data sets."""
+"""Shared fixtures: real data, workspaces with nnU-Net's three folders, small prepared data sets and a trained model.
+
+With pytest-xdist every worker is a process of its own, so it has its own session fixtures and its own workspace.
+"""
 from __future__ import annotations
 
 import json
@@ -6,12 +9,18 @@ import os
 import shutil
 import subprocess
 import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from contextlib import contextmanager
+from multiprocessing.context import BaseContext
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
-# read by nnU-Net at import: one process each, and no background workers that a failing test would leave behind
+# nnU-Net reads these when it is imported. A failing test must leave no background workers behind.
 os.environ["nnUNet_def_n_proc"] = "1"
 os.environ["nnUNet_n_proc_DA"] = "0"
-# two threads that wait for each other are slower than one on tensors as small as these, by far on a busy machine
+# The tensors of these tests are so small that several threads mostly wait for each other.
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ.pop("nnUNet_extTrainer", None)
 
@@ -19,10 +28,45 @@ import pytest  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = {"features": (8, 16, 16), "batch_size": 4, "max_patch": 32}
+HIPPOCAMPUS = "Dataset004_Hippocampus"
+
+
+# ---- which tests run -----------------------------------------------------------------------------------------------
+
+def pytest_addoption(parser):
+    parser.addoption("--deadline", type=float, metavar="TIME",
+                     help="a moment, in seconds since 1970 (`date +%%s`); slow tests that have not begun by then are "
+                          "not run, and the summary lists them")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_protocol(item):
+    """Report a slow test as not run, instead of running it, after the deadline."""
+    deadline = item.config.getoption("--deadline")
+    if deadline is None or time.time() < deadline or not item.get_closest_marker("slow"):
+        return None
+    item.ihook.pytest_runtest_logstart(nodeid=item.nodeid, location=item.location)
+    item.ihook.pytest_runtest_logreport(report=pytest.TestReport(
+        item.nodeid, item.location, {}, outcome="skipped", longrepr=None, when="setup", after_deadline=True))
+    item.ihook.pytest_runtest_logfinish(nodeid=item.nodeid, location=item.location)
+    return True
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_report_teststatus(report):
+    """Count these tests apart from skipped ones: they could have run here."""
+    return ("not run", "n", "NOT RUN") if getattr(report, "after_deadline", False) else None
+
+
+def pytest_terminal_summary(terminalreporter):
+    not_run = sorted(report.nodeid for report in terminalreporter.stats.get("not run", ()))
+    if not_run:
+        terminalreporter.section(f"{len(not_run)} slow tests were not run for lack of time")
+        terminalreporter.write_line("\n".join(not_run))
 
 
 def pytest_collection_modifyitems(config, items):
-    """Without CUDA its tests are deselected: a skip would look like something that ought to run here."""
+    """Deselect the tests of CUDA where there is none: a skip would look like something that ought to run here."""
     import torch
     if not torch.cuda.is_available():
         cuda = [item for item in items if item.get_closest_marker("cuda")]
@@ -30,20 +74,22 @@ def pytest_collection_modifyitems(config, items):
         items[:] = [item for item in items if item not in cuda]
 
 
+# ---- what all tests share ------------------------------------------------------------------------------------------
+
 @pytest.fixture(scope="session")
 def test_data() -> Path:
-    """The folder of the real data sets: CONFKD_TEST_DATA, or ../shared/data beside the checkout."""
+    """The folder of the real data sets: $CONFKD_TEST_DATA, or ../shared/data beside the checkout."""
     folder = Path(os.environ.get("CONFKD_TEST_DATA", ROOT.parent / "shared" / "data"))
     if not (folder / "hippocampus").is_dir():
         reason = f"no real data in {folder}; set CONFKD_TEST_DATA"
-        # continuous integration has the data: there, a skip would hide that nothing was tested
+        # Continuous integration has the data. There, a skip would hide that nothing was tested.
         pytest.fail(reason) if os.environ.get("CI") else pytest.skip(reason)
     return folder
 
 
 @pytest.fixture(scope="session", autouse=True)
 def one_thread():
-    """nnU-Net's commands set as many threads as there are cores, and leave it so."""
+    """Keep PyTorch to one thread: nnU-Net's commands set as many as there are cores, and leave it so."""
     import torch
     with pytest.MonkeyPatch.context() as patch:
         set_num_threads = torch.set_num_threads
@@ -52,21 +98,57 @@ def one_thread():
         yield
 
 
+@contextmanager
+def pools_of_threads() -> Iterator[None]:
+    """Run the work of process pools, nnU-Net's and this package's, in threads of this process.
+
+    A spawned process takes seconds, because it imports PyTorch. Where a test is about the processes themselves, it must
+    not use this.
+    """
+    from nnunetv2.utilities import utils
+
+    def pool(self, processes=None, initializer=None, initargs=(), maxtasksperchild=None):
+        return ThreadPool(processes, initializer, initargs)
+
+    with pytest.MonkeyPatch.context() as patch, ThreadPoolExecutor(2) as threads:
+        patch.setattr(BaseContext, "Pool", pool)
+        patch.setattr(utils, "Pool", ThreadPool)
+        patch.setattr(ProcessPoolExecutor, "submit", lambda self, function, /, *args: threads.submit(function, *args))
+        yield
+
+
+@pytest.fixture(scope="module")
+def thread_pools() -> Iterator[None]:
+    """:func:`pools_of_threads` from here to the end of the module."""
+    with pools_of_threads():
+        yield
+
+
+# ---- nnU-Net's folders ---------------------------------------------------------------------------------------------
+
 class Workspace:
     """nnU-Net's three folders, and its steps in this process."""
 
-    made: list[Workspace] = []  # the session's one, once there is one
+    session: Workspace | None = None  # the one that is active between the tests
 
     def __init__(self, folder: Path):
         self.folder = folder
         for name in ("raw", "preprocessed", "results"):
-            (folder / name).mkdir()
-        self.made.append(self)
+            (folder / name).mkdir(parents=True)
         self.activate()
 
     def activate(self) -> None:
         for name in ("raw", "preprocessed", "results"):
             os.environ[f"nnUNet_{name}"] = str(self.folder / name)
+
+    def copy(self, folder: Path, *datasets: str, models: bool = False) -> Workspace:
+        """Copy data sets (raw and preprocessed) to a new workspace, with their models if asked for, and activate it."""
+        new = Workspace(folder)
+        for dataset in datasets:
+            for name in ("raw", "preprocessed", "results") if models else ("raw", "preprocessed"):
+                if (self.folder / name / dataset).is_dir():
+                    shutil.copytree(self.folder / name / dataset, folder / name / dataset)
+        return new
 
     def raw(self, dataset: str) -> Path:
         return self.folder / "raw" / dataset
@@ -74,25 +156,32 @@ class Workspace:
     def preprocessed(self, dataset: str) -> Path:
         return self.folder / "preprocessed" / dataset
 
-    def model(self, dataset: str, configuration: str, trainer: str = "ConfKDTrainer", plans: str = "nnUNetPlans") -> Path:
+    def model(self, dataset: str, configuration: str, trainer: str = "ConfKDTrainer",
+              plans: str = "nnUNetPlans") -> Path:
         return self.folder / "results" / dataset / f"{trainer}__{plans}__{configuration}"
 
     def prepare(self, dataset: str, configurations: list[str], split: dict | None = None) -> None:
-        """Plan and preprocess; write the split."""
+        """Plan and preprocess a data set, in threads, and write its split."""
+        from nnunetv2.experiment_planning.dataset_fingerprint.fingerprint_extractor import DatasetFingerprintExtractor
+
         from nnunet_confkd.demo.demo import plan_and_preprocess
-        plan_and_preprocess(int(dataset[7:10]), configurations)
+        with pools_of_threads(), pytest.MonkeyPatch.context() as patch:
+            # nnU-Net draws 10 ** 8 intensities, hundreds of times more than images as small as these have voxels.
+            patch.setattr(DatasetFingerprintExtractor, "num_foreground_voxels_for_intensitystats",
+                          property(lambda self: 1e6, lambda self, value: None), raising=False)
+            plan_and_preprocess(int(dataset[7:10]), configurations)
         if split is not None:
             (self.preprocessed(dataset) / "splits_final.json").write_text(json.dumps([split]))
 
     def configure(self, dataset: str, name: str, base: str, confkd: dict | None = None, **options) -> str:
-        """Add a tiny configuration of its own name to the plans."""
+        """Add a tiny configuration to the plans under a name of its own, and return this name."""
         from nnunet_confkd.demo.demo import add_small_configuration
         add_small_configuration(self.preprocessed(dataset) / "nnUNetPlans.json", name, base, confkd, **TINY | options)
         return name
 
     def trainer(self, dataset: str, configuration: str, trainer: str = "ConfKDTrainer", fold: int | str = 0,
                 continue_training: bool = False):
-        """A trainer as nnUNetv2_train makes it."""
+        """Make a trainer as nnUNetv2_train does."""
         import torch
         from nnunetv2.run.run_training import get_trainer_from_args
         return get_trainer_from_args(dataset, configuration, fold, trainer, continue_training=continue_training,
@@ -100,32 +189,37 @@ class Workspace:
 
     def train(self, dataset: str, configuration: str, trainer: str = "ConfKDTrainer", fold: int | str = 0,
               **options) -> Path:
-        """nnUNetv2_train on the CPU; returns the fold's folder."""
+        """Train as nnUNetv2_train does, on the CPU, with the final validation in threads; return the fold's folder."""
         import torch
         from nnunetv2.run.run_training import run_training
-        run_training(dataset, configuration, fold, trainer, device=torch.device("cpu"), **options)
+        with pools_of_threads():
+            run_training(dataset, configuration, fold, trainer, device=torch.device("cpu"), **options)
         return self.model(dataset, configuration, trainer) / f"fold_{fold}"
 
 
 @pytest.fixture(scope="session")
 def nnunet(tmp_path_factory) -> Workspace:
+    """The workspace that all tests share. A test that changes what others read uses `own_hippocampus` instead."""
     from nnunet_confkd.discovery import make_findable
     make_findable()
-    return Workspace(tmp_path_factory.mktemp("nnunet"))
+    Workspace.session = Workspace(tmp_path_factory.mktemp("nnunet"))
+    return Workspace.session
 
 
 @pytest.fixture(autouse=True)
-def workspace_after_every_test():
-    """Some tests (the demo's) leave nnU-Net's folders set elsewhere, in whatever order the files are run."""
+def workspace_after_every_test() -> Iterator[None]:
+    """Activate the shared workspace again: some tests leave nnU-Net's folders set elsewhere."""
     yield
-    for workspace in Workspace.made:
-        workspace.activate()
+    if Workspace.session:
+        Workspace.session.activate()
 
 
 @pytest.fixture(scope="session")
 def run_ranks():
-    """Runs a test file as the worker of two ranks, `python FILE RANK FOLDER OPTIONS...`, and returns what each has saved in
-    `FOLDER/rankN.pt`; fails where they hang or crash."""
+    """A function that runs a test file as two ranks, each by `python FILE RANK FOLDER OPTIONS...`.
+
+    It returns what each rank has saved in `FOLDER/rankN.pt`, and fails if they hang or crash.
+    """
     def run(file: str, folder: Path, *options: str) -> list[dict]:
         import torch
         logs = [folder / f"rank{rank}.log" for rank in range(2)]
@@ -147,7 +241,7 @@ def run_ranks():
 
 @pytest.fixture
 def crossvalidation():
-    """Reads the splits_final.json of a data set all of whose cases are full, and checks that each validates in one fold."""
+    """A function that reads the splits of a fully annotated data set and checks that each case validates once."""
     def read(dataset: str, number: int = 5) -> list[dict]:
         raw, preprocessed = (Path(os.environ[f"nnUNet_{name}"]) / dataset for name in ("raw", "preprocessed"))
         cases = sorted(json.loads((raw / "dataset.json").read_text())["supervision"])
@@ -159,13 +253,14 @@ def crossvalidation():
     return read
 
 
-HIPPOCAMPUS = "Dataset004_Hippocampus"
-
+# ---- data sets and models ------------------------------------------------------------------------------------------
 
 @pytest.fixture(scope="session")
 def hippocampus(nnunet, test_data) -> dict[str, list[str]]:
-    """Real MSD Hippocampus as Dataset004: 5 full, 30 point-labelled, 10 unlabelled training cases; 2-D and 3-D. Returns
-    the cases by role."""
+    """The cases, by role, of real MSD Hippocampus as Dataset004, planned and preprocessed for 2-D and 3-D.
+
+    5 training cases are fully annotated, 30 have points, 10 are unlabelled.
+    """
     from nnunet_confkd.demo.data import import_dataset
     roles = import_dataset(test_data / "hippocampus", 4, HIPPOCAMPUS[11:], seed=1)
     training = [*roles["full"], *roles["partial"], *roles["unlabelled"]]
@@ -173,9 +268,15 @@ def hippocampus(nnunet, test_data) -> dict[str, list[str]]:
     return roles
 
 
+@pytest.fixture
+def own_hippocampus(nnunet, hippocampus, tmp_path) -> Workspace:
+    """A private, active workspace with a copy of the Hippocampus data, for a test that changes them."""
+    return nnunet.copy(tmp_path / "nnunet", HIPPOCAMPUS)
+
+
 @pytest.fixture(scope="session")
 def hippocampus_model(nnunet, hippocampus) -> Path:
-    """A ConfKD model of one short epoch on it, with probabilities: the model folder."""
+    """The folder of a ConfKD model that was trained on it for one short epoch, and validated with probabilities."""
     nnunet.configure(HIPPOCAMPUS, "2d_export", "2d", {"epochs": 1, "iterations_per_epoch": 5, "seed": 3})
     nnunet.train(HIPPOCAMPUS, "2d_export", export_validation_probabilities=True)
     return nnunet.model(HIPPOCAMPUS, "2d_export")
@@ -183,7 +284,7 @@ def hippocampus_model(nnunet, hippocampus) -> Path:
 
 @pytest.fixture(scope="session")
 def regions(nnunet, hippocampus) -> str:
-    """A small copy of the Hippocampus data with overlapping regions as targets: its name."""
+    """The name of a small copy of the Hippocampus data whose targets are overlapping regions."""
     name = "Dataset005_Regions"
     raw = nnunet.raw(name)
     source = nnunet.raw(HIPPOCAMPUS)

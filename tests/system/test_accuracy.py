@@ -1,4 +1,4 @@
-"""The harness in benchmarks/accuracy.py: its measures, its split, what it keeps and what it writes."""
+"""benchmarks/accuracy.py measures, splits, keeps finished runs and writes its tables as it should."""
 from __future__ import annotations
 
 import importlib.util
@@ -16,9 +16,10 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 
+
 @pytest.fixture(scope="module")
 def modules():
-    """benchmarks/accuracy.py and benchmarks/accuracy_report.py, which are scripts and in no package."""
+    """benchmarks/accuracy.py and benchmarks/accuracy_report.py, which are in no package."""
     sys.path.insert(0, str(ROOT / "benchmarks"))
     found = []
     for name in ("accuracy", "accuracy_report"):
@@ -93,7 +94,8 @@ def test_report(modules, tmp_path):
     for file, names in (("results.md", ("table", "tables", "trials")), ("README.md", ("table",))):
         (tmp_path / file).write_text("before\n" + "".join(
             f"<!-- accuracy {name} -->\nold\n<!-- end of accuracy {name} -->\n" for name in names) + "after\n")
-    report.write_report(accuracy.TABLES, accuracy.ROWS, accuracy.TRIALS, tmp_path / "runs", tmp_path, tmp_path / "README.md")
+    report.write_report(accuracy.TABLES, accuracy.ROWS, accuracy.TRIALS, tmp_path / "runs", tmp_path,
+                        tmp_path / "README.md")
     text = (tmp_path / "results.md").read_text()
     line = next(line for line in text.splitlines() if line.startswith("| **ConfKD, student**"))
     assert "+0.050 [+0.050, +0.050]" in line and " 75 % " in line and text.endswith("after\n") and "old" not in text
@@ -105,7 +107,8 @@ def test_report(modules, tmp_path):
     assert (tmp_path / "accuracy.png").stat().st_size > 10000
     (tmp_path / "README.md").write_text("no marks")
     with pytest.raises(SystemExit, match="lacks the lines"):
-        report.write_report(accuracy.TABLES, accuracy.ROWS, accuracy.TRIALS, tmp_path / "runs", tmp_path, tmp_path / "README.md")
+        report.write_report(accuracy.TABLES, accuracy.ROWS, accuracy.TRIALS, tmp_path / "runs", tmp_path,
+                            tmp_path / "README.md")
 
 
 def test_the_short_table_counts_the_seeds_of_each_cell(modules, tmp_path):
@@ -120,14 +123,16 @@ def test_the_short_table_counts_the_seeds_of_each_cell(modules, tmp_path):
     text = report.short_table(accuracy.TABLES, {"hippocampus": report.read_runs(tmp_path)})
     head, _, line, *independent = text.splitlines()
     cells = dict(zip(head.split(" | "), line.split(" | ")))
-    assert [re.sub(r"^0\.\d{3} ", "", cells[report.SUMMARY[row]]) for row in ("full_only", "ignore", "confkd", "all")] == ["(2)", "(1)", "(2)", "(2)"]
-    assert cells["published objective"] == "" and len(independent) == len(report.INDEPENDENT) and all("†" in line for line in independent)
+    seeds = [re.sub(r"^0\.\d{3} ", "", cells[report.SUMMARY[row]]) for row in ("full_only", "ignore", "confkd", "all")]
+    assert seeds == ["(2)", "(1)", "(2)", "(2)"] and cells["published objective"] == ""
+    assert len(independent) == len(report.INDEPENDENT) and all("†" in line for line in independent)
 
 
 def test_the_two_phases_of_a_heart_and_the_twins_are_one_patient(modules):
     _, report = modules
     names = ["patient001_frame01", "patient001_frame09", "patient074_frame01", "patient076_frame01", "hippocampus_014"]
-    assert report.patients_in({0: {"cases": dict.fromkeys(names)}}) == ["patient001", "patient001", "patient074", "patient074", "hippocampus_014"]
+    patients = ["patient001", "patient001", "patient074", "patient074", "hippocampus_014"]
+    assert report.patients_in({0: {"cases": dict.fromkeys(names)}}) == patients
 
 
 def test_a_second_case_of_each_patient_that_repeats_the_first_narrows_no_gain(modules):
@@ -146,14 +151,16 @@ def test_a_plot_needs_no_run_of_confkd(modules, tmp_path):
     fake_runs(accuracy, tmp_path / "hippocampus", 0)
     runs = report.read_runs(tmp_path / "hippocampus")
     for rows in ({"ignore"}, {"all"}):
-        report.plot(accuracy.TABLES, accuracy.ROWS, {"hippocampus": {key: run for key, run in runs.items() if key[0] in rows}}, tmp_path / "a.png")
+        shown = {"hippocampus": {key: run for key, run in runs.items() if key[0] in rows}}
+        report.plot(accuracy.TABLES, accuracy.ROWS, shown, tmp_path / "a.png")
         assert (tmp_path / "a.png").stat().st_size > 5000
         (tmp_path / "a.png").unlink()
 
 
 def test_tables_that_differ_in_style_share_the_rows_without_partial_images(modules, tmp_path):
     accuracy, report = modules
-    for name, rows in (("acdc_small", ("full_only", "ignore", "confkd", "all")), ("acdc_small_none", ("ignore",)), ("hippocampus", ("all",))):
+    for name, rows in (("acdc_small", ("full_only", "ignore", "confkd", "all")), ("acdc_small_none", ("ignore",)),
+                       ("hippocampus", ("all",))):
         (tmp_path / name).mkdir()
         for row in rows:
             spec = accuracy.spec_of(accuracy.TABLES[name], row, 0 if row == "all" else 3, 0, "cpu", 50)
@@ -206,8 +213,9 @@ def test_settings_that_decide_nothing_and_titles_make_no_other_run(modules):
         assert accuracy.differences(spec(row, **decisive), now) == ["settings"]
 
 
+@pytest.mark.slow  # three trainings in fresh processes
 def test_a_table_from_real_data_to_json(modules, test_data, tmp_path):
-    """Two rows, a few iterations, through the command; a second time it has nothing left to do."""
+    """The command trains three rows for a few iterations. The second time it has nothing left to do."""
     script = tmp_path / "short.py"
     script.write_text(f"""
 import sys
@@ -222,11 +230,13 @@ if __name__ == "__main__":
     command = [sys.executable, str(script), "hippocampus", "--data", str(test_data / "hippocampus"), "--work",
                str(tmp_path / "work"), "--rows", "ignore", "confkd", "full_only", "--seeds", "0", "--on", "validation",
                "--output", str(tmp_path / "runs")]
-    first, second = (subprocess.run(command, capture_output=True, text=True, timeout=600, env=os.environ) for _ in range(2))
+    first, second = (subprocess.run(command, capture_output=True, text=True, timeout=600, env=os.environ)
+                     for _ in range(2))
     assert first.returncode == 0, first.stdout[-2000:] + first.stderr[-2000:]
     assert "3 runs, 0 of them done before" in first.stdout and "3 runs, 3 of them done before" in second.stdout
     run = json.loads((tmp_path / "runs" / "confkd_M2_s0.json").read_text())
     roles = json.loads((tmp_path / "work" / "roles.json").read_text())
     assert sorted(run["cases"]) == sorted(roles["validation"]) and len(roles["train"]) == 6
     assert set(run["cases"][roles["validation"][0]]) == {"student", "teacher"}
-    assert not (tmp_path / "work" / "results" / "Dataset902_Mixed2" / "ConfKDTrainer__nnUNetPlans__confkd_M2_s0").exists()
+    models = tmp_path / "work" / "results" / "Dataset902_Mixed2"
+    assert not (models / "ConfKDTrainer__nnUNetPlans__confkd_M2_s0").exists()

@@ -1,4 +1,4 @@
-"""The benchmarks still run: tiny ones, of whose times nothing is asserted."""
+"""The benchmarks run. These are tiny ones, and nothing is asserted about their times."""
 from __future__ import annotations
 
 import json
@@ -11,7 +11,7 @@ BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 
 @pytest.fixture
 def folders(monkeypatch, tmp_path):
-    """nnU-Net's three, empty; the benchmarks can be imported."""
+    """nnU-Net's three folders, empty, where the benchmarks can be imported."""
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     for name in ("raw", "preprocessed", "results"):
         monkeypatch.setenv(f"nnUNet_{name}", str(tmp_path / name))
@@ -25,9 +25,11 @@ def test_step_time_measures_steps_parts_and_predictions(folders, network):
     case = step_time.Case(network, (16, 16), 4, (4, 8, 8), 0.5)
     run = step_time.measure(case, "cpu", False, False, 2, folders)
     bound = run["flops"]["confkd"] / run["flops"]["stock"]
-    assert 1 < run["flops"]["kl on full"] / run["flops"]["stock"] == run["flops"]["before the KL"] / run["flops"]["stock"] < bound < 2
+    assert run["flops"]["stock"] < run["flops"]["kl on full"] == run["flops"]["before the KL"] and bound < 2
+    assert run["flops"]["before the KL"] < run["flops"]["confkd"]
     assert {f"term {term}" for term in ("teacher", "student", "kl", "entropy")} < set(run["parts_ms"])
-    assert set(run["step"]) == {"stock", *step_time.VARIANTS} and set(run["prediction"]) == {"stock", "confkd", "exported"}
+    assert set(run["step"]) == {"stock", *step_time.VARIANTS}
+    assert set(run["prediction"]) == {"stock", "confkd", "exported"}
     described, output = {"device": "cpu", "machine": "one", "versions": "1"}, folders / "rows.json"
     for row in (run, run, run | {"compiled": True, "parts_ms": None}):
         step_time.save(row, described, [case.name], output)

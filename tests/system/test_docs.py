@@ -1,10 +1,9 @@
-"""The documentation: its commands are run by tests or say that they are not, they parse, links lead somewhere, and the
-generated reference is that of the code. And what a release holds."""
+"""The documentation is true: its commands parse and are run by tests, its links lead somewhere, and the generated
+reference is that of the code. A release holds what it should."""
 from __future__ import annotations
 
 import argparse
 import importlib.util
-import multiprocessing
 import os
 import re
 import shlex
@@ -14,9 +13,7 @@ import sys
 import tarfile
 import unicodedata
 from importlib.metadata import entry_points
-from multiprocessing.pool import ThreadPool
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 from nnunetv2.experiment_planning.dataset_fingerprint.fingerprint_extractor import DatasetFingerprintExtractor
@@ -29,26 +26,30 @@ ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 TUTORIAL = ROOT / "docs" / "tutorial.md"
 
-# Which test runs a command of the documentation: with other paths, ids and lengths, and most often in the test's process.
-# A command that no entry fits must stand under a mark "not run" (see marked).
+# Which test runs a command of the documentation. It does so with other paths, ids and lengths, and mostly in its own
+# process. A command that fits no entry must stand under a mark "not run" (see is_marked).
 RUN_BY = {
     r"make test": ".ci/run",
-    r"make demo": "system/test_docs.py::test_make_would_install_and_run_the_demo",  # a dry run; the demo itself is the next line's
+    r"make demo": "system/test_docs.py::test_make_would_install_and_run_the_demo",  # a dry run of the next line
     r"confkd demo": "demo/test_demo.py::test_the_whole_demo_in_short_ends_with_the_figures_and_the_paths",
-    r"pip install \.": "system/test_packaging.py::test_the_wheel_holds_one_top_level_name_and_its_trainers_are_found",  # pip wheel
+    # pip wheel
+    r"pip install \.": "system/test_packaging.py::test_the_wheel_holds_one_top_level_name_and_its_trainers_are_found",
     r"export nnUNet_extTrainer=.*": "system/test_docs.py::test_the_line_for_the_shell_keeps_what_the_variable_holds",
     r"(mkdir -p raw .*|export nnUNet_raw=.*)": "system/test_docs.py::test_the_tutorial_up_to_the_training",
     r"confkd --help": "system/test_packaging.py::test_unknown_commands_and_help",
     r"confkd convert --list": "system/test_docs.py::test_the_list_of_converters",
     r"confkd convert acdc .*": "dataset_conversion/test_acdc.py::test_the_command_converts",
     r"confkd convert msd .*": "dataset_conversion/test_msd.py::test_the_command_converts_and_names_what_is_wrong",
-    r"confkd download hippocampus": "data/test_download.py::test_the_command_tells_what_comes_next",  # from a server of the test's
+    # from the test's own server
+    r"confkd download hippocampus": "data/test_download.py::test_the_command_tells_what_comes_next",
     r"confkd mix .*": "data/test_mix.py::test_the_command_says_what_it_wrote",
     r"confkd weaken .*": "data/test_weaken.py::test_the_command",
     r"confkd check .*": "data/test_check.py::test_acdc_with_scribbles_is_right_and_counted_as_in_the_source",
     r"confkd plan .*": "data/test_planning.py::test_every_point_survives_preprocessing_and_is_found_by_patch_sampling",
-    r"confkd train .*": "system/test_scaling.py::test_a_task_of_the_array_trains_its_line_and_goes_on_when_submitted_again",
-    r"nnUNetv2_train .*": "training/test_trainer.py::test_final_validation_reports_both_branches",  # its function run_training
+    r"confkd train .*":
+        "system/test_scaling.py::test_a_task_of_the_array_trains_its_line_and_goes_on_when_submitted_again",
+    # its function run_training
+    r"nnUNetv2_train .*": "training/test_trainer.py::test_final_validation_reports_both_branches",
     r"confkd predict .* --save-entropy": "inference/test_uncertainty.py::test_the_segmentation_is_the_same_to_the_bit",
     r"confkd predict .*": "test_nnunet_commands.py::test_images_without_numbers_are_predicted_under_their_own_names",
     r"nnUNetv2_predict_from_modelfolder .*": "inference/test_export.py::test_stock_nnunet_predicts_the_same_to_the_bit",
@@ -56,31 +57,33 @@ RUN_BY = {
     r"confkd evaluate .*": "evaluation/test_evaluate.py::test_the_command_writes_what_it_measures",
     r"confkd compare .*": "evaluation/test_compare.py::test_models_stand_side_by_side_with_both_branches",
     r"confkd report .*": "report/test_report.py::test_figures_are_those_of_nnunets_validation_and_of_the_files",
-    r"confkd complete .* --confidence .*": "inference/test_completion.py::test_with_a_confidence_only_voxels_above_it_are_filled",
+    r"confkd complete .* --confidence .*":
+        "inference/test_completion.py::test_with_a_confidence_only_voxels_above_it_are_filled",
     r"confkd complete .*": "inference/test_completion.py::test_annotated_voxels_stay_and_the_others_are_the_students",
-    r"confkd export .*": "inference/test_export.py::test_stock_nnunet_predicts_the_same_to_the_bit",  # its function export
+    # its function export
+    r"confkd export .*": "inference/test_export.py::test_stock_nnunet_predicts_the_same_to_the_bit",
 }
 
 
 def blocks(page: Path, languages: str) -> list[tuple[str, str]]:
-    """(the line before it, text) of each fenced block in one of the languages, e.g. "bash|sh"."""
-    found = re.findall(rf"(?:^|\n)([^\n]*)\n\s*```(?:{languages})\n(.*?)\n\s*```", page.read_text(encoding="utf-8"), re.DOTALL)
-    return [(before, text) for before, text in found]
+    """The (line before it, text) of each fenced block in one of the languages, e.g. "bash|sh"."""
+    pattern = rf"(?:^|\n)([^\n]*)\n\s*```(?:{languages})\n(.*?)\n\s*```"
+    return re.findall(pattern, page.read_text(encoding="utf-8"), re.DOTALL)
 
 
-def marked(before: str, line: str) -> bool:
+def is_marked(before: str, line: str) -> bool:
     return "<!-- not run" in before or bool(re.search(r"#.*\bnot run\b", line))
 
 
 def commands() -> list[tuple[str, bool, str]]:
-    """(page, whether it is marked as not run, command) of all shell blocks; continued lines are one, comments are gone."""
+    """The (page, whether it is marked as not run, command) of all shell blocks, with continued lines joined."""
     found = []
     for page in PAGES:
         for before, text in blocks(page, "bash|sh|console|shell"):
             for line in re.sub(r"\\\n\s*", "", text).splitlines():
                 command = " ".join(re.sub(r"(^|\s)#.*", "", line).split()).removeprefix("$ ")
                 if command:
-                    found.append((page.relative_to(ROOT).as_posix(), marked(before, line), command))
+                    found.append((page.relative_to(ROOT).as_posix(), is_marked(before, line), command))
     return found
 
 
@@ -88,18 +91,19 @@ COMMANDS = commands()
 
 
 def test_every_shell_block_is_found():
-    fences = sum(len(re.findall(r"^\s*```(?:bash|sh|console|shell)\b", page.read_text(encoding="utf-8"), re.MULTILINE)) for page in PAGES)
+    fences = sum(len(re.findall(r"^\s*```(?:bash|sh|console|shell)\b", page.read_text(encoding="utf-8"), re.MULTILINE))
+                 for page in PAGES)
     assert fences == sum(len(blocks(page, "bash|sh|console|shell")) for page in PAGES) > 15
 
 
 def test_every_command_is_run_by_a_test_or_marked_as_not_run():
-    unknown = [f"{page}: {command}" for page, is_marked, command in COMMANDS
-               if not is_marked and not any(re.fullmatch(pattern, command) for pattern in RUN_BY)]
+    unknown = [f"{page}: {command}" for page, not_run, command in COMMANDS
+               if not not_run and not any(re.fullmatch(pattern, command) for pattern in RUN_BY)]
     assert not unknown, "\n".join(unknown)
 
 
 def test_no_entry_of_the_list_is_left_over_and_every_test_in_it_exists():
-    used = [command for _, is_marked, command in COMMANDS if not is_marked]
+    used = [command for _, not_run, command in COMMANDS if not not_run]
     assert [pattern for pattern in RUN_BY if not any(re.fullmatch(pattern, command) for command in used)] == []
     for test in RUN_BY.values():
         file, _, name = test.partition("::")
@@ -107,15 +111,15 @@ def test_no_entry_of_the_list_is_left_over_and_every_test_in_it_exists():
         assert where.is_file() and (not name or f"\ndef {name}(" in where.read_text(encoding="utf-8")), test
 
 
-# ---- parsing --------------------------------------------------------------------------------------------------------
+# ---- parsing -------------------------------------------------------------------------------------------------------
 
-class Parsed(BaseException):  # which no command takes for a fault of its own
+class Parsed(BaseException):  # no Exception, which a command would take for a fault of its own
     """A parser took the arguments."""
 
 
 @pytest.fixture
 def only_parsed(monkeypatch):
-    """Commands end where their arguments have been parsed."""
+    """Let commands end as soon as their arguments have been parsed."""
     parse = argparse.ArgumentParser.parse_args
 
     def parse_and_stop(self, *arguments):
@@ -146,14 +150,15 @@ def test_every_command_of_ours_and_of_nnunets_parses(only_parsed, monkeypatch):
     assert not refused and len(ours) > 30, "\n".join(refused)
 
 
-@pytest.mark.parametrize("command", ["confkd mix --full FULL", "confkd report --modle X", "confkd train 27 2d 0 --nonsense",
-                                     "confkd explode", "nnUNetv2_train 27 2d", "nnUNetv2_explode 1", "confkd predict --branch both"])
+@pytest.mark.parametrize("command", [
+    "confkd mix --full FULL", "confkd report --modle X", "confkd train 27 2d 0 --nonsense", "confkd explode",
+    "nnUNetv2_train 27 2d", "nnUNetv2_explode 1", "confkd predict --branch both"])
 def test_a_wrong_command_is_told_from_a_right_one(only_parsed, monkeypatch, command):
     assert not accepted(command, monkeypatch)
 
 
 def test_commands_in_the_text_name_options_that_exist(only_parsed, monkeypatch):
-    """Commands in the running text, `confkd NAME --option ...`."""
+    """They stand in the running text as `confkd NAME --option ...`."""
     known = {name: {option for sub in parsers(name) for action in sub._actions for option in action.option_strings}
              for name in cli.COMMANDS if name not in ("train", "predict")}
     wrong = []
@@ -165,7 +170,7 @@ def test_commands_in_the_text_name_options_that_exist(only_parsed, monkeypatch):
     assert not wrong, "\n".join(wrong)
 
 
-# ---- the reference --------------------------------------------------------------------------------------------------
+# ---- the reference -------------------------------------------------------------------------------------------------
 
 def generator():
     spec = importlib.util.spec_from_file_location("generate_reference", ROOT / "docs" / "generate_reference.py")
@@ -175,7 +180,7 @@ def generator():
 
 
 def parsers(name: str) -> list[argparse.ArgumentParser]:
-    """The parser of a command, and its subcommands'."""
+    """The parser of a command and those of its subcommands."""
     parser = generator().parser_of(name)
     return [parser, *(sub for action in parser._actions if isinstance(action, argparse._SubParsersAction)
                       for sub in action.choices.values())]
@@ -191,8 +196,12 @@ def test_the_reference_has_every_command_and_option():
     text = (ROOT / "docs" / "reference" / "cli.md").read_text(encoding="utf-8")
     sections = dict(re.findall(r"\n## confkd ([a-z-]+)\n(.*?)(?=\n## |\Z)", text, re.DOTALL))
     assert list(sections) == list(cli.COMMANDS)
-    assert all(flag in sections["predict"] for flag in ("--branch", "--save-entropy")) and "--ignore-value V" in sections["mix"]
-    assert "or a stock one of the same labels; needed" in sections["complete"] and sections["convert"].count("### ") == 7
+    assert all(option in sections["predict"] for option in ("--branch", "--save-entropy"))
+    for name in sorted(set(sections) - {"train", "predict"}):  # most options of these are nnU-Net's
+        missing = {option for parser in parsers(name) for action in parser._actions if action.help != argparse.SUPPRESS
+                   for option in action.option_strings if option not in sections[name]} - {"-h", "--help"}
+        assert not missing, f"{name}: {missing}"
+    assert sections["convert"].count("### ") == 7
 
 
 def test_every_page_is_in_the_navigation_and_the_other_way_round():
@@ -203,14 +212,15 @@ def test_every_page_is_in_the_navigation_and_the_other_way_round():
 
 
 def test_modules_named_in_the_reference_exist():
-    names = re.findall(r"^::: (nnunet_confkd\.[\w.]+)$", (ROOT / "docs" / "reference" / "api.md").read_text(encoding="utf-8"), re.MULTILINE)
+    text = (ROOT / "docs" / "reference" / "api.md").read_text(encoding="utf-8")
+    names = re.findall(r"^::: (nnunet_confkd\.[\w.]+)$", text, re.MULTILINE)
     assert len(names) > 20 and all(importlib.util.find_spec(name) for name in names)
 
 
-# ---- links ----------------------------------------------------------------------------------------------------------
+# ---- links ---------------------------------------------------------------------------------------------------------
 
 def anchors(page: Path) -> set[str]:
-    """Anchors of the headings that the site and GitHub agree on."""
+    """The anchors of the headings, where the site and GitHub agree on them."""
     text = re.sub(r"^\s*```.*?^\s*```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
     found = set()
     for heading in re.findall(r"^#+ (.+)$", text, re.MULTILINE):
@@ -242,15 +252,17 @@ def test_links_and_anchors_lead_somewhere():
 def test_broken_links_are_found(tmp_path):
     (tmp_path / "b.md").write_text("# A `confkd mix` heading\n")
     page = tmp_path / "a.md"
-    page.write_text("[x](b.md) [x](b.md#a-confkd-mix-heading) [x](c.md) [x](b.md#none) [x](#none) [x](https://example.org)\n")
+    page.write_text("[x](b.md) [x](b.md#a-confkd-mix-heading) [x](c.md) [x](b.md#none) [x](#none) "
+                    "[x](https://example.org)\n")
     assert broken_links(page) == ["a.md: c.md", "a.md: b.md#none", "a.md: #none"]
 
 
-# ---- commands that no other test runs -------------------------------------------------------------------------------
+# ---- commands that no other test runs ------------------------------------------------------------------------------
 
 def test_the_list_of_converters(capsys):
     assert cli.main(["convert", "--list"]) == 0
-    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == ["acdc", "brats", "la2018", "mmwhs", "mscmr", "msd", "promise12"]
+    names = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
+    assert names == ["acdc", "brats", "la2018", "mmwhs", "mscmr", "msd", "promise12"]
 
 
 @pytest.mark.skipif(os.name == "nt", reason="the line is one of a Unix shell")
@@ -258,22 +270,38 @@ def test_the_line_for_the_shell_keeps_what_the_variable_holds():
     line, = {command for _, _, command in COMMANDS if command.startswith("export nnUNet_extTrainer=")}
     folder = ROOT / "trainers"
     for held, expected in (("", f"{folder}"), ("/mine", f"{folder}:/mine")):
-        # a function stands for the command, whose output test_packaging.py tests
-        script = f"confkd() {{ [ \"$*\" = trainer-dir ] && echo '{folder}'; }}\n{line}\nprintf %s \"$nnUNet_extTrainer\""
-        shell = subprocess.run(["sh", "-c", script], env={**os.environ, "nnUNet_extTrainer": held}, capture_output=True, text=True)
+        # A shell function stands for the command, whose output test_packaging.py tests.
+        command = f"confkd() {{ [ \"$*\" = trainer-dir ] && echo '{folder}'; }}"
+        shell = subprocess.run(["sh", "-c", f"{command}\n{line}\nprintf %s \"$nnUNet_extTrainer\""],
+                               env={**os.environ, "nnUNet_extTrainer": held}, capture_output=True, text=True)
         assert shell.stdout == expected, shell.stderr
 
 
-@pytest.mark.skipif(shutil.which("make") is None, reason="there is no make")
+def dry_run(target: str, *variables: str) -> str:
+    """The commands that make would run."""
+    if shutil.which("make") is None:
+        pytest.skip("there is no make")
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("MAKE")}  # set by a make that runs pytest
+    said = subprocess.run(["make", "-n", target, *variables], cwd=ROOT, capture_output=True, text=True, env=environment)
+    assert said.returncode == 0, said.stderr
+    return said.stdout.rstrip()
+
+
 def test_make_would_install_and_run_the_demo(tmp_path):
-    said = subprocess.run(["make", "-n", "demo", f"VENV={tmp_path / 'venv'}"], cwd=ROOT, capture_output=True, text=True,
-                          env={k: v for k, v in os.environ.items() if not k.startswith("MAKE")})  # of a make that runs the tests
-    assert said.returncode == 0 and "pip install -e ." in said.stdout and said.stdout.rstrip().endswith("bin/confkd demo")
+    said = dry_run("demo", f"VENV={tmp_path / 'venv'}")
+    assert "pip install -e ." in said and said.endswith("bin/confkd demo")
+
+
+def test_make_would_run_all_tests_or_those_that_are_not_slow(tmp_path):
+    for target, selected in (("test", '-m "not slow" tests/data'), ("test-all", " tests/data")):
+        said = dry_run(target, f"VENV={tmp_path / 'venv'}", "ARGS=tests/data")
+        assert 'pip install -e ".[test]"' in said and said.endswith(selected) and " -n 2 " in said
+        assert ("not slow" in said) == (target == "test")
 
 
 @pytest.mark.skipif(os.name == "nt", reason="the commands are of a Unix shell")
-def test_the_tutorial_up_to_the_training(tmp_path, monkeypatch, capsys):
-    """Its own snippets and commands, in its order, with what it says is seen; the trainings are other tests'."""
+def test_the_tutorial_up_to_the_training(tmp_path, monkeypatch, capsys, thread_pools):
+    """The tutorial's snippets and commands run in its order, and print what it says. Other tests train."""
     monkeypatch.chdir(tmp_path)
     first, second = (text for _, text in blocks(TUTORIAL, "python"))
     of_page = [command for page, _, command in COMMANDS if page == "docs/tutorial.md"]
@@ -294,22 +322,22 @@ def test_the_tutorial_up_to_the_training(tmp_path, monkeypatch, capsys):
     assert cli.main(shlex.split(check)[1:] + ["--processes", "1"]) == 0
     out = capsys.readouterr().out
     assert all(line in out for line in seen[1].splitlines() if line != "...")
-    # in threads, with fewer samples of intensities: processes take longer to start than the work takes
-    monkeypatch.setattr("nnunetv2.utilities.utils.Pool", ThreadPool)
+    # Fewer samples of intensities are enough here.
     monkeypatch.setattr(DatasetFingerprintExtractor, "num_foreground_voxels_for_intensitystats",
                         property(lambda self: 1e6, lambda self, value: None), raising=False)
-    monkeypatch.setattr(multiprocessing, "get_context", lambda method: SimpleNamespace(Pool=ThreadPool))
     assert cli.main(shlex.split(plan)[1:] + ["-npfp", "1", "-np", "1", "--no_pbar"]) == 0
     out = capsys.readouterr().out
     assert all(line in out for line in seen[2].splitlines() if line != "...")
     exec(second, {})
-    small = PlansManager(str(tmp_path / "preprocessed/Dataset027_Hearts/nnUNetPlans.json")).get_configuration("2d_small")
-    assert small.configuration["confkd"] == {"epochs": 12, "iterations_per_epoch": 90, "seed": 0} and small.data_identifier == "nnUNetPlans_2d"
-    assert len(list((tmp_path / "preprocessed/Dataset027_Hearts/nnUNetPlans_2d").glob("*.b2nd"))) == 2 * 26
+    preprocessed = tmp_path / "preprocessed" / "Dataset027_Hearts"
+    small = PlansManager(str(preprocessed / "nnUNetPlans.json")).get_configuration("2d_small")
+    assert small.configuration["confkd"] == {"epochs": 12, "iterations_per_epoch": 90, "seed": 0}
+    assert small.data_identifier == "nnUNetPlans_2d"
+    assert len(list((preprocessed / "nnUNetPlans_2d").glob("*.b2nd"))) == 2 * 26
     assert of_page[5].startswith("confkd train 27 2d_small 0")
 
 
-# ---- a release ------------------------------------------------------------------------------------------------------
+# ---- a release -----------------------------------------------------------------------------------------------------
 
 def test_the_version_is_the_same_everywhere():
     version = nnunet_confkd.__version__
@@ -322,7 +350,8 @@ def test_the_sdist_holds_the_package_and_neither_tests_nor_data(tmp_path):
     shutil.copytree(ROOT, source, ignore=shutil.ignore_patterns(
         ".git", ".venv", "demo_output", "*.egg-info", "build", "site", "runs", "__pycache__"))
     built = subprocess.run([sys.executable, "-c", "import setuptools.build_meta as b; b.build_sdist('..')"], cwd=source,
-                           capture_output=True, text=True, env={k: v for k, v in os.environ.items() if k != "PYTHONPATH"})
+                           capture_output=True, text=True,
+                           env={k: v for k, v in os.environ.items() if k != "PYTHONPATH"})
     assert built.returncode == 0, built.stderr
     with tarfile.open(next(tmp_path.glob("*.tar.gz"))) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()} - {""}

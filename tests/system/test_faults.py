@@ -1,6 +1,6 @@
-"""What goes wrong in a training: full disks, signals, dead workers, broken files, losses that are not finite; and going on after it.
+"""A training that meets full disks, signals, dead workers, broken files or losses that are not finite can go on later.
 
-Kills at random moments, of whole processes, are in benchmarks/faults.py.
+benchmarks/faults.py kills whole processes at random moments.
 """
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ SHORT = {"epochs": 1, "iterations_per_epoch": 3, "seed": 0}
 posix = pytest.mark.skipif(os.name == "nt", reason="on Windows os.kill ends the process that it should signal")
 
 
-# ---- files ----------------------------------------------------------------------------------------------------------
+# ---- files ---------------------------------------------------------------------------------------------------------
 
 def test_a_file_is_written_whole_or_not_at_all(tmp_path):
     file = tmp_path / "file"
@@ -89,7 +89,8 @@ def test_a_full_disk_leaves_the_previous_checkpoint_and_says_so(nnunet, hippocam
     with pytest.raises(TrainingError, match=r"checkpoint_latest\.pth: the checkpoint could not be written .*failed "
                                             r"writing file.*\d GB of the disk are free\.$"):
         trainer.save_checkpoint(file)
-    assert open(file, "rb").read() == before and not [f for f in os.listdir(trainer.output_folder) if f.endswith(".part")]
+    assert open(file, "rb").read() == before
+    assert not [f for f in os.listdir(trainer.output_folder) if f.endswith(".part")]
     trainer.disable_checkpointing = True
     trainer.save_checkpoint(file)
 
@@ -120,7 +121,7 @@ def test_a_broken_preprocessed_case_is_named(nnunet, hippocampus):
             os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
 
 
-# ---- signals and workers --------------------------------------------------------------------------------------------
+# ---- signals and workers -------------------------------------------------------------------------------------------
 
 @posix
 def test_sigterm_ends_the_process_in_order_and_the_handler_before_comes_back():
@@ -252,8 +253,10 @@ def test_a_command_that_is_ended_leaves_no_temporary_files(tmp_path, monkeypatch
 
 
 @pytest.mark.parametrize("fault, expected, text", [
-    (RuntimeError("One or more background workers are no longer alive. Exiting."), TrainingError, "loads and augments .* has ended"),
-    (SystemExit(143), SystemExit, None), (KeyboardInterrupt(), KeyboardInterrupt, None)], ids=("worker", "SIGTERM", "Ctrl-C"))
+    (RuntimeError("One or more background workers are no longer alive. Exiting."), TrainingError,
+     "loads and augments .* has ended"),
+    (SystemExit(143), SystemExit, None),
+    (KeyboardInterrupt(), KeyboardInterrupt, None)], ids=("worker", "SIGTERM", "Ctrl-C"))
 def test_a_training_that_is_stopped_says_what_is_left(nnunet, hippocampus, capsys, fault, expected, text):
     configuration = nnunet.configure(HIPPOCAMPUS, f"stopped_{expected.__name__}", "2d", SHORT | {"epochs": 3})
     trainer = nnunet.trainer(HIPPOCAMPUS, configuration)
@@ -269,7 +272,8 @@ def test_a_training_that_is_stopped_says_what_is_left(nnunet, hippocampus, capsy
     with pytest.raises(expected, match=text):
         trainer.run_training()
     assert "stopped in epoch 1. checkpoint_latest.pth is whole: --c goes on from it." in capsys.readouterr().out
-    assert torch.load(os.path.join(trainer.output_folder, "checkpoint_latest.pth"), weights_only=False)["current_epoch"] == 1
+    checkpoint = torch.load(os.path.join(trainer.output_folder, "checkpoint_latest.pth"), weights_only=False)
+    assert checkpoint["current_epoch"] == 1
 
 
 @posix
@@ -298,7 +302,7 @@ def test_the_validation_never_has_more_than_a_few_results_waiting(monkeypatch):
         pool.submit(divmod, 1, 0)  # an error in a process is not lost at the end
 
 
-# ---- not finite -----------------------------------------------------------------------------------------------------
+# ---- not finite ----------------------------------------------------------------------------------------------------
 
 def test_steps_that_are_not_finite_are_named_once_and_stop_the_training_at_the_limit():
     divergence, nan = Divergence(3), float("nan")
@@ -340,7 +344,8 @@ def test_a_loss_that_is_not_finite_is_named_at_once_with_a_gradient_scaler_too()
 
 
 def test_a_step_that_is_not_finite_changes_no_weight_and_names_term_and_cases(nnunet, hippocampus, capsys):
-    trainer = nnunet.trainer(HIPPOCAMPUS, nnunet.configure(HIPPOCAMPUS, "nan", "2d", SHORT | {"max_nonfinite_steps": 2}))
+    configuration = nnunet.configure(HIPPOCAMPUS, "nan", "2d", SHORT | {"max_nonfinite_steps": 2})
+    trainer = nnunet.trainer(HIPPOCAMPUS, configuration)
     trainer.on_train_start()
     trainer.on_train_epoch_start()
     batch = next(trainer.dataloader_train)
@@ -355,7 +360,7 @@ def test_a_step_that_is_not_finite_changes_no_weight_and_names_term_and_cases(nn
         trainer.train_step(batch)
 
 
-# ---- going on -------------------------------------------------------------------------------------------------------
+# ---- going on ------------------------------------------------------------------------------------------------------
 
 class Batches:
     """The same batch for the same epoch and step, whenever a training begins."""

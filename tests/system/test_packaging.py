@@ -1,4 +1,4 @@
-"""What a user gets: the lookup of the trainers in fresh processes, the commands, the wheel."""
+"""What users install works: nnU-Net finds the trainers, the commands start, and the wheel is whole."""
 from __future__ import annotations
 
 import json
@@ -19,7 +19,8 @@ ROOT = Path(__file__).resolve().parents[2]
 TRAINERS = ["ConfKDTrainer", "ConfKDTrainer_noEntropy", "ConfKDTrainer_noKL", "ConfKDTrainer_partialOnly",
             "ConfKDTrainer_MedIA2023", "ConfKDTrainer_1epoch", "ConfKDTrainer_5epochs", "ConfKDTrainer_50epochs",
             "ConfKDTrainer_100epochs", "ConfKDTrainer_250epochs"]
-# twice, and compared with the package's own: a class defined in the folder would be another at every lookup
+# Each trainer is looked up twice and compared with the package's own: a class that is defined in the folder would be
+# another object at every lookup.
 LOOKUP = """
 import pickle
 from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name as find
@@ -49,7 +50,8 @@ def test_a_checkout_beside_an_installed_wheel_is_whole(tmp_path):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
     code = "import nnunet_confkd.trainers as t, nnunet_confkd.dataset_conversion as d; print(t.__file__, d.__file__)"
     result = run(sys.executable, "-c", code, cwd=tmp_path)
-    assert result.stdout.split() == [str(tmp_path / name / "__init__.py") for name in ("trainers", "dataset_conversion")], result.stderr
+    expected = [str(tmp_path / name / "__init__.py") for name in ("trainers", "dataset_conversion")]
+    assert result.stdout.split() == expected, result.stderr
 
 
 def test_without_the_variable_nnunet_does_not_find_it(tmp_path):
@@ -67,7 +69,8 @@ def test_trainer_dir_prints_the_path_and_nothing_else(tmp_path):
 @pytest.mark.skipif(os.name == "nt", reason="the line is one of a Unix shell")
 def test_the_export_line_keeps_what_the_variable_holds(tmp_path):
     line = run(Path(sys.executable).with_name("confkd"), "trainer-dir", "--export", cwd=tmp_path).stdout
-    for held, expected in (("", f"{discovery.trainer_dir()}"), ("/mine:/theirs", f"{discovery.trainer_dir()}:/mine:/theirs")):
+    folder = str(discovery.trainer_dir())
+    for held, expected in (("", folder), ("/mine:/theirs", f"{folder}:/mine:/theirs")):
         shell = run("sh", "-c", line + 'printf "%s" "$nnUNet_extTrainer"', cwd=tmp_path, nnUNet_extTrainer=held)
         assert shell.stdout == expected
 
@@ -114,7 +117,8 @@ def test_an_nnunet_that_does_not_fit_is_named_at_import(tmp_path, installed):
     result = run(sys.executable, "-c", "import nnunet_confkd.training.trainer", cwd=tmp_path, PYTHONPATH=str(tmp_path))
     assert result.returncode and f"works with nnunetv2 2.8, but {installed} is installed" in result.stderr
     about.rename(tmp_path / "nnunetv2-2.8.7.dist-info")
-    (tmp_path / "nnunetv2-2.8.7.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: nnunetv2\nVersion: 2.8.7\n")
+    (tmp_path / "nnunetv2-2.8.7.dist-info" / "METADATA").write_text(
+        "Metadata-Version: 2.1\nName: nnunetv2\nVersion: 2.8.7\n")
     assert run(sys.executable, "-c", "import nnunet_confkd", cwd=tmp_path, PYTHONPATH=str(tmp_path)).returncode == 0
 
 
@@ -129,7 +133,7 @@ def test_the_readme_holds_the_settings_table():
     assert settings_table() in (ROOT / "README.md").read_text()
 
 
-# ---- the command line -----------------------------------------------------------------------------------------------
+# ---- the command line ----------------------------------------------------------------------------------------------
 
 def test_unknown_commands_and_help(capsys):
     assert cli.main(["--help"]) == 0 and "trainer-dir" in capsys.readouterr().out
@@ -139,7 +143,7 @@ def test_unknown_commands_and_help(capsys):
 @pytest.mark.skipif(sys.platform != "linux", reason="PyTorch's threads are those of libgomp on Linux alone")
 @pytest.mark.parametrize("given, spins", [({}, "0"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "30000000000")])
 def test_threads_on_the_cpu_wait_without_spinning(tmp_path, given, spins):
-    """libgomp tells the settings that it has read when torch is imported, which must be after the command has set them."""
+    """libgomp reads its settings, and prints them, when torch is imported. The command must have set them before."""
     code = "from nnunet_confkd import cli; cli.main(['report', '--model', 'none', '-device', 'cpu'])"
     result = run(sys.executable, "-c", code, cwd=tmp_path, OMP_DISPLAY_ENV="VERBOSE", **given)
     assert f"GOMP_SPINCOUNT = '{spins}'" in result.stderr and "none: there is no such folder" in result.stderr
@@ -160,7 +164,8 @@ def test_the_version_is_told(capsys):
     ("predict", "nnUNetv2_predict_from_modelfolder", ["-m", "model", "-o", "out", "--verbose", "-device", "cpu"],
      ["-device", "cpu"])])
 def test_arguments_are_handed_on_and_defaults_are_added(monkeypatch, tmp_path, command, name, given, handed):
-    seen, model = [], {"file_ending": ".nii.gz", "modality": {"0": "CT"}}  # the older name of the channels, which nnU-Net takes
+    seen = []
+    model = {"file_ending": ".nii.gz", "modality": {"0": "CT"}}  # nnU-Net also takes this older name of the channels
     (tmp_path / "dataset.json").write_text(json.dumps(model))
     (tmp_path / "a_0000.nii.gz").touch()
     for check in ("check_training", "check_model"):

@@ -1,6 +1,6 @@
-"""Nothing that only POSIX has is used without a branch for Windows, and every test file can be collected there.
+"""The package uses nothing that only POSIX has without a branch for Windows, where every test file can be collected.
 
-Found in the syntax trees: imports, attributes of `os` and `signal`, arguments of subprocess, paths in /proc.
+The syntax trees are searched for imports, attributes of `os` and `signal`, arguments of subprocess and paths in /proc.
 """
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ NAMES = {
         minor mkfifo mknod nice openpty pathconf posix_fadvise posix_fallocate posix_spawn pread preadv pwrite pwritev
         register_at_fork sched_getaffinity sched_setaffinity sched_yield sendfile setegid seteuid setgid setgroups
         setpgid setpriority setregid setresuid setreuid setsid setuid statvfs sync sysconf tcgetpgrp tcsetpgrp ttyname
-        uname wait wait3 wait4 waitid O_CLOEXEC O_DIRECTORY O_NOFOLLOW O_NONBLOCK O_SYNC WNOHANG WIFEXITED WIFSIGNALED""".split(),
+        uname wait wait3 wait4 waitid O_CLOEXEC O_DIRECTORY O_NOFOLLOW O_NONBLOCK O_SYNC WNOHANG WIFEXITED
+        WIFSIGNALED""".split(),
     "signal": """
         ITIMER_REAL ITIMER_VIRTUAL SIGALRM SIGBUS SIGCHLD SIGCONT SIGHUP SIGIO SIGKILL SIGPIPE SIGQUIT SIGSTOP SIGTSTP
         SIGUSR1 SIGUSR2 SIGWINCH SIGXCPU SIGXFSZ SIG_BLOCK SIG_SETMASK SIG_UNBLOCK alarm getitimer pause pthread_kill
@@ -30,12 +31,12 @@ NAMES = {
     "time": ["tzset"]}
 ARGUMENTS = {"preexec_fn", "start_new_session", "process_group", "pass_fds"}  # of subprocess.Popen
 CONTEXTS = {"fork", "forkserver"}  # of multiprocessing
-# hooks of forks, which are registered only where there are forks
+# These hooks are registered only where processes can fork.
 ALLOWED = {("nnunet_confkd/processes.py", "_before_fork"), ("nnunet_confkd/processes.py", "_after_fork")}
 
 
 def uses(tree: ast.AST) -> Iterator[tuple[ast.AST, str]]:
-    """(node, what it is) of all that Windows does not have."""
+    """The (node, description) of everything that Windows does not have."""
     for node in ast.walk(tree):
         match node:
             case ast.Import(names=names):
@@ -66,7 +67,7 @@ def around(node: ast.AST, parents: dict[ast.AST, ast.AST]) -> Iterator[ast.AST]:
 
 
 def asks_for_the_platform(node: ast.AST) -> bool:
-    """A branch on hasattr(os, ...), os.name or sys.platform."""
+    """Whether it is a branch on hasattr(os, ...), os.name or sys.platform."""
     if not isinstance(node, (ast.If, ast.IfExp, ast.BoolOp)):
         return False
     text = ast.unparse(getattr(node, "test", node))
@@ -74,7 +75,7 @@ def asks_for_the_platform(node: ast.AST) -> bool:
 
 
 def in_package(file: str, source: str) -> list[str]:
-    """Uses outside of a branch that asks for the platform."""
+    """List the uses that are not in a branch that asks for the platform."""
     tree = ast.parse(source)
     parents, found = enclosing(tree), []
     for node, what in uses(tree):
@@ -86,10 +87,10 @@ def in_package(file: str, source: str) -> list[str]:
 
 
 def in_tests(file: str, source: str) -> list[str]:
-    """Uses that are evaluated when the file is collected, and uses in functions that are never skipped.
+    """List the uses that are evaluated when the file is collected, and those in functions that are never skipped.
 
-    Collecting evaluates what is outside of functions, decorators and defaults. A function is skipped by its decorator or in
-    its body.
+    Collecting evaluates what is outside of functions, decorators and defaults. A function is skipped by its decorator
+    or in its body.
     """
     tree = ast.parse(source)
     parents, found = enclosing(tree), []

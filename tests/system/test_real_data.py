@@ -1,4 +1,5 @@
-"""The main job on real data: MSD Hippocampus (5 full cases, the others points or nothing) and ACDC (expert scribbles)."""
+"""The main job on real data: MSD Hippocampus (5 fully annotated cases, the others with points or nothing), ACDC (expert
+scribbles) and BraTS (nested regions)."""
 from __future__ import annotations
 
 import json
@@ -18,7 +19,7 @@ ACDC = "Dataset027_ACDC"
 
 @pytest.fixture(scope="module")
 def trained(nnunet, hippocampus):
-    """A student of a few hundred steps of a small plan, from mixed supervision: the fold's folder."""
+    """The folder of a fold that was trained for a thousand iterations of a small plan, from mixed supervision."""
     settings = {"epochs": 10, "iterations_per_epoch": 100, "seed": 0, "weight_entropy": 0.05}
     configuration = nnunet.configure(HIPPOCAMPUS, "2d_learns", "2d", settings, features=(16, 32, 64), batch_size=8,
                                      max_patch=56)
@@ -26,24 +27,25 @@ def trained(nnunet, hippocampus):
 
 
 def test_the_student_learns_and_keeps_up_with_its_teacher(trained):
-    """What a wrong sign, a detached student or a teacher fed nothing would miss."""
+    """A wrong sign, a detached student or a teacher that is fed nothing would be noticed here."""
     curves = torch.load(trained / "checkpoint_final.pth", weights_only=False)["logging"]
     student, teacher = (json.loads((trained / folder / "summary.json").read_text())["foreground_mean"]["Dice"]
                         for folder in ("validation", "validation_teacher"))
     first = curves["mean_fg_dice"][0]
     print(f"student {first:.3f} after the first epoch, {student:.3f} at the end; teacher {teacher:.3f}")
-    # seen: 0.46 and 0.52. Seeds differ by 0.2, and what the mutations leave is near 0
+    # Measured: 0.46 and 0.52. Seeds differ by 0.2, and mutations leave almost nothing.
     assert student > first + 0.2 and teacher > 0.2 and student > teacher - 0.2
     assert curves["loss_teacher"][-1] < curves["loss_teacher"][0]
     assert 0 < curves["loss_entropy"][-1] < 0.7 * curves["loss_entropy"][0]
     assert curves["student_confidence"][-1] > curves["student_confidence"][0]
-    # the student has come to agree with its teacher: a KL of the wrong sign drives them apart. It begins after a fifth of the epochs.
+    # The student has come to agree with its teacher: a KL of the wrong sign would drive them apart. The KL begins after
+    # a fifth of the epochs.
     assert curves["loss_kl"][:2] == [0, 0] and 0 < curves["loss_kl"][-1] < 2 * curves["loss_kl"][2]
 
 
 @pytest.fixture(scope="module")
 def acdc(nnunet, test_data) -> dict[str, list[str]]:
-    """Four frames of two patients with full masks (the second patient's for validation), three with expert scribbles."""
+    """The cases, by role: three frames with full masks, of which one validates, and three with expert scribbles."""
     raw = nnunet.raw(ACDC)
     for folder in ("imagesTr", "labelsTr", "imagesTs"):
         (raw / folder).mkdir(parents=True)
@@ -72,21 +74,22 @@ def test_acdc_trains_predicts_and_exports(nnunet, acdc, base, tmp_path):
     configuration = nnunet.configure(ACDC, f"{base}_short", base, {"epochs": 1, "iterations_per_epoch": 2, "seed": 0},
                                      batch_size=2, max_patch=128)
     if base != "2d":
-        # ACDC's slices are few and thick: no pooling along them
+        # ACDC's slices are few and thick, so there is no pooling along them.
         file = nnunet.preprocessed(ACDC) / "nnUNetPlans.json"
         plans = json.loads(file.read_text())
         plans["configurations"][configuration]["patch_size"] = [12, 256, 224]
-        plans["configurations"][configuration]["architecture"]["arch_kwargs"]["strides"] = [[1, 1, 1], [1, 2, 2], [1, 2, 2]]
+        architecture = plans["configurations"][configuration]["architecture"]
+        architecture["arch_kwargs"]["strides"] = [[1, 1, 1], [1, 2, 2], [1, 2, 2]]
         file.write_text(json.dumps(plans))
     fold = nnunet.train(ACDC, configuration)
     kinds = json.loads((fold / "confkd.json").read_text())["supervision"]
     assert kinds == {case: role for role in ("full", "partial") for case in acdc[role]}
     model = nnunet.model(ACDC, configuration)
-    assert cli.main(["predict", "-i", str(nnunet.raw(ACDC) / "imagesTs"), "-o", str(tmp_path / "plugin"), "-d", "27", "-c",
-                     configuration, "-f", "0", "-device", "cpu", "-npp", "0", "-nps", "0", "--disable_tta"]) == 0
+    images = ["-i", str(nnunet.raw(ACDC) / "imagesTs"), "-f", "0", "-device", "cpu", "-npp", "0", "-nps", "0",
+              "--disable_tta"]
+    assert cli.main(["predict", *images, "-o", str(tmp_path / "plugin"), "-d", "27", "-c", configuration]) == 0
     stock_model = export(model, tmp_path / "stock")
-    assert cli.main(["predict", "-i", str(nnunet.raw(ACDC) / "imagesTs"), "-o", str(tmp_path / "exported"), "-m",
-                     str(stock_model), "-f", "0", "-device", "cpu", "--disable_tta"]) == 0
+    assert cli.main(["predict", *images, "-o", str(tmp_path / "exported"), "-m", str(stock_model)]) == 0
     image = sitk.ReadImage(str(nnunet.raw(ACDC) / "imagesTs" / "held_back_0000.nii.gz"))
     plugin, exported = (sitk.ReadImage(str(tmp_path / f / "held_back.nii.gz")) for f in ("plugin", "exported"))
     np.testing.assert_array_equal(sitk.GetArrayFromImage(plugin), sitk.GetArrayFromImage(exported))
@@ -94,20 +97,22 @@ def test_acdc_trains_predicts_and_exports(nnunet, acdc, base, tmp_path):
 
 
 def test_the_nested_regions_of_brats_from_published_files_to_a_prediction(nnunet, test_data, tmp_path, capfd):
-    """Three cases say nothing of accuracy: one trains whole, one with scribbles, one validates, at 4 mm."""
+    """One case trains with its full mask, one with scribbles, and one validates, at 4 mm."""
     for command in (f"convert brats --source {test_data / 'brats2015'} --id 21 --processes 1",
                     "weaken --source 21 --id 22 --name BraTSMixed --full 1 --style scribbles --processes 1",
-                    "plan -d 22 -c 3d_fullres -np 1 -npfp 1 -overwrite_target_spacing 4 4 4 -overwrite_plans_name nnUNetPlans"):
+                    "plan -d 22 -c 3d_fullres -np 1 -npfp 1 -overwrite_target_spacing 4 4 4 "
+                    "-overwrite_plans_name nnUNetPlans"):
         assert cli.main(command.split()) == 0, capfd.readouterr().err
     dataset = "Dataset022_BraTSMixed"
-    configuration = nnunet.configure(dataset, "small", "3d_fullres", {"epochs": 2, "iterations_per_epoch": 10, "seed": 0, "kl_ramp_start": 0.0,
-                                                                      "kl_ramp_end": 0.0}, batch_size=2)
+    settings = {"epochs": 2, "iterations_per_epoch": 10, "seed": 0, "kl_ramp_start": 0.0, "kl_ramp_end": 0.0}
+    configuration = nnunet.configure(dataset, "small", "3d_fullres", settings, batch_size=2)
     fold = nnunet.train(dataset, configuration)
     supervision = json.loads((fold / "confkd.json").read_text())["supervision"]
     assert sorted(supervision.values()) == ["full", "partial"]
     curves = torch.load(fold / "checkpoint_final.pth", weights_only=False)["logging"]
-    assert curves["loss_teacher"][1] < curves["loss_teacher"][0] and curves["loss_student"][1] < curves["loss_student"][0]
-    assert all(np.isfinite(curves[f"loss_{term}"]).all() and curves[f"loss_{term}"][1] > 0 for term in ("kl", "entropy"))
+    assert all(curves[f"loss_{branch}"][1] < curves[f"loss_{branch}"][0] for branch in ("teacher", "student"))
+    assert all(np.isfinite(curves[f"loss_{term}"]).all() and curves[f"loss_{term}"][1] > 0
+               for term in ("kl", "entropy"))
     for folder in ("validation", "validation_teacher"):
         measured = json.loads((fold / folder / "summary.json").read_text())
         assert set(measured["mean"]) == {"(1, 2, 3, 4)", "(2, 3, 4)", "(4,)"}

@@ -1,4 +1,4 @@
-"""The rooms of the package: who may import whom, and what is private stays private.
+"""Each room of the package imports only the rooms below it, and nobody uses what is private to another module.
 
 import-linter cannot do this here: two of the packages lie beside `nnunet_confkd`, not in it (setup.py).
 """
@@ -12,11 +12,11 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 FOLDERS = {"nnunet_confkd": ROOT / "nnunet_confkd", "nnunet_confkd.trainers": ROOT / "trainers",
            "nnunet_confkd.dataset_conversion": ROOT / "dataset_conversion"}
-# From top to bottom. A room may import the rooms below it. Rooms of one line do not know each other.
+# From top to bottom. A room may import the rooms below it. Rooms in the same braces do not know each other.
 ORDER = [{"cli"}, {"demo"}, {"report"}, {"evaluation", "nnunet_commands"}, {"inference"}, {"trainers"}, {"training"},
          {"dataset_conversion"}, {"data"},
          {"colours", "device", "discovery", "files", "processes"}, {"errors"}, {""}]
-# within `training`: the method's parts do not know the trainer
+# Within `training`, the parts of the method do not know the trainer.
 PARTS = ("losses", "network", "hints", "settings", "batches", "recovery", "curves")
 
 
@@ -26,12 +26,13 @@ def modules() -> dict[str, ast.Module]:
     for package, folder in FOLDERS.items():
         for file in sorted(folder.rglob("*.py")):
             parts = file.relative_to(folder).with_suffix("").parts
-            found[".".join((package, *(part for part in parts if part != "__init__")))] = ast.parse(file.read_text(encoding="utf-8"))
+            name = ".".join((package, *(part for part in parts if part != "__init__")))
+            found[name] = ast.parse(file.read_text(encoding="utf-8"))
     return found
 
 
 def imported(tree: ast.Module) -> list[tuple[str, str]]:
-    """(module, name) of all imports of the package, within functions, too; name "" where a module is imported."""
+    """The (module, name) of all imports of the package, also within functions; the name is "" in `import MODULE`."""
     found = []
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom):
@@ -79,15 +80,17 @@ def test_a_room_knows_only_the_rooms_below_it(module):
 
 
 @pytest.mark.parametrize("code, number", [
-    ("from nnunet_confkd.report.page import page", 1), ("from nnunet_confkd import cli", 1), ("import nnunet_confkd.demo.demo", 1),
-    ("def f():\n    from nnunet_confkd.evaluation.metrics import MEASURES", 1), ("from nnunet_confkd.data.folders import _claim", 1),
-    ("from nnunet_confkd.data.folders import find_dataset", 0), ("from nnunet_confkd import __version__", 0), ("import numpy", 0)])
+    ("from nnunet_confkd.report.page import page", 1), ("from nnunet_confkd import cli", 1),
+    ("import nnunet_confkd.demo.demo", 1), ("def f():\n    from nnunet_confkd.evaluation.metrics import MEASURES", 1),
+    ("from nnunet_confkd.data.folders import _claim", 1), ("from nnunet_confkd.data.folders import find_dataset", 0),
+    ("from nnunet_confkd import __version__", 0), ("import numpy", 0)])
 def test_wrong_imports_are_noticed(code, number):
     assert len(wrong_imports("nnunet_confkd.inference.export", ast.parse(code))) == number
 
 
 def test_the_parts_of_the_method_do_not_know_the_trainer():
-    assert wrong_imports("nnunet_confkd.training.losses", ast.parse("from nnunet_confkd.training.trainer import ConfKDTrainer"))
+    code = ast.parse("from nnunet_confkd.training.trainer import ConfKDTrainer")
+    assert wrong_imports("nnunet_confkd.training.losses", code)
 
 
 def test_no_modules_import_each_other_in_a_circle():
@@ -104,6 +107,7 @@ def test_no_modules_import_each_other_in_a_circle():
 def test_nobody_uses_private_names_of_an_imported_module(module):
     tree = MODULES[module]
     names = {name for source, name in imported(tree) if f"{source}.{name}" in MODULES}
-    used = {f"{node.value.id}.{node.attr}" for node in ast.walk(tree) if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name)
+    used = {f"{node.value.id}.{node.attr}" for node in ast.walk(tree)
+            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name)
             and node.value.id in names and node.attr.startswith("_")}
     assert not used

@@ -1,4 +1,4 @@
-"""The SLURM scripts of docs/slurm, as far as they run without SLURM."""
+"""The SLURM scripts of docs/slurm work, as far as they can be run without SLURM."""
 from __future__ import annotations
 
 import json
@@ -17,7 +17,8 @@ each_script = pytest.mark.parametrize("script", ("prepare.sbatch", "train.sbatch
 def run(script: str, *args: str, **variables: str) -> subprocess.CompletedProcess:
     environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "nnUNet_n_proc_DA": "1",
                    "nnUNet_compile": "false", **variables}
-    return subprocess.run(["bash", str(SCRIPTS / script), *args], env=environment, capture_output=True, text=True, timeout=600)
+    return subprocess.run(["bash", str(SCRIPTS / script), *args], env=environment, capture_output=True, text=True,
+                          timeout=600)
 
 
 @each_script
@@ -31,10 +32,12 @@ def test_a_task_without_array_or_line_is_refused(tmp_path):
     runs = tmp_path / "runs.txt"
     runs.write_text("ConfKDTrainer 2d\n")
     assert "--array=1-N" in run("train.sbatch", "4", str(runs)).stderr
-    for task in ("1", "2"):  # no fold; no such line
-        assert "is not \"TRAINER CONFIGURATION FOLD\"" in run("train.sbatch", "4", str(runs), SLURM_ARRAY_TASK_ID=task).stderr
+    for task in ("1", "2"):  # the first line has no fold, and there is no second one
+        refused = run("train.sbatch", "4", str(runs), SLURM_ARRAY_TASK_ID=task)
+        assert "is not \"TRAINER CONFIGURATION FOLD\"" in refused.stderr
 
 
+@pytest.mark.slow  # two runs of the command in fresh processes
 def test_a_task_of_the_array_trains_its_line_and_goes_on_when_submitted_again(nnunet, hippocampus, tmp_path):
     nnunet.configure(HIPPOCAMPUS, "2d_slurm", "2d", {"epochs": 1, "iterations_per_epoch": 3, "seed": 0})
     runs = tmp_path / "runs.txt"
