@@ -40,8 +40,15 @@ def write_text(file: str | Path, text: str) -> None:
         aside.write_text(text, encoding="utf-8", newline="")
 
 
-def write_json(file: str | Path, content, indent: int = 2) -> None:
-    """Write a JSON file atomically. Raises ValueError for numbers that JSON does not have (NaN, infinity)."""
+def write_json(file: str | Path, content, indent: int | None = 2) -> None:
+    """Write a JSON file atomically.
+
+    Args:
+        indent: Spaces per level; None writes all in one line.
+
+    Raises:
+        ValueError: A number is NaN or infinite, which JSON does not have.
+    """
     write_text(file, json.dumps(content, indent=indent, allow_nan=False) + "\n")
 
 

@@ -166,10 +166,8 @@ def test_a_correct_data_set_has_the_right_kinds_and_counts_and_nothing_to_compla
     assert (report["dataset"], report["labels"], report["channels"]) == ("Dataset007_Toy", LABELS, ["T1", "T2"])
 
 
-def test_nnunet_agrees_that_nothing_is_wrong(data):
-    from nnunetv2.experiment_planning.verify_dataset_integrity import verify_dataset_integrity
-
-    verify_dataset_integrity(str(data.folder), 1)  # raises
+def test_nnunet_agrees_that_nothing_is_wrong(data, require_integrity):
+    require_integrity(data.folder)
 
 
 def test_nothing_is_written(data, check):
