@@ -11,10 +11,10 @@ from pathlib import Path
 
 @contextmanager
 def written_whole(file: str | Path) -> Iterator[Path]:
-    """Write a file atomically: yield a path to write to, which replaces `file` only after it has been completely written.
+    """Write a file atomically: yield a path to write to, which replaces `file` after it has been completely written.
 
-    The path lies in the same folder and has the same ending, because many writers choose the format by the ending. After
-    an error nothing is left of it, and `file` is as it was.
+    The path lies in the same folder and has the same ending, because many writers choose the format by the ending.
+    After an error nothing is left of it, and `file` is as it was.
     """
     file = Path(file)
     aside = file.with_name(f".{os.getpid()}.{file.name}")

@@ -21,7 +21,8 @@ PROCESSES = min(8, os.cpu_count() or 1)
 def parallel(function: Callable, tasks: list[tuple], processes: int, text: str) -> list:
     """Compute [function(*task) for task in tasks] in several processes, with a progress bar on a terminal.
 
-    tqdm's process_map cannot be used: it starts the workers without an initializer of ours, and Ctrl-C can break into it.
+    tqdm's process_map cannot be used: it starts the workers without an initializer of ours, and Ctrl-C can break into
+    it.
 
     Args:
         function: It must be importable by the workers, and so must be what it takes and returns.
@@ -57,10 +58,10 @@ def parallel(function: Callable, tasks: list[tuple], processes: int, text: str) 
 
 @contextmanager
 def _signals_held_back() -> Iterator[Callable[[], None]]:
-    """Hold Ctrl-C and SIGTERM back. Yield a function that handles those that have arrived; the rest is handled at the end.
+    """Hold Ctrl-C and SIGTERM back. Yield a function that handles those that have arrived; the end handles the rest.
 
-    A signal that raises an exception in the middle of a pool's code can leave a lock of the pool held. The pool then waits
-    for itself forever.
+    A signal that raises an exception in the middle of a pool's code can leave a lock of the pool held. The pool then
+    waits for itself forever.
     """
     arrived: list[tuple] = []
     handlers = {}
@@ -87,8 +88,8 @@ def _signals_held_back() -> Iterator[Callable[[], None]]:
 def _start_worker() -> None:
     """Prepare a worker process: ignore Ctrl-C, and end when the main process has ended.
 
-    Ctrl-C reaches all processes of a terminal. The main process then ends the workers, without a traceback of theirs. If
-    the main process was killed, it cannot, and they would wait for it forever.
+    Ctrl-C reaches all processes of a terminal. The main process then ends the workers, without a traceback of theirs.
+    If the main process was killed, it cannot, and they would wait for it forever.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()

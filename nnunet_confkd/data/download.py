@@ -49,16 +49,16 @@ def download(name: str, target: Path, source: Source | None = None) -> Path:
         The data set's folder.
 
     Raises:
-        InputError: The folder exists, the server cannot be reached, the archive is not the published one, or this Python
-            cannot unpack archives safely.
+        InputError: The folder exists, the server cannot be reached, the archive is not the published one, or this
+            Python cannot unpack archives safely.
     """
     import pooch
 
     source = source or SOURCES[name]
     folder = Path(target) / source.folder
     if not hasattr(tarfile, "data_filter"):
-        raise InputError(f"this Python ({platform.python_version()}) cannot unpack archives safely; use Python 3.10.12, "
-                         f"3.11.4 or newer, or fetch {source.url} and unpack it yourself")
+        raise InputError(f"this Python ({platform.python_version()}) cannot unpack archives safely; use Python "
+                         f"3.10.12, 3.11.4 or newer, or fetch {source.url} and unpack it yourself")
     if folder.exists():
         raise InputError(f"{folder}: exists already; remove it or choose another --target")
     try:

@@ -79,8 +79,8 @@ def require_free_id(dataset_id: int) -> None:
 def new_dataset(dataset_id: int, name: str) -> Iterator[tuple[Path, Path]]:
     """Write a new data set completely or not at all.
 
-    Yield two hidden folders, which become the raw and the preprocessed folder of the data set at the end. They are removed
-    after an error. An empty preprocessed folder is not kept.
+    Yield two hidden folders, which become the raw and the preprocessed folder of the data set at the end. They are
+    removed after an error. An empty preprocessed folder is not kept.
 
     Raises:
         InputError: The id is taken, another process is writing a data set of this id, a folder cannot be written to, or
@@ -120,8 +120,8 @@ def _claim(lock_file: Path) -> Iterator[None]:
     try:
         lock = FileLock(lock_file, timeout=0).acquire()
     except Timeout as error:
-        raise InputError(f"{lock_file}: another process is writing a data set of this id. Wait for it, or choose another "
-                         f"--id") from error
+        raise InputError(f"{lock_file}: another process is writing a data set of this id. Wait for it, or choose "
+                         f"another --id") from error
     with lock:
         try:
             yield
