@@ -184,7 +184,7 @@ def _label_problems(case: Case, picture: Picture, values: np.ndarray, allowed: d
 
 
 def _require_inside(file: Path, roots: tuple[Path, ...]) -> None:
-    """Raise InputError if a file, or a file that its header names, is not in the given folders, for example by a link."""
+    """Raise InputError if a file, or one that its header names, is not in the given folders (a link leads anywhere)."""
     for part in parts(file) if roots else ():
         if not any(part.resolve().is_relative_to(root.resolve()) for root in roots):
             raise InputError(f"{part}: leads out of the source folder, to {part.resolve()}; copy it there, or give the "
