@@ -198,7 +198,7 @@ def test_named_subjects_of_val_train_in_full_and_of_a_number_fewer_lie_within_mo
 def test_without_a_full_training_case_a_note_tells_what_the_trainer_will(source, nnunet_folders, capsys):
     from nnunet_confkd.data.supervision import require_full
     described = _json(mscmr.convert(source, 31, processes=1) / "dataset.json")
-    assert "note: no training case is fully labelled, and ConfKDTrainer needs one; with --full N" in capsys.readouterr().out
+    assert "note: no training case is fully annotated, and ConfKDTrainer needs one; --full N" in capsys.readouterr().out
     with pytest.raises(InputError, match="none of the 7 training cases is fully labelled"):
         require_full({case: described["supervision"][case] for case in _folds(nnunet_folders)[0]["train"]})
 

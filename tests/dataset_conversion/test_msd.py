@@ -230,9 +230,8 @@ def test_without_dataset_json_both_options_are_needed(refused, task3d, options):
 @pytest.mark.parametrize("labels", [["liver", "tumour"], ["background", "a", "a"], ["background"]])
 def test_label_names_that_nnunet_does_not_take_are_refused(refused, task3d, labels):
     (task3d / "dataset.json").unlink()
-    assert refused(task3d, labels=labels, channels=["CT"]) == (
-        f"--labels: the labels must be 0, 1, 2, ... with a name of its own each, \"background\" the first, not "
-        f"{dict(enumerate(labels))}")
+    text = refused(task3d, labels=labels, channels=["CT"])
+    assert text.startswith("--labels: the labels must be 0, 1, 2, ...") and text.endswith(f"not {dict(enumerate(labels))}")
 
 
 def test_the_options_do_not_overrule_dataset_json(refused, task3d):
