@@ -1,12 +1,14 @@
 """BraTS 2015 to 2023: brain tumours in MRI of two to four channels, as nnU-Net's overlapping regions.
 
-Menze et al., IEEE TMI 2015, doi 10.1109/TMI.2014.2377694; Baid et al., arXiv 2107.02314. Conventions of the label values:
+Menze et al., IEEE TMI 2015, doi 10.1109/TMI.2014.2377694; Baid et al., arXiv 2107.02314. Conventions of the label
+values:
 
 - 2015: 1 necrosis, 2 oedema, 3 non-enhancing core, 4 enhancing tumour (files Flair_..., T1c_..., OTMultiClass; NIfTI);
 - 2017 to 2021: 1 necrosis and non-enhancing core, 2 oedema, 4 enhancing tumour (files CASE_flair, ..., CASE_seg);
 - 2023: as 2017, with 3 for the enhancing tumour (files CASE-t2f, ..., CASE-seg).
 
-Written are 1 oedema, 2 necrosis (and non-enhancing core), then the rest of the core, the enhancing tumour last.
+The values that are written are 1 oedema, 2 necrosis (and non-enhancing core), then the rest of the core. The enhancing
+tumour has the last one.
 """
 from __future__ import annotations
 
@@ -15,6 +17,8 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+
+from nnunet_confkd.dataset_conversion.common import NIFTI, find_files, require_folder
 
 from nnunet_confkd.data.images import Volume
 from nnunet_confkd.data.raw_format import Case, Dataset, write_dataset
@@ -26,9 +30,16 @@ DESCRIPTION = "BraTS 2015-2023, brain tumours (one folder a case, two to four ch
 
 @dataclass(frozen=True)
 class Convention:
-    """channels: {name: regular expression of the end of a file's name, in nnU-Net's order}; seg: the same of the label.
-    values: {value in the file: value to write}; regions: of the values that are written; order: of nnU-Net.
-    patients: pattern of the patient, where one was scanned several times."""
+    """How the files of some years are named, and what their labels mean.
+
+    Attributes:
+        channels: {name: regular expression of the end of a file's name}, in nnU-Net's order.
+        seg: The same for the label.
+        values: {value in the file: value to write}.
+        regions: dataset.json's labels, of the values that are written.
+        order: nnU-Net's order of the regions.
+        patients: The pattern of the patient, if some were scanned several times.
+    """
     channels: dict[str, str]
     seg: str
     values: dict[int, int]
@@ -54,31 +65,38 @@ CONVENTIONS = {
 }
 
 
-CASES = ("*/*", "*/*/*")  # not "**", which passes over folders that are links, without a word
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--convention", choices=sorted(CONVENTIONS), help="of label values and file names (2017: to 2021); "
-                        "default: told by the file names")
+    """Add the options of this converter."""
+    parser.add_argument("--convention", choices=sorted(CONVENTIONS), help="of label values and file names (2017: to "
+                        "2021); default: the one that fits the file names")
     parser.add_argument("--test", type=Path, metavar="DIR", help="cases for imagesTs, with labels or without")
 
 
-def convert(source: Path, dataset_id: int, *, convention: str | None = None, test: Path | None = None, name: str = "BraTS",
-            processes: int = PROCESSES, link: bool = False) -> Path:
-    """Write BraTS as a fully labelled data set of nnU-Net with regions; returns its folder.
+def convert(source: Path, dataset_id: int, *, convention: str | None = None, test: Path | None = None,
+            name: str = "BraTS", processes: int = PROCESSES, link: bool = False) -> Path:
+    """Write BraTS as a fully annotated data set of nnU-Net with regions.
 
-    source: holds a folder a case, directly or in folders such as HGG and LGG. test: the same, labels may be missing.
-    Raises InputError with all that is wrong with the data.
+    Args:
+        source: The folder of the folders of cases, or of folders such as HGG and LGG that hold them.
+        dataset_id: The 21 in Dataset021_NAME.
+        convention: One of `CONVENTIONS`; None: the one that fits the file names.
+        test: As `source`, for test cases, whose labels may be missing.
+        name: The NAME in Dataset021_NAME.
+        processes: How many processes write cases.
+        link: Whether images become hard links instead of copies.
+
+    Returns:
+        The raw folder.
+
+    Raises:
+        InputError: With all that is wrong with the data.
     """
-    source = Path(source)
-    for folder in (source, test):
-        if folder is not None and not Path(folder).is_dir():
-            raise InputError(f"{folder}: there is no such folder")
-    convention = convention or _told_by_names(source)
+    source, test = require_folder(source), None if test is None else require_folder(test)
+    convention = convention or _find_convention(source)
     rules = CONVENTIONS[convention]
     problems: list[str] = []
     training = _cases(source, rules, problems, labelled=True)
-    tests = _cases(Path(test), rules, problems, labelled=False) if test is not None else []
+    tests = _cases(test, rules, problems, labelled=False) if test is not None else []
     channels = [channel for channel in rules.channels if any(channel in found for _, found, _ in training)]
     if training and len(channels) < 2:
         problems.append(f"{source}: two to four channels are expected; found: {', '.join(channels) or 'none'}")
@@ -89,8 +107,8 @@ def convert(source: Path, dataset_id: int, *, convention: str | None = None, tes
             if absent:
                 problems.append(f"{folder}: has no {', '.join(absent)}, which other cases have")
             elif channels:
-                yield Case(folder.name, tuple(Volume(found[channel]) for channel in channels), Volume(seg) if seg else None,
-                           values=rules.values)
+                yield Case(folder.name, tuple(Volume(found[channel]) for channel in channels),
+                           Volume(seg) if seg else None, values=rules.values)
 
     cases, test_cases = list(complete(training)), list(complete(tests))
     return write_dataset(Dataset(
@@ -98,12 +116,13 @@ def convert(source: Path, dataset_id: int, *, convention: str | None = None, tes
         training=cases, test=test_cases, patient_pattern=rules.patients,
         licence="CC BY-NC-SA 3.0" if convention == "2015" else "see the publisher's terms (synapse.org)",
         reference="Menze et al., IEEE TMI 2015, doi 10.1109/TMI.2014.2377694; Baid et al., arXiv 2107.02314",
-        roots=(source,) if test is None else (source, Path(test)), problems=problems, more={"convention": convention},
+        roots=(source,) if test is None else (source, test), problems=problems, more={"convention": convention},
     ), dataset_id, processes, link)
 
 
-def _told_by_names(source: Path) -> str:
-    names = [_stem(file) for file in _images(source, *CASES)]
+def _find_convention(source: Path) -> str:
+    """Return the convention that fits the names of the labels."""
+    names = [_stem(file) for file in find_files(source, NIFTI, (2, 3))]
     fitting = [key for key, rules in CONVENTIONS.items() if any(re.search(f"{rules.seg}$", name) for name in names)]
     if len(fitting) != 1:
         raise InputError(f"{source}: holds " + (f"labels named as in {' and '.join(fitting)}; give one --convention"
@@ -111,16 +130,17 @@ def _told_by_names(source: Path) -> str:
     return fitting[0]
 
 
-def _cases(source: Path, rules: Convention, problems: list[str], labelled: bool,
-           ) -> list[tuple[Path, dict[str, Path], Path | None]]:
-    """Folder, {channel: file} and label of every case."""
+def _cases(source: Path, rules: Convention, problems: list[str],
+           labelled: bool) -> list[tuple[Path, dict[str, Path], Path | None]]:
+    """Return folder, {channel: file} and label of every case."""
     cases = []
-    folders = sorted({file.parent for file in _images(source, *CASES)})
+    folders = sorted({file.parent for file in find_files(source, NIFTI, (2, 3))})
     if not folders:
         problems.append(f"{source}: holds no folders of cases, with images (.nii.gz)")
     for folder in folders:
-        files = _images(folder, "*")
-        found = {channel: [f for f in files if re.search(f"{end}$", _stem(f))] for channel, end in rules.channels.items()}
+        files = find_files(folder, NIFTI)
+        found = {channel: [f for f in files if re.search(f"{end}$", _stem(f))]
+                 for channel, end in rules.channels.items()}
         segs = [f for f in files if re.search(f"{rules.seg}$", _stem(f))]
         problems += [f"{folder}: has {len(fs)} files for {channel}: {', '.join(f.name for f in fs)}"
                      for channel, fs in (*found.items(), ("the label", segs)) if len(fs) > 1]
@@ -129,11 +149,6 @@ def _cases(source: Path, rules: Convention, problems: list[str], labelled: bool,
             continue
         cases.append((folder, {channel: fs[0] for channel, fs in found.items() if fs}, segs[0] if segs else None))
     return cases
-
-
-def _images(folder: Path, *patterns: str) -> list[Path]:
-    return sorted(f for pattern in patterns for f in folder.glob(pattern)
-                  if f.name.endswith((".nii.gz", ".nii")) and not f.name.startswith("."))
 
 
 def _stem(file: Path) -> str:

@@ -1,8 +1,8 @@
-"""Medical Segmentation Decathlon, any task: imagesTr, labelsTr, imagesTs and dataset.json, several channels in one 4-D file.
+"""Medical Segmentation Decathlon, any task: imagesTr, labelsTr, imagesTs, dataset.json; channels in one 4-D file.
 
-Antonelli et al., Nature Communications 2022, doi 10.1038/s41467-022-30695-9. nnU-Net's own convert_msd_dataset wants
-imagesTs, checks nothing and writes where the data set will lie, so an interrupted run leaves half of one; hence it is not
-called. On a proper task the images and labels are the same.
+Antonelli et al., Nature Communications 2022, doi 10.1038/s41467-022-30695-9. nnU-Net's own convert_msd_dataset is not
+called: it needs imagesTs and checks nothing, and if it is interrupted it leaves half a data set. On a proper task both
+write the same images and labels.
 """
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ import json
 import re
 from pathlib import Path
 
+from nnunet_confkd.dataset_conversion.common import find_files
+
 from nnunet_confkd.data.images import Volume, read
 from nnunet_confkd.data.raw_format import Case, Dataset, write_dataset
 from nnunet_confkd.errors import InputError
@@ -18,40 +20,54 @@ from nnunet_confkd.processes import PROCESSES
 
 DESCRIPTION = "Medical Segmentation Decathlon, any task (imagesTr, labelsTr, dataset.json)"
 ENDING = ".nii.gz"
+FILES = r"[^._].*\.nii\.gz"
 REFERENCE = "Antonelli et al., Nature Communications 2022, doi 10.1038/s41467-022-30695-9"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--labels", nargs="+", metavar="NAME", help="names of the values 0, 1, ..., where there is no "
-                        "dataset.json")
-    parser.add_argument("--channels", nargs="+", metavar="NAME", help="names of the channels, where there is no "
+    """Add the options of this converter."""
+    parser.add_argument("--labels", nargs="+", metavar="NAME",
+                        help="names of the values 0, 1, ..., if there is no dataset.json")
+    parser.add_argument("--channels", nargs="+", metavar="NAME", help="names of the channels, if there is no "
                         "dataset.json; \"CT\" chooses nnU-Net's CT normalisation")
 
 
 def convert(source: Path, dataset_id: int, *, labels: list[str] | None = None, channels: list[str] | None = None,
             name: str | None = None, processes: int = PROCESSES, link: bool = False) -> Path:
-    """Write a task as a fully labelled data set of nnU-Net; returns its folder.
+    """Write a task as a fully annotated data set of nnU-Net.
 
-    labels, channels: their names, where the task has no dataset.json. name: default: the task's, without its number.
-    Raises InputError with all that is wrong with the data.
+    Args:
+        source: The folder of the task.
+        dataset_id: The 4 in Dataset004_NAME.
+        labels: Names of the values 0, 1, ..., if the task has no dataset.json.
+        channels: Names of the channels, if the task has no dataset.json.
+        name: The NAME in Dataset004_NAME; default: the task's, without its number.
+        processes: How many processes write cases.
+        link: Whether images become hard links instead of copies.
+
+    Returns:
+        The raw folder.
+
+    Raises:
+        InputError: With all that is wrong with the data.
     """
     return write_dataset(task(source, labels, channels, name), dataset_id, processes, link)
 
 
-def task(source: Path, labels: list[str] | None = None, channels: list[str] | None = None, name: str | None = None,
-         ) -> Dataset:
-    """What `convert` writes."""
+def task(source: Path, labels: list[str] | None = None, channels: list[str] | None = None,
+         name: str | None = None) -> Dataset:
+    """Return what :func:`convert` writes, with the same arguments."""
     source = Path(source)
     missing = [sub for sub in ("imagesTr", "labelsTr") if not (source / sub).is_dir()]
     if missing:
-        raise InputError(f"{source}: has no folder {' and no folder '.join(missing)}; give the folder of one task, e.g. "
-                         f"Task04_Hippocampus")
+        raise InputError(f"{source}: has no folder {' and no folder '.join(missing)}; give the folder of one task, "
+                         f"e.g. Task04_Hippocampus")
     described = _described(source, labels, channels)
     problems: list[str] = []
     channel_names = [described["modality"][key] for key in sorted(described["modality"], key=int)]
     training = [Case(_name(image), _channels(image, channel_names), Volume(label))
                 for image, label in _pairs(source, described, problems)]
-    test = [Case(_name(image), _channels(image, channel_names)) for image in _files(source / "imagesTs")]
+    test = [Case(_name(image), _channels(image, channel_names)) for image in find_files(source / "imagesTs", FILES)]
     if not training and not problems:
         raise InputError(f"{source / 'imagesTr'}: holds no images ({ENDING})")
     return Dataset(
@@ -61,9 +77,9 @@ def task(source: Path, labels: list[str] | None = None, channels: list[str] | No
 
 
 def _described(source: Path, labels: list[str] | None, channels: list[str] | None) -> dict:
-    """dataset.json, with labels as {name: value}; or what the options say."""
+    """Return dataset.json, or what the options say, with labels as {name: value}."""
     file = source / "dataset.json"
-    where = str(file)  # of what is wrong
+    where = str(file)  # for messages
     if not file.is_file():
         if labels is None or channels is None:
             raise InputError(f"{file}: is missing; name the labels and the channels: --labels background NAME ... "
@@ -83,9 +99,10 @@ def _described(source: Path, labels: list[str] | None, channels: list[str] | Non
         raise InputError(f"{where}: is no description of a task: \"labels\" and \"modality\" must be objects like "
                          f'{{"0": "background", "1": "liver"}}, "training" a list ({type(error).__name__}: '
                          f"{error})") from error
-    if sorted(named.values()) != list(range(len(described["labels"]))) or len(named) < 2 or named.get("background") != 0:
-        raise InputError(f"{where}: the labels must be 0, 1, 2, ... with a name of its own each, \"background\" the first, "
-                         f"not {described['labels']}")
+    values = list(range(len(described["labels"])))
+    if sorted(named.values()) != values or len(named) < 2 or named.get("background") != 0:
+        raise InputError(f"{where}: the labels must be 0, 1, 2, ..., each with a name of its own, \"background\" the "
+                         f"first, not {described['labels']}")
     if sorted(map(int, modality)) != list(range(len(described["modality"]))) or not modality:
         raise InputError(f"{where}: the modalities must be numbered 0, 1, ..., not {described['modality']}")
     return {**described, "labels": named, "modality": modality}
@@ -99,9 +116,9 @@ def _read_json(file: Path) -> dict:
 
 
 def _pairs(source: Path, described: dict, problems: list[str]) -> list[tuple[Path, Path]]:
-    """Image and label of every training case: those that dataset.json lists, or, without a list, those in the folders."""
-    images = {_name(file): file for file in _files(source / "imagesTr")}
-    labels = {_name(file): file for file in _files(source / "labelsTr")}
+    """Return (image, label) of every training case that dataset.json lists; without a list, of those in the folders."""
+    images = {_name(file): file for file in find_files(source / "imagesTr", FILES)}
+    labels = {_name(file): file for file in find_files(source / "labelsTr", FILES)}
     if "training" not in described:
         problems += [f"{images[name]}: has no label in labelsTr" for name in sorted(set(images) - set(labels))]
         problems += [f"{labels[name]}: has no image in imagesTr" for name in sorted(set(labels) - set(images))]
@@ -125,19 +142,12 @@ def _pairs(source: Path, described: dict, problems: list[str]) -> list[tuple[Pat
     return pairs
 
 
-def _files(folder: Path) -> list[Path]:
-    """Images of a folder; macOS leaves hidden ones in the published archives."""
-    if not folder.is_dir():
-        return []
-    return sorted(f for f in folder.iterdir() if f.name.endswith(ENDING) and not f.name.startswith((".", "_")))
-
-
 def _name(file: Path) -> str:
     return file.name.removesuffix(ENDING)
 
 
 def _channels(image: Path, names: list[str]) -> tuple[Volume, ...]:
-    # not a volume a channel: a channel too many would go unnoticed
+    # one volume for the whole file, not for each channel: otherwise a channel too many would go unnoticed
     return (Volume(image) if len(names) == 1 else Volume(image, reader=read),)
 
 

@@ -1,19 +1,21 @@
-"""The errors that carry their reason in their text. The command line prints it without a traceback; any other exception is a
-fault of the program."""
+"""The errors whose text is meant for users, and how values are written in messages.
+
+The command line prints the text of these errors without a traceback. Any other exception is a fault of the program.
+"""
 import json
 from collections.abc import Callable, Iterable
 
 
 class InputError(ValueError):
-    """What the user gave does not allow what was asked for. The text names the file, what is wrong and what to do."""
+    """The input does not allow what was asked for. The text names the file, what is wrong and what to do."""
 
 
 class TrainingError(RuntimeError):
-    """A training cannot go on. The text says why, and what is left to go on from."""
+    """A training cannot go on. The text says why, and which checkpoint it can continue from."""
 
 
 def shown(value, as_text: Callable = json.dumps, longest: int = 200) -> str:
-    """A value for a message."""
+    """Return a value as text for a message, cut after `longest` characters."""
     try:
         text = as_text(value)
     except (TypeError, ValueError, RecursionError):
@@ -22,6 +24,6 @@ def shown(value, as_text: Callable = json.dumps, longest: int = 200) -> str:
 
 
 def some(values: Iterable, limit: int = 10) -> str:
-    """The first of the values, and how many more there are."""
+    """Return the first `limit` values as text, and how many more there are."""
     values = [str(value) for value in values]
     return ", ".join(values[:limit]) + (f" and {len(values) - limit} more" if len(values) > limit else "")

@@ -11,10 +11,10 @@ from pathlib import Path
 
 @contextmanager
 def written_whole(file: str | Path) -> Iterator[Path]:
-    """Write a file atomically: yield a path to write to, which replaces `file` only after it has been completely written.
+    """Write a file atomically: yield a path to write to, which replaces `file` after it has been completely written.
 
-    The path lies in the same folder and has the same ending, because many writers choose the format by the ending. After
-    an error nothing is left of it, and `file` is as it was.
+    The path lies in the same folder and has the same ending, because many writers choose the format by the ending.
+    After an error nothing is left of it, and `file` is as it was.
     """
     file = Path(file)
     aside = file.with_name(f".{os.getpid()}.{file.name}")
@@ -40,8 +40,15 @@ def write_text(file: str | Path, text: str) -> None:
         aside.write_text(text, encoding="utf-8", newline="")
 
 
-def write_json(file: str | Path, content, indent: int = 2) -> None:
-    """Write a JSON file atomically. Raises ValueError for numbers that JSON does not have (NaN, infinity)."""
+def write_json(file: str | Path, content, indent: int | None = 2) -> None:
+    """Write a JSON file atomically.
+
+    Args:
+        indent: Spaces per level; None writes all in one line.
+
+    Raises:
+        ValueError: A number is NaN or infinite, which JSON does not have.
+    """
     write_text(file, json.dumps(content, indent=indent, allow_nan=False) + "\n")
 
 

@@ -5,12 +5,11 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from functools import cache
 from multiprocessing import get_context, parent_process
-from queue import Empty, SimpleQueue
 
 from tqdm import tqdm
 
@@ -20,73 +19,78 @@ PROCESSES = min(8, os.cpu_count() or 1)
 
 
 def parallel(function: Callable, tasks: list[tuple], processes: int, text: str) -> list:
-    """[function(*task) for task in tasks], in processes, with a progress bar; in this process for one."""
-    bar = tqdm(total=len(tasks), desc=text, disable=None)
-    with bar:
-        if processes <= 1 or len(tasks) <= 1:
-            results = []
+    """Compute [function(*task) for task in tasks] in several processes, with a progress bar on a terminal.
+
+    tqdm's process_map cannot be used: it starts the workers without an initializer of ours, and Ctrl-C can break into
+    it.
+
+    Args:
+        function: It must be importable by the workers, and so must be what it takes and returns.
+        tasks: The arguments of each call.
+        processes: With one process, or one task, all is computed in this process.
+        text: What is done, for the progress bar.
+
+    Raises:
+        InputError: A worker was killed. Errors of `function` are raised as they are.
+    """
+    if processes <= 1 or len(tasks) <= 1:
+        return [function(*task) for task in tqdm(tasks, text, disable=None)]
+    with tqdm(total=len(tasks), desc=text, disable=None) as bar, _signals_held_back() as handle_signals:
+        pool = ProcessPoolExecutor(min(processes, len(tasks)), get_context("spawn"), _start_worker)
+        futures, results = [], []
+        try:
             for task in tasks:
-                results.append(function(*task))
+                futures.append(pool.submit(function, *task))
+                handle_signals()
+            for future in futures:
+                while not wait([future], timeout=0.1).done:
+                    handle_signals()
+                handle_signals()
+                results.append(future.result())
                 bar.update()
             return results
-        with _signals_between_steps() as look:
-            pool = ProcessPoolExecutor(min(processes, len(tasks)), get_context("spawn"), _start_worker)
-            futures, finished = [], SimpleQueue()
-            try:
-                for task in tasks:
-                    futures.append(pool.submit(function, *task))
-                    futures[-1].add_done_callback(finished.put)
-                    look()
-                for _ in futures:
-                    _next(finished, look).result()
-                    bar.update()
-                return [future.result() for future in futures]
-            except BrokenProcessPool as error:
-                look()  # SIGTERM to the whole group, as SLURM sends it, ends the workers first
-                raise InputError(f"{text}: a process was killed; did the memory run out? Try --processes 1") from error
-            finally:
-                pool.shutdown(wait=True, cancel_futures=True)  # an error or Ctrl-C does not wait for the rest
-
-
-def _next(queue: SimpleQueue, look: Callable[[], None]):
-    """The queue's next item; `look` is called before, and while there is none."""
-    while True:
-        look()
-        try:
-            return queue.get(timeout=0.1)
-        except Empty:
-            pass
+        except BrokenProcessPool as error:
+            handle_signals()  # SIGTERM to the whole group, as SLURM sends it, ends the workers first
+            raise InputError(f"{text}: a process was killed; did the memory run out? Try --processes 1") from error
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)  # after an error or Ctrl-C the remaining tasks are dropped
 
 
 @contextmanager
-def _signals_between_steps() -> Iterator[Callable[[], None]]:
-    """Yields a function; only when it is called, and at the end, what Ctrl-C and SIGTERM would raise is raised. At any other moment it could
-    leave a pool's locks held, and the pool would wait for itself forever."""
-    if threading.current_thread() is not threading.main_thread():  # it alone handles signals
-        yield lambda: None
-        return
-    handlers = {number: handler for number in (signal.SIGINT, signal.SIGTERM) if callable(handler := signal.getsignal(number))}
-    arrived: list[tuple] = []
+def _signals_held_back() -> Iterator[Callable[[], None]]:
+    """Hold Ctrl-C and SIGTERM back. Yield a function that handles those that have arrived; the end handles the rest.
 
-    def look() -> None:
+    A signal that raises an exception in the middle of a pool's code can leave a lock of the pool held. The pool then
+    waits for itself forever.
+    """
+    arrived: list[tuple] = []
+    handlers = {}
+    if threading.current_thread() is threading.main_thread():  # only this thread handles signals
+        handlers = {number: handler for number in (signal.SIGINT, signal.SIGTERM)
+                    if callable(handler := signal.getsignal(number))}
+
+    def handle_signals() -> None:
         if arrived:
-            number, frame = arrived.pop(0)
-            arrived.clear()  # pressed twice is pressed once
+            number, frame = arrived[0]
+            arrived.clear()  # a key that is pressed twice counts once
             handlers[number](number, frame)
 
     for number in handlers:
         signal.signal(number, lambda *signal_and_frame: arrived.append(signal_and_frame))
     try:
-        yield look
+        yield handle_signals
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
-    look()
+    handle_signals()
 
 
 def _start_worker() -> None:
-    """Ctrl-C reaches the whole group of processes: the main one ends the others, without their tracebacks. Where it was
-    killed and cannot, they would wait for it forever."""
+    """Prepare a worker process: ignore Ctrl-C, and end when the main process has ended.
+
+    Ctrl-C reaches all processes of a terminal. The main process then ends the workers, without a traceback of theirs.
+    If the main process was killed, it cannot, and they would wait for it forever.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
@@ -107,7 +111,8 @@ def terminable():
     Clusters announce the end of a job's time by SIGTERM. A handler that somebody else has set stays. Threads other than
     the main one cannot set handlers, so nothing changes there. Forked processes end at once, as they do by default.
     """
-    ours = threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    ours = in_main_thread and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
     if ours:
         _register_fork_hooks()
         signal.signal(signal.SIGTERM, _stop)
@@ -143,6 +148,6 @@ def _after_fork_in_child() -> None:
 
 @cache
 def _register_fork_hooks() -> None:
-    """Once, when they are first needed: hooks cannot be removed, and most programs that import this need none."""
+    """Register the hooks once, when they are first needed. They cannot be removed, and most programs need none."""
     if hasattr(os, "register_at_fork"):  # Windows never forks
         os.register_at_fork(before=_before_fork, after_in_parent=_after_fork, after_in_child=_after_fork_in_child)

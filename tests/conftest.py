@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from multiprocessing.context import BaseContext
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
+from types import SimpleNamespace
 
 # nnU-Net reads these when it is imported. A failing test must leave no background workers behind.
 os.environ["nnUNet_def_n_proc"] = "1"
@@ -251,6 +252,31 @@ def crossvalidation():
         return folds
 
     return read
+
+
+@pytest.fixture
+def nnunet_folders(tmp_path, monkeypatch) -> Path:
+    """A folder with nnU-Net's three folders, empty, as the environment variables name them."""
+    for name in ("raw", "preprocessed", "results"):
+        (tmp_path / "nnunet" / name).mkdir(parents=True)
+        monkeypatch.setenv(f"nnUNet_{name}", str(tmp_path / "nnunet" / name))
+    return tmp_path / "nnunet"
+
+
+@pytest.fixture
+def require_integrity(monkeypatch, capfd):
+    """nnU-Net's verify_dataset_integrity of a raw folder has nothing to say. In threads: processes take seconds to start."""
+    from nnunetv2.experiment_planning import verify_dataset_integrity as module
+    monkeypatch.setattr(module, "multiprocessing", SimpleNamespace(get_context=lambda _: SimpleNamespace(Pool=ThreadPool)))
+
+    def verify(folder: Path) -> None:
+        capfd.readouterr()
+        module.verify_dataset_integrity(str(folder), 1)
+        printed = capfd.readouterr().out
+        assert "verify_dataset_integrity Done" in printed
+        assert not any(word in printed.lower() for word in ("warning", "error:", "mismatch")), printed
+
+    return verify
 
 
 # ---- data sets and models ------------------------------------------------------------------------------------------

@@ -1,36 +1,41 @@
-"""nnU-Net's folders: where they are, how a data set is found in them, and how a new one gets there, completely or not at all."""
+"""nnU-Net's folders: where they are, and how a data set is found in them or written, completely or not at all."""
 from __future__ import annotations
 
-import json
 import os
 import re
 import shutil
-import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from nnunet_confkd.errors import InputError
+from nnunet_confkd.files import new_folder
 from nnunet_confkd.processes import terminable
 
 
 def raw_folder() -> Path:
+    """Return the folder that the variable nnUNet_raw names. Raises InputError if it is not set."""
     return _nnunet_folder("nnUNet_raw")
 
 
 def preprocessed_folder() -> Path:
+    """Return the folder that the variable nnUNet_preprocessed names. Raises InputError if it is not set."""
     return _nnunet_folder("nnUNet_preprocessed")
 
 
 def _nnunet_folder(variable: str) -> Path:
     if not os.environ.get(variable):
-        raise InputError(f"the environment variable {variable} is not set; nnU-Net's data sets lie in the folder that it "
-                         f"names: export {variable}=/path/to/{variable}")
+        raise InputError(f"the environment variable {variable} is not set. It names the folder of nnU-Net's data sets: "
+                         f"export {variable}=/path/to/{variable}")
     return Path(os.environ[variable])
 
 
 def folder_name(dataset_id: int, name: str) -> str:
-    """nnU-Net's name of a data set. Raises InputError where it cannot be one."""
+    """Return nnU-Net's name of a data set, for example Dataset027_ACDC.
+
+    Raises:
+        InputError: The id or the name is not one that nnU-Net takes.
+    """
     if not 1 <= dataset_id <= 999:
         raise InputError(f"the id of a data set is a number from 1 to 999, not {dataset_id}")
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", name):
@@ -39,7 +44,17 @@ def folder_name(dataset_id: int, name: str) -> str:
 
 
 def find_dataset(dataset: int | str) -> str:
-    """The folder name of a data set in nnUNet_raw, given as 27, "27" or "Dataset027_ACDC". Raises InputError."""
+    """Find a data set in nnUNet_raw.
+
+    Args:
+        dataset: For example 27, "27" or "Dataset027_ACDC".
+
+    Returns:
+        The name of its folder.
+
+    Raises:
+        InputError: There is no such data set, or there are several of this id.
+    """
     raw, text = raw_folder(), str(dataset)
     if text.isdigit():
         found = sorted(f.name for f in raw.glob(f"Dataset{int(text):03d}_*") if f.is_dir())
@@ -52,7 +67,7 @@ def find_dataset(dataset: int | str) -> str:
 
 
 def require_free_id(dataset_id: int) -> None:
-    """Raise InputError where any of nnU-Net's folders holds a data set of this id: nnU-Net would not know which to take."""
+    """Raise InputError if any of nnU-Net's folders has a data set of this id: nnU-Net would not know which to take."""
     for variable in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
         folder = Path(os.environ.get(variable) or os.devnull)
         taken = sorted(folder.glob(f"Dataset{dataset_id:03d}_*")) if folder.is_dir() else []
@@ -62,89 +77,54 @@ def require_free_id(dataset_id: int) -> None:
 
 @contextmanager
 def new_dataset(dataset_id: int, name: str) -> Iterator[tuple[Path, Path]]:
-    """Two hidden folders to write to, which become the raw and the preprocessed folder of a new data set at the end, or
-    vanish on an error. An empty preprocessed one is not kept.
+    """Write a new data set completely or not at all.
 
-    Raises InputError where the id is taken, another process is writing it, the folders cannot be written to, or an OSError
-    ends it.
+    Yield two hidden folders, which become the raw and the preprocessed folder of the data set at the end. They are
+    removed after an error. An empty preprocessed folder is not kept.
+
+    Raises:
+        InputError: The id is taken, another process is writing a data set of this id, a folder cannot be written to, or
+            the disk is full.
     """
-    finished = [folder / folder_name(dataset_id, name) for folder in (raw_folder(), preprocessed_folder())]
-    unfinished = [target.with_name(f".Dataset{dataset_id:03d}.unfinished") for target in finished]
-    # of its own name: what a process that was killed still writes, it does not write here
-    content = unfinished[0] / f"by-{os.getpid()}"
+    raw, preprocessed = (folder / folder_name(dataset_id, name) for folder in (raw_folder(), preprocessed_folder()))
     try:
-        with terminable():
+        with terminable(), _claim(raw.with_name(f".Dataset{dataset_id:03d}.lock")):
             require_free_id(dataset_id)
-            _claim(unfinished[0])
+            for folder in (raw.parent, preprocessed.parent):  # what a killed process has left could fill the disk
+                for left in folder.glob(f".Dataset{dataset_id:03d}_*.part*"):
+                    shutil.rmtree(left, ignore_errors=True)
+            written = False
             try:
-                content.mkdir()
-                shutil.rmtree(unfinished[1], ignore_errors=True)  # of a run that was killed
-                unfinished[1].mkdir(parents=True)
-                yield content, unfinished[1]
-                require_free_id(dataset_id)
-                if any(unfinished[1].iterdir()):
-                    unfinished[1].rename(finished[1])
-                try:
-                    content.rename(finished[0])
-                except BaseException:
-                    if not finished[0].exists():  # else it was interrupted just afterwards
-                        shutil.rmtree(finished[1], ignore_errors=True)
-                    raise
-            finally:
-                shutil.rmtree(unfinished[1], ignore_errors=True)
-                shutil.rmtree(content, ignore_errors=True)
-                if not content.exists():  # else the next run needs to know whose it was
-                    shutil.rmtree(unfinished[0], ignore_errors=True)
+                with new_folder(raw) as new_raw:
+                    with new_folder(preprocessed) as new_preprocessed:
+                        yield new_raw, new_preprocessed
+                        require_free_id(dataset_id)
+                    written = True
+                    with suppress(OSError):  # it is not empty
+                        preprocessed.rmdir()
+            except BaseException:
+                if written and not raw.exists():
+                    shutil.rmtree(preprocessed, ignore_errors=True)
+                raise
     except OSError as error:
-        raise InputError(f"{finished[0]}: cannot be written, nothing was kept; check the permissions and the space of "
-                         f"{finished[0].parent} and {finished[1].parent} ({error})") from error
+        raise InputError(f"{raw}: cannot be written, nothing was kept; check the permissions and the space of "
+                         f"{raw.parent} and {preprocessed.parent} ({error})") from error
 
 
-def _claim(folder: Path) -> None:
-    """Make the folder, or take over one that a killed process of this machine left behind."""
-    me = {"host": socket.gethostname(), "process": os.getpid()}
-    folder.parent.mkdir(parents=True, exist_ok=True)
+@contextmanager
+def _claim(lock_file: Path) -> Iterator[None]:
+    """Hold the lock of a data set's id. The system releases it however this process ends."""
+    from filelock import FileLock, Timeout  # commands that write no data set need not wait for this import
+
+    lock_file.parent.mkdir(parents=True, exist_ok=True)
     try:
-        folder.mkdir()
-    except FileExistsError:
-        owner = _owner_of(folder)
-        if owner["host"] != me["host"] or _is_running(owner["process"]):
-            raise _claimed(folder, owner) from None
-        try:  # of several that find it, one makes this folder, and knows then that nobody was faster
-            (folder / f"left-by-{owner['process']}").mkdir()
-        except FileExistsError:
-            raise _claimed(folder, owner) from None
-        if _owner_of(folder) != owner:
-            raise _claimed(folder, _owner_of(folder)) from None
-        for left in folder.glob("by-*"):
-            shutil.rmtree(left, ignore_errors=True)
-    try:
-        (folder / "owner.json").write_text(json.dumps(me))
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
-
-
-def _owner_of(folder: Path) -> dict:
-    try:
-        owner = json.loads((folder / "owner.json").read_text())
-        return {"host": owner["host"], "process": int(owner["process"])}
-    except (OSError, ValueError, KeyError, TypeError):
-        return {"host": "an unknown machine", "process": "unknown"}
-
-
-def _claimed(folder: Path, owner: dict) -> InputError:
-    return InputError(f"{folder}: another process (number {owner['process']} on {owner['host']}) is writing a data set of "
-                      f"this id. Wait for it; if there is none any more, remove the folder")
-
-
-def _is_running(process: int) -> bool:
-    if os.name == "nt":  # there os.kill ends it
-        return True
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass
-    return True
+        lock = FileLock(lock_file, timeout=0).acquire()
+    except Timeout as error:
+        raise InputError(f"{lock_file}: another process is writing a data set of this id. Wait for it, or choose "
+                         f"another --id") from error
+    with lock:
+        try:
+            yield
+        finally:
+            with suppress(OSError):  # Windows does not remove open files; there filelock does it
+                lock_file.unlink()

@@ -39,6 +39,7 @@ from nnunet_confkd.data.patients import patients_of, split_full_cases
 from nnunet_confkd.data.resampling import KeepAnnotations
 from nnunet_confkd.data.supervision import FULL, OUTSIDE, TABLE_KEY, UNLABELLED, annotation_counts, check_labels, decide_kinds, kind_of, summary
 from nnunet_confkd.errors import InputError
+from nnunet_confkd.files import written_whole
 
 BLOCK = "confkd"  # the key of the trainer's settings in the plans
 # of the fingerprint, where the statistics are not nnU-Net's: one without it counts ignored voxels as foreground
@@ -134,13 +135,11 @@ def _find_class(package: str, name: str, option: str) -> type:
 
 
 def _replace_json(file: Path, content) -> None:
-    """In nnU-Net's format; the file is whole at any time."""
-    aside = file.with_name(f".{file.name}.{os.getpid()}")
+    """Write a JSON file atomically, in nnU-Net's format. Raises InputError if it cannot be written."""
     try:
-        save_json(content, str(aside), sort_keys=False)
-        os.replace(aside, file)
+        with written_whole(file) as aside:
+            save_json(content, str(aside), sort_keys=False)
     except OSError as error:
-        aside.unlink(missing_ok=True)
         raise InputError(f"{file}: cannot be written: {error.strerror}") from error
 
 

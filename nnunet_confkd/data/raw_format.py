@@ -1,53 +1,52 @@
-"""The one writer of nnU-Net's raw format: what a converter found goes in, a checked data set comes out, or none at all."""
+"""Read and write data sets in nnU-Net's raw format. A data set is checked and written completely, or not at all."""
 from __future__ import annotations
 
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
+from glob import escape
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from nnunet_confkd.data.case_files import Case, Target, write_case
 from nnunet_confkd.data.folders import folder_name, new_dataset, preprocessed_folder, raw_folder
-from nnunet_confkd.data.images import Geometry, Volume, carry_over, ending_of, parts, stands_alone, write
+from nnunet_confkd.data.images import Volume
 from nnunet_confkd.data.json_files import read_description, read_folds
 from nnunet_confkd.data.patients import FOLDS, number_range, patients_of, split_full_cases
-from nnunet_confkd.data.supervision import FULL, PARTIAL, UNLABELLED
+from nnunet_confkd.data.supervision import FULL, UNLABELLED
+from nnunet_confkd.data.supervision import summary as kinds_summary
 from nnunet_confkd.errors import InputError, some
 from nnunet_confkd.files import write_json
 from nnunet_confkd.processes import PROCESSES, parallel
-
-
-@dataclass(frozen=True)
-class Case:
-    """One image with its label.
-
-    images: one volume a channel, or volumes of several (4-D, colours).
-    label: None for an unlabelled training case, or a test case without a label.
-    values: {value in the label file: value to write}; any other value is an error. None: those of the data set.
-    """
-    name: str
-    images: tuple[Volume, ...]
-    label: Volume | None = None
-    kind: str = FULL
-    values: dict[int, int] | None = None
 
 
 @dataclass
 class Dataset:
     """What a converter hands to :func:`write_dataset`.
 
-    name: `Dataset027_NAME`. labels: as in dataset.json, "ignore" included where any case is not full.
-    training: all cases of imagesTr. test: written to imagesTs and labelsTs.
-    validation: cases that are held back. They validate and never train. Empty: every fully annotated patient validates in
-        one fold and trains in the others.
-    folds: at most how many folds splits_final.json gets.
-    patient_pattern: a regular expression whose first group in the name of a case is the patient; None: a case a patient.
-    patients: {case: patient} for the folds, where the pattern cannot tell that two cases show the same patient.
-    roots: the folders that were given; a file that lies elsewhere (a link) is refused. Empty: no such check.
-    problems: what the converter found to be wrong; nothing is written then.
-    more: further entries of dataset.json.
+    Attributes:
+        name: The NAME in `Dataset027_NAME`.
+        channel_names: The names of the channels, which choose nnU-Net's normalisation ("CT").
+        labels: As in dataset.json, "ignore" included if any case is not fully annotated.
+        file_ending: The ending of all files, which is their format.
+        training: All cases of imagesTr.
+        validation: Names of cases that are held back. They validate and never train. Empty: every fully annotated
+            patient validates in one fold and trains in the others.
+        folds: At most how many folds splits_final.json gets.
+        test: Cases that are written to imagesTs and labelsTs.
+        regions_class_order: As in dataset.json.
+        patient_pattern: A regular expression whose first group in the name of a case is the patient. None: each case is
+            a patient of its own.
+        patients: {case: patient} for the folds, if the pattern cannot tell that two cases show the same patient.
+        licence: The licence of the data.
+        reference: What to cite.
+        roots: The folders that were given. A file that lies elsewhere (a link) is refused. Empty: there is no such
+            check.
+        problems: What the converter found to be wrong. Nothing is written then.
+        more: Further entries of dataset.json.
     """
     name: str
     channel_names: list[str]
@@ -71,16 +70,25 @@ class Dataset:
         """All values that a label file may hold, that of "ignore" included."""
         return label_values(self.labels)
 
+    @property
+    def kinds(self) -> dict[str, str]:
+        """{case: kind of supervision} of the training cases."""
+        return {case.name: case.kind for case in self.training}
+
 
 # ---- labels ---------------------------------------------------------------------------------------------------------
 
 def label_values(labels: Mapping[str, int | list[int]]) -> set[int]:
-    """All the integers in dataset.json's labels, regions taken apart."""
+    """Return all the integers in dataset.json's labels, those within regions too."""
     return {int(v) for value in labels.values() for v in (value if isinstance(value, (list, tuple)) else [value])}
 
 
 def with_ignore(labels: Mapping[str, int | list[int]]) -> dict[str, int | list[int]]:
-    """The labels with "ignore", where nnU-Net wants it: one above the highest. Raises InputError where it is elsewhere."""
+    """Return the labels with "ignore" where nnU-Net needs it: one above the highest label.
+
+    Raises:
+        InputError: The labels have an "ignore" of another value, or values that do not fit nnU-Net's 16 bits.
+    """
     wanted = max(label_values({name: value for name, value in labels.items() if name != "ignore"})) + 1
     if labels.get("ignore", wanted) != wanted:
         raise InputError(f"the ignore label is {labels['ignore']}, but nnU-Net needs the highest other label plus one, "
@@ -93,35 +101,45 @@ def with_ignore(labels: Mapping[str, int | list[int]]) -> dict[str, int | list[i
 # ---- writing --------------------------------------------------------------------------------------------------------
 
 def write_dataset(dataset: Dataset, dataset_id: int, processes: int = PROCESSES, link: bool = False) -> Path:
-    """Check all of it and write it to nnUNet_raw, and splits_final.json to nnUNet_preprocessed.
+    """Check a data set and write it to nnUNet_raw, and splits_final.json to nnUNet_preprocessed.
 
-    Images that nnU-Net can read are copied byte for byte, or with `link` become hard links (then a program that writes to
-    nnU-Net's image writes to the source's); what it cannot read is converted without loss. A label is copied where its
-    values and its grid need no change. Nothing stays behind where anything is wrong.
-    Returns the folder. Raises InputError with all that is wrong with the data, or for an id that is taken, a folder that
-    cannot be written to, or a full disk.
+    Args:
+        dataset: What to write.
+        dataset_id: The 27 in `Dataset027_NAME`.
+        processes: How many processes write cases.
+        link: Whether images that nnU-Net can read become hard links instead of copies. A program that writes to such an
+            image writes to the source's too.
+
+    Returns:
+        The raw folder of the data set.
+
+    Raises:
+        InputError: With all that is wrong with the data; or the id is taken, a folder cannot be written to, or the disk
+            is full. Nothing stays behind then.
     """
     with new_dataset(dataset_id, dataset.name) as (folder, preprocessed):
         write_into(folder, preprocessed, dataset, processes, link)
     return raw_folder() / folder_name(dataset_id, dataset.name)
 
 
-def write_into(folder: Path, preprocessed: Path, dataset: Dataset, processes: int = PROCESSES, link: bool = False) -> None:
-    """:func:`write_dataset` into the two folders of :func:`new_dataset`, for those that write more than that."""
+def write_into(folder: Path, preprocessed: Path, dataset: Dataset, processes: int = PROCESSES,
+               link: bool = False) -> None:
+    """Do what :func:`write_dataset` does, in the two folders of :func:`new_dataset`."""
     problems = [*dataset.problems, *_problems_of_the_whole(dataset)]
-    ignore = dataset.labels.get("ignore")
-    lean = replace(dataset, training=[], test=[])  # goes to a process with every case
-    tasks = [(case, folder / f"images{split}", folder / f"labels{split}", lean, ignore, link)
-             for split, cases in (("Tr", dataset.training), ("Ts", dataset.test)) for case in cases
-             if name_problem(case.name) is None]
-    # of a name that is there twice (see above) the first
-    tasks = list({task[0].name.lower(): task for task in reversed(tasks)}.values())[::-1]
-    for case, images, labels, *_ in tasks:
-        images.mkdir(exist_ok=True)
+    ignore: Any = dataset.labels.get("ignore")
+    tasks: dict[str, tuple[Case, Target]] = {}
+    for split, cases in (("Tr", dataset.training), ("Ts", dataset.test)):
+        target = Target(folder / f"images{split}", folder / f"labels{split}", dataset.file_ending,
+                        tuple(dataset.channel_names), frozenset(dataset.values), ignore, dataset.roots, link)
+        for case in cases:
+            if name_problem(case.name) is None:
+                tasks.setdefault(case.name.lower(), (case, target))  # a name that is there twice is a problem already
+    for case, target in tasks.values():
+        target.images.mkdir(exist_ok=True)
         if case.label is not None or case.kind != FULL:
-            labels.mkdir(exist_ok=True)
-    problems += [problem for found in parallel(_write_case, tasks, processes, f"writing {dataset.name}")
-                 for problem in found]
+            target.labels.mkdir(exist_ok=True)
+    results = parallel(write_case, list(tasks.values()), processes, f"writing {dataset.name}")
+    problems += [problem for found in results for problem in found]
     if problems:
         raise InputError(f"{len(problems)} problems; nothing was written:\n  " + "\n  ".join(problems)
                          if len(problems) > 1 else problems[0])
@@ -134,113 +152,10 @@ def write_into(folder: Path, preprocessed: Path, dataset: Dataset, processes: in
 
 
 def folds_of(dataset: Dataset) -> list[dict[str, list[str]]]:
-    """The folds of splits_final.json. Raises InputError where there are too few fully annotated patients."""
-    kinds = {case.name: case.kind for case in dataset.training}
-    patients = dataset.patients or patients_of(kinds, dataset.patient_pattern)
-    return split_full_cases(kinds, patients, {patients[case] for case in dataset.validation}, dataset.folds)
-
-
-
-
-
-
-
-
-
-
-
-
-def _write_case(case: Case, images: Path, labels: Path, dataset: Dataset, ignore: int | None, link: bool) -> list[str]:
-    """Write one case; returns what is wrong with it, and then may have written a part. Raises OSError for a full disk."""
-    problems, grid, channels, written, whole = [], None, 0, 0, {}
-    for volume in case.images:
-        source = (volume.file, volume.reader)
-        try:
-            if source not in whole:  # the channels of a 4-D file follow each other: read it once
-                _require_inside(volume.file, dataset.roots)
-                whole = {source: replace(volume, channel=None).read()}
-        except InputError as error:
-            problems.append(str(error))
-            continue
-        picture = whole[source] if volume.channel is None else whole[source].channel(volume.channel)
-        channels += len(picture.voxels)
-        if picture.voxels.dtype.kind == "f" and not np.isfinite(picture.voxels).all():
-            problems.append(f"{volume.file}: {int((~np.isfinite(picture.voxels)).sum())} voxels are not finite (NaN or "
-                            f"infinite); replace them")
-        grid = grid or picture.geometry
-        if dataset.file_ending.lower() == ".nii" and len(picture.geometry.size) < 3:
-            problems.append(f"{volume.file}: is two-dimensional, which nnU-Net does not read from .nii; compress all files "
-                            f"to .nii.gz")
-        problems += _grid_problems(volume.file, picture.geometry, case, grid)
-        if problems:
-            continue  # nothing will be kept
-        # to nnU-Net spacings that differ a little between channels are an error, and so is a .nii of several channels
-        as_it_is = _as_it_is(volume, dataset) and np.allclose(picture.geometry.spacing, grid.spacing) and (
-            len(picture.voxels) == 1 or dataset.file_ending.lower() != ".nii")
-        for voxels in [None] if as_it_is else picture.voxels:
-            target = images / f"{case.name}_{written:04d}{dataset.file_ending}"
-            written += 1
-            if as_it_is:
-                carry_over(volume.file, target, link)
-            else:
-                write(target, voxels, grid)
-    if not problems and channels != len(dataset.channel_names):
-        problems.append(f"{case.images[0].file}: the case has {channels} channels; {len(dataset.channel_names)} are "
-                        f"expected ({', '.join(dataset.channel_names)})")
-    return problems + _write_label(case, labels / f"{case.name}{dataset.file_ending}", grid, dataset, ignore)
-
-
-def _as_it_is(volume: Volume, dataset: Dataset) -> bool:
-    """Whether a copy of the file will do."""
-    return (volume.reader is None and volume.channel is None
-            and (ending_of(volume.file) or "").lower() == dataset.file_ending.lower() and stands_alone(volume.file))
-
-
-def _grid_problems(file: Path, geometry: Geometry, case: Case, grid: Geometry) -> list[str]:
-    return [f"{file}: is on another grid than {case.images[0].file}: {difference}; resample it, or correct its header"
-            for difference in geometry.differences(grid)]
-
-
-def _write_label(case: Case, target: Path, grid: Geometry | None, dataset: Dataset, ignore: int | None) -> list[str]:
-    """grid: of the image; None where it could not be read. Returns and raises as `_write_case`."""
-    dtype = np.uint8 if max(dataset.values) < 256 else np.uint16
-    if case.label is None:
-        if case.kind == FULL or grid is None:
-            return []  # a test case, or nothing to write
-        write(target, np.full(grid.size[::-1], ignore, dtype), grid)
-        return []
-    file = case.label.file
-    try:
-        _require_inside(file, dataset.roots)
-        picture = case.label.read()
-    except InputError as error:
-        return [str(error)]
-    if len(picture.voxels) != 1:
-        return [f"{file}: holds {len(picture.voxels)} channels; a label has one"]
-    label, grid = picture.voxels[0], grid or picture.geometry
-    allowed = case.values or {value: value for value in dataset.values - ({ignore} if case.kind == FULL else set())}
-    problems = _grid_problems(file, picture.geometry, case, grid)
-    found = np.unique(label)
-    whole = np.isfinite(found) & (found == np.rint(found))
-    fractions, values = found[~whole], [int(value) for value in found[whole]]
-    strange = [value for value in values if value not in allowed]
-    if len(fractions):
-        problems.append(f"{file}: holds values that are no integers: {some(fractions)}; correct the label")
-    if strange:
-        problems.append(f"{file}: holds the values {some(strange)}; a {case.kind} label may hold {some(sorted(allowed))}; "
-                        f"correct the label, or name and map these values")
-    if problems:
-        return problems
-    # (nnU-Net's reader of TIFF and PNG makes floats of all, so that those labels are written anew)
-    unchanged = label.dtype.kind in "iu" and all(allowed[value] == value for value in found)
-    if unchanged and _as_it_is(case.label, dataset) and picture.geometry.equals_for_nnunet(grid):
-        carry_over(file, target)  # never a link: labels are what people edit
-        return []
-    written = np.zeros(label.shape, dtype)
-    for value in found:
-        written[label == value] = allowed[value]
-    write(target, written, grid)
-    return []
+    """Return the folds of splits_final.json. Raises InputError if there are too few fully annotated patients."""
+    patients = dataset.patients or patients_of(dataset.kinds, dataset.patient_pattern)
+    held_back = {patients[case] for case in dataset.validation}
+    return split_full_cases(dataset.kinds, patients, held_back, dataset.folds)
 
 
 def _dataset_json(dataset: Dataset) -> dict:
@@ -248,7 +163,7 @@ def _dataset_json(dataset: Dataset) -> dict:
         "channel_names": {str(i): name for i, name in enumerate(dataset.channel_names)}, "labels": dataset.labels,
         "numTraining": len(dataset.training), "file_ending": dataset.file_ending, "name": dataset.name,
         "licence": dataset.licence, "reference": dataset.reference,
-        "supervision": {case.name: case.kind for case in sorted(dataset.training, key=lambda case: case.name)}}
+        "supervision": dict(sorted(dataset.kinds.items()))}
     if dataset.regions_class_order is not None:
         described["regions_class_order"] = dataset.regions_class_order
     if dataset.patient_pattern is not None:
@@ -257,46 +172,43 @@ def _dataset_json(dataset: Dataset) -> dict:
 
 
 def summary(folder: Path) -> str:
-    """A few lines on a data set that was just written, and what comes next."""
+    """Return a few lines on a data set that was just written, and on what comes next."""
     described = json.loads((folder / "dataset.json").read_text(encoding="utf-8"))
-    kinds = described["supervision"]
+    kinds, pattern = described["supervision"], described.get("patient_pattern")
     splits = preprocessed_folder() / folder.name / "splits_final.json"
     number = int(folder.name[7:10])
-    counts = ", ".join(f"{list(kinds.values()).count(kind)} {kind}" for kind in (FULL, PARTIAL, UNLABELLED))
     if splits.is_file():
-        pattern = described.get("patient_pattern")
         text = _folds_text(json.loads(splits.read_text(encoding="utf-8")), kinds, patients_of(kinds, pattern),
                            "patients" if pattern else "cases")
     else:
-        text = (f"no split was written: it takes two fully annotated patients to spare one for validation. Train on fold "
-                f"'all': confkd train {number} CONFIGURATION all")
-    return (f"{folder}: {len(kinds)} training cases ({counts})\n{text}\n"
+        text = (f"no split was written: it takes two fully annotated patients to spare one for validation. Train on "
+                f"fold 'all': confkd train {number} CONFIGURATION all")
+    return (f"{folder}: {len(kinds)} training cases ({kinds_summary(kinds)})\n{text}\n"
             f"next: confkd check -d {number}, then confkd plan -d {number}")
 
 
 def _folds_text(folds: list[dict[str, list[str]]], kinds: dict[str, str], patients: dict[str, str], noun: str) -> str:
-    """What the folds train and validate on, and what a single fold means. noun: "patients", or "cases" where each is one."""
+    """Say what the folds train and validate on. `noun` is "patients", or "cases" if each case is a patient."""
     full = set(patients.values()) - {patients[case] for case, kind in kinds.items() if kind != FULL}
     training = [full & {patients[case] for case in fold["train"]} for fold in folds]
     validating = [{patients[case] for case in fold["val"]} for fold in folds]
     held_back = len(full - set().union(*training))
     counts = [number_range(map(len, sets)) for sets in (training, validating)]
     if len(folds) == 1:
-        return (f"one fold: fold 0 trains on {counts[0]} fully annotated {noun} and validates on {counts[1]}, which are held "
-                f"back. There are no folds 1 to 4: give -f 0 to nnUNetv2_find_best_configuration and nnUNetv2_predict")
+        return (f"one fold: fold 0 trains on {counts[0]} fully annotated {noun} and validates on {counts[1]}, which "
+                f"are held back. There are no folds 1 to 4: give -f 0 to nnUNetv2_find_best_configuration and "
+                f"nnUNetv2_predict")
     if held_back:
-        return (f"{len(folds)} folds: each trains on the same {counts[0]} fully annotated {noun} and validates on {counts[1]} of "
-                f"{held_back} that are held back from training")
-    return (f"{len(folds)} folds over {len(full)} fully annotated {noun}: each trains on {counts[0]} of them and validates on "
-            f"{counts[1]}; all other cases train in every fold")
-
-
+        return (f"{len(folds)} folds: each trains on the same {counts[0]} fully annotated {noun} and validates on "
+                f"{counts[1]} of {held_back} that are held back from training")
+    return (f"{len(folds)} folds over {len(full)} fully annotated {noun}: each trains on {counts[0]} of them and "
+            f"validates on {counts[1]}; all other cases train in every fold")
 
 
 # ---- what is wrong with the whole -----------------------------------------------------------------------------------
 
 def name_problem(name: str) -> str | None:
-    """Why nnU-Net, or some file system, cannot have a case of this name; None if it can."""
+    """Say why nnU-Net, or some file system, cannot have a case of this name. None: it can."""
     if not name or name != name.strip() or name.startswith("."):
         return "is empty, hidden, or begins or ends with a space"
     if re.search(r'[\x00-\x1f/\\:*?"<>|]', name):
@@ -324,78 +236,81 @@ def _problems_of_the_whole(dataset: Dataset) -> list[str]:
                  if case.label is None and case.kind != UNLABELLED]
     if any(case.kind != FULL for case in cases) and "ignore" not in dataset.labels:
         problems.append("there are partial or unlabelled cases, but the labels have no \"ignore\"")
+    return problems + _validation_problems(dataset)
+
+
+def _validation_problems(dataset: Dataset) -> list[str]:
+    kinds = dataset.kinds
     try:
-        patients = patients_of([case.name for case in dataset.training], dataset.patient_pattern)
+        patients = patients_of(kinds, dataset.patient_pattern)
     except InputError as error:
-        return [*problems, str(error)]
+        return [str(error)]
     patients = dataset.patients or patients
-    kinds = {case.name: case.kind for case in dataset.training}
-    problems += [f"{name}: is to validate, but its label is {kinds.get(name, 'not there')}"
-                 for name in dataset.validation if kinds.get(name) != FULL]
+    problems = [f"{name}: is to validate, but its label is {kinds.get(name, 'not there')}"
+                for name in dataset.validation if kinds.get(name) != FULL]
     held_back = {patients.get(name) for name in dataset.validation}
     both = {patient for name, patient in patients.items() if patient in held_back and name not in dataset.validation}
     return problems + [f"patient {patient}: has cases for training and for validation" for patient in sorted(both)]
 
 
-def _require_inside(file: Path, roots: tuple[Path, ...]) -> None:
-    """A link, a path with .., or a header that names another file could bring in anything."""
-    for part in parts(file) if roots else ():
-        if not any(part.resolve().is_relative_to(root.resolve()) for root in roots):
-            raise InputError(f"{part}: leads out of the source folder, to {part.resolve()}; copy it there, or give the "
-                             f"folder that holds it")
-
-
-# ---- reading ----------------------------------------------------------------------------------------------------------
+# ---- reading --------------------------------------------------------------------------------------------------------
 
 def raw_dataset(folder: Path, name: str) -> Dataset:
-    """A data set in nnU-Net's raw format, its training cases taken for full."""
+    """Return a data set in nnU-Net's raw format under a new name. Its training cases are taken for fully annotated."""
     described, cases = read_raw(folder)
     known = ("labels", "channel_names", "file_ending", "regions_class_order", "licence", "reference", "dataset", "name",
              "numTraining", "supervision", "patient_pattern")
     return Dataset(
         name=name, channel_names=list(described["channel_names"].values()), labels=described["labels"],
-        file_ending=described["file_ending"], test=_test_cases(folder, described),
-        training=[Case(case, tuple(Volume(f) for f in images), Volume(label)) for case, (images, label) in cases.items()],
+        file_ending=described["file_ending"], test=_test_cases(folder, described["file_ending"]),
+        training=[Case(case, tuple(Volume(f) for f in images), Volume(label))
+                  for case, (images, label) in cases.items()],
         regions_class_order=described.get("regions_class_order"), licence=described.get("licence", "unknown"),
-        reference=described.get("reference", ""), more={key: value for key, value in described.items() if key not in known})
+        reference=described.get("reference", ""),
+        more={key: value for key, value in described.items() if key not in known})
 
 
 def read_raw(folder: Path) -> tuple[dict, dict[str, tuple[list[Path], Path]]]:
-    """dataset.json and {case: (images, label)} of a data set in nnU-Net's raw format."""
+    """Return dataset.json and {case: (images, label)} of a data set in nnU-Net's raw format.
+
+    Raises:
+        InputError: The folder is no such data set.
+    """
     from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
 
     try:
         described = read_description(folder / "dataset.json")
         cases = get_filenames_of_train_images_and_targets(str(folder), described)
-        return described, {str(case): ([Path(f) for f in files["images"]], Path(files["label"])) for case, files in cases.items()}
+        return described, {str(case): ([Path(f) for f in files["images"]], Path(files["label"]))
+                           for case, files in cases.items()}
     except (OSError, ValueError, KeyError) as error:
-        raise InputError(f"{folder}: is no data set in nnU-Net's raw format ({type(error).__name__}: {error}); confkd check tells "
-                         f"more") from error
+        raise InputError(f"{folder}: is no data set in nnU-Net's raw format ({type(error).__name__}: {error}); confkd "
+                         f"check tells more") from error
 
 
-def _test_cases(folder: Path, described: dict) -> list[Case]:
-    ending, cases = described["file_ending"], []
-    images = folder / "imagesTs"
+def _test_cases(folder: Path, ending: str) -> list[Case]:
+    images, labels = folder / "imagesTs", folder / "labelsTs"
     names = {f.name[:-len(ending) - 5] for f in images.glob(f"*_????{ending}")} if images.is_dir() else set()
-    for name in sorted(names):
-        label = folder / "labelsTs" / (name + ending)
-        cases.append(Case(name, tuple(Volume(f) for f in sorted(images.glob(f"{_escaped(name)}_????{ending}"))),
-                          Volume(label) if label.is_file() else None))
-    return cases
-
-
-def _escaped(name: str) -> str:
-    from glob import escape
-    return escape(name)
+    return [Case(name, tuple(Volume(f) for f in sorted(images.glob(f"{escape(name)}_????{ending}"))),
+                 Volume(labels / (name + ending)) if (labels / (name + ending)).is_file() else None)
+            for name in sorted(names)]
 
 
 def validation_patients(dataset: str, patients: dict[str, str]) -> set[str] | None:
-    """The patients that the source's first fold validates on; None without a split."""
+    """Return the patients that the first fold of a data set validates on; None without a splits_final.json.
+
+    Args:
+        dataset: The name of the data set's folder.
+        patients: {case: patient} of all its training cases.
+
+    Raises:
+        InputError: The fold names a case that the data set does not have.
+    """
     file = preprocessed_folder() / dataset / "splits_final.json"
     if not file.is_file():
         return None
     cases = read_folds(file)[0]["val"]
     unknown = [case for case in cases if case not in patients]
     if unknown:
-        raise InputError(f"{file}: names cases that {dataset} does not have: {', '.join(unknown[:10])}")
+        raise InputError(f"{file}: names cases that {dataset} does not have: {some(unknown)}")
     return {patients[case] for case in cases}

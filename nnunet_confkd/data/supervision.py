@@ -6,7 +6,6 @@ single annotated voxels.
 from __future__ import annotations
 
 import json
-import os
 import warnings
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -19,6 +18,7 @@ from tqdm import tqdm
 from nnunet_confkd.data.images import count_voxels
 from nnunet_confkd.data.json_files import NEEDED
 from nnunet_confkd.errors import InputError
+from nnunet_confkd.files import write_json
 
 if TYPE_CHECKING:  # worker processes that only convert files need no torch
     from nnunetv2.utilities.label_handling.label_handling import LabelManager
@@ -100,10 +100,8 @@ def _read_cache(cache: str | Path | None, labels: list[int]) -> dict:
 
 
 def _write_cache(cache: str | Path, labels: list[int], cases: dict) -> None:
-    aside = Path(f"{cache}.{os.getpid()}")
     try:
-        aside.write_text(json.dumps({"labels": labels, "cases": cases}))
-        os.replace(aside, cache)
+        write_json(cache, {"labels": labels, "cases": cases}, indent=None)
     except OSError as error:  # read-only data is no reason not to train
         warnings.warn(f"could not keep the annotation counts in {cache}: {error}", stacklevel=2)
 

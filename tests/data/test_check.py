@@ -17,7 +17,8 @@ from nnunet_confkd.dataset_conversion import acdc
 from skimage import io
 
 from nnunet_confkd import cli
-from nnunet_confkd.data.check import Report, check_dataset
+from nnunet_confkd.data.check import check_dataset
+from nnunet_confkd.data.check_report import Report, percent
 from nnunet_confkd.data.patients import split_full_cases
 from nnunet_confkd.errors import InputError
 
@@ -166,10 +167,8 @@ def test_a_correct_data_set_has_the_right_kinds_and_counts_and_nothing_to_compla
     assert (report["dataset"], report["labels"], report["channels"]) == ("Dataset007_Toy", LABELS, ["T1", "T2"])
 
 
-def test_nnunet_agrees_that_nothing_is_wrong(data):
-    from nnunetv2.experiment_planning.verify_dataset_integrity import verify_dataset_integrity
-
-    verify_dataset_integrity(str(data.folder), 1)  # raises
+def test_nnunet_agrees_that_nothing_is_wrong(data, require_integrity):
+    require_integrity(data.folder)
 
 
 def test_nothing_is_written(data, check):
@@ -405,8 +404,8 @@ def test_an_image_without_a_number_is_an_error(data, check):
 def test_files_of_other_endings_are_a_warning(data, check):
     for name in ("imagesTr/p9_0000.nii", "imagesTr/notes.txt", "labelsTr/p9.NII.GZ", "imagesTr/.DS_Store"):
         (data.folder / name).write_text("")
-    check([], [r"imagesTr: nnU-Net passes over the files that do not end with .nii.gz: notes.txt, p9_0000.nii$",
-               r"labelsTr: nnU-Net passes over .*: p9.NII.GZ$"])
+    check([], [r"imagesTr: nnU-Net does not read files that do not end with .nii.gz: notes.txt, p9_0000.nii$",
+               r"labelsTr: nnU-Net does not read .*: p9.NII.GZ$"])
 
 
 @pytest.mark.parametrize("missing", ["images", "labels"])
@@ -727,7 +726,7 @@ def test_cases_in_no_fold_are_a_warning(data, check):
 def test_a_missing_split_is_a_warning_that_tells_what_the_trainer_does(data, check):
     data.split_file.unlink()
     # three patients are full
-    report = check([], [r"splits_final.json: there is no split. The trainer will write 3 folds of the fully labelled cases; "
+    report = check([], [r"splits_final.json: there is no split. The trainer will write 3 folds of the fully annotated cases; "
                         r"all others train in every fold$", SINGLE])
     assert report["split"] == {"file": None, "folds": [], "unused": []}
     data.describe(patient_pattern=NOWHERE)
@@ -866,7 +865,7 @@ def test_more_than_forty_cases_are_summarised_unless_all_are_asked_for():
 
 
 def test_the_option_all_reaches_the_text(data, capsys, monkeypatch):
-    monkeypatch.setattr("nnunet_confkd.data.check.ROWS", 6)
+    monkeypatch.setattr("nnunet_confkd.data.check_report.ROWS", 6)
     for argv, row in (([], False), (["--all"], True)):
         cli.main(["check", "-d", "7", "--processes", "1", *argv])
         assert ("\np3_a " in capsys.readouterr().out) == row
@@ -884,8 +883,7 @@ def test_many_classes_stand_below_each_other_within_a_hundred_columns():
 @pytest.mark.parametrize("share, text", [(None, "-"), (0, "0 %"), (1, "100 %"), (0.99999, ">99.9 %"), (1e-7, "<0.001 %"),
                                          (0.24, "24.0 %"), (0.0101, "1.01 %"), (0.00002, "0.00200 %")])
 def test_a_share_never_looks_like_none_or_all_when_it_is_not(share, text):
-    from nnunet_confkd.data.check import _percent
-    assert _percent(share) == text
+    assert percent(share) == text
 
 
 # ---- real data ------------------------------------------------------------------------------------------------------

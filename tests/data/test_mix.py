@@ -18,14 +18,6 @@ CLASSES = ["background", "organ", "tumour"]
 
 
 @pytest.fixture
-def nnunet_folders(tmp_path, monkeypatch):
-    """nnU-Net's three folders, not there yet."""
-    for name in ("raw", "preprocessed", "results"):
-        monkeypatch.setenv(f"nnUNet_{name}", str(tmp_path / "nnunet" / name))
-    return tmp_path / "nnunet"
-
-
-@pytest.fixture
 def folders(tmp_path):
     """Ten full, four partial (9: not annotated) and three unlabelled cases."""
     rng = np.random.default_rng(0)
@@ -106,9 +98,8 @@ def test_each_full_case_validates_in_one_of_five_folds_and_all_others_train(fold
     assert all(sorted(fold["train"] + fold["val"]) == sorted(kinds) for fold in folds)
 
 
-def test_nnunet_finds_nothing_wrong(folders, nnunet_folders):
-    from nnunetv2.experiment_planning.verify_dataset_integrity import verify_dataset_integrity
-    verify_dataset_integrity(str(_mix(folders)), 1)
+def test_nnunet_finds_nothing_wrong(folders, nnunet_folders, require_integrity):
+    require_integrity(_mix(folders))
 
 
 @pytest.mark.parametrize("left_out", [("partial",), ("unlabelled",)])
@@ -210,7 +201,7 @@ def test_a_format_unlike_the_others_is_converted(folders, nnunet_folders):
     assert np.array_equal(_read(target / "imagesTr" / "unlabelled0_0000.nii.gz"), expected)
 
 
-def test_flat_pictures_are_mixed(tmp_path, nnunet_folders):
+def test_flat_pictures_are_mixed(tmp_path, nnunet_folders, require_integrity):
     from skimage import io
     rng = np.random.default_rng(0)
     for kind in ("full", "partial"):
@@ -228,8 +219,7 @@ def test_flat_pictures_are_mixed(tmp_path, nnunet_folders):
     assert described["channel_names"] == {"0": "channel_0", "1": "channel_1", "2": "channel_2"}  # red, green, blue
     weak, given = io.imread(target / "labelsTr" / "partial0.png"), io.imread(tmp_path / "partial" / "labels" / "partial0.png")
     assert np.array_equal(weak, np.where(given == 255, 2, given))
-    from nnunetv2.experiment_planning.verify_dataset_integrity import verify_dataset_integrity
-    verify_dataset_integrity(str(target), 1)
+    require_integrity(target)
 
 
 def test_folders_may_have_nnunets_names(folders, nnunet_folders):

@@ -264,9 +264,8 @@ KINDS = ["full"] * 3 + ["partial"] * 2 + ["cropped", "unlabelled"]
 
 @pytest.fixture(scope="module", autouse=True)
 def faster():
-    """Fewer samples of intensities for the fingerprint, and no twelve processes to find the files."""
+    """Fewer samples of intensities for the fingerprint."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("nnunetv2.utilities.utils.Pool", ThreadPool)
         patch.setattr(DatasetFingerprintExtractor, "num_foreground_voxels_for_intensitystats",
                       property(lambda self: 5e6, lambda self, value: None), raising=False)
         yield

@@ -12,11 +12,9 @@ from batchgeneratorsv2.transforms.utils.compose import ComposeTransforms
 from batchgeneratorsv2.transforms.utils.remove_label import RemoveLabelTransform
 from nnunetv2.training.dataloading.data_loader import nnUNetDataLoader
 from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2
-from nnunetv2.utilities.crossval_split import generate_crossval_split
 from nnunetv2.utilities.label_handling.label_handling import LabelManager
 
 from nnunet_confkd.data.images import count_voxels
-from nnunet_confkd.data.patients import split_full_cases
 from nnunet_confkd.data.supervision import (
     FULL,
     OUTSIDE,
@@ -113,30 +111,6 @@ def test_labels_that_nnunet_cannot_use_are_refused_with_the_reason(described, te
 def test_good_ignore_labels_pass():
     check_labels({"labels": {"background": 0, "a": 1}})
     check_labels({"labels": {"background": 0, "whole": [1, 2], "core": [2], "ignore": 3}, "regions_class_order": [1, 2]})
-
-
-def test_default_folds_validate_each_full_case_once_and_train_the_others_always():
-    kinds = {f"f{i}": FULL for i in range(7)} | {"p": PARTIAL, "u": UNLABELLED}
-    splits = split_full_cases(kinds)
-    nnunets = generate_crossval_split(sorted(f"f{i}" for i in range(7)), seed=12345, n_splits=5)  # its own seed: the same in every run
-    assert [split["val"] for split in splits] == [sorted(split["val"]) for split in nnunets]
-    assert len(splits) == 5
-    assert sorted(case for split in splits for case in split["val"]) == sorted(f"f{i}" for i in range(7))
-    for split in splits:
-        assert {"p", "u"} <= set(split["train"]) and not set(split["train"]) & set(split["val"])
-    assert len(split_full_cases({"a": FULL, "b": FULL, "p": PARTIAL})) == 2
-    with pytest.raises(InputError, match="^fewer than two patients .* Train on fold 'all' .confkd train ID CONFIGURATION all., or annotate another"):
-        split_full_cases({"a": FULL, "p": PARTIAL})
-
-
-def test_patients_are_never_split_and_those_with_partial_cases_only_train():
-    kinds = {"p1_a": FULL, "p1_b": FULL, "p2_a": FULL, "p3_a": FULL, "p3_b": PARTIAL, "p4_a": UNLABELLED}
-    splits = split_full_cases(kinds, {case: case[:2] for case in kinds})
-    assert sorted(split["val"] for split in splits) == [["p1_a", "p1_b"], ["p2_a"]]
-    for split in splits:
-        assert sorted(split["train"] + split["val"]) == sorted(kinds)
-    with pytest.raises(InputError, match="fewer than two patients"):
-        split_full_cases({"p1_a": FULL, "p1_b": FULL}, {"p1_a": "p1", "p1_b": "p1"})
 
 
 # ---- counting on real preprocessed data -----------------------------------------------------------------------------

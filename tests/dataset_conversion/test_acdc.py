@@ -55,11 +55,11 @@ def _nnunet(folder, monkeypatch):
 def real(test_data, tmp_path_factory) -> Path:
     """All 200 frames with their scribbles, three patients full: the raw folder."""
     with pytest.MonkeyPatch.context() as monkeypatch:
-        nnunet = _nnunet(tmp_path_factory.mktemp("acdc"), monkeypatch)
+        nnunet_folders = _nnunet(tmp_path_factory.mktemp("acdc"), monkeypatch)
         before = _times(test_data / "acdc") | _times(test_data / "acdc_scribbles")
         folder = acdc.convert(test_data / "acdc", 27, scribbles=test_data / "acdc_scribbles", full=["3"], processes=1)
         assert _times(test_data / "acdc") | _times(test_data / "acdc_scribbles") == before
-        assert folder == nnunet / "raw" / "Dataset027_ACDC" and os.listdir(nnunet / "raw") == ["Dataset027_ACDC"]
+        assert folder == nnunet_folders / "raw" / "Dataset027_ACDC" and os.listdir(nnunet_folders / "raw") == ["Dataset027_ACDC"]
         yield folder
 
 
@@ -146,12 +146,9 @@ def test_it_says_whose_data_they_are(described):
         "supervision": described["supervision"]}
 
 
-def test_nnunet_finds_nothing_wrong(real, capfd):
-    from nnunetv2.experiment_planning.verify_dataset_integrity import verify_dataset_integrity
-    verify_dataset_integrity(str(real), num_processes=1)
-    out = capfd.readouterr().out
-    assert "verify_dataset_integrity Done" in out
-    assert not any(word in out for word in ("Warning:", "Error:"))
+@pytest.mark.slow  # 200 cases
+def test_nnunet_finds_nothing_wrong_in_the_real_files(real, require_integrity):
+    require_integrity(real)
 
 
 # ---- generated files ------------------------------------------------------------------------------------------------
@@ -178,11 +175,6 @@ def _patient(folder, es, rng, masks=True, ed=1):
 
 
 @pytest.fixture
-def nnunet(tmp_path, monkeypatch) -> Path:
-    return _nnunet(tmp_path / "nnunet", monkeypatch)
-
-
-@pytest.fixture
 def source(tmp_path) -> Path:
     """Six training patients as published, and a file and a folder that are none."""
     rng = np.random.default_rng(0)
@@ -206,11 +198,15 @@ def scribbles(source, tmp_path) -> Path:
     return tmp_path / "scribbles"
 
 
+def test_nnunet_finds_nothing_wrong(source, scribbles, nnunet_folders, require_integrity):
+    require_integrity(acdc.convert(source, 27, scribbles=scribbles, full=["2"], processes=1))
+
+
 ALL = sorted(f"{patient}_frame{frame:02d}" for patient in PATIENTS
              for frame in (4 if patient == "patient090" else 1, ES[patient]))
 
 
-def test_without_scribbles_all_masks_are_kept(source, nnunet, crossvalidation):
+def test_without_scribbles_all_masks_are_kept(source, nnunet_folders, crossvalidation):
     folder = acdc.convert(source, 27, name="Full", processes=1)
     described = json.loads((folder / "dataset.json").read_text())
     assert folder.name == "Dataset027_Full" and described["labels"] == LABELS and described["reference"] == REFERENCE
@@ -220,10 +216,10 @@ def test_without_scribbles_all_masks_are_kept(source, nnunet, crossvalidation):
         assert len(fold["val"]) == 2 * len({case.split("_")[0] for case in fold["val"]})
 
 
-def test_the_chosen_patients_are_full_the_others_scribbled(source, scribbles, nnunet):
+def test_the_chosen_patients_are_full_the_others_scribbled(source, scribbles, nnunet_folders):
     folder = acdc.convert(source, 27, scribbles=scribbles, full=["patient002", "patient090"], processes=1)
     kinds = json.loads((folder / "dataset.json").read_text())["supervision"]
-    split, = json.loads((nnunet / "preprocessed" / folder.name / "splits_final.json").read_text())
+    split, = json.loads((nnunet_folders / "preprocessed" / folder.name / "splits_final.json").read_text())
     assert {case.split("_")[0] for case in split["train"] if kinds[case] == "full"} == {"patient002", "patient090"}
     assert sorted(kinds) == ALL and sum(kind == "partial" for kind in kinds.values()) == 6
     for case, kind in kinds.items():
@@ -233,7 +229,7 @@ def test_the_chosen_patients_are_full_the_others_scribbled(source, scribbles, nn
 
 
 @pytest.mark.parametrize("masks", [True, False])
-def test_testing_is_written_with_and_without_masks(source, nnunet, masks):
+def test_testing_is_written_with_and_without_masks(source, nnunet_folders, masks):
     _patient(source / "testing" / "patient101", 14, np.random.default_rng(1), masks)
     folder = acdc.convert(source, 27, processes=1, link=True)
     names = ["patient101_frame01", "patient101_frame14"]
@@ -249,11 +245,11 @@ def test_testing_is_written_with_and_without_masks(source, nnunet, masks):
     assert described["numTraining"] == 12 and not any("patient101" in case for case in described["supervision"])
 
 
-def test_the_command_converts(source, scribbles, nnunet, capsys):
+def test_the_command_converts(source, scribbles, nnunet_folders, capsys):
     assert main(["convert", "acdc", "--source", str(source), "--scribbles", str(scribbles), "--full", "2", "--seed", "5",
                  "--id", "27", "--processes", "1"]) == 0
     assert capsys.readouterr().out == (
-        f"{nnunet / 'raw' / 'Dataset027_ACDC'}: 12 training cases (6 full, 6 partial, 0 unlabelled)\none fold: fold 0 "
+        f"{nnunet_folders / 'raw' / 'Dataset027_ACDC'}: 12 training cases (6 full, 6 partial, 0 unlabelled)\none fold: fold 0 "
         "trains on 2 fully annotated patients and validates on 1, which are held back. There are no folds 1 to 4: give -f 0 to "
         "nnUNetv2_find_best_configuration and nnUNetv2_predict\nnext: confkd check -d 27, then confkd plan -d 27\n")
 
@@ -261,7 +257,7 @@ def test_the_command_converts(source, scribbles, nnunet, capsys):
 # ---- bad input ------------------------------------------------------------------------------------------------------
 
 @pytest.fixture
-def refused(source, tmp_path, nnunet):
+def refused(source, tmp_path, nnunet_folders):
     """Convert it, see that it is refused, in these lines, and that nothing has changed anywhere."""
     def refuse(*lines, folder=source, **options):
         before = _tree(tmp_path), _times(tmp_path)

@@ -4,8 +4,7 @@ import hashlib
 import json
 import os
 import shutil
-from multiprocessing.pool import ThreadPool
-from types import SimpleNamespace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -13,7 +12,6 @@ import SimpleITK as sitk
 from nnunet_confkd.dataset_conversion import brats
 
 from nnunet_confkd.cli import main
-from nnunet_confkd.errors import InputError
 
 # the published values of the whole tumour, the tumour core and the enhancing tumour
 PUBLISHED = {"2015": {"whole_tumour": (1, 2, 3, 4), "tumour_core": (1, 3, 4), "enhancing_tumour": (4,)},
@@ -23,16 +21,6 @@ ENDS = {"2015": ["T1_", "T1c_", "T2_", "Flair_"], "2017": ["_t1", "_t1ce", "_t2"
         "2023": ["-t1n", "-t1c", "-t2w", "-t2f"]}  # T1, T1 with contrast, T2, FLAIR
 SHAPE = (3, 5, 4)
 # for nnU-Net's processes, which take seconds to start
-THREADS = SimpleNamespace(get_context=lambda method: SimpleNamespace(Pool=ThreadPool))
-
-
-@pytest.fixture
-def nnunet(tmp_path, monkeypatch):
-    """nnU-Net's three folders."""
-    for name in ("raw", "preprocessed", "results"):
-        (tmp_path / "nnunet" / name).mkdir(parents=True)
-        monkeypatch.setenv(f"nnUNet_{name}", str(tmp_path / "nnunet" / name))
-    return tmp_path / "nnunet"
 
 
 def _write(file, array):
@@ -119,16 +107,8 @@ def source23(tmp_path):
 
 
 @pytest.fixture
-def refused(nnunet, tmp_path):
-    """Convert it, see that it is refused, and that nothing has changed anywhere; returns the text."""
-    def refuse(source, **options):
-        before = _state(tmp_path)
-        with pytest.raises(InputError) as error:
-            brats.convert(source, 21, processes=1, **options)
-        assert _state(tmp_path) == before
-        assert not list((nnunet / "raw").iterdir()) and not list((nnunet / "preprocessed").iterdir())
-        return str(error.value)
-    return refuse
+def refused(refusal):
+    return partial(refusal, brats.convert)
 
 
 def _assert_same_regions(published, year, written, labels):
@@ -141,10 +121,10 @@ def _assert_same_regions(published, year, written, labels):
 
 # ---- what is written ------------------------------------------------------------------------------------------------
 
-def test_images_are_the_published_bytes_and_labels_the_published_regions(source, year, nnunet):
+def test_images_are_the_published_bytes_and_labels_the_published_regions(source, year, nnunet_folders):
     before = _state(source)
     folder = brats.convert(source, 21, processes=1)
-    assert folder == nnunet / "raw" / "Dataset021_BraTS" and _state(source) == before
+    assert folder == nnunet_folders / "raw" / "Dataset021_BraTS" and _state(source) == before
     assert sorted(os.listdir(folder)) == ["dataset.json", "imagesTr", "labelsTr"]
     labels = _json(folder / "dataset.json")["labels"]
     names = [case.split("/")[-1] for case in CASES[year]]
@@ -163,7 +143,7 @@ def test_images_are_the_published_bytes_and_labels_the_published_regions(source,
         assert image.GetOrigin() == (0, -239, 0) and image.GetSpacing() == (1, 1, 1)
 
 
-def test_dataset_json_tells_channels_convention_and_origin(source, year, nnunet):
+def test_dataset_json_tells_channels_convention_and_origin(source, year, nnunet_folders):
     described = _json(brats.convert(source, 21, name="Tumours", processes=1) / "dataset.json")
     assert described["channel_names"] == {"0": "T1", "1": "T1c", "2": "T2", "3": "FLAIR"}
     assert described["convention"] == year and described["file_ending"] == ".nii.gz" and described["name"] == "Tumours"
@@ -173,7 +153,7 @@ def test_dataset_json_tells_channels_convention_and_origin(source, year, nnunet)
     assert "10.1109/TMI.2014.2377694" in described["reference"] and "2107.02314" in described["reference"]
 
 
-def test_nnunet_makes_a_label_map_of_the_same_regions_out_of_perfect_predictions(source, year, nnunet):
+def test_nnunet_makes_a_label_map_of_the_same_regions_out_of_perfect_predictions(source, year, nnunet_folders):
     from nnunetv2.utilities.label_handling.label_handling import LabelManager
     folder = brats.convert(source, 21, processes=1)
     described = _json(folder / "dataset.json")
@@ -187,22 +167,18 @@ def test_nnunet_makes_a_label_map_of_the_same_regions_out_of_perfect_predictions
         assert set(np.unique(predicted)) <= {0, *manager.all_labels}
 
 
-def test_nnunet_finds_nothing_wrong(source, nnunet, monkeypatch, capfd):
-    from nnunetv2.experiment_planning import verify_dataset_integrity
-    monkeypatch.setattr(verify_dataset_integrity, "multiprocessing", THREADS)
-    verify_dataset_integrity.verify_dataset_integrity(str(brats.convert(source, 21, processes=1)), 1)
-    out = capfd.readouterr().out
-    assert "verify_dataset_integrity Done" in out and "Warning:" not in out and "Error:" not in out
+def test_nnunet_finds_nothing_wrong(source, nnunet_folders, require_integrity):
+    require_integrity(brats.convert(source, 21, processes=1))
 
 
-def test_each_patient_validates_in_one_of_five_folds(source, year, nnunet, crossvalidation):
+def test_each_patient_validates_in_one_of_five_folds(source, year, nnunet_folders, crossvalidation):
     brats.convert(source, 21, processes=1)
     for fold in crossvalidation("Dataset021_BraTS"):
         # of five patients one; 2023 has 1 to 3 visits of each
         assert len(fold["val"]) == 1 or year == "2023" and len({case[:15] for case in fold["val"]}) == 1
 
 
-def test_the_visits_of_a_patient_stay_together(source23, nnunet, crossvalidation):
+def test_the_visits_of_a_patient_stay_together(source23, nnunet_folders, crossvalidation):
     _case(source23 / "another_name", "2023")  # does not make the others' patients unknown
     described = _json(brats.convert(source23, 21, processes=1) / "dataset.json")
     for fold in crossvalidation("Dataset021_BraTS"):
@@ -212,7 +188,7 @@ def test_the_visits_of_a_patient_stay_together(source23, nnunet, crossvalidation
         case: case[:15] if case.startswith("BraTS-GLI") else case for case in described["supervision"]}
 
 
-def test_the_visits_of_2015_stay_together(tmp_path, nnunet, crossvalidation):
+def test_the_visits_of_2015_stay_together(tmp_path, nnunet_folders, crossvalidation):
     for visit in ("149_1", "198_1", "198_283", "222_1", "222_35", "222_250"):
         _case(tmp_path / "brats" / f"brats_tcia_pat{visit}", "2015")
     brats.convert(tmp_path / "brats", 21, processes=1)
@@ -220,14 +196,14 @@ def test_the_visits_of_2015_stay_together(tmp_path, nnunet, crossvalidation):
     assert [{case.split("_")[2] for case in fold["val"]} for fold in folds] == [{"pat149"}, {"pat198"}, {"pat222"}]
 
 
-def test_of_2017_to_2021_every_case_is_a_patient(tmp_path, nnunet, crossvalidation):
+def test_of_2017_to_2021_every_case_is_a_patient(tmp_path, nnunet_folders, crossvalidation):
     for k in range(5):
         _case(tmp_path / "brats" / f"BraTS2021_{k:05d}", "2017")
     assert "patient_pattern" not in _json(brats.convert(tmp_path / "brats", 21, processes=1) / "dataset.json")
     assert [len(fold["val"]) for fold in crossvalidation("Dataset021_BraTS")] == [1] * 5
 
 
-def test_test_cases_may_lack_a_label(source, year, tmp_path, nnunet):
+def test_test_cases_may_lack_a_label(source, year, tmp_path, nnunet_folders):
     names = ["BraTS-GLI-00900-000", "BraTS-GLI-00901-000"]
     for name in names:
         _case(tmp_path / "validation" / name, year, labelled=name == names[0])
@@ -242,7 +218,7 @@ def test_test_cases_may_lack_a_label(source, year, tmp_path, nnunet):
     assert described["numTraining"] == len(CASES[year]) and not set(names) & set(described["supervision"])
 
 
-def test_uncompressed_files_and_the_odd_label_of_2020_are_converted(source17, nnunet):
+def test_uncompressed_files_and_the_odd_label_of_2020_are_converted(source17, nnunet_folders):
     odd = source17 / "BraTS20_Training_355"
     _case(odd, "2017")
     files = _files(odd, "2017")
@@ -256,17 +232,17 @@ def test_uncompressed_files_and_the_odd_label_of_2020_are_converted(source17, nn
                          _json(folder / "dataset.json")["labels"])
 
 
-def test_the_command_converts(source17, tmp_path, nnunet, capsys):
+def test_the_command_converts(source17, tmp_path, nnunet_folders, capsys):
     _case(tmp_path / "validation" / "Brats17_CBICA_AAM_1", "2017", labelled=False)
     assert main(["convert", "brats", "--source", str(source17), "--id", "21", "--processes", "1", "--convention", "2017",
                  "--test", str(tmp_path / "validation"), "--name", "BraTS2017"]) == 0
     assert "Dataset021_BraTS2017: 5 training cases (5 full, 0 partial, 0 unlabelled)\n5 folds" in capsys.readouterr().out
-    assert len(os.listdir(nnunet / "raw" / "Dataset021_BraTS2017" / "imagesTs")) == 4
+    assert len(os.listdir(nnunet_folders / "raw" / "Dataset021_BraTS2017" / "imagesTs")) == 4
 
 
 # ---- the real files -------------------------------------------------------------------------------------------------
 
-def test_the_real_cases_of_2015(test_data, nnunet, crossvalidation):
+def test_the_real_cases_of_2015(test_data, nnunet_folders, crossvalidation):
     source = test_data / "brats2015"
     before = {file: (file.stat().st_size, file.stat().st_mtime_ns) for file in source.rglob("*")}
     folder = brats.convert(source, 21, processes=1)

@@ -5,8 +5,7 @@ import json
 import os
 import shutil
 import sys
-from multiprocessing.pool import ThreadPool
-from types import SimpleNamespace
+from functools import partial
 
 import h5py
 import numpy as np
@@ -15,7 +14,6 @@ import SimpleITK as sitk
 from nnunet_confkd.dataset_conversion import la2018
 
 from nnunet_confkd.cli import main
-from nnunet_confkd.errors import InputError
 
 SHAPE = (3, 6, 5)  # Z, Y, X
 # of the form of the published names; one begins as a folder of test cases would
@@ -25,16 +23,6 @@ TRAINING = ["07Z9ZQYIQLNSHQR9V0WP", "1D7CUD1955YZPGK8XHJX", "3C2QTUNI0852XV7ZH4Q
 TEST = ["A1DS53MYD7HAQHU4ZJ9V", "B7BG6BDXNZ8C0QXFE2ZM"]
 SPACING = (0.625, 0.75, 1.25)  # x, y, z
 # for nnU-Net's processes, which take seconds to start
-THREADS = SimpleNamespace(get_context=lambda method: SimpleNamespace(Pool=ThreadPool))
-
-
-@pytest.fixture
-def nnunet(tmp_path, monkeypatch):
-    """nnU-Net's three folders."""
-    for name in ("raw", "preprocessed", "results"):
-        (tmp_path / "nnunet" / name).mkdir(parents=True)
-        monkeypatch.setenv(f"nnUNet_{name}", str(tmp_path / "nnunet" / name))
-    return tmp_path / "nnunet"
 
 
 def _write(file, array, spacing=SPACING):
@@ -109,24 +97,16 @@ def packed(tmp_path):
 
 
 @pytest.fixture
-def refused(nnunet, tmp_path):
-    """Convert it, see that it is refused, and that nothing has changed anywhere; returns the text."""
-    def refuse(source, **options):
-        before = _state(tmp_path)
-        with pytest.raises(InputError) as error:
-            la2018.convert(source, 51, processes=1, **options)
-        assert _state(tmp_path) == before
-        assert not list((nnunet / "raw").iterdir()) and not list((nnunet / "preprocessed").iterdir())
-        return str(error.value)
-    return refuse
+def refused(refusal):
+    return partial(refusal, la2018.convert)
 
 
 # ---- what is written ------------------------------------------------------------------------------------------------
 
-def test_images_are_the_published_bytes_and_255_becomes_1(source, nnunet):
+def test_images_are_the_published_bytes_and_255_becomes_1(source, nnunet_folders):
     before = _state(source)
     folder = la2018.convert(source, 51, processes=1)
-    assert folder == nnunet / "raw" / "Dataset051_LA2018" and _state(source) == before
+    assert folder == nnunet_folders / "raw" / "Dataset051_LA2018" and _state(source) == before
     for part, split, names in (("Training Set", "Tr", TRAINING), ("Testing Set", "Ts", TEST)):
         assert sorted(os.listdir(folder / f"images{split}")) == [f"{name}_0000.nrrd" for name in names]
         assert sorted(os.listdir(folder / f"labels{split}")) == [f"{name}.nrrd" for name in names]
@@ -139,14 +119,14 @@ def test_images_are_the_published_bytes_and_255_becomes_1(source, nnunet):
                 assert np.allclose(getattr(one, get)(), getattr(other, get)())
 
 
-def test_labels_of_0_and_1_are_the_published_bytes(source, nnunet):
+def test_labels_of_0_and_1_are_the_published_bytes(source, nnunet_folders):
     label = source / "Training Set" / TRAINING[3] / "laendo.nrrd"
     _write(label, _mask(TRAINING[3], 1))
     folder = la2018.convert(source, 51, processes=1)
     assert (folder / "labelsTr" / f"{TRAINING[3]}.nrrd").read_bytes() == label.read_bytes()
 
 
-def test_dataset_json_and_the_split(source, nnunet, crossvalidation):
+def test_dataset_json_and_the_split(source, nnunet_folders, crossvalidation):
     folder = la2018.convert(source, 51, processes=1)
     assert _json(folder / "dataset.json") == {
         "channel_names": {"0": "LGE"}, "labels": {"background": 0, "left_atrium": 1}, "numTraining": 10,
@@ -156,7 +136,7 @@ def test_dataset_json_and_the_split(source, nnunet, crossvalidation):
     assert [len(fold["val"]) for fold in crossvalidation("Dataset051_LA2018")] == [2] * 5
 
 
-def test_cases_of_one_mask_stay_on_one_side(source, nnunet, crossvalidation):
+def test_cases_of_one_mask_stay_on_one_side(source, nnunet_folders, crossvalidation):
     la2018.convert(source, 51, processes=1)
     validating = {case: k for k, fold in enumerate(crossvalidation("Dataset051_LA2018")) for case in fold["val"]}
     first, second = TRAINING[1], next(case for case in TRAINING if validating[case] != validating[TRAINING[1]])
@@ -166,17 +146,13 @@ def test_cases_of_one_mask_stay_on_one_side(source, nnunet, crossvalidation):
 
 
 @pytest.mark.parametrize("form", ["nrrd", "h5"])
-def test_nnunet_finds_nothing_wrong(request, nnunet, monkeypatch, capfd, form):
-    from nnunetv2.experiment_planning import verify_dataset_integrity
-    monkeypatch.setattr(verify_dataset_integrity, "multiprocessing", THREADS)
+def test_nnunet_finds_nothing_wrong(request, nnunet_folders, require_integrity, form):
     source = request.getfixturevalue("source" if form == "nrrd" else "packed")
     folder = la2018.convert(source, 51, spacing=None if form == "nrrd" else SPACING, processes=1)
-    verify_dataset_integrity.verify_dataset_integrity(str(folder), 1)
-    out = capfd.readouterr().out
-    assert "verify_dataset_integrity Done" in out and "Warning:" not in out and "Error:" not in out
+    require_integrity(folder)
 
 
-def test_the_hdf5_form_keeps_its_voxels_and_gets_the_spacing(packed, nnunet, crossvalidation):
+def test_the_hdf5_form_keeps_its_voxels_and_gets_the_spacing(packed, nnunet_folders, crossvalidation):
     before = _state(packed)
     folder = la2018.convert(packed, 51, spacing=SPACING, processes=1)
     assert _state(packed) == before and sorted(os.listdir(folder)) == ["dataset.json", "imagesTr", "labelsTr"]
@@ -192,7 +168,7 @@ def test_the_hdf5_form_keeps_its_voxels_and_gets_the_spacing(packed, nnunet, cro
     crossvalidation("Dataset051_LA2018")
 
 
-def test_where_both_forms_lie_side_by_side_the_spacing_chooses(source, nnunet):
+def test_where_both_forms_lie_side_by_side_the_spacing_chooses(source, nnunet_folders):
     for part, names in (("Training Set", TRAINING), ("Testing Set", TEST)):
         for name in names:  # as UA-MT's script leaves them
             _pack(source / part / name / "mri_norm2.h5", image=np.zeros((4, 4, 4), np.float32),
@@ -204,7 +180,7 @@ def test_where_both_forms_lie_side_by_side_the_spacing_chooses(source, nnunet):
     assert sorted(os.listdir(folder / "labelsTs")) == [f"{name}.nrrd" for name in TEST]
 
 
-def test_test_cases_may_lack_a_label_and_cases_may_lie_in_the_folder_itself(source, nnunet):
+def test_test_cases_may_lack_a_label_and_cases_may_lie_in_the_folder_itself(source, nnunet_folders):
     (source / "Testing Set" / TEST[0] / "laendo.nrrd").unlink()
     for name in TRAINING:
         (source / "Training Set" / name).rename(source / name)
@@ -215,13 +191,13 @@ def test_test_cases_may_lack_a_label_and_cases_may_lie_in_the_folder_itself(sour
     assert sorted(_json(folder / "dataset.json")["supervision"]) == TRAINING
 
 
-def test_the_command_converts_and_asks_for_the_spacing(packed, nnunet, capsys):
+def test_the_command_converts_and_asks_for_the_spacing(packed, nnunet_folders, capsys):
     command = ["convert", "la2018", "--source", str(packed), "--id", "51", "--processes", "1"]
     assert main(command) == 1
     assert "mri_norm2.h5: stores no spacing; give that of your files as --spacing X Y Z in mm" in capsys.readouterr().err
     assert main([*command, "--spacing", "0.625", "0.75", "1.25"]) == 0
     assert "Dataset051_LA2018: 10 training cases (10 full, 0 partial, 0 unlabelled)\n5 folds" in capsys.readouterr().out
-    image = sitk.ReadImage(str(nnunet / "raw" / "Dataset051_LA2018" / "imagesTr" / f"{TRAINING[0]}_0000.nrrd"))
+    image = sitk.ReadImage(str(nnunet_folders / "raw" / "Dataset051_LA2018" / "imagesTr" / f"{TRAINING[0]}_0000.nrrd"))
     assert image.GetSpacing() == SPACING
 
 

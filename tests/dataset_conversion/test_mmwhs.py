@@ -3,8 +3,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from multiprocessing.pool import ThreadPool
-from types import SimpleNamespace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -12,7 +11,6 @@ import SimpleITK as sitk
 from nnunet_confkd.dataset_conversion import mmwhs
 
 from nnunet_confkd.cli import main
-from nnunet_confkd.errors import InputError
 
 # published value: (name, value to write), as the project asks for
 STRUCTURES = {0: ("background", 0), 500: ("left_ventricle", 1), 600: ("right_ventricle", 2), 420: ("left_atrium", 3),
@@ -20,16 +18,6 @@ STRUCTURES = {0: ("background", 0), 500: ("left_ventricle", 1), 600: ("right_ven
 SHAPE = (4, 6, 5)
 TRAINING, TEST = range(1001, 1011), (2001, 2002)
 # for nnU-Net's processes, which take seconds to start
-THREADS = SimpleNamespace(get_context=lambda method: SimpleNamespace(Pool=ThreadPool))
-
-
-@pytest.fixture
-def nnunet(tmp_path, monkeypatch):
-    """nnU-Net's three folders."""
-    for name in ("raw", "preprocessed", "results"):
-        (tmp_path / "nnunet" / name).mkdir(parents=True)
-        monkeypatch.setenv(f"nnUNet_{name}", str(tmp_path / "nnunet" / name))
-    return tmp_path / "nnunet"
 
 
 def _write(file, array, spacing=(0.5, 0.5, 0.625)):
@@ -90,27 +78,19 @@ def mr(tmp_path):
 
 
 @pytest.fixture
-def refused(nnunet, tmp_path):
-    """Convert it, see that it is refused, and that nothing has changed anywhere; returns the text."""
-    def refuse(source, **options):
-        before = _state(tmp_path)
-        with pytest.raises(InputError) as error:
-            mmwhs.convert(source, 17, processes=1, **options)
-        assert _state(tmp_path) == before
-        assert not list((nnunet / "raw").iterdir()) and not list((nnunet / "preprocessed").iterdir())
-        return str(error.value)
-    return refuse
+def refused(refusal):
+    return partial(refusal, mmwhs.convert)
 
 
 # ---- what is written ------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("flat", [True, False])
 @pytest.mark.parametrize("modality, channel", [("ct", "CT"), ("mr", "MRI")])
-def test_a_part_is_converted_from_one_folder_or_several(tmp_path, nnunet, crossvalidation, modality, channel, flat):
+def test_a_part_is_converted_from_one_folder_or_several(tmp_path, nnunet_folders, crossvalidation, modality, channel, flat):
     source = _part(tmp_path / "mmwhs", modality, flat)
     before = _state(source)
     folder = mmwhs.convert(source, 17, processes=1)
-    assert folder == nnunet / "raw" / f"Dataset017_MMWHS{modality.upper()}" and _state(source) == before
+    assert folder == nnunet_folders / "raw" / f"Dataset017_MMWHS{modality.upper()}" and _state(source) == before
     names = [f"{modality}_train_{number}" for number in TRAINING]
     assert sorted(os.listdir(folder)) == ["dataset.json", "imagesTr", "imagesTs", "labelsTr"]
     assert sorted(os.listdir(folder / "imagesTr")) == [f"{name}_0000.nii.gz" for name in names]
@@ -136,16 +116,12 @@ def test_a_part_is_converted_from_one_folder_or_several(tmp_path, nnunet, crossv
     assert [len(fold["val"]) for fold in crossvalidation(folder.name)] == [2] * 5
 
 
-def test_nnunet_finds_nothing_wrong(ct, nnunet, monkeypatch, capfd):
-    from nnunetv2.experiment_planning import verify_dataset_integrity
-    monkeypatch.setattr(verify_dataset_integrity, "multiprocessing", THREADS)
-    verify_dataset_integrity.verify_dataset_integrity(str(mmwhs.convert(ct, 17, processes=1)), 1)
-    out = capfd.readouterr().out
-    assert "verify_dataset_integrity Done" in out and "Warning:" not in out and "Error:" not in out
+def test_nnunet_finds_nothing_wrong(ct, nnunet_folders, require_integrity):
+    require_integrity(mmwhs.convert(ct, 17, processes=1))
 
 
 @pytest.mark.parametrize("published, expected", [(420, 3), (0, 0)])
-def test_a_stray_value_can_be_mapped(mr, nnunet, published, expected):
+def test_a_stray_value_can_be_mapped(mr, nnunet_folders, published, expected):
     folder = mmwhs.convert(mr, 17, mapped=[(421, published)], processes=1)
     for number in TRAINING:
         label = _read(mr / "mr_train" / f"mr_train_{number}_label.nii.gz")
@@ -155,7 +131,7 @@ def test_a_stray_value_can_be_mapped(mr, nnunet, published, expected):
             assert (written[label == value] == target).all()
 
 
-def test_of_both_modalities_one_is_chosen(ct, nnunet):
+def test_of_both_modalities_one_is_chosen(ct, nnunet_folders):
     _part(ct, "mr")
     folder = mmwhs.convert(ct, 17, modality="mr", name="Own", processes=1)
     assert folder.name == "Dataset017_Own"
@@ -163,7 +139,7 @@ def test_of_both_modalities_one_is_chosen(ct, nnunet):
     assert all(name.startswith("mr") for name in os.listdir(folder / "imagesTs"))
 
 
-def test_test_images_may_have_labels(ct, nnunet):
+def test_test_images_may_have_labels(ct, nnunet_folders):
     label = np.full(SHAPE, 820, np.int16)
     _write(ct / "ct_test" / "ct_test_2002_label.nii.gz", label)
     folder = mmwhs.convert(ct, 17, processes=1)
@@ -172,7 +148,7 @@ def test_test_images_may_have_labels(ct, nnunet):
     assert "ct_test_2002" not in _json(folder / "dataset.json")["supervision"]
 
 
-def test_the_command_converts_and_names_stray_values(mr, nnunet, capsys):
+def test_the_command_converts_and_names_stray_values(mr, nnunet_folders, capsys):
     command = ["convert", "mmwhs", "--source", str(mr), "--id", "17", "--processes", "1"]
     assert main(command) == 1
     assert "mr_train_1003_label.nii.gz: holds the values 421;" in capsys.readouterr().err
@@ -204,7 +180,7 @@ def test_maps_to_what_is_not_published_or_of_what_is_are_refused(refused, mr, ma
 
 
 @pytest.mark.parametrize("text", ["421", "421:420", "a=420", "421=", "-1=0"])
-def test_a_map_that_is_none_is_refused_by_the_command(mr, nnunet, capsys, text):
+def test_a_map_that_is_none_is_refused_by_the_command(mr, nnunet_folders, capsys, text):
     with pytest.raises(SystemExit):
         main(["convert", "mmwhs", "--source", str(mr), "--id", "17", f"--map={text}"])
     assert f"'{text}': give it as STRAY=PUBLISHED, e.g. 421=420" in capsys.readouterr().err

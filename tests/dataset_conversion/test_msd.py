@@ -3,6 +3,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from functools import partial
 from multiprocessing.pool import ThreadPool
 from types import SimpleNamespace
 
@@ -12,21 +13,11 @@ import SimpleITK as sitk
 from nnunet_confkd.dataset_conversion import msd
 
 from nnunet_confkd.cli import main
-from nnunet_confkd.errors import InputError
 
 NAMES = [f"prostate_{k:02d}" for k in (0, 1, 2, 4, 6, 7, 10, 13, 14, 16)]
 TESTS = ["prostate_03", "prostate_05"]
 # for nnU-Net's processes, which take seconds to start
 THREADS = SimpleNamespace(get_context=lambda method: SimpleNamespace(Pool=ThreadPool))
-
-
-@pytest.fixture
-def nnunet(tmp_path, monkeypatch):
-    """nnU-Net's three folders."""
-    for name in ("raw", "preprocessed", "results"):
-        (tmp_path / "nnunet" / name).mkdir(parents=True)
-        monkeypatch.setenv(f"nnUNet_{name}", str(tmp_path / "nnunet" / name))
-    return tmp_path / "nnunet"
 
 
 def _write(file, array, spacing=(0.6, 0.7, 3.5), origin=(-11.0, 5.0, 20.5)):
@@ -90,31 +81,23 @@ def task4d(tmp_path):
 
 
 @pytest.fixture
-def refused(nnunet):
-    """Convert it, see that it is refused, and that nothing has changed anywhere; returns the text."""
-    def refuse(source, **options):
-        before = _state(source)
-        with pytest.raises(InputError) as error:
-            msd.convert(source, 5, processes=1, **options)
-        assert _state(source) == before and not list((nnunet / "raw").iterdir())
-        assert not list((nnunet / "preprocessed").iterdir())
-        return str(error.value)
-    return refuse
+def refused(refusal):
+    return partial(refusal, msd.convert)
 
 
 # ---- what is written ------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("dimensions", [3, 4])
-def test_a_proper_task_becomes_what_nnunets_own_converter_makes_of_it(request, nnunet, monkeypatch, dimensions):
+def test_a_proper_task_becomes_what_nnunets_own_converter_makes_of_it(request, nnunet_folders, monkeypatch, dimensions):
     from nnunetv2.dataset_conversion import convert_MSD_dataset
     source = request.getfixturevalue(f"task{dimensions}d")
     monkeypatch.setattr(convert_MSD_dataset, "multiprocessing", THREADS)
     before = _state(source)
     ours = msd.convert(source, 5, processes=1)
     convert_MSD_dataset.convert_msd_dataset(str(source), 6, 1)
-    theirs = nnunet / "raw" / "Dataset006_Prostate"
+    theirs = nnunet_folders / "raw" / "Dataset006_Prostate"
 
-    assert ours == nnunet / "raw" / "Dataset005_Prostate" and _state(source) == before
+    assert ours == nnunet_folders / "raw" / "Dataset005_Prostate" and _state(source) == before
     files = {f.relative_to(theirs).as_posix() for f in theirs.rglob("*") if f.is_file()}
     assert {f.relative_to(ours).as_posix() for f in ours.rglob("*") if f.is_file()} == files
     # 10 training cases with a label, 2 test cases, and dataset.json
@@ -132,7 +115,7 @@ def test_a_proper_task_becomes_what_nnunets_own_converter_makes_of_it(request, n
         assert described[key] == stock[key]
 
 
-def test_the_channels_of_a_file_become_files_in_their_order(task4d, nnunet):
+def test_the_channels_of_a_file_become_files_in_their_order(task4d, nnunet_folders):
     folder = msd.convert(task4d, 5, processes=1)
     for split, names in (("Tr", NAMES), ("Ts", TESTS)):
         for name in names:
@@ -142,7 +125,7 @@ def test_the_channels_of_a_file_become_files_in_their_order(task4d, nnunet):
                 assert np.array_equal(_read(folder / f"images{split}" / f"{name}_000{k}.nii.gz"), channels[k])
 
 
-def test_dataset_json_and_the_split(task4d, nnunet, crossvalidation):
+def test_dataset_json_and_the_split(task4d, nnunet_folders, crossvalidation):
     folder = msd.convert(task4d, 5, processes=1)
     assert json.loads((folder / "dataset.json").read_text()) == {
         "channel_names": {"0": "T2", "1": "ADC"}, "labels": {"background": 0, "PZ": 1, "TZ": 2}, "numTraining": 10,
@@ -152,16 +135,12 @@ def test_dataset_json_and_the_split(task4d, nnunet, crossvalidation):
 
 
 @pytest.mark.parametrize("dimensions", [3, 4])
-def test_nnunet_finds_nothing_wrong(request, nnunet, monkeypatch, capfd, dimensions):
-    from nnunetv2.experiment_planning import verify_dataset_integrity
-    monkeypatch.setattr(verify_dataset_integrity, "multiprocessing", THREADS)
+def test_nnunet_finds_nothing_wrong(request, nnunet_folders, require_integrity, dimensions):
     folder = msd.convert(request.getfixturevalue(f"task{dimensions}d"), 5, processes=1)
-    verify_dataset_integrity.verify_dataset_integrity(str(folder), 1)
-    out = capfd.readouterr().out
-    assert "verify_dataset_integrity Done" in out and "Warning:" not in out and "Error:" not in out
+    require_integrity(folder)
 
 
-def test_without_dataset_json_the_options_name_labels_and_channels(task3d, nnunet):
+def test_without_dataset_json_the_options_name_labels_and_channels(task3d, nnunet_folders):
     (task3d / "dataset.json").unlink()
     folder = msd.convert(task3d, 5, labels=["background", "zone", "core"], channels=["MRI"], processes=1)
     described = json.loads((folder / "dataset.json").read_text())
@@ -170,7 +149,7 @@ def test_without_dataset_json_the_options_name_labels_and_channels(task3d, nnune
     assert sorted(described["supervision"]) == NAMES
 
 
-def test_of_more_than_nine_channels_the_order_is_that_of_the_numbers(tmp_path, nnunet):
+def test_of_more_than_nine_channels_the_order_is_that_of_the_numbers(tmp_path, nnunet_folders):
     modality = {str(k): f"M{k}" for k in range(11)}
     folder = msd.convert(_task(tmp_path / "Task11_Many", dict(sorted(modality.items()))), 5, processes=1)  # 0, 1, 10, 2, ...
     assert json.loads((folder / "dataset.json").read_text())["channel_names"] == modality
@@ -179,12 +158,12 @@ def test_of_more_than_nine_channels_the_order_is_that_of_the_numbers(tmp_path, n
 @pytest.mark.parametrize("folder, name, expected", [
     ("Task05_Prostate", None, "Dataset005_Prostate"), ("Task05_My_zones!", None, "Dataset005_My_zones"),
     ("here", None, "Dataset005_PROSTATE"), ("here", "Own", "Dataset005_Own")])
-def test_its_name_is_the_tasks_unless_given(task3d, tmp_path, nnunet, folder, name, expected):
+def test_its_name_is_the_tasks_unless_given(task3d, tmp_path, nnunet_folders, folder, name, expected):
     source = task3d.rename(tmp_path / folder)
     assert msd.convert(source, 5, name=name, processes=1).name == expected
 
 
-def test_imagests_may_be_absent_and_a_link_within_the_folder_is_followed(task3d, nnunet):
+def test_imagests_may_be_absent_and_a_link_within_the_folder_is_followed(task3d, nnunet_folders):
     for file in (task3d / "imagesTs").iterdir():
         file.unlink()
     (task3d / "imagesTs").rmdir()
@@ -198,7 +177,7 @@ def test_imagests_may_be_absent_and_a_link_within_the_folder_is_followed(task3d,
     assert not written.is_symlink() and written.read_bytes() == image.read_bytes()
 
 
-def test_the_command_converts_and_names_what_is_wrong(task3d, nnunet, capsys):
+def test_the_command_converts_and_names_what_is_wrong(task3d, nnunet_folders, capsys):
     (task3d / "dataset.json").unlink()
     command = ["convert", "msd", "--source", str(task3d), "--id", "5", "--processes", "1"]
     assert main(command) == 1
@@ -210,7 +189,7 @@ def test_the_command_converts_and_names_what_is_wrong(task3d, nnunet, capsys):
 
 # ---- the real files -------------------------------------------------------------------------------------------------
 
-def test_real_hippocampus(test_data, nnunet, crossvalidation):
+def test_real_hippocampus(test_data, nnunet_folders, crossvalidation):
     source = test_data / "hippocampus"
     before = _state(source)
     folder = msd.convert(source, 4, labels=["background", "anterior", "posterior"], channels=["MRI"], name="Hippocampus",
@@ -251,9 +230,8 @@ def test_without_dataset_json_both_options_are_needed(refused, task3d, options):
 @pytest.mark.parametrize("labels", [["liver", "tumour"], ["background", "a", "a"], ["background"]])
 def test_label_names_that_nnunet_does_not_take_are_refused(refused, task3d, labels):
     (task3d / "dataset.json").unlink()
-    assert refused(task3d, labels=labels, channels=["CT"]) == (
-        f"--labels: the labels must be 0, 1, 2, ... with a name of its own each, \"background\" the first, not "
-        f"{dict(enumerate(labels))}")
+    text = refused(task3d, labels=labels, channels=["CT"])
+    assert text.startswith("--labels: the labels must be 0, 1, 2, ...") and text.endswith(f"not {dict(enumerate(labels))}")
 
 
 def test_the_options_do_not_overrule_dataset_json(refused, task3d):

@@ -4,8 +4,7 @@ import hashlib
 import json
 import os
 import re
-from multiprocessing.pool import ThreadPool
-from types import SimpleNamespace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -13,7 +12,6 @@ import SimpleITK as sitk
 from nnunet_confkd.dataset_conversion import promise12
 
 from nnunet_confkd.cli import main
-from nnunet_confkd.errors import InputError
 
 SHAPE = (3, 6, 5)
 # none of them is a number of single precision
@@ -27,16 +25,6 @@ PARTS = {"parts": ["TrainingData_Part1"] * 4 + ["TrainingData_Part2"] * 3 + ["Tr
 TESTS = {"parts": [("TestData", 0, False), ("TestData", 1, False), ("LiveChallengeTestData", 30, False)],
          "zenodo": [("test_data", 0, True), ("test_data", 1, True), ("livechallenge_test_data", 30, False)], "flat": []}
 # for nnU-Net's processes, which take seconds to start
-THREADS = SimpleNamespace(get_context=lambda method: SimpleNamespace(Pool=ThreadPool))
-
-
-@pytest.fixture
-def nnunet(tmp_path, monkeypatch):
-    """nnU-Net's three folders."""
-    for name in ("raw", "preprocessed", "results"):
-        (tmp_path / "nnunet" / name).mkdir(parents=True)
-        monkeypatch.setenv(f"nnUNet_{name}", str(tmp_path / "nnunet" / name))
-    return tmp_path / "nnunet"
 
 
 def _write(file, array, spacing=SPACING):
@@ -94,16 +82,8 @@ def parts(tmp_path):
 
 
 @pytest.fixture
-def refused(nnunet, tmp_path):
-    """Convert it, see that it is refused, and that nothing has changed anywhere; returns the text."""
-    def refuse(source, **options):
-        before = _state(tmp_path)
-        with pytest.raises(InputError) as error:
-            promise12.convert(source, 41, processes=1, **options)
-        assert _state(tmp_path) == before
-        assert not list((nnunet / "raw").iterdir()) and not list((nnunet / "preprocessed").iterdir())
-        return str(error.value)
-    return refuse
+def refused(refusal):
+    return partial(refusal, promise12.convert)
 
 
 def _assert_same(written, published):
@@ -117,10 +97,10 @@ def _assert_same(written, published):
 
 # ---- what is written ------------------------------------------------------------------------------------------------
 
-def test_every_case_keeps_its_voxels_and_its_geometry_to_the_last_bit(source, layout, nnunet):
+def test_every_case_keeps_its_voxels_and_its_geometry_to_the_last_bit(source, layout, nnunet_folders):
     before = _state(source)
     folder = promise12.convert(source, 41, processes=1)
-    assert folder == nnunet / "raw" / "Dataset041_PROMISE12" and _state(source) == before
+    assert folder == nnunet_folders / "raw" / "Dataset041_PROMISE12" and _state(source) == before
     assert sorted(os.listdir(folder / "imagesTr")) == [f"{name}_0000.mha" for name in TRAINING]
     assert sorted(os.listdir(folder / "labelsTr")) == [f"{name}.mha" for name in TRAINING]
     for name, part in zip(TRAINING, PARTS[layout]):
@@ -129,7 +109,7 @@ def test_every_case_keeps_its_voxels_and_its_geometry_to_the_last_bit(source, la
         assert set(np.unique(_read(folder / "labelsTr" / f"{name}.mha"))) == {0, 1}
 
 
-def test_test_cases_bear_the_name_of_their_folder_and_may_have_labels(source, layout, nnunet):
+def test_test_cases_bear_the_name_of_their_folder_and_may_have_labels(source, layout, nnunet_folders):
     folder = promise12.convert(source, 41, processes=1)
     names = [f"{part}_Case{number:02d}" for part, number, _ in TESTS[layout]]
     labelled = [name for name, (_, _, with_label) in zip(names, TESTS[layout]) if with_label]
@@ -145,7 +125,7 @@ def test_test_cases_bear_the_name_of_their_folder_and_may_have_labels(source, la
             _assert_same(folder / "labelsTs" / f"{name}.mha", source / part / f"Case{number:02d}_segmentation.mhd")
 
 
-def test_dataset_json_and_the_split(source, nnunet, crossvalidation):
+def test_dataset_json_and_the_split(source, nnunet_folders, crossvalidation):
     folder = promise12.convert(source, 41, name="Prostate", processes=1)
     assert _json(folder / "dataset.json") == {
         "channel_names": {"0": "T2"}, "labels": {"background": 0, "prostate": 1}, "numTraining": 10, "file_ending": ".mha",
@@ -155,15 +135,11 @@ def test_dataset_json_and_the_split(source, nnunet, crossvalidation):
     assert [len(fold["val"]) for fold in crossvalidation(folder.name)] == [2] * 5
 
 
-def test_nnunet_finds_nothing_wrong(parts, nnunet, monkeypatch, capfd):
-    from nnunetv2.experiment_planning import verify_dataset_integrity
-    monkeypatch.setattr(verify_dataset_integrity, "multiprocessing", THREADS)
-    verify_dataset_integrity.verify_dataset_integrity(str(promise12.convert(parts, 41, processes=1)), 1)
-    out = capfd.readouterr().out
-    assert "verify_dataset_integrity Done" in out and "Warning:" not in out and "Error:" not in out
+def test_nnunet_finds_nothing_wrong(parts, nnunet_folders, require_integrity):
+    require_integrity(promise12.convert(parts, 41, processes=1))
 
 
-def test_compressed_voxels_and_voxels_within_the_header_are_read(parts, nnunet):
+def test_compressed_voxels_and_voxels_within_the_header_are_read(parts, nnunet_folders):
     for name, own in (("Case00", False), ("Case01", True)):
         file = parts / "TrainingData_Part1" / f"{name}.mhd"
         image = sitk.ReadImage(str(file))
@@ -179,7 +155,7 @@ def test_compressed_voxels_and_voxels_within_the_header_are_read(parts, nnunet):
         _assert_same(folder / "imagesTr" / f"{name}_0000.mha", parts / "TrainingData_Part1" / f"{name}.mhd")
 
 
-def test_the_command_converts(parts, nnunet, capsys):
+def test_the_command_converts(parts, nnunet_folders, capsys):
     assert main(["convert", "promise12", "--source", str(parts), "--id", "41", "--processes", "1"]) == 0
     assert "Dataset041_PROMISE12: 10 training cases (10 full, 0 partial, 0 unlabelled)\n5 folds" in capsys.readouterr().out
 

@@ -1,0 +1,308 @@
+"""nnU-Net's folders: a new data set gets into them completely or not at all, whatever ends the process that writes it."""
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from nnunet_confkd.data.folders import find_dataset, folder_name, new_dataset
+from nnunet_confkd.errors import InputError
+
+EMPTY = {"raw": None, "preprocessed": None, "results": None}
+posix = pytest.mark.skipif(os.name == "nt", reason="Windows has neither these signals nor these permissions")
+
+
+def _tree(folder: Path) -> dict[str, str | None]:
+    """{relative path: content, None for a folder}, hidden ones too."""
+    return {file.relative_to(folder).as_posix(): None if file.is_dir() else file.read_text()
+            for file in sorted(folder.rglob("*"))}
+
+
+def _write(dataset_id: int = 7, name: str = "Test") -> None:
+    """Write a data set of one file in each folder."""
+    with new_dataset(dataset_id, name) as (raw, preprocessed):
+        (raw / "file").write_text("raw")
+        (preprocessed / "file").write_text("preprocessed")
+
+
+def _refused(nnunet: Path, dataset_id: int = 7, name: str = "Test") -> str:
+    """Write a data set, see that it is refused and that nothing has changed; return the error's text."""
+    before = _tree(nnunet)
+    with pytest.raises(InputError) as error:
+        _write(dataset_id, name)
+    assert _tree(nnunet) == before
+    return str(error.value)
+
+
+# ---- what is written ------------------------------------------------------------------------------------------------
+
+def test_a_data_set_is_there_only_when_it_is_complete(nnunet_folders):
+    with new_dataset(7, "Test") as (raw, preprocessed):
+        (raw / "file").write_text("raw")
+        (preprocessed / "file").write_text("preprocessed")
+        assert all(name.startswith(".") for folder in ("raw", "preprocessed") for name in os.listdir(nnunet_folders / folder))
+    assert _tree(nnunet_folders) == EMPTY | {
+        "raw/Dataset007_Test": None, "raw/Dataset007_Test/file": "raw",
+        "preprocessed/Dataset007_Test": None, "preprocessed/Dataset007_Test/file": "preprocessed"}
+
+
+def test_an_empty_preprocessed_folder_is_not_kept(nnunet_folders):
+    with new_dataset(7, "Test") as (raw, _):
+        (raw / "file").write_text("raw")
+    assert _tree(nnunet_folders) == EMPTY | {"raw/Dataset007_Test": None, "raw/Dataset007_Test/file": "raw"}
+
+
+def test_a_data_set_may_be_written_in_a_thread(nnunet_folders):
+    thread = threading.Thread(target=_write)
+    thread.start()
+    thread.join()
+    assert os.listdir(nnunet_folders / "raw") == ["Dataset007_Test"]
+
+
+def test_the_folder_of_results_need_not_be_known(nnunet_folders, monkeypatch):
+    monkeypatch.delenv("nnUNet_results")
+    _write()
+    assert os.listdir(nnunet_folders / "raw") == ["Dataset007_Test"]
+
+
+def test_folders_that_do_not_exist_yet_are_made(nnunet_folders, monkeypatch):
+    for name in ("raw", "preprocessed"):
+        monkeypatch.setenv(f"nnUNet_{name}", str(nnunet_folders / "new" / name))
+    _write()
+    for name in ("raw", "preprocessed"):
+        assert (nnunet_folders / "new" / name / "Dataset007_Test" / "file").read_text() == name
+
+
+def test_after_an_error_nothing_is_left(nnunet_folders):
+    with pytest.raises(KeyboardInterrupt):
+        with new_dataset(7, "Test") as (raw, preprocessed):
+            (raw / "file").write_text("half")
+            (preprocessed / "file").write_text("half")
+            raise KeyboardInterrupt
+    assert _tree(nnunet_folders) == EMPTY
+
+
+def test_the_preprocessed_folder_does_not_stay_if_the_raw_one_cannot_be_moved(nnunet_folders, monkeypatch):
+    def fail(self, target, rename=Path.rename):
+        if Path(target) == nnunet_folders / "raw" / "Dataset007_Test":
+            raise OSError(5, "Input/output error")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", fail)
+    assert re.search("Dataset007_Test: cannot be written, nothing was kept; .*Input/output error", _refused(nnunet_folders))
+
+
+def test_sigterm_does_afterwards_what_it_did_before(nnunet_folders):
+    before = signal.getsignal(signal.SIGTERM)
+    assert before == signal.SIG_DFL
+    with new_dataset(1, "A"):
+        assert signal.getsignal(signal.SIGTERM) != before
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+# ---- what is refused ------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("dataset_id", [0, -1, 1000])
+def test_ids_out_of_range_are_refused(nnunet_folders, dataset_id):
+    assert f"from 1 to 999, not {dataset_id}" in _refused(nnunet_folders, dataset_id)
+
+
+@pytest.mark.parametrize("name", ["", "a b", "../a", "a/b", "_a", "ä", "a\n"])
+def test_bad_names_of_data_sets_are_refused(nnunet_folders, name):
+    assert f"letters, digits, _ and - only, not {name!r}" in _refused(nnunet_folders, name=name)
+    assert folder_name(7, "A_b-2") == "Dataset007_A_b-2"
+
+
+@pytest.mark.parametrize("where", ["raw", "preprocessed", "results"])
+def test_a_taken_id_is_refused_under_any_name(nnunet_folders, where):
+    taken = nnunet_folders / where / "Dataset007_Other"
+    taken.mkdir()
+    (taken / "file").write_text("mine")
+    assert f"the id 7 is taken by {taken}; choose another --id" in _refused(nnunet_folders)
+
+
+@pytest.mark.parametrize("where", ["raw", "preprocessed"])
+def test_an_id_that_is_taken_while_it_is_written_stays_with_the_other(nnunet_folders, where):
+    with pytest.raises(InputError, match="the id 7 is taken by .*Dataset007_Test"):
+        with new_dataset(7, "Test") as (raw, _):
+            (raw / "file").write_text("ours")
+            (nnunet_folders / where / "Dataset007_Test").mkdir()
+            (nnunet_folders / where / "Dataset007_Test" / "file").write_text("mine")
+    assert _tree(nnunet_folders) == EMPTY | {f"{where}/Dataset007_Test": None, f"{where}/Dataset007_Test/file": "mine"}
+
+
+def test_an_id_that_another_process_is_writing_is_refused_and_another_id_is_not(nnunet_folders):
+    with new_dataset(7, "Other"):
+        assert re.search("nnunet/raw/.Dataset007.lock: another process is writing a data set of this id", _refused(nnunet_folders))
+        _write(8)
+    assert sorted(os.listdir(nnunet_folders / "raw")) == ["Dataset007_Other", "Dataset008_Test"]
+
+
+def test_a_lock_file_that_nobody_holds_is_in_nobodys_way(nnunet_folders):
+    (nnunet_folders / "raw" / ".Dataset007.lock").touch()
+    _write()
+    assert os.listdir(nnunet_folders / "raw") == ["Dataset007_Test"]
+
+
+@pytest.mark.parametrize("variable", ["nnUNet_raw", "nnUNet_preprocessed"])
+@pytest.mark.parametrize("value", [None, ""])
+def test_a_variable_that_is_not_set_is_named(nnunet_folders, monkeypatch, variable, value):
+    monkeypatch.delenv(variable) if value is None else monkeypatch.setenv(variable, value)
+    text = _refused(nnunet_folders)
+    assert f"the environment variable {variable} is not set" in text and f"export {variable}=" in text
+
+
+@pytest.mark.parametrize("variable", ["nnUNet_raw", "nnUNet_preprocessed"])
+@pytest.mark.parametrize("below", ["", "below"])
+def test_a_folder_below_a_file_is_refused(nnunet_folders, monkeypatch, variable, below):
+    file = nnunet_folders / "file"
+    file.write_text("")
+    monkeypatch.setenv(variable, str(file / below) if below else str(file))
+    text = _refused(nnunet_folders)
+    assert "cannot be written, nothing was kept; check the permissions and the space" in text and f"'{file}" in text
+
+
+@posix
+@pytest.mark.parametrize("variable", ["raw", "preprocessed"])
+def test_a_folder_without_the_right_to_write_is_refused(monkeypatch, variable):
+    """In a place that another user can reach, which the folders of the other tests are not."""
+    with tempfile.TemporaryDirectory() as place:
+        place = Path(place)
+        for name in ("raw", "preprocessed"):
+            (place / name).mkdir()
+            (place / name).chmod(0o555 if name == variable else 0o777)
+            monkeypatch.setenv(f"nnUNet_{name}", str(place / name))
+        monkeypatch.delenv("nnUNet_results", raising=False)
+        place.chmod(0o755)
+        root = os.geteuid() == 0
+        if root:  # who may write everywhere
+            os.seteuid(65534)
+        try:
+            text = _refused(place)
+        finally:
+            if root:
+                os.seteuid(0)
+        assert "cannot be written, nothing was kept; check the permissions" in text
+        assert f"Permission denied: '{place}/{variable}/.Dataset007" in text
+
+
+def test_data_sets_are_found_by_id_and_by_name(nnunet_folders):
+    for name in ("Dataset027_ACDC", "Dataset028_A", "Dataset028_B"):
+        (nnunet_folders / "raw" / name).mkdir()
+    assert {find_dataset(wanted) for wanted in (27, "27", "027", "Dataset027_ACDC")} == {"Dataset027_ACDC"}
+    for wanted, text in ((28, "several data sets of the id 28: Dataset028_A, Dataset028_B"),
+                         ("Dataset001_X", "no data set Dataset001_X; set nnUNet_raw"), (5, "no data set 5; set nnUNet_raw")):
+        with pytest.raises(InputError, match=f"{nnunet_folders / 'raw'}: has {text}"):
+            find_dataset(wanted)
+
+
+# ---- interruption ---------------------------------------------------------------------------------------------------
+
+RUN = """
+import os, signal, sys, time
+from pathlib import Path
+from nnunet_confkd.data.folders import new_dataset
+from nnunet_confkd.processes import parallel
+
+workers = Path(sys.argv[1])
+
+def work(file):
+    file.write_text("label")
+    (workers / str(os.getpid())).touch()
+    time.sleep(0.1)
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's job in the background ignores it
+    workers.mkdir(exist_ok=True)
+    with new_dataset(7, "Run") as (raw, preprocessed):
+        parallel(work, [(folder / str(i),) for i in range(1000) for folder in (raw, preprocessed)], 2, "writing")
+"""
+
+
+@pytest.fixture
+def running(tmp_path, nnunet_folders):
+    """A process that writes data set 7 with two workers, for minutes; both have begun."""
+    if os.name == "nt":
+        pytest.skip("what ends the process are POSIX's signals")
+    (tmp_path / "run.py").write_text(RUN)
+    process = subprocess.Popen([sys.executable, str(tmp_path / "run.py"), str(tmp_path / "workers")],
+                               stderr=subprocess.PIPE, text=True, start_new_session=True)
+    try:
+        _wait_for(lambda: len(_written(nnunet_folders)) > 2 and len(_workers(tmp_path)) == 2)
+        yield process
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+
+
+def _wait_for(condition, seconds=60):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "nothing happened"
+        time.sleep(0.02)
+
+
+def _written(nnunet: Path) -> list[Path]:
+    return list((nnunet / "raw").glob(".Dataset007_*/*"))
+
+
+def _workers(tmp_path: Path) -> list[int]:
+    return [int(name) for name in os.listdir(tmp_path / "workers")] if (tmp_path / "workers").is_dir() else []
+
+
+def _wait_for_the_end_of_the_workers(tmp_path: Path) -> None:
+    def runs(process: int) -> bool:
+        """A zombie, which nobody waits for, does not."""
+        try:
+            return Path(f"/proc/{process}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+        except OSError:
+            return False
+
+    if not os.path.isdir("/proc/self"):
+        pytest.skip("only Linux tells which processes are zombies")
+    _wait_for(lambda: not any(runs(worker) for worker in _workers(tmp_path)))
+
+
+@posix
+def test_ctrl_c_leaves_nothing_and_until_then_another_process_is_refused(nnunet_folders, tmp_path, running):
+    with pytest.raises(InputError, match="another process is writing a data set of this id"):
+        _write()
+    assert len(_written(nnunet_folders)) > 2 and running.poll() is None
+    os.killpg(running.pid, signal.SIGINT)  # as the terminal does it: to all of them
+    _, text = running.communicate(timeout=60)
+    assert running.returncode == -signal.SIGINT
+    assert text.count("Traceback") == 1  # of the main process, and of no worker
+    assert _tree(nnunet_folders) == EMPTY
+    _wait_for_the_end_of_the_workers(tmp_path)
+
+
+@posix
+@pytest.mark.parametrize("to", ["kill", "killpg"], ids=("one", "group"))
+def test_sigterm_leaves_nothing(nnunet_folders, tmp_path, running, to):
+    getattr(os, to)(running.pid, signal.SIGTERM)
+    _, text = running.communicate(timeout=60)
+    assert running.returncode == 128 + signal.SIGTERM and "Traceback" not in text
+    assert _tree(nnunet_folders) == EMPTY
+    _wait_for_the_end_of_the_workers(tmp_path)
+
+
+@posix
+def test_a_killed_process_leaves_no_data_set_and_the_next_one_removes_what_it_left(nnunet_folders, tmp_path, running):
+    running.kill()
+    running.wait()
+    left = [nnunet_folders / folder / name for folder in ("raw", "preprocessed") for name in os.listdir(nnunet_folders / folder)]
+    assert left and all(path.name.startswith(".Dataset007") for path in left)
+    _wait_for_the_end_of_the_workers(tmp_path)  # otherwise they would write on, and then wait forever
+    with new_dataset(7, "Test") as (raw, _):
+        (raw / "file").write_text("raw")
+        assert _written(nnunet_folders) == [raw / "file"]  # what was left could fill the disk
+    assert _tree(nnunet_folders) == EMPTY | {"raw/Dataset007_Test": None, "raw/Dataset007_Test/file": "raw"}
