@@ -72,7 +72,7 @@ def main() -> None:
     import torch
     torch.set_num_threads(1)
     from nnunet_confkd.data.folders import find_dataset
-    from nnunet_confkd.inference.completion import complete
+    from nnunet_confkd.inference.completion import TrainedModel, complete
 
     table = TABLES[args.table]
     start = time.time()
@@ -83,7 +83,7 @@ def main() -> None:
     found: dict[str, dict[str, list[float]]] = {}
     measured = None
     for branch in BRANCHES:
-        folder = complete(source, model, ID, branch=branch, device="cpu", processes=1, name="Completed")
+        folder = complete(source, TrainedModel(model, branch, device="cpu"), ID, processes=1, name="Completed")
         described = json.loads((folder / "dataset.json").read_text())
         classes = {label: np.atleast_1d(value).tolist() for label, value in described["labels"].items()
                    if label not in ("background", "ignore")}

@@ -6,7 +6,7 @@ __version__ = "0.1.0"
 
 
 def _require_nnunet() -> None:
-    """Raise ImportError, with a reason, rather than fail somewhere inside an nnU-Net for which this was not made."""
+    """Raise ImportError for other versions of nnU-Net, in which anything could fail later."""
     try:
         found = version("nnunetv2")
     except PackageNotFoundError:
@@ -17,6 +17,6 @@ def _require_nnunet() -> None:
 
 
 _require_nnunet()
-# In a checkout that is not installed itself two of the packages lie beside this one (setup.py), not in it.
+# In a checkout that is not installed, two of the packages lie beside this one (see setup.py).
 if not (Path(__file__).parent / "trainers").exists():
     __path__.append(str(Path(__file__).parent.parent))

@@ -1,4 +1,4 @@
-"""The command `confkd`: one subcommand a tool, each imported only when it is called."""
+"""The command `confkd`. Each subcommand is imported only when it is called, so that the help appears at once."""
 from __future__ import annotations
 
 import io
@@ -13,7 +13,7 @@ from nnunet_confkd import __version__
 from nnunet_confkd.errors import InputError, TrainingError
 from nnunet_confkd.processes import terminable
 
-COMMANDS = {  # name: (module and function, what it does)
+COMMANDS = {  # name: (module and function, text of the help)
     "convert": ("dataset_conversion:main", "a public data set to nnU-Net's format"),
     "mix": ("data.mix:main", "folders of full, partial and no labels to one data set"),
     "weaken": ("data.weaken:main", "a fully labelled data set to a mixed one, for experiments"),
@@ -21,7 +21,8 @@ COMMANDS = {  # name: (module and function, what it does)
     "plan": ("data.planning:main", "nnUNetv2_plan_and_preprocess that keeps every annotation"),
     "train": ("nnunet_commands:train", "nnUNetv2_train with the ConfKD trainers"),
     "predict": ("nnunet_commands:predict", "nnUNetv2_predict, with a choice of the branch, and entropy"),
-    "evaluate": ("evaluation.evaluate:main", "Dice, surface distances and more of predictions, and of two sets of them paired"),
+    "evaluate": ("evaluation.evaluate:main",
+                 "Dice, surface distances and more of predictions, and of two sets of them paired"),
     "compare": ("evaluation.compare:main", "trained models side by side"),
     "report": ("report.report:main", "a page of what a trained model does: figures, cases, calibration, curves"),
     "complete": ("inference.completion:main", "the labels of partly labelled cases, completed by a model"),
@@ -30,39 +31,56 @@ COMMANDS = {  # name: (module and function, what it does)
     "download": ("data.download:main", "a public data set, for a first try"),
     "demo": ("demo.demo:main", "the main job on generated or given data"),
 }
+USAGE = ("usage: confkd COMMAND ...   (confkd COMMAND --help tells more; confkd --version)\n\n"
+         + "\n".join(f"  {name:<13}{text}" for name, (_, text) in COMMANDS.items()))
 
 
 def run(command: str, argv: list[str]) -> int:
-    """Run a subcommand with its arguments; returns the exit code."""
+    """Run a subcommand.
+
+    Args:
+        command: Its name.
+        argv: Its arguments.
+
+    Returns:
+        The exit code.
+    """
     module, function = COMMANDS[command][0].split(":")
     return getattr(import_module(f"nnunet_confkd.{module}"), function)(argv) or 0
 
 
 def _wait_without_spinning(argv: list[str]) -> None:
-    """Let PyTorch's threads sleep while they wait for each other, if the CPU computes.
+    """Let PyTorch's threads sleep while they wait for each other, if the network runs on the CPU.
 
-    By default they spin, which slows small networks down several times where other processes want the cores, too. OpenMP
-    reads the variable when torch is imported. A value that is set already stays.
+    By default they spin, which slows small networks down several times if other processes use the cores, too. OpenMP
+    reads the variable when torch is imported. A value that the user has set stays.
     """
     if {"cpu", "-device=cpu"} & {*argv} or not Path("/dev/nvidiactl").exists():
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Run the command line.
+
+    Args:
+        argv: The arguments. None: those of the process.
+
+    Returns:
+        The exit code: 0, or 1 after an error, or 2 if there is no such command.
+    """
     argv = sys.argv[1:] if argv is None else argv
     if argv == ["--version"]:
         print(f"confkd {__version__} (nnunetv2 {version('nnunetv2')})")
         return 0
-    if not argv or argv[0] in ("-h", "--help") or argv[0] not in COMMANDS:
-        known = bool(argv) and argv[0] in ("-h", "--help")
-        if argv and not known:
-            print(f"confkd: there is no command '{argv[0]}'", file=sys.stderr)
-        print("usage: confkd COMMAND ...   (confkd COMMAND --help tells more; confkd --version)\n\n"
-              + "\n".join(f"  {name:<13}{text}" for name, (_, text) in COMMANDS.items()),
-              file=sys.stdout if known else sys.stderr)
-        return 0 if known else 2
+    if argv and argv[0] in ("-h", "--help"):
+        print(USAGE)
+        return 0
+    if not argv or argv[0] not in COMMANDS:
+        unknown = f"confkd: there is no command '{argv[0]}'\n" if argv else ""
+        print(unknown + USAGE, file=sys.stderr)
+        return 2
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # the names of files may be no proper text
+        sys.stdout.reconfigure(errors="backslashreplace")  # names of files may hold bytes that are no text
     _wait_without_spinning(argv)
     try:
         with terminable():
@@ -77,8 +95,9 @@ def main(argv: list[str] | None = None) -> int:
             print(f"confkd {argv[0]}: {ordinary}", file=sys.stderr)
             return 1
         traceback.print_exc()
-        print(f"confkd {argv[0]}: an unexpected {type(error).__name__}. Either the program is at fault, or a file is of a form that nobody "
-              f"thought of: confkd check examines a data set. Please report the lines above with the command.", file=sys.stderr)
+        print(f"confkd {argv[0]}: an unexpected {type(error).__name__}. Either the program is at fault, or a file is "
+              f"of a form that nobody thought of: confkd check examines a data set. Please report the lines above with "
+              f"the command.", file=sys.stderr)
         return 1
 
 

@@ -5,9 +5,15 @@ from nnunet_confkd.errors import InputError
 
 
 def choose_device(asked: str | None = None) -> str:
-    """Check the device that was asked for, or choose one: "cuda" if there is a CUDA device, else "cpu".
+    """Check the device that was asked for, or choose one and print a line if it is the CPU.
 
-    The choice of the CPU is printed. "mps" must be asked for, because nothing has been tested on it.
+    "mps" is never chosen, because nothing has been tested on it.
+
+    Args:
+        asked: "cuda", "cpu" or "mps". None: "cuda" if there is a CUDA device, else "cpu".
+
+    Returns:
+        The device.
 
     Raises:
         InputError: There is no such device on this machine.

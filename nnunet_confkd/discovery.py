@@ -10,30 +10,31 @@ VARIABLE = "nnUNet_extTrainer"
 
 
 def trainer_dir() -> Path:
-    """The folder that nnUNet_extTrainer must name.
+    """Return the folder that nnUNet_extTrainer must name.
 
-    Asked of the package itself: in an editable install it does not lie under nnunet_confkd's folder.
+    In an editable install it does not lie under the folder of nnunet_confkd, so the import system is asked for it.
     """
     return Path(str(files("nnunet_confkd.trainers").joinpath("confkd_trainers.py"))).parent
 
 
 def export_line() -> str:
-    """The shell line that makes nnU-Net's own commands find the trainers, and keeps what the variable holds."""
+    """Return the shell line that makes nnU-Net's own commands find the trainers. It keeps the variable's value."""
     return f'export {VARIABLE}="{trainer_dir()}${{{VARIABLE}:+{os.pathsep}${VARIABLE}}}"'
 
 
 def make_findable() -> None:
-    """Add the folder to nnUNet_extTrainer, for this process and those that it starts."""
-    held = [entry for entry in os.environ.get(VARIABLE, "").split(os.pathsep) if entry]
-    if str(trainer_dir()) not in held:
-        os.environ[VARIABLE] = os.pathsep.join([*held, str(trainer_dir())])
+    """Add the folder to nnUNet_extTrainer, for this process and the processes that it starts."""
+    folders = [folder for folder in os.environ.get(VARIABLE, "").split(os.pathsep) if folder]
+    if str(trainer_dir()) not in folders:
+        os.environ[VARIABLE] = os.pathsep.join([*folders, str(trainer_dir())])
 
 
 def main(argv: list[str]) -> None:
+    """Run `confkd trainer-dir`."""
     parser = argparse.ArgumentParser(prog="confkd trainer-dir", description=(
         "Print the folder that the environment variable nnUNet_extTrainer must name, and nothing else."))
-    parser.add_argument("--export", action="store_true", help="print the whole line for the shell instead; it keeps what "
-                                                              "the variable already holds")
+    parser.add_argument("--export", action="store_true",
+                        help="print the whole line for the shell instead; it keeps what the variable already holds")
     args = parser.parse_args(argv)
 
     print(export_line() if args.export else trainer_dir())

@@ -1,7 +1,7 @@
-"""What `confkd train` and `confkd predict` do before nnU-Net's own commands take over.
+"""`confkd train` and `confkd predict`: nnU-Net's commands with the ConfKD trainers in reach.
 
-They read the arguments as those commands read them, and tell each ordinary mistake in one sentence, with the command
-that helps.
+The arguments are parsed by nnU-Net's own parsers and handed on. Before that, each ordinary mistake is reported in one
+sentence, with the command that helps.
 """
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import re
 import shutil
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from unittest import mock
 
@@ -25,28 +25,31 @@ DEFAULT_TRAINER = "ConfKDTrainer"
 
 # ---- arguments ------------------------------------------------------------------------------------------------------
 
-class _Parser(BaseException):
-    """Carries the parser out of the function that makes it."""
+class _ParserFound(BaseException):
+    """Carries a parser out of the function that makes it."""
 
 
 def parser_of(entry_point: Callable, name: str) -> argparse.ArgumentParser:
-    """The parser that a command of nnU-Net makes, so that abbreviations mean here what they mean there.
+    """Get the parser of a command of nnU-Net, so that abbreviations mean the same here and there.
 
     Args:
         entry_point: The function that the command runs.
         name: The command's name, for its messages.
 
     Returns:
-        The parser, without a default for the device and the trainer: None if they are not given.
+        The parser, in which the device and the trainer are None by default.
+
+    Raises:
+        RuntimeError: The command makes no parser.
     """
     def stop(parser, *_):
-        raise _Parser(parser)
+        raise _ParserFound(parser)
 
     with mock.patch.object(argparse.ArgumentParser, "parse_args", stop), mock.patch.object(sys, "argv", [name]), \
             contextlib.redirect_stdout(io.StringIO()):
         try:
             entry_point()
-        except _Parser as found:
+        except _ParserFound as found:
             parser = found.args[0]
             parser.set_defaults(device=None, tr=None)
             return parser
@@ -54,7 +57,7 @@ def parser_of(entry_point: Callable, name: str) -> argparse.ArgumentParser:
 
 
 def with_options(argv: list[str], *options: str) -> list[str]:
-    """argv with more options, which win over earlier ones of the same name."""
+    """Add options to the arguments. They win over earlier options of the same name."""
     end = argv.index("--") if "--" in argv else len(argv)
     return [*argv[:end], *options, *argv[end:]]
 
@@ -62,16 +65,16 @@ def with_options(argv: list[str], *options: str) -> list[str]:
 # ---- before a training ----------------------------------------------------------------------------------------------
 
 def check_training(args: argparse.Namespace) -> Path:
-    """Find what would end a training at its start.
+    """Check that a training can start.
 
     Args:
-        args: What nnU-Net's parser made of the arguments, with `tr` set.
+        args: The arguments as nnU-Net parses them, with `tr` set.
 
     Returns:
         The folder that the training will write to.
 
     Raises:
-        InputError: The variables are not set; there is no such data set, plans, configuration, trainer or fold; the
+        InputError: The variables are not set; there are no such data set, plans, configuration, trainer or fold; the
             configuration is not preprocessed; the options contradict each other; there are fewer GPUs than asked for.
     """
     _require_variables("nnUNet_preprocessed", "nnUNet_results")
@@ -91,15 +94,14 @@ def check_training(args: argparse.Namespace) -> Path:
     output = model / f"fold_{args.fold}"
     if args.val and not (output / "checkpoint_final.pth").is_file():
         raise InputError(f"{output}: has no checkpoint_final.pth, so --val has nothing to validate; finish the "
-                         "training "
-                         f"first: confkd train {args.dataset_name_or_id} {args.configuration} {args.fold} -tr "
-                         f"{args.tr} --c")
+                         f"training first: confkd train {args.dataset_name_or_id} {args.configuration} {args.fold} "
+                         f"-tr {args.tr} --c")
     return output
 
 
 @contextmanager
 def no_leftovers(output: Path) -> Iterator[None]:
-    """Remove the folders that a training made if it fails before the end of its first epoch.
+    """Remove the folders that a training made, if it fails before the end of its first epoch.
 
     Args:
         output: The fold's folder.
@@ -131,7 +133,7 @@ def _require_variables(*names: str) -> None:
 
 
 def _dataset_name(dataset: str) -> str:
-    """The name of a data set, given as 27 or Dataset027_NAME; nnU-Net looks in all three of its folders."""
+    """Find the name of a data set that is given as 27 or Dataset027_NAME, in all three of nnU-Net's folders."""
     from nnunetv2.utilities.dataset_name_id_conversion import find_candidate_datasets
 
     if dataset.startswith("Dataset"):
@@ -159,7 +161,7 @@ def _nnunet_folders() -> list[Path]:
 
 
 def _require_preprocessed(folder: Path, plans_name: str, configuration: str) -> None:
-    """folder: of the data set, in nnUNet_preprocessed."""
+    """Require plans and preprocessed cases; `folder` is that of the data set in nnUNet_preprocessed."""
     from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
     from nnunet_confkd.data.json_files import read_plans
@@ -190,6 +192,7 @@ def _require_preprocessed(folder: Path, plans_name: str, configuration: str) -> 
 
 
 def _require_fold(folder: Path, fold: str) -> None:
+    """Require a number below that of the folds, which are read as nnU-Net reads them; `folder` is as above."""
     from nnunet_confkd.data.json_files import read_folds
 
     splits = folder / "splits_final.json"
@@ -212,18 +215,17 @@ def _require_trainer(name: str) -> None:
 # ---- before a prediction --------------------------------------------------------------------------------------------
 
 def check_model(args: argparse.Namespace) -> Path:
-    """Find what would keep a model from being loaded.
+    """Check that there is a model that can predict.
 
     Args:
-        args: What nnU-Net's parser made of the arguments, with `tr` set if there is no `m`.
+        args: The arguments as nnU-Net parses them, with `tr` set if there is no `m`.
 
     Returns:
         The folder of the model.
 
     Raises:
         InputError: The variables are not set; there is no such data set or model; a fold is not trained; the
-        predictions
-            of a cascade's first stage are missing.
+            predictions of a cascade's first stage are missing.
     """
     from nnunet_confkd.data.json_files import read_plans
 
@@ -249,8 +251,7 @@ def check_model(args: argparse.Namespace) -> Path:
     previous = read_plans(model / "plans.json")["configurations"].get(configuration, {}).get("previous_stage")
     if previous and args.prev_stage_predictions is None:
         raise InputError(f"{model}: is the second stage of a cascade; predict with {previous} first, and give the "
-                         "folder "
-                         f"of these predictions here: -prev_stage_predictions FOLDER")
+                         "folder of these predictions here: -prev_stage_predictions FOLDER")
     return model
 
 
@@ -261,75 +262,47 @@ def _require_folds(model: Path, folds: list[str], checkpoint: str, train: str) -
     trained = [file.parent.name[len("fold_"):] for file in sorted(model.glob(f"fold_*/{checkpoint}"))]
     others = sorted({file.name for fold in untrained for file in (model / f"fold_{fold}").glob("checkpoint_*.pth")})
     if trained:
-        help_ = f"predict with what is trained: -f {' '.join(trained)}"
+        remedy = f"predict with what is trained: -f {' '.join(trained)}"
     elif others:
-        help_ = f"the training has not ended: continue it with --c, or predict with -chk {others[0]}"
+        remedy = f"the training has not ended: continue it with --c, or predict with -chk {others[0]}"
     else:
-        help_ = f"train first: {train}"
+        remedy = f"train first: {train}"
     which = f"fold {untrained[0]} has" if len(untrained) == 1 else f"folds {', '.join(untrained)} have"
-    raise InputError(f"{model}: {which} no {checkpoint}; {help_}")
+    raise InputError(f"{model}: {which} no {checkpoint}; {remedy}")
 
 
+def _require_teacher(checkpoint: Path) -> None:
+    """Raise InputError for a model without a teacher, because --branch would have no effect."""
+    from nnunet_confkd.inference.checkpoints import load_checkpoint
+    from nnunet_confkd.training.network import has_teacher
+
+    if not has_teacher(load_checkpoint(checkpoint)["network_weights"]):
+        raise InputError(f"{checkpoint}: holds no teacher, so --branch has nothing to choose from")
 
 
+# ---- the commands ---------------------------------------------------------------------------------------------------
 
-
-
-
-
-
-
-
-# ---- afterwards -----------------------------------------------------------------------------------------------------
-
-OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "DefaultCPUAllocator", "ALLOC_FAILED")
-LESS_MEMORY = {
-    "train": "plan a smaller patch or batch, e.g. confkd plan -d ID -c CONFIGURATION -gpu_memory_target 4 "
-             "-overwrite_plans_name nnUNetPlans_4GB, and train with -p nnUNetPlans_4GB; nnUNet_n_proc_DA=2 loads the "
-             "data with "
-             "fewer processes",
-    "predict": "--not_on_device keeps the result out of the GPU's memory, -npp 1 -nps 1 use fewer processes, -device "
-               "cpu "
-               "uses no GPU"}
-
-
-def explanation(error: BaseException, command: str) -> str | None:
-    """What to tell of an error that has an ordinary cause; None for all others."""
-    text = str(error).strip()
-    inner = re.findall(r"^nnunet_confkd\.errors\.(?:InputError|TrainingError): (.*)", text, re.MULTILINE | re.DOTALL)
-    if inner:  # a rank's, of which torch hands on the traceback
-        return inner[-1]
-    advice = f"To use less: {LESS_MEMORY.get(command, '-device cpu uses no GPU, --processes 1 uses fewer processes')}"
-    if isinstance(error, MemoryError):
-        return f"the memory is exhausted. {advice}"
-    if isinstance(error, RuntimeError) and any(sign in text for sign in OUT_OF_MEMORY):
-        cause = next(line for line in text.splitlines() if any(sign in line for sign in OUT_OF_MEMORY))
-        return f"the memory is exhausted ({cause.strip()}). {advice}"
-    if isinstance(error, RuntimeError) and re.search(r"ackground workers (died|are no longer alive)", text):
-        return ("a process that works on the images has ended. What it said stands above; if it said nothing, it was "
-                "killed, "
-                f"most likely for want of memory. {advice}")
-    return None
-
-
-def run_as(entry_point, name: str, argv: list[str]) -> None:
-    """Call an entry point of nnU-Net's as its command would be."""
-    before, sys.argv, running = sys.argv, [name, *argv], multiprocessing.active_children()
-    try:
-        entry_point()
-    except BaseException:
-        for process in {*multiprocessing.active_children()} - {*running}:
-            process.terminate()  # the ranks of a training on several GPUs: Python would wait for their end
-        raise
-    finally:
-        sys.argv = before
-
-
-def _wants_help(argv: list[str]) -> bool:
-    return any(word == "-h" or len(word) > 2 and "--help".startswith(word) for word in argv)
+TRAIN_HELP = f"""confkd train: nnUNetv2_train with the ConfKD trainers in reach.
+  -tr                  default: {DEFAULT_TRAINER}
+  -device              default: cuda where there is one, else cpu
+  -pretrained_weights  takes stock nnU-Net checkpoints, too
+All else is nnUNetv2_train's:
+"""
+PREDICT_HELP = f"""confkd predict: nnUNetv2_predict (with -m FOLDER: nnUNetv2_predict_from_modelfolder)
+with the ConfKD trainers in reach.
+  --branch {{student,teacher,mean}}  which branch predicts (default: student; mean: of the logits)
+  --save-entropy                   also write the entropy of each voxel, and a list of the cases
+                                   to look at first, to the folder uncertainty of -o
+  -i                               a folder of images, or an image; with a single channel the names need
+                                   no _0000 at their end
+  -tr                              default: {DEFAULT_TRAINER}
+  -device                          default: cuda where there is one, else cpu
+All else is nnU-Net's:
+"""
 
 
 def train(argv: list[str]) -> None:
+    """Run `confkd train`."""
     from nnunetv2.run.run_training import run_training_entry
 
     from nnunet_confkd.device import choose_device
@@ -339,25 +312,23 @@ def train(argv: list[str]) -> None:
     name = "nnUNetv2_train"
     make_findable()
     if _wants_help(argv):
-        print("confkd train: nnUNetv2_train with the ConfKD trainers in reach.\n"
-              f"  -tr                  default: {DEFAULT_TRAINER}\n"
-              "  -device              default: cuda where there is one, else cpu\n"
-              "  -pretrained_weights  takes stock nnU-Net checkpoints, too\n"
-              "All else is nnUNetv2_train's:\n")
+        print(TRAIN_HELP)
         run_as(run_training_entry, name, argv)
         return
     args = parser_of(run_training_entry, name).parse_args(argv)
     args.tr = args.tr or DEFAULT_TRAINER
     output = check_training(args)
     argv = with_options(argv, "-tr", args.tr, "-device", choose_device(args.device))
-    given = args.pretrained_weights
-    with no_leftovers(output), (nullcontext() if given is None else pretrained_for_both_branches(given)) as adapted:
-        run_as(run_training_entry, name, argv if given is None else with_options(argv, "-pretrained_weights", adapted))
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(no_leftovers(output))
+        if args.pretrained_weights is not None:
+            weights = stack.enter_context(pretrained_for_both_branches(args.pretrained_weights))
+            argv = with_options(argv, "-pretrained_weights", weights)
+        run_as(run_training_entry, name, argv)
 
 
 def predict(argv: list[str]) -> None:
-    from nnunetv2.inference.predict_from_raw_data import predict_entry_point, predict_entry_point_modelfolder
-
+    """Run `confkd predict`."""
     from nnunet_confkd.data.json_files import read_description
     from nnunet_confkd.device import choose_device
     from nnunet_confkd.discovery import make_findable
@@ -369,51 +340,107 @@ def predict(argv: list[str]) -> None:
     parser.add_argument("--branch", choices=BRANCHES, default="student")
     parser.add_argument("--save-entropy", action="store_true")
     own, argv = parser.parse_known_args(argv)
-    with_folder = parser_of(predict_entry_point_modelfolder, "nnUNetv2_predict_from_modelfolder")
-    for action in with_folder._actions:
-        action.required = False
-    from_folder = with_folder.parse_known_args([word for word in argv if word not in ("-h", "--help")])[0].m is not None
-    entry_point, name = ((predict_entry_point_modelfolder, "nnUNetv2_predict_from_modelfolder") if from_folder
-                         else (predict_entry_point, "nnUNetv2_predict"))
+    entry_point, name = _prediction_command(argv)
     if _wants_help(argv):
-        print("confkd predict: nnUNetv2_predict (with -m FOLDER: nnUNetv2_predict_from_modelfolder) with the ConfKD trainers\n"
-              "in reach.\n"
-              "  --branch {student,teacher,mean}  which branch predicts (default: student; mean: of the logits)\n"
-              "  --save-entropy                   also write the entropy of each voxel, and a list of "
-              "the cases\n                                   to look at first, to the folder uncertainty of -o\n"
-              "  -i                               a folder of images, or an image; with a single channel the names "
-              "need\n"
-              "                                   no _0000 at their end\n"
-              f"  -tr                              default: {DEFAULT_TRAINER}\n"
-              "  -device                          default: cuda where there is one, else cpu\n"
-              "All else is nnU-Net's:\n")
+        print(PREDICT_HELP)
         run_as(entry_point, name, argv)
         return
     args = parser_of(entry_point, name).parse_args(argv)
-    if not from_folder:
+    if not hasattr(args, "m"):
         args.tr = args.tr or DEFAULT_TRAINER
         argv = with_options(argv, "-tr", args.tr)
     model = check_model(args)
     if own.branch != "student":
-        _require_branches(model / f"fold_{args.f[0]}" / args.chk)
+        _require_teacher(model / f"fold_{args.f[0]}" / args.chk)
     device = choose_device(args.device)
-    if own.save_entropy:
-        from nnunet_confkd.inference.prediction import with_names
-        from nnunet_confkd.inference.uncertainty import EntropyPredictor, list_cases
-        entry_point = with_names(entry_point, nnUNetPredictor=EntropyPredictor)
     source, described = Path(args.i), read_description(model / "dataset.json", ("file_ending",))
-    with readable_images(source, described) as images, predicting(own.branch):
+    with (readable_images(source, described) as images, predicting(own.branch),
+          _entropy_too() if own.save_entropy else contextlib.nullcontext()):
         run_as(entry_point, name, with_options(argv, "-device", device, "-i", str(images)))
     if images != source:
         name_source(Path(args.o), source)
     if own.save_entropy:
-        print("look at these cases first:", list_cases(EntropyPredictor.output))
+        from nnunet_confkd.inference.uncertainty import list_cases
+
+        print("look at these cases first:", list_cases(Path(args.o)))
 
 
-def _require_branches(checkpoint: Path) -> None:
-    """Raise InputError where the model has no teacher: --branch would be ignored without a word."""
-    from nnunet_confkd.inference.checkpoints import load_checkpoint
-    from nnunet_confkd.training.network import has_teacher
+def _prediction_command(argv: list[str]) -> tuple[Callable, str]:
+    """Choose between nnU-Net's two commands: with -m the model is a folder, otherwise it has a data set and a name."""
+    from nnunetv2.inference.predict_from_raw_data import predict_entry_point, predict_entry_point_modelfolder
 
-    if not has_teacher(load_checkpoint(checkpoint)["network_weights"]):
-        raise InputError(f"{checkpoint}: holds no teacher, so --branch has nothing to choose from")
+    by_folder = predict_entry_point_modelfolder, "nnUNetv2_predict_from_modelfolder"
+    parser = parser_of(*by_folder)
+    for action in parser._actions:
+        action.required = False
+    args = parser.parse_known_args([word for word in argv if word not in ("-h", "--help")])[0]
+    return by_folder if args.m is not None else (predict_entry_point, "nnUNetv2_predict")
+
+
+def _entropy_too() -> contextlib.AbstractContextManager:
+    """Let nnU-Net's commands predict with the predictor that also writes the entropy."""
+    from nnunetv2.inference import predict_from_raw_data
+
+    from nnunet_confkd.inference.uncertainty import EntropyPredictor
+
+    return mock.patch.object(predict_from_raw_data, "nnUNetPredictor", EntropyPredictor)
+
+
+def run_as(entry_point: Callable, name: str, argv: list[str]) -> None:
+    """Call an entry point of nnU-Net as its command would.
+
+    Args:
+        entry_point: The function that the command runs.
+        name: The command's name.
+        argv: The command's arguments.
+    """
+    before, sys.argv, running = sys.argv, [name, *argv], multiprocessing.active_children()
+    try:
+        entry_point()
+    except BaseException:
+        for process in {*multiprocessing.active_children()} - {*running}:
+            process.terminate()  # the ranks of a training on several GPUs, which Python would wait for
+        raise
+    finally:
+        sys.argv = before
+
+
+def _wants_help(argv: list[str]) -> bool:
+    return any(word == "-h" or len(word) > 2 and "--help".startswith(word) for word in argv)
+
+
+# ---- errors ---------------------------------------------------------------------------------------------------------
+
+OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "DefaultCPUAllocator", "ALLOC_FAILED")
+LESS_MEMORY = {
+    "train": "plan a smaller patch or batch, e.g. confkd plan -d ID -c CONFIGURATION -gpu_memory_target 4 "
+             "-overwrite_plans_name nnUNetPlans_4GB, and train with -p nnUNetPlans_4GB; nnUNet_n_proc_DA=2 loads the "
+             "data with fewer processes",
+    "predict": "--not_on_device keeps the result out of the GPU's memory, -npp 1 -nps 1 use fewer processes, "
+               "-device cpu uses no GPU"}
+
+
+def explanation(error: BaseException, command: str) -> str | None:
+    """Explain an error that has an ordinary cause.
+
+    Args:
+        error: What ended a command.
+        command: The command's name, such as "train".
+
+    Returns:
+        A message for the user, or None for errors of another kind.
+    """
+    text = str(error).strip()
+    inner = re.findall(r"^nnunet_confkd\.errors\.(?:InputError|TrainingError): (.*)", text, re.MULTILINE | re.DOTALL)
+    if inner:  # from another rank, of which torch passes on the traceback
+        return inner[-1]
+    advice = f"To use less: {LESS_MEMORY.get(command, '-device cpu uses no GPU, --processes 1 uses fewer processes')}"
+    if isinstance(error, MemoryError):
+        return f"the memory is exhausted. {advice}"
+    if isinstance(error, RuntimeError) and any(sign in text for sign in OUT_OF_MEMORY):
+        cause = next(line for line in text.splitlines() if any(sign in line for sign in OUT_OF_MEMORY))
+        return f"the memory is exhausted ({cause.strip()}). {advice}"
+    if isinstance(error, RuntimeError) and re.search(r"ackground workers (died|are no longer alive)", text):
+        return ("a process that works on the images has ended. Its error stands above; if there is none, the process "
+                f"was killed, most likely because the memory was exhausted. {advice}")
+    return None

@@ -1,4 +1,4 @@
-"""A small mixed-supervision data set for the demo, out of a folder in the layout of an MSD task or of nnU-Net's raw format."""
+"""A small mixed-supervision data set for the demo, from an MSD task or a data set in nnU-Net's raw format."""
 from __future__ import annotations
 
 import json
@@ -15,7 +15,7 @@ from nnunet_confkd.data.weaken import weakened
 from nnunet_confkd.dataset_conversion import msd
 from nnunet_confkd.errors import InputError
 
-# enough to see the method work within minutes on two CPU cores
+# enough to see the effect of the method within minutes on two CPU cores
 LIMITS = {"test": 8, "validation": 5, "full": 5, "unlabelled": 10, "partial": 30}
 
 
@@ -23,12 +23,21 @@ def import_dataset(source: Path, dataset_id: int, name: str, seed: int = 0, limi
                    ) -> dict[str, list[str]]:
     """Write some of the cases of `source` as a mixed data set, in the folders of nnU-Net's variables.
 
-    source: holds `imagesTr`, `labelsTr` and, unless the labels are to be read from the label files, `dataset.json`.
-        Fully labelled data are weakened: some cases stay full, some keep points only, some nothing; data that have an
-        "ignore" label already are taken as they are.
-    limits: at most how many cases of each role; default `LIMITS`.
-    Returns the cases by role: full, partial, unlabelled, validation, test.
-    Raises InputError where the folder has another layout, or too few fully labelled cases.
+    Fully annotated data are weakened: some cases stay as they are, some keep points only, and some keep nothing. Data
+    with an "ignore" label are mixed already and stay as they are.
+
+    Args:
+        source: A folder with `imagesTr` and `labelsTr`. Without a `dataset.json`, the labels are found in the files.
+        dataset_id: The id of the data set to write.
+        name: Its name, without `Dataset027_`.
+        seed: The seed for the choice of the cases and for the points.
+        limits: The largest number of cases of each role. None: `LIMITS`.
+
+    Returns:
+        The cases of "full", "partial", "unlabelled", "validation" and "test".
+
+    Raises:
+        InputError: The folder has another layout, or too few fully annotated cases.
     """
     limits = LIMITS if limits is None else limits
     dataset = _read(Path(source), name)
@@ -39,16 +48,17 @@ def import_dataset(source: Path, dataset_id: int, name: str, seed: int = 0, limi
     kinds = {case: _kind(cases[case], dataset.labels.get("ignore")) if mixed else FULL for case in shuffled}
     full = [case for case in shuffled if kinds[case] == FULL]
     if len(full) < 3:
-        raise InputError(f"{source}: has {len(full)} fully labelled cases; the demo needs 3 at least, one each to train, to "
-                         f"validate and to test on")
-    # of a small data set a fifth each for test and validation
+        raise InputError(f"{source}: has {len(full)} fully annotated cases; the demo needs at least 3, one each to "
+                         f"train, to validate and to test on")
+    # in a small data set, a fifth each is used for test and validation
     held_back = {role: min(limits[role], max(1, len(full) // 5)) for role in ("test", "validation")}
     rest = iter(full)
     roles = {role: [next(rest) for _ in range(count)] for role, count in held_back.items()}
     roles[FULL] = [case for _, case in zip(range(limits[FULL]), rest)]
     others = [case for case in shuffled if kinds[case] != FULL] if mixed else list(rest)
     if mixed:
-        roles |= {kind: [case for case in others if kinds[case] == kind][:limits[kind]] for kind in (UNLABELLED, PARTIAL)}
+        roles |= {kind: [case for case in others if kinds[case] == kind][:limits[kind]]
+                  for kind in (UNLABELLED, PARTIAL)}
     else:
         others = others[:limits[PARTIAL] + limits[UNLABELLED]]
         cut = len(others) * limits[UNLABELLED] // (limits[PARTIAL] + limits[UNLABELLED])
@@ -65,6 +75,7 @@ def import_dataset(source: Path, dataset_id: int, name: str, seed: int = 0, limi
 
 
 def _read(source: Path, name: str) -> Dataset:
+    """Read a folder in either layout."""
     file = source / "dataset.json"
     if file.is_file() and "channel_names" in json.loads(file.read_text(encoding="utf-8")):
         return raw_dataset(source, name)

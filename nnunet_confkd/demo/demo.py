@@ -1,7 +1,7 @@
 """The main job from beginning to end, on generated data or on a given folder, small enough for two CPU cores.
 
-Data, nnU-Net's planning and preprocessing, ConfKDTrainer with a small plan, prediction of held-back images with
-nnU-Net's predictor, evaluation, a picture. Everything is written into one new folder.
+The steps: data, nnU-Net's planning and preprocessing, ConfKDTrainer with a small plan, prediction of held-back images
+with nnU-Net's predictor, evaluation, a picture. Everything is written into one new folder.
 """
 from __future__ import annotations
 
@@ -11,24 +11,28 @@ import os
 import time
 from pathlib import Path
 
+from nnunet_confkd.files import write_json
+
 DATASET_ID = 901
 PLANS, CONFIGURATION = "nnUNetPlans", "2d_small"
 
 
 def main(argv: list[str]) -> None:
+    """Run `confkd demo`."""
     parser = argparse.ArgumentParser(prog="confkd demo", description=__doc__.split("\n")[0])
-    parser.add_argument("--data", metavar="FOLDER", help="a folder in the layout of an MSD task or of nnU-Net's raw format; "
-                                                         "default: a generated cardiac-like data set")
+    parser.add_argument("--data", metavar="FOLDER",
+                        help="a folder in the layout of an MSD task or of nnU-Net's raw format; default: a generated "
+                             "cardiac-like data set")
     parser.add_argument("--output", metavar="FOLDER", default="demo_output", help="each run makes a new folder in it")
     parser.add_argument("--epochs", type=int, default=12)
-    parser.add_argument("--iterations", type=int, default=90, help="training steps an epoch")
+    parser.add_argument("--iterations", type=int, default=90, help="iterations per epoch")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
 
     folder = _new_run_folder(Path(args.output).resolve())
-    # for this process and its children only, and before nnU-Net is imported, which reads them then
+    # set for this process and its children only, before nnU-Net is imported and reads them
     os.environ.update({f"nnUNet_{name}": str(folder / name) for name in ("raw", "preprocessed", "results")})
-    # threads that wait without spinning: on a busy machine spinning ones slow a training down many times
+    # threads sleep while they wait: on a busy machine, spinning threads slow a training down many times
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("nnUNet_def_n_proc", str(min(4, os.cpu_count() or 1)))
     for name in ("raw", "preprocessed", "results"):
@@ -37,7 +41,7 @@ def main(argv: list[str]) -> None:
 
 
 def _new_run_folder(output: Path) -> Path:
-    """The next free `run_NNN` folder, so that no run overwrites another."""
+    """Make the next free folder `run_NNN`, so that no run overwrites another."""
     for number in range(1, 10 ** 6):
         folder = output / f"run_{number:03d}"
         try:
@@ -49,7 +53,18 @@ def _new_run_folder(output: Path) -> Path:
 
 
 def run(folder: Path, data: Path | None, epochs: int, iterations: int, seed: int) -> dict[str, float]:
-    """The whole job; nnU-Net's folders (raw, preprocessed, results) are those of `folder`. Returns the mean Dice."""
+    """Run all steps. nnU-Net's variables must name the folders raw, preprocessed and results in `folder`.
+
+    Args:
+        folder: Where everything is written.
+        data: A folder in the layout of an MSD task or of nnU-Net's raw format. None: generated data.
+        epochs: The number of epochs.
+        iterations: The number of iterations per epoch.
+        seed: The seed of the data and of the training.
+
+    Returns:
+        The mean Dice of "student" and "teacher".
+    """
     from nnunet_confkd.device import choose_device
     from nnunet_confkd.discovery import make_findable
     from nnunet_confkd.nnunet_commands import predict
@@ -74,16 +89,16 @@ def run(folder: Path, data: Path | None, epochs: int, iterations: int, seed: int
     plan_and_preprocess(DATASET_ID, ["2d"])
     preprocessed = folder / "preprocessed" / name
     training = sorted([*cases["full"], *cases["partial"], *cases["unlabelled"]])
-    (preprocessed / "splits_final.json").write_text(json.dumps([{"train": training, "val": sorted(cases["validation"])}]))
+    write_json(preprocessed / "splits_final.json", [{"train": training, "val": sorted(cases["validation"])}])
     add_small_configuration(preprocessed / f"{PLANS}.json", CONFIGURATION, "2d",
                             {"epochs": epochs, "iterations_per_epoch": iterations, "seed": seed})
 
-    say(3, f"training: ConfKDTrainer, {epochs} epochs of {iterations} steps")
+    say(3, f"training: ConfKDTrainer, {epochs} epochs of {iterations} iterations")
     import torch
     from nnunetv2.run.run_training import run_training
     make_findable()
     device = choose_device()
-    # nnU-Net's command would take all cores for the network; the augmentation needs one of them
+    # nnU-Net's command would use all cores for the network, but the augmentation needs one of them
     torch.set_num_threads(max(1, (os.cpu_count() or 1) - 1))
     run_training(name, CONFIGURATION, 0, "ConfKDTrainer", device=torch.device(device))
 
@@ -91,15 +106,15 @@ def run(folder: Path, data: Path | None, epochs: int, iterations: int, seed: int
     model = folder / "results" / name / f"ConfKDTrainer__{PLANS}__{CONFIGURATION}"
     images = folder / "raw" / name / "imagesTs"
     for branch in ("student", "teacher"):
-        # -npp 0 -nps 0: in this process; a few small images are not worth the start of two pools
+        # -npp 0 -nps 0: in this process, because starting two pools takes longer than a few small images
         predict(["-i", str(images), "-o", str(folder / branch), "-d", str(DATASET_ID), "-c", CONFIGURATION, "-f", "0",
-                     "-device", device, "-npp", "0", "-nps", "0", "--disable_progress_bar", "--branch", branch])
+                 "-device", device, "-npp", "0", "-nps", "0", "--disable_progress_bar", "--branch", branch])
 
     say(5, "evaluation")
     dice = {branch: evaluate(raw / "labelsTs", folder / branch) for branch in ("student", "teacher")}
-    (folder / "results.json").write_text(json.dumps(
-        {"dice": dice, "cases": cases, "epochs": epochs, "iterations_per_epoch": iterations, "seed": seed,
-         "seconds": round(time.time() - start)}, indent=2))
+    write_json(folder / "results.json",
+               {"dice": dice, "cases": cases, "epochs": epochs, "iterations_per_epoch": iterations, "seed": seed,
+                "seconds": round(time.time() - start)})
 
     say(6, "picture")
     from nnunet_confkd.demo.picture import draw
@@ -115,7 +130,7 @@ def run(folder: Path, data: Path | None, epochs: int, iterations: int, seed: int
 
 
 def plan_and_preprocess(dataset_id: int, configurations: list[str]) -> None:
-    """As `confkd plan` does, with as many processes as nnU-Net is set to."""
+    """Plan and preprocess as `confkd plan` does, with nnU-Net's default number of processes."""
     from nnunetv2.configuration import default_num_processes
 
     from nnunet_confkd.data.planning import plan
@@ -127,9 +142,22 @@ def plan_and_preprocess(dataset_id: int, configurations: list[str]) -> None:
 def add_small_configuration(plans_file: Path, name: str, base: str, confkd: dict | None = None, *,
                             features: tuple[int, ...] = (16, 32, 64, 128), batch_size: int = 8,
                             max_patch: int = 96, convolutions: int = 2) -> dict:
-    """Add a configuration to a plans file that trains on a CPU: `base` with a small U-Net, patch and batch.
+    """Add a configuration to a plans file that a CPU can train: `base` with a small U-Net, patch and batch.
 
-    The preprocessed data are those of `base`. confkd: its block of settings. Returns the configuration.
+    The new configuration uses the preprocessed data of `base`.
+
+    Args:
+        plans_file: The plans file.
+        name: The name of the new configuration.
+        base: The configuration that it inherits from.
+        confkd: Its settings for ConfKDTrainer.
+        features: The number of channels per stage.
+        batch_size: The number of patches per batch.
+        max_patch: The largest size of a patch in voxels, rounded up to what the stages allow.
+        convolutions: The number of convolutions per stage.
+
+    Returns:
+        The configuration.
     """
     plans = json.loads(plans_file.read_text())
     parent = plans["configurations"][base]
@@ -146,14 +174,22 @@ def add_small_configuration(plans_file: Path, name: str, base: str, confkd: dict
     if confkd:
         configuration["confkd"] = confkd
     plans["configurations"][name] = configuration
-    plans_file.write_text(json.dumps(plans, indent=4))
+    write_json(plans_file, plans, indent=4)
     return configuration
 
 
 def evaluate(truth: Path, prediction: Path) -> float:
-    """Mean foreground Dice by nnU-Net's own evaluation, which leaves its summary.json beside the predictions."""
+    """Evaluate with nnU-Net's own evaluation, which writes summary.json beside the predictions.
+
+    Args:
+        truth: The folder of the ground truth.
+        prediction: The folder of the predictions, with nnU-Net's dataset.json and plans.json.
+
+    Returns:
+        The mean Dice of the foreground.
+    """
     from nnunetv2.evaluation.evaluate_predictions import compute_metrics_on_folder2
 
-    compute_metrics_on_folder2(str(truth), str(prediction), str(prediction / "dataset.json"), str(prediction / "plans.json"),
-                               chill=True)
+    compute_metrics_on_folder2(str(truth), str(prediction), str(prediction / "dataset.json"),
+                               str(prediction / "plans.json"), chill=True)
     return float(json.loads((prediction / "summary.json").read_text())["foreground_mean"]["Dice"])

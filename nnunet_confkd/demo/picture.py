@@ -1,4 +1,4 @@
-"""The demo's picture: a weak label, and truth, teacher and student on a held-back image."""
+"""The demo's picture: a weak label, and the ground truth, the teacher and the student on a held-back image."""
 from __future__ import annotations
 
 import json
@@ -16,10 +16,17 @@ from nnunet_confkd.colours import COLOURS  # noqa: E402
 
 
 def draw(raw: Path, student: Path, teacher: Path, test_cases: list[str], partial_case: str, path: Path) -> None:
-    """Write the picture: the weak label of `partial_case`, then for the middle test case (by the student's Dice) image,
-    truth, teacher and student, in the slice that holds most foreground.
+    """Draw the weak label of a training case, and a test case with its ground truth and both predictions.
 
-    raw: the data set's folder; student, teacher: folders of predictions with nnU-Net's summary.json.
+    The test case is the one with the median Dice of the student. Each image is shown in the slice with most foreground.
+
+    Args:
+        raw: The raw folder of the data set.
+        student: The folder of the student's predictions, with nnU-Net's summary.json.
+        teacher: The same of the teacher.
+        test_cases: The names of the test cases.
+        partial_case: The name of the training case.
+        path: The picture to write.
     """
     described = json.loads((raw / "dataset.json").read_text())
     ending, ignore = described["file_ending"], described["labels"].get("ignore")
@@ -34,7 +41,7 @@ def draw(raw: Path, student: Path, teacher: Path, test_cases: list[str], partial
     here, there = _fullest(truth, ignore), _fullest(weak, ignore)
     image = read(raw / "imagesTs" / f"{case}_0000{ending}")[here]
     panels = [("weak label (training)", read(raw / "imagesTr" / f"{partial_case}_0000{ending}")[there], weak[there]),
-              ("held-back image", image, None), ("truth", image, truth[here]),
+              ("held-back image", image, None), ("ground truth", image, truth[here]),
               (f"teacher, Dice {dice['teacher']:.2f}", image, read(teacher / (case + ending))[here]),
               (f"student, Dice {dice['student']:.2f}", image, read(student / (case + ending))[here])]
 
@@ -43,7 +50,7 @@ def draw(raw: Path, student: Path, teacher: Path, test_cases: list[str], partial
 
 
 def _draw_panels(panels: list[tuple], names: dict[int, str], ignore: int | None, path: Path) -> None:
-    """panels: (title, image, label map or None), all 2-D; names: of the foreground labels."""
+    """Draw the panels (title, 2-D image, 2-D label map or None) in a row; `names` are the foreground labels."""
     figure, axes = plt.subplots(1, len(panels), figsize=(3 * len(panels), 3.7), layout="constrained")
     for axis, (title, grey, label) in zip(axes, panels):
         low, high = np.percentile(grey, (1, 99))
@@ -51,7 +58,8 @@ def _draw_panels(panels: list[tuple], names: dict[int, str], ignore: int | None,
         if label is not None:
             for value, colour in zip(names, COLOURS * len(names)):
                 inside = label == value
-                axis.imshow(np.ma.masked_where(~inside, inside), cmap=matplotlib.colors.ListedColormap([colour]), alpha=0.45)
+                axis.imshow(np.ma.masked_where(~inside, inside), cmap=matplotlib.colors.ListedColormap([colour]),
+                            alpha=0.45)
                 if inside.any():
                     axis.contour(inside, [0.5], colors=[colour], linewidths=1.4)
             if ignore is not None and (label == ignore).any() and (label == 0).any():
@@ -66,7 +74,7 @@ def _draw_panels(panels: list[tuple], names: dict[int, str], ignore: int | None,
 
 
 def _middle_case(student: Path, teacher: Path, cases: list[str], ending: str) -> tuple[str, dict[str, float]]:
-    """The test case in the middle by the student's mean Dice, and the Dice of both branches."""
+    """Find the test case with the median of the student's mean Dice; return it with the Dice of both branches."""
     dice = {}
     for branch, folder in (("student", student), ("teacher", teacher)):
         for entry in json.loads((folder / "summary.json").read_text())["metric_per_case"]:
@@ -79,7 +87,7 @@ def _middle_case(student: Path, teacher: Path, cases: list[str], ending: str) ->
 
 
 def _fullest(label: np.ndarray, ignore: int | None) -> tuple:
-    """Index of the slice with most foreground."""
+    """Return the index of the slice with most foreground."""
     if label.ndim == 2:
         return (slice(None), slice(None))
     return (int(np.argmax(((label != 0) & (label != ignore)).sum((1, 2)))),)

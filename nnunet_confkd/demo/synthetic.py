@@ -1,16 +1,11 @@
 """A generated data set that looks like short-axis cardiac MRI, for demonstrations and tests.
 
-The left ventricle (LV) lies in a ring of myocardium (MYO), the right ventricle (RV) is a crescent that
-touches the ring from one side, and all shrink towards the apex. Vessels and tissue of the same brightness lie
-around, so brightness alone does not tell the classes. It needs no download and no patients.
+The left ventricle (LV) lies in a ring of myocardium (MYO). The right ventricle (RV) is a crescent that touches the ring
+from one side. All three shrink towards the apex. Vessels and tissues of the same brightness surround them, so that
+brightness alone does not distinguish the classes. The data set needs no download and no patients.
 """
 from __future__ import annotations
 
-import json
-import os
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +13,7 @@ import SimpleITK as sitk
 from scipy.ndimage import gaussian_filter
 
 from nnunet_confkd.data.weak_labels import case_rng, nothing, weaken
+from nnunet_confkd.files import new_folder, write_json
 
 LABELS = {"background": 0, "RV": 1, "MYO": 2, "LV": 3, "ignore": 4}
 
@@ -25,16 +21,26 @@ LABELS = {"background": 0, "RV": 1, "MYO": 2, "LV": 3, "ignore": 4}
 def generate_dataset(folder: Path, *, num_full: int = 4, num_partial: int = 12, num_unlabelled: int = 6,
                      num_validation: int = 4, num_test: int = 6, dimensions: int = 3,
                      seed: int = 0) -> dict[str, list[str]]:
-    """Write a mixed-supervision dataset in nnU-Net's raw format.
+    """Write a mixed-supervision data set in nnU-Net's raw format.
 
-    folder: the dataset's folder, which must not exist.
-    dimensions: 3 for volumes of about 8 x 64 x 64 voxels, 2 for a single slice per case.
+    The cases are numbered in the order of the arguments. Case k has the same image whatever the counts are.
 
-    Case k has the same image whatever the counts; the cases are numbered in the order of the arguments.
-    Validation and test cases are fully labelled; the test cases lie in `imagesTs` and `labelsTs`.
+    Args:
+        folder: The folder of the data set, which must not exist.
+        num_full: The number of fully annotated training cases.
+        num_partial: The number of partially annotated training cases.
+        num_unlabelled: The number of unlabelled training cases.
+        num_validation: The number of validation cases, which are fully annotated.
+        num_test: The number of test cases, which are fully annotated and lie in `imagesTs` and `labelsTs`.
+        dimensions: 3 for volumes of about 8 x 64 x 64 voxels, 2 for a single slice per case.
+        seed: Other seeds give other hearts.
 
-    Returns the case names of "full", "partial", "unlabelled", "validation" and "test".
-    Raises FileExistsError if folder exists, ValueError if dimensions is neither 2 nor 3.
+    Returns:
+        The names of the cases of "full", "partial", "unlabelled", "validation" and "test".
+
+    Raises:
+        FileExistsError: The folder exists.
+        ValueError: dimensions is neither 2 nor 3.
     """
     if dimensions not in (2, 3):
         raise ValueError(f"dimensions must be 2 or 3, got {dimensions}")
@@ -44,11 +50,11 @@ def generate_dataset(folder: Path, *, num_full: int = 4, num_partial: int = 12, 
     cases = {role: [next(names) for _ in range(count)] for role, count in counts.items()}
     supervision = {}
 
-    with _new_folder(folder) as unfinished:
+    with new_folder(folder) as unfinished:
         for subfolder in ("imagesTr", "labelsTr", "imagesTs", "labelsTs"):
             (unfinished / subfolder).mkdir()
-        for role, of_role in cases.items():
-            for case in of_role:
+        for role, members in cases.items():
+            for case in members:
                 image, label, spacing = generate_case(case, dimensions=dimensions, seed=seed)
                 if role == "partial":
                     label = weaken(label, "points", LABELS["ignore"], case_rng(case, "points", seed))
@@ -61,29 +67,22 @@ def generate_dataset(folder: Path, *, num_full: int = 4, num_partial: int = 12, 
                     supervision[case] = "full" if role == "validation" else role
         dataset = {"channel_names": {"0": "MRI"}, "labels": LABELS, "numTraining": len(supervision),
                    "file_ending": ".nii.gz", "supervision": supervision}
-        (unfinished / "dataset.json").write_text(json.dumps(dataset, indent=4) + "\n", encoding="utf-8")
+        write_json(unfinished / "dataset.json", dataset, indent=4)
     return cases
-
-
-@contextmanager
-def _new_folder(target: Path) -> Iterator[Path]:
-    """A hidden folder beside target to write to; it becomes target at the end, or vanishes on an error."""
-    target = Path(target)
-    if target.exists():
-        raise FileExistsError(f"{target} exists already; remove it or choose another name")
-    unfinished = target.with_name(f".{target.name}.{os.getpid()}.unfinished")
-    unfinished.mkdir(parents=True)
-    try:
-        yield unfinished
-        unfinished.rename(target)
-    except BaseException:
-        shutil.rmtree(unfinished)
-        raise
 
 
 def generate_case(case: str, *, dimensions: int = 3, seed: int = 0
                   ) -> tuple[np.ndarray, np.ndarray, tuple[float, float, float]]:
-    """One heart: image (Z, Y, X) int16, full label (Z, Y, X) uint8, and spacing_mm in the same order."""
+    """Generate one heart.
+
+    Args:
+        case: The name of the case. Each name gives another heart.
+        dimensions: 3, or 2 for a single slice.
+        seed: The seed of the data set.
+
+    Returns:
+        The image `(Z, Y, X)`, int16; the full label `(Z, Y, X)`, uint8; the spacing (Z, Y, X) in mm.
+    """
     rng = case_rng(case, f"synthetic {dimensions}d", seed)
     in_plane = rng.uniform(1.3, 1.5)
     size = rng.integers(62, 67, 2)
@@ -102,11 +101,11 @@ def generate_case(case: str, *, dimensions: int = 3, seed: int = 0
 
 def _draw(rng: np.random.Generator, depth: np.ndarray, shape: tuple[int, ...],
           spacing: tuple[float, ...]) -> tuple[np.ndarray, np.ndarray]:
-    """Label and noiseless intensity, both of the given shape (Z, Y, X).
+    """Draw the label and the noiseless intensity, both of the given shape `(Z, Y, X)`.
 
-    depth: (Z,), from 0 at the base of the heart to 1 at its apex. Lengths are in mm, blood is about 1 bright.
+    `depth` `(Z,)` goes from 0 at the base of the heart to 1 at its apex. Lengths are in mm; blood has intensity 1.
     """
-    # all below broadcasts to (Z, Y, X)
+    # all arrays below broadcast to (Z, Y, X)
     depth = depth[:, None, None]
     y = ((np.arange(shape[1]) - (shape[1] - 1) / 2) * spacing[1])[None, :, None]
     x = ((np.arange(shape[2]) - (shape[2] - 1) / 2) * spacing[2])[None, None, :]
@@ -115,7 +114,7 @@ def _draw(rng: np.random.Generator, depth: np.ndarray, shape: tuple[int, ...],
     muscle = blood * rng.uniform(0.35, 0.6)
     lung, liver, fat = rng.uniform(0.08, 0.2), rng.uniform(0.9, 1.3) * muscle, rng.uniform(0.8, 1.2) * blood
 
-    # the body: regions of four tissues, as the level sets of a smooth field
+    # the body: four tissues, which are the level sets of a smooth field
     field = _smooth_noise(rng, shape, spacing, rng.uniform(7, 10))
     tissues = np.array([lung, liver, muscle, fat])
     intensity = tissues[np.digitize(field, np.array([-0.5, 0.2, 0.9]) + rng.uniform(-0.25, 0.25, 3))]
@@ -132,11 +131,11 @@ def _draw(rng: np.random.Generator, depth: np.ndarray, shape: tuple[int, ...],
     cavity = rng.uniform(10, 15) * taper
     wall = rng.uniform(5, 8.5) * (0.8 + 0.2 * taper)
     inner = cavity * _wobble(rng, angle, 0.15)
-    # the wall is never thinner than two voxels, so that it always closes the ring
+    # at least two voxels of wall, so that the ring is always closed
     outer = inner + np.maximum(wall * _wobble(rng, angle, 0.25), 2 * spacing[1])
     lv, heart = distance < inner, distance < outer
 
-    # right ventricle: what an ellipse beside the ring has outside of it; it ends before the left one does
+    # the right ventricle is an ellipse beside the ring, without the part inside the ring; it is shorter than the left
     side = np.pi + rng.uniform(-0.9, 0.9)
     along, across = dx * np.cos(side) + dy * np.sin(side), dy * np.cos(side) - dx * np.sin(side)
     ring = cavity + wall
@@ -147,13 +146,13 @@ def _draw(rng: np.random.Generator, depth: np.ndarray, shape: tuple[int, ...],
     rv_edge = _wobble(rng, np.arctan2(across, offset_along), 0.12)
     rv = (elliptic < rv_edge) & ~heart
 
-    # vessels, as bright as the ventricles; the first has a wall and looks like a small left ventricle
+    # three vessels as bright as the ventricles; the first has a wall, so that it looks like a small left ventricle
     for number in range(3):
         radius = rng.uniform(5, 8)
         direction = side + np.pi + (rng.uniform(-1.3, 1.3) if number == 0 else rng.uniform(-np.pi, np.pi))
         reach = ring.max() + radius + rng.uniform(1, 10)
         drift = rng.uniform(-5, 5, 2)
-        # inside the image, or it would distract nobody
+        # inside the image, so that the network sees it
         vessel_y = np.clip(centre_y.mean() + reach * np.sin(direction), y.min() + 4, y.max() - 4)
         vessel_x = np.clip(centre_x.mean() + reach * np.cos(direction), x.min() + 4, x.max() - 4)
         ey, ex = y - vessel_y - drift[0] * depth, x - vessel_x - drift[1] * depth
@@ -177,26 +176,26 @@ def _draw(rng: np.random.Generator, depth: np.ndarray, shape: tuple[int, ...],
 
 
 def _acquire(rng: np.random.Generator, intensity: np.ndarray, spacing: tuple[float, ...]) -> np.ndarray:
-    """As the scanner sees it: texture, blur, coil sensitivity, noise, an arbitrary unit; int16, above 0."""
+    """Simulate the scanner: texture, blur, coil sensitivity, noise and an arbitrary unit. Returns int16 above 0."""
     intensity = intensity * (1 + 0.08 * _smooth_noise(rng, intensity.shape, spacing, 3))
     intensity = gaussian_filter(intensity, (0, *2 * [rng.uniform(0.8, 1.2) / spacing[1]]))
     intensity = intensity * np.exp(rng.uniform(0.1, 0.25) * _smooth_noise(rng, intensity.shape, spacing, 35))
     # the magnitude of a complex signal: Rician noise
     real, imaginary = rng.normal(0, rng.uniform(0.04, 0.08), (2, *intensity.shape))
     intensity = np.hypot(intensity + real, imaginary)
-    # nnU-Net cuts away what is 0 at the border
+    # above 0, because nnU-Net crops margins of zeros
     return np.clip(np.rint(rng.uniform(200, 1000) * intensity), 1, None).astype(np.int16)
 
 
 def _smooth_noise(rng: np.random.Generator, shape: tuple[int, ...], spacing: tuple[float, ...],
                   scale_mm: float) -> np.ndarray:
-    """A Gaussian random field with mean 0 and standard deviation 1, smooth over scale_mm."""
+    """Draw a Gaussian random field with mean 0 and standard deviation 1, smooth over scale_mm."""
     field = gaussian_filter(rng.standard_normal(shape), [scale_mm / s for s in spacing])
     return (field - field.mean()) / field.std()
 
 
 def _wobble(rng: np.random.Generator, angle: np.ndarray, amplitude: float) -> np.ndarray:
-    """A factor about 1, periodic in the angle: an irregular disc's contour; within 1 +- 1.1 amplitude."""
+    """Draw the contour of an irregular disc: a factor within 1 +- 1.1 amplitude, periodic in the angle."""
     return 1 + amplitude * np.sum([rng.uniform(0.3, 1) / k * np.cos(k * angle + rng.uniform(0, 2 * np.pi))
                                    for k in (2, 3, 4)], axis=0)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 import pickle
 import re
 import tempfile
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -14,18 +15,26 @@ from torch.serialization import safe_globals
 from nnunet_confkd.errors import InputError
 from nnunet_confkd.training.network import add_teacher, has_teacher
 
-# What nnU-Net's checkpoints hold beside tensors, numbers and text: single NumPy numbers, in the curves. NumPy 1 and 2 name their
-# maker differently, in files of either.
+# Besides tensors, numbers and text, nnU-Net's checkpoints hold single NumPy numbers, in the curves. NumPy 1 and NumPy 2
+# use different names for the function that makes them.
 _SCALAR = np.float64(0).__reduce__()[0]
 _NUMPY: list = [(_SCALAR, "numpy.core.multiarray.scalar"), (_SCALAR, "numpy._core.multiarray.scalar"), np.dtype,
           *(type(np.dtype(kind)) for kind in ("float16", "float32", "float64", "int32", "int64", "uint8", "bool"))]
 
 
 def load_checkpoint(path: str | Path) -> dict:
-    """An nnU-Net checkpoint, on the CPU. Nothing in the file is executed, whoever made it; a file that passes may then be opened by
-    nnU-Net, which would execute what is in it.
+    """Load an nnU-Net checkpoint to the CPU without executing anything that the file may hold.
 
-    Raises InputError where the file is missing, broken, something else, or holds more than weights, numbers and text.
+    nnU-Net itself would execute it, so a checkpoint of unknown origin must pass this function before nnU-Net opens it.
+
+    Args:
+        path: The checkpoint.
+
+    Returns:
+        The checkpoint's dictionary.
+
+    Raises:
+        InputError: The file is missing or broken, is no checkpoint, or holds more than weights, numbers and text.
     """
     path = Path(path)
     if not path.is_file():
@@ -36,8 +45,9 @@ def load_checkpoint(path: str | Path) -> dict:
     except Exception as error:  # torch raises whatever the broken bytes lead to
         found = re.search(r"unsupported (global|class).*|blocked", str(error), re.IGNORECASE)
         if isinstance(error, pickle.UnpicklingError) and found:
-            raise InputError(f"{path}: is not opened, because it is no checkpoint as nnU-Net writes them: it holds more than weights, "
-                             f"numbers and text, which could run a program ({found.group()})") from error
+            raise InputError(f"{path}: is not opened, because it is no checkpoint as nnU-Net writes them: it holds "
+                             f"more than weights, numbers and text, which could run a program ({found.group()}); use "
+                             f"only checkpoints from a source that you trust") from error
         raise InputError(f"{path}: cannot be read as a checkpoint ({type(error).__name__}: {error})") from error
     if not isinstance(checkpoint, dict) or "network_weights" not in checkpoint:
         raise InputError(f"{path}: is no nnU-Net checkpoint (it has no 'network_weights')")
@@ -45,11 +55,17 @@ def load_checkpoint(path: str | Path) -> dict:
 
 
 @contextmanager
-def pretrained_for_both_branches(path: str | Path):
-    """Yields a checkpoint that -pretrained_weights takes for ConfKDTrainer.
+def pretrained_for_both_branches(path: str | Path) -> Iterator[str]:
+    """Yield a checkpoint from which `-pretrained_weights` can start ConfKDTrainer.
 
-    A ConfKD checkpoint is yielded as it is; of a stock one an adapted copy, in a temporary folder, whose decoder stands
-    for both branches. (nnU-Net itself leaves out the segmentation layers.)
+    A ConfKD checkpoint is yielded as it is. For a stock checkpoint, an adapted copy in a temporary folder is yielded,
+    in which both branches have the weights of its decoder. (nnU-Net itself leaves out the segmentation layers.)
+
+    Args:
+        path: The checkpoint.
+
+    Raises:
+        InputError: It is no checkpoint of a U-Net.
     """
     checkpoint = load_checkpoint(path)
     weights = checkpoint["network_weights"]
@@ -57,7 +73,7 @@ def pretrained_for_both_branches(path: str | Path):
         yield str(path)
         return
     if not any(name.startswith("decoder.") for name in weights):
-        raise InputError(f"{path}: holds no 'decoder.*' weights, so it is of no U-Net that ConfKDTrainer could start from")
+        raise InputError(f"{path}: has no 'decoder.*' weights, so it is no U-Net that ConfKDTrainer could start from")
     with tempfile.TemporaryDirectory(prefix="confkd_") as folder:
         adapted = Path(folder) / Path(path).name
         torch.save({"network_weights": add_teacher(weights)}, adapted)
@@ -66,9 +82,16 @@ def pretrained_for_both_branches(path: str | Path):
 
 
 def fold_folders(model: str | Path) -> list[Path]:
-    """The `fold_*` folders of a trained model that hold checkpoints.
+    """List the folds of a trained model.
 
-    Raises InputError where the folder is missing or is no trained model.
+    Args:
+        model: The folder TRAINER__PLANS__CONFIGURATION.
+
+    Returns:
+        Its `fold_*` folders that hold checkpoints, sorted.
+
+    Raises:
+        InputError: The folder is missing or is no trained model.
     """
     model = Path(model)
     if not model.is_dir():

@@ -5,8 +5,7 @@ import argparse
 import json
 import shutil
 from collections.abc import Iterator
-from dataclasses import replace
-from functools import partial
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +22,11 @@ from nnunet_confkd.data.json_files import read_description, read_folds, read_jso
 from nnunet_confkd.data.patients import patients_of, split_full_cases
 from nnunet_confkd.data.raw_format import Case, Dataset, raw_dataset, summary, write_into
 from nnunet_confkd.data.resampling import KeepAnnotations
-from nnunet_confkd.data.supervision import FULL, PARTIAL, TABLE_KEY, UNLABELLED, check_labels, decide_kinds
+from nnunet_confkd.data.supervision import OUTSIDE, PARTIAL, TABLE_KEY, check_labels, decide_kinds, kind_of
 from nnunet_confkd.device import choose_device
 from nnunet_confkd.discovery import make_findable
 from nnunet_confkd.errors import InputError
+from nnunet_confkd.files import write_json
 from nnunet_confkd.inference.checkpoints import fold_folders, load_checkpoint
 from nnunet_confkd.inference.prediction import ExportingPredictor, export_and_measure, max_entropy
 from nnunet_confkd.inference.uncertainty import case_score, map_ending, write_map, write_review_list
@@ -35,140 +35,187 @@ from nnunet_confkd.training.batches import real_hints
 from nnunet_confkd.training.hints import volume_hints
 from nnunet_confkd.training.network import BRANCHES, has_teacher, predicting, unwrap
 
-KEY = "completed"  # in dataset.json: a list, an entry a run, because a completed data set can be completed further
+KEY = "completed"  # in dataset.json: a list with one entry per run, because a completed data set can be completed again
 CONFIDENCE, PREDICTED, ENTROPY = "confidence", ".predicted", "entropy"
 CHECKPOINT = "checkpoint_final.pth"
-EXPORT_PROCESSES = 3  # nnU-Net's number: each holds the logits of a whole image
+EXPORT_PROCESSES = 3  # nnU-Net's default, because each process holds the logits of a whole image
+NOTE = ("Voxels of these cases that nobody had annotated have labels predicted by the model: do not take them for "
+        "truth, in validation least of all.")
 
 
-def complete(source: int | str, model: str | Path, dataset_id: int, *, branch: str = "student", confidence: float | None = None,
-             folds: list[str] | None = None, checkpoint: str = CHECKPOINT, device: str | None = None, name: str | None = None,
-             processes: int = PROCESSES, link: bool = False) -> Path:
-    """Write a copy of a data set of nnU-Net whose ignored voxels a model has labelled; returns its folder.
+@dataclass(frozen=True)
+class TrainedModel:
+    """The model that completes labels, and how it predicts.
 
-    source: id or name of the data set. model: TRAINER__PLANS__CONFIGURATION; a stock nnU-Net one will do if its labels and
-    channels are the same. branch: "student", "teacher" or "mean" (of the logits); a teacher that learnt to use them
-    (:mod:`nnunet_confkd.training.hints`) is shown the case's annotations. confidence: only voxels whose winning
-    probability is above it are labelled, the others stay ignored; None: all. folds: their logits are averaged; None: all
-    that have the checkpoint. device: "cuda", "cpu" or "mps"; None: cuda where there is one.
+    Attributes:
+        folder: TRAINER__PLANS__CONFIGURATION. A stock nnU-Net model of the same labels and channels will do.
+        branch: "student", "teacher" or "mean" (of the logits). A teacher that was trained with hints
+            (:mod:`nnunet_confkd.training.hints`) gets the annotations of the case as its hints.
+        folds: The folds whose logits are averaged. None: all that have the checkpoint.
+        checkpoint: The name of the checkpoint.
+        device: "cuda", "cpu" or "mps". None: cuda where there is one.
+    """
+    folder: Path
+    branch: str = "student"
+    folds: list[str] | None = None
+    checkpoint: str = CHECKPOINT
+    device: str | None = None
 
-    Annotated voxels stay as they are, and so do cases without ignored voxels. Beside the labels lie `confidence/` (the
-    winning probability) and `review_first.csv` and `.json`; `dataset.json` tells under "completed" what was predicted.
 
-    Raises InputError with all that is wrong: no such data set, nothing to complete, labels that cannot be read or hold
-    other values, a model without checkpoint, teacher, or of other labels or channels, an id that is taken.
+def complete(source: int | str, model: TrainedModel, dataset_id: int, *, confidence: float | None = None,
+             name: str | None = None, processes: int = PROCESSES, link: bool = False) -> Path:
+    """Write a copy of a data set in which a model has labelled the ignored voxels.
+
+    Annotated voxels stay as they are, and so do cases without ignored voxels. Beside the labels, the new data set has a
+    folder `confidence` (the largest probability of each voxel), `review_first.csv` and `review_first.json`. Its
+    `dataset.json` says under "completed" what was predicted and by which model.
+
+    Args:
+        source: The id or the name of the data set.
+        model: The model.
+        dataset_id: The id of the new data set.
+        confidence: Only voxels whose largest probability exceeds it are labelled; the others stay ignored. None: all.
+        name: The name of the new data set. None: that of the source and `_completed`.
+        processes: The number of processes.
+        link: Whether images are hard links instead of copies.
+
+    Returns:
+        The new raw folder.
+
+    Raises:
+        InputError: There is no such data set or nothing to complete; labels cannot be read or have other values; the
+            model has no checkpoint, no teacher, or other labels or channels; the id is taken. All problems of the
+            cases are listed at once.
     """
     if confidence is not None and not 0 <= confidence < 1:
         raise InputError(f"--confidence: a probability from 0 to below 1, not {confidence}")
-    found = find_dataset(source)
-    folder = raw_folder() / found
-    dataset = raw_dataset(folder, name or f"{found[11:]}_completed")
+    source = find_dataset(source)
+    folder = raw_folder() / source
+    dataset = raw_dataset(folder, name or f"{source[11:]}_completed")
     described = read_description(folder / "dataset.json")
     dataset.patient_pattern = described.get("patient_pattern")
-    predictor, folds = _load_model(Path(model), folds, checkpoint, branch, device)
-    _require_same_data(folder, described, Path(model), predictor)
-    hints = _has_teacher(predictor) and branch != "student" and _uses_hints(Path(model), folds)
+    predictor, folds = _load_predictor(model)
+    _require_same_data(folder, described, model.folder, predictor)
+    two_branches = has_teacher(predictor.list_of_parameters[0])
+    hints = two_branches and model.branch != "student" and _uses_hints(model.folder, folds)
+    about = {"source": source, "model": model.folder.resolve().name,
+             "model_dataset": predictor.plans_manager.dataset_name, "branch": model.branch if two_branches else None,
+             "hints": hints, "folds": folds, "checkpoint": model.checkpoint, "confidence": confidence,
+             "nnunet_confkd": __version__, "note": NOTE}
     with new_dataset(dataset_id, dataset.name) as (target, preprocessed):
-        counts, kinds = _look_at_all(folder, described, dataset, processes)
+        counts, kinds = _check_cases(folder, described, dataset, processes)
         ignore = described["labels"]["ignore"]
-        todo = [case for case in dataset.training if counts[case.name][ignore]]
-        splits = _splits(found, kinds, dataset.patient_pattern)
-        _predict(predictor, todo, target / PREDICTED, processes, hints)
+        incomplete = [case for case in dataset.training if counts[case.name][ignore]]
+        splits = _splits(source, kinds, dataset.patient_pattern)
+        _predict(predictor, incomplete, target / PREDICTED, processes, hints)
 
-        files = {case.name: _Files(case, target, dataset.file_ending) for case in todo}
-        options = {"ignore": ignore, "threshold": confidence}
-        rows = {row["case"]: {**row, "kind_before": kinds[row["case"]]} for row in parallel(
-            partial(_judge, **options), [(files[case.name],) for case in todo], processes, "judging predictions")}
-        labels = {name: Volume(f.label, reader=partial(_completed, files=f, **options)) for name, f in files.items()}
-        dataset.training = [replace(case, kind=kinds[case.name]) if case.name not in files else
-                            replace(case, kind=rows[case.name]["kind"], label=labels[case.name]) for case in dataset.training]
-        dataset.test = [replace(case, values={v: v for v in dataset.values}) for case in dataset.test]
-        about = {"source": found, "model": Path(model).resolve().name, "model_dataset": predictor.plans_manager.dataset_name,
-                 "branch": branch if _has_teacher(predictor) else None, "hints": hints, "folds": folds, "checkpoint": checkpoint,
-                 "confidence": confidence, "nnunet_confkd": __version__,
-                 "note": "Voxels of these cases that nobody had annotated have labels predicted by the model: do not take them "
-                         "for truth, in validation least of all."}
-        completed = {name: {key: row[key] for key in ("kind_before", "annotated_voxels", "filled_voxels", "ignored_voxels")}
-                     for name, row in rows.items()}
-        dataset.more[KEY] = [*dataset.more.get(KEY, []), {**about, "cases": completed}]
+        completions = [_Completion(case.name, case.label.file, target, dataset.file_ending, ignore, confidence)
+                       for case in incomplete]
+        rows = [{**row, "kind_before": kinds[row["case"]]} for row in
+                parallel(_Completion.review, [(c,) for c in completions], processes, "judging predictions")]
+        _replace_labels(dataset, kinds, completions, rows)
+        reported = ("kind_before", "annotated_voxels", "filled_voxels", "ignored_voxels")
+        cases = {row["case"]: {key: row[key] for key in reported} for row in rows}
+        dataset.more[KEY] = [*dataset.more.get(KEY, []), {**about, "cases": cases}]
         write_into(target, preprocessed, dataset, processes, link)
-        _require_annotations(target, files, ignore, confidence, processes)
+        _require_annotations(completions, processes)
         if splits is not None:
-            (preprocessed / "splits_final.json").write_text(json.dumps(splits, indent=2) + "\n", encoding="utf-8")
-        write_review_list(target, list(rows.values()), about)
+            write_json(preprocessed / "splits_final.json", splits)
+        write_review_list(target, rows, about)
         shutil.rmtree(target / PREDICTED)
     return raw_folder() / folder_name(dataset_id, dataset.name)
+
+
+def _replace_labels(dataset: Dataset, kinds: dict[str, str], completions: list[_Completion], rows: list[dict]) -> None:
+    """Give each training case its kind, and the incomplete ones their completed label."""
+    completed = {completion.case: (completion, row) for completion, row in zip(completions, rows)}
+    training = []
+    for case in dataset.training:
+        if case.name in completed:
+            completion, row = completed[case.name]
+            training.append(replace(case, kind=row["kind"], label=Volume(completion.label, reader=completion.fill)))
+        else:
+            training.append(replace(case, kind=kinds[case.name]))
+    dataset.training = training
+    dataset.test = [replace(case, values={value: value for value in dataset.values}) for case in dataset.test]
 
 
 # ---- the model ------------------------------------------------------------------------------------------------------
 
 class _CompletingPredictor(ExportingPredictor):
-    """nnU-Net's predictor that leaves the confidence and the entropy beside the segmentation."""
+    """nnU-Net's predictor that writes the confidence and the entropy beside the segmentation."""
 
     def exporter(self):
         return _export
 
 
 def _export(logits, properties, configuration_manager, plans_manager, dataset_json, output, *args, **kwargs) -> None:
-    """Module level, because it is sent to other processes. output: `TARGET/.predicted/CASE`."""
-    _, maps = export_and_measure(logits, properties, configuration_manager, plans_manager, dataset_json, output, *args, **kwargs)
+    """Write segmentation, entropy and confidence; `output` is `TARGET/.predicted/CASE`."""
+    _, maps = export_and_measure(logits, properties, configuration_manager, plans_manager, dataset_json, output,
+                                 *args, **kwargs)
     labels, output = plans_manager.get_label_manager(dataset_json), Path(output)
     normalised = maps["entropy"] / np.float32(max_entropy(labels.num_segmentation_heads, labels.has_regions))
     name = f"{output.name}{map_ending(dataset_json['file_ending'])}"
-    for folder, voxels in ((output.parent / ENTROPY, normalised), (output.parent.parent / CONFIDENCE, maps["confidence"])):
+    for folder, voxels in ((output.parent / ENTROPY, normalised),
+                           (output.parent.parent / CONFIDENCE, maps["confidence"])):
         write_map(folder / name, voxels, properties, plans_manager.image_reader_writer_class())
 
 
-def _load_model(model: Path, folds: list[str] | None, checkpoint: str, branch: str,
-                device: str | None) -> tuple[_CompletingPredictor, list[str]]:
-    there = [fold.name[len("fold_"):] for fold in fold_folders(model) if (fold / checkpoint).is_file()]
-    folds = [str(fold) for fold in folds or [fold for fold in there if fold != "all"] or there]
-    missing = sorted(set(folds) - set(there))
-    if missing or not folds:
-        raise InputError(f"{model}: has no {checkpoint} of " + (f"fold {', '.join(missing)}" if folds else "any fold")
-                         + "; train first, or choose other --folds or another --checkpoint")
+def _load_predictor(model: TrainedModel) -> tuple[_CompletingPredictor, list[str]]:
+    """Load the model; return the predictor and the folds. Raise InputError if the model cannot be used."""
+    folds = _choose_folds(model)
     make_findable()
     for fold in folds:
-        file = model / f"fold_{fold}" / checkpoint
-        loaded = load_checkpoint(file)
-        if branch != "student" and not has_teacher(loaded["network_weights"]):
-            raise InputError(f"{file}: holds no teacher, so --branch {branch} has nothing to choose from")
+        file = model.folder / f"fold_{fold}" / model.checkpoint
+        checkpoint = load_checkpoint(file)
+        if model.branch != "student" and not has_teacher(checkpoint["network_weights"]):
+            raise InputError(f"{file}: holds no teacher, so --branch {model.branch} has nothing to choose from")
         try:
-            recursive_find_trainer_class_by_name(loaded["trainer_name"])
+            recursive_find_trainer_class_by_name(checkpoint["trainer_name"])
         except RuntimeError as error:
-            raise InputError(f"{file}: was written by the trainer {loaded['trainer_name']}, which is not found; set "
-                             f"nnUNet_extTrainer to its folder") from error
-    read_description(model / "dataset.json")
-    plans, configuration = PlansManager(read_plans(model / "plans.json")), loaded["init_args"]["configuration"]
-    if plans.get_configuration(configuration).previous_stage_name is not None:
-        raise InputError(f"{model}: is the second stage of a cascade, which needs the predictions of the first; give a model of "
-                         f"another configuration")
-    predictor = _CompletingPredictor(device=torch.device(choose_device(device)))
+            raise InputError(f"{file}: was written by the trainer {checkpoint['trainer_name']}, which is not found; "
+                             f"set nnUNet_extTrainer to its folder") from error
+    read_description(model.folder / "dataset.json")
+    plans = PlansManager(read_plans(model.folder / "plans.json"))
+    if plans.get_configuration(checkpoint["init_args"]["configuration"]).previous_stage_name is not None:
+        raise InputError(f"{model.folder}: is the second stage of a cascade, which needs the predictions of the first; "
+                         f"give a model of another configuration")
+    predictor = _CompletingPredictor(device=torch.device(choose_device(model.device)))
     try:
-        with predicting(branch):
-            predictor.initialize_from_trained_model_folder(str(model), folds, checkpoint)
+        with predicting(model.branch):
+            predictor.initialize_from_trained_model_folder(str(model.folder), folds, model.checkpoint)
     except RuntimeError as error:
-        raise InputError(f"{model}: the weights of {checkpoint} do not fit the network of plans.json: {error}") from error
+        raise InputError(f"{model.folder}: the weights of {model.checkpoint} do not fit the network of plans.json: "
+                         f"{error}") from error
     return predictor, folds
 
 
-def _has_teacher(predictor: _CompletingPredictor) -> bool:
-    return has_teacher(predictor.list_of_parameters[0])
+def _choose_folds(model: TrainedModel) -> list[str]:
+    """Return the folds that were asked for, or all that have the checkpoint; "all" only if there is no other."""
+    trained = [fold.name[len("fold_"):] for fold in fold_folders(model.folder) if (fold / model.checkpoint).is_file()]
+    folds = [str(fold) for fold in model.folds or [fold for fold in trained if fold != "all"] or trained]
+    missing = sorted(set(folds) - set(trained))
+    if missing or not folds:
+        raise InputError(f"{model.folder}: has no {model.checkpoint} of "
+                         + (f"fold {', '.join(missing)}" if folds else "any fold")
+                         + "; train first, or choose other --folds or another --checkpoint")
+    return folds
 
 
 def _require_same_data(folder: Path, described: dict, model: Path, predictor: _CompletingPredictor) -> None:
-    """Raise InputError where the model was trained on other labels, channels or files."""
-    problems = [f"{what}: {ours} in {folder / 'dataset.json'}, {theirs} in {model / 'dataset.json'}"
-                for (what, ours), theirs in zip(_meaning(described).items(), _meaning(predictor.dataset_json).values())
-                if ours != theirs]
+    """Raise InputError if the model was trained on other labels, channels or files."""
+    ours, theirs = _meaning(described), _meaning(predictor.dataset_json)
+    problems = [f"{what}: {ours[what]} in {folder / 'dataset.json'}, {theirs[what]} in {model / 'dataset.json'}"
+                for what in ours if ours[what] != theirs[what]]
     if problems:
-        raise InputError(f"{model}: is a model of another kind of data; give one trained on the same labels and channels:\n  "
-                         + "\n  ".join(problems))
+        raise InputError(f"{model}: is a model of another kind of data; give one trained on the same labels and "
+                         "channels:\n  " + "\n  ".join(problems))
 
 
 def _meaning(described: dict) -> dict:
-    """What must be equal of two dataset.json, "ignore" apart."""
-    labels = {label: sorted(np.atleast_1d(value).tolist()) for label, value in described["labels"].items() if label != "ignore"}
+    """Return what has to be equal in the two dataset.json. "ignore" may differ."""
+    labels = {label: sorted(np.atleast_1d(value).tolist()) for label, value in described["labels"].items()
+              if label != "ignore"}
     regions = [label for label, values in labels.items() if values != [0]]
     order = described.get("regions_class_order") if any(len(values) > 1 for values in labels.values()) else None
     return {"labels": labels, "order of the regions": order and dict(zip(regions, order)),
@@ -177,22 +224,24 @@ def _meaning(described: dict) -> dict:
 
 
 def _uses_hints(model: Path, folds: list[str]) -> bool:
-    """Whether the model's teacher learnt to use annotations that it is shown, as the record of its training tells."""
+    """Read from the records of the training whether the teacher has learnt to use hints, in all folds."""
     found = []
     for file in (model / f"fold_{fold}" / "confkd.json" for fold in folds):
         if not file.is_file():
             return False
         record = read_json(file)
         try:
-            settings = record["settings"]  # of any version of this package
+            settings = record["settings"]  # may be of another version of this package
             found.append(settings["teacher_hints"] and settings["weight_kl"] > 0 and settings["kl_images"] != "full"
                          and PARTIAL in record["supervision"].values())
         except (AttributeError, KeyError, TypeError) as error:
-            raise InputError(f"{file}: is not the record of a ConfKD training; train again, or use --branch student") from error
+            raise InputError(f"{file}: is not the record of a ConfKD training; train again, or use --branch "
+                             "student") from error
     return all(found)
 
 
 def _predict(predictor: _CompletingPredictor, cases: list[Case], folder: Path, processes: int, hints: bool) -> None:
+    """Predict the cases into the folder, with their annotations as the teacher's hints if `hints` is set."""
     sources = [[str(volume.file) for volume in case.images] for case in cases]
     outputs = [str(folder / case.name) for case in cases]
     number = max(1, min(processes, EXPORT_PROCESSES, len(cases)))
@@ -210,39 +259,46 @@ def _predict(predictor: _CompletingPredictor, cases: list[Case], folder: Path, p
                                      num_processes_segmentation_export=number)
 
 
-def _with_hints(predictor: _CompletingPredictor, sources: list[list[str]], labels: list[str], outputs: list[str]) -> Iterator[dict]:
-    """What nnU-Net's predictor takes of a preprocessed case, the hints behind the channels."""
+def _with_hints(predictor: _CompletingPredictor, sources: list[list[str]], labels: list[str],
+                outputs: list[str]) -> Iterator[dict]:
+    """Yield the preprocessed cases for nnU-Net's predictor; the hints are further channels of the data."""
     plans, configuration, described = predictor.plans_manager, predictor.configuration_manager, predictor.dataset_json
     manager = plans.get_label_manager(described)
     for images, label, output in zip(sources, labels, outputs):
-        # as `confkd plan` preprocesses the training cases: no annotation is lost
+        # as `confkd plan` preprocesses the training cases, so that no annotation is lost
         data, seg, properties = KeepAnnotations(verbose=False).run_case(images, label, plans, configuration, described)
         properties.pop("class_locations", None)
         hints = volume_hints(*real_hints(seg[0], manager.ignore_label), manager)
-        yield {"data": torch.cat((torch.from_numpy(data).float(), hints)), "data_properties": properties, "ofile": output}
+        yield {"data": torch.cat((torch.from_numpy(data).float(), hints)), "data_properties": properties,
+               "ofile": output}
 
 
 # ---- the data -------------------------------------------------------------------------------------------------------
 
-def _look_at_all(folder: Path, described: dict, dataset: Dataset,
+def _check_cases(folder: Path, described: dict, dataset: Dataset,
                  processes: int) -> tuple[dict[str, dict[int, int]], dict[str, str]]:
-    """Voxels per label and kind of each training case. All that could go wrong after the prediction is found before it."""
+    """Read all training cases, so that all problems are found before the prediction.
+
+    Returns:
+        The voxels per label of each case, and the kind of each case.
+    """
     check_labels(described)
     if "ignore" not in described["labels"]:
-        raise InputError(f"{folder / 'dataset.json'}: the labels have no \"ignore\", so every voxel has a label already; "
-                         f"there is nothing to complete")
+        raise InputError(f"{folder / 'dataset.json'}: the labels have no \"ignore\", so every voxel has a label "
+                         f"already; there is nothing to complete")
     allowed = sorted(dataset.values)
-    looked = parallel(_look, [(case, allowed, len(dataset.channel_names)) for case in dataset.training], processes,
-                             "reading cases")
-    problems = [problem for found, _ in looked for problem in found]
+    checked = parallel(_check_case, [(case, allowed, len(dataset.channel_names)) for case in dataset.training],
+                       processes, "reading cases")
+    problems = [problem for found, _ in checked for problem in found]
     names = {case.name for case in dataset.training}
     if "dataset" not in described and (folder / "labelsTr").is_dir():
         ending = described["file_ending"]
-        problems += [f"{file}: has no image in {folder / 'imagesTr'}" for file in sorted((folder / "labelsTr").glob(f"*{ending}"))
+        problems += [f"{file}: has no image in {folder / 'imagesTr'}"
+                     for file in sorted((folder / "labelsTr").glob(f"*{ending}"))
                      if file.name[:-len(ending)] not in names and not file.name.startswith(".")]
     if problems:
         raise InputError(f"{folder}: {len(problems)} problems; nothing was written:\n  " + "\n  ".join(problems))
-    counts = {case.name: count for case, (_, count) in zip(dataset.training, looked)}
+    counts = {case.name: count for case, (_, count) in zip(dataset.training, checked)}
     labels = LabelManager(described["labels"], described.get("regions_class_order"))
     kinds = decide_kinds(counts, labels, described.get(TABLE_KEY))
     if not any(count[described["labels"]["ignore"]] for count in counts.values()):
@@ -250,8 +306,8 @@ def _look_at_all(folder: Path, described: dict, dataset: Dataset,
     return counts, kinds
 
 
-def _look(case: Case, allowed: list[int], channels: int) -> tuple[list[str], dict[int, int]]:
-    """What is wrong with one case, and the voxels of each label."""
+def _check_case(case: Case, allowed: list[int], channels: int) -> tuple[list[str], dict[int, int]]:
+    """Return the problems of one case, and the voxels per label."""
     problems, counts = [], dict.fromkeys(allowed, 0)
     try:
         pictures = [volume.read() for volume in case.images]
@@ -271,9 +327,9 @@ def _look(case: Case, allowed: list[int], channels: int) -> tuple[list[str], dic
     return problems, counts
 
 
-def _splits(found: str, kinds: dict[str, str], pattern: str | None) -> list[dict] | None:
-    """The source's folds; else folds that validate on cases that were full before; None where there are too few of them."""
-    file = preprocessed_folder() / found / "splits_final.json"
+def _splits(source: str, kinds: dict[str, str], pattern: str | None) -> list[dict] | None:
+    """Return the folds of the source, or else folds that validate on its fully annotated cases, or None if too few."""
+    file = preprocessed_folder() / source / "splits_final.json"
     if not file.is_file():
         try:
             return split_full_cases(kinds, patients_of(kinds, pattern))
@@ -282,85 +338,106 @@ def _splits(found: str, kinds: dict[str, str], pattern: str | None) -> list[dict
     splits = read_folds(file)
     unknown = sorted({case for fold in splits for case in [*fold["train"], *fold["val"]]} - set(kinds))
     if unknown:
-        raise InputError(f"{file}: names cases that {found} does not have: {', '.join(unknown[:10])}")
+        raise InputError(f"{file}: names cases that {source} does not have: {', '.join(unknown[:10])}")
     return splits
 
 
 # ---- one case -------------------------------------------------------------------------------------------------------
 
-class _Files:
-    """Where the parts of one case lie."""
+@dataclass(frozen=True)
+class _Completion:
+    """An incomplete case and its prediction. It is sent to other processes.
 
-    def __init__(self, case: Case, target: Path, file_ending: str):
-        self.case, self.label = case.name, case.label.file
-        self.written = target / "labelsTr" / f"{case.name}{file_ending}"
-        self.predicted = target / PREDICTED / f"{case.name}{file_ending}"
-        self.entropy = target / PREDICTED / ENTROPY / f"{case.name}{map_ending(file_ending)}"
-        self.confidence = target / CONFIDENCE / self.entropy.name
+    Attributes:
+        case: The name of the case.
+        label: The label file of the source.
+        target: The raw folder that is being written.
+        file_ending: That of the data set.
+        ignore: The value of ignored voxels.
+        threshold: Only voxels with a confidence above it are filled. None: all.
+    """
+    case: str
+    label: Path
+    target: Path
+    file_ending: str
+    ignore: int
+    threshold: float | None
+
+    def fill(self, file: Path) -> Picture:
+        """Read the label `file` and fill its ignored voxels."""
+        picture = read(file)
+        label = picture.voxels[0].astype(np.uint8 if self.ignore < 256 else np.uint16)
+        fill = label == self.ignore
+        if self.threshold is not None:
+            fill &= self._map(CONFIDENCE, label.shape) > self.threshold
+        return Picture(np.where(fill, self._prediction(label.shape).astype(label.dtype), label)[None], picture.geometry)
+
+    def review(self) -> dict:
+        """Compute the row of the case in the review list."""
+        label = read(self.label).voxels[0]
+        predicted, confidence = self._prediction(label.shape), self._map(CONFIDENCE, label.shape)
+        entropy = self._map(f"{PREDICTED}/{ENTROPY}", label.shape)
+        ignored = label == self.ignore
+        left = int((ignored & (confidence <= self.threshold)).sum()) if self.threshold is not None else 0
+        annotated = int((~ignored).sum())
+        agreement = float((predicted == label)[~ignored].mean()) if annotated else None
+        return {"case": self.case, **case_score(entropy, predicted, ignored),
+                "kind": kind_of({self.ignore: left, OUTSIDE: label.size - left}, self.ignore),
+                "annotated_voxels": annotated, "filled_voxels": int(ignored.sum()) - left, "ignored_voxels": left,
+                "mean_confidence": float(confidence[ignored].mean(dtype=np.float64)),
+                "agreement_with_annotations": agreement}
+
+    def is_wrong(self) -> bool:
+        """Read back what was written: whether an annotation has changed, or a voxel that had to be filled was not."""
+        before = read(self.label).voxels[0]
+        after = read(self.target / "labelsTr" / f"{self.case}{self.file_ending}").voxels[0]
+        annotated = before != self.ignore
+        kept = np.array_equal(before[annotated], after[annotated])
+        return not kept or (self.threshold is None and bool((after == self.ignore).any()))
+
+    def _prediction(self, shape: tuple[int, ...]) -> np.ndarray:
+        return read(self.target / PREDICTED / f"{self.case}{self.file_ending}").voxels[0].reshape(shape)
+
+    def _map(self, folder: str, shape: tuple[int, ...]) -> np.ndarray:
+        return read(self.target / folder / f"{self.case}{map_ending(self.file_ending)}").voxels[0].reshape(shape)
 
 
-def _completed(file: Path, *, files: _Files, ignore: int, threshold: float | None) -> Picture:
-    """The label, its ignored voxels filled; `file` is `files.label`."""
-    picture = read(file)
-    label = picture.voxels[0].astype(np.uint8 if ignore < 256 else np.uint16)
-    predicted = read(files.predicted).voxels[0].reshape(label.shape).astype(label.dtype)
-    fill = label == ignore
-    if threshold is not None:
-        fill &= read(files.confidence).voxels[0].reshape(label.shape) > threshold
-    return Picture(np.where(fill, predicted, label)[None], picture.geometry)
-
-
-def _judge(files: _Files, *, ignore: int, threshold: float | None) -> dict:
-    """A row of the list of what to review first."""
-    label = read(files.label).voxels[0]
-    predicted, entropy, confidence = (read(file).voxels[0].reshape(label.shape)
-                                      for file in (files.predicted, files.entropy, files.confidence))
-    unknown = label == ignore
-    left = int((unknown & (confidence <= threshold)).sum()) if threshold is not None else 0
-    annotated, unknown_voxels = int((~unknown).sum()), int(unknown.sum())
-    return {"case": files.case, **case_score(entropy, predicted, unknown),
-            "kind": FULL if not left else PARTIAL if annotated or left < unknown_voxels else UNLABELLED,
-            "annotated_voxels": annotated, "filled_voxels": unknown_voxels - left, "ignored_voxels": left,
-            "mean_confidence": float(confidence[unknown].mean(dtype=np.float64)),
-            "agreement_with_annotations": float((predicted == label)[~unknown].mean()) if annotated else None}
-
-
-def _require_annotations(target: Path, files: dict[str, _Files], ignore: int, threshold: float | None, processes: int) -> None:
-    """Raise RuntimeError unless every annotated voxel that was written is what it was, and nothing is left to ignore."""
-    wrong = parallel(partial(_changed, ignore=ignore, threshold=threshold), [(f,) for f in files.values()], processes,
-                            "reading back")
+def _require_annotations(completions: list[_Completion], processes: int) -> None:
+    """Raise RuntimeError unless all annotated voxels are unchanged and all others are filled that had to be."""
+    wrong = parallel(_Completion.is_wrong, [(completion,) for completion in completions], processes, "reading back")
     if any(wrong):
-        raise RuntimeError("labels were not written as they should be: " + ", ".join(filter(None, wrong)))
-
-
-def _changed(files: _Files, *, ignore: int, threshold: float | None) -> str | None:
-    before, after = read(files.label).voxels[0], read(files.written).voxels[0]
-    annotated = before != ignore
-    kept = np.array_equal(before[annotated], after[annotated])
-    return None if kept and (threshold is not None or not (after == ignore).any()) else files.case
+        raise RuntimeError("labels were not written as they should be: "
+                           + ", ".join(completion.case for completion, is_wrong in zip(completions, wrong) if is_wrong))
 
 
 def main(argv: list[str]) -> None:
+    """Run `confkd complete`."""
     parser = argparse.ArgumentParser(prog="confkd complete", description=__doc__)
-    parser.add_argument("-d", required=True, metavar="ID", help="the data set whose labels are to be completed, id or name")
+    parser.add_argument("-d", required=True, metavar="ID",
+                        help="the data set whose labels are to be completed, id or name")
     parser.add_argument("--model", required=True, type=Path, metavar="FOLDER",
-                        help="the trained model: TRAINER__PLANS__CONFIGURATION under nnUNet_results, or a stock one of the same "
-                             "labels")
+                        help="the trained model: TRAINER__PLANS__CONFIGURATION under nnUNet_results, or a stock one of "
+                             "the same labels")
     parser.add_argument("--id", required=True, type=int, help="id of the data set to write")
     parser.add_argument("--name", help="its name; default: that of the source and _completed")
-    parser.add_argument("--branch", choices=BRANCHES, default="student", help="the teacher is shown the annotations, where it was "
-                        "trained with hints (the default of ConfKDTrainer)")
-    parser.add_argument("--confidence", type=float, metavar="P", help="label only voxels whose winning probability is "
-                        "above P; the others stay ignored. Default: all")
-    parser.add_argument("--folds", nargs="+", metavar="F", help="folds whose mean predicts; default: all that are trained")
+    parser.add_argument("--branch", choices=BRANCHES, default="student",
+                        help="the teacher is shown the annotations, where it was trained with hints (the default of "
+                             "ConfKDTrainer)")
+    parser.add_argument("--confidence", type=float, metavar="P",
+                        help="label only voxels whose winning probability is above P; the others stay ignored. "
+                             "Default: all")
+    parser.add_argument("--folds", nargs="+", metavar="F",
+                        help="folds whose mean predicts; default: all that are trained")
     parser.add_argument("--checkpoint", default=CHECKPOINT, metavar="NAME")
     parser.add_argument("-device", choices=("cuda", "cpu", "mps"), help="default: cuda where there is one, else cpu")
     parser.add_argument("--processes", type=int, default=PROCESSES)
-    parser.add_argument("--link", action="store_true", help="hard links instead of copies of images: no space, but what "
-                        "writes to one writes to the other")
+    parser.add_argument("--link", action="store_true",
+                        help="hard links instead of copies of images: no space, but what writes to one writes to the "
+                             "other")
     args = parser.parse_args(argv)
-    folder = complete(args.d, args.model, args.id, branch=args.branch, confidence=args.confidence, folds=args.folds,
-                      checkpoint=args.checkpoint, device=args.device, name=args.name, processes=args.processes, link=args.link)
+    model = TrainedModel(args.model, args.branch, args.folds, args.checkpoint, args.device)
+    folder = complete(args.d, model, args.id, confidence=args.confidence, name=args.name, processes=args.processes,
+                      link=args.link)
     described = json.loads((folder / "dataset.json").read_text(encoding="utf-8"))
     cases = described[KEY][-1]["cases"]
     filled, left = (sum(case[key] for case in cases.values()) for key in ("filled_voxels", "ignored_voxels"))

@@ -1,13 +1,12 @@
 """Export of a trained branch as a model of stock nnU-Net, which needs no plugin.
 
-The student's weights have the stock names, and the teacher's have the stock shapes: either is a network that nnU-Net's
-built-in trainer builds from the plans.
+The student's weights have the stock names, and the teacher's have the stock shapes. Each branch is a network that
+nnU-Net's built-in trainer builds from the plans.
 """
 from __future__ import annotations
 
 import argparse
 import json
-import os
 import shutil
 from copy import deepcopy
 from pathlib import Path
@@ -23,6 +22,7 @@ from nnunet_confkd import __version__
 from nnunet_confkd.data.json_files import read_description, read_plans
 from nnunet_confkd.data.supervision import KINDS, TABLE_KEY
 from nnunet_confkd.errors import InputError
+from nnunet_confkd.files import new_folder, write_json
 from nnunet_confkd.inference.checkpoints import fold_folders, load_checkpoint
 from nnunet_confkd.training.network import branch_weights, has_teacher
 from nnunet_confkd.training.validation import VALIDATION_FOLDERS
@@ -32,84 +32,82 @@ STOCK_TRAINER = "nnUNetTrainer"
 
 
 def export(model: str | Path, output: str | Path | None = None, branch: str = "student", install: bool = False) -> Path:
-    """Write one branch of a trained ConfKD model as a model folder of stock nnU-Net, all folds and checkpoints.
+    """Write one branch of a trained ConfKD model as a model folder of stock nnU-Net, with all folds and checkpoints.
 
-    model: TRAINER__PLANS__CONFIGURATION under nnUNet_results.
-    output: the folder to write; must not exist.
-        Nothing of single cases goes there: no names, no segmentations of the validation.
-    install: instead of `output`, place the model under nnUNet_results as nnUNetTrainer__PLANS__CONFIGURATION, PLANS
-        being the plans' name and the trainer's, with the validation's segmentations, and the plans beside those of the data
-        set, for nnU-Net's commands that look for them there.
-    Returns the folder. Where the model came from is told in `confkd_export.json` in it.
+    `confkd_export.json` in the new folder says where the model came from. A folder given as `output` can be passed on:
+    it holds neither names of cases nor segmentations of the validation.
 
-    Raises InputError: no such model, a checkpoint without a teacher, a name that is taken.
+    Args:
+        model: The folder TRAINER__PLANS__CONFIGURATION under nnUNet_results.
+        output: The folder to write, which must not exist.
+        branch: "student" or "teacher".
+        install: Place the model under nnUNet_results instead, as nnUNetTrainer__PLANS__CONFIGURATION, where PLANS names
+            the plans and the trainer. The segmentations of the validation are copied, and the plans are written beside
+            those of the data set, because nnU-Net's own commands look for them there.
+
+    Returns:
+        The new folder.
+
+    Raises:
+        InputError: There is no such model, a checkpoint has no teacher, or the folder or the plans exist already.
     """
     model = Path(model)
     folds = fold_folders(model)
     plans, dataset_json = read_plans(model / "plans.json"), read_description(model / "dataset.json")
-    first = next(iter(sorted(folds[0].glob("checkpoint_*.pth"))))
+    first = min(folds[0].glob("checkpoint_*.pth"))
     checkpoint = load_checkpoint(first)
     _require_teacher(first, checkpoint)
     configuration, trainer = checkpoint["init_args"]["configuration"], checkpoint["trainer_name"]
-
     if configuration not in plans["configurations"]:
-        raise InputError(f"{first}: is of the configuration {configuration}, which {model / 'plans.json'} does not have")
-    settings = plans["configurations"][configuration].get("confkd")
+        raise InputError(f"{first}: is of the configuration {configuration}, which {model / 'plans.json'} does not "
+                         f"have")
     stock_plans = _stock_plans(plans, trainer, branch)
     stock_dataset_json = {key: value for key, value in dataset_json.items() if key != TABLE_KEY}
     table = dataset_json.get(TABLE_KEY) or {}
+    checkpoints = [path for fold in folds for path in sorted(fold.glob("checkpoint_*.pth"))]
     origin = {"model": model.name, "trainer": trainer, "plans": plans["plans_name"], "configuration": configuration,
-              "branch": branch, "settings": settings, "nnunet_confkd": __version__,
+              "branch": branch, "settings": plans["configurations"][configuration].get("confkd"),
+              "nnunet_confkd": __version__,
               "declared_supervision": {kind: sum(k == kind for k in table.values()) for kind in KINDS},
-              "checkpoints": []}
-
-    plans_file = None
-    if install:
-        if output is not None:
-            raise InputError("give either an output folder or --install")
-        output = Path(nnUNet_results) / plans["dataset_name"] / "__".join(
-            (STOCK_TRAINER, stock_plans["plans_name"], configuration))
-        if nnUNet_preprocessed.is_set():
-            plans_file = Path(nnUNet_preprocessed) / plans["dataset_name"] / f"{stock_plans['plans_name']}.json"
-            if plans_file.is_file() and json.loads(plans_file.read_text()) != stock_plans:
-                raise InputError(f"{plans_file}: exists, with other plans. Move it away first; nothing was written.")
-    elif output is None:
-        raise InputError("give an output folder, or --install")
-    output = Path(output)
-    if output.exists():
-        raise InputError(f"{output}: exists already. Choose another folder, or remove it first; nothing was written.")
+              "checkpoints": [path.relative_to(model).as_posix() for path in checkpoints]}
+    output, plans_file = _targets(output, install, stock_plans, configuration)
 
     network = _stock_network(stock_plans, stock_dataset_json, configuration)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    aside = output.with_name(f"{output.name}.part{os.getpid()}")
-    try:
-        aside.mkdir()
+    with new_folder(output) as unfinished:
         for fold in folds:
-            (aside / fold.name).mkdir()
-            for path in sorted(fold.glob("checkpoint_*.pth")):
-                print(f"{fold.name}/{path.name}")
-                stock = _stock_checkpoint(path, network, branch, stock_plans, stock_dataset_json)
-                torch.save(stock, aside / fold.name / path.name)
-                origin["checkpoints"].append(f"{fold.name}/{path.name}")
-            if (fold / "progress.png").is_file():
-                shutil.copyfile(fold / "progress.png", aside / fold.name / "progress.png")
+            (unfinished / fold.name).mkdir()
+            _copy_if_there(fold / "progress.png", unfinished / fold.name)
             if install:
-                _copy_cases(fold, aside / fold.name, branch)
-        _write_json(stock_plans, aside / "plans.json")
-        _write_json(stock_dataset_json, aside / "dataset.json")
-        _write_json(origin, aside / ORIGIN_FILE)
-        if (model / "dataset_fingerprint.json").is_file():
-            shutil.copyfile(model / "dataset_fingerprint.json", aside / "dataset_fingerprint.json")
-        aside.rename(output)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
+                _copy_cases(fold, unfinished / fold.name, branch)
+        for path in checkpoints:
+            print(f"{path.parent.name}/{path.name}")
+            stock = _stock_checkpoint(path, network, branch, stock_plans, stock_dataset_json)
+            torch.save(stock, unfinished / path.parent.name / path.name)
+        write_json(unfinished / "plans.json", stock_plans)
+        write_json(unfinished / "dataset.json", stock_dataset_json)
+        write_json(unfinished / ORIGIN_FILE, origin)
+        _copy_if_there(model / "dataset_fingerprint.json", unfinished)
     if plans_file is not None and plans_file.parent.is_dir() and not plans_file.is_file():
-        _write_json(stock_plans, plans_file)
+        write_json(plans_file, stock_plans)
     return output
 
 
-def _write_json(content: dict, path: Path) -> None:
-    path.write_text(json.dumps(content, indent=4))
+def _targets(output: str | Path | None, install: bool, plans: dict, configuration: str) -> tuple[Path, Path | None]:
+    """Decide where to write the model, and with `install` the plans; raise InputError if one is in the way."""
+    if install == (output is not None):
+        raise InputError("give either an output folder or --install")
+    plans_file = None
+    if install:
+        name = "__".join((STOCK_TRAINER, plans["plans_name"], configuration))
+        output = Path(nnUNet_results) / plans["dataset_name"] / name
+        if nnUNet_preprocessed.is_set():
+            plans_file = Path(nnUNet_preprocessed) / plans["dataset_name"] / f"{plans['plans_name']}.json"
+            if plans_file.is_file() and json.loads(plans_file.read_text(encoding="utf-8")) != plans:
+                raise InputError(f"{plans_file}: exists, with other plans. Move it away first; nothing was written.")
+    output = Path(output)
+    if output.exists():
+        raise InputError(f"{output}: exists already. Choose another folder, or remove it first; nothing was written.")
+    return output, plans_file
 
 
 def _require_teacher(path: Path, checkpoint: dict) -> None:
@@ -120,7 +118,7 @@ def _require_teacher(path: Path, checkpoint: dict) -> None:
 
 
 def _stock_plans(plans: dict, trainer: str, branch: str) -> dict:
-    """The plans under a name of their own, without our settings."""
+    """Return a copy of the plans under another name and without ConfKD's settings."""
     plans = deepcopy(plans)
     plans["plans_name"] = f"{plans['plans_name']}_{trainer}" + ("" if branch == "student" else f"_{branch}")
     for configuration in plans["configurations"].values():
@@ -129,7 +127,7 @@ def _stock_plans(plans: dict, trainer: str, branch: str) -> dict:
 
 
 def _stock_network(plans: dict, dataset_json: dict, configuration: str) -> torch.nn.Module:
-    """What nnU-Net builds to predict with these plans."""
+    """Build the network that nnU-Net predicts with under these plans."""
     manager = PlansManager(plans)
     configuration_manager = manager.get_configuration(configuration)
     channels = determine_num_input_channels(manager, configuration_manager, dataset_json)
@@ -138,7 +136,7 @@ def _stock_network(plans: dict, dataset_json: dict, configuration: str) -> torch
 
 
 def _stock_checkpoint(path: Path, network: torch.nn.Module, branch: str, plans: dict, dataset_json: dict) -> dict:
-    """A checkpoint with one branch's weights and its part of the optimiser's state, of the built-in trainer."""
+    """Return a checkpoint of nnU-Net's built-in trainer with one branch's weights and optimiser state."""
     checkpoint = load_checkpoint(path)
     _require_teacher(path, checkpoint)
     weights = branch_weights(checkpoint["network_weights"], branch)
@@ -152,7 +150,7 @@ def _stock_checkpoint(path: Path, network: torch.nn.Module, branch: str, plans: 
         "optimizer_state": _stock_optimizer(checkpoint.get("optimizer_state"), network, branch),
         "trainer_name": STOCK_TRAINER,
         "init_args": {**checkpoint["init_args"], "plans": plans, "dataset_json": dataset_json},
-        # our curves are no stock keys
+        # without the curves that stock nnU-Net does not have
         "logging": {k: v for k, v in checkpoint["logging"].items() if k in _stock_curves()},
     }
 
@@ -163,10 +161,10 @@ def _stock_curves() -> set[str]:
 
 
 def _stock_optimizer(state: dict | None, network: Any, branch: str) -> dict | None:
-    """The part of the optimiser's state that belongs to one branch.
+    """Return the part of the optimiser's state that belongs to one branch.
 
-    Parameters are numbered encoder, student's decoder, teacher's decoder, the two decoders in the same order, hints; the stock
-    `network` has the first two.
+    A ConfKD network numbers its parameters in this order: encoder, student's decoder, teacher's decoder, hints. Both
+    decoders have the same order inside. The stock `network` has the encoder and one decoder.
     """
     if state is None:
         return None
@@ -179,12 +177,16 @@ def _stock_optimizer(state: dict | None, network: Any, branch: str) -> dict | No
 
 
 def _copy_cases(source: Path, target: Path, branch: str) -> None:
-    """What nnU-Net's commands read beside the checkpoints, and what is not for others: names and segmentations of cases, paths."""
-    if (source / "debug.json").is_file():
-        shutil.copyfile(source / "debug.json", target / "debug.json")
+    """Copy what nnU-Net's commands read beside the checkpoints. It holds names of cases, segmentations and paths."""
+    _copy_if_there(source / "debug.json", target)
     validation = source / VALIDATION_FOLDERS[branch]
     if validation.is_dir():
         shutil.copytree(validation, target / "validation")
+
+
+def _copy_if_there(file: Path, folder: Path) -> None:
+    if file.is_file():
+        shutil.copyfile(file, folder / file.name)
 
 
 def main(argv: list[str]) -> None:
@@ -195,7 +197,8 @@ def main(argv: list[str]) -> None:
     where = parser.add_mutually_exclusive_group(required=True)
     where.add_argument("--output", metavar="FOLDER", help="the folder to write; it must not exist")
     where.add_argument("--install", action="store_true",
-                       help="place it under nnUNet_results, as nnUNetTrainer__PLANS__CONFIGURATION with a new plans name")
+                       help="place it under nnUNet_results, as nnUNetTrainer__PLANS__CONFIGURATION with a new plans "
+                            "name")
     parser.add_argument("--branch", choices=("student", "teacher"), default="student")
     args = parser.parse_args(argv)
 

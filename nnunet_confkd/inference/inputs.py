@@ -9,24 +9,25 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from nnunet_confkd.data.images import parts, spacing_file
 from nnunet_confkd.errors import InputError
+from nnunet_confkd.files import write_json
 
 
 @contextmanager
 def readable_images(source: Path, described: dict) -> Iterator[Path]:
-    """Yield a folder whose images have the names that nnU-Net needs: CASE_0000, CASE_0001, ..., a number for each
-    channel.
+    """Yield a folder whose images have the names that nnU-Net needs: CASE_0000, CASE_0001, ... for the channels.
 
     A folder with such names is yielded as it is. A single image, or images without these numbers, are linked into a
-    temporary folder. The predictions have the names of the images.
+    temporary folder. The predictions then have the names of the images.
 
     Args:
         source: An image or a folder of images.
         described: The model's dataset.json.
 
     Raises:
-        InputError: There is no such file or folder, it has no images of the model's file ending, or the names cannot be
-            understood.
+        InputError: There is no such file or folder, it has no images of the model's file ending, or the names cannot
+            be understood.
     """
     ending = described["file_ending"]
     channels = list(described.get("channel_names", described.get("modality", {"0": "image"})).values())
@@ -43,33 +44,32 @@ def readable_images(source: Path, described: dict) -> Iterator[Path]:
     if plain and (cases or len(channels) > 1):
         mixed = f", but {next(iter(cases.values()))[0].name} has one" if cases else ""
         raise InputError(f"-i {source}: {plain[0].name} does not end with the number of a channel{mixed}. Name the "
-                         "files "
-                         f"of every case {expected}")
-    incomplete = [case for case, of_case in cases.items() if len(of_case) != len(channels)]
+                         f"files of every case {expected}")
+    incomplete = [case for case, channel_files in cases.items() if len(channel_files) != len(channels)]
     if incomplete:
         some = ", ".join(incomplete[:5]) + (", ..." if len(incomplete) > 5 else "")
         raise InputError(f"-i {source}: {len(incomplete)} case(s) do not have all {len(channels)} channels: {some}. "
-                         "Name the "
-                         f"files of every case {expected}")
+                         f"Name the files of every case {expected}")
     if source.is_dir() and not plain and images == files:
         yield source
         return
     cases |= {file.name[:-len(ending)]: [file] for file in plain}
     with tempfile.TemporaryDirectory(prefix="confkd_images_") as folder:
-        for case, of_case in cases.items():
-            for number, file in enumerate(of_case):
+        for case, channel_files in cases.items():
+            for number, file in enumerate(channel_files):
                 _link(file, Path(folder) / f"{case}_{number:04d}{ending}")
         yield Path(folder)
 
 
 def _endings(files: list[Path]) -> str:
+    """Say which file endings there are, for a message."""
     found = sorted({"".join(file.suffixes[-2:] if file.suffix == ".gz" else file.suffixes[-1:]) or file.name
                     for file in files if file.is_file()})
     return f"has {', '.join(found[:5])}" if found else "holds folders only" if files else "is empty"
 
 
 def _cases_of(files: list[Path], ending: str, channels: int) -> tuple[dict[str, list[Path]], list[Path]]:
-    """{case: its channels} of the files that have the number of a channel, and the files that have none."""
+    """Group the files that end with the number of a channel by case; also return the files that have no number."""
     cases: dict[str, list[Path]] = {}
     plain = []
     for file in files:
@@ -82,13 +82,14 @@ def _cases_of(files: list[Path], ending: str, channels: int) -> tuple[dict[str, 
 
 
 def _link(file: Path, target: Path) -> None:
-    """Link an image and what belongs to it, a NRRD's voxels or a TIFF's spacing. Windows may permit only copies."""
-    from nnunet_confkd.data.images import parts, spacing_file
+    """Link an image and the files that belong to it: the voxels of a NRRD, the spacing of a TIFF.
 
+    The files are copied where links are not permitted, as on Windows.
+    """
     for part in parts(file):
         to = target if part == file else spacing_file(target) if part.suffix == ".json" else target.with_name(part.name)
         if to.exists():
-            continue  # the spacing is that of all channels
+            continue  # all channels share one file with the spacing
         try:
             to.symlink_to(part.resolve())
         except OSError:
@@ -96,9 +97,14 @@ def _link(file: Path, target: Path) -> None:
 
 
 def name_source(output: Path, source: Path) -> None:
-    """Let nnU-Net's record of a prediction name the images that were given, not the temporary folder."""
+    """Let nnU-Net's record of a prediction name the images that were given, not the temporary folder.
+
+    Args:
+        output: The folder of the predictions.
+        source: The image or the folder of images that was given.
+    """
     file = output / "predict_from_raw_data_args.json"
     if file.is_file():
         record = json.loads(file.read_text(encoding="utf-8"))
         record["list_of_lists_or_source_folder"] = str(source)
-        file.write_text(json.dumps(record, indent=4), encoding="utf-8")
+        write_json(file, record)

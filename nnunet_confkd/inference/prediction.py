@@ -1,117 +1,135 @@
-"""nnU-Net's predictor with an export of its own, which measures entropy and confidence.
+"""nnU-Net's predictor with another export, which also measures the entropy and the confidence of each voxel.
 
-nnU-Net's own code predicts, resamples and writes the segmentation. The maps are measured from the logits that it has resampled to the
-original grid: nothing is resampled twice, no probabilities are stored, and the segmentation is the same to the bit.
+nnU-Net's own code predicts, resamples and writes the segmentation. The maps are measured from the logits that nnU-Net
+has resampled to the original grid. So nothing is resampled twice, no probabilities are stored, and the segmentation is
+the same to the bit.
 """
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from copy import copy
 from functools import wraps
-from types import FunctionType
+from unittest import mock
 
 import numpy as np
 import torch
-from nnunetv2.inference.export_prediction import (
-    convert_predicted_logits_to_segmentation_with_correct_shape,
-    export_prediction_from_logits,
-)
+from nnunetv2.inference import predict_from_raw_data
+from nnunetv2.inference.export_prediction import export_prediction_from_logits
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 
 from nnunet_confkd.training.losses import entropy
 
 
 def max_entropy(heads: int, regions: bool) -> float:
-    """The largest entropy, in nats: log C for labels, C log 2 for regions."""
+    """Compute the largest possible entropy of a voxel, in nats: log C for labels, C log 2 for regions."""
     return heads * math.log(2) if regions else math.log(heads)
 
 
 def measure(logits: np.ndarray | torch.Tensor, regions: bool) -> dict[str, np.ndarray]:
-    """Entropy and confidence of a prediction, `(C, *spatial)` -> `(*spatial)`, float32.
+    """Measure the entropy and the confidence of a prediction.
 
-    "entropy": in nats, of the softmax, or the sum over the heads' Bernoulli entropies (regions). "confidence": the winning
-    probability; with regions that of the head that is least sure, `min_c max(p_c, 1 - p_c)`. One slice at a time: no
-    second array of the logits' size.
+    One slice is measured at a time, so that no second array of the size of the logits is needed.
+
+    Args:
+        logits: Logits of any floating point type, `(C, *spatial)`.
+        regions: Whether the C heads are regions that may overlap. Otherwise they are labels that exclude each other.
+
+    Returns:
+        Two float32 maps, `(*spatial)`:
+
+        - "entropy", in nats: that of the softmax, or with regions the sum of the heads' Bernoulli entropies.
+        - "confidence": the largest probability, or with regions the confidence of the least confident head,
+          `min_c max(p_c, 1 - p_c)`.
     """
     logits = torch.as_tensor(logits)
-    most = max_entropy(len(logits), regions)
+    largest = max_entropy(len(logits), regions)
     maps = {name: np.empty(logits.shape[1:], np.float32) for name in ("entropy", "confidence")}
     for i in range(logits.shape[1]):
-        slab = logits[None, :, i].float()
+        piece = logits[None, :, i].float()
         if regions:
-            confidence = torch.sigmoid(slab.abs()).amin(1)
+            confidence = torch.sigmoid(piece.abs()).amin(1)
         else:
-            confidence = torch.softmax(slab, 1).amax(1)
-        maps["entropy"][i] = entropy(slab, regions)[0].clamp(0, most)
+            confidence = torch.softmax(piece, 1).amax(1)
+        maps["entropy"][i] = entropy(piece, regions)[0].clamp(0, largest)
         maps["confidence"][i] = confidence[0].clamp(0, 1)
     return maps
 
 
-class _Measuring:
-    """A label manager that measures the logits from which it is asked for a segmentation or for probabilities."""
+class _MeasuringLabels:
+    """A label manager that measures the logits which it converts, and keeps the resulting segmentation."""
 
-    def __init__(self, labels):
-        self.labels, self.maps = labels, None
+    def __init__(self, labels) -> None:
+        self.labels = labels
+        self.maps: dict[str, np.ndarray] = {}
+        self.segmentation: np.ndarray | None = None  # of the type that nnU-Net writes
 
     def __getattr__(self, name: str):
         return getattr(self.labels, name)
 
     def convert_logits_to_segmentation(self, logits):
         self.maps = measure(logits, self.labels.has_regions)
-        return self.labels.convert_logits_to_segmentation(logits)
+        return self._keep(self.labels.convert_logits_to_segmentation(logits))
 
     def apply_inference_nonlin(self, logits):
         self.maps = measure(logits, self.labels.has_regions)
         return self.labels.apply_inference_nonlin(logits)
 
+    def convert_probabilities_to_segmentation(self, probabilities):
+        return self._keep(self.labels.convert_probabilities_to_segmentation(probabilities))
 
-def with_names(function: Callable, **names) -> Callable:
-    """A copy of a function of nnU-Net's to which some of its module's names mean something else; the module is untouched."""
-    unused = set(names) - set(function.__code__.co_names)
-    if unused:
-        raise RuntimeError(f"nnU-Net's {function.__qualname__} does not use {sorted(unused)}: another version than was tested?")
-    return FunctionType(function.__code__, {**function.__globals__, **names}, function.__name__, function.__defaults__,
-                        function.__closure__)
-
-
-def export_and_measure(*args, **kwargs) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    """nnU-Net's export_prediction_from_logits. Returns the segmentation that it wrote and, on the same grid, the maps of
-    :func:`measure`. What nnU-Net crops away is background by definition: entropy 0, confidence 1."""
-    segmentation, maps = None, {}
-
-    def convert(logits, plans_manager, configuration_manager, label_manager, properties, *more, **options):
-        nonlocal segmentation
-        measuring = _Measuring(label_manager)
-        result = convert_predicted_logits_to_segmentation_with_correct_shape(
-            logits, plans_manager, configuration_manager, measuring, properties, *more, **options)
-        segmentation = result[0] if isinstance(result, tuple) else result
-        inside = tuple(slice(*bounds) for bounds in properties["bbox_used_for_cropping"])
-        for name, outside in (("entropy", 0), ("confidence", 1)):
-            whole = np.full(properties["shape_before_cropping"], outside, np.float32)
-            whole[inside] = measuring.maps.pop(name)
-            maps[name] = whole.transpose(plans_manager.transpose_backward)
-        return result
-
-    with_names(export_prediction_from_logits,
-               convert_predicted_logits_to_segmentation_with_correct_shape=convert)(*args, **kwargs)
-    return segmentation, maps
+    def _keep(self, segmentation):
+        self.segmentation = np.asarray(segmentation).astype(
+            np.uint8 if len(self.labels.foreground_labels) < 255 else np.uint16)
+        return segmentation
 
 
-def _exporting(name: str):
-    """nnUNetPredictor's method of this name, which exports with the predictor's own `exporter()`."""
-    method = getattr(nnUNetPredictor, name)
+def export_and_measure(logits, properties, configuration_manager, plans_manager, dataset_json: dict, output: str,
+                       *args, **kwargs) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """Write a prediction with nnU-Net's `export_prediction_from_logits`, which has the same arguments, and measure it.
 
-    @wraps(method)  # it asks for its own signature
+    Returns:
+        The segmentation that nnU-Net wrote, and the maps of :func:`measure`, all on the grid of the original image.
+        The margins that nnU-Net crops away are background by definition: they have entropy 0 and confidence 1.
+    """
+    labels = _MeasuringLabels(plans_manager.get_label_manager(dataset_json))
+    measuring_plans = copy(plans_manager)
+    measuring_plans.get_label_manager = lambda _: labels
+    export_prediction_from_logits(logits, properties, configuration_manager, measuring_plans, dataset_json, output,
+                                  *args, **kwargs)
+    cropped = tuple(slice(*bounds) for bounds in properties["bbox_used_for_cropping"])
+
+    def uncropped(voxels: np.ndarray, margin: int) -> np.ndarray:
+        whole = np.full(properties["shape_before_cropping"], margin, voxels.dtype)
+        whole[cropped] = voxels
+        return whole.transpose(plans_manager.transpose_backward)
+
+    maps = {name: uncropped(labels.maps.pop(name), margin) for name, margin in (("entropy", 0), ("confidence", 1))}
+    return uncropped(labels.segmentation, 0), maps
+
+
+def _with_own_export(method: Callable) -> Callable:
+    """Make a method of nnUNetPredictor call the predictor's own `exporter()` in place of nnU-Net's export.
+
+    The signature is kept, because nnU-Net's methods inspect it.
+    """
+    @wraps(method)
     def exporting(self, *args, **kwargs):
-        return with_names(method, export_prediction_from_logits=self.exporter())(self, *args, **kwargs)
+        with mock.patch.object(predict_from_raw_data, "export_prediction_from_logits", self.exporter()):
+            return method(self, *args, **kwargs)
     return exporting
 
 
 class ExportingPredictor(nnUNetPredictor):
-    """nnU-Net's predictor with an export of its own; a subclass says which. It goes to other processes, so it must pickle."""
+    """nnU-Net's predictor with another export. Subclasses say which.
 
-    predict_from_data_iterator = _exporting("predict_from_data_iterator")
-    predict_from_files_sequential = _exporting("predict_from_files_sequential")
+    nnU-Net has no hook for the export: its methods call a function of their module. They are called while that name
+    is patched in the main process. Worker processes are not patched: they get the function itself, pickled.
+    """
+
+    predict_from_data_iterator = _with_own_export(nnUNetPredictor.predict_from_data_iterator)
+    predict_from_files_sequential = _with_own_export(nnUNetPredictor.predict_from_files_sequential)
 
     def exporter(self) -> Callable:
+        """Return what replaces nnU-Net's `export_prediction_from_logits`. It must be picklable."""
         raise NotImplementedError

@@ -1,48 +1,52 @@
-"""Where a prediction is in doubt: voxel-wise entropy beside each segmentation, and the order in which to look at the cases.
+"""Where a prediction is uncertain: the entropy of each voxel, and the order in which to review the cases.
 
-nnU-Net's own code predicts, resamples and writes the segmentation. The maps are measured from the logits that it has
-resampled to the original grid, on their way to the segmentation: nothing is resampled twice, no probabilities are stored,
-and the segmentation is the same to the bit.
+:mod:`nnunet_confkd.inference.prediction` says how the entropy is measured.
 """
 from __future__ import annotations
 
 import csv
 import json
-import os
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 
+from nnunet_confkd.files import write_json, written_whole
 from nnunet_confkd.inference.prediction import ExportingPredictor, export_and_measure, max_entropy
 from nnunet_confkd.training.network import unwrap
 
 FOLDER, NATS, NORMALISED, SCORES = "uncertainty", "entropy_nats", "entropy_normalised", "scores"
 REVIEW = "review_first"  # .csv and .json
-# normalised entropy from which a voxel of the predicted background counts among those that a case is judged by
+# Voxels of the predicted background count towards the score of a case from this normalised entropy on.
 IN_DOUBT = 0.1
 
 
 # ---- writing --------------------------------------------------------------------------------------------------------
 
 class _Floats(np.ndarray):
-    """An array that stays as it is where nnU-Net's writers of segmentations make integers of it."""
+    """An array that ignores `astype`, by which nnU-Net's writers of segmentations turn values into integers."""
 
     def astype(self, *_, **__):
         return self
 
 
 def map_ending(file_ending: str) -> str:
-    """The ending of the files of maps: the data set's, but .tif for formats that hold no floating point numbers."""
+    """Return the file ending of maps: that of the data set, but .tif for formats without floating point numbers."""
     return ".tif" if file_ending.lower() in (".png", ".bmp") else file_ending
 
 
 def write_map(file: str | Path, voxels: np.ndarray, properties: dict, reader_writer) -> None:
-    """Write a float32 map as nnU-Net writes a segmentation: the same code lays it where the segmentation lies.
+    """Write a float32 map with nnU-Net's writer of segmentations, so that both lie in the same place.
 
-    voxels: on the segmentation's grid. reader_writer: an instance of nnU-Net's. Raises OSError where what was written is
-    not what was to be written: some of the libraries do not tell of a full disk.
+    Args:
+        file: The file to write. Its folder is made if it is missing.
+        voxels: The map, on the grid of the segmentation.
+        properties: nnU-Net's properties of the image.
+        reader_writer: An instance of nnU-Net's reader and writer for the format.
+
+    Raises:
+        OSError: The file does not hold what was to be written. Some libraries do not report a full disk.
     """
     file = Path(file)
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -50,15 +54,21 @@ def write_map(file: str | Path, voxels: np.ndarray, properties: dict, reader_wri
     file.unlink(missing_ok=True)
     reader_writer.write_seg(voxels.view(_Floats), str(file), properties)
     if not np.array_equal(reader_writer.read_seg(str(file))[0][0], voxels):
-        raise OSError(f"{file}: was not written as it should be; is the disk full?")
+        raise OSError(f"{file}: was not written correctly; is the disk full?")
 
 
 def case_score(normalised: np.ndarray, segmentation: np.ndarray, where: np.ndarray | None = None) -> dict:
-    """How much a case is in doubt, and what that comes from.
+    """Compute how uncertain the prediction of a case is.
 
-    normalised: entropy, 0 to 1. where: the voxels that count, None: all. "score": the mean over the voxels that are
-    predicted as foreground or are in doubt themselves (`IN_DOUBT` or more), so that a large empty surrounding does not
-    count; 0 where there are none.
+    Args:
+        normalised: The normalised entropy, 0 to 1.
+        segmentation: The prediction, of the same shape.
+        where: A mask of the voxels that count. None: all.
+
+    Returns:
+        The "score" and the numbers that it is computed from. The score is the mean entropy of the voxels that are
+        predicted as foreground or have an entropy of at least `IN_DOUBT`, so that large empty surroundings do not
+        count. It is 0 if there are no such voxels.
     """
     if where is not None:
         normalised, segmentation = normalised[where], segmentation[where]
@@ -66,84 +76,90 @@ def case_score(normalised: np.ndarray, segmentation: np.ndarray, where: np.ndarr
     judged = normalised[foreground | (normalised >= IN_DOUBT)]
     return {"score": float(judged.mean(dtype=np.float64)) if judged.size else 0.0,
             "mean_normalised_entropy": float(normalised.mean(dtype=np.float64)) if normalised.size else 0.0,
-            "voxels": int(normalised.size), "foreground_voxels": int(foreground.sum()), "judged_voxels": int(judged.size)}
+            "voxels": int(normalised.size), "foreground_voxels": int(foreground.sum()),
+            "judged_voxels": int(judged.size)}
 
 
 def write_review_list(folder: Path, rows: list[dict], about: dict) -> list[dict]:
-    """Write `review_first.csv` and `.json`, the cases of the highest score first; returns them in that order."""
+    """Write `review_first.csv` and `review_first.json`.
+
+    Args:
+        folder: Where to write.
+        rows: One dictionary per case, with "case" and "score".
+        about: What else the JSON file tells.
+
+    Returns:
+        The rows, the highest score first, each with its "rank".
+    """
     rows = sorted(rows, key=lambda row: (-row["score"], row["case"]))
     rows = [{"rank": i, **row} for i, row in enumerate(rows, 1)]
-    _write_text(folder / f"{REVIEW}.json", json.dumps({**about, "cases": rows}, indent=2) + "\n")
-    aside = folder / f".{REVIEW}.{os.getpid()}.csv"
-    with open(aside, "w", newline="", encoding="utf-8") as stream:
+    write_json(folder / f"{REVIEW}.json", {**about, "cases": rows})
+    with written_whole(folder / f"{REVIEW}.csv") as aside, open(aside, "w", newline="", encoding="utf-8") as stream:
         table = csv.DictWriter(stream, list(dict.fromkeys(key for row in rows for key in row)) or ["rank", "case"])
         table.writeheader()
         table.writerows(rows)
-    aside.replace(folder / f"{REVIEW}.csv")
     return rows
-
-
-def _write_text(file: Path, text: str) -> None:
-    """Whole or not at all: other parts of the same prediction may read it."""
-    aside = file.with_name(f".{file.name}.{os.getpid()}")
-    aside.write_text(text, encoding="utf-8")
-    aside.replace(file)
 
 
 # ---- predicting -----------------------------------------------------------------------------------------------------
 
-
-
-
-
 class EntropyPredictor(ExportingPredictor):
-    """nnU-Net's predictor that leaves the folder `uncertainty` in its output folder, too."""
+    """nnU-Net's predictor that also writes the folder `uncertainty` into its output folder."""
 
     def exporter(self) -> Callable:
         return partial(_export_with_entropy, branch=getattr(unwrap(self.network), "branch", None))
 
     def _manage_input_and_output_lists(self, sources, output, previous=None, overwrite=True, part_id=0, num_parts=1,
                                        save_probabilities=False):
-        """With overwrite=False nnU-Net leaves out what is there; here the entropy must be there, too."""
-        EntropyPredictor.output = Path(output)
-        lists = super()._manage_input_and_output_lists(sources, output, previous, True, part_id, num_parts, save_probabilities)
+        """Also predict the cases that have a segmentation but no entropy, which nnU-Net skips with overwrite=False."""
+        lists = super()._manage_input_and_output_lists(sources, output, previous, True, part_id, num_parts,
+                                                       save_probabilities)
         if overwrite:
             return lists
         endings = [self.dataset_json["file_ending"]] + [".npz"] * save_probabilities
         missing = [i for i, file in enumerate(lists[1])
                    if not all(Path(file + ending).is_file() for ending in endings) or not _score_file(file).is_file()]
-        print(f"{len(lists[1]) - len(missing)} of these are there already, with their entropy; {len(missing)} are predicted")
+        print(f"{len(lists[1]) - len(missing)} of these cases have a prediction and its entropy already; "
+              f"{len(missing)} are predicted")
         return tuple([items[i] for i in missing] for items in lists)
 
 
 def _score_file(output: str) -> Path:
-    """output: of nnU-Net's prediction, without its ending."""
+    """Return the file of a case's score; `output` is the file of its segmentation without the ending."""
     file = Path(output)
     return file.parent / FOLDER / SCORES / f"{file.name}.json"
 
 
-def _export_with_entropy(logits, properties, configuration_manager, plans_manager, dataset_json, output, *args, branch=None,
-                         **kwargs) -> None:
+def _export_with_entropy(logits, properties, configuration_manager, plans_manager, dataset_json, output, *args,
+                         branch=None, **kwargs) -> None:
+    """Write the segmentation, both maps of the entropy, and then the score, which marks the case as complete."""
     score_file = _score_file(output)
-    score_file.unlink(missing_ok=True)  # written last: then the case is complete
-    segmentation, maps = export_and_measure(logits, properties, configuration_manager, plans_manager, dataset_json, output,
-                                            *args, **kwargs)
+    score_file.unlink(missing_ok=True)
+    segmentation, maps = export_and_measure(logits, properties, configuration_manager, plans_manager, dataset_json,
+                                            output, *args, **kwargs)
     labels = plans_manager.get_label_manager(dataset_json)
     normalised = maps["entropy"] / np.float32(max_entropy(labels.num_segmentation_heads, labels.has_regions))
     name = f"{Path(output).name}{map_ending(dataset_json['file_ending'])}"
     for kind, voxels in ((NATS, maps["entropy"]), (NORMALISED, normalised)):
         write_map(score_file.parent.parent / kind / name, voxels, properties, plans_manager.image_reader_writer_class())
-    row = {"case": Path(output).name, "branch": branch, **case_score(normalised, segmentation)}
     score_file.parent.mkdir(parents=True, exist_ok=True)
-    _write_text(score_file, json.dumps(row))
+    write_json(score_file, {"case": Path(output).name, "branch": branch, **case_score(normalised, segmentation)})
 
 
 def list_cases(output: Path) -> Path:
-    """Write the list of all cases in the folder `uncertainty` of an output folder, of earlier runs and other parts, too."""
+    """Write the review list of all cases in an output folder, also of earlier runs and of other parts.
+
+    Args:
+        output: The folder of the predictions.
+
+    Returns:
+        The file `uncertainty/review_first.csv`.
+    """
     folder = output / FOLDER
     rows = [json.loads(file.read_text(encoding="utf-8")) for file in sorted((folder / SCORES).glob("*.json"))
-            if not file.name.startswith(".")]
+            if not file.name.startswith(".")]  # another part may be writing one
     folder.mkdir(exist_ok=True)
-    write_review_list(folder, rows, {"about": "The cases to look at first. score: mean normalised entropy of the voxels "
-                                              f"predicted as foreground or of a normalised entropy of {IN_DOUBT} or more"})
+    write_review_list(folder, rows, {"about": "The cases to review first. score: mean normalised entropy of the voxels "
+                                              f"predicted as foreground or of a normalised entropy of {IN_DOUBT} or "
+                                              "more"})
     return folder / f"{REVIEW}.csv"

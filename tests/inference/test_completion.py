@@ -1,3 +1,4 @@
+"""`confkd complete`: what is written, which models and data are refused, and what an interruption leaves."""
 from __future__ import annotations
 
 import csv
@@ -5,6 +6,7 @@ import hashlib
 import json
 import pickle
 import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -16,12 +18,17 @@ from nnunet_confkd import cli
 from nnunet_confkd.data import folders
 from nnunet_confkd.errors import InputError
 from nnunet_confkd.inference import completion as module
-from nnunet_confkd.inference.completion import complete
+from nnunet_confkd.inference.completion import CHECKPOINT, TrainedModel
 from nnunet_confkd.inference.export import export
 from nnunet_confkd.training.network import predicting
 
 HIPPOCAMPUS, FEW = "Dataset004_Hippocampus", "Dataset006_Few"
 IGNORE = 3
+
+
+def complete(dataset, model, new, branch="student", folds=None, checkpoint=CHECKPOINT, **options):
+    """On the CPU, in this process."""
+    return module.complete(dataset, TrainedModel(model, branch, folds, checkpoint, "cpu"), new, processes=1, **options)
 
 
 def _read(file):
@@ -33,21 +40,23 @@ def _json(file):
 
 
 def _files(folder):
-    return {f.relative_to(folder).as_posix(): hashlib.sha256(f.read_bytes()).hexdigest() for f in folder.rglob("*") if f.is_file()}
+    return {f.relative_to(folder).as_posix(): hashlib.sha256(f.read_bytes()).hexdigest()
+            for f in folder.rglob("*") if f.is_file()}
 
 
 def _save(model, nnunet, dataset, configuration):
-    """A model folder of a network that has not learnt anything, which is enough to predict."""
+    """Save an untrained network as a model, which is enough to predict."""
     trainer = nnunet.trainer(dataset, configuration)
     trainer.initialize()
     trainer.on_train_start()
+    trainer.inference_allowed_mirroring_axes = None
     trainer.save_checkpoint(str(model / "fold_0" / "checkpoint_final.pth"))
     return model
 
 
 @pytest.fixture(scope="module")
 def few(nnunet, hippocampus):
-    """Of the Hippocampus data three full cases (one with a second folder's split), two partial, one unlabelled, one test."""
+    """Three fully annotated, two partially annotated, one unlabelled and one test case of Hippocampus, in two folds."""
     source, raw = nnunet.raw(HIPPOCAMPUS), nnunet.raw(FEW)
     kinds = {**dict.fromkeys(hippocampus["full"][:3], "full"), **dict.fromkeys(hippocampus["partial"][:2], "partial"),
              hippocampus["unlabelled"][0]: "unlabelled"}
@@ -55,23 +64,26 @@ def few(nnunet, hippocampus):
         for folder, ending in (("images", "_0000.nii.gz"), ("labels", ".nii.gz")):
             (raw / f"{folder}{split}").mkdir(parents=True)
             for case in cases:
-                shutil.copyfile(source / f"{folder}{split}" / f"{case}{ending}", raw / f"{folder}{split}" / f"{case}{ending}")
+                file = Path(f"{folder}{split}", f"{case}{ending}")
+                shutil.copyfile(source / file, raw / file)
     described = _json(source / "dataset.json") | {"numTraining": len(kinds), "supervision": kinds, "release": "3"}
     (raw / "dataset.json").write_text(json.dumps(described))
     full = hippocampus["full"]
     splits = [{"train": sorted(set(kinds) - {full[i]}), "val": [full[i]]} for i in range(2)]
     nnunet.preprocessed(FEW).mkdir()
     (nnunet.preprocessed(FEW) / "splits_final.json").write_text(json.dumps(splits))
-    of = {kind: [case for case in kinds if kinds[case] == kind] for kind in ("full", "partial", "unlabelled")}
-    return SimpleNamespace(raw=raw, splits=splits, described=described, kinds=kinds, **of, weak=of["partial"] + of["unlabelled"])
+    cases = {kind: [case for case in kinds if kinds[case] == kind] for kind in ("full", "partial", "unlabelled")}
+    return SimpleNamespace(raw=raw, splits=splits, described=described, kinds=kinds, **cases,
+                           weak=cases["partial"] + cases["unlabelled"])
 
 
 def _changed_copy(model, folder, change):
-    """A copy of a model folder, its weights changed in place by `change`."""
+    """Copy a model folder, with weights changed in place by `change`, and without mirroring, which takes time."""
     shutil.copytree(model, folder, ignore=shutil.ignore_patterns("validation*"))
     file = folder / "fold_0" / "checkpoint_final.pth"
     checkpoint = torch.load(file, weights_only=False)
     change(checkpoint["network_weights"])
+    checkpoint["inference_allowed_mirroring_axes"] = None
     torch.save(checkpoint, file)
     return folder
 
@@ -84,17 +96,18 @@ def _hint_vectors(weights):
 
 @pytest.fixture(scope="module")
 def model(nnunet, hippocampus_model, tmp_path_factory):
-    """A copy of the trained model whose branches differ more, and whose teacher makes nothing of its hints."""
+    """A copy of the trained model whose branches differ more, and whose teacher ignores its hints."""
     def change(weights):
         weights["teacher_decoder.seg_layers.1.weight"].mul_(-1)
         for vectors in _hint_vectors(weights):
             vectors.zero_()
-    return _changed_copy(hippocampus_model, tmp_path_factory.mktemp("model") / "ConfKDTrainer__nnUNetPlans__2d_export", change)
+    folder = tmp_path_factory.mktemp("model") / "ConfKDTrainer__nnUNetPlans__2d_export"
+    return _changed_copy(hippocampus_model, folder, change)
 
 
 @pytest.fixture
 def hinted_model(model, tmp_path):
-    """One whose teacher is thrown about by hints."""
+    """A copy whose teacher predicts something else when it gets hints."""
     def change(weights):
         generator = torch.Generator().manual_seed(0)
         for vectors in _hint_vectors(weights):
@@ -104,7 +117,7 @@ def hinted_model(model, tmp_path):
 
 @pytest.fixture(scope="module")
 def predicted(few, model, tmp_path_factory):
-    """What nnU-Net's own predictor predicts for the weak cases: {branch: {case: (segmentation, probabilities)}}."""
+    """Predictions of nnU-Net's own predictor for the weak cases: {branch: {case: (segmentation, probabilities)}}."""
     from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
     found = {}
     for branch in ("student", "teacher"):
@@ -112,8 +125,9 @@ def predicted(few, model, tmp_path_factory):
         predictor = nnUNetPredictor(device=torch.device("cpu"), allow_tqdm=False)
         with predicting(branch):
             predictor.initialize_from_trained_model_folder(str(model), [0])
-        predictor.predict_from_files_sequential([[str(few.raw / "imagesTr" / f"{case}_0000.nii.gz")] for case in few.weak],
-                                                [str(output / case) for case in few.weak], save_probabilities=True)
+        sources = [[str(few.raw / "imagesTr" / f"{case}_0000.nii.gz")] for case in few.weak]
+        predictor.predict_from_files_sequential(sources, [str(output / case) for case in few.weak],
+                                                save_probabilities=True)
         found[branch] = {case: (_read(output / f"{case}.nii.gz"), np.load(output / f"{case}.npz")["probabilities"])
                          for case in few.weak}
     return found
@@ -121,18 +135,19 @@ def predicted(few, model, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def completed(nnunet, few, model):
-    """By the student, all voxels, on the command line."""
+    """Completed by the student, all voxels, on the command line."""
     before = _files(nnunet.raw(FEW)) | _files(nnunet.preprocessed(FEW))
-    assert cli.main(["complete", "-d", "6", "--model", str(model), "--id", "60", "-device", "cpu", "--processes", "1"]) == 0
+    assert cli.main(["complete", "-d", "6", "--model", str(model), "--id", "60", "-device", "cpu",
+                     "--processes", "1"]) == 0
     assert _files(nnunet.raw(FEW)) | _files(nnunet.preprocessed(FEW)) == before
     return nnunet.raw("Dataset060_Few_completed")
 
 
 @pytest.fixture(scope="module")
 def confident(nnunet, few, model, predicted):
-    """By the teacher, only the more confident half of the voxels."""
+    """Completed by the teacher, only the more confident half of the voxels."""
     threshold = float(np.median(np.concatenate([p.max(0).ravel() for _, p in predicted["teacher"].values()])))
-    folder = complete(FEW, model, 61, branch="teacher", confidence=threshold, device="cpu", name="Confident", processes=1)
+    folder = complete(FEW, model, 61, "teacher", confidence=threshold, name="Confident")
     return SimpleNamespace(folder=folder, threshold=threshold)
 
 
@@ -144,8 +159,9 @@ def test_annotated_voxels_stay_and_the_others_are_the_students(few, completed, p
         annotated = before != IGNORE
         np.testing.assert_array_equal(after[annotated], before[annotated])
         np.testing.assert_array_equal(after[~annotated], predicted["student"][case][0][~annotated])
-        assert case in few.unlabelled or (predicted["student"][case][0] != before)[annotated].any()  # else nothing was at stake
         assert after.dtype == np.uint8
+        # the prediction differs from the annotations, or the first line would prove nothing
+        assert case in few.unlabelled or (predicted["student"][case][0] != before)[annotated].any()
 
 
 def test_the_confidence_beside_is_the_winning_probability(few, completed, predicted):
@@ -155,8 +171,8 @@ def test_the_confidence_beside_is_the_winning_probability(few, completed, predic
         np.testing.assert_allclose(_read(file), predicted["student"][case][1].max(0), atol=1e-6)
         image, label = (sitk.ReadImage(str(f)) for f in (file, completed / "labelsTr" / file.name))
         assert image.GetPixelID() == sitk.sitkFloat32
-        for of in ("GetSize", "GetSpacing", "GetOrigin", "GetDirection"):
-            assert getattr(image, of)() == getattr(label, of)()
+        for getter in ("GetSize", "GetSpacing", "GetOrigin", "GetDirection"):
+            assert getattr(image, getter)() == getattr(label, getter)()
 
 
 def test_with_a_confidence_only_voxels_above_it_are_filled(few, confident, predicted):
@@ -172,11 +188,12 @@ def test_with_a_confidence_only_voxels_above_it_are_filled(few, confident, predi
     assert sum(case["filled_voxels"] for case in about["cases"].values()) == filled
     assert about["branch"] == "teacher" and about["confidence"] == confident.threshold
     kinds = _json(confident.folder / "dataset.json")["supervision"]
-    assert {case: kinds[case] for case in few.weak} == dict.fromkeys(few.weak, "partial")  # the unlabelled one has labels now
+    assert {case: kinds[case] for case in few.weak} == dict.fromkeys(few.weak, "partial")  # none is unlabelled any more
 
 
 def test_what_was_full_and_all_images_and_test_cases_are_copied(few, completed):
-    for file in [*(f"labelsTr/{case}.nii.gz" for case in few.full), *(f"imagesTr/{case}_0000.nii.gz" for case in few.kinds)]:
+    for file in [*(f"labelsTr/{case}.nii.gz" for case in few.full),
+                 *(f"imagesTr/{case}_0000.nii.gz" for case in few.kinds)]:
         assert (completed / file).read_bytes() == (few.raw / file).read_bytes()
     for split in ("imagesTs", "labelsTs"):
         assert _files(completed / split) == _files(few.raw / split) and _files(completed / split)
@@ -208,7 +225,7 @@ def test_without_a_split_only_cases_that_were_full_validate(nnunet, few, complet
     monkeypatch.setattr(module, "_predict", _copied_from(completed))
     (nnunet.preprocessed(FEW) / "splits_final.json").rename(nnunet.folder / "kept.json")
     try:
-        folder = complete(6, model, 62, device="cpu", name="NoSplit", processes=1)
+        folder = complete(6, model, 62, name="NoSplit")
     finally:
         (nnunet.folder / "kept.json").rename(nnunet.preprocessed(FEW) / "splits_final.json")
     splits = _json(nnunet.preprocessed(folder.name) / "splits_final.json")
@@ -216,7 +233,7 @@ def test_without_a_split_only_cases_that_were_full_validate(nnunet, few, complet
 
 
 def _copied_from(completed):
-    """A prediction without a network, for what happens after it: that of another run."""
+    """Make a replacement of `_predict` that copies the results of another run, for tests of what happens afterwards."""
     def predict(_, cases, folder, *__):
         (folder / "entropy").mkdir(parents=True)
         (folder.parent / "confidence").mkdir()
@@ -241,15 +258,15 @@ def test_the_list_tells_what_to_review_first(few, completed, predicted):
         assert row["score"] == pytest.approx(entropy[judged].mean(), rel=1e-4)
         assert row["mean_confidence"] == pytest.approx(p.max(0)[label == IGNORE].mean(), rel=1e-5)
         annotated = label != IGNORE
-        assert row["agreement_with_annotations"] == (None if not annotated.any() else pytest.approx(
-            (segmentation == label)[annotated].mean()))
+        agreement = pytest.approx((segmentation == label)[annotated].mean()) if annotated.any() else None
+        assert row["agreement_with_annotations"] == agreement
         assert row["kind_before"] == few.kinds[row["case"]] and row["kind"] == "full"
     with open(completed / "review_first.csv", newline="") as stream:
         assert [row["case"] for row in csv.DictReader(stream)] == [row["case"] for row in rows]
 
 
 def test_what_goes_to_other_processes_can_go_there(few, completed, model, monkeypatch):
-    """Without starting them: each would import nnU-Net, which takes longer than all of the rest."""
+    """They are not started, because each would import nnU-Net, which takes longer than all the rest."""
 
     def pickling(function, tasks, *_):
         results = []
@@ -259,7 +276,7 @@ def test_what_goes_to_other_processes_can_go_there(few, completed, model, monkey
         return pickle.loads(pickle.dumps(results))
     monkeypatch.setattr(module, "parallel", pickling)
     monkeypatch.setattr(module, "_predict", _copied_from(completed))
-    folder = complete(6, model, 63, device="cpu", name="Pickled", processes=2)
+    folder = complete(6, model, 63, name="Pickled")
     assert _files(folder / "labelsTr") == _files(completed / "labelsTr")
     exporter = module._CompletingPredictor(device=torch.device("cpu")).exporter()
     assert pickle.loads(pickle.dumps(exporter)) is exporter
@@ -267,7 +284,7 @@ def test_what_goes_to_other_processes_can_go_there(few, completed, model, monkey
 
 def test_a_completed_data_set_is_completed_further_and_says_both(few, confident, model, completed, monkeypatch):
     monkeypatch.setattr(module, "_predict", _copied_from(completed))
-    folder = complete(61, model, 64, device="cpu", name="Twice", processes=1)
+    folder = complete(61, model, 64, name="Twice")
     runs = _json(folder / "dataset.json")["completed"]
     assert [run["source"] for run in runs] == [FEW, "Dataset061_Confident"]
     assert [run["branch"] for run in runs] == ["teacher", "student"]
@@ -277,8 +294,8 @@ def test_a_completed_data_set_is_completed_further_and_says_both(few, confident,
         assert (first == IGNORE).any() and not (second == IGNORE).any()
 
 
-def test_stock_nnunet_plans_and_trains_on_it(nnunet, completed, monkeypatch):
-    """Round trip: no plugin in planning and training."""
+def test_stock_nnunet_plans_and_trains_on_it(nnunet, completed, monkeypatch, threads):
+    """Planning and training without the plugin."""
     from nnunetv2.experiment_planning.plan_and_preprocess_api import extract_fingerprints, plan_experiments, preprocess
     extract_fingerprints([60], num_processes=1, check_dataset_integrity=True)
     with monkeypatch.context() as planning:
@@ -297,9 +314,10 @@ def test_stock_nnunet_plans_and_trains_on_it(nnunet, completed, monkeypatch):
 def test_regions_are_completed(nnunet, regions):
     nnunet.configure(regions, "3d_complete", "3d_fullres", {"seed": 1}, features=(4, 8, 8))
     model = _save(nnunet.model(regions, "3d_complete"), nnunet, regions, "3d_complete")
-    source, folder = nnunet.raw(regions), complete(5, model, 65, device="cpu", processes=1)
+    source, folder = nnunet.raw(regions), complete(5, model, 65)
     described = _json(folder / "dataset.json")
-    assert described["labels"] == _json(source / "dataset.json")["labels"] and described["regions_class_order"] == [1, 2]
+    assert described["labels"] == _json(source / "dataset.json")["labels"]
+    assert described["regions_class_order"] == [1, 2]
     weak = described["completed"][-1]["cases"]
     assert len(weak) == 3
     for case in weak:
@@ -312,8 +330,8 @@ def test_regions_are_completed(nnunet, regions):
 
 # ---- hints ----------------------------------------------------------------------------------------------------------
 
-def test_the_teacher_is_shown_the_annotations(few, predicted, hinted_model):
-    folder = complete(FEW, hinted_model, 90, branch="teacher", device="cpu", name="Hinted", processes=1)
+def test_the_teacher_is_shown_the_annotations(few, predicted, hinted_model, threads):
+    folder = complete(FEW, hinted_model, 90, "teacher", name="Hinted")
     about = _json(folder / "dataset.json")["completed"][-1]
     assert about["hints"] and about["branch"] == "teacher"
     for case in few.weak:
@@ -332,8 +350,9 @@ def _record(model, change):
 @pytest.mark.parametrize("change", (
     lambda record: record | {"settings": record["settings"] | {"teacher_hints": False}},
     lambda record: record | {"settings": record["settings"] | {"kl_images": "full"}},
-    lambda record: record | {"supervision": dict.fromkeys(record["supervision"], "unlabelled")}), ids=("off", "not taught", "never seen"))
-def test_a_teacher_that_never_learnt_from_hints_gets_none(few, predicted, hinted_model, change):
+    lambda record: record | {"supervision": dict.fromkeys(record["supervision"], "unlabelled")}),
+    ids=("off", "not taught", "never seen"))
+def test_a_teacher_that_never_learnt_from_hints_gets_none(hinted_model, change):
     _record(hinted_model, change)
     assert not module._uses_hints(hinted_model, ["0"])
 
@@ -342,7 +361,7 @@ def test_without_a_record_there_are_no_hints_and_a_broken_one_is_named(few, hint
     assert module._uses_hints(hinted_model, ["0"])
     _record(hinted_model, lambda record: {"settings": record["settings"]})
     with pytest.raises(InputError, match="confkd.json: is not the record of a ConfKD training"):
-        complete(FEW, hinted_model, 91, branch="teacher", device="cpu")
+        complete(FEW, hinted_model, 91, "teacher")
     assert not nnunet.raw("Dataset091_Few_completed").exists()
     (hinted_model / "fold_0" / "confkd.json").unlink()
     assert not module._uses_hints(hinted_model, ["0"])
@@ -353,7 +372,7 @@ def test_hints_are_the_annotations_behind_the_channels(few, nnunet, hippocampus,
     if regions_too:
         nnunet.configure(regions, "3d_hints", "3d_fullres", {"seed": 1}, features=(4, 8, 8))
         model = _save(nnunet.model(regions, "3d_hints"), nnunet, regions, "3d_hints")
-    predictor, _ = module._load_model(model, None, module.CHECKPOINT, "teacher", "cpu")
+    predictor, _ = module._load_predictor(TrainedModel(model, "teacher", device="cpu"))
     case = few.partial[0]
     image, label = few.raw / "imagesTr" / f"{case}_0000.nii.gz", few.raw / "labelsTr" / f"{case}.nii.gz"
     item, = module._with_hints(predictor, [[str(image)]], [str(label)], ["out"])
@@ -368,20 +387,21 @@ def test_hints_are_the_annotations_behind_the_channels(few, nnunet, hippocampus,
 
 # ---- models ---------------------------------------------------------------------------------------------------------
 
-def test_a_stock_model_of_the_same_labels_will_do_but_has_no_teacher(few, nnunet, model, completed, tmp_path, monkeypatch):
-    """That it predicts the same is a matter of the export's tests."""
+def test_a_stock_model_of_the_same_labels_will_do_but_has_no_teacher(few, model, completed, tmp_path, monkeypatch):
+    """The tests of the export check that it predicts the same."""
     stock = export(model, tmp_path / "stock")
     with pytest.raises(InputError, match="holds no teacher, so --branch teacher"):
-        complete(6, stock, 66, branch="teacher", device="cpu")
+        complete(6, stock, 66, "teacher")
     monkeypatch.setattr(module, "_predict", _copied_from(completed))
-    folder = complete(6, stock, 66, device="cpu", name="Stock", processes=1)
+    folder = complete(6, stock, 66, name="Stock")
     assert _json(folder / "dataset.json")["completed"][-1]["branch"] is None
 
 
 @pytest.mark.parametrize("change, text", [
     ({"labels": {"background": 0, "label_1": 1, "body": 2, "ignore": 3}}, "labels: .*label_2.*body"),
     ({"labels": {"background": 0, "label_1": 2, "label_2": 1, "ignore": 3}}, "labels: "),
-    ({"channel_names": {"0": "CT"}}, r"channels: \['channel_0'\] in .*\['CT'\] in"), ({"file_ending": ".nrrd"}, "file ending: ")])
+    ({"channel_names": {"0": "CT"}}, r"channels: \['channel_0'\] in .*\['CT'\] in"),
+    ({"file_ending": ".nrrd"}, "file ending: ")])
 def test_a_model_of_other_data_is_refused(few, model, tmp_path, change, text, nnunet):
     shutil.copytree(model, tmp_path / "model")
     described = _json(model / "dataset.json") | change
@@ -392,7 +412,7 @@ def test_a_model_of_other_data_is_refused(few, model, tmp_path, change, text, nn
 def _refused(nnunet, text, model, dataset=6, new=70, **options):
     before = sorted(nnunet.raw("").rglob("*")), sorted(nnunet.preprocessed("").rglob("*"))
     with pytest.raises(InputError, match=text):
-        complete(dataset, model, new, device="cpu", processes=1, **options)
+        complete(dataset, model, new, **options)
     assert (sorted(nnunet.raw("").rglob("*")), sorted(nnunet.preprocessed("").rglob("*"))) == before
 
 
@@ -402,6 +422,10 @@ def _wider(file):
     file.write_text(json.dumps(plans))
 
 
+def _other_trainer(file):
+    torch.save({**torch.load(file, weights_only=False), "trainer_name": "Theirs"}, file)
+
+
 @pytest.mark.parametrize("spoil, options, text", [
     (lambda m: shutil.rmtree(m), {}, "there is no such folder"),
     (lambda m: shutil.rmtree(m / "fold_0"), {}, "train first"),
@@ -409,13 +433,14 @@ def _wider(file):
     (lambda m: None, {"folds": ["0", "3"]}, "no checkpoint_final.pth of fold 3"),
     (lambda m: None, {"checkpoint": "checkpoint_latest.pth"}, "no checkpoint_latest.pth of any fold"),
     (lambda m: (m / "fold_0" / "checkpoint_final.pth").write_bytes(b"half"), {}, "cannot be read as a checkpoint"),
-    (lambda m: torch.save({**torch.load(m / "fold_0" / "checkpoint_final.pth", weights_only=False), "trainer_name": "Theirs"},
-                          m / "fold_0" / "checkpoint_final.pth"), {}, "by the trainer Theirs, which is not found"),
+    (lambda m: _other_trainer(m / "fold_0" / "checkpoint_final.pth"), {}, "by the trainer Theirs, which is not found"),
     (lambda m: _wider(m / "plans.json"), {}, "do not fit the network of plans.json"),
-    (lambda m: None, {"confidence": 1.0}, "--confidence"), (lambda m: None, {"confidence": float("nan")}, "--confidence"),
+    (lambda m: None, {"confidence": 1.0}, "--confidence"),
+    (lambda m: None, {"confidence": float("nan")}, "--confidence"),
     (lambda m: None, {"name": "../x"}, "letters, digits"), (lambda m: None, {"new": 4}, "the id 4 is taken"),
     (lambda m: None, {"new": 0}, "from 1 to 999"), (lambda m: None, {"dataset": 999}, "no data set 999")])
-def test_what_cannot_be_done_is_one_clear_error_and_nothing_is_written(few, model, nnunet, tmp_path, spoil, options, text):
+def test_what_cannot_be_done_is_one_clear_error_and_nothing_is_written(few, model, nnunet, tmp_path, spoil, options,
+                                                                       text):
     shutil.copytree(model, tmp_path / "model")
     spoil(tmp_path / "model")
     _refused(nnunet, text, tmp_path / "model", **options)
@@ -456,12 +481,14 @@ def _label(file, change):
     (lambda d, c: _label(d / "labelsTr" / f"{c[0]}.nii.gz", lambda a: np.where(a == 3, 7, a)),
      [r"{0}.nii.gz: holds the values \[7\]"]),
     (lambda d, c: _label(d / "labelsTr" / f"{c[0]}.nii.gz", lambda a: a[1:]), ["{0}.nii.gz: is on another grid"]),
-    (lambda d, c: (d / "imagesTr" / f"{c[0]}_0000.nii.gz").write_bytes(b"no image"), ["{0}_0000.nii.gz: cannot be read"]),
+    (lambda d, c: (d / "imagesTr" / f"{c[0]}_0000.nii.gz").write_bytes(b"no image"),
+     ["{0}_0000.nii.gz: cannot be read"]),
     (lambda d, c: _described(d, channel_names={"0": "MRI", "1": "T2"}), ["of another kind of data"]),
     (lambda d, c: _described(d, supervision={"nobody": "partial"}), ["nobody: there is no such case"]),
     (lambda d, c: _described(d, supervision={c[0]: "full"}), ["{0}: declared full, but"]),
     (lambda d, c: _described(d, labels={"background": 0, "label_1": 1, "label_2": 2}), ['no "ignore"']),
-    (lambda d, c: _described(d, labels={"background": 0, "label_1": 1, "label_2": 2, "ignore": 5}), ["the ignore label is 5"]),
+    (lambda d, c: _described(d, labels={"background": 0, "label_1": 1, "label_2": 2, "ignore": 5}),
+     ["the ignore label is 5"]),
     (lambda d, c: (d / "dataset.json").unlink(), ["is no data set in nnU-Net's raw format"]),
     (lambda d, c: [_label(d / "labelsTr" / f"{case}.nii.gz", lambda a: np.where(a == 3, 0, a)) for case in c]
      + [_described(d, supervision={})], ["no training case has an ignored voxel"])])
@@ -476,7 +503,8 @@ def _described(folder, **change):
     (folder / "dataset.json").write_text(json.dumps(_json(folder / "dataset.json") | change))
 
 
-@pytest.mark.parametrize("content, text", [("{", "is no list of folds"), ('[{"train": ["x"], "val": []}]', "does not have: x")])
+@pytest.mark.parametrize("content, text", [
+    ("{", "is no list of folds"), ('[{"train": ["x"], "val": []}]', "does not have: x")])
 def test_a_broken_split_is_told_before_the_prediction(few, spoilt, model, nnunet, content, text, monkeypatch):
     monkeypatch.setattr(module, "_predict", lambda *_: pytest.fail("predicted"))
     folder = nnunet.preprocessed(spoilt.name)
@@ -492,7 +520,7 @@ def test_a_case_declared_lower_than_its_label_keeps_its_kind(few, spoilt, model,
     """It has no ignored voxel, so nothing is predicted for it."""
     monkeypatch.setattr(module, "_predict", _copied_from(completed))
     _described(spoilt, supervision={few.full[0]: "partial"})
-    folder = complete(7, model, 71, device="cpu", name="Lower", processes=1)
+    folder = complete(7, model, 71, name="Lower")
     described = _json(folder / "dataset.json")
     assert described["supervision"][few.full[0]] == "partial" and described["supervision"][few.full[1]] == "full"
     assert few.full[0] not in described["completed"][-1]["cases"]
@@ -500,15 +528,15 @@ def test_a_case_declared_lower_than_its_label_keeps_its_kind(few, spoilt, model,
 
 # ---- interruption ---------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("where", ["_predict", "_judge", "_require_annotations", "write_review_list"])
+@pytest.mark.parametrize("where", ["_predict", "_Completion.review", "_require_annotations", "write_review_list"])
 def test_an_interruption_leaves_nothing_behind(few, model, nnunet, completed, monkeypatch, where):
     def interrupt(*_, **__):
         raise KeyboardInterrupt
     monkeypatch.setattr(module, "_predict", _copied_from(completed))
-    monkeypatch.setattr(module, where, interrupt)
+    monkeypatch.setattr(f"nnunet_confkd.inference.completion.{where}", interrupt)
     before = sorted(nnunet.raw("").rglob("*")), sorted(nnunet.preprocessed("").rglob("*"))
     with pytest.raises(KeyboardInterrupt):
-        complete(6, model, 72, device="cpu", processes=1)
+        complete(6, model, 72)
     assert (sorted(nnunet.raw("").rglob("*")), sorted(nnunet.preprocessed("").rglob("*"))) == before
 
 
@@ -521,9 +549,10 @@ def test_folders_that_cannot_be_written_to_are_told_before_the_prediction(few, m
     _refused(nnunet, "cannot be written, nothing was kept; check the permissions", model)
 
 
-@pytest.mark.parametrize("spoil", [lambda label: np.where(label == 1, 2, label), lambda label: np.full_like(label, IGNORE)])
+@pytest.mark.parametrize("spoil", [
+    lambda label: np.where(label == 1, 2, label), lambda label: np.full_like(label, IGNORE)])
 def test_a_label_that_comes_back_changed_is_never_kept(few, model, nnunet, completed, monkeypatch, spoil):
-    """As a fault of ours, or of a disk: one annotated voxel changed, or voxels that nobody filled."""
+    """A fault of the program or of a disk has changed an annotated voxel, or has not filled the others."""
     from nnunet_confkd.data import raw_format
     monkeypatch.setattr(module, "_predict", _copied_from(completed))
     write_into = raw_format.write_into
@@ -534,5 +563,5 @@ def test_a_label_that_comes_back_changed_is_never_kept(few, model, nnunet, compl
     monkeypatch.setattr(module, "write_into", spoiling)
     before = sorted(nnunet.raw("").iterdir())
     with pytest.raises(RuntimeError, match=f"not written as they should be: {few.partial[0]}$"):
-        complete(6, model, 73, device="cpu", processes=1)
+        complete(6, model, 73)
     assert sorted(nnunet.raw("").iterdir()) == before
