@@ -11,7 +11,8 @@ from nnunet_confkd.dataset_conversion.acdc import TWINS
 from step_time import insert
 
 from nnunet_confkd.data.patients import patients_of
-from nnunet_confkd.evaluation.metrics import bootstrap_interval, count_of
+from nnunet_confkd.evaluation.metrics import bootstrap_interval
+from nnunet_confkd.evaluation.tables import cases_text, mean_text, percent_text
 
 DOCS = Path(__file__).parent.parent / "docs"
 README = DOCS.parent / "README.md"
@@ -58,19 +59,26 @@ def patients_in(runs: dict) -> list[str]:
 
 
 def mean_of(values: dict[int, np.ndarray]) -> float:
-    """Mean over classes of the mean over cases and seeds, without NaN."""
+    """Return the mean over classes of the mean over cases and seeds, without NaN."""
     return float(np.nanmean(np.nanmean(np.concatenate(list(values.values())), 0))) if values else math.nan
 
 
 def paired_gain(ours: dict[int, np.ndarray], rival: dict[int, np.ndarray], patients: list[str]):
-    """Mean difference over the common seeds and its 95 % interval: a bootstrap that draws seeds, and patients with all of their cases,
-    the same for both. None without a common seed."""
+    """Return the mean difference over the common seeds and its 95 % interval, or None without a common seed.
+
+    The interval is that of a bootstrap that draws seeds, and patients with all of their cases, the same for both rows.
+    """
     seeds = sorted(set(ours) & set(rival))
     if not seeds:
         return None
     difference = np.stack([np.nanmean(ours[s], 1) - np.nanmean(rival[s], 1) for s in seeds])  # (seeds, cases)
     low, high = bootstrap_interval(difference, patients)
     return float(np.nanmean(difference)), low, high
+
+
+def gain_text(gain: tuple[float, float, float] | None) -> str:
+    """Write what :func:`paired_gain` returns; nothing for None."""
+    return "" if gain is None else mean_text(dict(zip(("mean", "ci_low", "ci_high"), gain)), signed=True)
 
 
 def table_of(table, rows: dict, runs: dict, rival: str, lower: str, upper: str) -> str:
@@ -100,8 +108,8 @@ def table_of(table, rows: dict, runs: dict, rival: str, lower: str, upper: str) 
             lines.append("| " + " | ".join([
                 f"**{title}**" if row == "confkd" and branch == "student" else title, f"{mean:.3f}",
                 " / ".join(f"{v:.3f}" for v in per_class),
-                "" if gain is None else f"{gain[0]:+.3f} [{gain[1]:+.3f}, {gain[2]:+.3f}]",
-                "" if math.isnan(closed) else f"{100 * closed:.0f} %",
+                gain_text(gain),
+                "" if math.isnan(closed) else percent_text(closed, 0),
                 f"{mean_of(values_of(runs, row, count, branch, 'hd95_mm')):.2f}",
                 f"{mean_of(values_of(runs, row, count, branch, 'entropy')):.3f}",
                 f"{mean_of(values_of(runs, row, count, branch, 'far_ml')):.3f}", str(len(dice)), f"{seconds:.0f}"]) + " |")
@@ -115,7 +123,7 @@ def describe(table, runs: dict) -> str:
     versions = ", ".join(f"{package} {' and '.join(of)}" for package, of in found.items())
     test, validation, train = table.patients
     patients = patients_in(runs)
-    return (f"{train} patients train, {test} test (the figures: {count_of(len(patients), len(set(patients)))}), {validation} validate; "
+    return (f"{train} patients train, {test} test (the figures: {cases_text(len(patients), len(set(patients)))}), {validation} validate; "
             f"{table.iterations} iterations"
             + (f" of batches of {table.batch_size}" if table.batch_size else "")
             + (f", a small plan (features 16 to 128, one convolution a stage, patches up to {table.max_patch} voxels wide)" if table.small else "")
@@ -203,7 +211,7 @@ def trials_of(tables: dict, rows: dict, folder: Path) -> str:
                 two = "teacher" in next(iter(next(run for (n, _, _), run in runs.items() if n == row)["cases"].values()))
                 teacher = f"{mean_of(values_of(runs, row, full, 'teacher', 'dice')):.3f}" if two else ""
                 lines.append(f"| {described.title} | {mean_of(dice):.3f} | {teacher} | "
-                             + ("" if gain is None else f"{gain[0]:+.3f} [{gain[1]:+.3f}, {gain[2]:+.3f}]") + f" | {len(dice)} |")
+                             f"{gain_text(gain)} | {len(dice)} |")
             lines.append("")
     return "\n".join(lines)
 
@@ -255,7 +263,7 @@ def short_table(tables: dict, results: dict) -> str:
                 dice = {seed: v for seed, v in dice.items() if seed in ours}
                 gains[row] = paired_gain(ours, dice, patients_in(runs))
                 cells.append(f"{mean_of(dice):.3f} ({len(dice)})" if dice else "")
-            cells += [f"{gain[0]:+.3f} [{gain[1]:+.3f}, {gain[2]:+.3f}]" if (gain := gains[rival]) else "" for rival in ("ignore", "ignore_time")]
+            cells += [gain_text(gains[rival]) for rival in ("ignore", "ignore_time")]
             title = tables[name].title.replace(", reduced for a CPU", "")
             lines.append(f"| {title}, {full} full | " + " | ".join(cells) + " |")
     for title, dice, gain in INDEPENDENT:

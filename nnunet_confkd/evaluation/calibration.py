@@ -1,39 +1,48 @@
-"""Is the confidence of a prediction worth anything? Reliability, ECE and risk-coverage, voxel by voxel, case after case.
+"""Calibration of probabilities: reliability, ECE and risk-coverage over the voxels of many cases.
 
-Each case becomes :class:`Counts`, a few histograms of a fixed size; counts add up, and all figures are computed from their
-sum, so that memory does not grow with the cases. A prediction has in each voxel a *confidence* (the winning probability) and
-is *correct* or not. With regions every head is a prediction of its own, of confidence `max(p, 1 - p)`.
+Each case becomes :class:`Counts`, a few histograms of a fixed size. Counts add up, and all figures are computed from
+their sum, so the memory does not grow with the cases. In each voxel a prediction has a *confidence* (the winning
+probability) and is *correct* or not. With regions, every head is a prediction of its own, with confidence
+`max(p, 1 - p)`.
 
-Sources: Guo, Pleiss, Sun, Weinberger, "On Calibration of Modern Neural Networks", ICML 2017, arXiv 1706.04599 (reliability
-diagram, ECE); Geifman, El-Yaniv, "Selective Classification for Deep Neural Networks", NeurIPS 2017, arXiv 1705.08500 (risk and
-coverage); Geifman, Uziel, El-Yaniv, "Bias-Reduced Uncertainty Estimation for Deep Neural Classifiers", ICLR 2019,
-arXiv 1805.08206 (the area, and its smallest value).
+Sources: Guo, Pleiss, Sun, Weinberger, "On Calibration of Modern Neural Networks", ICML 2017, arXiv 1706.04599
+(reliability diagram, ECE); Geifman, El-Yaniv, "Selective Classification for Deep Neural Networks", NeurIPS 2017, arXiv
+1705.08500 (risk and coverage); Geifman, Uziel, El-Yaniv, "Bias-Reduced Uncertainty Estimation for Deep Neural
+Classifiers", ICLR 2019, arXiv 1805.08206 (the area, and its smallest value).
 
-Mind what is counted: most voxels of a medical image are background that nobody would get wrong, and make any network look
-calibrated. `where` restricts the voxels, e.g. to the predicted foreground and a margin around it. It must not be chosen by the
-truth: among voxels picked for what they are, a calibrated network looks overconfident, too.
+Most voxels of a medical image are background that any network gets right, so over all voxels any network looks
+calibrated. `where` restricts the voxels, for example to the predicted foreground and a margin around it. It must not
+depend on the ground truth: among voxels that are chosen by the ground truth, a calibrated network looks overconfident.
 """
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from scipy.special import digamma
 
-BINS = 15  # Guo et al.'s
-# Of the risk-coverage curve: of equal width in log(c / (1 - c)), because most voxels lie close to 1. Float32's last step
-# before 1 is at 16.6; with 1000 classes the least confident voxel is at -6.9.
+from nnunet_confkd.evaluation.metrics import membership, percentile_bootstrap
+
+BINS = 15  # as Guo et al.
+# The bins of the risk-coverage curve have equal width in log(c / (1 - c)), because most voxels lie close to 1. The last
+# float32 before 1 is at 16.6; with 1000 classes, the least confident voxel is at -6.9.
 FINE_BINS, LOWEST, HIGHEST = 4096, -8.0, 17.0
-CHUNK = 2 ** 22  # voxels that are counted at once: of a large volume, all would take many times its memory
+CHUNK = 2 ** 22  # how many voxels are counted at once; a large volume as a whole would take many times its memory
 
 
 @dataclass(frozen=True)
 class Counts:
-    """Histograms of confidence; they add up: `sum(counts_of_cases, Counts.none())`.
+    """Histograms of confidence. They add up: `sum(counts_of_cases, Counts.none())`.
 
-    count, correct, confidence: (BINS,), predictions, correct ones, and the sum of their confidence, in equal bins from 0
-    to 1, each without its lower end (Guo et al.); fine_count, fine_correct: (FINE_BINS,), the same in finer bins.
+    Attributes:
+        count: Number of predictions, `(BINS,)`. The bins divide [0, 1] equally, and each excludes its lower end, as in
+            Guo et al.
+        correct: Number of correct predictions, `(BINS,)`.
+        confidence: Sum of the confidences, `(BINS,)`.
+        fine_count: As `count`, in finer bins, `(FINE_BINS,)`.
+        fine_correct: As `correct`, in finer bins, `(FINE_BINS,)`.
     """
     count: np.ndarray
     correct: np.ndarray
@@ -41,8 +50,14 @@ class Counts:
     fine_count: np.ndarray
     fine_correct: np.ndarray
 
+    @property
+    def coarse(self) -> np.ndarray:
+        """The count, the number of correct predictions and the sum of the confidences, `(3, BINS)`."""
+        return np.stack((self.count, self.correct, self.confidence))
+
     @classmethod
     def none(cls) -> Counts:
+        """Return the counts of no voxel."""
         return cls(*(np.zeros(BINS, kind) for kind in (np.int64, np.int64, np.float64)),
                    *(np.zeros(FINE_BINS, np.int64) for _ in range(2)))
 
@@ -54,12 +69,21 @@ class Counts:
 
 def count_case(probabilities: np.ndarray, truth: np.ndarray, *, ignore_label: int | None = None,
                regions: Sequence[int | Sequence[int]] | None = None, where: np.ndarray | None = None) -> Counts:
-    """Counts of one case.
+    """Count the predictions of one case.
 
-    probabilities: `(C, *spatial)`, as nnU-Net saves them. truth: `(*spatial)`, integers. ignore_label: voxels of the truth
-    that do not count. regions: the labels of each head, in the heads' order (`LabelManager.foreground_regions`); None:
-    softmax of the labels 0 to C - 1. where: boolean `(*spatial)`, the voxels that count besides; None: all.
-    Raises ValueError where shapes do not fit, or the truth holds another value.
+    Args:
+        probabilities: `(C, *spatial)`, as nnU-Net saves them.
+        truth: Integer labels, `(*spatial)`.
+        ignore_label: Label of the voxels that do not count.
+        regions: The labels of each head, in the order of the heads (`LabelManager.foreground_regions`). None: the heads
+            are the softmax of the labels 0 to C - 1.
+        where: Boolean mask of the voxels that count, `(*spatial)`. None: all of them.
+
+    Returns:
+        The counts.
+
+    Raises:
+        ValueError: The shapes do not match, or the ground truth holds other values.
     """
     probabilities, truth = np.asarray(probabilities), np.asarray(truth)
     heads = len(probabilities)
@@ -79,15 +103,24 @@ def count_case(probabilities: np.ndarray, truth: np.ndarray, *, ignore_label: in
                           for head, region in zip(p, regions)), counts)
         elif true.size:
             if not 0 <= true.min() <= true.max() < heads:
-                raise ValueError(f"the truth holds values from {true.min()} to {true.max()}, but there are {heads} classes")
+                raise ValueError(f"the truth holds values from {true.min()} to {true.max()}, but there are {heads} "
+                                 "classes")
             counts += count(p.max(0), p.argmax(0) == true)
     return counts
 
 
 def count(confidence: np.ndarray, correct: np.ndarray) -> Counts:
-    """Counts of predictions of any shape. confidence: 0 to 1, of the class that was chosen; correct: boolean.
+    """Count predictions.
 
-    Raises ValueError for a confidence that is not from 0 to 1 (NaN included).
+    Args:
+        confidence: The probability of the chosen class, from 0 to 1, of any shape.
+        correct: Whether the chosen class is right, boolean, of the same shape.
+
+    Returns:
+        The counts.
+
+    Raises:
+        ValueError: A confidence is NaN or not from 0 to 1.
     """
     confidence, correct = np.asarray(confidence, np.float64).ravel(), np.asarray(correct, bool).ravel()
     if not ((confidence >= 0) & (confidence <= 1)).all():
@@ -96,19 +129,21 @@ def count(confidence: np.ndarray, correct: np.ndarray) -> Counts:
     with np.errstate(divide="ignore"):
         log_odds = np.log(confidence) - np.log1p(-confidence)
     fine = np.clip((log_odds - LOWEST) / (HIGHEST - LOWEST) * FINE_BINS, 0, FINE_BINS - 1).astype(int)
-
-    def per_bin(bins: np.ndarray, size: int, weights: np.ndarray | None = None) -> np.ndarray:
-        return np.bincount(bins, weights, size)
-    return Counts(per_bin(coarse, BINS), per_bin(coarse[correct], BINS), per_bin(coarse, BINS, confidence),
-                  per_bin(fine, FINE_BINS), per_bin(fine[correct], FINE_BINS))
+    return Counts(np.bincount(coarse, minlength=BINS), np.bincount(coarse[correct], minlength=BINS),
+                  np.bincount(coarse, confidence, BINS), np.bincount(fine, minlength=FINE_BINS),
+                  np.bincount(fine[correct], minlength=FINE_BINS))
 
 
 # ---- calibration ----------------------------------------------------------------------------------------------------
 
 def reliability_curve(counts: Counts) -> dict[str, np.ndarray]:
-    """"confidence" (mean), "accuracy" (both NaN where a bin is empty) and "count" of each bin, and its "edges", (BINS + 1,).
+    """Compute the points of a reliability diagram.
 
-    Calibrated: confidence equals accuracy. Confidence above accuracy: overconfident.
+    A network is calibrated if the confidence equals the accuracy, and overconfident if it is higher.
+
+    Returns:
+        `confidence` (mean) and `accuracy` of each bin, `(BINS,)`, NaN if the bin is empty; its `count`, and the `edges`
+        of the bins, `(BINS + 1,)`.
     """
     with np.errstate(invalid="ignore"):
         return {"edges": np.linspace(0, 1, BINS + 1), "count": counts.count,
@@ -116,37 +151,78 @@ def reliability_curve(counts: Counts) -> dict[str, np.ndarray]:
 
 
 def ece(counts: Counts) -> float:
-    """Expected calibration error: the mean over predictions of |accuracy - confidence| of their bin; NaN without any."""
-    total = counts.count.sum()
-    return float(np.abs(counts.correct - counts.confidence).sum() / total) if total else float("nan")
+    """Compute the expected calibration error: the mean over all predictions of |accuracy - confidence| of their bin.
+
+    It is NaN if there is no prediction.
+    """
+    return float(_ece(counts.coarse)) if counts.count.any() else math.nan
+
+
+def _ece(coarse: np.ndarray) -> np.ndarray:
+    """Compute the ECE of (count, correct, confidence), `(..., 3, BINS)` -> `(...)`."""
+    count, correct, confidence = np.moveaxis(coarse, -2, 0)
+    return np.abs(correct - confidence).sum(-1) / np.maximum(count.sum(-1), 1)
+
+
+def ece_difference(ours: Sequence[np.ndarray], theirs: Sequence[np.ndarray], patients: Sequence[str] | None = None,
+                   draws: int = 2000) -> tuple[float, float]:
+    """Compute the 95 % interval of the difference of two ECEs, by a bootstrap that draws patients with all of their
+    cases.
+
+    Args:
+        ours: `Counts.coarse` of each case, `(cases, 3, BINS)`.
+        theirs: `Counts.coarse` of the other network's predictions of the same cases.
+        patients: The patient of each case. None: every case is a patient.
+        draws: The number of draws.
+
+    Returns:
+        The lower and the upper bound; NaN for fewer than two patients.
+    """
+    members = membership(range(len(ours)) if patients is None else patients)
+    number = members.shape[1]
+    if number < 2:
+        return math.nan, math.nan
+    sums = [np.einsum("cp,ckb->pkb", members, np.stack(cases)) for cases in (ours, theirs)]  # (patients, 3, BINS)
+
+    def difference(drawn: np.ndarray, axis: int = -1) -> np.ndarray:
+        return _ece(sums[0][drawn].sum(-3)) - _ece(sums[1][drawn].sum(-3))
+
+    return percentile_bootstrap(difference, (number,), draws)
 
 
 def overconfidence(counts: Counts) -> float:
-    """Mean confidence less accuracy: what of the ECE has a direction; above 0: overconfident. NaN without any."""
+    """Compute the mean confidence minus the accuracy, which is positive for an overconfident network.
+
+    It is NaN if there is no prediction.
+    """
     total = counts.count.sum()
-    return float((counts.confidence.sum() - counts.correct.sum()) / total) if total else float("nan")
+    return float((counts.confidence.sum() - counts.correct.sum()) / total) if total else math.nan
 
 
 # ---- risk and coverage ----------------------------------------------------------------------------------------------
 
 def risk_coverage_curve(counts: Counts) -> dict[str, np.ndarray]:
-    """"coverage" (share of the predictions that is kept, the most confident first) and "risk" (share of errors among
-    them), at each confidence that occurs; the last coverage is 1, its risk the error rate."""
+    """Compute the risk-coverage curve, at each confidence that occurs.
+
+    Returns:
+        `coverage`, the share of the predictions that are kept, the most confident ones first, and `risk`, the share of
+        errors among them. The last coverage is 1, and its risk is the error rate.
+    """
     count, errors = _from_the_most_confident(counts)
     kept = count.cumsum()
     return {"coverage": kept / counts.fine_count.sum(), "risk": errors.cumsum() / kept}
 
 
 def aurc(counts: Counts) -> float:
-    """Area under the risk-coverage curve: the mean over k = 1..n of the risk of the k most confident predictions.
+    """Compute the area under the risk-coverage curve: the mean over k = 1..n of the risk of the k most confident ones.
 
-    Predictions of one fine bin tie; the mean over all their orders is returned, in closed form: with N predictions and E
-    errors before the bin, and e errors among its m, the k-th has the expected risk (E + k e / m) / (N + k).
-    NaN without any.
+    Predictions in the same fine bin tie. Their contribution is the mean over all their orders, in closed form: with N
+    predictions and E errors before the bin, and e errors among its m predictions, the k-th of them has the expected
+    risk (E + k e / m) / (N + k). The area is NaN if there is no prediction.
     """
     count, errors = _from_the_most_confident(counts)
     if not len(count):
-        return float("nan")
+        return math.nan
     before, wrong = count.cumsum() - count, errors.cumsum() - errors
     rate = errors / count
     harmonic = digamma(before + count + 1.0) - digamma(before + 1.0)  # sum of 1 / (N + k)
@@ -154,17 +230,20 @@ def aurc(counts: Counts) -> float:
 
 
 def smallest_aurc(counts: Counts) -> float:
-    """The AURC of the same errors, all of them less confident than every correct prediction. The AURC less this one
-    (E-AURC) compares networks of different error rates. NaN without any."""
+    """Compute the smallest AURC that the same number of errors allows: every error is less confident than every
+    success.
+
+    The AURC minus this one (E-AURC) compares networks with different error rates. It is NaN if there is no prediction.
+    """
     total, errors = int(counts.fine_count.sum()), int((counts.fine_count - counts.fine_correct).sum())
     right = total - errors
     if not total:
-        return float("nan")
+        return math.nan
     return float((errors - right * (digamma(total + 1.0) - digamma(right + 1.0))) / total)
 
 
 def _from_the_most_confident(counts: Counts) -> tuple[np.ndarray, np.ndarray]:
-    """Predictions and errors of the fine bins that hold any."""
+    """Return the numbers of predictions and of errors in the fine bins that hold any."""
     filled = counts.fine_count > 0
     count = counts.fine_count[filled][::-1]
     return count, count - counts.fine_correct[filled][::-1]

@@ -1,138 +1,287 @@
-"""The measures of a segmentation, and what many cases say together.
+"""The measures of a segmentation, and statistics over many cases.
 
-Distances are in mm, between the surfaces of the two masks: a mask's voxels that erosion by the face neighbours takes away
-(MONAI's `get_mask_edges`), as points at the voxels' centres, with the true spacing of every axis (`get_surface_distance`).
-Sources: L. Maier-Hein et al., "Metrics reloaded", Nature Methods 2024; S. Nikolov et al. 2018, arXiv 1809.04430 (NSD).
+Sources: L. Maier-Hein et al., "Metrics reloaded", Nature Methods 2024; S. Nikolov et al., arXiv 1809.04430 (NSD).
 """
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
+from scipy.ndimage import binary_erosion
+from scipy.spatial import KDTree
 
-MEASURES = {"Dice": 3, "IoU": 3, "HD95_mm": 2, "ASSD_mm": 2, "NSD": 3, "volume_difference_ml": 3}  # digits in a table
+# the measures, and how many digits tables show
+MEASURES = {"Dice": 3, "IoU": 3, "HD95_mm": 2, "ASSD_mm": 2, "NSD": 3, "volume_difference_ml": 3}
 HIGHER_IS_BETTER = {"Dice": True, "IoU": True, "HD95_mm": False, "ASSD_mm": False, "NSD": True}
-TOLERANCE_MM = 1.0  # of the NSD, where none is given
-DRAWS = 10000  # of a bootstrap
+PHYSICAL = ("HD95_mm", "ASSD_mm", "NSD", "volume_difference_ml")  # undefined for an image without a voxel spacing
+TOLERANCE_MM = 1.0  # the default tolerance of the NSD
+DRAWS = 10000  # the number of bootstrap draws
+FOREGROUND = "foreground"  # stands for the mean of a case over its classes
 
+
+# ---- one case -------------------------------------------------------------------------------------------------------
 
 def measure_masks(truth: np.ndarray, prediction: np.ndarray, spacing: Sequence[float],
                   tolerance_mm: float = TOLERANCE_MM) -> dict[str, float]:
-    """The `MEASURES` of two masks, bool, (Z, Y, X) or (Y, X); spacing: mm, in the order of the axes.
+    """Compute all `MEASURES` of a predicted mask against the ground truth.
 
-    - HD95_mm: the larger of the two directions' 95th percentiles of surface distances. ASSD_mm: mean of both directions'
-      distances together. NSD: share of both surfaces that is within `tolerance_mm` of the other.
-    - volume_difference_ml: prediction minus truth.
-    - Both empty: all NaN. One empty: Dice, IoU and NSD 0, distances NaN.
+    - `Dice`, `IoU`: overlap of the voxels.
+    - `HD95_mm`: for each direction the 95th percentile of the surface distances (with linear interpolation, as
+      `numpy.percentile`), and of the two percentiles the larger one.
+    - `ASSD_mm`: mean of the surface distances of both directions taken together.
+    - `NSD`: share of the surface voxels of both masks that lie within `tolerance_mm` of the other surface. Surface
+      voxels are counted; they are not weighted by their area.
+    - `volume_difference_ml`: volume of the prediction minus volume of the ground truth.
 
-    An image of one slice has no third axis: its surface is the outline.
+    If both masks are empty, all measures are NaN. If one of them is empty, Dice, IoU and NSD are 0 and the distances
+    are NaN.
+
+    Args:
+        truth: Boolean mask, `(Z, Y, X)` or `(Y, X)`.
+        prediction: Boolean mask of the same shape.
+        spacing: Size of a voxel in mm, in the order of the axes.
+        tolerance_mm: Tolerance of the NSD in mm.
+
+    Returns:
+        {measure: value}.
     """
-    if not (truth.any() or prediction.any()):
+    true_voxels, predicted_voxels = int(truth.sum()), int(prediction.sum())
+    total = true_voxels + predicted_voxels
+    if not total:
         return dict.fromkeys(MEASURES, math.nan)
-    both, total = int((truth & prediction).sum()), int(truth.sum()) + int(prediction.sum())
-    found = {"Dice": 2 * both / total, "IoU": both / (total - both), "HD95_mm": math.nan, "ASSD_mm": math.nan, "NSD": 0.0,
-             "volume_difference_ml": float(int(prediction.sum()) - int(truth.sum())) * math.prod(spacing) / 1000}
-    if truth.any() and prediction.any():
-        there, back = surface_distances(truth, prediction, spacing)
-        found["HD95_mm"] = float(max(np.percentile(there, 95), np.percentile(back, 95)))
-        together = np.concatenate((there, back))
+    both = int((truth & prediction).sum())
+    found = {"Dice": 2 * both / total, "IoU": both / (total - both), "HD95_mm": math.nan, "ASSD_mm": math.nan,
+             "NSD": 0.0, "volume_difference_ml": float(predicted_voxels - true_voxels) * math.prod(spacing) / 1000}
+    if true_voxels and predicted_voxels:
+        directions = surface_distances(truth, prediction, spacing)
+        found["HD95_mm"] = float(max(np.percentile(distances, 95) for distances in directions))
+        together = np.concatenate(directions)
         found["ASSD_mm"] = float(together.mean())
-        found["NSD"] = float((together <= tolerance_mm + 1e-6).mean())  # single precision of the distances
+        found["NSD"] = float((together <= tolerance_mm + 1e-6).mean())  # 3 * 0.1 is not 0.3 exactly
     return found
 
 
-def surface_distances(truth: np.ndarray, prediction: np.ndarray, spacing: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
-    """mm, from each voxel of the prediction's surface to the truth's, and the other way round; neither mask is empty."""
-    from monai.metrics import get_mask_edges, get_surface_distance  # seconds, for PyTorch comes with it
+def surface_distances(truth: np.ndarray, prediction: np.ndarray,
+                      spacing: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
+    """Measure the distances between the surfaces of two masks, in both directions.
+
+    The surface of a mask consists of its voxels that have a face neighbour outside of the mask, as points at the
+    centres of the voxels. Everything outside of the image counts as outside of the mask. If an axis has a single slice,
+    the mask has no surface along this axis, so the surface is the outline.
+
+    Args:
+        truth: Boolean mask, `(Z, Y, X)` or `(Y, X)`, not empty.
+        prediction: Boolean mask of the same shape, not empty.
+        spacing: Size of a voxel in mm, in the order of the axes.
+
+    Returns:
+        Distances in mm from each surface voxel of the prediction to the nearest one of the ground truth, and the other
+        way round.
+    """
     thick = [axis for axis, size in enumerate(truth.shape) if size > 1] or [0]
     thin = tuple(axis for axis in range(truth.ndim) if axis not in thick)
-    truth, prediction = truth.squeeze(thin), prediction.squeeze(thin)
-    spacing = [float(spacing[axis]) for axis in thick]
-    box = tuple(slice(min(where), max(where) + 1) for where in np.nonzero(truth | prediction))
-    # a rim of background: what touches the image's border has its surface there
-    edges = get_mask_edges(*(np.pad(mask[box], 1) for mask in (prediction, truth)), crop=False)
-    there, back = (np.asarray(get_surface_distance(a, b, spacing=spacing), np.float64) for a, b in (edges, edges[::-1]))
-    return there, back
+    box = tuple(slice(min(index), max(index) + 1) for index in np.nonzero(truth | prediction))  # the less to erode
+
+    def surface(mask: np.ndarray) -> np.ndarray:
+        mask = mask[box].squeeze(thin)
+        return np.argwhere(mask & ~binary_erosion(mask)) * [spacing[axis] for axis in thick]
+
+    true_points, predicted_points = surface(truth), surface(prediction)
+    return KDTree(true_points).query(predicted_points)[0], KDTree(predicted_points).query(true_points)[0]
 
 
-def measure_case(truth: np.ndarray, prediction: np.ndarray, classes: Mapping[str, Sequence[int]], spacing: Sequence[float],
-                 ignore_label: int | None = None, tolerance_mm: float = TOLERANCE_MM) -> dict[str, dict[str, float]]:
-    """{class: measures} of two label maps, (Z, Y, X) or (Y, X).
+def measure_case(truth: np.ndarray, prediction: np.ndarray, classes: Mapping[str, Sequence[int]],
+                 spacing: Sequence[float] | None, ignore_label: int | None = None,
+                 tolerance_mm: float = TOLERANCE_MM) -> dict[str, dict[str, float]]:
+    """Measure each class of a predicted label map against the ground truth.
 
-    classes: {name: labels}; of several labels (a region), their union. spacing: mm, in the order of the axes.
-    Voxels that the truth ignores belong to neither mask; where an object reaches into them, both have a surface there.
+    Voxels with the ignore label in the ground truth belong to neither mask. If an object reaches into them, both masks
+    have a surface there.
+
+    Args:
+        truth: Label map, `(Z, Y, X)` or `(Y, X)`.
+        prediction: Label map of the same shape.
+        classes: {name: labels}. Several labels (a region) mean their union.
+        spacing: Size of a voxel in mm, in the order of the axes. None: it is not known, and the `PHYSICAL` measures are
+            NaN.
+        ignore_label: Label of the voxels of the ground truth that are not annotated.
+        tolerance_mm: Tolerance of the NSD in mm.
+
+    Returns:
+        {class: {measure: value}}, see :func:`measure_masks`.
     """
     known = np.ones(truth.shape, bool) if ignore_label is None else truth != ignore_label
-    return {name: measure_masks(np.isin(truth, labels) & known, np.isin(prediction, labels) & known, spacing, tolerance_mm)
-            for name, labels in classes.items()}
+    voxel = (1.0,) * truth.ndim if spacing is None else spacing
+    found = {name: measure_masks(np.isin(truth, labels) & known, np.isin(prediction, labels) & known, voxel,
+                                 tolerance_mm) for name, labels in classes.items()}
+    if spacing is None:
+        for measures in found.values():
+            measures |= dict.fromkeys(PHYSICAL, math.nan)
+    return found
+
+
+# ---- many cases -----------------------------------------------------------------------------------------------------
+
+@dataclass(kw_only=True)
+class CaseMeasures:
+    """The measures of many cases.
+
+    Attributes:
+        classes: {name: labels} of each class or region.
+        cases: {case: {class: {measure: value}}}.
+        patients: {case: patient}. A case that is not in it is a patient of its own.
+    """
+    classes: Mapping[str, Sequence[int]]
+    cases: dict[str, dict[str, dict[str, float]]] = field(default_factory=dict)
+    patients: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def names(self) -> list[str]:
+        """The classes and, if there are several, `FOREGROUND`."""
+        return [*self.classes, *([FOREGROUND] if len(self.classes) > 1 else [])]
+
+    @property
+    def patient_of_each(self) -> list[str]:
+        """The patient of every case, in the order of the cases."""
+        return [self.patients.get(case, case) for case in self.cases]
+
+    def values(self, name: str, measure: str) -> np.ndarray:
+        """Return a measure of a class, or of `FOREGROUND`, for every case, `(cases,)`; NaN where it is undefined."""
+        names = list(self.classes) if name == FOREGROUND else [name]
+        return defined_mean(np.array([[case[n][measure] for n in names] for case in self.cases.values()], float))
+
+    def describe(self, name: str, measure: str) -> dict[str, float | int]:
+        """Return the :func:`statistics` of a measure of a class, or of `FOREGROUND`; the interval is by patient."""
+        return statistics(self.values(name, measure), self.patient_of_each)
+
+    def statistics(self) -> dict[str, dict[str, dict[str, float | int]]]:
+        """Return {class or `FOREGROUND`: {measure: statistics}}."""
+        return {name: {measure: self.describe(name, measure) for measure in MEASURES} for name in self.names}
+
+    def one_empty(self, name: str) -> int:
+        """Count the cases in which only one of the two masks of a class is empty, so that there is no distance."""
+        return sum(math.isnan(case[name]["HD95_mm"]) and case[name]["NSD"] == 0 for case in self.cases.values())
+
+
+def defined_mean(values: np.ndarray) -> np.ndarray:
+    """Return the mean over the last axis without NaN, `(rows, columns)` -> `(rows,)`; NaN for a row of NaN."""
+    defined = ~np.isnan(values)
+    return np.where(defined.any(-1), np.where(defined, values, 0).sum(-1) / np.maximum(defined.sum(-1), 1), np.nan)
 
 
 def statistics(values: Iterable[float], patients: Sequence[str] | None = None) -> dict[str, float | int]:
     """Describe the values of many cases.
 
     Args:
-        values: One for each case. NaN is left out.
+        values: One value for each case. NaN is left out.
         patients: The patient of each case. None: every case is a patient.
 
     Returns:
-        mean and sd (of a sample) over the cases; n, the number of cases, and patients, that of their patients; ci_low and ci_high,
-        the 95 % interval of the mean, which is NaN for fewer than two patients (see `bootstrap_interval`).
+        `mean` and `sd` (of a sample) over the cases; `n`, the number of cases; `patients`, the number of their
+        patients; `ci_low` and `ci_high`, the 95 % interval of the mean (see :func:`bootstrap_interval`).
     """
     values = np.fromiter(values, float)
-    keep = ~np.isnan(values)
-    patients = None if patients is None else [patient for patient, kept in zip(patients, keep) if kept]
-    values = values[keep]
-    n, groups = len(values), len(values) if patients is None else len(set(patients))
-    low, high = bootstrap_interval(values, patients) if groups > 1 else (math.nan, math.nan)
-    return {"mean": float(values.mean()) if n else math.nan, "sd": float(values.std(ddof=1)) if n > 1 else math.nan, "n": n,
-            "patients": groups, "ci_low": low, "ci_high": high}
+    defined = ~np.isnan(values)
+    patients = None if patients is None else [patient for patient, keep in zip(patients, defined) if keep]
+    values = values[defined]
+    n = len(values)
+    low, high = bootstrap_interval(values, patients)
+    return {"mean": float(values.mean()) if n else math.nan, "sd": float(values.std(ddof=1)) if n > 1 else math.nan,
+            "n": n, "patients": n if patients is None else len(set(patients)), "ci_low": low, "ci_high": high}
+
+
+def membership(patients: Sequence) -> np.ndarray:
+    """Return which case belongs to which patient, `(cases, patients)` of 0 and 1. patients: the patient of each
+    case."""
+    number = {patient: i for i, patient in enumerate(dict.fromkeys(patients))}
+    members = np.zeros((len(patients), len(number)))
+    members[np.arange(len(patients)), [number[patient] for patient in patients]] = 1
+    return members
 
 
 def sums_by_patient(values: np.ndarray, patients: Sequence[str] | None) -> tuple[np.ndarray, np.ndarray]:
-    """Sum and number of each patient's values that are not NaN, each `(rows, patients)`; values: `(rows, cases)`."""
-    defined = ~np.isnan(values)
-    if patients is None:
-        return np.where(defined, values, 0), defined.astype(float)
-    number = {patient: i for i, patient in enumerate(dict.fromkeys(patients))}
-    of_case = np.array([number[patient] for patient in patients], int)
-    sums, counts = (np.stack([np.bincount(of_case, row, len(number)) for row in table]) for table in (np.where(defined, values, 0), defined))
-    return sums, counts
-
-
-def bootstrap_interval(values: np.ndarray, patients: Sequence[str] | None = None, draws: int = DRAWS, seed: int = 0) -> tuple[float, float]:
-    """The 95 % interval of the mean over cases: a percentile bootstrap that draws patients, each with all of its cases.
-
-    The cases of one patient are alike, so they must not count as independent. The mean itself stays that over the cases.
+    """Add up the values of each patient that are not NaN.
 
     Args:
-        values: `(cases,)`, or `(seeds, cases)`, of which seeds are drawn as well. NaN is left out.
+        values: `(rows, cases)`.
         patients: The patient of each case. None: every case is a patient.
+
+    Returns:
+        The sums, and the numbers of values, each `(rows, patients)`.
+    """
+    defined = ~np.isnan(values)
+    values = np.where(defined, values, 0)
+    if patients is None:
+        return values, defined.astype(float)
+    return values @ membership(patients), defined @ membership(patients)
+
+
+def percentile_bootstrap(statistic: Callable[..., np.ndarray], sizes: Sequence[int], draws: int = DRAWS,
+                         seed: int = 0) -> tuple[float, float]:
+    """Compute the 95 % interval of a statistic by a percentile bootstrap, `scipy.stats.bootstrap`.
+
+    Args:
+        statistic: Function of one array of drawn indices for each entry of `sizes`, `(draws, size)`, and of `axis`,
+            which is -1. It returns `(draws,)` floats. Draws for which it returns NaN are left out.
+        sizes: From how many things (patients, seeds) each array of indices is drawn, with replacement; 2 at least.
+        draws: The number of draws.
+        seed: Seed of the random numbers.
+
+    Returns:
+        The lower and the upper bound.
+    """
+    from scipy.stats import DegenerateDataWarning, bootstrap  # slow to import, and useless to processes that measure
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DegenerateDataWarning)  # of draws that are NaN
+        found = bootstrap([np.arange(size) for size in sizes], statistic, n_resamples=draws, method="percentile",
+                          rng=seed, vectorized=True, batch=1000)  # all draws at once would be large for many cases
+    low, high = np.nanpercentile(found.bootstrap_distribution, (2.5, 97.5))
+    return float(low), float(high)
+
+
+def bootstrap_interval(values: np.ndarray, patients: Sequence[str] | None = None, draws: int = DRAWS,
+                       seed: int = 0) -> tuple[float, float]:
+    """Compute the 95 % interval of the mean over cases, by a bootstrap that draws patients with all of their cases.
+
+    The cases of one patient are alike, so they must not count as independent. The mean itself is that over the cases.
+
+    Args:
+        values: `(cases,)`, or `(seeds, cases)`. Of several seeds, seeds are drawn as well. NaN is left out.
+        patients: The patient of each case. None: every case is a patient.
+        draws: The number of draws.
+        seed: Seed of the random numbers.
+
+    Returns:
+        The lower and the upper bound; NaN for fewer than two patients.
     """
     sums, counts = sums_by_patient(np.atleast_2d(values), patients)
-    number = sums.shape[1]
-    rng, means = np.random.default_rng(seed), []
-    for _ in range(0, draws, 1000):  # all at once would be large for many cases
-        columns = rng.integers(number, size=(1000, 1, number))
-        rows = rng.integers(len(values), size=(1000, len(values), 1)) if np.ndim(values) > 1 else 0
-        with np.errstate(invalid="ignore"):  # a draw without any value
-            means.append(sums[rows, columns].sum((1, 2)) / counts[rows, columns].sum((1, 2)))
-    low, high = np.nanpercentile(np.concatenate(means), (2.5, 97.5))
-    return float(low), float(high)
+    seeds, number = sums.shape
+    if number < 2:
+        return math.nan, math.nan
+
+    def mean(patients: np.ndarray, seeds: np.ndarray | None = None, axis: int = -1) -> np.ndarray:
+        drawn = 0 if seeds is None else seeds[..., :, None], patients[..., None, :]
+        with np.errstate(invalid="ignore"):  # a draw may hold no value at all
+            return sums[drawn].sum((-2, -1)) / counts[drawn].sum((-2, -1))
+
+    return percentile_bootstrap(mean, (number, seeds) if seeds > 1 else (number,), draws, seed)
 
 
 def paired_statistics(ours: Sequence[float] | np.ndarray, theirs: Sequence[float] | np.ndarray,
                       patients: Sequence[str] | None = None) -> dict[str, float | int]:
-    """Describe the differences ours - theirs of the same cases.
+    """Describe the differences `ours - theirs` of the same cases.
 
     Args:
         ours: One value for each case.
-        theirs: The same. A case in which either is NaN is left out.
+        theirs: One value for each case. A case in which either value is NaN is left out.
         patients: The patient of each case. None: every case is a patient.
 
     Returns:
-        What `statistics` returns, and p: Wilcoxon's two-sided p of the signed ranks of the patients' mean differences. It is 1 where
-        all of them are zero, and NaN without a case.
+        What :func:`statistics` returns, and `p`, the two-sided p value of Wilcoxon's signed-rank test of the patients'
+        mean differences. It is 1 if all of them are zero, and NaN if there is no case.
     """
     from scipy.stats import wilcoxon
     differences = np.subtract(ours, theirs)
@@ -143,18 +292,10 @@ def paired_statistics(ours: Sequence[float] | np.ndarray, theirs: Sequence[float
     return found
 
 
-def count_of(cases: int, patients: int) -> str:
-    """In words: "4 cases of 2 patients"."""
-    if cases == patients:
-        return f"{cases} cases, each taken as one patient" if cases != 1 else "1 case"
-    return f"{cases} cases of {patients} patient{'s' if patients != 1 else ''}"
-
-
 def holm(p_values: Sequence[float]) -> list[float]:
-    """p values corrected for their number (Holm 1979); NaN stays and does not count."""
-    order = [i for i in np.argsort(p_values) if not math.isnan(p_values[i])]  # NaN sorts last
-    corrected, largest = [math.nan] * len(p_values), 0.0
-    for rank, i in enumerate(order):
-        largest = max(largest, min(1.0, (len(order) - rank) * p_values[i]))
-        corrected[i] = largest
-    return corrected
+    """Correct p values for the number of tests (Holm 1979). A NaN stays NaN and does not count as a test."""
+    p_values = np.asarray(p_values, float)
+    order = np.argsort(p_values)[:np.isfinite(p_values).sum()]  # NaN is sorted to the end
+    corrected = np.full(len(p_values), math.nan)
+    corrected[order] = np.minimum(np.maximum.accumulate((len(order) - np.arange(len(order))) * p_values[order]), 1)
+    return corrected.tolist()

@@ -17,15 +17,14 @@ from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from tqdm import tqdm
 
-from nnunet_confkd.data.images import ITK, ending_of, spacing_file
 from nnunet_confkd.data.json_files import read_description, read_json, read_plans, read_record, split_of_fold
 from nnunet_confkd.data.patients import patients_of
 from nnunet_confkd.data.supervision import FULL, PARTIAL, TABLE_KEY, annotation_counts, decide_kinds
 from nnunet_confkd.discovery import make_findable
 from nnunet_confkd.errors import InputError
 from nnunet_confkd.evaluation.calibration import Counts, count_case
-from nnunet_confkd.evaluation.evaluate import FOREGROUND, Evaluation
-from nnunet_confkd.evaluation.metrics import TOLERANCE_MM, measure_case
+from nnunet_confkd.evaluation.evaluate import has_spacing
+from nnunet_confkd.evaluation.metrics import FOREGROUND, CaseMeasures, measure_case
 from nnunet_confkd.inference.checkpoints import fold_folders, load_checkpoint
 from nnunet_confkd.inference.prediction import max_entropy, measure
 from nnunet_confkd.training.network import has_teacher
@@ -285,8 +284,7 @@ class Findings:
         except InputError as error:
             raise InputError(f"{model.folder / 'dataset.json'}: {error}") from error
         named = {_name(case, path, counts): patients[case] for path, cases in wanted.items() for case in cases}
-        self.evaluations = {branch: Evaluation(model.truths, predictions, model.classes, TOLERANCE_MM, model.label_manager.ignore_label,
-                                               {}, {}, {}, patients=named) for branch in self.names}
+        self.evaluations = {branch: CaseMeasures(classes=model.classes, patients=named) for branch in self.names}
         self.counts = {branch: {voxels: Counts.none() for voxels in VOXELS} for branch in self.branches}
         self.case_counts = {branch: {voxels: [] for voxels in VOXELS} for branch in self.branches}
         self.files: dict[str, Path] = {}
@@ -313,16 +311,13 @@ class Findings:
         if "given" in self.names:
             segmentations["given"] = _read_given(self.predictions / (case + ending), reader, truth, properties)
             content["given"] = prediction.to_preprocessed(segmentations["given"])[content["index"]]
-        spacing, file = properties["spacing"], self.model.truths / (case + ending)
-        flat = spacing[0] == 999  # what nnU-Net's readers say of an image without a third axis
+        spacing = properties["spacing"] if has_spacing(self.model.truths / (case + ending)) else None
+        flat = properties["spacing"][0] == 999  # what nnU-Net's readers say of an image without a third axis
         for branch, segmentation in segmentations.items():
             true, predicted = (truth[0][0], segmentation[0]) if flat else (truth[0], segmentation)
-            measures = measure_case(true, predicted, self.model.classes, spacing[1:] if flat else spacing,
-                                    self.model.label_manager.ignore_label)
-            if ending_of(file).lower() not in ITK and not spacing_file(file).is_file():
-                for of in measures.values():  # voxels are no mm
-                    of |= dict.fromkeys(("HD95_mm", "ASSD_mm", "NSD", "volume_difference_ml"), float("nan"))
-            self.evaluations[branch].cases[name] = measures
+            self.evaluations[branch].cases[name] = measure_case(
+                true, predicted, self.model.classes, spacing[1:] if flat and spacing else spacing,
+                self.model.label_manager.ignore_label)
         self._count(truth[0].astype(np.int32), originals)
         self._keep(name, content)
 
@@ -343,7 +338,7 @@ class Findings:
             for voxels, where in (("all", None), ("in question", in_question)):
                 counts = count_case(p, truth, where=where, **options)
                 self.counts[branch][voxels] += counts
-                self.case_counts[branch][voxels].append((counts.count, counts.correct, counts.confidence))
+                self.case_counts[branch][voxels].append(counts.coarse)
 
     def _keep(self, name: str, content: dict) -> None:
         """On disk: which cases are shown is known at the end only, and slices of all would fill the memory."""

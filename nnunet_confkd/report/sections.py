@@ -6,7 +6,6 @@ import platform
 import re
 import subprocess
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import fields
 from datetime import datetime
 from importlib.metadata import version
@@ -19,9 +18,17 @@ import torch
 from nnunet_confkd import __version__
 from nnunet_confkd.data.json_files import read_json
 from nnunet_confkd.data.supervision import FULL, KINDS, PARTIAL, UNLABELLED
-from nnunet_confkd.evaluation.calibration import Counts, aurc, ece, overconfidence, reliability_curve, risk_coverage_curve, smallest_aurc
-from nnunet_confkd.evaluation.evaluate import FOREGROUND
-from nnunet_confkd.evaluation.metrics import MEASURES, TOLERANCE_MM, paired_statistics, statistics
+from nnunet_confkd.evaluation.calibration import (
+    Counts,
+    aurc,
+    ece,
+    ece_difference,
+    overconfidence,
+    reliability_curve,
+    risk_coverage_curve,
+    smallest_aurc,
+)
+from nnunet_confkd.evaluation.metrics import FOREGROUND, MEASURES, TOLERANCE_MM, paired_statistics, statistics
 from nnunet_confkd.report import page
 from nnunet_confkd.report.cases import SURE, VOXELS, Findings, Fold, Model
 from nnunet_confkd.report.pictures import Cell, Chart, box_chart, curve_charts, line_chart, save_cells, save_charts
@@ -289,33 +296,6 @@ def _calibration_in_words(found: Findings, names: dict[str, str], counts: dict[s
             part += f", {'over' if sure > right else 'under'}confident by {100 * abs(sure - right):.1f} points"
         parts.append(f"{part} (ECE {ece(c):.3f})")
     return [*sentences, f"In the voxels in question {'; '.join(parts)}."]
-
-
-def ece_difference(first: list[tuple], second: list[tuple], patients: Sequence[str] | None = None, samples: int = 2000) -> tuple[float, float]:
-    """95 % interval of the difference of two ECEs, by a bootstrap that draws patients, each with all of its cases.
-
-    Args:
-        first: Of each case its (count, correct, confidence), `(bins,)` each.
-        second: The same.
-        patients: The patient of each case. None: every case is a patient.
-        samples: The number of draws.
-
-    Returns:
-        The bounds; NaN with fewer than two patients.
-    """
-    number = {patient: i for i, patient in enumerate(dict.fromkeys(range(len(first)) if patients is None else patients))}
-    if len(number) < 2:
-        return float("nan"), float("nan")
-    drawn = np.random.default_rng(0).multinomial(len(number), np.full(len(number), 1 / len(number)), samples)  # how often each patient
-    if patients is not None:
-        drawn = drawn[:, [number[patient] for patient in patients]]
-
-    def eces(counts: list[tuple]) -> np.ndarray:
-        count, correct, confidence = (drawn @ np.stack(values).astype(float) for values in zip(*counts))
-        return np.abs(correct - confidence).sum(1) / np.maximum(count.sum(1), 1)
-
-    low, high = np.percentile(eces(first) - eces(second), (2.5, 97.5))
-    return float(low), float(high)
 
 
 # ---- training -------------------------------------------------------------------------------------------------------

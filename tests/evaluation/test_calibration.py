@@ -12,6 +12,7 @@ from nnunet_confkd.evaluation.calibration import (
     count,
     count_case,
     ece,
+    ece_difference,
     overconfidence,
     reliability_curve,
     risk_coverage_curve,
@@ -66,6 +67,31 @@ def test_what_is_no_confidence_is_refused(confidence):
         count(np.array([0.5, confidence]), np.array([True, True]))
 
 
+def coarse(share_right):
+    """`Counts.coarse` of 10 voxels with confidence 0.75, in the 12th of 15 bins."""
+    bins = np.zeros((3, BINS))
+    bins[:, 11] = 10, 10 * share_right, 7.5
+    return bins
+
+
+def test_the_interval_of_a_difference_of_ece():
+    # |1 - 0.75| - |0.5 - 0.75| = 0 in each case; 0.25 - |0.7 - 0.75| = 0.2 in each, whichever cases are drawn
+    assert ece_difference([coarse(1)] * 4, [coarse(0.5)] * 4) == (0, 0)
+    np.testing.assert_allclose(ece_difference([coarse(1)] * 4, [coarse(0.7)] * 4), (0.2, 0.2))
+    # two cases, right in all and in none: either drawn twice is 0.25 or 0.75, both drawn once |0.5 - 0.75| = 0.25
+    np.testing.assert_allclose(ece_difference([coarse(1), coarse(0)], [coarse(0.75)] * 2), (0.25, 0.75))
+    assert np.isnan(ece_difference([coarse(1)], [coarse(0.5)])).all()
+
+
+def test_the_interval_of_a_difference_of_ece_is_by_patient():
+    """A second case of each patient that repeats the first narrows nothing."""
+    ours, theirs, patients = [coarse(1), coarse(0), coarse(0.5), coarse(0.25)], [coarse(0.75)] * 4, ["a", "b", "c", "d"]
+    once = ece_difference(ours, theirs)
+    assert ece_difference(ours * 2, theirs * 2, patients * 2) == once
+    assert np.ptp(ece_difference(ours * 2, theirs * 2)) < np.ptp(once)
+    assert np.isnan(ece_difference(ours, theirs, ["a"] * 4)).all()
+
+
 # ---- risk and coverage ----------------------------------------------------------------------------------------------
 
 def test_risk_and_coverage_of_a_case_computed_by_hand():
@@ -115,7 +141,8 @@ def test_confidences_close_to_1_are_told_apart():
 
 def test_the_counts_of_cases_add_up_to_those_of_all_their_voxels():
     rng = np.random.default_rng(1)
-    cases = [(rng.dirichlet(np.ones(3), shape).transpose(2, 0, 1), rng.integers(0, 3, shape)) for shape in ((4, 5), (7, 3))]
+    cases = [(rng.dirichlet(np.ones(3), shape).transpose(2, 0, 1), rng.integers(0, 3, shape))
+             for shape in ((4, 5), (7, 3))]
     together = sum((count_case(p, t) for p, t in cases), Counts.none())
     confidence = np.concatenate([p.max(0).ravel() for p, _ in cases])
     correct = np.concatenate([(p.argmax(0) == t).ravel() for p, t in cases])

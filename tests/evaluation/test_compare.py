@@ -9,7 +9,7 @@ import SimpleITK as sitk
 
 from nnunet_confkd import cli
 from nnunet_confkd.errors import InputError
-from nnunet_confkd.evaluation.compare import compare_models, text_of
+from nnunet_confkd.evaluation.compare import compare_models, comparison_text
 
 LABELS = {"background": 0, "whole": [1, 2], "part": 2, "ignore": 3}
 
@@ -23,8 +23,11 @@ def save(file, shift):
 
 @pytest.fixture
 def models(tmp_path, monkeypatch):
-    """Two models as nnU-Net leaves them: ConfKD of two folds, whose student is off by a row and whose teacher by two; a stock one of
-    one fold, off by four."""
+    """Two models as nnU-Net leaves them.
+
+    The model of ConfKD has two folds; its student is off by one row, its teacher by two. The stock model has one fold
+    and is off by four rows.
+    """
     monkeypatch.setenv("nnUNet_preprocessed", str(tmp_path / "preprocessed"))
     truth = tmp_path / "preprocessed" / "Dataset027_Cubes" / "gt_segmentations"
     for i in range(4):
@@ -48,20 +51,23 @@ def test_models_stand_side_by_side_with_both_branches(models, tmp_path, capsys):
     assert cli.main(["compare", *map(str, models), "--output", str(tmp_path / "out"), "--processes", "1"]) == 0
     found = json.loads((tmp_path / "out" / "comparison.json").read_text())
     rows = found["rows"]
-    assert [(r["name"], r["branch"]) for r in rows] == [("ConfKDTrainer", "student"), ("ConfKDTrainer", "teacher"), ("nnUNetTrainer", "student")]
+    assert [(row["name"], row["branch"]) for row in rows] == [
+        ("ConfKDTrainer", "student"), ("ConfKDTrainer", "teacher"), ("nnUNetTrainer", "student")]
     # of 8 rows, 7, 6 and 4 overlap
     for row, dice, n in zip(rows, (7 / 8, 6 / 8, 4 / 8), (4, 4, 3)):
         assert row["statistics"]["whole"]["Dice"]["mean"] == pytest.approx(dice) and row["n"] == n
         assert row["statistics"]["foreground"]["Dice"]["n"] == 3
-    assert rows[2]["difference"]["n"] == 3 and rows[2]["difference"]["mean"] == pytest.approx(-3 / 8) and "difference" not in rows[0]
+    assert rows[2]["difference"]["n"] == 3 and rows[2]["difference"]["mean"] == pytest.approx(-3 / 8)
+    assert "difference" not in rows[0]
     text = capsys.readouterr().out
     assert "-0.375 [-0.375, -0.375]" in text and (tmp_path / "out" / "comparison.txt").read_text().strip() in text
     assert (tmp_path / "out" / "comparison.png").stat().st_size > 5000
 
 
 def record(fold, training, validation):
-    """confkd.json, as the trainer writes it."""
-    (fold / "confkd.json").write_text(json.dumps({"supervision": dict.fromkeys(training, "full"), "pseudo_dice_on": validation}))
+    """Write confkd.json as the trainer does."""
+    content = {"supervision": dict.fromkeys(training, "full"), "pseudo_dice_on": validation}
+    (fold / "confkd.json").write_text(json.dumps(content))
 
 
 def split(models, *folds):
@@ -77,14 +83,14 @@ def test_every_figure_is_over_the_cases_that_all_rows_have(models):
     assert [row["n"] for row in found["rows"]] == [4, 4, 3] and list(found["patients"]) == ["case0", "case1", "case2"]
     assert found["rows"][0]["statistics"]["whole"]["Dice"]["mean"] == pytest.approx(7 / 8)
     assert found["notes"][0] == "the rows do not have the same cases; every figure is over the 3 that all of them have"
-    header, _, head, *lines = text_of(found).splitlines()
+    header, _, head, *lines = comparison_text(found).splitlines()
     assert "Means over the 3 cases, each taken as one patient, that all rows have in common" in header
     assert "n  n in common  Dice" in head
     assert [line.split()[2:4] for line in lines[:3]] == [["4", "3"], ["4", "3"], ["3", "3"]]
     assert lines[3] == f"WARNING: {found['notes'][0]}."
     record(models[0] / "fold_0", ["case2"], ["case0", "case1"])
     record(models[0] / "fold_1", ["case0"], ["case2", "case3"])
-    assert "WARNING" not in text_of(compare_models(models[:1], processes=1))
+    assert "WARNING" not in comparison_text(compare_models(models[:1], processes=1))
 
 
 def test_models_without_a_common_case_are_not_compared(models):
@@ -102,18 +108,20 @@ def test_the_record_of_the_training_decides_which_cases_count(models):
     record(models[0] / "fold_1", ["case0", "case1"], ["case2", "case3"])
     found = compare_models(models[:1], processes=1)
     assert set(found["patients"]) == {"case1", "case2", "case3"}
-    assert found["notes"] == [f"ConfKDTrainer__nnUNetPlans__2d, fold_0/{folder}: 1 predictions of other cases than this fold validates "
-                              f"are left out: case0" for folder in ("validation", "validation_teacher")]
+    assert [note.partition(", ")[2] for note in found["notes"]] == [
+        f"fold_0/{folder}: 1 predictions of other cases than this fold validates are excluded: case0"
+        for folder in ("validation", "validation_teacher")]
     record(models[0] / "fold_0", ["case1", "case2"], ["case0", "case1", "case4"])
     assert {note.partition(": ")[2] for note in compare_models(models[:1], processes=1)["notes"]} == {
         "1 validation cases have no prediction: case4", "1 counted cases are training cases as well: case1"}
     record(models[0] / "fold_0", ["case0", "case1"], ["case4"])
-    with pytest.raises(InputError, match="fold_0/validation: none of its 2 cases is a validation case of this fold.*--val"):
+    with pytest.raises(InputError, match="fold_0/validation: none of its 2 cases is a validation case .*--val"):
         compare_models(models[:1], processes=1)
 
 
-@pytest.mark.parametrize("content", [{}, {"supervision": ["case0"], "pseudo_dice_on": []}, {"supervision": {}, "pseudo_dice_on": "case0"},
-                                     {"supervision": {}, "pseudo_dice_on": [["case0"]]}])
+@pytest.mark.parametrize("content", [
+    {}, {"supervision": ["case0"], "pseudo_dice_on": []}, {"supervision": {}, "pseudo_dice_on": "case0"},
+    {"supervision": {}, "pseudo_dice_on": [["case0"]]}])
 def test_a_record_of_another_form_is_named(models, content):
     (models[0] / "fold_0" / "confkd.json").write_text(json.dumps(content))
     with pytest.raises(InputError, match='fold_0/confkd.json: must hold "supervision"'):
@@ -123,7 +131,7 @@ def test_a_record_of_another_form_is_named(models, content):
 def test_the_split_tells_the_cases_of_a_stock_model(models):
     split(models, (["case1", "case3"], ["case0", "case2"]))
     found = compare_models(models[1:], processes=1)
-    assert set(found["patients"]) == {"case0", "case2"} and "are left out: case1" in found["notes"][0]
+    assert set(found["patients"]) == {"case0", "case2"} and "are excluded: case1" in found["notes"][0]
     split(models)
     with pytest.raises(InputError, match="splits_final.json: is no list of folds"):
         compare_models(models[1:], processes=1)
@@ -132,13 +140,13 @@ def test_the_split_tells_the_cases_of_a_stock_model(models):
 def test_where_nobody_knows_the_cases_all_count_with_a_warning(models):
     found = compare_models(models[1:], processes=1)
     assert len(found["patients"]) == 3
-    assert "WARNING: nnUNetTrainer__nnUNetPlans__2d, fold_0: neither confkd.json nor splits_final.json tells" in text_of(found)
+    assert "fold_0: neither confkd.json nor splits_final.json names" in comparison_text(found).split("WARNING:")[1]
     (models[1] / "fold_0").rename(models[1] / "fold_all")
     assert "fold_all: stock nnU-Net validates its training cases" in compare_models(models[1:], processes=1)["notes"][0]
 
 
 def test_partly_annotated_validation_cases_are_left_out(models):
-    """Stock nnU-Net validates them like any other; here it gets the annotated rows of case 1 right and the others wrong."""
+    """Stock nnU-Net validates them like any other. In case 1 it is right in the annotated rows and wrong elsewhere."""
     truth = models[1].parents[2] / "preprocessed" / models[1].parent.name / "gt_segmentations"
 
     def hide(name):
@@ -148,11 +156,11 @@ def test_partly_annotated_validation_cases_are_left_out(models):
     hide("case1.nii.gz")
     found = compare_models(models[1:], processes=1)
     assert set(found["patients"]) == {"case0", "case2"}
-    assert found["notes"][-1].endswith("1 validation cases are only partly annotated and left out: case1")
+    assert found["notes"][-1].endswith("1 validation cases are only partially annotated and excluded: case1")
     for name in ("case0.nii.gz", "case2.nii.gz", "case3.nii.gz"):
         hide(name)
     found = compare_models(models[1:], processes=1)
-    assert len(found["patients"]) == 3 and found["notes"][-1].endswith("the measures count the annotated voxels alone")
+    assert len(found["patients"]) == 3 and found["notes"][-1].endswith("only the annotated voxels are measured")
 
 
 def test_patients_are_drawn_and_tested_not_cases(models, tmp_path):
@@ -162,10 +170,11 @@ def test_patients_are_drawn_and_tested_not_cases(models, tmp_path):
     by_case = compare_models(models, processes=1)["rows"][2]["difference"]
     by_patient = compare_models(models, patient_pattern=r"(p\d)_", processes=1)
     assert by_patient["patients"] == {"p0_a": "p0", "p0_b": "p0", "p1_a": "p1"}
-    assert "Means over the 3 cases of 2 patients, that" in text_of(by_patient)
+    assert "Means over the 3 cases of 2 patients, that" in comparison_text(by_patient)
     assert all(of["Dice"]["patients"] == 2 for row in by_patient["rows"] for of in row["statistics"].values())
     # all differences are of one sign: p is 2 of the 2^n signs
-    assert by_case["p"] == pytest.approx(2 / 2 ** 3) and by_patient["rows"][2]["difference"]["p"] == pytest.approx(2 / 2 ** 2)
+    assert by_case["p"] == pytest.approx(2 / 2 ** 3)
+    assert by_patient["rows"][2]["difference"]["p"] == pytest.approx(2 / 2 ** 2)
     for model, pattern in zip(models, (r"(p\d)_", None)):
         described = json.loads((model / "dataset.json").read_text()) | {"patient_pattern": pattern}
         (model / "dataset.json").write_text(json.dumps(described))
@@ -179,7 +188,8 @@ def test_seeds_in_folders_of_their_own_are_told_apart(models, tmp_path):
     again = tmp_path / "seed1" / "Dataset027_Cubes" / models[0].name
     again.parent.mkdir(parents=True)
     shutil.copytree(models[0], again)
-    assert [row["name"] for row in compare_models([models[0], again], processes=1)["rows"]] == ["results", "results", "seed1", "seed1"]
+    rows = compare_models([models[0], again], processes=1)["rows"]
+    assert [row["name"] for row in rows] == ["results", "results", "seed1", "seed1"]
 
 
 def test_one_model_alone_is_a_table_too(models):
@@ -190,7 +200,7 @@ def test_a_training_that_did_not_end_is_named(models):
     for file in (models[1] / "fold_0" / "validation").iterdir():
         file.unlink()
     (models[1] / "fold_0" / "validation").rmdir()
-    with pytest.raises(InputError, match="fold_0/validation: there is no such folder: the training did not end"):
+    with pytest.raises(InputError, match="fold_0/validation: there is no such folder: the training has not ended"):
         compare_models(models, processes=1)
 
 
@@ -208,7 +218,7 @@ def test_models_of_other_classes_are_not_compared(models):
     described = json.loads((models[1] / "dataset.json").read_text())
     described["labels"] = {"background": 0, "all": 1}
     (models[1] / "dataset.json").write_text(json.dumps(described))
-    with pytest.raises(InputError, match="models of the same classes"):
+    with pytest.raises(InputError, match="segments all, and .* whole, part; only models of the same classes"):
         compare_models(models, processes=1)
 
 

@@ -1,4 +1,4 @@
-"""Measures against figures worked out by hand, against MONAI's own and against SciPy's and SimpleITK's."""
+"""Measures against figures worked out by hand, against brute force and against SimpleITK; statistics against SciPy."""
 from __future__ import annotations
 
 import math
@@ -10,8 +10,8 @@ from scipy import ndimage
 
 from nnunet_confkd.evaluation.metrics import (
     MEASURES,
+    CaseMeasures,
     bootstrap_interval,
-    count_of,
     holm,
     measure_case,
     measure_masks,
@@ -83,7 +83,8 @@ def test_the_rules_of_empty_masks():
 def test_what_touches_the_border_has_its_surface_there():
     whole = np.ones((6, 6, 6), bool)
     there, back = surface_distances(whole, cube((1, 1, 1), (6, 6, 6)), (1, 1, 1))
-    assert len(there) == 56 and len(back) == 216 - 64 and set(there) == {1.0} and back.max() == pytest.approx(math.sqrt(3))
+    assert len(there) == 56 and len(back) == 216 - 64
+    assert set(there) == {1.0} and back.max() == pytest.approx(math.sqrt(3))
 
 
 def test_an_image_of_one_slice_is_measured_as_an_outline():
@@ -95,32 +96,36 @@ def test_an_image_of_one_slice_is_measured_as_an_outline():
     assert thin["ASSD_mm"] == pytest.approx(np.concatenate((there, back)).mean())
 
 
-@pytest.mark.parametrize("seed", range(5))
-def test_blobs_agree_with_brute_force_monai_and_simpleitk(seed):
-    from monai.metrics import compute_average_surface_distance, compute_hausdorff_distance, compute_surface_dice
+def distance_map(image):
+    """SimpleITK's distance in mm from each voxel to the nearest one of the surface."""
+    contour = sitk.BinaryContour(image, False)  # False: face neighbours
+    distance = sitk.SignedMaurerDistanceMap(contour, squaredDistance=False, useImageSpacing=True)
+    return np.maximum(sitk.GetArrayFromImage(distance), 0)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_blobs_agree_with_brute_force_and_simpleitk(seed):
     rng = np.random.default_rng(seed)
     spacing = tuple(rng.uniform(0.4, 4, 3))
     masks = [ndimage.gaussian_filter(rng.normal(size=(10, 24, 18)), 2) > 0.03 for _ in range(2)]
     found = measure_masks(*masks, spacing, tolerance_mm=1.7)
-    there, back = brute_force(*masks, spacing)
-    assert np.allclose(np.sort(surface_distances(*masks, spacing)[0]), np.sort(there), atol=1e-5)
-    assert found["HD95_mm"] == pytest.approx(max(np.percentile(there, 95), np.percentile(back, 95)), abs=1e-4)
-    # MONAI crops to the objects; a rim of background makes that harmless
-    import torch
-    truth, prediction = (torch.from_numpy(np.pad(m, 1).astype(np.float32))[None, None] for m in masks)
-    options = dict(include_background=True, spacing=list(spacing))
-    assert found["HD95_mm"] == pytest.approx(float(compute_hausdorff_distance(prediction, truth, percentile=95, **options)), abs=1e-3)
-    # MONAI's symmetric average is that of the two directions together, too
-    assert found["ASSD_mm"] == pytest.approx(
-        float(compute_average_surface_distance(prediction, truth, symmetric=True, **options)), abs=1e-3)
-    assert found["NSD"] == pytest.approx(float(compute_surface_dice(prediction, truth, [1.7], **options)), abs=1e-3)
     images = []
-    for mask in masks:
-        images.append(sitk.GetImageFromArray(mask.astype(np.uint8)))
+    for mask in masks:  # with a rim: SimpleITK does not take the border of the image for a surface
+        images.append(sitk.GetImageFromArray(np.pad(mask, 1).astype(np.uint8)))
         images[-1].SetSpacing(spacing[::-1])
+    truth, prediction = (distance_map(image) for image in images)
+    simple = [of[np.pad(surface(mask), 1)] for of, mask in ((truth, masks[1]), (prediction, masks[0]))]
+    for there, back in (brute_force(*masks, spacing), simple):
+        for ours, expected in zip(surface_distances(*masks, spacing), (there, back)):
+            np.testing.assert_allclose(np.sort(ours), np.sort(expected), atol=1e-5)
+        assert found["HD95_mm"] == pytest.approx(max(np.percentile(there, 95), np.percentile(back, 95)), abs=1e-5)
+        together = np.concatenate((there, back))
+        assert found["ASSD_mm"] == pytest.approx(together.mean(), abs=1e-5)
+        assert found["NSD"] == (together <= 1.7).mean()
     overlap = sitk.LabelOverlapMeasuresImageFilter()
     overlap.Execute(*images)
-    assert found["Dice"] == pytest.approx(overlap.GetDiceCoefficient()) and found["IoU"] == pytest.approx(overlap.GetJaccardCoefficient())
+    assert found["Dice"] == pytest.approx(overlap.GetDiceCoefficient())
+    assert found["IoU"] == pytest.approx(overlap.GetJaccardCoefficient())
 
 
 def test_real_labels_agree_with_simpleitk(test_data):
@@ -157,7 +162,7 @@ def test_regions_are_unions_and_ignored_voxels_belong_to_nothing():
     assert found["whole"]["HD95_mm"] == pytest.approx(1.0)
 
 
-# ---- many cases -----------------------------------------------------------------------------------------------------------
+# ---- many cases -----------------------------------------------------------------------------------------------------
 
 def test_statistics_leave_nan_out():
     found = statistics([1.0, math.nan, 3.0])
@@ -171,7 +176,7 @@ def test_the_interval_is_that_of_the_mean():
     values = np.random.default_rng(0).normal(3, 2, 400)
     low, high = bootstrap_interval(values)
     half = 1.96 * values.std(ddof=1) / 20  # of the normal distribution
-    assert low == pytest.approx(values.mean() - half, abs=0.03) and high == pytest.approx(values.mean() + half, abs=0.03)
+    assert (low, high) == pytest.approx((values.mean() - half, values.mean() + half), abs=0.03)
     # where seeds disagree, drawing seeds as well widens it
     table = np.stack([values, values + 1, values - 1])
     assert np.ptp(bootstrap_interval(table)) > 2 * np.ptp(bootstrap_interval(table.mean(0)))
@@ -182,7 +187,8 @@ def test_a_second_case_of_each_patient_that_repeats_the_first_narrows_nothing():
     patients = [f"p{i}" for i in range(12)]
     once, twice = statistics(values), statistics(np.tile(values, 2), patients * 2)
     assert (twice["ci_low"], twice["ci_high"]) == pytest.approx((once["ci_low"], once["ci_high"]))
-    assert (twice["n"], twice["patients"], once["patients"]) == (24, 12, 12) and twice["mean"] == pytest.approx(once["mean"])
+    assert (twice["n"], twice["patients"], once["patients"]) == (24, 12, 12)
+    assert twice["mean"] == pytest.approx(once["mean"])
     # taken as 24 patients, the same values claim an interval that is narrower by about the root of 2
     wrong = statistics(np.tile(values, 2))
     assert wrong["ci_high"] - wrong["ci_low"] < 0.8 * (once["ci_high"] - once["ci_low"])
@@ -194,20 +200,47 @@ def test_a_second_case_of_each_patient_that_repeats_the_first_narrows_nothing():
     assert bootstrap_interval(np.tile(table, 2), patients * 2) == pytest.approx(bootstrap_interval(table))
 
 
-def test_the_interval_by_patient_is_scipys_for_patients_with_different_numbers_of_cases():
-    """SciPy draws patients, too, when it is given each one's sum and number of cases as a pair."""
-    from scipy.stats import bootstrap
+def clusters():
+    """30 patients with 1 to 5 similar cases: the values and the patient of each case. Two values are undefined."""
     rng = np.random.default_rng(2)
     patients = np.repeat([f"p{i}" for i in range(30)], rng.integers(1, 6, 30))
     values = rng.normal(0, 1, 30)[[int(p[1:]) for p in patients]] + rng.normal(0, 0.2, len(patients))
     values[[3, 17]] = math.nan
-    there = ~np.isnan(values)
-    sums, counts = (np.array([of[there & (patients == p)].sum() for p in dict.fromkeys(patients)]) for of in (values, there))
-    expected = bootstrap((sums, counts), lambda s, n, axis: s.sum(axis) / n.sum(axis), paired=True, method="percentile",
-                         n_resamples=10000, random_state=3).confidence_interval
+    return values, patients
+
+
+def drawn_means(table, patients, draws=4000):
+    """The means of bootstrap draws, patient by patient and seed by seed: slow, and nothing to get wrong."""
+    rng, names = np.random.default_rng(7), np.unique(patients)
+    means = []
+    for _ in range(draws):
+        seeds = rng.choice(len(table), len(table))
+        cases = np.concatenate([np.flatnonzero(patients == name) for name in rng.choice(names, len(names))])
+        means.append(np.nanmean(table[seeds][:, cases]))
+    return means
+
+
+def test_the_interval_is_that_of_drawing_whole_patients():
+    values, patients = clusters()
     found = statistics(values, list(patients))
-    assert (found["ci_low"], found["ci_high"]) == pytest.approx((expected.low, expected.high), abs=0.02)
-    assert found["mean"] == pytest.approx(np.nanmean(values)) and found["patients"] == 30 and found["n"] == len(values) - 2
+    expected = np.percentile(drawn_means(values[None], patients), (2.5, 97.5))
+    assert (found["ci_low"], found["ci_high"]) == pytest.approx(expected, abs=0.02)
+    assert found["mean"] == pytest.approx(np.nanmean(values))
+    assert found["patients"] == 30 and found["n"] == len(values) - 2
+    # cases drawn one by one would claim more certainty
+    assert np.ptp(expected) > 1.2 * np.ptp(bootstrap_interval(values))
+
+
+def test_the_interval_over_several_seeds_draws_seeds_and_patients():
+    values, patients = clusters()
+    table = np.stack([values, values + 1, values - 1])
+    expected = np.percentile(drawn_means(table, patients), (2.5, 97.5))
+    assert bootstrap_interval(table, list(patients)) == pytest.approx(expected, abs=0.06)
+
+
+def test_a_draw_without_any_value_does_not_count():
+    """Of two patients of which one has no value, every fourth draw is empty."""
+    assert bootstrap_interval(np.array([math.nan, 0.5])) == (0.5, 0.5)
 
 
 def test_one_patient_alone_has_no_interval():
@@ -224,11 +257,6 @@ def test_the_paired_test_counts_patients():
     assert paired_statistics([0.5, -0.5, 0.25, -0.25], np.zeros(4), ["a", "a", "b", "b"])["p"] == 1
 
 
-def test_cases_and_patients_in_words():
-    assert count_of(4, 2) == "4 cases of 2 patients" and count_of(2, 1) == "2 cases of 1 patient"
-    assert count_of(3, 3) == "3 cases, each taken as one patient" and count_of(1, 1) == "1 case"
-
-
 def test_paired_differences_and_their_p():
     ours, theirs = [0.9, 0.8, 0.7, 0.95, 0.6, math.nan], [0.8, 0.75, 0.65, 0.9, 0.5, 0.1]
     found = paired_statistics(ours, theirs)
@@ -242,5 +270,22 @@ def test_holms_correction_by_hand():
     assert holm([0.5, 0.9]) == [1, 1]
 
 
+def test_the_foreground_is_a_cases_mean_over_its_classes():
+    measures = [dict.fromkeys(MEASURES, value) for value in (0.5, 1.0, math.nan)]
+    cases = {"a": {"1": measures[0], "2": measures[1]}, "b": {"1": measures[1], "2": measures[2]},
+             "c": {"1": measures[2], "2": measures[2]}}
+    found = CaseMeasures(classes={"1": (1,), "2": (2,)}, cases=cases, patients={"a": "p", "b": "p"})
+    assert found.values("foreground", "Dice") == pytest.approx([0.75, 1, math.nan], nan_ok=True)
+    assert found.names == ["1", "2", "foreground"] and found.patient_of_each == ["p", "p", "c"]
+    assert CaseMeasures(classes={"1": (1,)}, cases=cases).names == ["1"]
+    assert found.statistics()["2"]["Dice"]["n"] == 1
+
+
 def test_every_measure_is_reported():
     assert set(measure_masks(cube((1, 1, 1)), cube((2, 2, 2)), (1, 1, 1))) == set(MEASURES)
+
+
+def test_without_a_spacing_there_are_no_distances_and_volumes():
+    label = cube((1, 1, 1)).astype(int)
+    found = measure_case(label, label, {"1": (1,)}, None)["1"]
+    assert found["Dice"] == found["IoU"] == 1 and sum(math.isnan(value) for value in found.values()) == 4

@@ -21,7 +21,6 @@ from nnunet_confkd.inference.export import export
 from nnunet_confkd.report import pictures as report_pictures
 from nnunet_confkd.report.cases import VOXELS, Findings, Model, Predictor, _spread
 from nnunet_confkd.report.report import PAGE, report
-from nnunet_confkd.report.sections import ece_difference
 from nnunet_confkd.training.settings import Settings
 
 HIPPOCAMPUS, PLANS_2D = "Dataset004_Hippocampus", "nnUNetPlans_2d"
@@ -259,26 +258,6 @@ def test_voxels_are_in_question_where_a_branch_sees_foreground_or_is_not_sure():
     numbers = {(branch, voxels): (c.count.sum(), c.correct.sum()) for branch, of in found.counts.items() for voxels, c in of.items()}
     assert numbers == {("student", "all"): (4, 2), ("student", "in question"): (2, 1),
                        ("teacher", "all"): (4, 3), ("teacher", "in question"): (2, 2)}
-
-
-def test_the_interval_of_a_difference_of_ece():
-    def case(share_right):  # 10 voxels of which one is 0.75 sure, in the 12th of 15 bins
-        bins = np.zeros((3, 15))
-        bins[:, 11] = 10, 10 * share_right, 7.5
-        return tuple(bins)
-
-    # |1 - 0.75| - |0.5 - 0.75| = 0 in each case; 0.25 - |0.7 - 0.75| = 0.2 in each, whichever cases are drawn
-    assert ece_difference([case(1)] * 4, [case(0.5)] * 4) == (0, 0)
-    np.testing.assert_allclose(ece_difference([case(1)] * 4, [case(0.7)] * 4), (0.2, 0.2))
-    # two cases, right in all and in none: drawn twice each is 0.25 or 0.75, drawn once both |0.5 - 0.75| = 0.25
-    low, high = ece_difference([case(1), case(0)], [case(0.75)] * 2)
-    np.testing.assert_allclose((low, high), (0.25, 0.75))
-    assert np.isnan(ece_difference([case(1)], [case(0.5)])).all()
-    # a second case of each patient that repeats the first narrows nothing
-    first, second, patients = [case(1), case(0), case(0.5), case(0.25)], [case(0.75)] * 4, ["a", "b", "c", "d"]
-    once = ece_difference(first, second)
-    assert ece_difference(first * 2, second * 2, patients * 2) == once and np.ptp(ece_difference(first * 2, second * 2)) < np.ptp(once)
-    assert np.isnan(ece_difference(first, second, ["a"] * 4)).all()
 
 
 # ---- strangers' names -----------------------------------------------------------------------------------------------
