@@ -25,9 +25,9 @@ CHANNEL = re.compile(r"(.+)_(\d{4})")
 
 
 def mix(full: Path, dataset_id: int, *, partial: Path | None = None, unlabelled: Path | None = None,
-        name: str = "Mixed", labels: list[str] | None = None, channels: list[str] | None = None, ignore_value: int | None = None,
-        background_value: int | None = None, validation: list[str] | None = None, patient_pattern: str | None = None,
-        seed: int = 0, processes: int = PROCESSES, link: bool = False) -> Path:
+        name: str = "Mixed", labels: list[str] | None = None, channels: list[str] | None = None,
+        ignore_value: int | None = None, background_value: int | None = None, validation: list[str] | None = None,
+        patient_pattern: str | None = None, seed: int = 0, processes: int = PROCESSES, link: bool = False) -> Path:
     """Write the three folders as one data set of nnU-Net.
 
     Args:

@@ -52,7 +52,8 @@ def shape_of(label: np.ndarray, spacing: Iterable[float]) -> Shape:
     found = {value: box for value, box in enumerate(boxes, 1) if box is not None}
     if not found:
         return Shape(size, {}, {}, {}, None)
-    whole = tuple(slice(min(box[a].start for box in found.values()), max(box[a].stop for box in found.values())) for a in range(3))
+    whole = tuple(slice(min(box[axis].start for box in found.values()), max(box[axis].stop for box in found.values()))
+                  for axis in range(3))
     label = np.pad(label[whole], 1)
     histogram = np.bincount(label.ravel())
     volumes = {value: int(histogram[value]) for value in found}

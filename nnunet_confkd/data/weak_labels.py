@@ -245,7 +245,7 @@ def _depth(mask: np.ndarray) -> np.ndarray:
 
 
 def _interior_line(component: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Return (N, 2) points of a clamped quadratic B-spline with four random pixels of the component as control points."""
+    """Return (N, 2) points of a clamped quadratic B-spline whose control points are four random pixels."""
     control = rng.choice(np.argwhere(component), 4)
     spline = BSpline([0, 0, 0, 0.5, 1, 1, 1], control.astype(float), 2)
     # the derivative is at most 4 times the longest leg: steps of at most half a pixel leave no gap
