@@ -1,4 +1,4 @@
-"""One image file at a time: read it with its geometry, compare, carry it over, write it and see that it was written."""
+"""Single image files: read them with their geometry, compare, copy, and write them and check that they were written."""
 from __future__ import annotations
 
 import contextlib
@@ -31,7 +31,14 @@ ORIGIN_TOLERANCE = 0.1  # of the voxel's edge
 
 @dataclass(frozen=True)
 class Geometry:
-    """Where the voxels lie, as ITK tells it: in x, y, z; spacing and origin in mm, direction as rows of cosines."""
+    """Where the voxels lie, in ITK's order x, y, z.
+
+    Attributes:
+        size: Voxels along each axis.
+        spacing: In mm.
+        origin: In mm.
+        direction: Rows of cosines.
+    """
     size: tuple[int, ...]
     spacing: tuple[float, ...]
     origin: tuple[float, ...]
@@ -39,7 +46,7 @@ class Geometry:
 
     @classmethod
     def of(cls, image: sitk.Image | sitk.ImageFileReader) -> Geometry:
-        """The first three axes of an image, or of a file whose header has been read."""
+        """Return the geometry of the first three axes of an image, or of a file whose header has been read."""
         n = min(len(image.GetSize()), 3)
         direction = np.reshape(image.GetDirection(), (len(image.GetSize()),) * 2)[:n, :n]
         return cls(tuple(image.GetSize()[:n]), tuple(image.GetSpacing()[:n]), tuple(image.GetOrigin()[:n]),
@@ -47,15 +54,21 @@ class Geometry:
 
     @classmethod
     def plain(cls, shape: tuple[int, ...], spacing: tuple[float, ...]) -> Geometry:
-        """Of an array (Z, Y, X) of which the spacing alone is known, in mm and in that order."""
+        """Return the geometry of an array of which only the spacing is known.
+
+        Args:
+            shape: (Z, Y, X) or (Y, X).
+            spacing: In mm, in the same order.
+        """
         n = len(shape)
-        return cls(tuple(shape[::-1]), tuple(float(s) for s in spacing[::-1]), (0.0,) * n, tuple(np.eye(n).ravel().tolist()))
+        return cls(tuple(shape[::-1]), tuple(float(s) for s in spacing[::-1]), (0.0,) * n,
+                   tuple(np.eye(n).ravel().tolist()))
 
     def differences(self, other: Geometry) -> list[str]:
-        """In words, what differs by more than the tolerances; empty for the same grid."""
+        """Say what differs by more than the tolerances. The list is empty for the same grid."""
         if self.size != other.size:
             return [f"size {self.size} and {other.size}"]
-        axes = np.reshape(self.direction, (len(self.size),) * 2)  # a column an axis of the voxels
+        axes = np.reshape(self.direction, (len(self.size),) * 2)  # each column is an axis of the voxels
         shift = axes.T @ np.subtract(other.origin, self.origin)
         apart = {"spacing": not np.allclose(self.spacing, other.spacing, rtol=SPACING_TOLERANCE, atol=0),
                  "origin": bool((np.abs(shift) > ORIGIN_TOLERANCE * np.asarray(self.spacing)).any()),
@@ -64,38 +77,48 @@ class Geometry:
                 for name, differs in apart.items() if differs]
 
     def equals_for_nnunet(self, other: Geometry) -> bool:
-        """Whether nnU-Net's verify_dataset_integrity is silent on the two."""
+        """Whether nnU-Net's verify_dataset_integrity takes the two for the same grid."""
         return self.size == other.size and all(np.allclose(getattr(self, name), getattr(other, name))
                                                for name in ("spacing", "origin", "direction"))
 
 
 @dataclass(frozen=True)
 class Picture:
-    """voxels: (channels, Z, Y, X), or (channels, Y, X)."""
+    """The content of an image file.
+
+    Attributes:
+        voxels: (channels, Z, Y, X), or (channels, Y, X).
+        geometry: Of each channel.
+    """
     voxels: np.ndarray
     geometry: Geometry
 
     def channel(self, number: int) -> Picture:
+        """Return the picture with this channel only; with no channel if there are fewer."""
         return replace(self, voxels=self.voxels[number:number + 1])
 
 
 @dataclass(frozen=True)
 class Volume:
-    """What is to become one image file: a file, one channel of a 4-D file, or whatever `reader` makes of a file.
+    """What is to become one image file: a file, one channel of a 4-D file, or what `reader` makes of a file.
 
-    reader: file -> Picture, for formats that nnU-Net does not read, or to change what was read. It must pickle.
+    Attributes:
+        file: The file.
+        channel: The number of the channel; None: all channels.
+        reader: file -> Picture, for formats that nnU-Net does not read, or to change what was read. It must pickle.
     """
     file: Path
     channel: int | None = None
     reader: Callable[[Path], Picture] | None = None
 
     def read(self) -> Picture:
+        """Read the file. Raises InputError as :func:`read` does."""
         picture = (self.reader or read)(self.file)
         return picture if self.channel is None else picture.channel(self.channel)
 
 
 def ending_of(name: str | Path, endings: tuple[str, ...] = ENDINGS) -> str | None:
-    """The ending of a file name, as it is written there; None if it is no image's."""
+    """Return the ending of a file name as it is written there; None if it is not one of `endings`."""
     name = str(name)
     return next((name[len(name) - len(e):] for e in endings if name.lower().endswith(e)), None)
 
@@ -103,10 +126,13 @@ def ending_of(name: str | Path, endings: tuple[str, ...] = ENDINGS) -> str | Non
 # ---- reading --------------------------------------------------------------------------------------------------------
 
 def read(file: Path) -> Picture:
-    """An image or label of any format that nnU-Net reads, or .mhd, as nnU-Net sees it; 4-D: the last axis is channels.
+    """Read an image or label of any format that nnU-Net reads, or .mhd, as nnU-Net sees it.
 
-    Raises InputError, naming the file, where it is missing, no image, cut short or damaged, or a header that names voxels in
-    another folder.
+    The last axis of 4-D files is the channels.
+
+    Raises:
+        InputError: The file is missing, no image, cut short or damaged, or its header names voxels in another folder.
+            The text names the file.
     """
     file = Path(file)
     ending = (ending_of(file) or file.suffix).lower()
@@ -120,11 +146,11 @@ def read(file: Path) -> Picture:
         return _read_itk(file) if ending in ITK or ending in META else _read_with_nnunet(file)
     except InputError:
         raise
-    except Exception as error:  # each library has its own; to the user they all say the same
-        # not the lines in which ITK tells where in its source it noticed
+    except Exception as error:  # each library has its own, and they all mean the same to users
+        # without the lines in which ITK names its own source files
         reason = [line.strip() for line in str(error).splitlines() if not re.search(r"\.cxx:\d+|^\s*$", line)]
-        raise InputError(f"{file}: cannot be read as an image; is it cut short, damaged, or of another format? Fetch or "
-                         f"write it anew ({' '.join(reason) or type(error).__name__})") from error
+        raise InputError(f"{file}: cannot be read as an image; is it cut short, damaged, or of another format? Fetch "
+                         f"or write it anew ({' '.join(reason) or type(error).__name__})") from error
 
 
 def count_voxels(label: np.ndarray, values: Iterable[int]) -> dict[int, int]:
@@ -164,7 +190,7 @@ def _read_itk(file: Path) -> Picture:
     with quiet():
         reader = _header(file)
         voxels = sitk.GetArrayFromImage(reader.Execute())
-    if ending_of(file, (".gipl",)) and file.stat().st_size < 256 + voxels.nbytes:  # the header's; ITK does not notice
+    if ending_of(file, (".gipl",)) and file.stat().st_size < 256 + voxels.nbytes:  # the header has 256 bytes
         raise ValueError("shorter than its header says")
     return _picture(voxels, Geometry.of(reader))
 
@@ -174,11 +200,11 @@ def _header(file: Path) -> sitk.ImageFileReader:
     reader.SetFileName(str(file))
     reader.ReadImageInformation()
     if reader.GetNumberOfComponents() != 1:
-        raise InputError(f"{file}: holds {reader.GetNumberOfComponents()} values a voxel (colours?); nnU-Net needs a file a "
-                         f"channel")
+        raise InputError(f"{file}: holds {reader.GetNumberOfComponents()} values a voxel (colours?); nnU-Net needs a "
+                         f"file for each channel")
     if reader.GetDimension() not in (2, 3, 4):
-        raise InputError(f"{file}: is {reader.GetDimension()}-dimensional; images have 2 or 3 dimensions, or 4 with the "
-                         f"channels last")
+        raise InputError(f"{file}: is {reader.GetDimension()}-dimensional; images have 2 or 3 dimensions, or 4 with "
+                         f"the channels last")
     return reader
 
 
@@ -187,12 +213,12 @@ def _picture(voxels: np.ndarray, geometry: Geometry) -> Picture:
 
 
 def _read_nifti(file: Path) -> Picture:
-    """Not the voxels by ITK: it takes a gzip stream that was cut short for a whole one, and NaN for 0."""
+    """Read the voxels by nibabel: ITK does not notice that a gzip stream was cut short, and reads NaN as 0."""
     import nibabel
 
     content = file.read_bytes()
     if file.name.lower().endswith(".gz"):
-        content = gzip.decompress(content)  # checks the sum at the end
+        content = gzip.decompress(content)  # checks the checksum at the end
     second = _is_nifti2(content)
     image = (nibabel.Nifti2Image if second else nibabel.Nifti1Image).from_bytes(content)
     if second:
@@ -202,8 +228,9 @@ def _read_nifti(file: Path) -> Picture:
             geometry = Geometry.of(_header(file))
     voxels = np.asanyarray(image.dataobj).T
     if voxels.dtype.kind not in "iuf":
-        raise InputError(f"{file}: holds {voxels.dtype} (colours?); nnU-Net needs a file a channel")
-    if voxels.dtype != image.get_data_dtype() and voxels.dtype.kind == "f":  # scaled: as ITK, and so nnU-Net, does it
+        raise InputError(f"{file}: holds {voxels.dtype} (colours?); nnU-Net needs a file for each channel")
+    if voxels.dtype != image.get_data_dtype() and voxels.dtype.kind == "f":
+        # scaled, which ITK, and so nnU-Net, does in single precision
         voxels = voxels.astype(np.float32)
     return _picture(voxels.astype(voxels.dtype.newbyteorder("="), copy=False), geometry)
 
@@ -213,7 +240,7 @@ def _is_nifti2(start: bytes) -> bool:
 
 
 def _geometry_of_nifti2(image) -> Geometry:
-    """ITK does not read NIfTI-2. The affine's axes point right, front, up; those of ITK left, back, up."""
+    """Return the geometry, which ITK cannot read. The affine's axes point right, front, up; ITK's left, back, up."""
     n = min(len(image.shape), 3)
     affine = np.diag((-1, -1, 1, 1)) @ image.affine
     spacing = np.linalg.norm(affine[:3, :3], axis=0)
@@ -226,13 +253,13 @@ def _read_with_nnunet(file: Path) -> Picture:
     from nnunetv2.imageio.reader_writer_registry import determine_reader_writer_from_file_ending
     from nnunetv2.imageio.tif_reader_writer import Tiff3DIO
 
-    complaints: list[str] = []  # tifffile logs that pages are missing, and returns the others
+    complaints: list[str] = []  # if pages are missing, tifffile logs it and returns the others
 
     def keep(record: logging.LogRecord) -> None:
         complaints.append(record.getMessage())
 
     logging.getLogger("tifffile").addFilter(keep)
-    # it prints the class that it takes, and the tracebacks of those that failed
+    # nnU-Net prints which reader it takes, and the tracebacks of those that failed
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         try:
             reader = determine_reader_writer_from_file_ending(file.suffix, str(file))
@@ -244,14 +271,14 @@ def _read_with_nnunet(file: Path) -> Picture:
     if any("page offset" in complaint for complaint in complaints):
         raise ValueError("pages are missing")
     spacing = properties["spacing"]
-    if reader is Tiff3DIO:  # it takes the name of every file to end with a channel
+    if reader is Tiff3DIO:  # this reader expects that the name of every file ends with a channel
         aside = spacing_file(file)
         spacing = json.loads(aside.read_text(encoding="utf-8"))["spacing"] if aside.is_file() else (1, 1, 1)
     return Picture(voxels, Geometry.plain(voxels.shape[1:], spacing))
 
 
 class quiet:
-    """ITK warns on every read of ACDC that the sform has no scales, and reads the spacing right."""
+    """Silence ITK's warnings. It warns of the sform of every ACDC image, although it reads the spacing right."""
 
     def __enter__(self):
         self.before = sitk.ProcessObject.GetGlobalWarningDisplay()
@@ -264,9 +291,10 @@ class quiet:
 # ---- headers that name other files -----------------------------------------------------------------------------------
 
 def parts(file: Path) -> list[Path]:
-    """The files that make up an image: itself, and the one that holds the voxels (.mhd) or the spacing (TIFF).
+    """Return the files that make up an image: itself, and the one that holds the voxels (.mhd) or the spacing (TIFF).
 
-    Raises InputError for a header that names voxels in other folders or in several files.
+    Raises:
+        InputError: The header names voxels in another folder or in several files.
     """
     found = [file, _voxel_file(file)]
     if ending_of(file, TIFF) and spacing_file(file).is_file():
@@ -275,7 +303,7 @@ def parts(file: Path) -> list[Path]:
 
 
 def stands_alone(file: Path) -> bool:
-    """Whether nnU-Net reads a copy of this file alone, TIFF's spacing apart; not so NIfTI-2 and voxels in another file."""
+    """Whether nnU-Net can read a copy of this file alone. It cannot read NIfTI-2, or a copy without its voxel file."""
     if ending_of(file, NIFTI):
         with (gzip.open if file.name.lower().endswith(".gz") else open)(file, "rb") as stream:
             return not _is_nifti2(stream.read(4))
@@ -283,14 +311,14 @@ def stands_alone(file: Path) -> bool:
 
 
 def _fields(file: Path) -> tuple[dict[str, str], int]:
-    """Of the header of a MetaImage or NRRD file, names in lower case; and where it ends. Nothing for other formats."""
+    """Return the fields of a MetaImage or NRRD header, with names in lower case, and its length in bytes."""
     if not ending_of(file, (*META, ".nrrd")):
         return {}, 0
     try:
         with open(file, "rb") as stream:
             content = stream.read(2 ** 20)
     except OSError:
-        return {}, 0  # who reads it tells
+        return {}, 0  # whoever reads it reports the error
     last = rb"^ElementDataFile[^\n]*\n?" if ending_of(file, META) else rb"\n\r?\n"
     match = re.search(rb"\A.*?" + last, content, re.DOTALL | re.MULTILINE)
     header = match[0] if match else content if content.startswith(b"NRRD") else b""
@@ -299,32 +327,38 @@ def _fields(file: Path) -> tuple[dict[str, str], int]:
 
 
 def _voxel_file(file: Path) -> Path | None:
-    """The file that a header names for its voxels; None if they follow the header."""
+    """Return the file that a header names for its voxels; None if they follow the header."""
     fields, _ = _fields(file)
     name = fields.get("elementdatafile", fields.get("datafile"))
     if name is None or name.lower() == "local":
         return None
     if name in ("", ".", "..") or re.search(r"[/\\%]|^LIST", name):
-        raise InputError(f"{file}: names {name!r} for its voxels, which is not one file beside it; write the image anew, "
-                         f"to one file")
+        raise InputError(f"{file}: names {name!r} for its voxels, which is not one file beside it; write the image "
+                         f"anew, to one file")
     return file.with_name(name)
 
 
 def _check_stream(file: Path) -> None:
-    """Raise an error for damaged voxels: ITK returns what it could make of them."""
+    """Raise an error if compressed voxels are damaged. ITK would return what it could read of them."""
     fields, end = _fields(file)
-    apart = _voxel_file(file)
+    voxel_file = _voxel_file(file)
     if fields.get("compresseddata", "").lower() == "true" or fields.get("encoding", "").lower() in ("gzip", "gz"):
-        zlib.decompress(apart.read_bytes() if apart else file.read_bytes()[end:], wbits=47)  # zlib's or gzip's, by its start
+        content = voxel_file.read_bytes() if voxel_file else file.read_bytes()[end:]
+        zlib.decompress(content, wbits=47)  # takes zlib's and gzip's format
 
 
 # ---- carrying over and writing ---------------------------------------------------------------------------------------
 
 def carry_over(file: Path, target: Path, link: bool = False) -> None:
-    """A copy, byte for byte; with `link` a hard link, which costs no space, where the file system has them.
+    """Copy a file byte for byte, with the JSON file of a TIFF image's spacing.
 
-    Never over an existing file: that could be a link to somebody's image. The JSON file of a TIFF image's spacing comes
-    along: nnU-Net reads the one that has the name of `target` without the channel.
+    Args:
+        file: The image or label.
+        target: The copy. It must not exist, because it could be a link to somebody's image.
+        link: Whether to make a hard link, which takes no space, if the file system has them.
+
+    Raises:
+        OSError: `target` exists, or the disk is full.
     """
     if ending_of(file, TIFF) and spacing_file(file).is_file():
         shutil.copyfile(spacing_file(file), spacing_file(target))
@@ -341,18 +375,25 @@ def carry_over(file: Path, target: Path, link: bool = False) -> None:
 
 
 def spacing_file(file: Path) -> Path:
-    """The JSON file of a TIFF image's spacing: that of its own name, or else of its name without the channel."""
+    """Return the JSON file of a TIFF image's spacing. It has the name of the image, or that without the channel."""
     stem = file.name[:-len(ending_of(file))]
     own = file.with_name(f"{stem}.json")
     return own if own.is_file() else file.with_name(re.sub(r"_\d{4}$", "", stem) + ".json")
 
 
 def write(file: Path, voxels: np.ndarray, geometry: Geometry) -> None:
-    """voxels: (Z, Y, X) or (Y, X); compressed, and read again, because ITK does not tell of a disk that is full.
+    """Write an image, compressed, and read it again, because ITK does not report that the disk is full.
 
-    Raises OSError where what was written is not what was to be written.
+    Args:
+        file: The image. It must not exist. Its ending chooses the format.
+        voxels: (Z, Y, X) or (Y, X).
+        geometry: Where the voxels lie.
+
+    Raises:
+        OSError: The file exists, or does not hold what was to be written.
     """
-    wider = {"?": np.uint8, "e": np.float32}.get(voxels.dtype.char, voxels.dtype)  # ITK has no bool and no half precision
+    # ITK has no bool and no half precision
+    wider = {"?": np.uint8, "e": np.float32}.get(voxels.dtype.char, voxels.dtype)
     voxels = voxels.astype(np.dtype(wider).newbyteorder("="), copy=False)
     try:
         if file.exists():
@@ -367,7 +408,8 @@ def write(file: Path, voxels: np.ndarray, geometry: Geometry) -> None:
             _write_with_nnunet(file, voxels, geometry)
         written = read(file)
     except (RuntimeError, ValueError) as error:
-        raise OSError(f"{file}: could not be written; is the disk full? ({str(error).strip().splitlines()[-1]})") from error
+        raise OSError(f"{file}: could not be written; is the disk full? "
+                      f"({str(error).strip().splitlines()[-1]})") from error
     changed = written.geometry.differences(geometry)
     if changed:
         raise OSError(f"{file}: this format does not keep where the voxels lie: {', '.join(changed)}; choose another")

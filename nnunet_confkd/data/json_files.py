@@ -1,4 +1,4 @@
-"""nnU-Net's JSON files, read with errors that name the file and what is wrong in it: dataset.json, plans.json, splits_final.json."""
+"""Read nnU-Net's JSON files: dataset.json, plans.json, splits_final.json. Errors name what is wrong in them."""
 from __future__ import annotations
 
 import json
@@ -11,7 +11,8 @@ from nnunet_confkd.errors import InputError, shown
 
 NEEDED = {  # of dataset.json, and what each must be
     "channel_names": 'the names of the channels, {"0": "T1", "1": ...}, numbered in order',
-    "labels": 'names and values, {"background": 0, "one": 1, ...}, each a whole number or a list of them, "ignore" a number',
+    "labels": 'names and values, {"background": 0, "one": 1, ...}, each a whole number or a list of them, "ignore" a '
+              "number",
     "file_ending": f"one of {', '.join(ENDINGS)}",
     "numTraining": "the number of training cases"}
 OPTIONAL = {
@@ -22,55 +23,69 @@ OPTIONAL = {
 
 
 def read_json(file: str | Path, kind: type = dict):
-    """What the file holds: an object, with kind=list a list, with kind=object anything. Raises InputError."""
+    """Read a JSON file.
+
+    Args:
+        file: The file.
+        kind: What it must hold: dict, list, or object for anything.
+
+    Raises:
+        InputError: The file cannot be read, or holds something else.
+    """
     try:
         content = json.loads(Path(file).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"{file}: cannot be read as JSON ({error}); correct it, or remove it and make it anew") from error
+        raise InputError(f"{file}: cannot be read as JSON ({error}); correct it, or remove it and make it "
+                         f"anew") from error
     if not isinstance(content, kind):
         raise InputError(f"{file}: must hold {'an object {...}' if kind is dict else 'a list [...]'}")
     return content
 
 
 def malformed(described: dict) -> dict[str, str]:
-    """{key of dataset.json: what it must be}, of those that are not, or are missing though nnU-Net needs them."""
+    """Return {key: what it must be} of the entries of a dataset.json that are wrong, or are missing and needed."""
     labels, channels = described.get("labels"), described.get("channel_names")
     right = {
-        "channel_names": isinstance(channels, dict) and channels and list(channels) == [str(i) for i in range(len(channels))]
-        and all(isinstance(name, str) for name in channels.values()),
+        "channel_names": isinstance(channels, dict) and channels
+        and list(channels) == [str(i) for i in range(len(channels))] and _texts(list(channels.values())),
         "labels": isinstance(labels, dict) and set(labels) - {"ignore"} and is_whole(labels.get("ignore", 0))
         and all(is_whole(v) or _whole_numbers(v) and v for v in labels.values()),
         "numTraining": is_whole(described.get("numTraining")),
         "file_ending": isinstance(described.get("file_ending"), str) and described["file_ending"].lower() in ENDINGS,
         "dataset": _is_listing(described.get("dataset", {})),
         "patient_pattern": described.get("patient_pattern") is None or isinstance(described["patient_pattern"], str),
-        "regions_class_order": described.get("regions_class_order") is None or _whole_numbers(described["regions_class_order"]),
+        "regions_class_order": described.get("regions_class_order") is None
+        or _whole_numbers(described["regions_class_order"]),
         "supervision": described.get("supervision") is None or isinstance(described["supervision"], dict)}
     return {key: meaning for key, meaning in (NEEDED | OPTIONAL).items() if not right[key]}
 
 
 def read_description(file: Path, needed: Iterable[str] = ("labels", "channel_names", "file_ending")) -> dict:
-    """A dataset.json whose `needed` entries are there, and all others, where there are any, of nnU-Net's form. Raises InputError."""
+    """Read a dataset.json and check it by :func:`require_description`."""
     described = read_json(file)
     require_description(described, file, needed)
     return described
 
 
 def require_description(described: dict, file: Path | str, needed: Iterable[str] = ("labels",)) -> None:
+    """Raise InputError if `needed` entries of a dataset.json are missing, or any entry has not nnU-Net's form."""
     if not isinstance(described, dict):
         raise InputError(f"{file}: must hold an object {{...}}")
     wrong = {key: meaning for key, meaning in malformed(described).items() if key in described or key in needed}
     missing = [key for key in wrong if key not in described]
     texts = [f"lacks {', '.join(missing)}"] if missing else []
-    texts += [f'"{key}" must be {meaning}; got {shown(described[key])}' for key, meaning in wrong.items() if key in described]
+    texts += [f'"{key}" must be {meaning}; got {shown(described[key])}' for key, meaning in wrong.items()
+              if key in described]
     if texts:
         raise InputError(f"{file}: " + "\n  ".join(texts))
 
 
 def read_plans(file: Path) -> dict:
-    """A plans.json; its names of the plans and of the data set are names of folders, so that nothing made of them leads elsewhere.
+    """Read a plans.json.
 
-    Raises InputError.
+    Raises:
+        InputError: It has not nnU-Net's form, or its "plans_name" or "dataset_name" is not the name of a folder. Paths
+            are made of these names, which must not lead elsewhere.
     """
     plans = read_json(file)
     for key in ("plans_name", "dataset_name"):
@@ -83,15 +98,15 @@ def read_plans(file: Path) -> dict:
 
 
 def read_folds(file: str | Path) -> list[dict[str, list[str]]]:
-    """A splits_final.json. Raises InputError."""
-    wrong = InputError(f'{file}: is no list of folds [{{"train": [CASE, ...], "val": [CASE, ...]}}, ...]; correct it, or remove it for the '
-                       f"default")
+    """Read a splits_final.json. Raises InputError if it has not nnU-Net's form."""
+    wrong = InputError(f'{file}: is no list of folds [{{"train": [CASE, ...], "val": [CASE, ...]}}, ...]; correct it, '
+                       f"or remove it for the default")
     try:
         folds = read_json(file, list)
     except InputError as error:
         raise wrong from error
-    if not folds or not all(isinstance(fold, dict) and all(isinstance(fold.get(side), list) and all(isinstance(c, str) for c in fold[side])
-                                                           for side in ("train", "val")) for fold in folds):
+    if not folds or not all(isinstance(fold, dict) and _texts(fold.get("train")) and _texts(fold.get("val"))
+                            for fold in folds):
         raise wrong
     return folds
 
@@ -116,38 +131,58 @@ def changed_since_planning(raw: dict, planned: dict) -> list[str]:
 
 
 def planning_text(raw: str | Path, planned: str | Path, keys: Iterable[str], dataset_id: int) -> str:
-    """What to do about :func:`changed_since_planning`."""
+    """Say what to do about the differences that :func:`changed_since_planning` found.
+
+    Args:
+        raw: The raw dataset.json.
+        planned: The copy that planning made.
+        keys: The keys that differ.
+        dataset_id: For the commands in the text.
+    """
     keys = list(keys)
     if {"supervision", "patient_pattern"}.issuperset(keys):
         remedy = f"Copy the first file over the second (confkd plan -d {dataset_id} --no_pp does so, too)"
     else:
         remedy = f"Plan and preprocess again: confkd plan -d {dataset_id}, with the options of the first time"
-    return (f"{raw} differs from {planned}, which training reads, in {', '.join(keys)}: it was edited after planning, and training "
-            f"would not notice. {remedy}, or undo the edit")
+    return (f"{raw} differs from {planned}, which training reads, in {', '.join(keys)}: it was edited after planning, "
+            f"and training would not notice. {remedy}, or undo the edit")
 
 
 def read_record(file: str | Path) -> dict:
-    """The confkd.json of a trained fold, with its training cases ("supervision") and validation cases. Raises InputError."""
+    """Read the confkd.json of a trained fold.
+
+    Raises:
+        InputError: It has no "supervision" (the kinds of the training cases) or no "pseudo_dice_on" (validation cases).
+    """
     record = read_json(file)
-    validation = record.get("pseudo_dice_on")
-    if not (isinstance(record.get("supervision"), dict) and isinstance(validation, list) and all(isinstance(case, str) for case in validation)):
-        raise InputError(f'{file}: must hold "supervision", {{CASE: kind}}, and "pseudo_dice_on", [CASE, ...], as the training writes them; take '
-                         f"it from a copy, or train again")
+    if not (isinstance(record.get("supervision"), dict) and _texts(record.get("pseudo_dice_on"))):
+        raise InputError(f'{file}: must hold "supervision", {{CASE: kind}}, and "pseudo_dice_on", [CASE, ...], as the '
+                         f"training writes them; take it from a copy, or train again")
     return record
 
 
 def split_of_fold(file: str | Path, name: str) -> dict[str, list[str]] | None:
-    """The split of a fold ("0", "1", ...) in a splits_final.json; None where there is no such file or fold. Raises InputError."""
+    """Return the split of a fold ("0", "1", ...) in a splits_final.json; None if there is no such file or fold.
+
+    Raises:
+        InputError: The file has not nnU-Net's form.
+    """
     folds = read_folds(file) if Path(file).is_file() else []
     return folds[int(name)] if name.isdigit() and int(name) < len(folds) else None
 
 
 def is_whole(value) -> bool:
+    """Whether a JSON value is a whole number; true and false are none."""
     return isinstance(value, int) and not isinstance(value, bool)
 
 
 def is_folder_name(value) -> bool:
+    """Whether a JSON value can be the name of a folder, which leads nowhere else."""
     return isinstance(value, str) and bool(re.fullmatch(r"[^/\\\0]+", value)) and value.strip(" .") != ""
+
+
+def _texts(value) -> bool:
+    return isinstance(value, list) and all(isinstance(text, str) for text in value)
 
 
 def _whole_numbers(value) -> bool:

@@ -1,4 +1,4 @@
-"""Which cases belong to one patient, and the division of patients into folds."""
+"""Which cases belong to one patient, who stays fully annotated, and the division of patients into folds."""
 from __future__ import annotations
 
 import argparse
@@ -9,14 +9,24 @@ from collections.abc import Iterable, Mapping
 from nnunet_confkd.data.supervision import FULL
 from nnunet_confkd.errors import InputError, some
 
-VALIDATION_SHARE = 0.2
-
-
+VALIDATION_SHARE = 0.2  # of the patients, in experiments without a split
 FOLDS = 5  # nnU-Net's number
 
 
 def patients_of(cases: Iterable[str], pattern: str | None) -> dict[str, str]:
-    """{case: patient}. Raises InputError with all the cases that the pattern does not match."""
+    """Find the patient of each case.
+
+    Args:
+        cases: The names of the cases.
+        pattern: A regular expression. Its first group in the name of a case is the patient, or all that it matches if
+            it has no group. None: each case is a patient of its own.
+
+    Returns:
+        {case: patient}.
+
+    Raises:
+        InputError: The pattern is not a regular expression, or does not match some cases. The text names them.
+    """
     cases = list(cases)
     if pattern is None:
         return {case: case for case in cases}
@@ -33,18 +43,28 @@ def patients_of(cases: Iterable[str], pattern: str | None) -> dict[str, str]:
 
 def experiment_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of commands that keep N patients full and hold others back to validate."""
-    parser.add_argument("--seed", type=int, default=0, help="of the choice of patients (and of weak labels)")
-    parser.add_argument("--folds", type=int, choices=range(1, FOLDS + 1), default=FOLDS, help="folds over which the patients "
-                        f"are divided that are held back to validate (default: {FOLDS}; 1: fold 0 validates on all of them)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the choice of patients (and of weak labels)")
+    parser.add_argument("--folds", type=int, choices=range(1, FOLDS + 1), default=FOLDS,
+                        help="number of folds over which the patients are divided that are held back to validate "
+                        f"(default: {FOLDS}; 1: fold 0 validates on all of them)")
 
 
-def choose_patients(patients: Iterable[str], seed: int, full: list[str], validation: Iterable[str] | None = None,
-                    ) -> dict[str, str]:
-    """{patient: "validation" | "full" | "other"}, seeded: about a fifth to validate, and of the others those to stay full.
+def choose_patients(patients: Iterable[str], seed: int, full: list[str],
+                    validation: Iterable[str] | None = None) -> dict[str, str]:
+    """Choose at random who validates, who stays fully annotated, and who does not.
 
-    full: names, or one number (of the same seed, fewer lie within more).
-    validation: the patients that validate, where that is settled already. A single patient does not validate.
-    Raises InputError where that many or those are not there, or where they would leave too few to validate.
+    Args:
+        patients: The names of the patients, in any order and number.
+        seed: Of the choice.
+        full: The patients that stay fully annotated: names, or one number. With the same seed, a smaller number chooses
+            a part of a larger one's patients.
+        validation: The patients that validate. None: about a fifth of all, but not a single patient.
+
+    Returns:
+        {patient: "validation" | "full" | "other"}, in random order.
+
+    Raises:
+        InputError: There are not so many patients, or not those, or they would leave too few to validate.
     """
     order = sorted(set(patients))
     random.Random(seed).shuffle(order)
@@ -56,8 +76,8 @@ def choose_patients(patients: Iterable[str], seed: int, full: list[str], validat
         count = max(1, round(VALIDATION_SHARE * len(order))) if len(order) > 1 else 0
         validation = [patient for patient in order if patient not in named][:count]
         if len(validation) < count:
-            raise InputError(f"{len(set(named))} of {len(order)} patients are to be full; name fewer, {count} are needed to "
-                             f"validate")
+            raise InputError(f"{len(set(named))} of {len(order)} patients are to be full; name fewer, {count} are "
+                             f"needed to validate")
     validation = set(validation)
     if validation & set(named):
         raise InputError(f"these patients validate and cannot be among the full ones: "
@@ -65,10 +85,11 @@ def choose_patients(patients: Iterable[str], seed: int, full: list[str], validat
     rest = [patient for patient in order if patient not in validation]
     if _is_number(full):
         if not 1 <= int(full[0]) <= len(rest):
-            raise InputError(f"{full[0]} full patients are asked for; besides the {len(validation)} that validate there are "
-                             f"{len(rest)} to choose from")
+            raise InputError(f"{full[0]} full patients are asked for; besides the {len(validation)} that validate "
+                             f"there are {len(rest)} to choose from")
         named = rest[:int(full[0])]
-    return {patient: "validation" if patient in validation else "full" if patient in named else "other" for patient in order}
+    return {patient: "validation" if patient in validation else "full" if patient in named else "other"
+            for patient in order}
 
 
 def _is_number(full: list[str]) -> bool:
@@ -88,8 +109,8 @@ def split_full_cases(kinds: Mapping[str, str], patients: Mapping[str, str] | Non
         patients: {case: patient}; None: each case is a patient of its own.
         held_back: Patients that validate and never train. Each fold validates on a part of them, and trains on all
             patients that are not held back. None: all fully annotated patients take their turn.
-        folds: At most how many folds. One fold validates on all patients that are held back; without such patients there
-            are at least two.
+        folds: At most how many folds. One fold validates on all patients that are held back; without such patients
+            there are at least two.
 
     Returns:
         The folds, at most one for each patient to validate.
@@ -102,8 +123,9 @@ def split_full_cases(kinds: Mapping[str, str], patients: Mapping[str, str] | Non
     held_back = set(held_back or ())
     validating = sorted(full & held_back if held_back else full)
     if len(full) < 2 or not validating:
-        raise InputError("fewer than two patients are fully annotated in all of their cases, so none can be spared for validation. "
-                         "Train on fold 'all' (confkd train ID CONFIGURATION all), or annotate another patient completely.")
+        raise InputError("fewer than two patients are fully annotated in all of their cases, so none can be spared for "
+                         "validation. Train on fold 'all' (confkd train ID CONFIGURATION all), or annotate another "
+                         "patient completely.")
     number = min(folds if held_back else max(folds, 2), len(validating))
     if number == 1:
         parts = [validating]
@@ -128,23 +150,26 @@ def single_patient_text(folds: Mapping[str, Mapping[str, Iterable[str]]], kinds:
     Returns:
         The text, with numbers; None if every fold validates on more than one patient.
     """
-    def of(cases: Iterable[str]) -> set[str]:
+    def named(cases: Iterable[str]) -> set[str]:
         return {patients.get(case, case) for case in cases}
 
-    single = [fold for fold in folds.values() if len(of(fold["val"])) == 1]
+    single = [fold for fold in folds.values() if len(named(fold["val"])) == 1]
     if not single:
         return None
-    full = of(kinds) - of(case for case, kind in kinds.items() if kind != FULL)
-    lost = [len(full - of(fold["train"])) for fold in single]
+    full = named(kinds) - named(case for case, kind in kinds.items() if kind != FULL)
+    lost = [len(full - named(fold["train"])) for fold in single]
     shares = number_range(round(100 * number / len(full)) for number in lost) if full else "0"
     names = some(name for name, fold in folds.items() if fold in single)
-    text = (f"{names}: the validation is on a single patient, so the pseudo-Dice and the choice of checkpoint_best are mostly noise, and "
-            f"{number_range(lost)} of {len(full)} fully annotated patients ({shares} %) do not train. ")
-    if any(full - of(fold["train"]) - of(fold["val"]) for fold in single):
-        return text + "Others are held back for other folds: with --folds 1, the command that wrote the data set makes one fold of them"
+    text = (f"{names}: the validation is on a single patient, so the pseudo-Dice and the choice of checkpoint_best are "
+            f"mostly noise, and {number_range(lost)} of {len(full)} fully annotated patients ({shares} %) do not "
+            f"train. ")
+    if any(full - named(fold["train"]) - named(fold["val"]) for fold in single):
+        return text + ("Others are held back for other folds: with --folds 1, the command that wrote the data set "
+                       "makes one fold of them")
     return text + f"Consider fold 'all', which trains on all of them ({command}); predict with checkpoint_final then"
 
 
 def number_range(numbers: Iterable[int]) -> str:
+    """Return for example "3" or "3 to 5"."""
     numbers = sorted(numbers)
     return f"{numbers[0]}" if numbers[0] == numbers[-1] else f"{numbers[0]} to {numbers[-1]}"

@@ -1,9 +1,13 @@
-"""nnU-Net's fingerprint, planning and preprocessing, made right for partial labels.
+"""nnU-Net's fingerprint, planning and preprocessing, corrected for partial labels.
 
-Without an ignore label these are nnU-Net's own steps and results. With one, the intensity statistics are those of annotated
-foreground (nnU-Net takes ignored voxels for foreground), resampling loses no annotation, the default split validates on
-fully labelled cases alone, and a report tells what became of the annotations. In both, `confkd` blocks of settings
-survive planning anew.
+Without an ignore label these are nnU-Net's own steps and results. With one,
+
+- the intensity statistics are those of annotated foreground; nnU-Net takes ignored voxels for foreground;
+- resampling loses no annotation;
+- the default split validates on fully annotated cases only;
+- a report compares the annotations before and after.
+
+In both cases `confkd` blocks of settings in the plans survive when the data set is planned again.
 """
 from __future__ import annotations
 
@@ -22,7 +26,12 @@ from typing import Any
 import nnunetv2
 import numpy as np
 from batchgenerators.utilities.file_and_folder_operations import save_json
-from nnunetv2.experiment_planning.plan_and_preprocess_api import extract_fingerprints, plan_experiments, preprocess, preprocess_dataset
+from nnunetv2.experiment_planning.plan_and_preprocess_api import (
+    extract_fingerprints,
+    plan_experiments,
+    preprocess,
+    preprocess_dataset,
+)
 from nnunetv2.experiment_planning.verify_dataset_integrity import verify_dataset_integrity
 from nnunetv2.imageio.base_reader_writer import BaseReaderWriter
 from nnunetv2.imageio.reader_writer_registry import determine_reader_writer_from_dataset_json
@@ -37,12 +46,22 @@ from nnunet_confkd.data.images import count_voxels, quiet
 from nnunet_confkd.data.json_files import read_description, read_json
 from nnunet_confkd.data.patients import patients_of, split_full_cases
 from nnunet_confkd.data.resampling import KeepAnnotations
-from nnunet_confkd.data.supervision import FULL, OUTSIDE, TABLE_KEY, UNLABELLED, annotation_counts, check_labels, decide_kinds, kind_of, summary
+from nnunet_confkd.data.supervision import (
+    FULL,
+    OUTSIDE,
+    TABLE_KEY,
+    UNLABELLED,
+    annotation_counts,
+    check_labels,
+    decide_kinds,
+    kind_of,
+    summary,
+)
 from nnunet_confkd.errors import InputError
 from nnunet_confkd.files import written_whole
 
 BLOCK = "confkd"  # the key of the trainer's settings in the plans
-# of the fingerprint, where the statistics are not nnU-Net's: one without it counts ignored voxels as foreground
+# an entry of our fingerprints; a fingerprint without it counts ignored voxels as foreground
 MARKER, MARK = "foreground_intensities_of", "annotated voxels"
 CONFIGURATIONS = ("2d", "3d_fullres", "3d_lowres")
 PROCESSES = {"2d": 8, "3d_fullres": 4, "3d_lowres": 8}  # nnU-Net's defaults; 4 for any other
@@ -54,17 +73,28 @@ def plan(datasets: Sequence[int | str], *, configurations: Sequence[str] = CONFI
          preprocessor_name: str = "DefaultPreprocessor", overwrite_target_spacing: Sequence[float] | None = None,
          overwrite_plans_name: str | None = None, fingerprint_extractor: str = "DatasetFingerprintExtractor",
          fingerprint_processes: int = 8, processes: Sequence[int] | None = None, verify_integrity: bool = False,
-         clean: bool = False, no_preprocessing: bool = False, verbose: bool = False, no_progress_bar: bool = False) -> str:
-    """nnUNetv2_plan_and_preprocess; returns the name of the plans.
+         clean: bool = False, no_preprocessing: bool = False, verbose: bool = False,
+         no_progress_bar: bool = False) -> str:
+    """Do what nnUNetv2_plan_and_preprocess does.
 
-    datasets: ids or names. The keywords are nnU-Net's options, with its defaults (see :func:`main`).
-    Raises InputError before anything is written: no such data set or class, numbers that do not fit, labels that cannot be
-    read or hold other values than dataset.json lists, a "supervision" table that contradicts them, no annotated foreground.
+    Args:
+        datasets: Ids or names.
+
+    The keywords are nnU-Net's options, with its defaults (see :func:`main`).
+
+    Returns:
+        The name of the plans.
+
+    Raises:
+        InputError: There is no such data set or class, numbers do not fit, labels cannot be read or hold values that
+            dataset.json does not list, its "supervision" contradicts them, or no foreground is annotated. Nothing has
+            been written then.
     """
     names = [_find(dataset) for dataset in datasets]
     processes = list(processes or [PROCESSES.get(c, 4) for c in configurations])
     if len(processes) not in (1, len(configurations)):
-        raise InputError(f"-np: {len(processes)} numbers for {len(configurations)} configurations; give one, or one each")
+        raise InputError(f"-np: {len(processes)} numbers for {len(configurations)} configurations; give one number, or "
+                         f"one for each")
     processes = processes * len(configurations) if len(processes) == 1 else processes
     if overwrite_target_spacing is not None and len(overwrite_target_spacing) != 3:
         raise InputError(f"-overwrite_target_spacing: three numbers are needed, not {len(overwrite_target_spacing)}")
@@ -72,14 +102,15 @@ def plan(datasets: Sequence[int | str], *, configurations: Sequence[str] = CONFI
     _find_class("experiment_planning", planner, "-pl")
     _find_class("preprocessing", preprocessor_name, "-preprocessor_name")
     described = {name: _dataset_json(name) for name in names}
-    labels = {name: read_raw_labels(name, content) for name, content in described.items() if "ignore" in content["labels"]}
+    labels = {name: read_raw_labels(name, content) for name, content in described.items()
+              if "ignore" in content["labels"]}
 
     bar = not no_progress_bar
     print("Fingerprint extraction...")
     for name in names:
         if name not in labels:
-            extract_fingerprints([_id(name)], fingerprint_extractor, fingerprint_processes, verify_integrity, clean, verbose,
-                                 bar)
+            extract_fingerprints([_id(name)], fingerprint_extractor, fingerprint_processes, verify_integrity, clean,
+                                 verbose, bar)
             continue
         print(name)
         if verify_integrity:
@@ -108,7 +139,7 @@ def plan(datasets: Sequence[int | str], *, configurations: Sequence[str] = CONFI
     return plans_name
 
 
-# ---- what is there --------------------------------------------------------------------------------------------------
+# ---- input ----------------------------------------------------------------------------------------------------------
 
 def _find(dataset: int | str) -> str:
     name = find_dataset(dataset)
@@ -127,7 +158,7 @@ def _id(name: str) -> int:
 
 
 def _find_class(package: str, name: str, option: str) -> type:
-    """A class of nnU-Net's by its name, as nnU-Net finds it."""
+    """Find a class of nnU-Net by its name, as nnU-Net does."""
     found = recursive_find_python_class(os.path.join(nnunetv2.__path__[0], package), name, f"nnunetv2.{package}")
     if found is None:
         raise InputError(f"{option} {name}: nnU-Net has no such class in nnunetv2.{package}")
@@ -153,7 +184,7 @@ def _dataset_json(name: str) -> dict:
 
 @contextmanager
 def _about(folder: Path) -> Iterator[None]:
-    """Tell which data set an error is about."""
+    """Name the data set in the errors that are raised meanwhile."""
     try:
         yield
     except InputError as error:
@@ -162,8 +193,16 @@ def _about(folder: Path) -> Iterator[None]:
 
 @dataclass
 class RawLabels:
-    """The training labels of a data set with an ignore label: by case the file, the voxels per label, the kind and the
-    patient."""
+    """The training labels of a data set with an ignore label.
+
+    Attributes:
+        files: {case: label file}.
+        counts: {case: {label: voxels}}.
+        kinds: {case: kind of supervision}.
+        patients: {case: patient}.
+        reader: nnU-Net's reader for the files.
+        manager: nnU-Net's label manager of the data set.
+    """
     files: dict[str, str]
     counts: dict[str, dict[int, int]]
     kinds: dict[str, str]
@@ -173,14 +212,23 @@ class RawLabels:
 
 
 def read_raw_labels(name: str, described: dict) -> RawLabels:
-    """Count the voxels of all labels. Raises InputError with all that is wrong with them."""
+    """Count the voxels of all labels.
+
+    Args:
+        name: Of the data set's folder.
+        described: The content of its dataset.json.
+
+    Raises:
+        InputError: With all that is wrong with the labels.
+    """
     folder = raw_folder() / name
     try:
         manager = LabelManager(described["labels"], described.get("regions_class_order"))
         found = get_filenames_of_train_images_and_targets(str(folder), deepcopy(described))
         cases = {str(case): files for case, files in found.items()}
         if not cases:
-            raise InputError(f"{folder / 'imagesTr'}: holds no training image that ends in _0000{described['file_ending']}")
+            raise InputError(f"{folder / 'imagesTr'}: holds no training image that ends in "
+                             f"_0000{described['file_ending']}")
         example = next(iter(cases.values()))["images"][0]
         with quiet():
             reader = determine_reader_writer_from_dataset_json(described, example, verbose=False)
@@ -188,7 +236,7 @@ def read_raw_labels(name: str, described: dict) -> RawLabels:
         raise InputError(f"{folder}: the training cases cannot be read ({error}); confkd check tells more") from error
     values = [*map(int, manager.all_labels), int(manager.ignore_label)]
 
-    def count(case: str) -> Any:  # its counts, or what is wrong
+    def count(case: str) -> Any:  # the counts, or what is wrong
         file = cases[case]["label"]
         try:
             seg = reader().read_seg(file)[0]
@@ -207,8 +255,8 @@ def read_raw_labels(name: str, described: dict) -> RawLabels:
     if problems:
         raise InputError(f"{folder}: {len(problems)} labels are wrong; correct them:\n  " + "\n  ".join(problems))
     if not any(c[value] for c in counts.values() for value in values[:-1] if value > 0):
-        raise InputError(f"{folder}: none of the {len(cases)} labels has an annotated voxel of any foreground class, so "
-                         f"there is nothing to learn; annotate some, or correct \"ignore\" in dataset.json")
+        raise InputError(f"{folder}: none of the {len(cases)} labels has an annotated voxel of any foreground class, "
+                         f"so there is nothing to learn; annotate some, or correct \"ignore\" in dataset.json")
     with _about(folder):
         kinds = decide_kinds(counts, manager, described.get(TABLE_KEY))
         patients = patients_of(cases, described.get("patient_pattern"))
@@ -219,11 +267,20 @@ def read_raw_labels(name: str, described: dict) -> RawLabels:
 
 def extract_annotated_fingerprint(name: str, labels: RawLabels, extractor_class: type, processes: int, clean: bool,
                                   verbose: bool, show_progress_bar: bool) -> None:
-    """nnU-Net's fingerprint, of labels in which nothing but annotated foreground is foreground.
+    """Extract nnU-Net's fingerprint with the intensity statistics of annotated foreground.
 
-    Its extractor takes every label above 0 for foreground, so it is shown copies in which ignored voxels are background.
-    All else in the fingerprint follows from the images. A fingerprint of stock nnU-Net's is made again; otherwise, as there,
-    an existing one stays unless `clean`.
+    nnU-Net's extractor takes every label above 0 for foreground, so it gets copies in which ignored voxels are
+    background. All else in the fingerprint follows from the images. A fingerprint that nnU-Net has made is made again.
+    One of ours stays unless `clean` is true.
+
+    Args:
+        name: Of the data set's folder.
+        labels: Its training labels.
+        extractor_class: nnU-Net's class for the fingerprint.
+        processes: How many processes extract it.
+        clean: Whether to replace an existing fingerprint.
+        verbose: As in nnU-Net.
+        show_progress_bar: As in nnU-Net.
     """
     file = preprocessed_folder() / name / "dataset_fingerprint.json"
     if file.is_file() and not clean:
@@ -243,13 +300,13 @@ def extract_annotated_fingerprint(name: str, labels: RawLabels, extractor_class:
 
 
 def _without_ignored(case: str, labels: RawLabels, folder: Path) -> str:
-    """A copy of a case's label, in the folder, in which ignored voxels are background."""
+    """Write a copy of a case's label to the folder, in which ignored voxels are background. Return its path."""
     file, reader = labels.files[case], labels.reader
     seg, properties = reader().read_seg(file)
     seg[seg == labels.manager.ignore_label] = 0
     target = str(folder / f"{case}_{Path(file).name}")
     reader().write_seg(seg[0], target, properties)
-    if not np.array_equal(reader().read_seg(target)[0], seg):  # ITK is silent about a full disk
+    if not np.array_equal(reader().read_seg(target)[0], seg):  # ITK does not report a full disk
         raise InputError(f"{target}: was not written as it should be; is the disk full? TMPDIR names another folder")
     return target
 
@@ -258,9 +315,9 @@ def _without_ignored(case: str, labels: RawLabels, folder: Path) -> str:
 
 @contextmanager
 def _blocks_kept(folder: Path) -> Iterator[None]:
-    """Put `confkd` blocks back into the plans that are written meanwhile: nnU-Net drops what it does not know.
+    """Put `confkd` blocks back into the plans that are written meanwhile, because nnU-Net drops what it does not know.
 
-    Configurations with names of their own are kept by nnU-Net.
+    nnU-Net itself keeps configurations that it has not planned.
     """
     files = {file: read_json(file, object) for file in folder.glob("*.json")}
     yield
@@ -281,8 +338,10 @@ def _block(content: dict) -> dict:
 
 @contextmanager
 def _threads_for_planning() -> Iterator[None]:
-    """nnU-Net's planner computes with as many threads as it has workers for augmentation, and fails where that is 0, the
-    setting for repeatable training."""
+    """Give nnU-Net's planner one thread if there are no workers for augmentation, the setting for repeatable training.
+
+    It computes with as many threads as there are workers, and would fail with none.
+    """
     repeatable = os.environ.get("nnUNet_n_proc_DA") == "0"
     if repeatable:
         os.environ["nnUNet_n_proc_DA"] = "1"
@@ -297,7 +356,16 @@ def _threads_for_planning() -> Iterator[None]:
 
 def preprocess_keeping_annotations(name: str, plans_name: str, configurations: Sequence[str], processes: Sequence[int],
                                    verbose: bool, show_progress_bar: bool) -> None:
-    """nnU-Net's loop, with :class:`KeepAnnotations` wherever the plans name nnU-Net's own preprocessor."""
+    """Preprocess as nnU-Net does, with :class:`KeepAnnotations` in place of nnU-Net's own preprocessor.
+
+    Args:
+        name: Of the data set's folder.
+        plans_name: Of the plans.
+        configurations: Those to preprocess. Configurations that the plans lack are skipped.
+        processes: The number of processes for each configuration.
+        verbose: As in nnU-Net.
+        show_progress_bar: As in nnU-Net.
+    """
     plans = PlansManager(str(preprocessed_folder() / name / f"{plans_name}.json"))
     for configuration, number in zip(configurations, processes):
         planned = configuration in plans.available_configurations
@@ -311,12 +379,23 @@ def preprocess_keeping_annotations(name: str, plans_name: str, configurations: S
         if planned:
             print(f"{configuration}: its preprocessor, {used}, is used as it is and may lose single annotated voxels.")
         preprocess_dataset(_id(name), plans_name, [configuration], [number], verbose, show_progress_bar)
-    preprocess_dataset(_id(name), plans_name, [], [], verbose, show_progress_bar)  # copies the labels to gt_segmentations
+    # copies the labels to gt_segmentations
+    preprocess_dataset(_id(name), plans_name, [], [], verbose, show_progress_bar)
 
 
 def preprocessed_counts(name: str, plans_name: str, configurations: Sequence[str], labels: RawLabels,
                         ) -> dict[str, dict[str, dict[int, int]]]:
-    """{configuration: {case: {label: voxels}}} of those that the plans hold; fills the cache that the trainer reads."""
+    """Count the voxels of the preprocessed labels, and fill the cache that the trainer reads.
+
+    Args:
+        name: Of the data set's folder.
+        plans_name: Of the plans.
+        configurations: Those to count. Configurations that the plans lack are skipped.
+        labels: The training labels of the data set.
+
+    Returns:
+        {configuration: {case: {label: voxels}}}.
+    """
     folder = preprocessed_folder() / name
     plans = PlansManager(str(folder / f"{plans_name}.json"))
     counts = {}
@@ -328,17 +407,27 @@ def preprocessed_counts(name: str, plans_name: str, configurations: Sequence[str
     return counts
 
 
-# ---- afterwards -----------------------------------------------------------------------------------------------------
+# ---- report and split -----------------------------------------------------------------------------------------------
 
 def report(name: str, configuration: str, labels: RawLabels, after: dict[str, dict[int, int]]) -> str:
-    """What became of the annotations: voxels per class in the raw labels and after preprocessing, and cases that changed."""
+    """Compare the annotations before and after preprocessing.
+
+    Args:
+        name: Of the data set's folder.
+        configuration: For the heading.
+        labels: The training labels of the data set.
+        after: {case: {label: voxels}} of the preprocessed labels.
+
+    Returns:
+        A table of voxels per class, and the cases whose kind has changed, as text.
+    """
     ignore = labels.manager.ignore_label
     kinds = {case: kind_of(counts, ignore) for case, counts in labels.counts.items()}
-    groups = {"not fully labelled": [case for case in kinds if kinds[case] != FULL],
-              "fully labelled": [case for case in kinds if kinds[case] == FULL]}
+    groups = {"not fully annotated": [case for case in kinds if kinds[case] != FULL],
+              "fully annotated": [case for case in kinds if kinds[case] == FULL]}
     groups = {title: cases for title, cases in groups.items() if cases}
-    rows = [["", *(f"{len(cases)} {title}:" if column == 0 else "" for title, cases in groups.items() for column in (0, 1))],
-            ["", *["before", "after"] * len(groups)]]
+    heading = [text for title, cases in groups.items() for text in (f"{len(cases)} {title}:", "")]
+    rows = [["", *heading], ["", *["before", "after"] * len(groups)]]
     for value in map(int, labels.manager.all_labels):
         holding = [label for label, content in labels.manager.label_dict.items()
                    if value in np.atleast_1d(content) and label != "ignore"]
@@ -347,7 +436,7 @@ def report(name: str, configuration: str, labels: RawLabels, after: dict[str, di
         rows.append([f"{value} {', '.join(holding)}", *map(str, numbers)])
     width = max(len(row[0]) for row in rows)
     lines = [f"{name}, {configuration}: annotated voxels per class, before and after preprocessing"]
-    lines += [("  " + row[0].ljust(width) + "".join(f"{cell:>20}" for cell in row[1:])).rstrip() for row in rows]
+    lines += [("  " + row[0].ljust(width) + "".join(f"{cell:>24}" for cell in row[1:])).rstrip() for row in rows]
 
     left = {case: kind_of(counts, ignore) for case, counts in after.items()}
     lost = [case for case in kinds if kinds[case] != UNLABELLED == left[case]]
@@ -355,15 +444,15 @@ def report(name: str, configuration: str, labels: RawLabels, after: dict[str, di
     if lost:
         lines.append(f"  WARNING: {len(lost)} case(s) had annotations and have none left: {', '.join(lost)}")
     if filled:
-        lines.append(f"  {len(filled)} case(s) hold no ignored voxel any more and count as fully labelled, unless "
+        lines.append(f"  {len(filled)} case(s) hold no ignored voxel any more and count as fully annotated, unless "
                      f"dataset.json's \"supervision\" says otherwise: {', '.join(filled)}")
     return "\n".join(lines) + "\n"
 
 
 def write_split(name: str, labels: RawLabels) -> None:
-    """splits_final.json as the trainer would write it, unless there is one.
+    """Write splits_final.json as the trainer would write it, unless there is one.
 
-    The raw labels decide: a case that resampling has filled up is no fully labelled one.
+    The kinds of the raw labels count: a case that resampling has filled up is not fully annotated.
     """
     file = preprocessed_folder() / name / "splits_final.json"
     if file.is_file():
@@ -375,36 +464,40 @@ def write_split(name: str, labels: RawLabels) -> None:
         print(f"{file}: was not written ({summary(labels.kinds)}): {error}")
         return
     _replace_json(file, splits)
-    print(f"{file}: written, {len(splits)} folds of the fully labelled cases; the others train in every fold "
+    print(f"{file}: written, {len(splits)} folds of the fully annotated cases; the others train in every fold "
           f"({summary(labels.kinds)}).")
 
 
 # ---- command line ---------------------------------------------------------------------------------------------------
 
 def main(argv: list[str]) -> None:
+    """Run `confkd plan`."""
     parser = argparse.ArgumentParser(prog="confkd plan", description=(
-        "nnUNetv2_plan_and_preprocess, with all its options. Without an ignore label its very result; with one, intensity "
-        "statistics of annotated foreground alone, no annotation lost in resampling, a report, and splits_final.json."))
+        "nnUNetv2_plan_and_preprocess, with all its options. Without an ignore label the result is the same. With one, "
+        "the intensity statistics are those of annotated foreground, resampling loses no annotation, a report is "
+        "printed, and splits_final.json is written."))
     add = parser.add_argument
-    add("-d", dest="datasets", nargs="+", required=True, metavar="DATASET", help="ids or names of data sets in nnUNet_raw")
+    add("-d", dest="datasets", nargs="+", required=True, metavar="DATASET", help="ids or names of data sets in "
+                                                                                 "nnUNet_raw")
     add("-fpe", dest="fingerprint_extractor", default="DatasetFingerprintExtractor", metavar="CLASS",
         help="nnU-Net's class for the fingerprint")
     add("-npfp", dest="fingerprint_processes", type=int, default=8, metavar="N", help="processes for the fingerprint")
-    add("--verify_dataset_integrity", dest="verify_integrity", action="store_true", help="nnU-Net's check of the data set")
-    add("--no_pp", dest="no_preprocessing", action="store_true", help="fingerprint and planning alone")
-    add("--clean", action="store_true", help="make an existing fingerprint anew; needed where the data set has changed")
+    add("--verify_dataset_integrity", dest="verify_integrity", action="store_true", help="run nnU-Net's check of the "
+                                                                                         "data set")
+    add("--no_pp", dest="no_preprocessing", action="store_true", help="fingerprint and planning only")
+    add("--clean", action="store_true", help="replace an existing fingerprint; needed if the data set has changed")
     add("-pl", dest="planner", default="ExperimentPlanner", metavar="CLASS",
         help="nnU-Net's planner; nnUNetPlannerResEncM, L or XL are its presets")
     add("-gpu_memory_target", type=float, metavar="GB", help="default: the planner's own")
     add("-preprocessor_name", default="DefaultPreprocessor", metavar="CLASS",
-        help="another one is used as it is, and may lose single annotated voxels")
+        help="any other is used as it is, and may lose single annotated voxels")
     add("-overwrite_target_spacing", type=float, nargs="+", metavar="MM",
         help="three numbers, for 3d_fullres and its cascade")
     add("-overwrite_plans_name", metavar="NAME", help="default: the planner's own")
     add("-c", dest="configurations", nargs="+", default=list(CONFIGURATIONS), metavar="CONFIGURATION",
         help="to preprocess; those that the plans lack are skipped")
-    add("-np", dest="processes", type=int, nargs="+", metavar="N", help="processes for preprocessing: one number, or one "
-        "for each configuration; default: 8 for 2d, 4 for 3d_fullres, 8 for 3d_lowres, 4 for any other")
+    add("-np", dest="processes", type=int, nargs="+", metavar="N", help="processes for preprocessing: one number, or "
+        "one for each configuration; default: 8 for 2d, 4 for 3d_fullres, 8 for 3d_lowres, 4 for any other")
     add("--verbose", action="store_true")
     add("--no_pbar", dest="no_progress_bar", action="store_true", help="no progress bars")
     plan(**vars(parser.parse_args(argv)))

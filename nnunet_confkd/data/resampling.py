@@ -1,4 +1,4 @@
-"""Label resampling that keeps annotations: nnU-Net's own erases isolated annotated voxels."""
+"""Label resampling that keeps annotations. nnU-Net's own resampling erases isolated annotated voxels."""
 from __future__ import annotations
 
 import numpy as np
@@ -7,17 +7,22 @@ from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 
 
 def keep_annotations(seg: np.ndarray, resampled: np.ndarray, ignore_label: int) -> np.ndarray:
-    """A resampled partial label in which the place of every annotated voxel is annotated, by a class that belongs there.
+    """Correct a resampled partial label so that the place of every annotated voxel is annotated by a class that fits.
 
-    seg: label before resampling, any number of axes. resampled: the same on another grid over the same extent, with as
-    many axes (nnU-Net's convention, pixel edges aligned: index i of n lies in floor((i + 0.5) m / n) of m).
-    nnU-Net's -1 (background outside of the non-zero region) is a class like any other.
+    Several annotated voxels may share a place. If `resampled` has one of their classes there, it stays. Otherwise the
+    place gets the most frequent of their classes; of equally frequent ones the rarest in `seg`, then the lowest. A
+    class that would vanish altogether takes its places, but never the last one of another class. A label without
+    ignored voxels stays as it was resampled. nnU-Net's -1 (background outside of the non-zero region) is a class like
+    any other.
 
-    Where several annotated voxels share a place: a class of theirs that `resampled` has there stays; else the most frequent
-    of their classes, of those the rarest in `seg`, then the lowest. A class that would vanish altogether takes its places,
-    but from no other class the last one. A label without ignored voxels stays as it was resampled.
+    Args:
+        seg: The label before resampling, with any number of axes.
+        resampled: The same on another grid over the same extent, with as many axes. As in nnU-Net, the edges of the
+            pixels are aligned: index i of n lies in floor((i + 0.5) m / n) of m.
+        ignore_label: The value of voxels that are not annotated.
 
-    Returns a new array of the shape and type of `resampled`.
+    Returns:
+        A new array of the shape and type of `resampled`.
     """
     kept = resampled.copy()
     annotated = seg != ignore_label
@@ -53,9 +58,9 @@ def keep_annotations(seg: np.ndarray, resampled: np.ndarray, ignore_label: int) 
 
 
 class KeepAnnotations(DefaultPreprocessor):
-    """nnU-Net's preprocessor; in labels with ignored voxels no annotation is lost (see :func:`keep_annotations`).
+    """nnU-Net's preprocessor, with :func:`keep_annotations` for labels with ignored voxels.
 
-    It is no preprocessor to be named in plans: these keep naming nnU-Net's, which predicts the same.
+    The plans do not name it. They keep naming nnU-Net's, which gives the same predictions.
     """
 
     def run_case_npy(self, data, seg, properties, plans_manager, configuration_manager, dataset_json):

@@ -1,4 +1,4 @@
-"""Finds label maps that look like strokes among those that are taken for complete masks.
+"""Find label maps that look like strokes among those that are taken for complete masks.
 
 This module does not import torch: `confkd check` runs it in every worker.
 """
@@ -28,7 +28,8 @@ class Shape:
         volumes: {class: voxels} of the classes that it holds, without background.
         filled: {class: share of the class's bounding box that it fills}.
         inner: {axis: {class: share of its voxels that an erosion with a 3x3 square across this axis leaves}}.
-        every_nth: Distance of the annotated slices, where no two of them are neighbours and they lie at equal distances.
+        every_nth: Distance of the annotated slices, where no two of them are neighbours and they lie at equal
+            distances.
     """
     size: int
     volumes: dict[int, int]
@@ -51,7 +52,8 @@ def shape_of(label: np.ndarray, spacing: Iterable[float]) -> Shape:
     found = {value: box for value, box in enumerate(boxes, 1) if box is not None}
     if not found:
         return Shape(size, {}, {}, {}, None)
-    whole = tuple(slice(min(box[a].start for box in found.values()), max(box[a].stop for box in found.values())) for a in range(3))
+    whole = tuple(slice(min(box[axis].start for box in found.values()), max(box[axis].stop for box in found.values()))
+                  for axis in range(3))
     label = np.pad(label[whole], 1)
     histogram = np.bincount(label.ravel())
     volumes = {value: int(histogram[value]) for value in found}
@@ -84,10 +86,10 @@ def suspects(shapes: Mapping[str, Shape]) -> dict[str, str]:
     """Find the cases that look like strokes.
 
     A case is suspect if every class that it holds is thin, and smaller than half of the class's usual volume. A mask is
-    thin if an erosion with a 3x3 square in the slice leaves less than a fifth of the share that it leaves of the class's most
-    solid mask. A single class must also fill less than a fifth of its bounding box, which small objects do not. A case
-    is also suspect if only every n-th slice is annotated. If no mask of any class is solid, all cases are suspect that hold
-    little foreground.
+    thin if an erosion with a 3x3 square in the slice leaves less than a fifth of the share that it leaves of the
+    class's most solid mask. A single class must also fill less than a fifth of its bounding box, which small objects do
+    not. A case is also suspect if only every n-th slice is annotated. If no mask of any class is solid, all cases are
+    suspect that hold little foreground.
 
     Args:
         shapes: {case: its shape} of all fully annotated cases.

@@ -32,7 +32,12 @@ OUTSIDE = -1  # nnU-Net's label of padding and of the empty surroundings of an i
 # ---- counting -------------------------------------------------------------------------------------------------------
 
 def kind_of(counts: dict[int, int], ignore_label: int | None) -> str:
-    """Kind of a case with these voxel counts per label (`ignore_label` and `OUTSIDE` included)."""
+    """Return the kind of a case.
+
+    Args:
+        counts: {label: voxels}, those of `ignore_label` and of `OUTSIDE` included.
+        ignore_label: None if the data set has none.
+    """
     ignored = counts.get(ignore_label, 0)
     if not ignored:
         return FULL
@@ -41,13 +46,21 @@ def kind_of(counts: dict[int, int], ignore_label: int | None) -> str:
 
 def annotation_counts(folder: str | Path, cases: Iterable[str], label_manager: LabelManager,
                       cache: str | Path | None = None, processes: int = 8) -> dict[str, dict[int, int]]:
-    """Voxels per label of each case of a preprocessed configuration, counted in parallel.
+    """Count the voxels of each label in the cases of a preprocessed configuration.
 
-    folder: the configuration's preprocessed folder.
-    cache: a JSON file that keeps the counts, each with the size and the time of the label file it was counted in: what
-        changed is counted again. It must not lie inside `folder`, where nnU-Net would take it for a case.
-    Returns {case: {label: voxels}}, labels being those of the data set, `OUTSIDE` and the ignore label.
-    Raises InputError, naming the case, for a label file that is missing or holds any other value.
+    Args:
+        folder: The configuration's preprocessed folder.
+        cases: The names of the cases.
+        label_manager: nnU-Net's, of the data set.
+        cache: A JSON file that keeps the counts, with the size and the time of each label file. Labels that have
+            changed are counted again. It must not lie inside `folder`, where nnU-Net would take it for a case.
+        processes: How many threads read labels.
+
+    Returns:
+        {case: {label: voxels}}. The labels are those of the data set, `OUTSIDE` and the ignore label.
+
+    Raises:
+        InputError: A label file is missing, or holds any other value. The text names the case.
     """
     from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
 
@@ -64,31 +77,32 @@ def annotation_counts(folder: str | Path, cases: Iterable[str], label_manager: L
             return known[case]
         try:
             seg = np.asarray(dataset.load_case(case)[1][:])
-        except Exception as error:  # whatever the broken bytes lead to
+        except Exception as error:  # broken bytes can lead to any
             raise unreadable(folder, case, error) from error
         counts = count_voxels(seg, labels)
         if sum(counts.values()) != seg.size:
             strange = sorted(set(np.unique(seg).tolist()) - set(labels))
             raise InputError(f"{folder / case}: the label holds the values {strange}, which dataset.json does not "
-                                   f"list. Correct the label or dataset.json and preprocess again.")
+                             f"list. Correct the label or dataset.json and preprocess again.")
         return {"stamp": stamp, "counts": [counts[label] for label in labels]}
 
     with ThreadPoolExecutor(processes) as pool:
-        # a bar for the first time alone: later all are known, and it takes no time
-        entries = dict(zip(cases, tqdm(pool.map(count, cases), "count annotations", len(cases), disable=True if known else None)))
+        # a bar for the first time only: later all counts are known, and it takes no time
+        bar = tqdm(pool.map(count, cases), "count annotations", len(cases), disable=True if known else None)
+        entries = dict(zip(cases, bar))
     if cache is not None and any(known.get(case) != entry for case, entry in entries.items()):
         _write_cache(cache, labels, known | entries)
     return {case: dict(zip(labels, entry["counts"])) for case, entry in entries.items()}
 
 
 def _stamp(folder: Path, case: str) -> list[int]:
-    """Size and modification time of the file that holds a case's preprocessed label."""
+    """Return size and modification time of the file that holds a case's preprocessed label."""
     for name in (f"{case}_seg.b2nd", f"{case}.npz"):
         if (folder / name).is_file():
             status = (folder / name).stat()
             return [status.st_size, status.st_mtime_ns]
-    raise InputError(f"{folder}: no preprocessed label of the case '{case}'. Run nnUNetv2_preprocess again, or "
-                           f"correct splits_final.json if there is no such case.")
+    raise InputError(f"{folder}: no preprocessed label of the case '{case}'. Run nnUNetv2_preprocess again, or correct "
+                     f"splits_final.json if there is no such case.")
 
 
 def _read_cache(cache: str | Path | None, labels: list[int]) -> dict:
@@ -108,18 +122,29 @@ def _write_cache(cache: str | Path, labels: list[int], cases: dict) -> None:
 
 # ---- deciding -------------------------------------------------------------------------------------------------------
 
-def decide_kinds(counts: dict[str, dict[int, int]], label_manager: LabelManager, table: dict | None = None,
-                 ) -> dict[str, str]:
-    """Kind of each case: that of its label, lowered where `table` (dataset.json's "supervision") says so.
+def decide_kinds(counts: dict[str, dict[int, int]], label_manager: LabelManager,
+                 table: dict | None = None) -> dict[str, str]:
+    """Decide the kind of each case. It is that of its label, unless the table declares less annotation.
 
-    Raises InputError, with all that is wrong in one text: a case or a kind that does not exist, a case declared
-    full whose label has ignored voxels, a case declared partial or unlabelled in a data set without an ignore label.
+    Args:
+        counts: {case: {label: voxels}} of all cases.
+        label_manager: nnU-Net's, of the data set.
+        table: dataset.json's "supervision", {case: kind}.
+
+    Returns:
+        {case: kind}.
+
+    Raises:
+        InputError: The table names a case or a kind that does not exist, declares a case full whose label has ignored
+            voxels, or declares a case partial or unlabelled in a data set without an ignore label. The text has all of
+            it.
     """
     table = {} if table is None else table
     if not isinstance(table, dict):
         raise InputError(f"dataset.json: \"{TABLE_KEY}\" must be an object {{case: kind}}, got {table!r}")
     kinds = {}
-    problems = [f"{case}: there is no such case among the preprocessed ones" for case in sorted(set(table) - set(counts))]
+    problems = [f"{case}: there is no such case among the preprocessed "
+                f"ones" for case in sorted(set(table) - set(counts))]
     for case, found in ((case, kind_of(c, label_manager.ignore_label)) for case, c in counts.items()):
         declared = table.get(case, found)
         if declared not in KINDS:
@@ -138,24 +163,33 @@ def decide_kinds(counts: dict[str, dict[int, int]], label_manager: LabelManager,
 
 
 def require_full(kinds: dict[str, str]) -> None:
-    """Raise InputError where no case is fully labelled: there would be nothing to teach the teacher."""
+    """Raise InputError if no case is fully annotated: the teacher would have nothing to learn from."""
     if FULL not in kinds.values():
         raise InputError(
-            f"none of the {len(kinds)} training cases is fully labelled ({summary(kinds)}), so there is no teacher. Label "
-            f"at least one case completely, or train nnU-Net with its ignore label alone (-tr nnUNetTrainer).")
+            f"none of the {len(kinds)} training cases is fully annotated ({summary(kinds)}), so there is no teacher. "
+            f"Annotate at least one case completely, or train nnU-Net with its ignore label alone (-tr nnUNetTrainer).")
 
 
 def summary(kinds: dict[str, str]) -> str:
-    """E.g. "3 full, 57 partial, 0 unlabelled"."""
+    """Return for example "3 full, 57 partial, 0 unlabelled"."""
     return ", ".join(f"{sum(k == kind for k in kinds.values())} {kind}" for kind in KINDS)
 
 
 def lost_annotations(cases: Iterable[str], label_folder: str | Path, file_ending: str, reader_writer,
                      ignore_label: int, processes: int = 8) -> list[str]:
-    """Those of `cases` whose original label has annotated voxels: resampling has dropped every one of them.
+    """Find the cases that have lost all annotated voxels in resampling.
 
-    cases: whose preprocessed label has none. label_folder: of the original labels (nnU-Net's `gt_segmentations`); a
-    case that has no file there is passed over. reader_writer: an instance of nnU-Net's reader for these files.
+    Args:
+        cases: Cases whose preprocessed label has no annotated voxel.
+        label_folder: The folder of the original labels (nnU-Net's `gt_segmentations`). Cases without a file there are
+            left out.
+        file_ending: The ending of these files.
+        reader_writer: An instance of nnU-Net's reader for these files.
+        ignore_label: The value of "ignore".
+        processes: How many threads read labels.
+
+    Returns:
+        Those of `cases` whose original label has annotated voxels.
     """
     files = {case: Path(label_folder) / (case + file_ending) for case in cases}
 
@@ -168,13 +202,15 @@ def lost_annotations(cases: Iterable[str], label_folder: str | Path, file_ending
 
 
 def check_labels(dataset_json: dict) -> None:
-    """Raise InputError where nnU-Net cannot use the labels, or the ignore label is not the highest label plus one."""
+    """Raise InputError if nnU-Net cannot use the labels, or the ignore label is not the highest label plus one."""
     try:
         labels = dict(dataset_json["labels"])
         ignore = labels.pop("ignore", None)
-        highest = max(int(v) for value in labels.values() for v in (value if isinstance(value, (list, tuple)) else [value]))
+        highest = max(int(v) for value in labels.values()
+                      for v in (value if isinstance(value, (list, tuple)) else [value]))
     except (KeyError, TypeError, ValueError, OverflowError) as error:
-        raise InputError(f'dataset.json: "labels" must be {NEEDED["labels"]} ({type(error).__name__}: {error})') from error
+        raise InputError(f'dataset.json: "labels" must be {NEEDED["labels"]} ({type(error).__name__}: '
+                         f"{error})") from error
     if ignore is not None and ignore != highest + 1:
         raise InputError(
             f"dataset.json: the ignore label is {ignore!r}, but nnU-Net needs the highest other label plus one, "
@@ -183,10 +219,11 @@ def check_labels(dataset_json: dict) -> None:
 
     try:
         LabelManager(dataset_json["labels"], dataset_json.get("regions_class_order"))
-    except Exception as error:  # what else nnU-Net demands of them
+    except Exception as error:  # what else nnU-Net asks of them
         raise InputError(f"dataset.json: {error}") from error
 
 
 def unreadable(folder: str | Path, case: str, error: Exception) -> InputError:
-    return InputError(f"{Path(folder) / case}: the preprocessed case cannot be read ({type(error).__name__}: {error}). Its files are "
-                      f"damaged or missing: preprocess again (confkd plan or nnUNetv2_preprocess).")
+    """Return the error for a preprocessed case that cannot be read."""
+    return InputError(f"{Path(folder) / case}: the preprocessed case cannot be read ({type(error).__name__}: {error}). "
+                      f"Its files are damaged or missing: preprocess again (confkd plan or nnUNetv2_preprocess).")

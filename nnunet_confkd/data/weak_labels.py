@@ -1,8 +1,8 @@
-"""Weak labels made from full ones, for experiments: what would it have cost to annotate less?
+"""Make weak labels from complete ones, for experiments on annotating less.
 
-Pure functions on arrays. Everything random comes from a generator that is seeded per case, so the same case, style
-and seed give the same label whatever the order or the number of processes. In every style an annotated voxel has
-its true class.
+These are pure functions on arrays. Everything random comes from a generator that is seeded for each case, so the same
+case, style and seed give the same label, whatever the order or the number of processes. In every style, annotated
+voxels have their true class.
 """
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ Mode = Literal["wrap", "clip"]  # of np.take
 STYLES = ("erosion", "points", "scribbles", "slices", "box", "none")
 DIMENSIONS = ("2d", "3d")
 BACKGROUND = 0
-SLICES_FRACTION = 0.2  # of `slices`, where no fraction is given; all slices in the other styles
+SLICES_FRACTION = 0.2  # default of the style "slices"; the other styles annotate all slices
 SQUARE = np.ones((3, 3), dtype=bool)
-# the odds of a straight piece of outline, as if it turned by so much (rad): a right angle has 17 times the odds
+# a straight piece of outline has the odds of one that turns by so much (rad); a right angle has 17 times these odds
 STRAIGHT = 0.1
 
 
 def case_rng(case: str, style: str, seed: int) -> np.random.Generator:
-    """The random generator of one case; it depends on nothing but the three arguments."""
-    # not hash(): Python salts it anew in every process
+    """Return the random generator of one case. It depends on nothing but the three arguments."""
+    # not hash(), which differs between processes
     digest = hashlib.sha256(repr((str(case), str(style), int(seed))).encode()).digest()
     return np.random.default_rng(int.from_bytes(digest[:16], "big"))
 
@@ -37,22 +37,29 @@ def case_rng(case: str, style: str, seed: int) -> np.random.Generator:
 def weaken(label: np.ndarray, style: str, ignore_label: int, rng: np.random.Generator, *, fraction: float | None = None,
            dimension: str = "2d", slice_axis: int | None = None, spacing: Sequence[float] | None = None,
            background: bool = True, radius: int = 1) -> np.ndarray:
-    """A weak label made from a full one, in one of the `STYLES`: see the functions below.
+    """Make a weak label from a complete one.
 
-    label: integers, (Z, Y, X), or (Y, X), which is one slice; 0 is background.
-    rng: see `case_rng`; "erosion", "box" and "none" draw from it only where `fraction` is below 1.
-    fraction: share of the slices, in (0, 1], that get any annotation, spread evenly from a random first one, at least
-        one slice; None is 0.2 for "slices" and 1 for all else. What is drawn in a slice does not depend on it.
-    dimension: "2d" annotates slice by slice. "3d" annotates the volume as a whole: erosion by 3x3x3, one ball for
-        each class, one 3-D bounding box. It has no slices, hence no fraction, no "slices" and no "scribbles".
-    slice_axis: axis across the slices; None is the axis of the largest `spacing` (mm, in the order of the array's
-        axes), the first of those that are equal to 0.1 %, or 0 where no spacing is given.
-    background: False annotates no background and leaves the foreground's annotation as it would be otherwise.
-    radius: of the discs and balls of "points", in voxels; 0 is a single voxel.
+    Args:
+        label: Integers, (Z, Y, X), or (Y, X) for a single slice; 0 is background. It is not changed.
+        style: One of `STYLES`, as the functions below describe them.
+        ignore_label: The value of voxels that are not annotated.
+        rng: See :func:`case_rng`. "erosion", "box" and "none" draw from it only if `fraction` is below 1.
+        fraction: Share of the slices, in (0, 1], that are annotated: at least one, spread evenly from a random first
+            one. None: 0.2 for "slices" and 1 for all other styles. What is drawn in a slice does not depend on it.
+        dimension: "2d" annotates slice by slice. "3d" annotates the volume as a whole: erosion by 3x3x3, one ball for
+            each class, one 3-D bounding box. "3d" has no fraction, no "slices" and no "scribbles".
+        slice_axis: Axis across the slices. None: the axis of the largest `spacing`, the first of those that are equal
+            to 0.1 %, or 0 without a spacing.
+        spacing: Of the array's axes, in mm.
+        background: Whether background is annotated. The annotation of the foreground does not depend on it.
+        radius: Of the discs and balls of "points", in voxels; 0 is a single voxel.
 
-    Returns the label's shape and dtype, `ignore_label` wherever nothing is annotated; the label is left alone.
-    Raises InputError, naming all that is wrong, for a label that is not 2-D or 3-D, not integer or not full, for
-    settings out of range and for those that exclude each other.
+    Returns:
+        An array of the label's shape and type.
+
+    Raises:
+        InputError: The label is not 2-D or 3-D, not integer or not complete, or options are out of range or exclude
+            each other. The text has all of it.
     """
     _check(label, style, ignore_label, fraction, dimension, slice_axis, spacing, background, radius)
     styles: dict[str, Callable[[np.ndarray], np.ndarray]] = {
@@ -71,7 +78,7 @@ def weaken(label: np.ndarray, style: str, ignore_label: int, rng: np.random.Gene
         weak = np.stack([annotate(part) for part in slices])
         if fraction is None:
             fraction = SLICES_FRACTION if style == "slices" else 1
-        # after all slices were annotated: what is drawn in one then does not depend on how many stay
+        # after all slices were annotated, so that what is drawn in one does not depend on how many stay
         weak[~_spread(len(weak), fraction, rng)] = ignore_label
         weak = weak[0] if label.ndim == 2 else np.ascontiguousarray(np.moveaxis(weak, 0, axis))
     if not background:
@@ -82,11 +89,15 @@ def weaken(label: np.ndarray, style: str, ignore_label: int, rng: np.random.Gene
 # ---- the styles, in one slice ---------------------------------------------------------------------------------------
 
 def erosion(label: np.ndarray, ignore_label: int, *, times: int = 10) -> np.ndarray:
-    """Each class present, eroded up to `times` times: the strongest erosion that leaves a voxel of it.
+    """Erode each class up to `times` times, but never so often that no voxel of it would be left.
 
-    label: integers of any number of dimensions; the element is 3 voxels wide in each (3x3, 3x3x3). What lies outside
-    of the array counts as inside the class: the image's border is no border of the class, so background is not
-    eroded from it, and a slice of one class stays as it is.
+    What lies outside of the array counts as inside the class. So no class is eroded from the border of the image, and a
+    slice of a single class stays as it is.
+
+    Args:
+        label: Integers of any number of dimensions. The structuring element is 3 voxels wide in each (3x3, 3x3x3).
+        ignore_label: The value of voxels that are not annotated.
+        times: At most how many erosions.
     """
     weak = nothing(label, ignore_label)
     for value in np.unique(label):
@@ -96,9 +107,13 @@ def erosion(label: np.ndarray, ignore_label: int, *, times: int = 10) -> np.ndar
 
 
 def points(label: np.ndarray, ignore_label: int, rng: np.random.Generator, *, radius: int = 1) -> np.ndarray:
-    """Per class present, background included: one disc (3-D: ball) round a random voxel of it, clipped to the class.
+    """Annotate one disc (3-D: ball) round a random voxel of each class, background included, clipped to the class.
 
-    label: integers of any number of dimensions. radius: in voxels, whatever their size; 0 is a single voxel.
+    Args:
+        label: Integers of any number of dimensions.
+        ignore_label: The value of voxels that are not annotated.
+        rng: See :func:`case_rng`.
+        radius: In voxels, whatever their size; 0 is a single voxel.
     """
     weak = nothing(label, ignore_label)
     for value in np.unique(label):
@@ -111,20 +126,25 @@ def points(label: np.ndarray, ignore_label: int, rng: np.random.Generator, *, ra
 
 
 def scribbles(label: np.ndarray, ignore_label: int, rng: np.random.Generator) -> np.ndarray:
-    """Per class present, background included: two strokes, 3 pixels thick, in one connected component of the class.
+    """Annotate each class, background included, by two strokes, 3 pixels thick, in one connected component.
 
-    The component (pixels that touch at a corner belong together) is drawn with odds proportional to its area; both
+    The component (pixels that touch at a corner belong together) is drawn with odds proportional to its area. Both
     strokes are clipped to it.
-    - The interior stroke is the clamped quadratic B-spline of four random pixels of the component as control points:
-      it begins at the first and ends at the last, so a class that is there is always annotated.
-    - The border stroke follows the outline of the component, eroded by 2 to 5 pixels (3x3 element, fewer times if
-      nothing would be left), over 7 to 15 % of the outline's length, less only where the outline is in pieces and the
-      one piece is shorter. Its middle is drawn with odds growing with the outline's curvature. The image's border is
-      no outline: a component that fills the slice has no such stroke.
 
-    label: integers, (Y, X).
+    - The interior stroke is the clamped quadratic B-spline of four random pixels of the component as control points. It
+      begins at the first and ends at the last, so every class in the slice is annotated.
+    - The border stroke follows the outline of the component, eroded by 2 to 5 pixels (3x3 element, fewer times if
+      nothing would be left), over 7 to 15 % of the outline's length. It is shorter only if the outline is in pieces and
+      its piece is shorter. The odds of its middle grow with the outline's curvature. The border of the image is no
+      outline, so a component that fills the slice has no such stroke.
+
     Source: ScribbleBench, K. Gotkowski, K. Maier-Hein, F. Isensee, MICCAI 2025, arXiv 2403.12834, which draws interior
     strokes by NURBS curves with four control points and border strokes along eroded contours.
+
+    Args:
+        label: Integers, (Y, X).
+        ignore_label: The value of voxels that are not annotated.
+        rng: See :func:`case_rng`.
     """
     weak = nothing(label, ignore_label)
     for value in np.unique(label):
@@ -137,9 +157,13 @@ def scribbles(label: np.ndarray, ignore_label: int, rng: np.random.Generator) ->
 
 
 def box(label: np.ndarray, ignore_label: int) -> np.ndarray:
-    """Background outside of the bounding box of all foreground, nothing inside; all background where is no foreground.
+    """Annotate background outside of the bounding box of all foreground, and nothing inside.
 
-    label: integers of any number of dimensions.
+    Without foreground, all voxels are annotated as background.
+
+    Args:
+        label: Integers of any number of dimensions.
+        ignore_label: The value of voxels that are not annotated.
     """
     weak = np.full_like(label, BACKGROUND)
     for inside in ndimage.find_objects((label != BACKGROUND).astype(np.uint8)):
@@ -148,7 +172,7 @@ def box(label: np.ndarray, ignore_label: int) -> np.ndarray:
 
 
 def nothing(label: np.ndarray, ignore_label: int) -> np.ndarray:
-    """No voxel is annotated: the label of an unlabelled image, in the label's shape and dtype."""
+    """Annotate no voxel: return the label of an unlabelled image, of the label's shape and type."""
     return np.full_like(label, ignore_label)
 
 
@@ -197,8 +221,10 @@ def _slice_axis(slice_axis: int | None, spacing: Sequence[float] | None) -> int:
 
 
 def _spread(count: int, fraction: float, rng: np.random.Generator) -> np.ndarray:
-    """Which of `count` slices are annotated: a share of them, at least one, at equal distances on a ring, turned by
-    chance. Each slice has the same odds, and half as many slices lie within the others."""
+    """Choose a share of `count` slices, at least one, at equal distances on a ring that is turned at random.
+
+    Each slice has the same odds, and the slices of half the share are among those of the whole share.
+    """
     chosen = np.zeros(count, dtype=bool)
     number = max(1, round(fraction * count))
     offset = rng.integers(count) if fraction < 1 else 0
@@ -207,10 +233,11 @@ def _spread(count: int, fraction: float, rng: np.random.Generator) -> np.ndarray
 
 
 def _depth(mask: np.ndarray) -> np.ndarray:
-    """How many erosions of 3 voxels width each voxel of a mask does not survive: 1 at its border, 0 outside of it.
+    """Return which erosion, with an element 3 voxels wide, removes each voxel: 1 at the mask's border, 0 outside of it.
 
-    k erosions keep what is deeper than k: the chessboard distance to the nearest voxel outside, which does not count
-    what lies beyond the array. A mask without outside is never eroded: the depth is the largest there is.
+    k erosions keep the voxels that are deeper than k. The depth is the chessboard distance to the nearest voxel
+    outside, where what lies beyond the array does not count. A mask that fills the array is never eroded; its depth is
+    infinite.
     """
     if mask.all():
         return np.full(mask.shape, np.iinfo(np.int32).max)
@@ -218,7 +245,7 @@ def _depth(mask: np.ndarray) -> np.ndarray:
 
 
 def _interior_line(component: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """(N, 2) points of a clamped quadratic B-spline with four random pixels of the component as control points."""
+    """Return (N, 2) points of a clamped quadratic B-spline whose control points are four random pixels."""
     control = rng.choice(np.argwhere(component), 4)
     spline = BSpline([0, 0, 0, 0.5, 1, 1, 1], control.astype(float), 2)
     # the derivative is at most 4 times the longest leg: steps of at most half a pixel leave no gap
@@ -226,7 +253,7 @@ def _interior_line(component: np.ndarray, rng: np.random.Generator) -> np.ndarra
 
 
 def _border_line(component: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """(N, 2) points of a run of the component's eroded outline; none where the component fills the slice."""
+    """Return (N, 2) points of a part of the component's eroded outline; none if the component fills the slice."""
     depth = _depth(component)
     eroded = depth > min(rng.integers(2, 6), depth.max() - 1)
     outlines = _outlines(eroded)
@@ -237,17 +264,19 @@ def _border_line(component: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     ends = np.cumsum([len(line) for line, _ in outlines])
     which = np.searchsorted(ends, middle, side="right")
     line, mode = outlines[which]
-    # of all outlines: after many erosions there may be fragments, of which shares would be mere dots
+    # a share of all outlines: after many erosions there may be fragments, a share of which would be a dot
     length = min(len(line), max(1, round(rng.uniform(0.07, 0.15) * len(odds))))
     first = middle - (ends[which] - len(line)) - length // 2
-    if mode == "clip":  # at its ends the run moves inwards, not to lose any of its length
+    if mode == "clip":  # at the ends of the outline the stroke moves inwards, to keep its length
         first = np.clip(first, 0, len(line) - length)
     return line.take(np.arange(first, first + length), axis=0, mode=mode)
 
 
 def _outlines(mask: np.ndarray) -> list[tuple[np.ndarray, Mode]]:
-    """Outlines of a mask, each (N, 2) points in order, N of the size of its length in pixels, and how np.take goes
-    beyond its ends: "wrap" where it is closed, "clip" where it ends at the border of the array."""
+    """Return the outlines of a mask, each as (N, 2) points in order, about one for each pixel, and a mode of np.take.
+
+    The mode is "wrap" for closed outlines, and "clip" for those that end at the border of the array.
+    """
     outlines: list[tuple[np.ndarray, Mode]] = []
     # padded: the smallest array that find_contours takes is 2x2; a level above 1/2 lies nearer to the pixel inside
     for line in find_contours(np.pad(mask, 1, mode="edge").astype(float), 0.75, fully_connected="high"):
@@ -258,8 +287,11 @@ def _outlines(mask: np.ndarray) -> list[tuple[np.ndarray, Mode]]:
 
 
 def _turning(line: np.ndarray, mode: Mode) -> np.ndarray:
-    """By what angle (rad) an outline turns at each of its points: between the chords to the points five before and
-    after, fewer on short ones. 0 at an open end."""
+    """Return the angle (rad) by which an outline turns at each of its points; 0 at an open end.
+
+    It is the angle between the chords from the point five before and to the point five after, or fewer on short
+    outlines.
+    """
     step = min(5, (len(line) + 3) // 4)
     here = np.arange(len(line))
     before = line - line.take(here - step, axis=0, mode=mode)
@@ -269,7 +301,7 @@ def _turning(line: np.ndarray, mode: Mode) -> np.ndarray:
 
 
 def _thick(line: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
-    """The pixels of a slice within one pixel, diagonals included, of the (N, 2) points of a line."""
+    """Return the pixels of a slice that are at most one pixel, diagonally too, from the (N, 2) points of a line."""
     drawn = np.zeros(shape, dtype=bool)
     drawn[tuple(np.rint(line).astype(int).T)] = True
     return ndimage.binary_dilation(drawn, SQUARE)

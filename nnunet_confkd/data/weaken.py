@@ -1,4 +1,4 @@
-"""A mixed-supervision data set out of a fully labelled one, for experiments: what would it have cost to annotate less?"""
+"""Make a data set of mixed supervision from a fully annotated one, for experiments on annotating less."""
 from __future__ import annotations
 
 import argparse
@@ -10,26 +10,54 @@ import numpy as np
 from nnunet_confkd.data.folders import find_dataset, raw_folder
 from nnunet_confkd.data.images import Picture, Volume, read
 from nnunet_confkd.data.patients import FOLDS, choose_patients, experiment_arguments, patients_of
-from nnunet_confkd.data.raw_format import Case, Dataset, label_values, raw_dataset, read_raw, summary, validation_patients, with_ignore, write_dataset
+from nnunet_confkd.data.raw_format import (
+    Case,
+    Dataset,
+    label_values,
+    raw_dataset,
+    read_raw,
+    summary,
+    validation_patients,
+    with_ignore,
+    write_dataset,
+)
 from nnunet_confkd.data.supervision import FULL, PARTIAL, UNLABELLED
 from nnunet_confkd.data.weak_labels import STYLES, case_rng, weaken
-from nnunet_confkd.errors import InputError
+from nnunet_confkd.errors import InputError, some
 from nnunet_confkd.processes import PROCESSES
 
 
-def weaken_dataset(source: int | str, dataset_id: int, *, full: list[str], style: str, unlabelled: int = 0, seed: int = 0,
-                   folds: int = FOLDS, name: str | None = None, patient_pattern: str | None = None,
+def weaken_dataset(source: int | str, dataset_id: int, *, full: list[str], style: str, unlabelled: int = 0,
+                   seed: int = 0, folds: int = FOLDS, name: str | None = None, patient_pattern: str | None = None,
                    processes: int = PROCESSES, link: bool = False, **options) -> Path:
-    """Write a mixed copy of a fully labelled data set of nnU-Net; returns its folder.
+    """Write a copy of a fully annotated data set of nnU-Net in which most training cases have weak labels.
 
-    source: id or name of the data set. full: the training patients that stay full, names or one number (of the same seed,
-    fewer lie within more). The source's validation cases (fold 0) stay full and are held back; without a split about a
-    fifth of the patients are chosen. folds: they are divided over so many folds, each of which trains on the same `full`
-    patients and on none that is held back. unlabelled: number of further patients that lose all labels; the rest is turned to `style`.
-    patient_pattern: regular expression whose first group in the name of a case is the patient; default: the source's.
-    options: those of :func:`nnunet_confkd.data.weak_labels.weaken`. Each case is seeded by its name, the style and `seed`.
+    The patients that validate in the source's fold 0 keep their labels and are held back. Without a split, about a
+    fifth of all patients are chosen. Of the others, those in `full` keep their labels, `unlabelled` lose theirs, and
+    the rest get weak labels. Each case is seeded by its name, the style and `seed`.
 
-    Raises InputError with all that is wrong: no such data set, patients or validation cases, labels that are not full.
+    Args:
+        source: Id or name of the data set.
+        dataset_id: The 27 in Dataset027_NAME.
+        full: The training patients that keep their labels: names, or one number. With the same seed, a smaller number
+            chooses a part of a larger one's patients.
+        style: One of :data:`nnunet_confkd.data.weak_labels.STYLES`.
+        unlabelled: How many patients lose their labels.
+        seed: Of the choice of patients, and of the weak labels.
+        folds: Over how many folds the patients that are held back are divided. Each fold trains on the same patients.
+        name: The NAME in Dataset027_NAME; default: that of the source and the style.
+        patient_pattern: A regular expression whose first group in the name of a case is the patient; default: the
+            source's.
+        processes: How many processes write cases.
+        link: Whether images become hard links instead of copies.
+        **options: Those of :func:`nnunet_confkd.data.weak_labels.weaken`.
+
+    Returns:
+        The raw folder.
+
+    Raises:
+        InputError: There is no such data set, there are no such patients or validation cases, or some labels are not
+            complete. The text has all of it.
     """
     found = find_dataset(source)
     folder = raw_folder() / found
@@ -40,9 +68,10 @@ def weaken_dataset(source: int | str, dataset_id: int, *, full: list[str], style
     roles = choose_patients(patients.values(), seed, full, validation)
     others = [patient for patient, role in roles.items() if role == "other"]  # in seeded order
     if not 0 <= unlabelled <= len(others):
-        raise InputError(f"{unlabelled} unlabelled patients are asked for; {len(others)} are neither full nor for validation")
-    nothing = set(others if style == "none" else others[len(others) - unlabelled:])
-    kinds = {case: UNLABELLED if patients[case] in nothing else PARTIAL if roles[patients[case]] == "other" else FULL
+        raise InputError(f"{unlabelled} unlabelled patients are asked for; {len(others)} are neither full nor for "
+                         f"validation")
+    without = set(others if style == "none" else others[len(others) - unlabelled:])
+    kinds = {case: UNLABELLED if patients[case] in without else PARTIAL if roles[patients[case]] == "other" else FULL
              for case in cases}
     dataset = weak_dataset(folder, name or f"{found[11:]}_{style}", kinds, style, seed, **options)
     dataset.validation = [case for case in cases if roles[patients[case]] == "validation"]
@@ -52,72 +81,82 @@ def weaken_dataset(source: int | str, dataset_id: int, *, full: list[str], style
 
 
 def weak_dataset(folder: Path, name: str, kinds: dict[str, str], style: str, seed: int, **options) -> Dataset:
-    """What is to be written: of a raw folder's cases those in `kinds`, as they are, weakened, or without any label."""
+    """Return the cases of a raw folder as they are, with weak labels, or without labels.
+
+    Args:
+        folder: The raw folder of a fully annotated data set.
+        name: Of the new data set.
+        kinds: {case: kind that it gets}. Other cases are left out.
+        style: One of :data:`nnunet_confkd.data.weak_labels.STYLES`.
+        seed: Of the weak labels.
+        **options: Those of :func:`nnunet_confkd.data.weak_labels.weaken`.
+    """
     dataset = raw_dataset(folder, name)
     dataset.labels = with_ignore(dataset.labels)
-    weaken(np.zeros((4, 4, 4), np.uint8), style, 1, case_rng("", style, seed), **options)  # wrong options: said once, and now
+    # refuses wrong options at once, and not for each case
+    weaken(np.zeros((4, 4, 4), np.uint8), style, 1, case_rng("", style, seed), **options)
     full = {case.name: case for case in dataset.training}
-    dataset.training = [weakened(full[case], kind, dataset.labels, style, seed, **options) for case, kind in kinds.items()]
+    dataset.training = [weakened(full[case], kind, dataset.labels, style, seed, **options)
+                        for case, kind in kinds.items()]
     return dataset
 
 
 def weakened(case: Case, kind: str, labels: dict, style: str, seed: int, **options) -> Case:
-    """A full case as it is, weakened, or without its label. labels: of dataset.json, "ignore" among them."""
+    """Return a fully annotated case as it is, with a weak label, or without a label, as `kind` says.
+
+    Args:
+        case: The case.
+        kind: The kind that it gets.
+        labels: Those of dataset.json, "ignore" included.
+        style: One of :data:`nnunet_confkd.data.weak_labels.STYLES`.
+        seed: Of the weak label.
+        **options: Those of :func:`nnunet_confkd.data.weak_labels.weaken`.
+    """
     allowed = frozenset(label_values(labels) - {labels["ignore"]})
     reader = partial(_read_weak, case=case.name, style=style, ignore_label=labels["ignore"], allowed=allowed, seed=seed,
                      options=options)
     label = {FULL: case.label, PARTIAL: Volume(case.label.file, reader=reader), UNLABELLED: None}[kind]
     return Case(case.name, case.images, label, kind)
 
-
-
-
-
-
-
-
-
-
-
-
 def _read_weak(file: Path, *, case: str, style: str, ignore_label: int, allowed: frozenset[int], seed: int,
                options: dict) -> Picture:
-    """Module level, because it is sent to other processes."""
+    """Read a label and weaken it. This function is at module level because it is sent to other processes."""
     full = read(file)
     values = np.unique(full.voxels)
     strange = [value for value in values.tolist() if value not in allowed]
     if strange:
-        raise InputError(f"{file}: holds the values {', '.join(map(str, strange[:10]))}; a full label may hold "
-                         f"{', '.join(map(str, sorted(allowed)))}")
+        raise InputError(f"{file}: holds the values {some(strange)}; a full label may hold {some(sorted(allowed))}")
     label = full.voxels[0].astype(np.uint8 if ignore_label < 256 else np.uint16)
-    weak = weaken(label, style, ignore_label, case_rng(case, style, seed), spacing=full.geometry.spacing[::-1], **options)
+    weak = weaken(label, style, ignore_label, case_rng(case, style, seed), spacing=full.geometry.spacing[::-1],
+                  **options)
     return Picture(weak[None], full.geometry)
 
 
 def main(argv: list[str]) -> None:
+    """Run `confkd weaken`."""
     parser = argparse.ArgumentParser(prog="confkd weaken", description=__doc__)
-    parser.add_argument("--source", required=True, metavar="ID", help="the fully labelled data set, id or name")
+    parser.add_argument("--source", required=True, metavar="ID", help="the fully annotated data set, id or name")
     parser.add_argument("--id", required=True, type=int, help="id of the data set to write")
     parser.add_argument("--name", help="its name; default: that of the source and the style")
-    parser.add_argument("--full", required=True, nargs="+", metavar="N|PATIENT", help="training patients that stay full: a number, "
-                        "or names (with one seed, fewer lie within more)")
+    parser.add_argument("--full", required=True, nargs="+", metavar="N|PATIENT", help="training patients that keep "
+                        "their labels: a number, or names (with the same seed, a larger number includes a smaller "
+                        "one's)")
     parser.add_argument("--style", required=True, choices=STYLES)
-    parser.add_argument("--fraction", type=float, help="share of the slices that are annotated (default: all; slices: 0.2)")
-    parser.add_argument("--dimension", choices=("2d", "3d"), default="2d", help="strokes per slice, or in the volume")
-    parser.add_argument("--slice-axis", type=int, choices=(0, 1, 2), help="axis of the array (z, y, x) along which slices lie; "
-                        "default: that of the largest spacing")
-    parser.add_argument("--radius", type=int, default=1, help="of the points, in voxels")
-    parser.add_argument("--no-background", action="store_true", help="annotate no background")
-    parser.add_argument("--unlabelled", type=int, default=0, metavar="N", help="patients that lose all labels")
+    parser.add_argument("--fraction", type=float, help="share of the slices that are annotated (default: all; slices: "
+                                                       "0.2)")
+    parser.add_argument("--dimension", choices=("2d", "3d"), default="2d",
+                        help="annotate slice by slice, or the volume as a whole")
+    parser.add_argument("--slice-axis", type=int, choices=(0, 1, 2), help="axis of the array (z, y, x) across the "
+                        "slices; default: that of the largest spacing")
+    parser.add_argument("--radius", type=int, default=1, help="radius of the points, in voxels")
+    parser.add_argument("--no-background", dest="background", action="store_false", help="annotate no background")
+    parser.add_argument("--unlabelled", type=int, default=0, metavar="N", help="number of patients that lose all "
+                                                                               "labels")
     experiment_arguments(parser)
-    parser.add_argument("--patient-pattern", metavar="REGEX", help="its first group in the name of a case is the patient; default: "
-                        "that of the source, or a case a patient")
+    parser.add_argument("--patient-pattern", metavar="REGEX", help="a regular expression whose first group in the name "
+                        "of a case is the patient; default: that of the source; without one, each case is a patient")
     parser.add_argument("--processes", type=int, default=PROCESSES)
-    parser.add_argument("--link", action="store_true", help="hard links instead of copies of images: no space, but what "
-                        "writes to one writes to the other")
-    args = parser.parse_args(argv)
-    folder = weaken_dataset(
-        args.source, args.id, full=args.full, style=args.style, unlabelled=args.unlabelled, seed=args.seed, folds=args.folds, name=args.name,
-        patient_pattern=args.patient_pattern, processes=args.processes, link=args.link, fraction=args.fraction,
-        dimension=args.dimension, slice_axis=args.slice_axis, radius=args.radius, background=not args.no_background)
-    print(summary(folder))
+    parser.add_argument("--link", action="store_true", help="hard links instead of copies of images: they take no "
+                        "space, but a program that writes to one writes to the other")
+    args = vars(parser.parse_args(argv))
+    print(summary(weaken_dataset(args.pop("source"), args.pop("id"), **args)))

@@ -545,9 +545,9 @@ def test_it_is_not_said_that_no_case_is_full_where_one_cannot_be_read(data, chec
 def test_no_full_case_is_an_error(data, check):
     data.describe(supervision={case: "partial" for case in KINDS if KINDS[case] == "full"})
     # said once, not again for each fold
-    check([r"none of the 8 training cases is fully labelled", r"fold 0: validates on cases that are not fully annotated"])
+    check([r"none of the 8 training cases is fully annotated", r"fold 0: validates on cases that are not fully annotated"])
     data.split_file.unlink()
-    check([r"none of the 8 training cases is fully labelled \(0 full, 7 partial, 1 unlabelled\), so there is no teacher"])
+    check([r"none of the 8 training cases is fully annotated \(0 full, 7 partial, 1 unlabelled\), so there is no teacher"])
 
 
 # ---- classes --------------------------------------------------------------------------------------------------------
@@ -643,7 +643,7 @@ def test_a_split_of_another_form_is_an_error(data, check, content):
     (["p1_a", "p2_a"], ["p2_a"], r"trains and validates on p2_a; each case can be on one side only"),
     (["p1_a", "p2_a"], ["p2_b"], r"patient p2 has cases to train \(p2_a\) and to validate \(p2_b\); keep them on one side"),
     (["p1_a"], ["p2_a", "p3_a", "p4_a"], r"not fully annotated, .*: p3_a \(partial\), p4_a \(unlabelled\)\. Did nnU-Net write"),
-    (["p3_a", "p4_a"], ["p2_a"], r"none of the 2 training cases is fully labelled \(0 full, 1 partial, 1 unlabelled\)"),
+    (["p3_a", "p4_a"], ["p2_a"], r"none of the 2 training cases is fully annotated \(0 full, 1 partial, 1 unlabelled\)"),
     (["p1_a"], [], r"validates on no case")])
 def test_what_is_wrong_in_a_fold_is_an_error(data, train, val, message):
     data.split([FOLD, {"train": train, "val": val}])  # the first fold is right

@@ -289,7 +289,7 @@ def test_several_values_a_voxel_and_five_dimensions_are_refused(tmp_path, voxels
         assert str(error.value) == (f"{tmp_path}/colours{ending}: holds 3 values a voxel (colours?); nnU-Net needs a file a "
                                     f"channel")
     colours = np.zeros(SIZE, [("R", "u1"), ("G", "u1"), ("B", "u1")])
-    with pytest.raises(InputError, match="colours2.nii: holds .*; nnU-Net needs a file a channel"):
+    with pytest.raises(InputError, match="colours2.nii: holds .*; nnU-Net needs a file for each channel"):
         read(_nifti(tmp_path / "colours2.nii", colours, nibabel.Nifti2Image))
     with pytest.raises(InputError) as error:
         read(_nifti(tmp_path / "five.nii", np.zeros((5, 4, 3, 2, 2), np.int16)))

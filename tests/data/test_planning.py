@@ -566,7 +566,7 @@ def test_without_an_ignore_label_all_files_equal_nnunets(nnunet, tmp_path, monke
 @pytest.mark.parametrize("configuration", ["2d", "3d_fullres"])
 def test_the_report_counts_annotated_voxels_before_and_after(mixed, configuration):
     table = mixed.printed.split(f"{MIXED}, {configuration}: ")[1].split("\n\n")[0]
-    assert "4 not fully labelled:" in table and "3 fully labelled:" in table
+    assert "4 not fully annotated:" in table and "3 fully annotated:" in table
     partial = [mixed.cases[case][1] for case in ("c03", "c04")]
     after = [value for label in partial for value in _expected_points(label, configuration).values()]
     full = [_load(mixed.preprocessed, configuration, case)[1] for case in ("c00", "c01", "c02")]
@@ -597,7 +597,7 @@ def test_the_report_names_cases_that_become_full_and_the_regions_of_a_label():
     text = planning.report("D", "2d", _raw_labels(raw, labels=labels), after).splitlines()
     assert [" ".join(line.split()) for line in text[3:6]] == ["0 background 5 4 7 7", "1 whole 2 1 1 1",
                                                               "2 whole, core 0 0 3 3"]
-    assert text[6:] == ["  1 case(s) hold no ignored voxel any more and count as fully labelled, unless dataset.json's "
+    assert text[6:] == ["  1 case(s) hold no ignored voxel any more and count as fully annotated, unless dataset.json's "
                         "\"supervision\" says otherwise: p"]
 
 

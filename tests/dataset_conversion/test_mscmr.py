@@ -199,7 +199,7 @@ def test_without_a_full_training_case_a_note_tells_what_the_trainer_will(source,
     from nnunet_confkd.data.supervision import require_full
     described = _json(mscmr.convert(source, 31, processes=1) / "dataset.json")
     assert "note: no training case is fully annotated, and ConfKDTrainer needs one; --full N" in capsys.readouterr().out
-    with pytest.raises(InputError, match="none of the 7 training cases is fully labelled"):
+    with pytest.raises(InputError, match="none of the 7 training cases is fully annotated"):
         require_full({case: described["supervision"][case] for case in _folds(nnunet_folders)[0]["train"]})
 
 

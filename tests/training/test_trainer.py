@@ -317,7 +317,7 @@ def with_split(nnunet, split):
 def test_no_full_training_case_is_refused(nnunet, hippocampus, started):
     restore = with_split(nnunet, [{"train": hippocampus["partial"], "val": hippocampus["validation"]}])
     try:
-        with pytest.raises(InputError, match="none of the 30 training cases is fully labelled"):
+        with pytest.raises(InputError, match="none of the 30 training cases is fully annotated"):
             started(HIPPOCAMPUS, "2d")
     finally:
         restore()
