@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 # read by nnU-Net at import: one process each, and no background workers that a failing test would leave behind
@@ -49,6 +50,14 @@ def one_thread():
         set_num_threads = torch.set_num_threads
         patch.setattr(torch, "set_num_threads", lambda number: set_num_threads(min(number, 1)))
         torch.set_num_threads(1)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_processes_to_list_files():
+    """nnU-Net forks twelve processes to sort the names of a folder's files, which takes longer than most tests."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("nnunetv2.utilities.utils.Pool", ThreadPool)
         yield
 
 
