@@ -127,6 +127,14 @@ def thread_pools() -> Iterator[None]:
 
 # ---- nnU-Net's folders ---------------------------------------------------------------------------------------------
 
+@pytest.fixture(scope="session", autouse=True)
+def no_processes_to_list_files():
+    """nnU-Net forks twelve processes to sort the names of a folder's files, which takes longer than most tests."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("nnunetv2.utilities.utils.Pool", ThreadPool)
+        yield
+
+
 class Workspace:
     """nnU-Net's three folders, and its steps in this process."""
 

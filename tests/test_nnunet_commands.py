@@ -12,19 +12,16 @@ import SimpleITK as sitk
 import torch
 
 from nnunet_confkd import cli, nnunet_commands
-from nnunet_confkd.device import choose_device
 from nnunet_confkd.errors import InputError
-from nnunet_confkd.inference.inputs import readable_images
 from nnunet_confkd.nnunet_commands import explanation, no_leftovers, parser_of, with_options
 
 HIPPOCAMPUS = "Dataset004_Hippocampus"
 ONE_CHANNEL = {"channel_names": {"0": "MRI"}, "file_ending": ".nii.gz"}
-TWO_CHANNELS = {"channel_names": {"0": "T1", "1": "T2"}, "file_ending": ".nii.gz"}
 
 
 @pytest.fixture
 def said(capsys):
-    """Runs a command that must fail; returns its one sentence."""
+    """Run a command that must fail; return its one sentence."""
     def run(*argv) -> str:
         assert cli.main([str(word) for word in argv]) == 1
         out, err = capsys.readouterr()
@@ -35,7 +32,7 @@ def said(capsys):
 
 @pytest.fixture
 def predict(said, tmp_path, nnunet, hippocampus):
-    """`confkd predict` on held-back images of Hippocampus."""
+    """Run `confkd predict` on held-back images of Hippocampus."""
     def run(*argv, images=None) -> str:
         images = images or nnunet.raw(HIPPOCAMPUS) / "imagesTs"
         return said("predict", "-i", images, "-o", tmp_path / "out", "-device", "cpu", *argv)
@@ -114,19 +111,22 @@ def test_variables_that_are_not_set_are_named_at_once(said, monkeypatch, tmp_pat
     (torch.OutOfMemoryError("CUDA out of memory. Tried 9 GiB.\nMore of it."), "(CUDA out of memory. Tried 9 GiB.)"),
     (RuntimeError("[enforce fail at alloc_cpu.cpp] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to"),
      "DefaultCPUAllocator: can't allocate memory"), (MemoryError(), "exhausted. ")], ids=("cuda", "cpu", "python"))
-def test_a_training_out_of_memory_says_how_to_use_less_and_leaves_nothing(nnunet, hippocampus, said, monkeypatch,
-                                                                          fault, expected):
+def test_an_error_of_memory_is_explained_with_how_to_use_less(fault, expected):
+    text = explanation(fault, "train")
+    assert "the memory is exhausted" in text and expected in text
+    assert "confkd plan -d ID -c CONFIGURATION -gpu_memory_target 4 " in text
+
+
+def test_a_training_out_of_memory_is_one_sentence_and_leaves_nothing(nnunet, hippocampus, said, monkeypatch):
     from nnunet_confkd.training.trainer import ConfKDTrainer
 
     def train_step(*_):
-        raise fault
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried 9 GiB.\nMore of it.")
 
     configuration = nnunet.configure(HIPPOCAMPUS, "2d_memory", "2d", {"epochs": 1, "iterations_per_epoch": 1})
     monkeypatch.setattr(ConfKDTrainer, "train_step", train_step)
     before = tree(nnunet.folder / "results")
-    text = said("train", "4", configuration, "0", "-device", "cpu")
-    assert "the memory is exhausted" in text and expected in text
-    assert "confkd plan -d ID -c CONFIGURATION -gpu_memory_target 4 " in text
+    assert "(CUDA out of memory. Tried 9 GiB.)" in said("train", "4", configuration, "0", "-device", "cpu")
     assert tree(nnunet.folder / "results") == before
 
 
@@ -184,7 +184,8 @@ def test_what_an_earlier_training_left_stays_after_a_failed_start(tmp_path):
     (("-d", "4", "-c", "3d_new", "-f", "0"),
      "ConfKDTrainer__nnUNetPlans__3d_new: there is no such model; train it first: confkd train 4 3d_new 0 -tr "
      "ConfKDTrainer; or choose with -tr, -p and -c one that is trained: "),
-    (("-d", "4", "-c", "2d_export", "-tr", "ConfKDTrainer_noKL"), "ConfKDTrainer_noKL__nnUNetPlans__2d_export: there is no such"),
+    (("-d", "4", "-c", "2d_export", "-tr", "ConfKDTrainer_noKL"),
+     "ConfKDTrainer_noKL__nnUNetPlans__2d_export: there is no such"),
     (("-d", "4", "-c", "2d_export"), "folds 1, 2, 3, 4 have no checkpoint_final.pth; predict with what is trained: -f"),
     (("-d", "4", "-c", "2d_export", "-f", "0", "-chk", "other.pth"),
      "fold 0 has no other.pth; the training has not ended: continue it with --c, or predict with -chk checkpoint_"),
@@ -228,58 +229,9 @@ def test_images_that_cannot_be_read_are_told(hippocampus_model, predict, tmp_pat
     assert expected in predict("-d", "4", "-c", "2d_export", "-f", "0", images=tmp_path / "images")
 
 
-def test_a_model_of_several_channels_tells_the_names_that_it_needs(tmp_path):
-    (tmp_path / "a.nii.gz").touch()
-    both = r"CASE_0000\.nii\.gz \(T1\), CASE_0001\.nii\.gz \(T2\)"
-    for source in (tmp_path, tmp_path / "a.nii.gz"):
-        with pytest.raises(InputError, match=rf"a\.nii\.gz does not end with the number of a channel\. Name .* {both}"):
-            with readable_images(source, TWO_CHANNELS):
-                pass
-    (tmp_path / "a.nii.gz").rename(tmp_path / "a_0000.nii.gz")
-    with pytest.raises(InputError, match=rf"1 case\(s\) do not have all 2 channels: a\. Name .* {both}"):
-        with readable_images(tmp_path, TWO_CHANNELS):
-            pass
-    (tmp_path / "a_0001.nii.gz").touch()
-    with readable_images(tmp_path, TWO_CHANNELS) as images:
-        assert images == tmp_path
-
-
-def test_numbers_that_are_no_channels_belong_to_the_name_and_hidden_files_are_left_out(tmp_path):
-    for name in ("scan_2019.nii.gz", "scan_2020.nii.gz", "._scan_2020.nii.gz"):
-        (tmp_path / name).write_text(name)
-    with readable_images(tmp_path, ONE_CHANNEL) as images:
-        assert {file.name: file.read_text() for file in images.iterdir()} == {
-            "scan_2019_0000.nii.gz": "scan_2019.nii.gz", "scan_2020_0000.nii.gz": "scan_2020.nii.gz"}
-    assert not images.exists()
-    for name in ("2019", "2020"):
-        (tmp_path / f"scan_{name}.nii.gz").rename(tmp_path / f"scan{name}_0000.nii.gz")
-    with readable_images(tmp_path, ONE_CHANNEL) as images:  # which nnU-Net would take for an image
-        assert sorted(file.name for file in images.iterdir()) == ["scan2019_0000.nii.gz", "scan2020_0000.nii.gz"]
-
-
-def test_where_links_are_not_permitted_images_are_copied_with_what_belongs_to_them(tmp_path, monkeypatch):
-    def refused(*_):
-        raise OSError("privilege not held")
-
-    (tmp_path / "a.tif").write_text("image")
-    (tmp_path / "a.json").write_text('{"spacing": [1, 1, 1]}')
-    for links in (True, False):
-        if not links:
-            monkeypatch.setattr("pathlib.Path.symlink_to", refused)
-        with readable_images(tmp_path / "a.tif", ONE_CHANNEL | {"file_ending": ".tif"}) as images:
-            linked = {file.name: file.read_text() for file in images.iterdir()}
-            assert linked == {"a_0000.tif": "image", "a.json": '{"spacing": [1, 1, 1]}'}
-            assert (images / "a_0000.tif").is_symlink() == links
-    header = b"NRRD0004\ntype: uint8\ndimension: 3\nsizes: 1 1 1\nencoding: raw\ndata file: b.raw\n\n"
-    (tmp_path / "b.nrrd").write_bytes(header)
-    (tmp_path / "b.raw").write_bytes(b"x")
-    with readable_images(tmp_path / "b.nrrd", ONE_CHANNEL | {"file_ending": ".nrrd"}) as images:
-        assert sorted(file.name for file in images.iterdir()) == ["b.raw", "b_0000.nrrd"]
-
-
 def test_images_without_numbers_are_predicted_under_their_own_names(nnunet, hippocampus, hippocampus_model, tmp_path,
                                                                     capsys):
-    """README's way: `confkd mix` takes images without _0000, where nnUNetv2_predict ends in an IndexError."""
+    """As `confkd mix` takes them, and where nnUNetv2_predict ends in an IndexError."""
     numbered, plain = tmp_path / "numbered", tmp_path / "plain"
     for folder in (numbered, plain):
         folder.mkdir()
@@ -292,7 +244,7 @@ def test_images_without_numbers_are_predicted_under_their_own_names(nnunet, hipp
     def run(images, output):
         folder = tmp_path / output
         assert cli.main(["predict", "-d", "4", "-i", str(images), "-o", str(folder), "-c", "2d_export", "-f", "0",
-                         "-npp", "0", "-nps", "0"]) == 0
+                         "-npp", "0", "-nps", "0", "--disable_tta"]) == 0
         return {file.name: sitk.GetArrayFromImage(sitk.ReadImage(str(file))) for file in folder.glob("*.nii.gz")}
 
     expected = run(numbered, "a")
@@ -303,29 +255,18 @@ def test_images_without_numbers_are_predicted_under_their_own_names(nnunet, hipp
         assert all(np.array_equal(voxels, expected[name]) for name, voxels in found.items())
         record = json.loads((tmp_path / output / "predict_from_raw_data_args.json").read_text())
         assert record["list_of_lists_or_source_folder"] == str(images)
-    if not torch.cuda.is_available():  # nothing was said about the device, and train and predict run
+    if not torch.cuda.is_available():  # the default device is said
         assert capsys.readouterr().out.count("no CUDA device: running on the CPU\n") == 4
 
 
-# ---- devices --------------------------------------------------------------------------------------------------------
+# ---- devices ------------------------------------------------------------------------------------------------------
 
 @pytest.fixture
 def machine(monkeypatch):
-    def with_devices(cuda=False, mps=False):
+    def with_devices(cuda=False):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
         monkeypatch.setattr(torch.cuda, "device_count", lambda: int(cuda))
-        monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
     return with_devices
-
-
-def test_the_default_device_is_cuda_else_the_cpu_and_one_line_says_so(machine, capsys):
-    machine(cuda=True)
-    assert choose_device() == choose_device("cuda") == "cuda" and choose_device("cpu") == "cpu"
-    assert capsys.readouterr().out == ""
-    machine()
-    assert choose_device() == "cpu" and capsys.readouterr().out == "no CUDA device: running on the CPU\n"
-    machine(mps=True)
-    assert choose_device() == "cpu" and "-device mps" in capsys.readouterr().out and choose_device("mps") == "mps"
 
 
 @pytest.mark.parametrize("argv", [
@@ -377,7 +318,7 @@ def test_more_gpus_than_there_are_is_one_sentence(nnunet, hippocampus, machine, 
 
 @pytest.fixture
 def handed(monkeypatch, tmp_path):
-    """What `confkd train` and `confkd predict` hand to nnU-Net, and what they made of the arguments themselves."""
+    """Record what `confkd train` and `confkd predict` hand to nnU-Net, and how they parsed the arguments themselves."""
     seen = types.SimpleNamespace(args=None, command=None, argv=None)
 
     def remember(args):

@@ -1,3 +1,4 @@
+"""The demo: its data, and a run from beginning to end."""
 from __future__ import annotations
 
 import json
@@ -5,7 +6,12 @@ import os
 import re
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from importlib import import_module
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -41,7 +47,7 @@ def msd(tmp_path) -> Path:
 
 @pytest.fixture
 def raw(tmp_path, monkeypatch):
-    """Where the data set will lie."""
+    """The folder of the data set that is written."""
     for name in ("raw", "preprocessed", "results"):
         monkeypatch.setenv(f"nnUNet_{name}", str(tmp_path / name))
     return tmp_path / "raw" / "Dataset001_Small"
@@ -66,7 +72,8 @@ def test_an_msd_task_with_two_channels_becomes_a_mixed_data_set(msd, raw):
 
 
 def test_mixed_nnunet_data_are_taken_as_they_are(tmp_path, raw):
-    made = generate_dataset(tmp_path / "source", num_full=4, num_partial=3, num_unlabelled=2, num_validation=2, num_test=0)
+    made = generate_dataset(tmp_path / "source", num_full=4, num_partial=3, num_unlabelled=2, num_validation=2,
+                            num_test=0)
     roles = import_dataset(tmp_path / "source", 1, "Small")
     full = {case for role in ("full", "validation", "test") for case in roles[role]}
     assert full == set(made["full"] + made["validation"]) and len(roles["test"]) == len(roles["validation"]) == 1
@@ -83,7 +90,8 @@ def test_real_hippocampus_without_its_dataset_json(test_data, raw):
     assert labels == {"background": 0, "label_1": 1, "label_2": 2, "ignore": 3}
 
 
-@pytest.mark.parametrize("missing, text", [("imagesTr", "has no folder imagesTr"), ("labelsTr", "has no folder labelsTr")])
+@pytest.mark.parametrize("missing, text", [
+    ("imagesTr", "has no folder imagesTr"), ("labelsTr", "has no folder labelsTr")])
 def test_another_layout_is_one_clear_error(msd, tmp_path, missing, text, capsys):
     (msd / missing).rename(msd / "elsewhere")
     assert cli.main(["demo", "--data", str(msd), "--output", str(tmp_path / "out")]) == 1
@@ -92,10 +100,33 @@ def test_another_layout_is_one_clear_error(msd, tmp_path, missing, text, capsys)
 
 def test_too_few_full_cases_are_refused(tmp_path, raw):
     generate_dataset(tmp_path / "source", num_full=1, num_partial=1, num_unlabelled=1, num_validation=1, num_test=0)
-    with pytest.raises(InputError, match="2 fully labelled cases"):
+    with pytest.raises(InputError, match="2 fully annotated cases"):
         import_dataset(tmp_path / "source", 1, "Small")
 
 
+def test_a_demo_of_a_few_hearts_predicts_with_both_branches_and_draws_a_picture(tmp_path, monkeypatch):
+    """In this process, with threads in place of nnU-Net's pools."""
+    few = {"num_full": 2, "num_partial": 1, "num_unlabelled": 1, "num_validation": 1, "num_test": 1}
+    monkeypatch.setattr("nnunet_confkd.demo.synthetic.generate_dataset", partial(generate_dataset, **few, dimensions=2))
+    for module in ("experiment_planning.dataset_fingerprint.fingerprint_extractor",
+                   "experiment_planning.verify_dataset_integrity", "preprocessing.preprocessors.default_preprocessor",
+                   "evaluation.evaluate_predictions"):
+        monkeypatch.setattr(import_module(f"nnunetv2.{module}"), "multiprocessing",
+                            SimpleNamespace(get_context=lambda _: SimpleNamespace(Pool=ThreadPool)))
+    monkeypatch.setattr("nnunet_confkd.training.validation.ProcessPoolExecutor",
+                        lambda number, context: ThreadPoolExecutor(number))
+    for variable in ("OMP_WAIT_POLICY", "nnUNet_def_n_proc", "nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
+        monkeypatch.setenv(variable, os.environ.get(variable, "1"))
+    assert cli.main(["demo", "--output", str(tmp_path), "--epochs", "1", "--iterations", "1"]) == 0
+    folder = tmp_path / "run_001"
+    results = json.loads((folder / "results.json").read_text())
+    assert set(results["dice"]) == {"student", "teacher"} and all(0 <= dice <= 1 for dice in results["dice"].values())
+    for branch in ("student", "teacher"):
+        assert len(list((folder / branch).glob("*.nii.gz"))) == 1
+    assert (folder / "picture.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.slow
 def test_the_whole_demo_in_short_ends_with_the_figures_and_the_paths(tmp_path):
     """In a fresh process, elsewhere, without any variable of nnU-Net's; a second run overwrites nothing."""
     env = {k: v for k, v in os.environ.items() if not k.startswith("nnUNet_")}
@@ -112,4 +143,5 @@ def test_the_whole_demo_in_short_ends_with_the_figures_and_the_paths(tmp_path):
     summary = json.loads((Path(predictions) / "summary.json").read_text())
     assert student == f"student Dice {summary['foreground_mean']['Dice']:.3f}" == f"student Dice {dice['student']:.3f}"
     assert len(list(Path(predictions).glob("*.nii.gz"))) == 6
-    assert [f.name for f in tmp_path.iterdir()] == ["demo_output"] and not list((tmp_path / "demo_output" / "run_001").iterdir())
+    assert [f.name for f in tmp_path.iterdir()] == ["demo_output"]
+    assert not list((tmp_path / "demo_output" / "run_001").iterdir())

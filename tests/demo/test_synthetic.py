@@ -1,11 +1,14 @@
+"""The generated hearts: their files, and the anatomy that the demo and other tests rely on."""
 from __future__ import annotations
 
 import json
+from multiprocessing.pool import ThreadPool
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import SimpleITK as sitk
-from nnunetv2.experiment_planning.verify_dataset_integrity import verify_dataset_integrity
+from nnunetv2.experiment_planning import verify_dataset_integrity
 from scipy.ndimage import binary_dilation
 
 from nnunet_confkd.demo.synthetic import generate_case, generate_dataset
@@ -17,19 +20,19 @@ CASES = [f"heart_{k:03d}" for k in range(40)]
 
 @pytest.fixture(scope="module", params=[3, 2], ids=["3d", "2d"])
 def dataset(request, tmp_path_factory):
-    """A small generated dataset: its folder, its cases and its number of dimensions."""
+    """A small generated data set: its folder, its cases and its number of dimensions."""
     folder = tmp_path_factory.mktemp("raw") / "Dataset001_Heart"
     return folder, generate_dataset(folder, dimensions=request.param, seed=1, **COUNTS), request.param
 
 
 @pytest.fixture(scope="module", params=[3, 2], ids=["3d", "2d"])
 def hearts(request):
-    """Many generated cases: (image, label, spacing) each."""
+    """Many generated cases, each (image, label, spacing)."""
     return [generate_case(case, dimensions=request.param) for case in CASES]
 
 
 def _grown(mask):
-    """A mask (Z, Y, X) with its neighbours in the plane, diagonal ones too."""
+    """Add the neighbours in the plane to a mask (Z, Y, X), also the diagonal ones."""
     return binary_dilation(mask, np.ones((1, 3, 3), dtype=bool))
 
 
@@ -41,8 +44,10 @@ def _files(folder):
     return {f.relative_to(folder).as_posix(): f.read_bytes() for f in folder.rglob("*") if f.is_file()}
 
 
-def test_the_dataset_passes_nnunets_own_check(dataset):
-    verify_dataset_integrity(str(dataset[0]), num_processes=1)
+def test_the_dataset_passes_nnunets_own_check(dataset, monkeypatch):
+    threads = SimpleNamespace(get_context=lambda _: SimpleNamespace(Pool=ThreadPool))  # a process takes seconds to start
+    monkeypatch.setattr(verify_dataset_integrity, "multiprocessing", threads)
+    verify_dataset_integrity.verify_dataset_integrity(str(dataset[0]), num_processes=1)
 
 
 def test_the_dataset_says_what_each_training_case_is(dataset):

@@ -1,7 +1,8 @@
-"""Checkpoints from strangers."""
+"""Checkpoints that others have made."""
 from __future__ import annotations
 
 import os
+import shutil
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from nnunet_confkd.inference.checkpoints import load_checkpoint
 
 
 class Payload:
-    """Makes a folder where it is unpickled."""
+    """Makes a folder when it is unpickled."""
 
     def __init__(self, folder):
         self.folder = folder
@@ -26,7 +27,8 @@ def test_a_real_checkpoint_is_read_whole(hippocampus_model):
     file = hippocampus_model / "fold_0" / "checkpoint_final.pth"
     ours, nnunets = load_checkpoint(file), torch.load(file, weights_only=False)
     assert ours.keys() == nnunets.keys() and ours["init_args"] == nnunets["init_args"]
-    assert all(torch.equal(weight, nnunets["network_weights"][name]) for name, weight in ours["network_weights"].items())
+    for name, weight in ours["network_weights"].items():
+        assert torch.equal(weight, nnunets["network_weights"][name])
     for key, values in nnunets["logging"].items():
         np.testing.assert_array_equal(np.asarray(ours["logging"][key], float), np.asarray(values, float))
 
@@ -39,7 +41,7 @@ def test_a_checkpoint_that_would_run_a_program_is_refused_before_it_does(tmp_pat
         load_checkpoint(file)
     assert not made.exists()
     torch.load(file, weights_only=False)
-    assert made.exists()  # so the payload works
+    assert made.exists()  # so nnU-Net's way of loading would have run it
 
 
 @pytest.mark.parametrize("content", (b"", b"half", b"PK\x03\x04 half"), ids=("empty", "garbage", "zip"))
@@ -52,7 +54,6 @@ def test_broken_files_are_named(tmp_path, content):
 
 @pytest.mark.parametrize("command", ("export", "report", "complete"))
 def test_no_command_opens_such_a_model(hippocampus_model, tmp_path, command, capsys):
-    import shutil
     model, made = tmp_path / hippocampus_model.name, tmp_path / "made"
     shutil.copytree(hippocampus_model, model)
     file = model / "fold_0" / "checkpoint_final.pth"

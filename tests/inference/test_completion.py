@@ -44,16 +44,6 @@ def _files(folder):
             for f in folder.rglob("*") if f.is_file()}
 
 
-def _save(model, nnunet, dataset, configuration):
-    """Save an untrained network as a model, which is enough to predict."""
-    trainer = nnunet.trainer(dataset, configuration)
-    trainer.initialize()
-    trainer.on_train_start()
-    trainer.inference_allowed_mirroring_axes = None
-    trainer.save_checkpoint(str(model / "fold_0" / "checkpoint_final.pth"))
-    return model
-
-
 @pytest.fixture(scope="module")
 def few(nnunet, hippocampus):
     """Three fully annotated, two partially annotated, one unlabelled and one test case of Hippocampus, in two folds."""
@@ -151,6 +141,34 @@ def confident(nnunet, few, model, predicted):
     return SimpleNamespace(folder=folder, threshold=threshold)
 
 
+@pytest.fixture(scope="module")
+def loaded(model):
+    return module._load_predictor(TrainedModel(model, device="cpu"))
+
+
+@pytest.fixture
+def no_network(monkeypatch, loaded, completed):
+    """Neither load nor run a network: the results of another run are copied. For tests of what happens around that."""
+    def predict(_, cases, folder, *__):
+        (folder / "entropy").mkdir(parents=True)
+        (folder.parent / "confidence").mkdir()
+        for case in cases:
+            name = f"{case.name}.nii.gz"
+            shutil.copyfile(completed / "labelsTr" / name, folder / name)
+            shutil.copyfile(completed / "confidence" / name, folder / "entropy" / name)
+            shutil.copyfile(completed / "confidence" / name, folder.parent / "confidence" / name)
+
+    monkeypatch.setattr(module, "_load_predictor", lambda _: loaded)
+    monkeypatch.setattr(module, "_predict", predict)
+
+
+@pytest.fixture
+def no_prediction(monkeypatch, loaded):
+    """Do not load the model, and fail if anything is predicted."""
+    monkeypatch.setattr(module, "_load_predictor", lambda _: loaded)
+    monkeypatch.setattr(module, "_predict", lambda *_: pytest.fail("predicted"))
+
+
 # ---- what is written ------------------------------------------------------------------------------------------------
 
 def test_annotated_voxels_stay_and_the_others_are_the_students(few, completed, predicted):
@@ -221,8 +239,7 @@ def test_the_split_is_carried_over(nnunet, few, completed):
     assert _json(nnunet.preprocessed(completed.name) / "splits_final.json") == few.splits
 
 
-def test_without_a_split_only_cases_that_were_full_validate(nnunet, few, completed, model, monkeypatch):
-    monkeypatch.setattr(module, "_predict", _copied_from(completed))
+def test_without_a_split_only_cases_that_were_full_validate(nnunet, few, model, no_network):
     (nnunet.preprocessed(FEW) / "splits_final.json").rename(nnunet.folder / "kept.json")
     try:
         folder = complete(6, model, 62, name="NoSplit")
@@ -230,19 +247,6 @@ def test_without_a_split_only_cases_that_were_full_validate(nnunet, few, complet
         (nnunet.folder / "kept.json").rename(nnunet.preprocessed(FEW) / "splits_final.json")
     splits = _json(nnunet.preprocessed(folder.name) / "splits_final.json")
     assert sorted(case for fold in splits for case in fold["val"]) == sorted(few.full)
-
-
-def _copied_from(completed):
-    """Make a replacement of `_predict` that copies the results of another run, for tests of what happens afterwards."""
-    def predict(_, cases, folder, *__):
-        (folder / "entropy").mkdir(parents=True)
-        (folder.parent / "confidence").mkdir()
-        for case in cases:
-            name = f"{case.name}.nii.gz"
-            shutil.copyfile(completed / "labelsTr" / name, folder / name)
-            shutil.copyfile(completed / "confidence" / name, folder / "entropy" / name)
-            shutil.copyfile(completed / "confidence" / name, folder.parent / "confidence" / name)
-    return predict
 
 
 def test_the_list_tells_what_to_review_first(few, completed, predicted):
@@ -265,7 +269,7 @@ def test_the_list_tells_what_to_review_first(few, completed, predicted):
         assert [row["case"] for row in csv.DictReader(stream)] == [row["case"] for row in rows]
 
 
-def test_what_goes_to_other_processes_can_go_there(few, completed, model, monkeypatch):
+def test_what_goes_to_other_processes_can_go_there(completed, model, monkeypatch, no_network):
     """They are not started, because each would import nnU-Net, which takes longer than all the rest."""
 
     def pickling(function, tasks, *_):
@@ -275,15 +279,13 @@ def test_what_goes_to_other_processes_can_go_there(few, completed, model, monkey
             results.append(there(*task))
         return pickle.loads(pickle.dumps(results))
     monkeypatch.setattr(module, "parallel", pickling)
-    monkeypatch.setattr(module, "_predict", _copied_from(completed))
     folder = complete(6, model, 63, name="Pickled")
     assert _files(folder / "labelsTr") == _files(completed / "labelsTr")
     exporter = module._CompletingPredictor(device=torch.device("cpu")).exporter()
     assert pickle.loads(pickle.dumps(exporter)) is exporter
 
 
-def test_a_completed_data_set_is_completed_further_and_says_both(few, confident, model, completed, monkeypatch):
-    monkeypatch.setattr(module, "_predict", _copied_from(completed))
+def test_a_completed_data_set_is_completed_further_and_says_both(few, confident, model, no_network):
     folder = complete(61, model, 64, name="Twice")
     runs = _json(folder / "dataset.json")["completed"]
     assert [run["source"] for run in runs] == [FEW, "Dataset061_Confident"]
@@ -294,7 +296,13 @@ def test_a_completed_data_set_is_completed_further_and_says_both(few, confident,
         assert (first == IGNORE).any() and not (second == IGNORE).any()
 
 
-def test_stock_nnunet_plans_and_trains_on_it(nnunet, completed, monkeypatch, threads):
+def test_the_completed_data_set_passes_nnunets_own_check(completed, threads):
+    from nnunetv2.experiment_planning.verify_dataset_integrity import verify_dataset_integrity
+    verify_dataset_integrity(str(completed), num_processes=1)
+
+
+@pytest.mark.slow
+def test_stock_nnunet_plans_and_trains_on_it(nnunet, completed, monkeypatch):
     """Planning and training without the plugin."""
     from nnunetv2.experiment_planning.plan_and_preprocess_api import extract_fingerprints, plan_experiments, preprocess
     extract_fingerprints([60], num_processes=1, check_dataset_integrity=True)
@@ -311,21 +319,17 @@ def test_stock_nnunet_plans_and_trains_on_it(nnunet, completed, monkeypatch, thr
     assert (nnunet.model(completed.name, "2d_tiny", "nnUNetTrainer") / "fold_0" / "checkpoint_final.pth").is_file()
 
 
-def test_regions_are_completed(nnunet, regions):
-    nnunet.configure(regions, "3d_complete", "3d_fullres", {"seed": 1}, features=(4, 8, 8))
-    model = _save(nnunet.model(regions, "3d_complete"), nnunet, regions, "3d_complete")
-    source, folder = nnunet.raw(regions), complete(5, model, 65)
+def test_regions_are_completed(nnunet, region_model):
+    source, folder = nnunet.raw("Dataset008_Regions"), complete(8, region_model, 65)
     described = _json(folder / "dataset.json")
     assert described["labels"] == _json(source / "dataset.json")["labels"]
     assert described["regions_class_order"] == [1, 2]
-    weak = described["completed"][-1]["cases"]
-    assert len(weak) == 3
-    for case in weak:
-        before, after = (_read(f / "labelsTr" / f"{case}.nii.gz") for f in (source, folder))
-        np.testing.assert_array_equal(after[before != IGNORE], before[before != IGNORE])
-        assert set(np.unique(after)) <= {0, 1, 2} and len(np.unique(after[before == IGNORE])) > 1
-        confidence = _read(folder / "confidence" / f"{case}.nii.gz")
-        assert 0.5 <= confidence.min() < confidence.max() <= 1
+    (case,) = described["completed"][-1]["cases"]
+    before, after = (_read(f / "labelsTr" / f"{case}.nii.gz") for f in (source, folder))
+    np.testing.assert_array_equal(after[before != IGNORE], before[before != IGNORE])
+    assert set(np.unique(after)) <= {0, 1, 2} and len(np.unique(after[before == IGNORE])) > 1
+    confidence = _read(folder / "confidence" / f"{case}.nii.gz")
+    assert 0.5 <= confidence.min() < confidence.max() <= 1
 
 
 # ---- hints ----------------------------------------------------------------------------------------------------------
@@ -367,18 +371,16 @@ def test_without_a_record_there_are_no_hints_and_a_broken_one_is_named(few, hint
     assert not module._uses_hints(hinted_model, ["0"])
 
 
-@pytest.mark.parametrize("regions_too", (False, True), ids=("labels", "regions"))
-def test_hints_are_the_annotations_behind_the_channels(few, nnunet, hippocampus, model, regions, regions_too):
-    if regions_too:
-        nnunet.configure(regions, "3d_hints", "3d_fullres", {"seed": 1}, features=(4, 8, 8))
-        model = _save(nnunet.model(regions, "3d_hints"), nnunet, regions, "3d_hints")
+@pytest.mark.parametrize("regions", (False, True), ids=("labels", "regions"))
+def test_hints_are_the_annotations_behind_the_channels(few, model, region_model, regions):
+    model = region_model if regions else model
     predictor, _ = module._load_predictor(TrainedModel(model, "teacher", device="cpu"))
     case = few.partial[0]
     image, label = few.raw / "imagesTr" / f"{case}_0000.nii.gz", few.raw / "labelsTr" / f"{case}.nii.gz"
     item, = module._with_hints(predictor, [[str(image)]], [str(label)], ["out"])
     before = _read(label)
     expected = [before == 0, before == 1, before == 2, before != IGNORE]
-    if regions_too:
+    if regions:
         expected = [np.isin(before, (1, 2)), before == 2, before != IGNORE]
     assert item["ofile"] == "out" and item["data"].shape == (1 + len(expected), *before.shape)
     for channel, voxels in zip(item["data"][1:], expected):  # spacing as in the plans: nothing is resampled
@@ -387,12 +389,11 @@ def test_hints_are_the_annotations_behind_the_channels(few, nnunet, hippocampus,
 
 # ---- models ---------------------------------------------------------------------------------------------------------
 
-def test_a_stock_model_of_the_same_labels_will_do_but_has_no_teacher(few, model, completed, tmp_path, monkeypatch):
+def test_a_stock_model_of_the_same_labels_will_do_but_has_no_teacher(few, model, tmp_path):
     """The tests of the export check that it predicts the same."""
     stock = export(model, tmp_path / "stock")
     with pytest.raises(InputError, match="holds no teacher, so --branch teacher"):
         complete(6, stock, 66, "teacher")
-    monkeypatch.setattr(module, "_predict", _copied_from(completed))
     folder = complete(6, stock, 66, name="Stock")
     assert _json(folder / "dataset.json")["completed"][-1]["branch"] is None
 
@@ -434,16 +435,19 @@ def _other_trainer(file):
     (lambda m: None, {"checkpoint": "checkpoint_latest.pth"}, "no checkpoint_latest.pth of any fold"),
     (lambda m: (m / "fold_0" / "checkpoint_final.pth").write_bytes(b"half"), {}, "cannot be read as a checkpoint"),
     (lambda m: _other_trainer(m / "fold_0" / "checkpoint_final.pth"), {}, "by the trainer Theirs, which is not found"),
-    (lambda m: _wider(m / "plans.json"), {}, "do not fit the network of plans.json"),
-    (lambda m: None, {"confidence": 1.0}, "--confidence"),
-    (lambda m: None, {"confidence": float("nan")}, "--confidence"),
-    (lambda m: None, {"name": "../x"}, "letters, digits"), (lambda m: None, {"new": 4}, "the id 4 is taken"),
-    (lambda m: None, {"new": 0}, "from 1 to 999"), (lambda m: None, {"dataset": 999}, "no data set 999")])
-def test_what_cannot_be_done_is_one_clear_error_and_nothing_is_written(few, model, nnunet, tmp_path, spoil, options,
-                                                                       text):
+    (lambda m: _wider(m / "plans.json"), {}, "do not fit the network of plans.json")])
+def test_a_model_that_cannot_predict_is_refused_and_nothing_written(few, model, nnunet, tmp_path, spoil, options, text):
     shutil.copytree(model, tmp_path / "model")
     spoil(tmp_path / "model")
     _refused(nnunet, text, tmp_path / "model", **options)
+
+
+@pytest.mark.parametrize("options, text", [
+    ({"confidence": 1.0}, "--confidence"), ({"confidence": float("nan")}, "--confidence"),
+    ({"name": "../x"}, "letters, digits"), ({"new": 4}, "the id 4 is taken"), ({"new": 0}, "from 1 to 999"),
+    ({"dataset": 999}, "no data set 999")])
+def test_options_that_make_no_sense_are_refused_and_nothing_written(few, model, nnunet, no_prediction, options, text):
+    _refused(nnunet, text, model, **options)
 
 
 def test_the_second_stage_of_a_cascade_is_refused(few, model, nnunet, tmp_path):
@@ -492,8 +496,7 @@ def _label(file, change):
     (lambda d, c: (d / "dataset.json").unlink(), ["is no data set in nnU-Net's raw format"]),
     (lambda d, c: [_label(d / "labelsTr" / f"{case}.nii.gz", lambda a: np.where(a == 3, 0, a)) for case in c]
      + [_described(d, supervision={})], ["no training case has an ignored voxel"])])
-def test_data_that_are_wrong_are_told_before_the_prediction(few, spoilt, model, nnunet, spoil, texts, monkeypatch):
-    monkeypatch.setattr(module, "_predict", lambda *_: pytest.fail("predicted"))
+def test_data_that_are_wrong_are_told_before_the_prediction(few, spoilt, model, nnunet, spoil, texts, no_prediction):
     spoil(spoilt, few.weak)
     for text in texts:
         _refused(nnunet, text.format(*few.weak), model, dataset=7)
@@ -505,8 +508,7 @@ def _described(folder, **change):
 
 @pytest.mark.parametrize("content, text", [
     ("{", "is no list of folds"), ('[{"train": ["x"], "val": []}]', "does not have: x")])
-def test_a_broken_split_is_told_before_the_prediction(few, spoilt, model, nnunet, content, text, monkeypatch):
-    monkeypatch.setattr(module, "_predict", lambda *_: pytest.fail("predicted"))
+def test_a_broken_split_is_told_before_the_prediction(few, spoilt, model, nnunet, content, text, no_prediction):
     folder = nnunet.preprocessed(spoilt.name)
     folder.mkdir()
     try:
@@ -516,9 +518,8 @@ def test_a_broken_split_is_told_before_the_prediction(few, spoilt, model, nnunet
         shutil.rmtree(folder)
 
 
-def test_a_case_declared_lower_than_its_label_keeps_its_kind(few, spoilt, model, completed, monkeypatch):
+def test_a_case_declared_lower_than_its_label_keeps_its_kind(few, spoilt, model, no_network):
     """It has no ignored voxel, so nothing is predicted for it."""
-    monkeypatch.setattr(module, "_predict", _copied_from(completed))
     _described(spoilt, supervision={few.full[0]: "partial"})
     folder = complete(7, model, 71, name="Lower")
     described = _json(folder / "dataset.json")
@@ -529,10 +530,9 @@ def test_a_case_declared_lower_than_its_label_keeps_its_kind(few, spoilt, model,
 # ---- interruption ---------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("where", ["_predict", "_Completion.review", "_require_annotations", "write_review_list"])
-def test_an_interruption_leaves_nothing_behind(few, model, nnunet, completed, monkeypatch, where):
+def test_an_interruption_leaves_nothing_behind(few, model, nnunet, no_network, monkeypatch, where):
     def interrupt(*_, **__):
         raise KeyboardInterrupt
-    monkeypatch.setattr(module, "_predict", _copied_from(completed))
     monkeypatch.setattr(f"nnunet_confkd.inference.completion.{where}", interrupt)
     before = sorted(nnunet.raw("").rglob("*")), sorted(nnunet.preprocessed("").rglob("*"))
     with pytest.raises(KeyboardInterrupt):
@@ -540,9 +540,7 @@ def test_an_interruption_leaves_nothing_behind(few, model, nnunet, completed, mo
     assert (sorted(nnunet.raw("").rglob("*")), sorted(nnunet.preprocessed("").rglob("*"))) == before
 
 
-def test_folders_that_cannot_be_written_to_are_told_before_the_prediction(few, model, nnunet, monkeypatch):
-    monkeypatch.setattr(module, "_predict", lambda *_: pytest.fail("predicted"))
-
+def test_folders_that_cannot_be_written_are_told_before_the_prediction(few, model, nnunet, no_prediction, monkeypatch):
     def denied(folder):
         raise PermissionError(13, "Permission denied", str(folder))
     monkeypatch.setattr(folders, "_claim", denied)
@@ -551,10 +549,9 @@ def test_folders_that_cannot_be_written_to_are_told_before_the_prediction(few, m
 
 @pytest.mark.parametrize("spoil", [
     lambda label: np.where(label == 1, 2, label), lambda label: np.full_like(label, IGNORE)])
-def test_a_label_that_comes_back_changed_is_never_kept(few, model, nnunet, completed, monkeypatch, spoil):
+def test_a_label_that_comes_back_changed_is_never_kept(few, model, nnunet, no_network, monkeypatch, spoil):
     """A fault of the program or of a disk has changed an annotated voxel, or has not filled the others."""
     from nnunet_confkd.data import raw_format
-    monkeypatch.setattr(module, "_predict", _copied_from(completed))
     write_into = raw_format.write_into
 
     def spoiling(target, *args):

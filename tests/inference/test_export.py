@@ -1,3 +1,4 @@
+"""`confkd export`: the exported model needs no plugin, and stock checkpoints start a ConfKD training."""
 from __future__ import annotations
 
 import json
@@ -15,29 +16,32 @@ from nnunet_confkd import cli, nnunet_commands
 from nnunet_confkd.errors import InputError
 from nnunet_confkd.inference.checkpoints import pretrained_for_both_branches
 from nnunet_confkd.inference.export import ORIGIN_FILE, export
+from nnunet_confkd.training.trainer import ConfKDTrainer
 
 HIPPOCAMPUS = "Dataset004_Hippocampus"
 # an interpreter in which the plugin cannot be imported, and nothing points to it
 WITHOUT_PLUGIN = "import sys; sys.modules['nnunet_confkd'] = None; from nnunetv2.{} import {} as run; run()"
+PREDICT_WITHOUT_PLUGIN = """
+import json, sys, torch
+sys.modules['nnunet_confkd'] = None
+from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
+for images, output, model in json.loads(sys.argv[1]):
+    predictor = nnUNetPredictor(use_mirroring=False, device=torch.device('cpu'), allow_tqdm=False)
+    predictor.initialize_from_trained_model_folder(model, (0,))
+    predictor.predict_from_files_sequential(images, output, save_probabilities=True)
+"""
 
 
-def stock(module: str, function: str, *args, **environment) -> subprocess.CompletedProcess:
-    """A command of nnU-Net's in a process that lacks the plugin."""
+def without_plugin(code: str, *args, **environment) -> None:
+    """Run Python code in a process that lacks the plugin."""
     env = {k: v for k, v in os.environ.items() if k != "nnUNet_extTrainer"} | environment
-    code = WITHOUT_PLUGIN.format(module, function)
     result = subprocess.run([sys.executable, "-c", code, *map(str, args)], env=env, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout + result.stderr
-    return result
 
 
-def predict_stock(model, images, output, *more):
-    stock("inference.predict_from_raw_data", "predict_entry_point_modelfolder", "-i", images, "-o", output, "-m", model,
-          "-f", "0", "-device", "cpu", "-npp", "1", "-nps", "1", "--save_probabilities", *more)
-
-
-def predict_plugin(model, images, output, branch, *more):
-    nnunet_commands.predict(["-i", str(images), "-o", str(output), "-m", str(model), "-f", "0", "-device", "cpu", "-npp", "1", "-nps",
-                 "1", "--save_probabilities", "--branch", branch, *more])
+def stock(module: str, function: str, *args, **environment) -> None:
+    """Run a command of nnU-Net in a process that lacks the plugin."""
+    without_plugin(WITHOUT_PLUGIN.format(module, function), *args, **environment)
 
 
 def assert_same_predictions(first, second):
@@ -61,22 +65,27 @@ def images(nnunet, hippocampus, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def predictions(hippocampus_model, images, tmp_path_factory):
-    """What the plugin predicts with each branch."""
+    """Predictions of the plugin with each branch."""
     folder = tmp_path_factory.mktemp("plugin")
     for branch in ("student", "teacher", "mean"):
-        predict_plugin(hippocampus_model, images, folder / branch, branch)
+        nnunet_commands.predict(["-i", str(images), "-o", str(folder / branch), "-d", "4", "-c", "2d_export", "-f", "0",
+                                 "-device", "cpu", "-npp", "0", "-nps", "0", "--disable_tta", "--save_probabilities",
+                                 "--branch", branch])
     return folder
 
 
-@pytest.mark.parametrize("branch", ["student", "teacher"])
-def test_stock_nnunet_predicts_the_same_to_the_bit(hippocampus_model, images, predictions, tmp_path, branch):
-    assert not list(tmp_path.iterdir())
-    model = export(hippocampus_model, tmp_path / "model", branch)
-    predict_stock(model, images, tmp_path / "stock")
-    assert_same_predictions(predictions / branch, tmp_path / "stock")
-    checkpoints = {f.name for f in (hippocampus_model / "fold_0").glob("checkpoint_*.pth")}
-    assert {f.name for f in (model / "fold_0").glob("checkpoint_*.pth")} == checkpoints == {
-        "checkpoint_final.pth", "checkpoint_best.pth"}
+def test_stock_nnunet_predicts_the_same_to_the_bit(hippocampus_model, images, predictions, tmp_path):
+    tasks = []
+    for branch in ("student", "teacher"):
+        model = export(hippocampus_model, tmp_path / f"model_{branch}", branch)
+        checkpoints = {f.name for f in (hippocampus_model / "fold_0").glob("checkpoint_*.pth")}
+        assert {f.name for f in (model / "fold_0").glob("checkpoint_*.pth")} == checkpoints
+        assert checkpoints == {"checkpoint_final.pth", "checkpoint_best.pth"}
+        (tmp_path / branch).mkdir()
+        tasks.append((str(images), str(tmp_path / branch), str(model)))
+    without_plugin(PREDICT_WITHOUT_PLUGIN, json.dumps(tasks))
+    for branch in ("student", "teacher"):
+        assert_same_predictions(predictions / branch, tmp_path / branch)
 
 
 def test_the_branches_predict_differently_and_the_mean_is_that_of_the_logits(predictions, images):
@@ -110,30 +119,31 @@ def test_nothing_in_the_exported_files_needs_or_names_the_plugin(hippocampus_mod
 def test_nothing_of_single_cases_goes_to_others(hippocampus, hippocampus_model, tmp_path):
     model = export(hippocampus_model, tmp_path / "model")
     names = [case.encode() for cases in hippocampus.values() for case in cases]
-    assert any(names[0] in file.read_bytes() or file.name.startswith("hippocampus_") for file in hippocampus_model.rglob("*") if file.is_file())
+    assert any(file.name.startswith("hippocampus_") for file in hippocampus_model.rglob("*"))
     for file in model.rglob("*"):
         assert not file.name.startswith("hippocampus_")
-        assert file.is_dir() or not any(name in file.read_bytes() for name in [*names, str(tmp_path.parent).encode()]), file
+        if file.is_file():
+            assert not any(name in file.read_bytes() for name in [*names, str(tmp_path.parent).encode()]), file
 
 
-def test_stock_nnunet_continues_and_validates_an_exported_checkpoint(nnunet, hippocampus_model, tmp_path):
-    """Its optimiser's state is the branch's own."""
+def test_stock_nnunet_continues_an_exported_checkpoint_with_the_optimiser_of_its_branch(hippocampus_model, tmp_path):
     from nnunetv2.run.run_training import get_trainer_from_args
     source = torch.load(hippocampus_model / "fold_0" / "checkpoint_final.pth", weights_only=False)
     model = export(hippocampus_model, tmp_path / "model", "teacher")
     trainer = get_trainer_from_args(HIPPOCAMPUS, "2d_export", 0, "nnUNetTrainer", device=torch.device("cpu"))
     trainer.load_checkpoint(str(model / "fold_0" / "checkpoint_final.pth"))
     names = [name for name, _ in trainer.network.named_parameters()]
-    # the numbering of a two-branch network's parameters, from a network and not from the code under test
+    # how a two-branch network numbers its parameters, from a network and not from the code under test
     from nnunet_confkd.training.network import TwoBranchUNet
     two = [name for name, _ in TwoBranchUNet(trainer.network).named_parameters()]
-    for name in ("encoder.stages.0.0.convs.0.conv.weight", "decoder.seg_layers.1.weight", "decoder.stages.0.convs.0.conv.bias"):
+    for name in ("encoder.stages.0.0.convs.0.conv.weight", "decoder.seg_layers.1.weight",
+                 "decoder.stages.0.convs.0.conv.bias"):
         twin = name.replace("decoder.", "teacher_decoder.") if name.startswith("decoder.") else name
         ours = trainer.optimizer.state_dict()["state"][names.index(name)]["momentum_buffer"]
         assert torch.equal(ours, source["optimizer_state"]["state"][two.index(twin)]["momentum_buffer"])
 
 
-def test_an_exported_model_is_taken_as_pretrained_weights_by_stock_nnunet(hippocampus_model, nnunet, tmp_path):
+def test_an_exported_model_is_taken_as_pretrained_weights_by_stock_nnunet(hippocampus_model, tmp_path):
     from nnunetv2.run.load_pretrained_weights import load_pretrained_weights
     from nnunetv2.run.run_training import get_trainer_from_args
     model = export(hippocampus_model, tmp_path / "model")
@@ -144,32 +154,54 @@ def test_an_exported_model_is_taken_as_pretrained_weights_by_stock_nnunet(hippoc
     assert torch.equal(trainer.network.decoder.transpconvs[0].weight, source["decoder.transpconvs.0.weight"])
 
 
-def test_an_installed_export_is_read_by_nnunets_own_commands(nnunet, hippocampus_model, tmp_path):
-    """find_best_configuration, ensemble (of both branches), export to zip: with the plugin's model as one of the two."""
+@pytest.fixture(scope="module")
+def installed(nnunet, hippocampus_model):
+    """Both branches, exported to nnUNet_results."""
     models = [export(hippocampus_model, install=True, branch=branch) for branch in ("student", "teacher")]
-    plans = ["nnUNetPlans_ConfKDTrainer", "nnUNetPlans_ConfKDTrainer_teacher"]
-    assert [m.name for m in models] == [f"nnUNetTrainer__{p}__2d_export" for p in plans]
-    stock("evaluation.find_best_configuration", "find_best_configuration_entry_point", "4", "-c", "2d_export", "-p", *plans,
-          "-f", "0", "-np", "1")
-    found = json.loads((models[0].parent / "inference_information.json").read_text())["all_results"]
+    yield models
+    for model in models:
+        shutil.rmtree(model)
+        (nnunet.preprocessed(HIPPOCAMPUS) / f"{model.name.split('__')[1]}.json").unlink()
+
+
+def test_an_installed_export_lies_where_nnunet_looks_for_it(nnunet, hippocampus_model, installed):
+    names = ["nnUNetPlans_ConfKDTrainer", "nnUNetPlans_ConfKDTrainer_teacher"]
+    assert installed == [nnunet.model(HIPPOCAMPUS, "2d_export", "nnUNetTrainer", name) for name in names]
+    for model, name, validation in zip(installed, names, ("validation", "validation_teacher")):
+        plans = json.loads((model / "plans.json").read_text())
+        assert json.loads((nnunet.preprocessed(HIPPOCAMPUS) / f"{name}.json").read_text()) == plans
+        files = sorted((model / "fold_0" / "validation").glob("*.nii.gz"))
+        assert len(files) == 5
+        for file in files:
+            assert file.read_bytes() == (hippocampus_model / "fold_0" / validation / file.name).read_bytes()
+    with pytest.raises(InputError, match="exists already"):
+        export(hippocampus_model, install=True)
+
+
+@pytest.mark.slow
+def test_an_installed_export_is_read_by_nnunets_own_commands(installed, tmp_path):
+    """find_best_configuration, an ensemble of both branches, and the export to a zip file."""
+    plans = [model.name.split("__")[1] for model in installed]
+    stock("evaluation.find_best_configuration", "find_best_configuration_entry_point", "4", "-c", "2d_export", "-p",
+          *plans, "-f", "0", "-np", "1")
+    found = json.loads((installed[0].parent / "inference_information.json").read_text())["all_results"]
     assert len(found) == 3 and any(name.startswith("ensemble") for name in found)
     stock("model_sharing.entry_points", "export_pretrained_model_entry", "-d", "4", "-o", tmp_path / "model.zip", "-c",
           "2d_export", "-p", plans[0], "-f", "0")
     stock("model_sharing.entry_points", "install_from_zip_entry_point", tmp_path / "model.zip",
           nnUNet_results=str(tmp_path / "elsewhere"))
-    assert (tmp_path / "elsewhere" / HIPPOCAMPUS / models[0].name / "fold_0" / "checkpoint_final.pth").is_file()
+    assert (tmp_path / "elsewhere" / HIPPOCAMPUS / installed[0].name / "fold_0" / "checkpoint_final.pth").is_file()
     folders = [tmp_path / f"pred_{i}" for i in range(2)]
-    for model, folder in zip(models, folders):
+    for model, folder in zip(installed, folders):
         shutil.copytree(model / "fold_0" / "validation", folder)
         shutil.copyfile(model / "plans.json", folder / "plans.json")
         shutil.copyfile(model / "dataset.json", folder / "dataset.json")
-    stock("ensembling.ensemble", "entry_point_ensemble_folders", "-i", *folders, "-o", tmp_path / "ensemble", "-np", "1")
+    stock("ensembling.ensemble", "entry_point_ensemble_folders", "-i", *folders, "-o", tmp_path / "ensemble", "-np",
+          "1")
     assert len(list((tmp_path / "ensemble").glob("*.nii.gz"))) == 5
-    with pytest.raises(InputError, match="exists already"):
-        export(hippocampus_model, install=True)
 
 
-def test_a_plugin_model_is_read_by_nnunets_own_commands(nnunet, hippocampus_model, tmp_path):
+def test_a_plugin_model_is_read_by_nnunets_own_commands(hippocampus_model, tmp_path, threads):
     from nnunetv2.evaluation.find_best_configuration import find_best_configuration
     from nnunetv2.model_sharing.model_export import export_pretrained_model
     found = find_best_configuration(HIPPOCAMPUS, ({"plans": "nnUNetPlans", "configuration": "2d_export",
@@ -202,7 +234,7 @@ def test_a_checkpoint_of_another_trainer_is_refused_and_nothing_is_written(hippo
 
 
 def test_a_subclass_by_another_name_is_exported(hippocampus_model, tmp_path):
-    """The weights' names tell what a model is, not the trainer's."""
+    """What a model is follows from the names of its weights, not from the name of its trainer."""
     model = tmp_path / "model"
     shutil.copytree(hippocampus_model, model)
     for path in (model / "fold_0").glob("*.pth"):
@@ -212,7 +244,8 @@ def test_a_subclass_by_another_name_is_exported(hippocampus_model, tmp_path):
 
 
 @pytest.mark.parametrize("spoil, text", [
-    (lambda m: shutil.rmtree(m), "there is no such folder"), (lambda m: (m / "plans.json").unlink(), "plans.json missing"),
+    (lambda m: shutil.rmtree(m), "there is no such folder"),
+    (lambda m: (m / "plans.json").unlink(), "plans.json missing"),
     (lambda m: shutil.rmtree(m / "fold_0"), "train first"),
     (lambda m: (m / "fold_0" / "checkpoint_best.pth").write_bytes(b"half"), "checkpoint_best.pth: cannot be read"),
     (lambda m: torch.save({"epoch": 3}, m / "fold_0" / "checkpoint_best.pth"), "is no nnU-Net checkpoint")])
@@ -227,8 +260,8 @@ def test_a_broken_model_folder_is_one_clear_error(hippocampus_model, tmp_path, s
 
 def test_a_branch_of_a_model_that_has_none_is_refused(hippocampus_model, images, tmp_path, capsys):
     stock_model = export(hippocampus_model, tmp_path / "stock")
-    code = cli.main(["predict", "-i", str(images), "-o", str(tmp_path / "out"), "-m", str(stock_model), "-f", "0", "-device",
-                     "cpu", "--branch", "teacher"])
+    code = cli.main(["predict", "-i", str(images), "-o", str(tmp_path / "out"), "-m", str(stock_model), "-f", "0",
+                     "-device", "cpu", "--branch", "teacher"])
     assert code == 1 and "holds no teacher" in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
@@ -249,9 +282,10 @@ def test_stock_pretrained_weights_start_both_branches(nnunet, hippocampus_model,
     assert not os.path.exists(adapted) and stock_file.is_file()
 
 
-def test_confkd_train_takes_stock_weights(nnunet, hippocampus_model, tmp_path, capsys):
+def test_confkd_train_takes_stock_weights(nnunet, hippocampus_model, tmp_path, capsys, monkeypatch):
     stock_file = export(hippocampus_model, tmp_path / "stock") / "fold_0" / "checkpoint_final.pth"
     configuration = nnunet.configure(HIPPOCAMPUS, "2d_pretrained", "2d", {"epochs": 1, "iterations_per_epoch": 1})
+    monkeypatch.setattr(ConfKDTrainer, "perform_actual_validation", lambda *_: None)  # it takes time
     assert cli.main(["train", "4", configuration, "0", "-device", "cpu", "-pretrained_weights", str(stock_file)]) == 0
     assert "its decoder starts both branches" in capsys.readouterr().out
     assert (nnunet.model(HIPPOCAMPUS, configuration) / "fold_0" / "checkpoint_final.pth").is_file()

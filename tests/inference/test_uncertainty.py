@@ -59,11 +59,12 @@ def images(nnunet, hippocampus, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def predictions(hippocampus_model, images, tmp_path_factory):
-    """Predictions with probabilities, without entropy ("plain_BRANCH") and with it; "light": without probabilities."""
+    """Predictions with probabilities and entropy; "plain_": without entropy; "light": without probabilities."""
     folder = tmp_path_factory.mktemp("predictions")
     for branch in BRANCHES:
-        predict(images, folder / f"plain_{branch}", "--save_probabilities", "--branch", branch)
         predict(images, folder / branch, "--save-entropy", "--save_probabilities", "--branch", branch)
+    for branch in ("student", "mean"):
+        predict(images, folder / f"plain_{branch}", "--save_probabilities", "--branch", branch)
     predict(images, folder / "plain_light")
     predict(images, folder / "light", "--save-entropy")
     return folder
@@ -71,7 +72,7 @@ def predictions(hippocampus_model, images, tmp_path_factory):
 
 # ---- the command ----------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("name", [*BRANCHES, "light"])
+@pytest.mark.parametrize("name", ["student", "mean", "light"])
 def test_the_segmentation_is_the_same_to_the_bit(predictions, name):
     files = sorted(f.name for f in (predictions / f"plain_{name}").iterdir())
     assert sum(name.endswith(".nii.gz") for name in files) == 2
@@ -86,7 +87,9 @@ def test_the_segmentation_is_the_same_to_the_bit(predictions, name):
 
 @pytest.mark.parametrize("branch", BRANCHES)
 def test_the_entropy_is_that_of_the_branchs_probabilities_in_the_geometry_of_the_segmentation(predictions, branch):
-    for npz in (predictions / f"plain_{branch}").glob("*.npz"):
+    files = sorted((predictions / branch).glob("*.npz"))
+    assert len(files) == 2
+    for npz in files:
         folder, name = predictions / branch, npz.name.replace(".npz", ".nii.gz")
         expected = scipy.stats.entropy(np.load(npz)["probabilities"].astype(np.float64))  # natural logarithm
         segmentation = sitk.ReadImage(str(folder / name))
@@ -191,9 +194,10 @@ def test_an_ensemble_of_folds_has_the_entropy_of_the_mean_logits(hippocampus_mod
         assert np.abs(entropy - read(predictions / "student" / "uncertainty" / "entropy_nats" / name)).max() > 0.05
 
 
-def test_regions_have_the_sum_of_their_heads_entropies(region_model, regions, nnunet, images, tmp_path):
-    predict(images, tmp_path, "--save-entropy", "--save_probabilities", configuration="3d_unsure", dataset="5")
-    predict(images, tmp_path / "plain", configuration="3d_unsure", dataset="5")
+def test_regions_have_the_sum_of_their_heads_entropies(region_model, images, tmp_path):
+    options = {"configuration": "3d_untrained", "dataset": "8"}
+    predict(images, tmp_path, "--save-entropy", "--save_probabilities", **options)
+    predict(images, tmp_path / "plain", **options)
     files = sorted(tmp_path.glob("*.npz"))
     assert len(files) == 2
     for file in files:
@@ -204,16 +208,6 @@ def test_regions_have_the_sum_of_their_heads_entropies(region_model, regions, nn
         np.testing.assert_allclose(read(tmp_path / "uncertainty" / "entropy_normalised" / name),
                                    expected / (2 * math.log(2)), atol=3e-6)
         assert (tmp_path / name).read_bytes() == (tmp_path / "plain" / name).read_bytes()
-
-
-@pytest.fixture(scope="module")
-def region_model(nnunet, regions):
-    """A checkpoint of an untrained network, which is enough to predict."""
-    nnunet.configure(regions, "3d_unsure", "3d_fullres", {"seed": 3}, features=(4, 8, 8))
-    trainer = nnunet.trainer(regions, "3d_unsure")
-    trainer.initialize()
-    trainer.on_train_start()
-    trainer.save_checkpoint(str(nnunet.model(regions, "3d_unsure") / "fold_0" / "checkpoint_final.pth"))
 
 
 def test_nnunets_tools_do_not_take_the_maps_for_segmentations(predictions, tmp_path, threads):

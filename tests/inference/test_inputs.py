@@ -1,0 +1,59 @@
+"""Images under the names that nnU-Net needs."""
+from __future__ import annotations
+
+import pytest
+
+from nnunet_confkd.errors import InputError
+from nnunet_confkd.inference.inputs import readable_images
+
+ONE_CHANNEL = {"channel_names": {"0": "MRI"}, "file_ending": ".nii.gz"}
+TWO_CHANNELS = {"channel_names": {"0": "T1", "1": "T2"}, "file_ending": ".nii.gz"}
+
+
+def test_a_model_of_several_channels_tells_the_names_that_it_needs(tmp_path):
+    (tmp_path / "a.nii.gz").touch()
+    both = r"CASE_0000\.nii\.gz \(T1\), CASE_0001\.nii\.gz \(T2\)"
+    for source in (tmp_path, tmp_path / "a.nii.gz"):
+        with pytest.raises(InputError, match=rf"a\.nii\.gz does not end with the number of a channel\. Name .* {both}"):
+            with readable_images(source, TWO_CHANNELS):
+                pass
+    (tmp_path / "a.nii.gz").rename(tmp_path / "a_0000.nii.gz")
+    with pytest.raises(InputError, match=rf"1 case\(s\) do not have all 2 channels: a\. Name .* {both}"):
+        with readable_images(tmp_path, TWO_CHANNELS):
+            pass
+    (tmp_path / "a_0001.nii.gz").touch()
+    with readable_images(tmp_path, TWO_CHANNELS) as images:
+        assert images == tmp_path
+
+
+def test_numbers_that_are_no_channels_belong_to_the_name_and_hidden_files_are_left_out(tmp_path):
+    for name in ("scan_2019.nii.gz", "scan_2020.nii.gz", "._scan_2020.nii.gz"):
+        (tmp_path / name).write_text(name)
+    with readable_images(tmp_path, ONE_CHANNEL) as images:
+        assert {file.name: file.read_text() for file in images.iterdir()} == {
+            "scan_2019_0000.nii.gz": "scan_2019.nii.gz", "scan_2020_0000.nii.gz": "scan_2020.nii.gz"}
+    assert not images.exists()
+    for name in ("2019", "2020"):
+        (tmp_path / f"scan_{name}.nii.gz").rename(tmp_path / f"scan{name}_0000.nii.gz")
+    with readable_images(tmp_path, ONE_CHANNEL) as images:  # which nnU-Net would take for an image
+        assert sorted(file.name for file in images.iterdir()) == ["scan2019_0000.nii.gz", "scan2020_0000.nii.gz"]
+
+
+def test_where_links_are_not_permitted_images_are_copied_with_what_belongs_to_them(tmp_path, monkeypatch):
+    def refused(*_):
+        raise OSError("privilege not held")
+
+    (tmp_path / "a.tif").write_text("image")
+    (tmp_path / "a.json").write_text('{"spacing": [1, 1, 1]}')
+    for links in (True, False):
+        if not links:
+            monkeypatch.setattr("pathlib.Path.symlink_to", refused)
+        with readable_images(tmp_path / "a.tif", ONE_CHANNEL | {"file_ending": ".tif"}) as images:
+            linked = {file.name: file.read_text() for file in images.iterdir()}
+            assert linked == {"a_0000.tif": "image", "a.json": '{"spacing": [1, 1, 1]}'}
+            assert (images / "a_0000.tif").is_symlink() == links
+    header = b"NRRD0004\ntype: uint8\ndimension: 3\nsizes: 1 1 1\nencoding: raw\ndata file: b.raw\n\n"
+    (tmp_path / "b.nrrd").write_bytes(header)
+    (tmp_path / "b.raw").write_bytes(b"x")
+    with readable_images(tmp_path / "b.nrrd", ONE_CHANNEL | {"file_ending": ".nrrd"}) as images:
+        assert sorted(file.name for file in images.iterdir()) == ["b.raw", "b_0000.nrrd"]
