@@ -48,7 +48,9 @@ def test_a_data_set_is_fetched_verified_and_unpacked(server, tmp_path):
     source = Source(url("small.tar"), _archive(public / "small.tar", CONTENT), "Task99_Small", "none")
     folder = download("small", tmp_path / "new" / "here", source)
     assert folder == tmp_path / "new" / "here" / "Task99_Small"
-    assert {f.relative_to(folder.parent).as_posix(): f.read_bytes() for f in folder.rglob("*") if f.is_file()} == CONTENT
+    assert {
+        f.relative_to(folder.parent).as_posix(): f.read_bytes() for f in folder.rglob("*") if f.is_file()
+    } == CONTENT
     assert [f.name for f in folder.parent.iterdir()] == ["Task99_Small"]  # neither the archive nor anything unfinished
 
 
@@ -60,8 +62,12 @@ def test_what_is_not_as_published_is_refused_and_leaves_nothing(server, tmp_path
     if problem == "no archive":
         (public / "small.tar").write_bytes(b"no archive")
         md5 = hashlib.md5(b"no archive").hexdigest()
-    source = Source(url("other.tar" if problem == "missing" else "small.tar"), "0" * 32 if problem == "checksum" else md5,
-                    "Task98_Other" if problem == "other folder" else "Task99_Small", "none")
+    source = Source(
+        url("other.tar" if problem == "missing" else "small.tar"),
+        "0" * 32 if problem == "checksum" else md5,
+        "Task98_Other" if problem == "other folder" else "Task99_Small",
+        "none",
+    )
     target = tmp_path / "here"
     with pytest.raises(InputError, match=r"small\.tar|other\.tar"):
         download("small", target, source)
@@ -70,7 +76,9 @@ def test_what_is_not_as_published_is_refused_and_leaves_nothing(server, tmp_path
 
 
 def test_no_server_is_an_error_without_a_traceback(tmp_path, monkeypatch, capsys):
-    monkeypatch.setitem(SOURCES, "hippocampus", Source("http://127.0.0.1:1/x.tar", "0" * 32, "Task04_Hippocampus", "none"))
+    monkeypatch.setitem(
+        SOURCES, "hippocampus", Source("http://127.0.0.1:1/x.tar", "0" * 32, "Task04_Hippocampus", "none")
+    )
     assert cli.main(["download", "hippocampus", "--target", str(tmp_path)]) == 1
     assert "http://127.0.0.1:1/x.tar: could not be fetched" in capsys.readouterr().err
 

@@ -1,4 +1,4 @@
-"""nnU-Net's folders: a new data set gets into them completely or not at all, whatever ends the process that writes it."""
+"""nnU-Net's folders: a new data set is written completely or not at all, whatever ends the process that writes it."""
 from __future__ import annotations
 
 import os
@@ -48,7 +48,9 @@ def test_a_data_set_is_there_only_when_it_is_complete(nnunet_folders):
     with new_dataset(7, "Test") as (raw, preprocessed):
         (raw / "file").write_text("raw")
         (preprocessed / "file").write_text("preprocessed")
-        assert all(name.startswith(".") for folder in ("raw", "preprocessed") for name in os.listdir(nnunet_folders / folder))
+        assert all(
+            name.startswith(".") for folder in ("raw", "preprocessed") for name in os.listdir(nnunet_folders / folder)
+        )
     assert _tree(nnunet_folders) == EMPTY | {
         "raw/Dataset007_Test": None, "raw/Dataset007_Test/file": "raw",
         "preprocessed/Dataset007_Test": None, "preprocessed/Dataset007_Test/file": "preprocessed"}
@@ -97,7 +99,8 @@ def test_the_preprocessed_folder_does_not_stay_if_the_raw_one_cannot_be_moved(nn
         return rename(self, target)
 
     monkeypatch.setattr(Path, "rename", fail)
-    assert re.search("Dataset007_Test: cannot be written, nothing was kept; .*Input/output error", _refused(nnunet_folders))
+    assert re.search("Dataset007_Test: cannot be written, nothing was kept; .*Input/output "
+                     "error", _refused(nnunet_folders))
 
 
 def test_sigterm_does_afterwards_what_it_did_before(nnunet_folders):
@@ -141,7 +144,8 @@ def test_an_id_that_is_taken_while_it_is_written_stays_with_the_other(nnunet_fol
 
 def test_an_id_that_another_process_is_writing_is_refused_and_another_id_is_not(nnunet_folders):
     with new_dataset(7, "Other"):
-        assert re.search("nnunet/raw/.Dataset007.lock: another process is writing a data set of this id", _refused(nnunet_folders))
+        assert re.search("nnunet/raw/.Dataset007.lock: another process is writing a data set of this "
+                         "id", _refused(nnunet_folders))
         _write(8)
     assert sorted(os.listdir(nnunet_folders / "raw")) == ["Dataset007_Other", "Dataset008_Test"]
 
@@ -199,7 +203,8 @@ def test_data_sets_are_found_by_id_and_by_name(nnunet_folders):
         (nnunet_folders / "raw" / name).mkdir()
     assert {find_dataset(wanted) for wanted in (27, "27", "027", "Dataset027_ACDC")} == {"Dataset027_ACDC"}
     for wanted, text in ((28, "several data sets of the id 28: Dataset028_A, Dataset028_B"),
-                         ("Dataset001_X", "no data set Dataset001_X; set nnUNet_raw"), (5, "no data set 5; set nnUNet_raw")):
+                         ("Dataset001_X", "no data set Dataset001_X; set nnUNet_raw"), (5, "no data set 5; set "
+                                                                                           "nnUNet_raw")):
         with pytest.raises(InputError, match=f"{nnunet_folders / 'raw'}: has {text}"):
             find_dataset(wanted)
 
@@ -299,7 +304,11 @@ def test_sigterm_leaves_nothing(nnunet_folders, tmp_path, running, to):
 def test_a_killed_process_leaves_no_data_set_and_the_next_one_removes_what_it_left(nnunet_folders, tmp_path, running):
     running.kill()
     running.wait()
-    left = [nnunet_folders / folder / name for folder in ("raw", "preprocessed") for name in os.listdir(nnunet_folders / folder)]
+    left = [
+        nnunet_folders / folder / name
+        for folder in ("raw", "preprocessed")
+        for name in os.listdir(nnunet_folders / folder)
+    ]
     assert left and all(path.name.startswith(".Dataset007") for path in left)
     _wait_for_the_end_of_the_workers(tmp_path)  # otherwise they would write on, and then wait forever
     with new_dataset(7, "Test") as (raw, _):

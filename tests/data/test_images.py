@@ -286,15 +286,15 @@ def test_several_values_a_voxel_and_five_dimensions_are_refused(tmp_path, voxels
         sitk.WriteImage(image, str(tmp_path / f"colours{ending}"))
         with pytest.raises(InputError) as error:
             read(tmp_path / f"colours{ending}")
-        assert str(error.value) == (f"{tmp_path}/colours{ending}: holds 3 values a voxel (colours?); nnU-Net needs a file a "
-                                    f"channel")
+        assert str(error.value) == (f"{tmp_path}/colours{ending}: holds 3 values a voxel (colours?); nnU-Net needs a "
+                                    f"file for each channel")
     colours = np.zeros(SIZE, [("R", "u1"), ("G", "u1"), ("B", "u1")])
     with pytest.raises(InputError, match="colours2.nii: holds .*; nnU-Net needs a file for each channel"):
         read(_nifti(tmp_path / "colours2.nii", colours, nibabel.Nifti2Image))
     with pytest.raises(InputError) as error:
         read(_nifti(tmp_path / "five.nii", np.zeros((5, 4, 3, 2, 2), np.int16)))
-    assert str(error.value) == (f"{tmp_path / 'five.nii'}: is 5-dimensional; images have 2 or 3 dimensions, or 4 with the "
-                                f"channels last")
+    assert str(error.value) == (f"{tmp_path / 'five.nii'}: is 5-dimensional; images have 2 or 3 dimensions, or 4 with "
+                                f"the channels last")
 
 
 @pytest.mark.parametrize("place", ["../outside.raw", "/etc/passwd", "..\\outside.raw", "LIST", "slice%03d.raw 1 3 1"])
@@ -312,8 +312,8 @@ def test_a_header_that_names_voxels_elsewhere_is_not_followed(tmp_path, voxels, 
     for function in (read, parts, stands_alone):
         with pytest.raises(InputError) as error:
             function(file)
-        assert str(error.value) == (f"{file}: names {place!r} for its voxels, which is not one file beside it; write the "
-                                    f"image anew, to one file")
+        assert str(error.value) == (f"{file}: names {place!r} for its voxels, which is not one file beside it; write "
+                                    f"the image anew, to one file")
 
 
 @pytest.mark.parametrize("compress", [False, True])
@@ -349,7 +349,7 @@ def test_grids_within_the_tolerance_are_the_same_and_beyond_it_are_not():
 
 
 def test_a_shift_is_measured_along_the_axes_of_the_voxels():
-    """Sagittal slices, 10 mm thick: the thick axis is the patient's x. 0.9 mm is 0.09 of an edge there, and 0.9 across."""
+    """Sagittal slices, 10 mm thick: the thick axis is the patient's x. There 0.9 mm is 0.09 of an edge, across 0.9."""
     grid = Geometry(SIZE, (1.0, 1.0, 10.0), (0.0, 0.0, 0.0), (0.0, 0.0, 1.0, 1.0, 0.0, 0.0, 0.0, 1.0, 0.0))
     assert grid.differences(Geometry(SIZE, grid.spacing, (0.9, 0.0, 0.0), grid.direction)) == []
     for origin in ((0.0, 0.9, 0.0), (0.0, 0.0, 0.9)):
@@ -451,7 +451,9 @@ def test_what_is_written_is_read_again(tmp_path, voxels, ending, dtype):
 
 def test_two_dimensions_are_written_as_two(tmp_path, voxels):
     for ending in (".nii.gz", ".nrrd", ".mha"):
-        write(tmp_path / f"image{ending}", voxels[0], Geometry(SIZE[:2], SPACING[:2], ORIGIN[:2], (-1.0, 0.0, 0.0, 1.0)))
+        write(
+            tmp_path / f"image{ending}", voxels[0], Geometry(SIZE[:2], SPACING[:2], ORIGIN[:2], (-1.0, 0.0, 0.0, 1.0))
+        )
         image = sitk.ReadImage(str(tmp_path / f"image{ending}"))
         assert image.GetSize() == SIZE[:2] and image.GetOrigin() == ORIGIN[:2] and image.GetDirection() == (-1, 0, 0, 1)
 
@@ -478,8 +480,8 @@ def test_a_format_that_cannot_hold_the_grid_is_refused(tmp_path, voxels):
     with pytest.raises(OSError) as error:
         write(tmp_path / "image.gipl", voxels, Geometry(SIZE, SPACING, ORIGIN, OBLIQUE))
     assert str(error.value) == (
-        f"{tmp_path / 'image.gipl'}: this format does not keep where the voxels lie: direction (1.0, 0.0, 0.0, 0.0, 1.0, "
-        f"0.0, 0.0, 0.0, 1.0) and (0.8, -0.6, 0.0, 0.6, 0.8, 0.0, 0.0, 0.0, 1.0); choose another")
+        f"{tmp_path / 'image.gipl'}: this format does not keep where the voxels lie: direction (1.0, 0.0, 0.0, 0.0, "
+        f"1.0, 0.0, 0.0, 0.0, 1.0) and (0.8, -0.6, 0.0, 0.6, 0.8, 0.0, 0.0, 0.0, 1.0); choose another")
 
 
 @contextmanager
@@ -524,13 +526,24 @@ def test_the_warnings_of_itk_are_as_before():
 
 # ---- counting -------------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("dtype", [np.bool_, np.int8, np.uint8, np.int16, np.uint16, np.int32, np.int64, np.uint64, np.float16, np.float32,
-                                   np.float64])
+@pytest.mark.parametrize(
+    "dtype",
+    [
+        np.bool_, np.int8, np.uint8, np.int16, np.uint16, np.int32, np.int64, np.uint64, np.float16, np.float32,
+        np.float64,
+    ],
+)
 def test_voxels_of_each_value_are_counted_whatever_the_type_and_whatever_else_is_there(dtype):
     rng = np.random.default_rng(0)
-    label = rng.integers(-1 if np.dtype(dtype).kind in "if" else 0, 130 if dtype != np.int8 else 127, (40, 30, 20)).astype(dtype)
-    strange = {"f": [np.nan, np.inf, -np.inf, 0.5, -0.5, 1e4], "i": [np.iinfo(dtype).max, np.iinfo(dtype).min] if np.dtype(dtype).kind == "i"
-               else [], "u": [np.iinfo(dtype).max] if np.dtype(dtype).kind == "u" else [], "b": []}[np.dtype(dtype).kind]
+    label = rng.integers(
+        -1 if np.dtype(dtype).kind in "if" else 0, 130 if dtype != np.int8 else 127, (40, 30, 20)
+    ).astype(dtype)
+    strange = {
+        "f": [np.nan, np.inf, -np.inf, 0.5, -0.5, 1e4],
+        "i": [np.iinfo(dtype).max, np.iinfo(dtype).min] if np.dtype(dtype).kind == "i" else [],
+        "u": [np.iinfo(dtype).max] if np.dtype(dtype).kind == "u" else [],
+        "b": [],
+    }[np.dtype(dtype).kind]
     label[0, 0, :len(strange)] = strange
     for values in (range(-1, 119), [0, 1, 2, 255], [3, -1], [0], [], [0, 32767], [-5, 2 ** 40]):
         counts = count_voxels(label[:, ::-1, ::2], values)  # not contiguous

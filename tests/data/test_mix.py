@@ -94,7 +94,9 @@ def test_each_full_case_validates_in_one_of_five_folds_and_all_others_train(fold
     target = _mix(folders)
     folds, kinds = _folds(nnunet_folders), _json(target / "dataset.json")["supervision"]
     assert [len(fold["val"]) for fold in folds] == [2] * 5
-    assert sorted(case for fold in folds for case in fold["val"]) == [case for case in sorted(kinds) if case.startswith("full")]
+    assert sorted(case for fold in folds for case in fold["val"]) == [
+        case for case in sorted(kinds) if case.startswith("full")
+    ]
     assert all(sorted(fold["train"] + fold["val"]) == sorted(kinds) for fold in folds)
 
 
@@ -138,7 +140,10 @@ def test_values_of_ones_own_are_mapped_to_consecutive_ones(folders, nnunet_folde
     target = _mix(folders, labels=["background=0", "organ=100", "tumour=250"], ignore_value=77)
     assert _json(target / "dataset.json")["labels"] == {"background": 0, "organ": 1, "tumour": 2, "ignore": 3}
     for kind in ("full", "partial"):
-        written, label = _read(target / "labelsTr" / f"{kind}0.nii.gz"), _read(folders[kind] / "labels" / f"{kind}0.nii.gz")
+        written, label = (
+            _read(target / "labelsTr" / f"{kind}0.nii.gz"),
+            _read(folders[kind] / "labels" / f"{kind}0.nii.gz"),
+        )
         assert all((written[label == old] == new).all() for old, new in ((0, 0), (100, 1), (250, 2), (77, 3)))
 
 
@@ -154,8 +159,15 @@ def test_names_are_read_from_a_dataset_json(folders, nnunet_folders, labels):
 
 
 def test_regions_of_a_dataset_json_stay(folders, nnunet_folders):
-    (folders["full"] / "dataset.json").write_text(json.dumps({
-        "labels": {"background": 0, "whole": [1, 2], "tumour": [2]}, "regions_class_order": [1, 2], "channel_names": {"0": "T1"}}))
+    (folders["full"] / "dataset.json").write_text(
+        json.dumps(
+            {
+                "labels": {"background": 0, "whole": [1, 2], "tumour": [2]},
+                "regions_class_order": [1, 2],
+                "channel_names": {"0": "T1"},
+            }
+        )
+    )
     described = _json(_mix(folders, labels=None) / "dataset.json")
     assert described["labels"] == {"background": 0, "whole": [1, 2], "tumour": [2], "ignore": 3}
     assert described["regions_class_order"] == [1, 2]
@@ -214,10 +226,20 @@ def test_flat_pictures_are_mixed(tmp_path, nnunet_folders, require_integrity):
             if kind == "partial":
                 label[:4] = 255
             io.imsave(tmp_path / kind / "labels" / f"{kind}{k}.png", label, check_contrast=False)
-    target = mix(tmp_path / "full", 7, partial=tmp_path / "partial", labels=["background", "vessel"], ignore_value=255, processes=1)
+    target = mix(
+        tmp_path / "full",
+        7,
+        partial=tmp_path / "partial",
+        labels=["background", "vessel"],
+        ignore_value=255,
+        processes=1,
+    )
     described = _json(target / "dataset.json")
     assert described["channel_names"] == {"0": "channel_0", "1": "channel_1", "2": "channel_2"}  # red, green, blue
-    weak, given = io.imread(target / "labelsTr" / "partial0.png"), io.imread(tmp_path / "partial" / "labels" / "partial0.png")
+    weak, given = (
+        io.imread(target / "labelsTr" / "partial0.png"),
+        io.imread(tmp_path / "partial" / "labels" / "partial0.png"),
+    )
     assert np.array_equal(weak, np.where(given == 255, 2, given))
     require_integrity(target)
 
@@ -231,13 +253,18 @@ def test_folders_may_have_nnunets_names(folders, nnunet_folders):
 
 def test_patients_with_a_partial_case_do_not_validate(folders, nnunet_folders):
     # patient A has all partial cases and two of the full ones, every other full case is its own patient
-    names = {**{f"partial{k}": f"A_{k}" for k in range(4)}, **{f"full{k}": f"A_{k + 4}" if k < 2 else f"P{k}_0" for k in range(10)},
-             **{f"unlabelled{k}": f"U{k}_0" for k in range(3)}}
+    names = {
+        **{f"partial{k}": f"A_{k}" for k in range(4)},
+        **{f"full{k}": f"A_{k + 4}" if k < 2 else f"P{k}_0" for k in range(10)},
+        **{f"unlabelled{k}": f"U{k}_0" for k in range(3)},
+    }
     for folder in folders.values():
         for file in list(folder.rglob("*.nii.gz")):
             file.rename(file.with_name(names[file.name[:-7]] + ".nii.gz"))
     target = _mix(folders, patient_pattern=r"(\w+)_\d")
-    assert "5 folds over 8 fully annotated patients: each trains on 6 to 7 of them and validates on 1 to 2" in summary(target)
+    assert "5 folds over 8 fully annotated patients: each trains on 6 to 7 of them and validates on 1 to 2" in summary(
+        target
+    )
     validating = [case for fold in _folds(nnunet_folders) for case in fold["val"]]
     assert sorted(validating) == [f"P{k}_0" for k in range(2, 10)]
     for seed in range(5):
@@ -269,10 +296,11 @@ def test_a_single_full_case_trains_and_no_split_is_written(folders, nnunet_folde
 
 
 def test_the_command_says_what_it_wrote(folders, nnunet_folders, capsys):
-    code = cli.main(["mix", *(word for kind, folder in folders.items() for word in (f"--{kind}", str(folder))), "--labels", *CLASSES,
-                     "--ignore-value", "9", "--id", "7", "--name", "Mine", "--processes", "2", "--channels", "MRI"])
+    words = [word for kind, folder in folders.items() for word in (f"--{kind}", str(folder))]
+    code = cli.main(["mix", *words, "--labels", *CLASSES, "--ignore-value", "9", "--id", "7", "--name", "Mine",
+                     "--processes", "1", "--channels", "MRI"])
     out = capsys.readouterr().out
-    assert code == 0 and "17 training cases (10 full, 4 partial, 3 unlabelled)\n5 folds over 10 fully annotated cases: each trains on 8" in out
+    assert code == 0 and "17 training cases (10 full, 4 partial, 3 unlabelled)\n5 folds over 10 fully" in out
     assert "Dataset007_Mine" in out and "confkd check -d 7" in out
 
 
@@ -323,7 +351,10 @@ def test_the_ignore_value_is_missing(folders, nnunet_folders):
 
 def test_an_ignore_value_that_no_label_holds(folders, nnunet_folders):
     text = _fails(folders, nnunet_folders, "no label holds the value 8", ignore_value=8)
-    assert re.search(r"The labels hold 0: \d+\.\d %, 1: [\d.]+ %, 2: [\d.]+ %, 9: \d+\.\d %; correct --ignore-value: which of them", text)
+    assert re.search(
+        r"The labels hold 0: \d+\.\d %, 1: [\d.]+ %, 2: [\d.]+ %, 9: \d+\.\d %; correct --ignore-value: which of them",
+        text,
+    )
     assert "--full" not in text
 
 
@@ -335,7 +366,8 @@ def test_where_most_voxels_have_the_value_of_background_the_right_options_are_na
         label[label == 9] = 0
         _write(file, label)
     text = _fails(folders, nnunet_folders, "no label holds the value 255", ignore_value=255)
-    assert text.endswith("If it is 0: --ignore-value 0 --background-value 5, where 5 marks the strokes in the background")
+    assert text.endswith("If it is 0: --ignore-value 0 --background-value 5, where 5 marks the strokes in the "
+                         "background")
     _mix(folders, ignore_value=0, background_value=5)
 
 
@@ -377,7 +409,11 @@ def test_an_unlabelled_image_of_other_channels(folders, nnunet_folders):
 
 def test_the_same_name_in_two_folders(folders, nnunet_folders):
     (folders["unlabelled"] / "unlabelled0.nii.gz").rename(folders["unlabelled"] / "full0.nii.gz")
-    _fails(folders, nnunet_folders, r"unlabelled/full0\.nii\.gz: the name of the case, 'full0', is that of .*full/images/full0")
+    _fails(
+        folders,
+        nnunet_folders,
+        r"unlabelled/full0\.nii\.gz: the name of the case, 'full0', is that of .*full/images/full0",
+    )
 
 
 def test_a_dataset_json_that_is_none(folders, nnunet_folders):

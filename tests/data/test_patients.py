@@ -14,7 +14,11 @@ PATIENTS = [f"patient{i:03d}" for i in range(1, 101)]
 def test_the_patient_is_the_first_group_of_the_pattern_or_all_that_it_matches():
     cases = ["p01_x", "p01_y", "p02_x"]
     assert patients_of(cases, None) == {case: case for case in cases}
-    assert patients_of(cases, r"(p\d+)_") == patients_of(cases, r"p\d+") == {"p01_x": "p01", "p01_y": "p01", "p02_x": "p02"}
+    assert (
+        patients_of(cases, r"(p\d+)_")
+        == patients_of(cases, r"p\d+")
+        == {"p01_x": "p01", "p01_y": "p01", "p02_x": "p02"}
+    )
 
 
 def test_cases_that_the_pattern_does_not_match_are_named():
@@ -43,7 +47,9 @@ def test_a_fifth_of_the_patients_validates_and_more_full_ones_hold_fewer():
         assert len(_of_role(roles, "validation")) == 20 and len(_of_role(roles, "other")) == 80 - number
         assert _of_role(roles, "validation") == _of_role(choose_patients(PATIENTS[::-1] * 2, 0, ["7"]), "validation")
         previous = full
-    assert _of_role(choose_patients(PATIENTS, 1, ["3"]), "full") != _of_role(choose_patients(PATIENTS, 0, ["3"]), "full")
+    assert _of_role(choose_patients(PATIENTS, 1, ["3"]), "full") != _of_role(
+        choose_patients(PATIENTS, 0, ["3"]), "full"
+    )
 
 
 def test_of_few_patients_one_validates_and_of_one_none():
@@ -61,11 +67,13 @@ def test_patients_can_be_named_and_then_do_not_validate():
 
 
 @pytest.mark.parametrize("full, validation, message", [
-    (["patient001", "nobody", "x"], None, f"no such patients: nobody, x; there are {', '.join(PATIENTS[:10])} and 90 more"),
+    (["patient001", "nobody", "x"], None, f"no such patients: nobody, x; there are {', '.join(PATIENTS[:10])} and 90 "
+                                          f"more"),
     (["81"], None, "81 full patients are asked for; besides the 20 that validate there are 80 to choose from"),
     (["0"], None, "0 full patients are asked for; besides the 20 that validate there are 80 to choose from"),
     (PATIENTS[:81], None, "81 of 100 patients are to be full; name fewer, 20 are needed to validate"),
-    (["patient002", "patient001"], ["patient001"], "these patients validate and cannot be among the full ones: patient001")])
+    (["patient002", "patient001"], ["patient001"], "these patients validate and cannot be among the full ones: "
+                                                   "patient001")])
 def test_patients_that_cannot_be_full_are_refused(full, validation, message):
     with pytest.raises(InputError) as error:
         choose_patients(PATIENTS, 0, full, validation)
@@ -77,14 +85,17 @@ def test_patients_that_cannot_be_full_are_refused(full, validation, message):
 def test_default_folds_validate_each_full_case_once_and_train_the_others_always():
     kinds = {f"f{i}": FULL for i in range(7)} | {"p": PARTIAL, "u": UNLABELLED}
     splits = split_full_cases(kinds)
-    nnunets = generate_crossval_split(sorted(f"f{i}" for i in range(7)), seed=12345, n_splits=5)  # its own seed: the same in every run
+    nnunets = generate_crossval_split(
+        sorted(f"f{i}" for i in range(7)), seed=12345, n_splits=5
+    )  # its own seed: the same in every run
     assert [split["val"] for split in splits] == [sorted(split["val"]) for split in nnunets]
     assert len(splits) == 5
     assert sorted(case for split in splits for case in split["val"]) == sorted(f"f{i}" for i in range(7))
     for split in splits:
         assert {"p", "u"} <= set(split["train"]) and not set(split["train"]) & set(split["val"])
     assert len(split_full_cases({"a": FULL, "b": FULL, "p": PARTIAL})) == 2
-    with pytest.raises(InputError, match="^fewer than two patients .* Train on fold 'all' .confkd train ID CONFIGURATION all., or annotate another"):
+    with pytest.raises(InputError, match="^fewer than two patients .* Train on fold 'all' .confkd train ID "
+                                         "CONFIGURATION all., or annotate another"):
         split_full_cases({"a": FULL, "p": PARTIAL})
 
 

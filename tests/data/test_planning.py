@@ -68,25 +68,33 @@ def test_axes_have_scales_of_their_own():
     assert keep_annotations(seg, np.full((1, 1, 2, 2), X), X).tolist() == [[[[1, X], [X, 2]]]]
 
 
-@pytest.mark.parametrize("seg, resampled, expected", [
-    # three voxels to a place
-    ([1, 1, 2, X, X, X], [2, X], [2, X]),  # 2 is one of the classes there: it stays, though 1 is more frequent
-    ([1, 1, 2, 2, X, X, 1, X, X], [X, X, X], [1, 2, 1]),  # ignored: the most frequent there, though 2 is rarer in the case
-    ([1, 1, 2, 2, X, X, 1, X, X], [3, 3, 3], [1, 2, 1]),  # a class that nobody annotated there: likewise
-    ([1, 2, X, 1, 1, X, 2, X, X], [X, X, X], [2, 1, 2]),  # a tie: 1 has three voxels in the case, 2 has two
-    ([2, 1, X, X, X, X], [X, X], [1, X]),  # a tie, equally rare: the lowest; 2 cannot take the last voxel of 1
-    ([X, X, X, 2, X, X], [0, X], [0, 2]),  # where nothing is annotated the resampled class stays
-    ([-1, X, X, 0, X, X], [X, 0], [-1, 0]),  # outside of the non-zero region is a class like any other
-    ([-1, -1, 0, 0, X, X], [X, X], [-1, 0]),
-    ([0, 0, -1, -1, X, X], [X, X], [0, -1]),
-    # what would vanish
-    ([1, 1, 2, 1, 1, X], [X, X], [2, 1]),  # 2 is outnumbered in its only place
-    ([1, 1, 2, 1, 1, X], [1, 1], [2, 1]),  # or the resampled class stays there
-    ([1, 1, 2, 1, 1, 2, X, 1, 1], [1, 1, 1], [2, 2, 1]),  # all of its places
-    ([1, 1, 2, 1, 1, 2, X, X, X], [1, 1, X], [1, 2, X]),  # all but the last of the other class
-    ([1, 1, 2, X, X, X, 2, X, X], [1, 2, X], [1, 2, 2]),  # it has another place: nothing to save
-    ([1, 2, 3, 1, X, X], [1, 1], [2, 1]),  # two would vanish from one place: only one can be saved
-    ([1, 1, 3, 3, 3, 2, X, X, X], [1, 3, X], [1, 3, X])])  # 2 could only take the last place of 3
+@pytest.mark.parametrize(
+    "seg, resampled, expected",
+    [
+        # three voxels to a place
+        ([1, 1, 2, X, X, X], [2, X], [2, X]),  # 2 is one of the classes there: it stays, though 1 is more frequent
+        (
+            [1, 1, 2, 2, X, X, 1, X, X],
+            [X, X, X],
+            [1, 2, 1],
+        ),  # ignored: the most frequent there, though 2 is rarer in the case
+        ([1, 1, 2, 2, X, X, 1, X, X], [3, 3, 3], [1, 2, 1]),  # a class that nobody annotated there: likewise
+        ([1, 2, X, 1, 1, X, 2, X, X], [X, X, X], [2, 1, 2]),  # a tie: 1 has three voxels in the case, 2 has two
+        ([2, 1, X, X, X, X], [X, X], [1, X]),  # a tie, equally rare: the lowest; 2 cannot take the last voxel of 1
+        ([X, X, X, 2, X, X], [0, X], [0, 2]),  # where nothing is annotated the resampled class stays
+        ([-1, X, X, 0, X, X], [X, 0], [-1, 0]),  # outside of the non-zero region is a class like any other
+        ([-1, -1, 0, 0, X, X], [X, X], [-1, 0]),
+        ([0, 0, -1, -1, X, X], [X, X], [0, -1]),
+        # what would vanish
+        ([1, 1, 2, 1, 1, X], [X, X], [2, 1]),  # 2 is outnumbered in its only place
+        ([1, 1, 2, 1, 1, X], [1, 1], [2, 1]),  # or the resampled class stays there
+        ([1, 1, 2, 1, 1, 2, X, 1, 1], [1, 1, 1], [2, 2, 1]),  # all of its places
+        ([1, 1, 2, 1, 1, 2, X, X, X], [1, 1, X], [1, 2, X]),  # all but the last of the other class
+        ([1, 1, 2, X, X, X, 2, X, X], [1, 2, X], [1, 2, 2]),  # it has another place: nothing to save
+        ([1, 2, 3, 1, X, X], [1, 1], [2, 1]),  # two would vanish from one place: only one can be saved
+        ([1, 1, 3, 3, 3, 2, X, X, X], [1, 3, X], [1, 3, X]),
+    ],
+)  # 2 could only take the last place of 3
 def test_conflicts_are_settled_by_the_rules(seg, resampled, expected):
     assert keep_annotations(np.array(seg), np.array(resampled), X).tolist() == expected
 
@@ -234,8 +242,11 @@ def make_dataset(raw, kinds, labels=None, **more):
         _write(raw / "imagesTr" / f"c{number:02d}_0000.nii.gz", image)
         _write(raw / "labelsTr" / f"c{number:02d}.nii.gz", label)
     labels = labels or {"background": 0, "a": 1, "b": 2, "ignore": IGNORE}
-    (raw / "dataset.json").write_text(json.dumps({"channel_names": {"0": "CT"}, "labels": labels, "numTraining": len(cases),
-                                                  "file_ending": ".nii.gz"} | more))
+    (raw / "dataset.json").write_text(
+        json.dumps(
+            {"channel_names": {"0": "CT"}, "labels": labels, "numTraining": len(cases), "file_ending": ".nii.gz"} | more
+        )
+    )
     return cases
 
 
@@ -273,14 +284,16 @@ def faster():
 
 @pytest.fixture(scope="module")
 def mixed(nnunet):
-    """A CT data set with partial labels, planned with a target spacing that halves the resolution; before, stock nnU-Net
-    has made its fingerprint."""
+    """A CT data set with partial labels, planned with a target spacing that halves the resolution.
+
+    Stock nnU-Net has made its fingerprint before.
+    """
     raw, preprocessed = nnunet.raw(MIXED), nnunet.preprocessed(MIXED)
     cases = make_dataset(raw, KINDS, supervision={"c02": "partial"})
     with threads():
         extract_fingerprints([611], num_processes=1, show_progress_bar=False)
-    stock = _json(preprocessed / "dataset_fingerprint.json")
-    printed = run("-d", MIXED, "-c", "2d", "3d_fullres", "-overwrite_target_spacing", 2, 2, 2)
+        stock = _json(preprocessed / "dataset_fingerprint.json")
+        printed = run("-d", MIXED, "-c", "2d", "3d_fullres", "-overwrite_target_spacing", 2, 2, 2)
     return SimpleNamespace(raw=raw, preprocessed=preprocessed, cases=cases, stock_fingerprint=stock, printed=printed,
                            kinds=dict(zip(cases, KINDS)))
 
@@ -372,7 +385,9 @@ def test_the_copies_of_labels_are_removed_when_the_extractor_fails(planned, mixe
 def test_a_copy_that_was_not_written_whole_is_noticed(planned, monkeypatch):
     from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
     stock = SimpleITKIO.write_seg
-    monkeypatch.setattr(SimpleITKIO, "write_seg", lambda self, seg, file, properties: stock(self, 0 * seg, file, properties))
+    monkeypatch.setattr(
+        SimpleITKIO, "write_seg", lambda self, seg, file, properties: stock(self, 0 * seg, file, properties)
+    )
     with pytest.raises(InputError, match=r"confkd_.*c0[34].*was not written as it should be"):
         run("-d", 611, "--no_pp", "--clean")
 
@@ -469,7 +484,7 @@ def test_every_point_survives_preprocessing_and_is_found_by_patch_sampling(mixed
 
 
 def test_completion_shows_the_teacher_what_training_would_show_it(mixed):
-    """Another spacing, points, and empty surroundings, in which points of background lie: one preprocessing, one rule for the padding."""
+    """With another spacing, points, and empty surroundings in which points of background lie."""
     from nnunet_confkd.inference.completion import _with_hints
     plans = PlansManager(str(mixed.preprocessed / "nnUNetPlans.json"))
     described, configuration = _json(mixed.raw / "dataset.json"), plans.get_configuration("3d_fullres")
@@ -487,8 +502,17 @@ def test_completion_shows_the_teacher_what_training_would_show_it(mixed):
         transforms = ComposeTransforms([RemoveLabelTransform(-1, 0)])
         label_padding(transforms, IGNORE)
         kinds = {case: "partial", "c00": "full"}
-        loader = StratifiedLoader(nnUNetDatasetBlosc2(str(folder), list(kinds)), 2, patch, patch, LabelManager(described["labels"], None),
-                                  kinds=kinds, full_share=0.5, transforms=transforms, complete=HintSampler(IGNORE))
+        loader = StratifiedLoader(
+            nnUNetDatasetBlosc2(str(folder), list(kinds)),
+            2,
+            patch,
+            patch,
+            LabelManager(described["labels"], None),
+            kinds=kinds,
+            full_share=0.5,
+            transforms=transforms,
+            complete=HintSampler(IGNORE),
+        )
         batch = next(loader)
         assert list(batch["keys"]) == ["c00", case]
         trained = hint_channels(batch["target"], batch["hint_mask"], 3)[1]
@@ -497,7 +521,9 @@ def test_completion_shows_the_teacher_what_training_would_show_it(mixed):
         annotated = int(shown[-1].sum())
         assert annotated == int(((seg != IGNORE) & (seg != -1)).sum()) > 30
         # nnU-Net's own resampling keeps few of these points
-        stock = DefaultPreprocessor(verbose=False).run_case([str(image)], str(label), plans, configuration, described)[1]
+        stock = DefaultPreprocessor(verbose=False).run_case([str(image)], str(label), plans, configuration, described)[
+            1
+        ]
         assert ((stock != IGNORE) & (stock != -1)).sum() < annotated / 2
 
 
@@ -527,8 +553,19 @@ class OtherPreprocessor(DefaultPreprocessor):
 
 def test_another_preprocessor_is_used_as_it_is_and_missing_configurations_are_skipped(planned, mixed, monkeypatch):
     monkeypatch.setattr(default_preprocessor, "OtherPreprocessor", OtherPreprocessor, raising=False)
-    printed = run("-d", 611, "-c", "3d_lowres", "2d", "-preprocessor_name", "OtherPreprocessor", "-overwrite_target_spacing",
-                  2, 2, 2)
+    printed = run(
+        "-d",
+        611,
+        "-c",
+        "3d_lowres",
+        "2d",
+        "-preprocessor_name",
+        "OtherPreprocessor",
+        "-overwrite_target_spacing",
+        2,
+        2,
+        2,
+    )
     assert "Configuration 3d_lowres not found" in printed
     assert "2d: its preprocessor, OtherPreprocessor, is used as it is and may lose" in printed
     # as stock nnU-Net does: at half the resolution no single point is left
@@ -597,8 +634,8 @@ def test_the_report_names_cases_that_become_full_and_the_regions_of_a_label():
     text = planning.report("D", "2d", _raw_labels(raw, labels=labels), after).splitlines()
     assert [" ".join(line.split()) for line in text[3:6]] == ["0 background 5 4 7 7", "1 whole 2 1 1 1",
                                                               "2 whole, core 0 0 3 3"]
-    assert text[6:] == ["  1 case(s) hold no ignored voxel any more and count as fully annotated, unless dataset.json's "
-                        "\"supervision\" says otherwise: p"]
+    assert text[6:] == ["  1 case(s) hold no ignored voxel any more and count as fully annotated, unless "
+                        "dataset.json's \"supervision\" says otherwise: p"]
 
 
 def test_the_trainer_finds_its_counts_and_would_write_the_same_split(nnunet, planned, monkeypatch):

@@ -63,9 +63,19 @@ def _case(source, name, kind=FULL, **more):
 
 def _dataset(source, **changed):
     """The five cases, all full; the patient is the letter, and d validates."""
-    return Dataset(**{"name": "Test", "channel_names": ["T1"], "labels": LABELS, "file_ending": ".nii.gz",
-                      "training": [_case(source, name) for name in ("a1", "a2", "b1", "c1", "d1")], "validation": ["d1"],
-                      "patient_pattern": "([a-z])", "roots": (source,)} | changed)
+    return Dataset(
+        **{
+            "name": "Test",
+            "channel_names": ["T1"],
+            "labels": LABELS,
+            "file_ending": ".nii.gz",
+            "training": [_case(source, name) for name in ("a1", "a2", "b1", "c1", "d1")],
+            "validation": ["d1"],
+            "patient_pattern": "([a-z])",
+            "roots": (source,),
+        }
+        | changed
+    )
 
 
 def _tree(folder):
@@ -76,9 +86,15 @@ def _tree(folder):
 
 def _state(folder):
     """What changes when somebody writes there: contents, times, links."""
-    return {file.relative_to(folder).as_posix(): (hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else None,
-                                                  file.stat().st_mtime_ns, file.stat().st_ino)
-            for file in [folder, *sorted(folder.rglob("*"))] if file.exists()}
+    return {
+        file.relative_to(folder).as_posix(): (
+            hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else None,
+            file.stat().st_mtime_ns,
+            file.stat().st_ino,
+        )
+        for file in [folder, *sorted(folder.rglob("*"))]
+        if file.exists()
+    }
 
 
 def _voxels(file):
@@ -87,14 +103,18 @@ def _voxels(file):
 
 def _one(source, nnunet_folders, case, **changed):
     """Write a data set of this case alone."""
-    return write_dataset(_dataset(source, training=[case], validation=[], patient_pattern=None, **changed), 7, processes=1)
+    return write_dataset(
+        _dataset(source, training=[case], validation=[], patient_pattern=None, **changed), 7, processes=1
+    )
 
 
 # ---- what is written ------------------------------------------------------------------------------------------------
 
 def test_a_data_set_has_the_files_of_its_source_byte_for_byte(source, nnunet_folders):
     before = _state(source)
-    folder = write_dataset(_dataset(source, licence="CC0", reference="Nobody 2020", more={"extra": [1]}), 7, processes=1)
+    folder = write_dataset(
+        _dataset(source, licence="CC0", reference="Nobody 2020", more={"extra": [1]}), 7, processes=1
+    )
     assert folder == nnunet_folders / "raw" / "Dataset007_Test"
     names = ("a1", "a2", "b1", "c1", "d1")
     expected = {"imagesTr": None, "labelsTr": None}
@@ -124,29 +144,35 @@ def test_fully_annotated_patients_validate_in_turn_and_all_others_train_in_every
     assert all(sorted(fold["train"] + fold["val"]) == ["a1", "a2", "b1", "c1", "d1"] for fold in folds)
     assert raw_format.summary(folder).splitlines() == [
         f"{folder}: 5 training cases (4 full, 1 partial, 0 unlabelled)",
-        "3 folds over 3 fully annotated patients: each trains on 2 of them and validates on 1; all other cases train in every fold",
+        "3 folds over 3 fully annotated patients: each trains on 2 of them and validates on 1; all other cases train "
+        "in every fold",
         "next: confkd check -d 7, then confkd plan -d 7"]
 
 
 def test_the_folds_are_those_that_the_trainer_and_plan_would_write(source, nnunet_folders):
     kinds = dict.fromkeys(("a1", "a2", "b1", "c1", "d1"), FULL)
     folder = write_dataset(_dataset(source, validation=[]), 7, processes=1)
-    assert json.loads((nnunet_folders / "preprocessed" / folder.name / "splits_final.json").read_text()) == split_full_cases(
-        kinds, patients_of(kinds, "([a-z])"))
+    assert json.loads(
+        (nnunet_folders / "preprocessed" / folder.name / "splits_final.json").read_text()
+    ) == split_full_cases(kinds, patients_of(kinds, "([a-z])"))
 
 
 def test_cases_that_are_held_back_are_divided_over_the_folds_and_never_train(source, nnunet_folders):
     folder = write_dataset(_dataset(source, validation=["a1", "a2", "d1"]), 7, processes=1)
     folds = json.loads((nnunet_folders / "preprocessed" / folder.name / "splits_final.json").read_text())
-    assert sorted(folds, key=str) == [{"train": ["b1", "c1"], "val": ["a1", "a2"]}, {"train": ["b1", "c1"], "val": ["d1"]}]
+    assert sorted(folds, key=str) == [
+        {"train": ["b1", "c1"], "val": ["a1", "a2"]},
+        {"train": ["b1", "c1"], "val": ["d1"]},
+    ]
     assert raw_format.summary(folder).splitlines()[1] == (
-        "2 folds: each trains on the same 2 fully annotated patients and validates on 1 of 2 that are held back from training")
+        "2 folds: each trains on the same 2 fully annotated patients and validates on 1 of 2 that are held back from "
+        "training")
     folder = write_dataset(_dataset(source, name="One", validation=["a1", "a2", "d1"], folds=1), 8, processes=1)
     assert json.loads((nnunet_folders / "preprocessed" / folder.name / "splits_final.json").read_text()) == [
         {"train": ["b1", "c1"], "val": ["a1", "a2", "d1"]}]
     assert raw_format.summary(folder).splitlines()[1] == (
-        "one fold: fold 0 trains on 2 fully annotated patients and validates on 2, which are held back. There are no folds 1 to 4: "
-        "give -f 0 to nnUNetv2_find_best_configuration and nnUNetv2_predict")
+        "one fold: fold 0 trains on 2 fully annotated patients and validates on 2, which are held back. There are no "
+        "folds 1 to 4: give -f 0 to nnUNetv2_find_best_configuration and nnUNetv2_predict")
 
 
 def test_with_one_fully_annotated_patient_there_is_no_split_and_the_summary_says_what_to_do(source, nnunet_folders):
@@ -219,7 +245,9 @@ def test_a_file_of_several_channels_is_copied_where_nnunet_reads_it_and_split_wh
             assert names == [f"x_0000{ending}", f"x_0001{ending}"]
             for name, image in zip(names, images):
                 np.testing.assert_array_equal(_voxels(folder / "imagesTr" / name), _voxels(image))
-        np.testing.assert_array_equal(_voxels(folder / "labelsTr" / f"x{ending}"), _voxels(source / "labels" / "a1.nii.gz"))
+        np.testing.assert_array_equal(
+            _voxels(folder / "labelsTr" / f"x{ending}"), _voxels(source / "labels" / "a1.nii.gz")
+        )
 
 
 def test_channels_are_taken_out_of_a_file_that_is_read_once(source, nnunet_folders, monkeypatch):
@@ -240,7 +268,9 @@ def test_channels_whose_spacing_differs_a_little_come_to_one_grid(source, nnunet
     from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
     _change(source / "images" / "b1.nii.gz", spacing=(0.7002, 0.9, 5.1))
     images = tuple(Volume(source / "images" / f"{name}.nii.gz") for name in ("a1", "b1"))
-    folder = _one(source, nnunet_folders, Case("x", images, Volume(source / "labels" / "a1.nii.gz")), channel_names=["T1", "T2"])
+    folder = _one(
+        source, nnunet_folders, Case("x", images, Volume(source / "labels" / "a1.nii.gz")), channel_names=["T1", "T2"]
+    )
     files = [str(folder / "imagesTr" / f"x_000{i}.nii.gz") for i in (0, 1)]
     read, _ = SimpleITKIO().read_images(files)
     np.testing.assert_array_equal(read, np.stack([_voxels(volume.file) for volume in images]))
@@ -359,7 +389,8 @@ def test_regions_and_their_order_are_described(source, nnunet_folders):
 def test_the_ignore_label_is_one_above_the_highest():
     assert with_ignore(LABELS) == MIXED == with_ignore(MIXED)
     assert with_ignore({"background": 0, "whole": [1, 2, 4]})["ignore"] == 5
-    with pytest.raises(InputError, match="the ignore label is 255, but nnU-Net needs the highest other label plus one, 3"):
+    with pytest.raises(InputError, match="the ignore label is 255, but nnU-Net needs the highest other label plus one, "
+                                         "3"):
         with_ignore({**LABELS, "ignore": 255})
     assert with_ignore({"background": 0, "organ": 32766})["ignore"] == 32767
     with pytest.raises(InputError, match="the labels go up to 32767, and nnU-Net keeps them in 16 bits"):
@@ -385,7 +416,9 @@ def test_nnunet_finds_nothing_wrong(source, nnunet_folders, require_integrity):
     training = [_case(source, "a1"), _case(source, "a2", PARTIAL, values={0: 0, 1: 2, 2: 3}),
                 _case(source, "b1", UNLABELLED), _case(source, "d1")]
     training = [replace(case, images=(*case.images, second)) for case in training]
-    require_integrity(write_dataset(_dataset(source, labels=MIXED, training=training, channel_names=["T1", "T2"]), 7, 1))
+    require_integrity(
+        write_dataset(_dataset(source, labels=MIXED, training=training, channel_names=["T1", "T2"]), 7, 1)
+    )
 
 
 # ---- bad data -------------------------------------------------------------------------------------------------------
@@ -456,7 +489,8 @@ def test_a_label_that_cannot_be_used_is_named(source, refused, damage, text):
     ({"spacing": (0.702, 0.9, 5.1)}, "spacing (0.702, 0.9, 5.1) and (0.7, 0.9, 5.1)"),
     ({"origin": (-3.5, 11.25, 2.6)}, "origin (-3.5, 11.25, 2.6) and (-3.5, 11.25, 2.0)"),
     ({"direction": (1.0, 0.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0, 1.0)},
-     "direction (1.0, -0.0, -0.0, -0.0, 1.0, -0.0, 0.0, 0.0, 1.0) and (0.8, -0.6, -0.0, 0.6, 0.8, -0.0, 0.0, 0.0, 1.0)")])
+     "direction (1.0, -0.0, -0.0, -0.0, 1.0, -0.0, 0.0, 0.0, 1.0) and (0.8, -0.6, -0.0, 0.6, 0.8, -0.0, 0.0, 0.0, "
+     "1.0)")])
 def test_a_label_on_another_grid_is_refused(source, refused, grid, text):
     file = _change(source / "labels" / "b1.nii.gz", **grid)
     refused(_dataset(source), file, f"is on another grid than {source / 'images' / 'b1.nii.gz'}: {text}; resample it")
@@ -546,12 +580,14 @@ def test_one_name_for_two_cases_is_refused_also_in_capitals(source, refused, nam
     training = [_case(source, "a1")] + ([twin] if where == "training" else [])
     test = [twin] if where == "test" else []
     refused(_dataset(source, training=training, test=test, validation=[], patient_pattern=None),
-            source / "images" / "b1.nii.gz", repr(name), f"is that of {source / 'images' / 'a1.nii.gz'}, too; rename one")
+            source / "images" / "b1.nii.gz", repr(name), f"is that of {source / 'images' / 'a1.nii.gz'}, too; rename "
+                                                         f"one")
 
 
 @pytest.mark.parametrize("changed, text", [
     ({"training": [], "validation": []}, "there is not one training case"),
-    ({"patient_pattern": "(x)"}, "the patient pattern '(x)' does not match these cases; correct it: a1, a2, b1, c1, d1"),
+    ({"patient_pattern": "(x)"}, "the patient pattern '(x)' does not match these cases; correct it: a1, a2, b1, c1, "
+                                 "d1"),
     ({"patient_pattern": "(a"}, "the patient pattern '(a' is no regular expression"),
     ({"validation": ["a2"]}, "patient a: has cases for training and for validation")])
 def test_what_is_wrong_with_the_whole_is_told(source, refused, changed, text):
@@ -572,9 +608,15 @@ def test_files_outside_of_the_source_are_refused(source, refused, tmp_path):
     (source / "labels" / "c1.nii.gz").unlink()
     (source / "labels" / "c1.nii.gz").symlink_to("../../outside/a1.nii.gz")
     up = source / ".." / "outside" / "a1.nii.gz"
-    training = [_case(source, "b1"), _case(source, "c1"), Case("d1", (Volume(up),), Volume(source / "labels" / "d1.nii.gz"))]
+    training = [
+        _case(source, "b1"),
+        _case(source, "c1"),
+        Case("d1", (Volume(up),), Volume(source / "labels" / "d1.nii.gz")),
+    ]
     lines = refused(_dataset(source, training=training, validation=[])).splitlines()
-    for line, file in zip(lines[1:], (source / "images" / "b1.nii.gz", source / "labels" / "c1.nii.gz", up), strict=True):
+    for line, file in zip(
+        lines[1:], (source / "images" / "b1.nii.gz", source / "labels" / "c1.nii.gz", up), strict=True
+    ):
         assert f"{file}: leads out of the source folder, to {outside}; copy it there" in line
 
 
@@ -652,7 +694,8 @@ def test_a_full_file_system_leaves_nothing(source, nnunet_folders, tmp_path, mon
             file = _save(source / "images" / name, voxels)
             cases = [Case(name, (Volume(file),), None, UNLABELLED) for name in "abc"]
             before = _state(source)
-            with pytest.raises(InputError, match="cannot be written, nothing was kept; .*(No space left|is the disk full)"):
+            with pytest.raises(InputError, match="cannot be written, nothing was kept; .*(No space left|is the disk "
+                                                 "full)"):
                 write_dataset(_dataset(source, training=cases, validation=[], labels=MIXED, patient_pattern=None), 7, 1)
             assert os.listdir(small) == os.listdir(nnunet_folders / "preprocessed") == [] and _state(source) == before
     finally:

@@ -34,7 +34,9 @@ def stroke(label, style="points", **options):
 
 def found(masks, strokes, spacing=SPACING):
     """The names of suspects among masks (m0, ...) and strokes (s0, ...)."""
-    labels = {f"{letter}{k}": label for letter, group in (("m", masks), ("s", strokes)) for k, label in enumerate(group)}
+    labels = {
+        f"{letter}{k}": label for letter, group in (("m", masks), ("s", strokes)) for k, label in enumerate(group)
+    }
     return sorted(suspects({name: shape_of(label, spacing) for name, label in labels.items()}))
 
 
@@ -69,7 +71,10 @@ def test_where_all_cases_are_strokes_all_are_found():
 
 
 def test_complete_masks_of_any_size_and_empty_ones_are_not_found():
-    assert found([*(organs(k, size) for k in range(4) for size in (0.5, 1, 1.5)), np.zeros((10, 48, 48), np.uint8)], []) == []
+    assert (
+        found([*(organs(k, size) for k in range(4) for size in (0.5, 1, 1.5)), np.zeros((10, 48, 48), np.uint8)], [])
+        == []
+    )
 
 
 def test_a_small_compact_lesion_beside_large_ones_is_not_found_and_a_line_of_as_many_voxels_is():
@@ -107,10 +112,12 @@ def test_two_dimensions_and_equal_spacings_are_measured_too():
     flat = [organs(k)[4] for k in range(4)]
     assert found(flat, [stroke(organs(k))[4] for k in range(10, 13)], SPACING[1:]) == ["s0", "s1", "s2"]
     cube = (1.0, 1.0, 1.0)
-    assert found([organs(k).repeat(3, 0) for k in range(3)], [stroke(organs(k)).repeat(3, 0) for k in range(10, 12)], cube) == ["s0", "s1"]
+    assert found(
+        [organs(k).repeat(3, 0) for k in range(3)], [stroke(organs(k)).repeat(3, 0) for k in range(10, 12)], cube
+    ) == ["s0", "s1"]
 
 
-# ---- real masks and strokes ---------------------------------------------------------------------------------------------
+# ---- real masks and strokes -----------------------------------------------------------------------------------------
 
 def read(file):
     sitk.ProcessObject.SetGlobalWarningDisplay(False)
@@ -135,14 +142,17 @@ def test_experts_scribbles_are_found_among_real_masks_of_acdc_and_none_of_these(
     assert sorted(suspects(names)) == scribbled and len(scribbled) == 10
 
 
-# ---- the way that failed ------------------------------------------------------------------------------------------------
+# ---- the way that failed --------------------------------------------------------------------------------------------
 
 def test_strokes_with_0_for_not_annotated_given_as_full_masks_are_named_by_check(tmp_path, monkeypatch, capsys):
     for name in ("raw", "preprocessed", "results"):
         monkeypatch.setenv(f"nnUNet_{name}", str(tmp_path / name))
     for k in range(24):
         label = organs(k) if k < 4 else stroke(organs(k))
-        for sub, array in (("images", np.random.default_rng(k).normal(size=label.shape).astype(np.float32)), ("labels", label)):
+        for sub, array in (
+            ("images", np.random.default_rng(k).normal(size=label.shape).astype(np.float32)),
+            ("labels", label),
+        ):
             image = sitk.GetImageFromArray(array)
             image.SetSpacing(SPACING[::-1])
             file = tmp_path / ("full" if k < 4 else "strokes") / sub / f"p{k:02d}.nii.gz"
@@ -151,8 +161,14 @@ def test_strokes_with_0_for_not_annotated_given_as_full_masks_are_named_by_check
     command = ["mix", "--full", str(tmp_path / "full"), "--labels", "background", "one", "two", "--processes", "1"]
     assert cli.main([*command, "--partial", str(tmp_path / "strokes"), "--ignore-value", "255", "--id", "7"]) == 1
     error = capsys.readouterr().err
-    assert re.search(r"no label holds the value 255, .*The labels hold 0: 9\d\.\d %, 1: 0\.\d+ %, 2: 0\.\d+ %; .*If it is 0: --ignore-value 0$",
-                     error.strip()) and "--full" not in error
+    assert (
+        re.search(
+            r"no label holds the value 255, .*The labels hold 0: 9\d\.\d %, 1: 0\.\d+ %, 2: 0\.\d+ %; "
+            r".*If it is 0: --ignore-value 0$",
+            error.strip(),
+        )
+        and "--full" not in error
+    )
 
     for file in (tmp_path / "strokes").rglob("*.nii.gz"):  # who gives them as --full all the same
         file.rename(tmp_path / "full" / file.parent.name / file.name)
@@ -161,5 +177,11 @@ def test_strokes_with_0_for_not_annotated_given_as_full_masks_are_named_by_check
     report = check_dataset(7, 1)
     (warning,) = [text for text in report.warnings if "look like strokes" in text]
     assert warning.startswith("20 of 24 fully annotated cases look like strokes and not like complete masks: p04 (")
-    assert re.search(r"p04 \(\d+ foreground voxels in lines or dots; complete masks of these classes have \d{4}\), p05 .* and 15 more\. Look",
-                     warning) and "give such cases to confkd mix as --partial, with --ignore-value 0" in warning
+    assert (
+        re.search(
+            r"p04 \(\d+ foreground voxels in lines or dots; complete masks of these classes have \d{4}\), "
+            r"p05 .* and 15 more\. Look",
+            warning,
+        )
+        and "give such cases to confkd mix as --partial, with --ignore-value 0" in warning
+    )

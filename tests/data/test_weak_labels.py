@@ -19,8 +19,10 @@ SQUARE = np.ones((3, 3))
 
 @pytest.fixture(scope="module")
 def label():
-    """(6, 40, 44): three classes in blobs of all sizes that meet each other and three of the borders, specks of one pixel
-    among them; the last slice is background."""
+    """(6, 40, 44): three classes in blobs of all sizes, specks of one pixel among them; the last slice is background.
+
+    The blobs meet each other and three of the borders.
+    """
     rng = np.random.default_rng(0)
     smooth = ndimage.gaussian_filter(rng.normal(size=(6, 40, 44)), (0.5, 4, 4))
     label = np.digitize(smooth, np.quantile(smooth, [0.6, 0.8, 0.93])).astype(np.uint8)
@@ -371,8 +373,8 @@ def test_the_length_of_a_border_stroke_varies_over_the_whole_range():
 
 
 def test_border_strokes_prefer_where_the_outline_turns():
-    # a frame: its outlines are two squares round one centre, of sides 84 - 2 k and 40 + 2 k after k erosions. Each corner
-    # turns by pi/2, seen from 5 points on either side, up to the 5th: odds of 5 pi/2 + 10 * 0.1 near a corner, and of 0.1
+    # a frame: its outlines are two squares round one centre, of sides 84 - 2 k and 40 + 2 k after k erosions. Each
+    # corner turns by pi/2, seen from 5 points on either side: odds of 5 pi/2 + 10 * 0.1 near a corner, and of 0.1
     # for each of the other points. The share of 8 corners is 8 * 8.85 / (8 * 5 pi/2 + 0.1 * 4 * 124) = 0.63, where
     # evenly spread strokes would have 80 / 496 = 0.16. 400 draws: a standard deviation of 0.024; 5 of them are 0.12
     frame = _square(84, 100).astype(bool)

@@ -12,7 +12,7 @@ from nnunet_confkd.errors import InputError
 
 @pytest.fixture
 def refusal(nnunet_folders, tmp_path, capsys) -> Callable[..., str]:
-    """Convert, see that it is refused, that nothing is printed and that nothing has changed anywhere; return the text."""
+    """Convert, see that it is refused and that nothing is printed and nothing has changed; return the text."""
     def state() -> dict:
         return {file: (file.stat().st_mtime_ns, hashlib.sha256(file.read_bytes()).digest()) if file.is_file() else None
                 for file in tmp_path.rglob("*")}

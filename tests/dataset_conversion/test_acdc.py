@@ -35,7 +35,9 @@ def _header(file):
 
 
 def _tree(folder):
-    return {file.relative_to(folder).as_posix(): file.read_bytes() if file.is_file() else None for file in folder.rglob("*")}
+    return {
+        file.relative_to(folder).as_posix(): file.read_bytes() if file.is_file() else None for file in folder.rglob("*")
+    }
 
 
 def _times(folder):
@@ -59,7 +61,9 @@ def real(test_data, tmp_path_factory) -> Path:
         before = _times(test_data / "acdc") | _times(test_data / "acdc_scribbles")
         folder = acdc.convert(test_data / "acdc", 27, scribbles=test_data / "acdc_scribbles", full=["3"], processes=1)
         assert _times(test_data / "acdc") | _times(test_data / "acdc_scribbles") == before
-        assert folder == nnunet_folders / "raw" / "Dataset027_ACDC" and os.listdir(nnunet_folders / "raw") == ["Dataset027_ACDC"]
+        assert folder == nnunet_folders / "raw" / "Dataset027_ACDC" and os.listdir(nnunet_folders / "raw") == [
+            "Dataset027_ACDC"
+        ]
         yield folder
 
 
@@ -112,8 +116,13 @@ def test_two_patients_who_are_one_stay_on_one_side(test_data, monkeypatch):
     acdc.convert(test_data / "acdc", 27)
     validating = [{case[:10] for case in fold["val"]} for fold in folds_of(written[-1])]
     assert {len({"patient074", "patient076"} & patients) for patients in validating} == {0, 2}
-    parted = split_full_cases({case.name: case.kind for case in written[-1].training}, {c.name: c.name[:10] for c in written[-1].training})
-    assert {len({"patient074", "patient076"} & {case[:10] for case in fold["val"]}) for fold in parted} == {0, 1}  # by names
+    parted = split_full_cases(
+        {case.name: case.kind for case in written[-1].training}, {c.name: c.name[:10] for c in written[-1].training}
+    )
+    assert {len({"patient074", "patient076"} & {case[:10] for case in fold["val"]}) for fold in parted} == {
+        0,
+        1,
+    }  # by names
 
 
 def test_images_are_the_published_bytes_and_labels_the_published_voxels(real, test_data, described):
@@ -140,10 +149,16 @@ def test_the_geometry_is_pixdims_and_that_of_the_image(real, test_data, describe
 
 def test_it_says_whose_data_they_are(described):
     assert described == {
-        "channel_names": {"0": "cineMRI"}, "labels": {**LABELS, "ignore": 4}, "numTraining": 200, "file_ending": ".nii.gz",
-        "name": "ACDC", "licence": "CC BY-NC-SA 4.0", "patient_pattern": r"(patient\d+)_frame\d+",
+        "channel_names": {"0": "cineMRI"},
+        "labels": {**LABELS, "ignore": 4},
+        "numTraining": 200,
+        "file_ending": ".nii.gz",
+        "name": "ACDC",
+        "licence": "CC BY-NC-SA 4.0",
+        "patient_pattern": r"(patient\d+)_frame\d+",
         "reference": f"{REFERENCE}; scribbles: Valvano et al., IEEE TMI 2021, doi 10.1109/TMI.2021.3069634",
-        "supervision": described["supervision"]}
+        "supervision": described["supervision"],
+    }
 
 
 @pytest.mark.slow  # 200 cases
@@ -187,7 +202,7 @@ def source(tmp_path) -> Path:
 
 @pytest.fixture
 def scribbles(source, tmp_path) -> Path:
-    """For every frame, most voxels not annotated. With a correct affine, as published; that of the masks has unit scale."""
+    """For every frame, most voxels not annotated. The affine is correct, as published; the masks' has unit scale."""
     for mask in source.rglob("*_gt.nii.gz"):
         voxels = np.full((3, 8, 7), 4, np.uint8)
         voxels[:, 3] = _voxels(mask)[:, 3]
@@ -246,12 +261,20 @@ def test_testing_is_written_with_and_without_masks(source, nnunet_folders, masks
 
 
 def test_the_command_converts(source, scribbles, nnunet_folders, capsys):
-    assert main(["convert", "acdc", "--source", str(source), "--scribbles", str(scribbles), "--full", "2", "--seed", "5",
-                 "--id", "27", "--processes", "1"]) == 0
+    assert (
+        main(
+            [
+                "convert", "acdc", "--source", str(source), "--scribbles", str(scribbles), "--full", "2", "--seed", "5",
+                "--id", "27", "--processes", "1",
+            ]
+        )
+        == 0
+    )
     assert capsys.readouterr().out == (
-        f"{nnunet_folders / 'raw' / 'Dataset027_ACDC'}: 12 training cases (6 full, 6 partial, 0 unlabelled)\none fold: fold 0 "
-        "trains on 2 fully annotated patients and validates on 1, which are held back. There are no folds 1 to 4: give -f 0 to "
-        "nnUNetv2_find_best_configuration and nnUNetv2_predict\nnext: confkd check -d 27, then confkd plan -d 27\n")
+        f"{nnunet_folders / 'raw' / 'Dataset027_ACDC'}: 12 training cases (6 full, 6 partial, 0 unlabelled)\none fold: "
+        "fold 0 trains on 2 fully annotated patients and validates on 1, which are held back. There are no folds 1 to "
+        "4: give -f 0 to nnUNetv2_find_best_configuration and nnUNetv2_predict\nnext: confkd check -d 27, then confkd "
+        "plan -d 27\n")
 
 
 # ---- bad input ------------------------------------------------------------------------------------------------------
@@ -272,22 +295,23 @@ def refused(source, tmp_path, nnunet_folders):
 def test_a_source_that_is_not_there_or_not_acdc_is_refused(refused, tmp_path):
     (tmp_path / "empty" / "training").mkdir(parents=True)
     for folder in (tmp_path / "none", tmp_path):
-        refused(f"{folder}: has no folder \"training\"; give the folder that holds ACDC's training/patient001 and so on",
+        refused(f"{folder}: has no folder \"training\"; give the folder that holds ACDC's training/patient001 and so "
+                f"on",
                 folder=folder)
     refused(f"{tmp_path / 'empty' / 'training'}: holds no folders patient001, patient002 and so on",
             folder=tmp_path / "empty")
 
 
 def test_scribbles_and_full_go_together(refused, scribbles):
-    text = ("--scribbles and --full belong together: which training patients keep their masks, and where are the scribbles "
-            "of the others? To make weak labels from full ones, see confkd weaken")
+    text = ("--scribbles and --full belong together: which training patients keep their masks, and where are the "
+            "scribbles of the others? To make weak labels from full ones, see confkd weaken")
     refused(text, full=["3"])
     refused(text, scribbles=scribbles)
 
 
 def test_a_folder_of_scribbles_that_is_not_there_is_named(refused, tmp_path):
-    refused(f"{tmp_path / 'none'}: there is no such folder; give the one that holds patient001_frame01_scribble.nii.gz and "
-            f"so on", scribbles=tmp_path / "none", full=["2"])
+    refused(f"{tmp_path / 'none'}: there is no such folder; give the one that holds patient001_frame01_scribble.nii.gz "
+            f"and so on", scribbles=tmp_path / "none", full=["2"])
 
 
 def test_more_full_patients_than_there_are_and_unknown_ones_are_refused(refused, scribbles):
@@ -295,7 +319,8 @@ def test_more_full_patients_than_there_are_and_unknown_ones_are_refused(refused,
             scribbles=scribbles, full=["6"])
     refused(f"no such patients: patient007; there are {', '.join(PATIENTS)}",
             scribbles=scribbles, full=["patient001", "patient007"])
-    refused("6 of 6 patients are to be full; name fewer, 1 are needed to validate", scribbles=scribbles, full=list(PATIENTS))
+    refused("6 of 6 patients are to be full; name fewer, 1 are needed to "
+            "validate", scribbles=scribbles, full=list(PATIENTS))
 
 
 def test_missing_scribbles_are_all_named(refused, scribbles):
@@ -340,8 +365,15 @@ def test_missing_images_and_masks_are_told_of_all_patients(source, refused):
                source / "training" / "patient003" / "patient003_frame01.nii.gz"]
     for file in missing:
         file.unlink()
-    refused(*(f"{file}: is missing; Info.cfg names this frame" for file in (
-        *missing, *(source / "testing" / "patient102" / f"patient102_frame{frame}_gt.nii.gz" for frame in ("01", "14")))))
+    refused(
+        *(
+            f"{file}: is missing; Info.cfg names this frame"
+            for file in (
+                *missing,
+                *(source / "testing" / "patient102" / f"patient102_frame{frame}_gt.nii.gz" for frame in ("01", "14")),
+            )
+        )
+    )
 
 
 def test_what_is_wrong_with_files_is_told_with_the_rest(source, refused, scribbles):
@@ -353,11 +385,12 @@ def test_what_is_wrong_with_files_is_told_with_the_rest(source, refused, scribbl
     _save(scribble, _voxels(scribble), spacing=(1.5, 1.5, 5))
     (source / "training" / "patient003" / "Info.cfg").unlink()
     refused(f"{source / 'training' / 'patient003' / 'Info.cfg'}: {NO_INFO}",
-            f"{image}: cannot be read as an image; is it cut short, damaged, or of another format? Fetch or write it anew "
-            f"(Compressed file ended before the end-of-stream marker was reached)",
-            f"{mask}: holds the values 5; a full label may hold 0, 1, 2, 3; correct the label, or name and map these values",
-            f"{scribble}: is on another grid than {source}/training/patient002/patient002_frame01.nii.gz: spacing (1.5, "
-            f"1.5, 5.0) and (1.5, 1.5, 10.0); resample it, or correct its header",
+            f"{image}: cannot be read as an image; is it cut short, damaged, or of another format? Fetch or write it "
+            f"anew (Compressed file ended before the end-of-stream marker was reached)",
+            f"{mask}: holds the values 5; a full label may hold 0, 1, 2, 3; correct the label, or name and map these "
+            f"values",
+            f"{scribble}: is on another grid than {source}/training/patient002/patient002_frame01.nii.gz: spacing "
+            f"(1.5, 1.5, 5.0) and (1.5, 1.5, 10.0); resample it, or correct its header",
             scribbles=scribbles, full=["patient001"], seed=1)
 
 

@@ -72,9 +72,11 @@ def _case(case, year, labelled=True):
         (case / "License_CC_BY_NC_SA_3.0.txt").write_text("licence")
 
 
-CASES = {"2015": [f"brats_2013_pat{k:04d}_1" for k in range(1, 6)],
-         "2017": [*(f"HGG/Brats17_TCIA_{k}_1" for k in (105, 111, 113)), *(f"LGG/Brats17_2013_{k}_1" for k in (0, 1))],
-         "2023": [f"BraTS-GLI-{k:05d}-{visit:03d}" for k in range(5) for visit in range(k % 3 + 1)]}  # 1, 2, 3, 1, 2 visits
+CASES = {
+    "2015": [f"brats_2013_pat{k:04d}_1" for k in range(1, 6)],
+    "2017": [*(f"HGG/Brats17_TCIA_{k}_1" for k in (105, 111, 113)), *(f"LGG/Brats17_2013_{k}_1" for k in (0, 1))],
+    "2023": [f"BraTS-GLI-{k:05d}-{visit:03d}" for k in range(5) for visit in range(k % 3 + 1)],
+}  # 1, 2, 3, 1, 2 visits
 
 
 def _tree(folder, year):
@@ -112,7 +114,7 @@ def refused(refusal):
 
 
 def _assert_same_regions(published, year, written, labels):
-    """The masks of the regions are the same in the published label and, by dataset.json's labels, in the written one."""
+    """The masks of the regions are the same in the published label and in the written one, by dataset.json's labels."""
     assert list(labels) == ["background", *PUBLISHED[year]] and labels["background"] == 0
     for region, values in PUBLISHED[year].items():
         mask = np.isin(published, values)
@@ -128,7 +130,9 @@ def test_images_are_the_published_bytes_and_labels_the_published_regions(source,
     assert sorted(os.listdir(folder)) == ["dataset.json", "imagesTr", "labelsTr"]
     labels = _json(folder / "dataset.json")["labels"]
     names = [case.split("/")[-1] for case in CASES[year]]
-    assert sorted(os.listdir(folder / "imagesTr")) == sorted(f"{name}_000{k}.nii.gz" for name in names for k in range(4))
+    assert sorted(os.listdir(folder / "imagesTr")) == sorted(
+        f"{name}_000{k}.nii.gz" for name in names for k in range(4)
+    )
     assert sorted(os.listdir(folder / "labelsTr")) == sorted(f"{name}.nii.gz" for name in names)
     for case, name in zip(CASES[year], names):
         files = _files(source / case, year)
@@ -234,9 +238,18 @@ def test_uncompressed_files_and_the_odd_label_of_2020_are_converted(source17, nn
 
 def test_the_command_converts(source17, tmp_path, nnunet_folders, capsys):
     _case(tmp_path / "validation" / "Brats17_CBICA_AAM_1", "2017", labelled=False)
-    assert main(["convert", "brats", "--source", str(source17), "--id", "21", "--processes", "1", "--convention", "2017",
-                 "--test", str(tmp_path / "validation"), "--name", "BraTS2017"]) == 0
-    assert "Dataset021_BraTS2017: 5 training cases (5 full, 0 partial, 0 unlabelled)\n5 folds" in capsys.readouterr().out
+    assert (
+        main(
+            [
+                "convert", "brats", "--source", str(source17), "--id", "21", "--processes", "1", "--convention", "2017",
+                "--test", str(tmp_path / "validation"), "--name", "BraTS2017",
+            ]
+        )
+        == 0
+    )
+    assert (
+        "Dataset021_BraTS2017: 5 training cases (5 full, 0 partial, 0 unlabelled)\n5 folds" in capsys.readouterr().out
+    )
     assert len(os.listdir(nnunet_folders / "raw" / "Dataset021_BraTS2017" / "imagesTs")) == 4
 
 
@@ -266,17 +279,20 @@ def test_folders_that_are_not_there_or_hold_no_cases_are_refused(refused, source
     (tmp_path / "empty").mkdir()
     assert refused(tmp_path / "none") == f"{tmp_path / 'none'}: there is no such folder"
     assert refused(source17, test=tmp_path / "none") == f"{tmp_path / 'none'}: there is no such folder"
-    assert refused(tmp_path / "empty") == (f"{tmp_path / 'empty'}: holds no labels (OTMultiClass, CASE_seg or CASE-seg, "
-                                           f".nii.gz) in folders of cases")
-    for options in ({"source": tmp_path / "empty", "convention": "2017"}, {"source": source17, "test": tmp_path / "empty"}):
+    assert refused(tmp_path / "empty") == (f"{tmp_path / 'empty'}: holds no labels (OTMultiClass, CASE_seg or "
+                                           f"CASE-seg, .nii.gz) in folders of cases")
+    for options in (
+        {"source": tmp_path / "empty", "convention": "2017"},
+        {"source": source17, "test": tmp_path / "empty"},
+    ):
         assert refused(**options).startswith(f"{tmp_path / 'empty'}: holds no folders of cases")
 
 
 def test_names_of_two_conventions_are_refused_unless_one_is_chosen(refused, source17):
     _case(source17 / "BraTS-GLI-00001-000", "2023")
     assert refused(source17) == f"{source17}: holds labels named as in 2017 and 2023; give one --convention"
-    assert refused(source17, convention="2017") == (f"{source17 / 'BraTS-GLI-00001-000'}: has no label; give the folder of "
-                                                    f"unlabelled cases as --test")
+    assert refused(source17, convention="2017") == (f"{source17 / 'BraTS-GLI-00001-000'}: has no label; give the "
+                                                    f"folder of unlabelled cases as --test")
 
 
 def test_missing_channels_and_labels_are_all_named(refused, source17):
@@ -324,8 +340,8 @@ def test_a_value_of_another_convention_is_refused(refused, source, year, value):
     label[0, 0, 0] = value
     _write(file, label)
     allowed = ", ".join(map(str, (0, *PUBLISHED[year]["whole_tumour"])))
-    assert refused(source) == (f"{file}: holds the values {value}; a full label may hold {allowed}; correct the label, or "
-                               f"name and map these values")
+    assert refused(source) == (f"{file}: holds the values {value}; a full label may hold {allowed}; correct the label, "
+                               f"or name and map these values")
 
 
 def test_one_name_in_two_folders_is_refused(refused, source17):

@@ -194,7 +194,9 @@ def test_test_cases_may_lack_a_label_and_cases_may_lie_in_the_folder_itself(sour
 def test_the_command_converts_and_asks_for_the_spacing(packed, nnunet_folders, capsys):
     command = ["convert", "la2018", "--source", str(packed), "--id", "51", "--processes", "1"]
     assert main(command) == 1
-    assert "mri_norm2.h5: stores no spacing; give that of your files as --spacing X Y Z in mm" in capsys.readouterr().err
+    assert (
+        "mri_norm2.h5: stores no spacing; give that of your files as --spacing X Y Z in mm" in capsys.readouterr().err
+    )
     assert main([*command, "--spacing", "0.625", "0.75", "1.25"]) == 0
     assert "Dataset051_LA2018: 10 training cases (10 full, 0 partial, 0 unlabelled)\n5 folds" in capsys.readouterr().out
     image = sitk.ReadImage(str(nnunet_folders / "raw" / "Dataset051_LA2018" / "imagesTr" / f"{TRAINING[0]}_0000.nrrd"))
@@ -241,12 +243,19 @@ def test_the_spacing_is_asked_for_where_it_is_missing_and_refused_where_it_is_kn
     assert refused(packed).startswith(f"{file}: stores no spacing; give that of your files as --spacing X Y Z in mm")
     other = tmp_path / "nrrd"
     _write(other / "case" / "lgemri.nrrd", np.zeros(SHAPE, np.uint8))
-    assert refused(other, spacing=SPACING) == (f"{other}: holds no mri_norm2.h5, and lgemri.nrrd has a spacing of its own; "
-                                               f"leave out --spacing")
+    assert refused(other, spacing=SPACING) == (f"{other}: holds no mri_norm2.h5, and lgemri.nrrd has a spacing of its "
+                                               f"own; leave out --spacing")
 
 
-@pytest.mark.parametrize("spacing, text", [
-    ((0, 1, 1), "0 1 1"), ((1, 1, -0.5), "1 1 -0.5"), ((1, float("nan"), 1), "1 nan 1"), ((float("inf"), 1, 1), "inf 1 1")])
+@pytest.mark.parametrize(
+    "spacing, text",
+    [
+        ((0, 1, 1), "0 1 1"),
+        ((1, 1, -0.5), "1 1 -0.5"),
+        ((1, float("nan"), 1), "1 nan 1"),
+        ((float("inf"), 1, 1), "inf 1 1"),
+    ],
+)
 def test_a_spacing_that_is_none_is_refused(refused, packed, spacing, text):
     assert refused(packed, spacing=spacing) == f"--spacing {text}: these are the edges of a voxel in mm, above 0"
 
@@ -271,8 +280,10 @@ def test_hdf5_files_without_image_or_label_of_other_shapes_or_damaged_are_all_na
         f"{files[3]}: holds the values 2; a full label may hold 0, 1, 255",
         f"{files[4]}: 90 voxels are not finite",
         f"{files[5]}: the array \"image\" has the shape (5, 6, 3), of |S4; numbers in three dimensions are expected",
-        f"{files[6]}: cannot be read, or has no array \"image\"", f"{files[6]}: cannot be read, or has no array \"label\"",
-        f"{files[7]}: cannot be read, or has no array \"image\"", f"{files[7]}: cannot be read, or has no array \"label\""]
+        f"{files[6]}: cannot be read, or has no array \"image\"", f"{files[6]}: cannot be read, or has no array "
+                                                                  f"\"label\"",
+        f"{files[7]}: cannot be read, or has no array \"image\"", f"{files[7]}: cannot be read, or has no array "
+                                                                  f"\"label\""]
     assert len(text) - 1 == len(expected)
     assert all(line.startswith(start) for line, start in zip(text[1:], expected))
 
@@ -313,4 +324,6 @@ def test_a_case_that_is_a_link_to_elsewhere_is_refused(refused, source, tmp_path
     case.symlink_to(tmp_path / "elsewhere")
     text = refused(source)
     assert text.count("leads out of the source folder") == 2
-    assert f"{case / 'lgemri.nrrd'}: leads out of the source folder, to {tmp_path / 'elsewhere' / 'lgemri.nrrd'}" in text
+    assert (
+        f"{case / 'lgemri.nrrd'}: leads out of the source folder, to {tmp_path / 'elsewhere' / 'lgemri.nrrd'}" in text
+    )

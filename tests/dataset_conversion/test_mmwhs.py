@@ -49,7 +49,9 @@ def _part(source, modality, flat=False):
     for kind, numbers in (("train", TRAINING), ("test", TEST)):
         folder = source if flat else source / f"{modality}_{kind}"
         for number in numbers:
-            image = rng.integers(-1000, 2000, SHAPE).astype(np.int16) if modality == "ct" else rng.random(SHAPE, np.float32)
+            image = (
+                rng.integers(-1000, 2000, SHAPE).astype(np.int16) if modality == "ct" else rng.random(SHAPE, np.float32)
+            )
             _write(folder / f"{modality}_{kind}_{number}_image.nii.gz", image)
             label = rng.choice(list(STRUCTURES), SHAPE).astype(np.int16)
             label.flat[:len(STRUCTURES)] = list(STRUCTURES)  # each of them, for sure
@@ -86,7 +88,9 @@ def refused(refusal):
 
 @pytest.mark.parametrize("flat", [True, False])
 @pytest.mark.parametrize("modality, channel", [("ct", "CT"), ("mr", "MRI")])
-def test_a_part_is_converted_from_one_folder_or_several(tmp_path, nnunet_folders, crossvalidation, modality, channel, flat):
+def test_a_part_is_converted_from_one_folder_or_several(
+    tmp_path, nnunet_folders, crossvalidation, modality, channel, flat
+):
     source = _part(tmp_path / "mmwhs", modality, flat)
     before = _state(source)
     folder = mmwhs.convert(source, 17, processes=1)
@@ -104,15 +108,22 @@ def test_a_part_is_converted_from_one_folder_or_several(tmp_path, nnunet_folders
         file = (source if flat else source / f"{modality}_train") / f"{name}_label.nii.gz"
         published, written = sitk.ReadImage(str(file)), sitk.ReadImage(str(folder / "labelsTr" / f"{name}.nii.gz"))
         for value, (_, expected) in STRUCTURES.items():
-            assert np.array_equal(sitk.GetArrayFromImage(written) == expected, sitk.GetArrayFromImage(published) == value)
+            assert np.array_equal(
+                sitk.GetArrayFromImage(written) == expected, sitk.GetArrayFromImage(published) == value
+            )
         for get in ("GetSize", "GetSpacing", "GetOrigin", "GetDirection"):
             assert np.allclose(getattr(written, get)(), getattr(published, get)())
     described = _json(folder / "dataset.json")
     assert described.pop("reference").endswith("doi 10.1016/j.media.2016.02.006")
     assert described == {
-        "channel_names": {"0": channel}, "labels": dict(STRUCTURES.values()), "numTraining": 10, "file_ending": ".nii.gz",
-        "name": f"MMWHS{modality.upper()}", "licence": "see the publisher's terms (MM-WHS 2017 challenge)",
-        "supervision": dict.fromkeys(names, "full")}
+        "channel_names": {"0": channel},
+        "labels": dict(STRUCTURES.values()),
+        "numTraining": 10,
+        "file_ending": ".nii.gz",
+        "name": f"MMWHS{modality.upper()}",
+        "licence": "see the publisher's terms (MM-WHS 2017 challenge)",
+        "supervision": dict.fromkeys(names, "full"),
+    }
     assert [len(fold["val"]) for fold in crossvalidation(folder.name)] == [2] * 5
 
 
@@ -153,7 +164,9 @@ def test_the_command_converts_and_names_stray_values(mr, nnunet_folders, capsys)
     assert main(command) == 1
     assert "mr_train_1003_label.nii.gz: holds the values 421;" in capsys.readouterr().err
     assert main([*command, "--modality", "mr", "--map", "421=420"]) == 0
-    assert "Dataset017_MMWHSMR: 10 training cases (10 full, 0 partial, 0 unlabelled)\n5 folds" in capsys.readouterr().out
+    assert (
+        "Dataset017_MMWHSMR: 10 training cases (10 full, 0 partial, 0 unlabelled)\n5 folds" in capsys.readouterr().out
+    )
 
 
 # ---- bad input ------------------------------------------------------------------------------------------------------
@@ -163,7 +176,9 @@ def test_stray_values_are_an_error_that_lists_them_all(refused, mr):
     label = _read(file)
     label[0, 0, 0] = 7
     _write(file, label)
-    allowed = "a full label may hold 0, 205, 420, 500, 550, 600, 820, 850; correct the label, or name and map these values"
+    allowed = (
+        "a full label may hold 0, 205, 420, 500, 550, 600, 820, 850; correct the label, or name and map these values"
+    )
     assert refused(mr).split("\n  ") == [
         "2 problems; nothing was written:",
         f"{mr / 'mr_train' / 'mr_train_1003_label.nii.gz'}: holds the values 421; {allowed}",
@@ -207,7 +222,8 @@ def test_images_without_labels_labels_without_images_and_doubles_are_all_named(r
     double = _write(ct / "more" / "ct_train_1003_image.nii.gz", np.zeros(SHAPE, np.int16))
     assert sorted(refused(ct).split("\n  ")) == sorted([
         "4 problems; nothing was written:",
-        f"{folder / 'ct_train_1001_image.nii.gz'}: has no label", f"{folder / 'ct_train_1002_label.nii.gz'}: has no image",
+        f"{folder / 'ct_train_1001_image.nii.gz'}: has no label", f"{folder / 'ct_train_1002_label.nii.gz'}: has no "
+                                                                  f"image",
         f"{ct / 'ct_test' / 'ct_test_2009_label.nii.gz'}: has no image",
         f"{double}: is there twice, also as {folder / 'ct_train_1003_image.nii.gz'}"])
 

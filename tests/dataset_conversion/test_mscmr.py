@@ -95,13 +95,15 @@ def test_images_and_labels_are_the_published_bytes(source, nnunet_folders):
         for part, n in numbers:
             assert ((folder / f"images{kind}" / f"subject{n}_DE_0000.nii.gz").read_bytes()
                     == _image(source, part, n).read_bytes())
-            assert (folder / f"labels{kind}" / f"subject{n}_DE.nii.gz").read_bytes() == _label(source, part, n).read_bytes()
+            assert (folder / f"labels{kind}" / f"subject{n}_DE.nii.gz").read_bytes() == _label(
+                source, part, n
+            ).read_bytes()
 
 
 def test_train_is_scribbled_and_val_is_full_and_validates(source, nnunet_folders):
     described = _json(mscmr.convert(source, 31, processes=1) / "dataset.json")
-    assert described.pop("reference") == ("Zhuang, IEEE TPAMI 2019, doi 10.1109/TPAMI.2018.2869576; scribbles: Zhang and "
-                                          "Zhuang, CVPR 2022, arXiv 2203.01475")
+    assert described.pop("reference") == ("Zhuang, IEEE TPAMI 2019, doi 10.1109/TPAMI.2018.2869576; scribbles: Zhang "
+                                          "and Zhuang, CVPR 2022, arXiv 2203.01475")
     assert described == {
         "channel_names": {"0": "LGE"}, "labels": {"background": 0, "RV": 1, "myocardium": 2, "LV": 3, "ignore": 4},
         "numTraining": 12, "file_ending": ".nii.gz", "name": "MSCMR",
@@ -205,8 +207,9 @@ def test_without_a_full_training_case_a_note_tells_what_the_trainer_will(source,
 
 def test_the_command_converts(source, nnunet_folders, capsys):
     assert main(["convert", "mscmr", "--source", str(source), "--id", "31", "--processes", "1", "--full", "2"]) == 0
-    assert ("Dataset031_MSCMR: 12 training cases (5 full, 7 partial, 0 unlabelled)\n3 folds: each trains on the same 2 fully annotated cases "
-            "and validates on 1 of 3 that are held back from training\n") in capsys.readouterr().out
+    assert ("Dataset031_MSCMR: 12 training cases (5 full, 7 partial, 0 unlabelled)\n3 folds: each trains on the same 2 "
+            "fully annotated cases and validates on 1 of 3 that are held back from "
+            "training\n") in capsys.readouterr().out
 
 
 # ---- bad input ------------------------------------------------------------------------------------------------------
@@ -233,10 +236,10 @@ def test_missing_and_ambiguous_labels_and_images_are_all_named(refused, source):
         "4 problems; nothing was written:",
         f"{_image(source, 'train', 4)}: has no label in {source / 'train' / 'labels'}; it needs one",
         f"{_label(source, 'val', 29)}: has no image in {source / 'val' / 'images'}; it needs one",
-        f"{_image(source, 'TestSet', 3)}: has several labels ({double.name}, subject3_DE_manual.nii.gz) in {double.parent}; "
-        f"it needs one",
-        f"{_label(source, 'train', 6)}: has several images ({short.name}, subject6_DE.nii.gz) in {short.parent}; it needs "
-        f"one"])
+        f"{_image(source, 'TestSet', 3)}: has several labels ({double.name}, subject3_DE_manual.nii.gz) in "
+        f"{double.parent}; it needs one",
+        f"{_label(source, 'train', 6)}: has several images ({short.name}, subject6_DE.nii.gz) in {short.parent}; it "
+        f"needs one"])
 
 
 def test_a_scribble_of_other_values_and_a_mask_with_scribbles_are_refused(refused, source):
@@ -253,8 +256,8 @@ def test_a_scribble_of_other_values_and_a_mask_with_scribbles_are_refused(refuse
 def test_a_folder_of_masks_in_both_codings_is_refused(refused, source):
     label = _read(_label(source, "val", 36))
     _write(_label(source, "val", 36), np.vectorize(CHALLENGE.get)(label).astype(np.int16))
-    assert refused(source).startswith(f"{_label(source, 'val', 36)}: holds the values 200, 500, 600; a full label may hold "
-                                      f"0, 1, 2, 3;")
+    assert refused(source).startswith(f"{_label(source, 'val', 36)}: holds the values 200, 500, 600; a full label may "
+                                      f"hold 0, 1, 2, 3;")
 
 
 def test_a_mask_that_mixes_both_codings_is_refused(refused, source):
@@ -262,8 +265,8 @@ def test_a_mask_that_mixes_both_codings_is_refused(refused, source):
         label = np.vectorize(CHALLENGE.get)(_read(_label(source, "TestSet", number))).astype(np.int16)
         label[0, 0, 0] = number == 10
         _write(_label(source, "TestSet", number), label)
-    assert refused(source).startswith(f"{_label(source, 'TestSet', 10)}: holds the values 1; a full label may hold 0, 200, "
-                                      f"500, 600;")
+    assert refused(source).startswith(f"{_label(source, 'TestSet', 10)}: holds the values 1; a full label may hold 0, "
+                                      f"200, 500, 600;")
 
 
 @pytest.mark.parametrize("full, text", [
@@ -278,7 +281,10 @@ def test_a_single_subject_of_val_validates(refused, source):
     for number in SUBJECTS["val"][1:]:
         _image(source, "val", number).unlink()
         _label(source, "val", number).unlink()
-    assert refused(source, full=["1"]) == f"{source / 'val'}: has one subject, which is needed to validate; leave out --full"
+    assert (
+        refused(source, full=["1"])
+        == f"{source / 'val'}: has one subject, which is needed to validate; leave out --full"
+    )
 
 
 def test_a_subject_whose_label_is_missing_is_named_beside_a_choice_that_it_spoils(refused, source):

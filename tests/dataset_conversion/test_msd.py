@@ -48,10 +48,21 @@ def _task(folder, modality):
         (folder / split / f"._{NAMES[0]}.nii.gz").write_bytes(b"\0\5\26\7")
         (folder / split / ".DS_Store").write_bytes(b"Bud1")
     (folder / "._dataset.json").write_bytes(b"\0\5\26\7")
-    _describe(folder, name="PROSTATE", description="Prostate", reference="Radboud", licence="CC-BY-SA 4.0", release="1.0",
-              tensorImageSize="4D", modality=modality, labels={"0": "background", "1": "PZ", "2": "TZ"},
-              numTraining=len(NAMES), numTest=len(TESTS), test=[f"./imagesTs/{name}.nii.gz" for name in TESTS],
-              training=[{"image": f"./imagesTr/{n}.nii.gz", "label": f"./labelsTr/{n}.nii.gz"} for n in NAMES])
+    _describe(
+        folder,
+        name="PROSTATE",
+        description="Prostate",
+        reference="Radboud",
+        licence="CC-BY-SA 4.0",
+        release="1.0",
+        tensorImageSize="4D",
+        modality=modality,
+        labels={"0": "background", "1": "PZ", "2": "TZ"},
+        numTraining=len(NAMES),
+        numTest=len(TESTS),
+        test=[f"./imagesTs/{name}.nii.gz" for name in TESTS],
+        training=[{"image": f"./imagesTr/{n}.nii.gz", "label": f"./labelsTr/{n}.nii.gz"} for n in NAMES],
+    )
     return folder
 
 
@@ -151,7 +162,9 @@ def test_without_dataset_json_the_options_name_labels_and_channels(task3d, nnune
 
 def test_of_more_than_nine_channels_the_order_is_that_of_the_numbers(tmp_path, nnunet_folders):
     modality = {str(k): f"M{k}" for k in range(11)}
-    folder = msd.convert(_task(tmp_path / "Task11_Many", dict(sorted(modality.items()))), 5, processes=1)  # 0, 1, 10, 2, ...
+    folder = msd.convert(
+        _task(tmp_path / "Task11_Many", dict(sorted(modality.items()))), 5, processes=1
+    )  # 0, 1, 10, 2, ...
     assert json.loads((folder / "dataset.json").read_text())["channel_names"] == modality
 
 
@@ -181,8 +194,8 @@ def test_the_command_converts_and_names_what_is_wrong(task3d, nnunet_folders, ca
     (task3d / "dataset.json").unlink()
     command = ["convert", "msd", "--source", str(task3d), "--id", "5", "--processes", "1"]
     assert main(command) == 1
-    assert capsys.readouterr().err == (f"confkd convert: {task3d / 'dataset.json'}: is missing; name the labels and the "
-                                       "channels: --labels background NAME ... --channels MRI\n")
+    assert capsys.readouterr().err == (f"confkd convert: {task3d / 'dataset.json'}: is missing; name the labels and "
+                                       "the channels: --labels background NAME ... --channels MRI\n")
     assert main([*command, "--labels", "background", "PZ", "TZ", "--channels", "CT", "--name", "Zones"]) == 0
     assert "Dataset005_Zones: 10 training cases (10 full, 0 partial, 0 unlabelled)\n5 folds" in capsys.readouterr().out
 
@@ -192,8 +205,9 @@ def test_the_command_converts_and_names_what_is_wrong(task3d, nnunet_folders, ca
 def test_real_hippocampus(test_data, nnunet_folders, crossvalidation):
     source = test_data / "hippocampus"
     before = _state(source)
-    folder = msd.convert(source, 4, labels=["background", "anterior", "posterior"], channels=["MRI"], name="Hippocampus",
-                         processes=1)
+    folder = msd.convert(
+        source, 4, labels=["background", "anterior", "posterior"], channels=["MRI"], name="Hippocampus", processes=1
+    )
     assert _state(source) == before and folder.name == "Dataset004_Hippocampus"
     names = sorted(f.name for f in (source / "labelsTr").glob("hippocampus_*.nii.gz"))
     assert len(names) == 200 and sorted(os.listdir(folder / "labelsTr")) == names
@@ -213,8 +227,8 @@ def test_real_hippocampus(test_data, nnunet_folders, crossvalidation):
 
 def test_a_folder_that_is_no_task_is_refused(refused, tmp_path):
     (tmp_path / "labelled" / "imagesTr").mkdir(parents=True)
-    assert refused(tmp_path / "none") == (f"{tmp_path / 'none'}: has no folder imagesTr and no folder labelsTr; give the "
-                                          f"folder of one task, e.g. Task04_Hippocampus")
+    assert refused(tmp_path / "none") == (f"{tmp_path / 'none'}: has no folder imagesTr and no folder labelsTr; give "
+                                          f"the folder of one task, e.g. Task04_Hippocampus")
     assert "has no folder labelsTr;" in refused(tmp_path / "labelled")
     (tmp_path / "labelled" / "labelsTr").mkdir()
     assert refused(tmp_path / "labelled", labels=["background", "a"], channels=["CT"]) == (
@@ -224,20 +238,23 @@ def test_a_folder_that_is_no_task_is_refused(refused, tmp_path):
 @pytest.mark.parametrize("options", [{}, {"labels": ["background", "a"]}, {"channels": ["CT"]}])
 def test_without_dataset_json_both_options_are_needed(refused, task3d, options):
     (task3d / "dataset.json").unlink()
-    assert refused(task3d, **options).startswith(f"{task3d / 'dataset.json'}: is missing; name the labels and the channels")
+    assert refused(task3d, **options).startswith(f"{task3d / 'dataset.json'}: is missing; name the labels and the "
+                                                 f"channels")
 
 
 @pytest.mark.parametrize("labels", [["liver", "tumour"], ["background", "a", "a"], ["background"]])
 def test_label_names_that_nnunet_does_not_take_are_refused(refused, task3d, labels):
     (task3d / "dataset.json").unlink()
     text = refused(task3d, labels=labels, channels=["CT"])
-    assert text.startswith("--labels: the labels must be 0, 1, 2, ...") and text.endswith(f"not {dict(enumerate(labels))}")
+    assert text.startswith("--labels: the labels must be 0, 1, 2, ...") and text.endswith(
+        f"not {dict(enumerate(labels))}"
+    )
 
 
 def test_the_options_do_not_overrule_dataset_json(refused, task3d):
     assert refused(task3d, labels=["background", "a", "b"], channels=["CT"]) == (
-        f"{task3d / 'dataset.json'}: names the labels and the channels; leave out --labels and --channels, or correct the "
-        f"file")
+        f"{task3d / 'dataset.json'}: names the labels and the channels; leave out --labels and --channels, or correct "
+        f"the file")
 
 
 @pytest.mark.parametrize("content, text", [
@@ -245,7 +262,8 @@ def test_the_options_do_not_overrule_dataset_json(refused, task3d):
     ("[]", "is no description of a task"), ("{}", "is no description of a task"),
     ('{"labels": ["background", "a"], "modality": {"0": "CT"}}', "is no description of a task"),
     ('{"labels": {"zero": "background"}, "modality": {"0": "CT"}}', "is no description of a task"),
-    ('{"labels": {"0": "background", "1": "a"}, "modality": {"0": "CT"}, "training": null}', "is no description of a task"),
+    ('{"labels": {"0": "background", "1": "a"}, "modality": {"0": "CT"}, "training": null}', "is no description of a "
+                                                                                             "task"),
     ('{"labels": {"0": "background", "2": "a"}, "modality": {"0": "CT"}}', "the labels must be 0, 1, 2, ..."),
     ('{"labels": {"0": "background", "1": "a", "2": "a"}, "modality": {"0": "CT"}}', "the labels must be 0, 1, 2, ..."),
     ('{"labels": {"0": "a", "1": "background"}, "modality": {"0": "CT"}}', "the labels must be 0, 1, 2, ..."),
@@ -284,8 +302,10 @@ def test_files_that_are_listed_but_missing_and_those_that_are_not_listed_are_all
         f"{task3d / 'imagesTr' / NAMES[0]}.nii.gz: is listed in dataset.json, but is missing",
         f"{task3d / 'labelsTr' / NAMES[1]}.nii.gz: is listed in dataset.json, but is missing",
         f"{task3d / 'dataset.json'}: the entry './imagesTr/x.nii.gz' of \"training\" has no image and label",
-        f"{task3d / 'dataset.json'}: the entry {{'image': './imagesTr/x.nii.gz'}} of \"training\" has no image and label",
-        f"{task3d / 'dataset.json'}: the entry {_entry(NAMES[2], image=chr(0))!r} of \"training\" has no image and label",
+        f"{task3d / 'dataset.json'}: the entry {{'image': './imagesTr/x.nii.gz'}} of \"training\" has no image and "
+        f"label",
+        f"{task3d / 'dataset.json'}: the entry {_entry(NAMES[2], image=chr(0))!r} of \"training\" has no image and "
+        f"label",
         f"{task3d / 'imagesTr' / NAMES[-1]}.nii.gz: is not listed in dataset.json",
         f"{task3d / 'labelsTr' / NAMES[-1]}.nii.gz: is not listed in dataset.json"]
 

@@ -128,10 +128,15 @@ def test_test_cases_bear_the_name_of_their_folder_and_may_have_labels(source, la
 def test_dataset_json_and_the_split(source, nnunet_folders, crossvalidation):
     folder = promise12.convert(source, 41, name="Prostate", processes=1)
     assert _json(folder / "dataset.json") == {
-        "channel_names": {"0": "T2"}, "labels": {"background": 0, "prostate": 1}, "numTraining": 10, "file_ending": ".mha",
-        "name": "Prostate", "licence": "see the publisher's terms (PROMISE12 challenge)",
+        "channel_names": {"0": "T2"},
+        "labels": {"background": 0, "prostate": 1},
+        "numTraining": 10,
+        "file_ending": ".mha",
+        "name": "Prostate",
+        "licence": "see the publisher's terms (PROMISE12 challenge)",
         "reference": "Litjens et al., Medical Image Analysis 2014, doi 10.1016/j.media.2013.12.002",
-        "supervision": dict.fromkeys(TRAINING, "full")}
+        "supervision": dict.fromkeys(TRAINING, "full"),
+    }
     assert [len(fold["val"]) for fold in crossvalidation(folder.name)] == [2] * 5
 
 
@@ -157,7 +162,9 @@ def test_compressed_voxels_and_voxels_within_the_header_are_read(parts, nnunet_f
 
 def test_the_command_converts(parts, nnunet_folders, capsys):
     assert main(["convert", "promise12", "--source", str(parts), "--id", "41", "--processes", "1"]) == 0
-    assert "Dataset041_PROMISE12: 10 training cases (10 full, 0 partial, 0 unlabelled)\n5 folds" in capsys.readouterr().out
+    assert (
+        "Dataset041_PROMISE12: 10 training cases (10 full, 0 partial, 0 unlabelled)\n5 folds" in capsys.readouterr().out
+    )
 
 
 # ---- bad input ------------------------------------------------------------------------------------------------------
@@ -167,8 +174,8 @@ def test_folders_that_are_not_there_or_hold_no_training_case_are_refused(refused
     (tmp_path / "tests").mkdir()
     (parts / "TestData").rename(tmp_path / "tests" / "TestData")
     assert refused(tmp_path / "none") == f"{tmp_path / 'none'}: there is no such folder"
-    assert refused(tmp_path / "empty") == (f"{tmp_path / 'empty'}: holds no files Case00.mhd, Case00_segmentation.mhd and "
-                                           f"so on")
+    assert refused(tmp_path / "empty") == (f"{tmp_path / 'empty'}: holds no files Case00.mhd, Case00_segmentation.mhd "
+                                           f"and so on")
     assert refused(tmp_path / "tests") == (f"{tmp_path / 'tests'}: holds no training case (Case00.mhd and "
                                            f"Case00_segmentation.mhd)")
 
@@ -232,8 +239,8 @@ def test_a_value_other_than_0_and_1_and_another_grid_are_both_named(refused, par
 def test_one_case_in_two_parts_is_refused(refused, parts):
     for name in ("Case00.mhd", "Case00_segmentation.mhd"):
         _write(parts / "TrainingData_Part3" / name, np.zeros(SHAPE, np.int8))
-    assert refused(parts) == (f"{parts / 'TrainingData_Part3' / 'Case00.mhd'}: the name of the case, 'Case00', is that of "
-                              f"{parts / 'TrainingData_Part1' / 'Case00.mhd'}, too; rename one")
+    assert refused(parts) == (f"{parts / 'TrainingData_Part3' / 'Case00.mhd'}: the name of the case, 'Case00', is that "
+                              f"of {parts / 'TrainingData_Part1' / 'Case00.mhd'}, too; rename one")
 
 
 def test_a_folder_that_is_a_link_to_elsewhere_is_refused(refused, parts, tmp_path):
