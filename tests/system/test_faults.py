@@ -22,9 +22,8 @@ import torch
 from nnunet_confkd import cli
 from nnunet_confkd.data.supervision import annotation_counts
 from nnunet_confkd.errors import InputError, TrainingError
-from nnunet_confkd.files import written_whole
+from nnunet_confkd.files import new_folder, written_whole
 from nnunet_confkd.processes import terminable
-from nnunet_confkd.report.report import replaced_folder
 from nnunet_confkd.training import validation
 from nnunet_confkd.training.batches import TrainingCases
 from nnunet_confkd.training.recovery import Divergence
@@ -240,7 +239,7 @@ def test_sigterm_to_the_command_ends_its_ranks_too(tmp_path):
 @posix
 def test_a_command_that_is_ended_leaves_no_temporary_files(tmp_path, monkeypatch):
     def command(argv):
-        with replaced_folder(tmp_path / "report") as folder, TemporaryDirectory(dir=tmp_path):
+        with new_folder(tmp_path / "report") as folder, TemporaryDirectory(dir=tmp_path):
             (folder / "page").touch()
             os.kill(os.getpid(), signal.SIGTERM)
             pytest.fail("went on")
