@@ -1,8 +1,7 @@
-"""What the report takes from a trained model: its record and curves, and its predictions of cases, one case at a time."""
+"""What a trained model predicts, one case at a time: measures, calibration and pictures for the report."""
 from __future__ import annotations
 
 import io
-import os
 from collections import Counter
 from contextlib import redirect_stdout
 from dataclasses import dataclass, field
@@ -12,179 +11,41 @@ import numpy as np
 import torch
 from nnunetv2.inference.export_prediction import convert_predicted_logits_to_segmentation_with_correct_shape
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
-from nnunetv2.paths import nnUNet_preprocessed
 from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
-from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from tqdm import tqdm
 
-from nnunet_confkd.data.json_files import read_description, read_json, read_plans, read_record, split_of_fold
 from nnunet_confkd.data.patients import patients_of
-from nnunet_confkd.data.supervision import FULL, PARTIAL, TABLE_KEY, annotation_counts, decide_kinds
+from nnunet_confkd.data.supervision import PARTIAL
 from nnunet_confkd.discovery import make_findable
 from nnunet_confkd.errors import InputError
 from nnunet_confkd.evaluation.calibration import Counts, count_case
 from nnunet_confkd.evaluation.evaluate import has_spacing
 from nnunet_confkd.evaluation.metrics import FOREGROUND, CaseMeasures, measure_case
-from nnunet_confkd.inference.checkpoints import fold_folders, load_checkpoint
 from nnunet_confkd.inference.prediction import max_entropy, measure
-from nnunet_confkd.training.network import has_teacher
+from nnunet_confkd.report.model import Fold, Model
 from nnunet_confkd.training.validation import CasePredictor
 
-PARTIAL_CASES = 3  # of the training's, that are shown
-VOXELS = ("all", "in question")
-SURE = 0.99  # a voxel is in question where a branch predicts foreground or is less sure than this
+PARTIAL_CASES = 3  # how many partially annotated training cases are shown
+SURE = 0.99  # a voxel is in question if a branch predicts foreground, or is less confident than this
 
 
-@dataclass
-class Fold:
-    """What is known of a fold without its data. training: {case: kind}, validation: cases; None where nobody knows."""
-
-    name: str
-    trainer: str
-    epochs: int
-    curves: dict[str, list]
-    record: dict | None  # confkd.json
-    branches: list[str]
-    training: dict[str, str] | None = None
-    validation: list[str] | None = None
-    notes: list[str] = field(default_factory=list)
-
-    @property
-    def trained_on(self) -> set[str]:
-        """Validation cases that are training cases, too (fold "all")."""
-        return set(self.training or ()) & set(self.validation or ())
-
-    @property
-    def names(self) -> dict[str, str]:
-        """{branch: what it is called}: where there is no teacher, nobody is its student.
-
-        The report predicts without hints. A teacher that was trained with hints does less well without them, so its name tells.
-        """
-        return self._named("without hints")
-
-    @property
-    def curve_names(self) -> dict[str, str]:
-        """The same for the curves of the training, which validates such a teacher with simulated hints."""
-        return self._named("with simulated hints")
-
-    def _named(self, how: str) -> dict[str, str]:
-        if len(self.branches) < 2:
-            return dict.fromkeys(self.branches, "network")
-        with_hints = self.record is not None and self.record.get("teacher_validated_with_hints")
-        return {"student": "student", "teacher": f"teacher {how}" if with_hints else "teacher"}
-
-
-class Model:
-    """A trained model's folder, with its plans and, if they are there, its preprocessed data.
-
-    missing_data: why there are no preprocessed data, or None. Raises InputError where it is no trained model, or has no such
-    fold.
-    """
-
-    def __init__(self, folder: str | Path, folds: list[str] | None, checkpoint_name: str):
-        self.folder, self.checkpoint_name = Path(folder), checkpoint_name
-        self.fold_folders = fold_folders(self.folder)
-        if folds is not None:
-            there = {path.name: path for path in self.fold_folders}
-            wrong = [fold for fold in folds if f"fold_{fold}" not in there]
-            if wrong:
-                raise InputError(f"{self.folder}: has no trained fold {', '.join(wrong)}; "
-                                 f"there is {', '.join(sorted(there))}")
-            self.fold_folders = [there[f"fold_{fold}"] for fold in folds]
-        without = [path.name for path in self.fold_folders if not (path / checkpoint_name).is_file()]
-        if without:
-            raise InputError(f"{self.folder}: no {checkpoint_name} in {', '.join(without)}. If the training is not "
-                             "finished, name another checkpoint (-chk checkpoint_best.pth or checkpoint_latest.pth), or other "
-                             "folds (--fold).")
-        self.plans = read_plans(self.folder / "plans.json")
-        self.dataset_json = read_description(self.folder / "dataset.json")
-        self.plans_manager = PlansManager(self.plans)
-        self.label_manager = self.plans_manager.get_label_manager(self.dataset_json)
-        self.configuration = load_checkpoint(self.fold_folders[0] / checkpoint_name)["init_args"]["configuration"]
-        self.configuration_manager = self.plans_manager.get_configuration(self.configuration)
-        self.missing_data = self._find_data()
-
-    def _find_data(self) -> str | None:
-        if not nnUNet_preprocessed.is_set():
-            return "the environment variable nnUNet_preprocessed is not set"
-        self.base = Path(os.fspath(nnUNet_preprocessed)) / self.plans_manager.dataset_name
-        self.data = self.base / self.configuration_manager.data_identifier
-        self.truths = self.base / "gt_segmentations"
-        for path in (self.data, self.truths):
-            if not path.is_dir() or not any(path.iterdir()):
-                return f"expected in {path}, where nothing is"
-        return None
-
-    @property
-    def classes(self) -> dict[str, tuple[int, ...]]:
-        """Labels of each foreground class or region, by name."""
-        def labels(value) -> tuple[int, ...]:
-            return tuple(int(v) for v in value) if isinstance(value, (list, tuple)) else (int(value),)
-
-        return {str(name): labels(value) for name, value in self.dataset_json["labels"].items()
-                if name != "ignore" and labels(value) != (0,)}
-
-    def read_fold(self, folder: Path) -> Fold:
-        """The fold's record, curves and cases."""
-        checkpoint = load_checkpoint(folder / self.checkpoint_name)
-        record = read_record(folder / "confkd.json") if (folder / "confkd.json").is_file() else None
-        fold = Fold(folder.name, checkpoint["trainer_name"], checkpoint["current_epoch"], checkpoint["logging"], record,
-                    ["student", "teacher"] if has_teacher(checkpoint["network_weights"]) else ["student"])
-        if record is not None:
-            fold.training, fold.validation = record["supervision"], sorted(record["pseudo_dice_on"])
-        else:
-            self._cases_of_stock_fold(folder, fold)
-        if fold.trained_on:
-            fold.notes.append(f"{folder.name}: {len(fold.trained_on)} of its {len(fold.validation)} validation cases are "
-                              "training cases, too, so their figures do not tell how it does on new cases.")
-        return fold
-
-    def _cases_of_stock_fold(self, folder: Path, fold: Fold) -> None:
-        """nnU-Net keeps no record of its own beside the model: the split, and what the final validation measured."""
-        name = folder.name.removeprefix("fold_")
-        cases, split = None, None
-        if self.missing_data is None:
-            cases = sorted(infer_dataset_class(str(self.data)).get_identifiers(str(self.data)))
-            split = split_of_fold(self.base / "splits_final.json", name)
-        if name == "all":
-            training = validation = cases
-        elif split is not None:
-            training, validation = split["train"], sorted(split["val"])
-        else:
-            training, validation = None, None
-            summary = folder / "validation" / "summary.json"
-            if summary.is_file():
-                ending = self.dataset_json["file_ending"]
-                validation = sorted(Path(entry["prediction_file"]).name.removesuffix(ending)
-                                    for entry in read_json(summary)["metric_per_case"])
-        fold.validation = validation
-        if training is not None:
-            kinds = {case: FULL for case in cases}
-            if self.label_manager.has_ignore_label:
-                kinds = decide_kinds(annotation_counts(self.data, cases, self.label_manager), self.label_manager,
-                                     self.dataset_json.get(TABLE_KEY))
-            fold.training = {case: kinds[case] for case in training if case in kinds}
-            full = [case for case in validation if kinds.get(case) == FULL]
-            if full and len(full) < len(validation):
-                fold.notes.append(f"{folder.name}: {len(validation) - len(full)} validation cases are not fully labelled "
-                                  "and left out.")
-                fold.validation = full
-
+# ---- predictions ----------------------------------------------------------------------------------------------------
 
 class Predictor:
-    """A fold's network, and what it predicts of preprocessed cases: every branch in one pass of the encoder."""
+    """A fold's network, which predicts preprocessed cases, all branches in one pass of the encoder."""
 
     def __init__(self, model: Model, folder: Path, branches: list[str], device: torch.device):
+        """Load the network. Raises InputError if its trainer is not known or the weights do not fit."""
         make_findable()
         self.model = model
         loaded = nnUNetPredictor(perform_everything_on_device=False, device=device, allow_tqdm=False)
         try:
-            with redirect_stdout(io.StringIO()):  # it tells at length where it looks for the trainer
-                loaded.initialize_from_trained_model_folder(str(model.folder), (folder.name.removeprefix("fold_"),),
-                                                            model.checkpoint_name)
-        except RuntimeError as error:  # no such trainer, or weights that do not fit the network
+            with redirect_stdout(io.StringIO()):  # nnU-Net prints where it searches for the trainer
+                loaded.initialize_from_trained_model_folder(
+                    str(model.folder), (folder.name.removeprefix("fold_"),), model.checkpoint_name)
+        except RuntimeError as error:
             raise InputError(f"{folder / model.checkpoint_name}: its network cannot be built ({error})") from error
-        # what CasePredictor asks of a trainer; a trainer itself would make folders and a log file in the model
+        # The attributes of a trainer that CasePredictor uses. A trainer itself would make folders and a log file.
         self.network, self.device = loaded.network, device
         self.plans_manager, self.configuration_manager = loaded.plans_manager, loaded.configuration_manager
         self.dataset_json, self.label_manager = loaded.dataset_json, loaded.label_manager
@@ -194,29 +55,69 @@ class Predictor:
         self.previous = None
         if self.is_cascaded:
             name = "__".join((loaded.trainer_name, model.plans["plans_name"], previous))
-            self.previous = model.folder.parent / name / "predicted_next_stage" / model.configuration
+            self.previous = str(model.folder.parent / name / "predicted_next_stage" / model.configuration)
         self.network.eval()
         with redirect_stdout(io.StringIO()):
             self.predict = CasePredictor(self, branches)
 
     def __call__(self, case: str) -> Prediction:
-        """Raises InputError where a file of the case is missing."""
-        dataset_class = infer_dataset_class(str(self.model.data))
-        previous = None if self.previous is None else str(self.previous)
+        """Predict a case. Raises InputError if a file of the case is missing."""
+        data_folder = str(self.model.data)
         try:
-            dataset = dataset_class(str(self.model.data), [case], folder_with_segs_from_previous_stage=previous)
+            dataset = infer_dataset_class(data_folder)(data_folder, [case],
+                                                       folder_with_segs_from_previous_stage=self.previous)
             data, seg, seg_prev, properties = dataset.load_case(case)
         except FileNotFoundError as error:
-            raise InputError(f"{self.model.data}: the preprocessed case '{case}' is not complete ({error}). Preprocess the "
+            raise InputError(f"{data_folder}: the preprocessed case '{case}' is not complete ({error}). Preprocess the "
                              "data set again, or correct its split.") from error
         data, seg = np.asarray(data[:]), np.asarray(seg[:])[0]
-        return Prediction(self.model, data, seg, self.predict(data, None if seg_prev is None else seg_prev[:]), properties)
+        logits = self.predict(data, None if seg_prev is None else seg_prev[:])
+        return Prediction(self.model, data, seg, logits, properties)
+
+
+@dataclass
+class Slice:
+    """One slice of a case, for its pictures.
+
+    Attributes:
+        image: Grey values of the first channel, `(h, w)`.
+        label: Labels of the ground truth, or of a partial annotation, `(h, w)`.
+        segmentations: The predicted labels of each branch and, last, those that were given, `(branches, h, w)`.
+        entropy: Entropy of the student from 0 to 1, `(h, w)`.
+        index: Number of the slice, from 0.
+        count: How many slices the case has.
+        aspect: Height of a pixel divided by its width.
+    """
+    image: np.ndarray
+    label: np.ndarray
+    segmentations: np.ndarray
+    entropy: np.ndarray
+    index: int
+    count: int
+    aspect: float
+
+    def save(self, file: Path) -> None:
+        """Save the slice to an .npz file."""
+        np.savez(file, **vars(self))
+
+    @classmethod
+    def load(cls, file: Path) -> Slice:
+        """Load a slice that `save` has written."""
+        with np.load(file) as content:
+            return cls(**{name: array if array.ndim else array.item() for name, array in content.items()})
 
 
 @dataclass
 class Prediction:
-    """A preprocessed case, `(C, *spatial)`, its label `(*spatial)`, and each branch's logits `(heads, *spatial)`."""
+    """A preprocessed case and its predictions.
 
+    Attributes:
+        model: The model that predicts.
+        data: The images, `(C, *spatial)`.
+        seg: The label, `(*spatial)`.
+        logits: {branch: logits}, each `(heads, *spatial)`.
+        properties: What nnU-Net's preprocessing knows about the case.
+    """
     model: Model
     data: np.ndarray
     seg: np.ndarray
@@ -224,184 +125,217 @@ class Prediction:
     properties: dict
 
     def original(self, branch: str) -> tuple[np.ndarray, np.ndarray]:
-        """Segmentation and probabilities of a branch on the grid of the image file, as nnU-Net exports them."""
+        """Return the segmentation and the probabilities of a branch on the grid of the image file, as nnU-Net exports
+        them."""
         return convert_predicted_logits_to_segmentation_with_correct_shape(
             self.logits[branch], self.model.plans_manager, self.model.configuration_manager, self.model.label_manager,
             self.properties, return_probabilities=True, num_threads_torch=torch.get_num_threads())
 
     def to_preprocessed(self, segmentation: np.ndarray) -> np.ndarray:
-        """A segmentation on the grid of the image file, on that of the preprocessed data: nearest neighbours, to look at."""
+        """Move a segmentation from the grid of the image file to the preprocessed one, by nearest neighbours."""
         moved = segmentation.transpose(self.model.plans_manager.transpose_forward)
         moved = moved[tuple(slice(*bounds) for bounds in self.properties["bbox_used_for_cropping"])]
-        places = [((np.arange(n) + 0.5) * m / n).astype(int) for n, m in zip(self.seg.shape, moved.shape)]
-        return moved[np.ix_(*places)].astype(np.int16)
+        indices = [((np.arange(n) + 0.5) * m / n).astype(int) for n, m in zip(self.seg.shape, moved.shape)]
+        return moved[np.ix_(*indices)].astype(np.int16)
 
-    def slice(self) -> dict[str, np.ndarray]:
-        """The slice with most foreground, in label and predictions together: image, label, each branch's labels, the
-        student's entropy (0 to 1), each `(h, w)`; `index` and `count` of slices; `aspect`, height over width of a pixel."""
+    def slice(self) -> Slice:
+        """Return the slice with most foreground in the label and the predictions together."""
         labels = self.model.label_manager
-        segmentations = {branch: np.asarray(labels.convert_logits_to_segmentation(logits))
-                         for branch, logits in self.logits.items()}
-        foreground = sum((seg > 0) & (seg != (-2 if labels.ignore_label is None else labels.ignore_label))
-                         for seg in (self.seg, *segmentations.values()))
+        segmentations = [np.asarray(labels.convert_logits_to_segmentation(logits)) for logits in self.logits.values()]
+        ignore = -2 if labels.ignore_label is None else labels.ignore_label
+        foreground = sum((seg > 0) & (seg != ignore) for seg in (self.seg, *segmentations))
         index = int(np.argmax(foreground.sum((1, 2))))
         spacing = self.model.configuration_manager.spacing
-        return {"image": self.data[0, index].astype(np.float32), "label": self.seg[index].astype(np.int16),
-                **{branch: seg[index].astype(np.int16) for branch, seg in segmentations.items()},
-                "entropy": _normalised_entropy(self.logits["student"][:, index], labels).astype(np.float32),
-                "index": index, "count": foreground.shape[0], "aspect": spacing[-2] / spacing[-1]}
+        return Slice(self.data[0, index].astype(np.float32), self.seg[index].astype(np.int16),
+                     np.stack([seg[index] for seg in segmentations]).astype(np.int16),
+                     _relative_entropy(self.logits["student"][:, index], labels.has_regions), index, len(foreground),
+                     spacing[-2] / spacing[-1])
 
 
-def _normalised_entropy(logits: torch.Tensor, labels) -> np.ndarray:
-    """`(heads, h, w)` -> `(h, w)`, 0 to 1."""
-    return measure(logits[:, None], labels.has_regions)["entropy"][0] / max_entropy(len(logits), labels.has_regions)
+def _relative_entropy(logits: torch.Tensor, has_regions: bool) -> np.ndarray:
+    """Return the entropy relative to the highest possible one, `(heads, h, w)` -> `(h, w)`, 0 to 1."""
+    entropy = measure(logits[:, None], has_regions)["entropy"][0]
+    return (entropy / max_entropy(len(logits), has_regions)).astype(np.float32)
 
 
 # ---- findings -------------------------------------------------------------------------------------------------------
 
-class Findings:
-    """What the branches predict of the validation cases, and of some partially labelled training cases.
+@dataclass
+class Calibration:
+    """The calibration counts of a branch.
 
-    names: {branch: what it is called}; predictions made elsewhere are the branch "given". evaluations: {branch: Evaluation},
-    without voxel counts and files; a case that several folds validate has the fold in its name.
-    counts: {branch: {"all" or "in question" voxels: Counts}}, none of "given"; case_counts: of each case its (count,
-    correct, confidence) in coarse bins.
-    partial: names of the training cases that are shown.
+    Attributes:
+        all: Counts of all voxels.
+        in_question: Counts of the voxels in question (see `Findings`).
+        cases: `Counts.coarse` of the voxels in question of each case.
+    """
+    all: Counts = field(default_factory=Counts.none)
+    in_question: Counts = field(default_factory=Counts.none)
+    cases: list[np.ndarray] = field(default_factory=list)
+
+
+class Findings:
+    """What the branches predict of the validation cases, and of some partially annotated training cases.
+
+    A case that several folds validate has the fold in its name. Voxels are in question if a branch predicts foreground
+    or is not sure there. They are the same for both branches and do not depend on the ground truth: of voxels that are
+    chosen by the ground truth, even a calibrated network would look overconfident.
+
+    Attributes:
+        names: {branch: what the page calls it}. Segmentations that were given are the last branch, "given".
+        evaluations: {branch: measures of the validation cases}.
+        calibration: {branch: calibration counts}; there is none for "given".
+        partial: The names of the training cases that are shown.
     """
 
     def __init__(self, model: Model, folds: list[Fold], predictions: Path | None, folder: Path, device: torch.device):
-        """predictions: a folder of segmentations, or None. folder: for temporary files."""
+        """Predict and measure all cases.
+
+        Args:
+            model: The trained model.
+            folds: Its folds.
+            predictions: A folder of segmentations of the same validation cases, or None.
+            folder: A folder for temporary files.
+            device: Where to predict.
+
+        Raises:
+            InputError: A case or a segmentation is missing or does not match.
+        """
         self.model, self.folder, self.predictions = model, folder, predictions
         self.branches = folds[0].branches
         self.names = dict(folds[0].names)
-        wanted = {path: fold.validation or [] for path, fold in zip(model.fold_folders, folds)}
-        counts = Counter(case for cases in wanted.values() for case in cases)
+        validation = {path: fold.validation or [] for path, fold in zip(model.fold_folders, folds)}
+        folds_of = Counter(case for cases in validation.values() for case in cases)
         if predictions is not None:
             self.names["given"] = predictions.resolve().name
-            _check_predictions(predictions, sorted(counts), model.dataset_json["file_ending"])
-        try:
-            patients = patients_of(counts, model.dataset_json.get("patient_pattern"))
-        except InputError as error:
-            raise InputError(f"{model.folder / 'dataset.json'}: {error}") from error
-        named = {_name(case, path, counts): patients[case] for path, cases in wanted.items() for case in cases}
-        self.evaluations = {branch: CaseMeasures(classes=model.classes, patients=named) for branch in self.names}
-        self.counts = {branch: {voxels: Counts.none() for voxels in VOXELS} for branch in self.branches}
-        self.case_counts = {branch: {voxels: [] for voxels in VOXELS} for branch in self.branches}
+            _check_predictions(predictions, sorted(folds_of), model.dataset_json["file_ending"])
+        patients = self._patients(folds_of, validation)
+        self.evaluations = {branch: CaseMeasures(classes=model.classes, patients=patients) for branch in self.names}
+        self.calibration = {branch: Calibration() for branch in self.branches}
         self.files: dict[str, Path] = {}
-        partial = sorted(case for case, kind in (folds[0].training or {}).items() if kind == PARTIAL)
-        self.partial = _spread(partial, PARTIAL_CASES)
-        with tqdm(total=counts.total() + len(self.partial), desc="predicting", unit="case") as progress:
-            for path, cases in wanted.items():
+        training = folds[0].training or {}
+        self.partial = _spread(sorted(case for case, kind in training.items() if kind == PARTIAL), PARTIAL_CASES)
+        with tqdm(total=folds_of.total() + len(self.partial), desc="predicting", unit="case") as progress:
+            for path, cases in validation.items():
                 predict = Predictor(model, path, self.branches, device)
                 for case in cases:
-                    self._measure(_name(case, path, counts), case, predict(case))
+                    self._measure(_name(case, path, folds_of), case, predict(case))
                     progress.update()
                 if path == model.fold_folders[0]:
                     for case in self.partial:
                         self._keep(case, predict(case).slice())
                         progress.update()
 
+    def _patients(self, folds_of: Counter, validation: dict[Path, list[str]]) -> dict[str, str]:
+        """Return {name: patient} of the validation cases."""
+        try:
+            patients = patients_of(folds_of, self.model.dataset_json.get("patient_pattern"))
+        except InputError as error:
+            raise InputError(f"{self.model.folder / 'dataset.json'}: {error}") from error
+        return {_name(case, path, folds_of): patients[case] for path, cases in validation.items() for case in cases}
+
     def _measure(self, name: str, case: str, prediction: Prediction) -> None:
         reader, ending = self.model.plans_manager.image_reader_writer_class(), self.model.dataset_json["file_ending"]
-        truth, properties = reader.read_seg(str(self.model.truths / (case + ending)))
+        truth_file = self.model.truths / (case + ending)
+        truth, properties = reader.read_seg(str(truth_file))
         content = prediction.slice()
         originals = {branch: prediction.original(branch) for branch in self.branches}
-        prediction.logits.clear()  # large volumes need the room
+        prediction.logits.clear()  # large volumes need the memory
         segmentations = {branch: segmentation for branch, (segmentation, _) in originals.items()}
-        if "given" in self.names:
-            segmentations["given"] = _read_given(self.predictions / (case + ending), reader, truth, properties)
-            content["given"] = prediction.to_preprocessed(segmentations["given"])[content["index"]]
-        spacing = properties["spacing"] if has_spacing(self.model.truths / (case + ending)) else None
-        flat = properties["spacing"][0] == 999  # what nnU-Net's readers say of an image without a third axis
+        if self.predictions is not None:
+            given = _read_given(self.predictions / (case + ending), reader, truth, properties)
+            segmentations["given"] = given
+            content.segmentations = np.stack([*content.segmentations, prediction.to_preprocessed(given)[content.index]])
+        spacing = list(properties["spacing"])
+        planar = spacing[0] == 999  # nnU-Net's readers give an image without a third axis this spacing
+        first = 1 if planar else 0
         for branch, segmentation in segmentations.items():
-            true, predicted = (truth[0][0], segmentation[0]) if flat else (truth[0], segmentation)
+            true, predicted = (truth[0][0], segmentation[0]) if planar else (truth[0], segmentation)
             self.evaluations[branch].cases[name] = measure_case(
-                true, predicted, self.model.classes, spacing[1:] if flat and spacing else spacing,
+                true, predicted, self.model.classes, spacing[first:] if has_spacing(truth_file) else None,
                 self.model.label_manager.ignore_label)
         self._count(truth[0].astype(np.int32), originals)
         self._keep(name, content)
 
     def _count(self, truth: np.ndarray, originals: dict[str, tuple[np.ndarray, np.ndarray]]) -> None:
-        """originals: {branch: (segmentation, probabilities)}.
-
-        The voxels in question are the same for both branches, and do not depend on the truth: of voxels that are chosen
-        by the truth even a calibrated network would look overconfident.
-        """
+        """Add the calibration counts of a case. originals: {branch: (segmentation, probabilities)}."""
         labels = self.model.label_manager
         in_question = np.zeros(truth.shape, bool)
         for segmentation, p in originals.values():
             in_question |= segmentation > 0
             for confidence in (np.maximum(head, 1 - head) for head in p) if labels.has_regions else (p.max(0),):
                 in_question |= confidence < SURE
-        options = {"ignore_label": labels.ignore_label, "regions": labels.foreground_regions if labels.has_regions else None}
+        regions = labels.foreground_regions if labels.has_regions else None
         for branch, (_, p) in originals.items():
-            for voxels, where in (("all", None), ("in question", in_question)):
-                counts = count_case(p, truth, where=where, **options)
-                self.counts[branch][voxels] += counts
-                self.case_counts[branch][voxels].append(counts.coarse)
+            counts = self.calibration[branch]
+            counts.all += count_case(p, truth, ignore_label=labels.ignore_label, regions=regions)
+            asked = count_case(p, truth, ignore_label=labels.ignore_label, regions=regions, where=in_question)
+            counts.in_question += asked
+            counts.cases.append(asked.coarse)
 
-    def _keep(self, name: str, content: dict) -> None:
-        """On disk: which cases are shown is known at the end only, and slices of all would fill the memory."""
+    def _keep(self, name: str, content: Slice) -> None:
+        """Save a slice: which cases are shown is known only at the end, and the slices of all would fill the memory."""
         self.files[name] = self.folder / f"{len(self.files)}.npz"
-        np.savez(self.files[name], **content)
+        content.save(self.files[name])
 
-    def slice(self, name: str) -> dict[str, np.ndarray]:
-        """As Prediction.slice gives it, of a case in `cases` or `partial`."""
-        with np.load(self.files[name]) as content:
-            return dict(content)
+    def slice(self, name: str) -> Slice:
+        """Return the slice of a case in `cases` or `partial`."""
+        return Slice.load(self.files[name])
 
     @property
     def cases(self) -> list[str]:
+        """The names of the validation cases."""
         return list(self.evaluations["student"].cases)
 
     @property
     def patients(self) -> list[str]:
-        """The patient of each of the cases."""
+        """The patient of each validation case."""
         return self.evaluations["student"].patient_of_each
 
     def dice(self, branch: str) -> dict[str, float]:
-        """Mean Dice over the classes of each case; NaN where none of them is there."""
+        """Return {case: mean Dice over its classes}; NaN if none of them occurs."""
         return dict(zip(self.cases, self.evaluations[branch].values(FOREGROUND, "Dice").tolist()))
 
-    def shown(self) -> dict[str, str]:
-        """{"best": case, ...}: best, median and worst by the student's mean Dice, as far as these are different cases."""
+    def examples(self) -> dict[str, str]:
+        """Return the {"best", "median", "worst"} cases by the student's mean Dice, as far as they are different
+        cases."""
         dice = {case: value for case, value in self.dice("student").items() if np.isfinite(value)}
         ordered = sorted(dice, key=lambda case: (-dice[case], case))
-        places = {"best": 0, "median": len(ordered) // 2, "worst": len(ordered) - 1}
-        return {} if not ordered else {what: ordered[i] for what, i in places.items() if what in _distinct(places)}
+        roles: dict[int, str] = {}
+        for role, index in (("best", 0), ("worst", len(ordered) - 1), ("median", len(ordered) // 2)):
+            roles.setdefault(index, role)
+        return {role: ordered[index] for index, role in sorted(roles.items())} if ordered else {}
 
 
-def _name(case: str, fold: Path, counts: Counter) -> str:
-    """A case that several folds validate is called by its fold as well."""
-    return case if counts[case] == 1 else f"{case} ({fold.name})"
-
-
-def _distinct(places: dict[str, int]) -> set[str]:
-    """Of several roles of one case the best, then the worst."""
-    return set({places[what]: what for what in ("median", "worst", "best")}.values())
+def _name(case: str, fold: Path, folds_of: Counter) -> str:
+    """Return the name of a case, with its fold if several folds validate it."""
+    return case if folds_of[case] == 1 else f"{case} ({fold.name})"
 
 
 def _spread(items: list[str], count: int) -> list[str]:
-    """At most `count` of them, evenly spread."""
+    """Return at most `count` of the items, evenly spread."""
     return [items[i] for i in sorted({round(i) for i in np.linspace(0, len(items) - 1, count)})] if items else []
 
 
 def _check_predictions(folder: Path, cases: list[str], ending: str) -> None:
+    """Raise InputError unless the folder holds a segmentation of every case."""
     if not folder.is_dir():
         raise InputError(f"{folder}: there is no such folder")
     missing = [case for case in cases if not (folder / (case + ending)).is_file()]
     if missing:
-        raise InputError(f"{folder}: does not match the model: no {missing[0]}{ending}" + (
-            f", and {len(missing) - 1} more of the {len(cases)} validation cases are missing" if len(missing) > 1 else "")
-            + ". Give a folder with a segmentation of every validation case; confkd evaluate measures other predictions.")
+        more = f", and {len(missing) - 1} more of the {len(cases)} validation cases are missing"
+        raise InputError(f"{folder}: does not match the model: no "
+                         f"{missing[0]}{ending}{more if len(missing) > 1 else ''}. Give a folder with a segmentation "
+                         "of every validation case; confkd evaluate measures other predictions.")
 
 
 def _read_given(path: Path, reader, truth: np.ndarray, properties: dict) -> np.ndarray:
+    """Read a segmentation that was given. Raises InputError if it does not lie on the grid of the ground truth."""
     try:
         given, other = reader.read_seg(str(path))
     except Exception as error:  # the readers raise whatever the broken bytes lead to
         raise InputError(f"{path}: cannot be read ({error})") from error
     if given.shape != truth.shape or not np.allclose(other["spacing"], properties["spacing"], rtol=1e-3):
-        raise InputError(f"{path}: shape {given.shape[1:]} and spacing {tuple(other['spacing'])} are not those of the true "
-                         f"label, {truth.shape[1:]} and {tuple(properties['spacing'])}")
+        raise InputError(f"{path}: shape {given.shape[1:]} and spacing {tuple(other['spacing'])} are not those of the "
+                         f"ground truth, {truth.shape[1:]} and {tuple(properties['spacing'])}")
     return given[0]

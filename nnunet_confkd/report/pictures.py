@@ -1,7 +1,7 @@
-"""What the report draws: charts, as SVG for the page and PNG beside it, and slices of cases.
+"""The pictures of the report: charts, as SVG for the page and as PNG beside it, and slices of cases.
 
-Each chart is drawn once, in the colours of a light page; in the SVG those colours become the page's CSS variables, so that
-one drawing serves light and dark. Branches differ in line style and marker, classes in line style, not in colour alone.
+Each chart is drawn once, in the colours of a light page. In the SVG these colours become the page's CSS variables, so
+one drawing serves light and dark. Branches also differ in line style and marker, classes in line style.
 """
 from __future__ import annotations
 
@@ -20,21 +20,20 @@ import matplotlib.pyplot as plt  # noqa: E402  (the backend must be chosen first
 import numpy as np  # noqa: E402
 from matplotlib.lines import Line2D  # noqa: E402
 
-from nnunet_confkd.colours import COLOURS  # noqa: E402
+from nnunet_confkd.colours import BRANCH_COLOURS, COLOURS  # noqa: E402
 
-# of the light page; report_page holds those of the dark one under the same names
+# the colours of the light page; page.py has those of the dark one under the same names
 INK, MUTED, LINE = "#1d2329", "#5b6570", "#d5dade"
-BRANCH_COLOURS = {"student": "#0b5fa5", "teacher": "#b04a00", "given": "#6a4c93"}
 VARIABLES = {INK: "ink", MUTED: "muted", LINE: "line", **{colour: branch for branch, colour in BRANCH_COLOURS.items()}}
-# colour, dashes, marker; "first" and "second" are lines that belong to no branch
+# (colour, dashes, marker); "first" and "second" are lines that belong to no branch
 LINES = {"student": (BRANCH_COLOURS["student"], "-", "o"), "teacher": (BRANCH_COLOURS["teacher"], (0, (5, 2)), "s"),
          "given": (BRANCH_COLOURS["given"], (0, (1.2, 1.6)), "^"),
          "first": (INK, "-", "D"), "second": (MUTED, (0, (1.2, 1.6)), "v")}
-OUTLINES = ("-", (0, (4, 2)), (0, (1.2, 1.4)))  # of classes, in turn
+OUTLINES = ("-", (0, (4, 2)), (0, (1.2, 1.4)))  # line styles of the classes, in turn
 ENTROPY_MAP = "magma"
 
-STYLE = {"font.size": 10, "font.family": "sans-serif", "text.parse_math": False, "svg.fonttype": "none", "text.color": INK,
-         "axes.edgecolor": MUTED, "axes.labelcolor": INK, "xtick.color": MUTED, "ytick.color": MUTED,
+STYLE = {"font.size": 10, "font.family": "sans-serif", "text.parse_math": False, "svg.fonttype": "none",
+         "text.color": INK, "axes.edgecolor": MUTED, "axes.labelcolor": INK, "xtick.color": MUTED, "ytick.color": MUTED,
          "xtick.labelcolor": INK, "ytick.labelcolor": INK, "axes.spines.top": False, "axes.spines.right": False,
          "axes.grid": True, "grid.color": LINE, "grid.linewidth": 0.7, "axes.axisbelow": True, "axes.titlesize": 10.5,
          "axes.titlelocation": "left", "axes.titleweight": "bold", "legend.frameon": False, "lines.linewidth": 1.8}
@@ -42,8 +41,14 @@ STYLE = {"font.size": 10, "font.family": "sans-serif", "text.parse_math": False,
 
 @dataclass
 class Chart:
-    """One set of axes. alt: what is to be seen, in words. height: inches, of a width of 4.6."""
+    """One set of axes.
 
+    Attributes:
+        title: The title.
+        alt: What the chart shows, in words.
+        draw: Function that draws into the axes.
+        height: Height in inches; the width is 4.6.
+    """
     title: str
     alt: str
     draw: Callable[[plt.Axes], None]
@@ -53,8 +58,8 @@ class Chart:
 def _figure(charts: list[Chart], columns: int):
     rows = -(-len(charts) // columns)
     heights = [max(chart.height for chart in charts[row * columns:(row + 1) * columns]) for row in range(rows)]
-    figure, axes = plt.subplots(rows, columns, figsize=(4.6 * columns, sum(heights)), layout="constrained", squeeze=False,
-                                height_ratios=heights)
+    figure, axes = plt.subplots(rows, columns, figsize=(4.6 * columns, sum(heights)), layout="constrained",
+                                squeeze=False, height_ratios=heights)
     for axis, chart in zip(axes.flat, charts):
         chart.draw(axis)
         axis.set_title(chart.title)
@@ -64,7 +69,7 @@ def _figure(charts: list[Chart], columns: int):
 
 
 def save_charts(charts: list[Chart], path: Path) -> None:
-    """All charts in one PNG, on white."""
+    """Draw all charts to one PNG file, on white."""
     with plt.style.context(["default", STYLE]):
         figure = _figure(charts, min(len(charts), 3))
         figure.savefig(path, dpi=110)
@@ -72,7 +77,7 @@ def save_charts(charts: list[Chart], path: Path) -> None:
 
 
 def svg(chart: Chart, identifier: str) -> str:
-    """A chart as an `<svg>` element for an HTML page. identifier: of its own within the page."""
+    """Return a chart as an `<svg>` element. identifier: a name that is unique within the page."""
     with plt.style.context(["default", STYLE, {"svg.hashsalt": identifier}]):
         figure = _figure([Chart("", chart.alt, chart.draw, chart.height)], 1)
         file = io.StringIO()
@@ -92,8 +97,12 @@ def svg(chart: Chart, identifier: str) -> str:
 # ---- charts ---------------------------------------------------------------------------------------------------------
 
 def curve_charts(folds: dict[str, dict[str, list]], names: dict[str, str]) -> list[Chart]:
-    """The training curves. folds: {fold: {curve: a value an epoch}}, as in the checkpoints' `logging`. names: {branch:
-    label}."""
+    """Return the charts of the training curves. Curves that do not exist, or are 0 throughout, are left out.
+
+    Args:
+        folds: {fold: {curve: one value for each epoch}}, as in the checkpoints' `logging`.
+        names: {branch: label}.
+    """
     panels = (
         ("Supervised loss", "loss", {"student": "loss_student", "teacher": "loss_teacher"}),
         ("KL, student from teacher", "nats", {"student": "loss_kl"}),
@@ -106,7 +115,7 @@ def curve_charts(folds: dict[str, dict[str, list]], names: dict[str, str]) -> li
     for title, unit, lines in panels:
         present = {label: key for label, key in lines.items()
                    if any(_any_finite(curves.get(key)) for curves in folds.values())}
-        # a curve that is 0 throughout belongs to a term that is switched off
+        # a loss that is 0 throughout is switched off
         present = {label: key for label, key in present.items() if not key.startswith("loss_")
                    or any(np.nanmax(np.abs(curves.get(key) or [0])) > 0 for curves in folds.values())}
         if present:
@@ -142,8 +151,8 @@ def _line(kind: str, length: int) -> dict:
     return {"color": colour, "linestyle": dashes, "marker": marker, "markersize": 4, "markevery": max(1, length // 10)}
 
 
-def _legend(axis: plt.Axes, labels: dict[str, str], **options) -> None:
-    axis.legend(handles=[Line2D([], [], **_line(kind, 1), label=_short(label)) for kind, label in labels.items()], **options)
+def _legend(axis: plt.Axes, labels: dict[str, str]) -> None:
+    axis.legend(handles=[Line2D([], [], **_line(kind, 1), label=_short(label)) for kind, label in labels.items()])
 
 
 def _curves_in_words(title: str, folds: dict[str, dict[str, list]], lines: dict[str, str]) -> str:
@@ -152,21 +161,29 @@ def _curves_in_words(title: str, folds: dict[str, dict[str, list]], lines: dict[
         ends = [(v[0], v[-1]) for v in (np.asarray(c.get(key) or [], float) for c in folds.values()) if len(v)]
         parts.append(f"{label} from {np.nanmean([e[0] for e in ends]):.3g} to {np.nanmean([e[1] for e in ends]):.3g}"
                      if np.isfinite(np.asarray(ends)).any() else label)
-    return f"{title} over the epochs: {', '.join(parts)}" + (f" (means of {len(folds)} folds)." if len(folds) > 1 else ".")
+    means = f" (means of {len(folds)} folds)" if len(folds) > 1 else ""
+    return f"{title} over the epochs: {', '.join(parts)}{means}."
 
 
 def box_chart(title: str, values: dict[str, dict[str, list[float]]], names: dict[str, str], limits: tuple | None = None,
               ) -> Chart:
-    """Box plots of a measure. values: {class: {branch: a value a case}}, NaN where undefined. names: {branch: label}."""
+    """Return box plots of a measure.
+
+    Args:
+        title: The measure.
+        values: {class: {branch: one value for each case}}, NaN if it is undefined.
+        names: {branch: label}.
+        limits: The ends of the axis. None: chosen by the values.
+    """
     rows = [(cls, branch) for cls, branches in values.items() for branch in branches]
     height = 0.75 + 0.34 * len(values) + 0.3 * len(rows)
 
     def draw(axis: plt.Axes) -> None:
-        rng = np.random.default_rng(0)  # moves the points apart
+        rng = np.random.default_rng(0)  # moves overlapping points apart
         y, ticks, labels = 0.0, [], []
         for cls, branches in values.items():
-            axis.text(0, y, _short(cls), transform=axis.get_yaxis_transform(), fontweight="bold", va="center", ha="left",
-                      fontsize=9.5)
+            axis.text(0, y, _short(cls), transform=axis.get_yaxis_transform(), fontweight="bold", fontsize=9.5,
+                      va="center", ha="left")
             for branch, cases in branches.items():
                 y += 1
                 ticks.append(y)
@@ -178,8 +195,8 @@ def box_chart(title: str, values: dict[str, dict[str, list[float]]], names: dict
                 colour, dashes, marker = LINES[branch]
                 line = {"color": colour, "linewidth": 1.3}
                 axis.boxplot([cases], positions=[y], orientation="horizontal", widths=0.62, showfliers=False,
-                             manage_ticks=False, boxprops=line | {"linestyle": dashes}, whiskerprops=line, capprops=line,
-                             medianprops=line | {"linewidth": 2.6, "solid_capstyle": "butt"})
+                             manage_ticks=False, boxprops=line | {"linestyle": dashes}, whiskerprops=line,
+                             capprops=line, medianprops=line | {"linewidth": 2.6, "solid_capstyle": "butt"})
                 axis.plot(cases, y + rng.uniform(-0.2, 0.2, len(cases)), marker, color=colour, markersize=3.2,
                           alpha=0.55 if len(cases) < 60 else 0.25, markeredgewidth=0)
             y += 1.15
@@ -201,9 +218,19 @@ def _short(text: str, length: int = 22) -> str:
     return text if len(text) <= length else text[:length - 1] + "…"
 
 
-def line_chart(title: str, lines: dict[str, tuple], names: dict[str, str], x: str, y: str, alt: str, diagonal: bool = False,
-               legend: str = "best") -> Chart:
-    """lines: {branch: (xs, ys)}; NaN is left out. diagonal: the line of equality, both axes from 0 to 1."""
+def line_chart(title: str, lines: dict[str, tuple], names: dict[str, str], x: str, y: str, alt: str,
+               diagonal: bool = False) -> Chart:
+    """Return a chart of one line for each branch.
+
+    Args:
+        title: The title.
+        lines: {branch: (xs, ys)}; points with NaN are left out.
+        names: {branch: label}.
+        x: Label of the x axis.
+        y: Label of the y axis.
+        alt: What the chart shows, in words.
+        diagonal: Whether to draw the line of equality.
+    """
     def draw(axis: plt.Axes) -> None:
         if diagonal:
             axis.plot([0, 1], [0, 1], color=MUTED, linewidth=1)
@@ -212,7 +239,7 @@ def line_chart(title: str, lines: dict[str, tuple], names: dict[str, str], x: st
             keep = np.isfinite(xs) & np.isfinite(ys)
             axis.plot(xs[keep], ys[keep], **_line(branch, int(keep.sum())))
         if len(lines) > 1:
-            _legend(axis, {branch: names[branch] for branch in lines}, loc=legend)
+            _legend(axis, {branch: names[branch] for branch in lines})
         axis.set_xlabel(x)
         axis.set_ylabel(y)
     return Chart(title, alt, draw, 3.3)
@@ -222,10 +249,17 @@ def line_chart(title: str, lines: dict[str, tuple], names: dict[str, str], x: st
 
 @dataclass
 class Cell:
-    """One picture of a case. image: `(h, w)`, grey; masks: {class: `(h, w)` bool}, drawn over it; annotated: `(h, w)` bool,
-    where the label is not "ignore"; heat: `(h, w)`, 0 to 1, drawn instead of the image. aspect: height over width of a
-    pixel."""
+    """One picture of a case.
 
+    Attributes:
+        title: The caption.
+        alt: What the picture shows, in words.
+        image: Grey values, `(h, w)`.
+        masks: {class: boolean mask, `(h, w)`}, drawn over the image.
+        annotated: Boolean mask of the voxels that are annotated, `(h, w)`.
+        heat: Values from 0 to 1, `(h, w)`, drawn instead of the image.
+        aspect: Height of a pixel divided by its width.
+    """
     title: str
     alt: str
     image: np.ndarray
@@ -236,7 +270,8 @@ class Cell:
 
 
 def class_styles(classes: list[str]) -> dict[str, tuple]:
-    """{class: (colour, dashes)}: of more classes than colours the line styles still tell neighbours apart."""
+    """Return {class: (colour, dashes)}. If there are more classes than colours, neighbours still differ in line
+    style."""
     return {name: (COLOURS[i % len(COLOURS)], OUTLINES[i % len(OUTLINES)]) for i, name in enumerate(classes)}
 
 
@@ -246,7 +281,8 @@ def _draw_cell(axis: plt.Axes, cell: Cell) -> None:
         axis.imshow(cell.heat, cmap=ENTROPY_MAP, vmin=0, vmax=1, aspect=cell.aspect, interpolation="nearest")
         return
     low, high = np.percentile(cell.image, (0.5, 99.5))
-    axis.imshow(cell.image, cmap="gray", vmin=low, vmax=max(high, low + 1e-6), aspect=cell.aspect, interpolation="nearest")
+    axis.imshow(cell.image, cmap="gray", vmin=low, vmax=max(high, low + 1e-6), aspect=cell.aspect,
+                interpolation="nearest")
     if cell.masks is None:
         return
     if cell.annotated is not None and not cell.annotated.all():
@@ -261,7 +297,7 @@ def _draw_cell(axis: plt.Axes, cell: Cell) -> None:
 
 
 def _outline(axis: plt.Axes, mask: np.ndarray, **style) -> None:
-    """Along the voxels' borders: through their centres, a label of a few voxels would look smaller than it is."""
+    """Draw a mask's outline along the borders of its voxels; through their centres, a small mask would look smaller."""
     fine = max(1, 400 // max(mask.shape))
     x, y = ((np.arange(-1, n * fine + 1) + 0.5) / fine - 0.5 for n in mask.shape[::-1])
     axis.contour(x, y, np.pad(np.kron(mask, np.ones((fine, fine), bool)), 1), [0.5], **style)
@@ -274,7 +310,7 @@ def _fill(axis: plt.Axes, mask: np.ndarray, colour: str, alpha: float) -> None:
 
 
 def cell_png(cell: Cell, pixels: int = 300) -> str:
-    """One picture, without text, as a `data:` URI."""
+    """Return one picture without text as a `data:` URI."""
     height, width = cell.image.shape[0] * cell.aspect, cell.image.shape[1]
     scale = pixels / max(height, width) / 100
     with plt.style.context("default"):
@@ -287,7 +323,7 @@ def cell_png(cell: Cell, pixels: int = 300) -> str:
 
 
 def save_cells(title: str, cells: list[Cell], path: Path) -> None:
-    """A case's pictures side by side, with the titles, in one PNG."""
+    """Draw a case's pictures side by side, with their captions, to one PNG file."""
     ratio = max(cell.image.shape[0] * cell.aspect / cell.image.shape[1] for cell in cells)
     with plt.style.context(["default", STYLE, {"axes.grid": False, "axes.titleweight": "normal"}]):
         figure, axes = plt.subplots(1, len(cells), figsize=(2.4 * len(cells), 2.4 * min(ratio, 2) + 0.95),

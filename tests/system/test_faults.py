@@ -21,7 +21,7 @@ import torch
 from nnunet_confkd import cli
 from nnunet_confkd.data.supervision import annotation_counts
 from nnunet_confkd.errors import InputError, TrainingError
-from nnunet_confkd.report.report import replaced_folder
+from nnunet_confkd.files import new_folder
 from nnunet_confkd.training import validation
 from nnunet_confkd.training.batches import TrainingCases
 from nnunet_confkd.training.recovery import Divergence
@@ -131,12 +131,12 @@ def test_sigterm_to_the_command_ends_its_ranks_too(tmp_path):
 @posix
 def test_a_command_that_is_ended_leaves_no_temporary_files(tmp_path, monkeypatch):
     def command(argv):
-        with replaced_folder(tmp_path / "report") as folder, TemporaryDirectory(dir=tmp_path):
+        with new_folder(tmp_path / "report") as folder, TemporaryDirectory(dir=tmp_path):
             (folder / "page").touch()
             os.kill(os.getpid(), signal.SIGTERM)
             pytest.fail("went on")
 
-    monkeypatch.setitem(cli.COMMANDS, "report", (command, ""))
+    monkeypatch.setattr(cli, "run", lambda name, argv: command(argv))
     with pytest.raises(SystemExit) as stopped:
         cli.main(["report"])
     assert stopped.value.code == 128 + signal.SIGTERM and not list(tmp_path.iterdir())
