@@ -22,9 +22,8 @@ import torch
 from nnunet_confkd import cli
 from nnunet_confkd.data.supervision import annotation_counts
 from nnunet_confkd.errors import InputError, TrainingError
-from nnunet_confkd.files import written_whole
+from nnunet_confkd.files import new_folder, written_whole
 from nnunet_confkd.processes import terminable
-from nnunet_confkd.report.report import replaced_folder
 from nnunet_confkd.training import validation
 from nnunet_confkd.training.batches import TrainingCases
 from nnunet_confkd.training.recovery import Divergence
@@ -216,6 +215,7 @@ if __name__ == "__main__":
 
 
 @posix
+@pytest.mark.slow  # three fresh processes
 def test_sigterm_to_the_command_ends_its_ranks_too(tmp_path):
     """Python waits at its end for the processes that it has spawned: for the whole training."""
     (tmp_path / "run.py").write_text(RANKS)
@@ -240,13 +240,13 @@ def test_sigterm_to_the_command_ends_its_ranks_too(tmp_path):
 
 @posix
 def test_a_command_that_is_ended_leaves_no_temporary_files(tmp_path, monkeypatch):
-    def command(argv):
-        with replaced_folder(tmp_path / "report") as folder, TemporaryDirectory(dir=tmp_path):
+    def command(name, argv):
+        with new_folder(tmp_path / "report") as folder, TemporaryDirectory(dir=tmp_path):
             (folder / "page").touch()
             os.kill(os.getpid(), signal.SIGTERM)
             pytest.fail("went on")
 
-    monkeypatch.setitem(cli.COMMANDS, "report", (command, ""))
+    monkeypatch.setattr(cli, "run", command)
     with pytest.raises(SystemExit) as stopped:
         cli.main(["report"])
     assert stopped.value.code == 128 + signal.SIGTERM and not list(tmp_path.iterdir())
@@ -363,7 +363,7 @@ def test_a_step_that_is_not_finite_changes_no_weight_and_names_term_and_cases(nn
 # ---- going on ------------------------------------------------------------------------------------------------------
 
 class Batches:
-    """The same batch for the same epoch and step, whenever a training begins."""
+    """Give the same batch for the same epoch and iteration, whenever a training begins."""
 
     def __init__(self, trainer, batches):
         self.trainer, self.batches, self.count = trainer, batches, 0
@@ -400,9 +400,9 @@ def test_a_training_that_continues_with_other_settings_says_so_and_records_both(
 
 
 def test_k_epochs_and_then_m_are_k_plus_m(nnunet, hippocampus):
-    """Weights, optimiser, schedules, ramps, curves and the best so far, given the same batches."""
+    """Given the same batches, weights, optimiser, schedules, ramps, curves and the best pseudo-Dice are the same."""
     configuration = nnunet.configure(HIPPOCAMPUS, "resumed", "2d", {
-        "epochs": 4, "iterations_per_epoch": 2, "seed": 0, "kl_ramp_start": 0.1, "kl_ramp_end": 0.9})
+        "epochs": 3, "iterations_per_epoch": 2, "seed": 0, "kl_ramp_start": 0.1, "kl_ramp_end": 0.9})
     source = nnunet.trainer(HIPPOCAMPUS, configuration)
     source.on_train_start()
     train, validate = ([next(loader) for _ in range(3)] for loader in (source.dataloader_train, source.dataloader_val))
@@ -421,7 +421,7 @@ def test_k_epochs_and_then_m_are_k_plus_m(nnunet, hippocampus):
                 raise KeyboardInterrupt
 
         trainer.on_epoch_end = ended
-        if until < 4:
+        if until < 3:
             with pytest.raises(KeyboardInterrupt):
                 trainer.run_training()
         else:
@@ -430,15 +430,15 @@ def test_k_epochs_and_then_m_are_k_plus_m(nnunet, hippocampus):
             trainer.run_training()
         return trainer
 
-    whole = run(4)
+    whole = run(3)
     first = run(2)
-    second = run(4, os.path.join(first.output_folder, "checkpoint_latest.pth"))
+    second = run(3, os.path.join(first.output_folder, "checkpoint_latest.pth"))
     for name, weight in whole.network.state_dict().items():
         assert torch.equal(weight, second.network.state_dict()[name]), name
     for a, b in zip(whole.optimizer.state.values(), second.optimizer.state.values()):
         assert torch.equal(a["momentum_buffer"], b["momentum_buffer"])
     assert whole.optimizer.param_groups[0]["lr"] == second.optimizer.param_groups[0]["lr"]
-    assert whole._best_ema == second._best_ema and whole.current_epoch == second.current_epoch == 4
+    assert whole._best_ema == second._best_ema and whole.current_epoch == second.current_epoch == 3
     curves = [t.logger.local_logger.my_fantastic_logging for t in (whole, second)]
     for key, values in curves[0].items():
         if "timestamp" not in key:
