@@ -66,12 +66,12 @@ def acdc(nnunet, test_data) -> dict[str, list[str]]:
     (raw / "dataset.json").write_text(json.dumps({
         "channel_names": {"0": "cineMRI"}, "labels": {"background": 0, "RV": 1, "MLV": 2, "LVC": 3, "ignore": 4},
         "numTraining": 6, "file_ending": ".nii.gz"}))
-    nnunet.prepare(ACDC, ["2d", "3d_fullres"], {"train": roles["full"] + roles["partial"], "val": roles["validation"]})
     return roles
 
 
 @pytest.mark.parametrize("base", ["2d", pytest.param("3d_fullres", marks=pytest.mark.slow)])
 def test_acdc_trains_predicts_and_exports(nnunet, acdc, base, tmp_path):
+    nnunet.prepare(ACDC, [base], {"train": acdc["full"] + acdc["partial"], "val": acdc["validation"]})
     configuration = nnunet.configure(ACDC, f"{base}_short", base, {"epochs": 1, "iterations_per_epoch": 2, "seed": 0},
                                      batch_size=2, max_patch=128)
     if base != "2d":
