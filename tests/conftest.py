@@ -207,12 +207,15 @@ class Workspace:
 
 
 @pytest.fixture(scope="session")
-def nnunet(tmp_path_factory) -> Workspace:
+def nnunet(tmp_path_factory) -> Iterator[Workspace]:
     """The workspace that all tests share. A test that changes what others read uses `own_hippocampus` instead."""
+    import matplotlib
+
     from nnunet_confkd.discovery import make_findable
     make_findable()
     Workspace.session = Workspace(tmp_path_factory.mktemp("nnunet"))
-    return Workspace.session
+    with matplotlib.rc_context({"savefig.dpi": 10}):  # nnU-Net writes a picture of 16 million pixels in each epoch
+        yield Workspace.session
 
 
 @pytest.fixture(autouse=True)

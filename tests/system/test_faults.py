@@ -9,6 +9,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from concurrent.futures import wait
 from pathlib import Path
@@ -21,7 +22,8 @@ import torch
 from nnunet_confkd import cli
 from nnunet_confkd.data.supervision import annotation_counts
 from nnunet_confkd.errors import InputError, TrainingError
-from nnunet_confkd.files import new_folder
+from nnunet_confkd.files import new_folder, written_whole
+from nnunet_confkd.processes import terminable
 from nnunet_confkd.training import validation
 from nnunet_confkd.training.batches import TrainingCases
 from nnunet_confkd.training.recovery import Divergence
@@ -33,6 +35,41 @@ posix = pytest.mark.skipif(os.name == "nt", reason="on Windows os.kill ends the 
 
 
 # ---- files ---------------------------------------------------------------------------------------------------------
+
+def test_a_file_is_written_whole_or_not_at_all(tmp_path):
+    file = tmp_path / "file"
+    for content in ("first", "second"):
+        with written_whole(file) as aside:
+            with open(aside, "w") as f:
+                f.write(content)
+            assert not file.exists() or file.read_text() == "first"
+    assert file.read_text() == "second"
+    with pytest.raises(KeyboardInterrupt):
+        with written_whole(file) as aside:
+            with open(aside, "w") as f:
+                f.write("half")
+            raise KeyboardInterrupt
+    assert file.read_text() == "second" and os.listdir(tmp_path) == ["file"]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows refuses what this test guards against by itself")
+def test_what_is_brought_to_the_disk_is_open_for_writing(tmp_path, monkeypatch):
+    """os.fsync of a file that is open for reading is an error on Windows."""
+    import fcntl
+    import stat
+    modes, fsync = [], os.fsync
+
+    def watched(file: int) -> None:
+        if not stat.S_ISDIR(os.fstat(file).st_mode):
+            modes.append(fcntl.fcntl(file, fcntl.F_GETFL) & os.O_ACCMODE)
+        fsync(file)
+
+    monkeypatch.setattr(os, "fsync", watched)
+    with written_whole(tmp_path / "file") as aside:
+        with open(aside, "w") as f:
+            f.write("content")
+    assert modes == [os.O_RDWR] and (tmp_path / "file").read_text() == "content"
+
 
 def test_a_full_disk_leaves_the_previous_checkpoint_and_says_so(nnunet, hippocampus, monkeypatch):
     trainer = nnunet.trainer(HIPPOCAMPUS, nnunet.configure(HIPPOCAMPUS, "disk", "2d", SHORT))
@@ -85,6 +122,78 @@ def test_a_broken_preprocessed_case_is_named(nnunet, hippocampus):
 
 # ---- signals and workers -------------------------------------------------------------------------------------------
 
+@posix
+def test_sigterm_ends_the_process_in_order_and_the_handler_before_comes_back():
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit) as stopped:
+        with terminable():
+            os.kill(os.getpid(), signal.SIGTERM)
+    assert stopped.value.code == 128 + signal.SIGTERM and signal.getsignal(signal.SIGTERM) == before
+    seen = []
+
+    def in_a_thread():
+        with terminable():
+            seen.append(signal.getsignal(signal.SIGTERM))
+
+    thread = threading.Thread(target=in_a_thread)
+    thread.start()
+    thread.join()
+    assert seen == [before]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="Windows never forks")
+def test_a_forked_process_ends_at_once_whenever_it_is_told_to():
+    with terminable():
+        for pause in (0, 0, 0.0005, 0.001, 0.002) * 20:
+            process = os.fork()
+            if not process:
+                try:
+                    time.sleep(10)
+                finally:
+                    os._exit(1)
+            time.sleep(pause)
+            os.kill(process, signal.SIGTERM)
+            assert os.waitpid(process, 0)[1] == signal.SIGTERM
+        assert signal.SIGTERM not in signal.pthread_sigmask(signal.SIG_BLOCK, ())
+
+
+FORKS = """
+import os, signal
+hooks, register = [], os.register_at_fork
+
+def remember(**functions):
+    hooks.extend(f for f in functions.values() if getattr(f, "__module__", "").startswith("nnunet_confkd"))
+    register(**functions)
+
+os.register_at_fork = remember
+import nnunet_confkd.cli, nnunet_confkd.data.raw_format, nnunet_confkd.processes
+assert not hooks, "the import has hooked the forks of this program"
+for _ in range(2):
+    with nnunet_confkd.processes.terminable():
+        pass
+assert len(hooks) == 3, hooks
+
+def mine(*_):
+    os._exit(7)
+
+signal.signal(signal.SIGTERM, mine)
+masks = []
+signal.pthread_sigmask = lambda *arguments: masks.append(arguments)
+child = os.fork()
+if not child:
+    os.kill(os.getpid(), signal.SIGTERM)
+    os._exit(0)
+assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7 and not masks
+print("UNCHANGED")
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="Windows never forks")
+def test_forks_of_a_program_that_imports_the_package_are_as_they_were():
+    done = subprocess.run([sys.executable, "-c", FORKS], capture_output=True, text=True, timeout=120)
+    assert done.stdout.endswith("UNCHANGED\n"), done.stdout + done.stderr
+
+
 RANKS = """
 import os, sys, time
 from nnunet_confkd import cli, nnunet_commands
@@ -106,6 +215,7 @@ if __name__ == "__main__":
 
 
 @posix
+@pytest.mark.slow  # three fresh processes
 def test_sigterm_to_the_command_ends_its_ranks_too(tmp_path):
     """Python waits at its end for the processes that it has spawned: for the whole training."""
     (tmp_path / "run.py").write_text(RANKS)
@@ -130,13 +240,13 @@ def test_sigterm_to_the_command_ends_its_ranks_too(tmp_path):
 
 @posix
 def test_a_command_that_is_ended_leaves_no_temporary_files(tmp_path, monkeypatch):
-    def command(argv):
+    def command(name, argv):
         with new_folder(tmp_path / "report") as folder, TemporaryDirectory(dir=tmp_path):
             (folder / "page").touch()
             os.kill(os.getpid(), signal.SIGTERM)
             pytest.fail("went on")
 
-    monkeypatch.setattr(cli, "run", lambda name, argv: command(argv))
+    monkeypatch.setattr(cli, "run", command)
     with pytest.raises(SystemExit) as stopped:
         cli.main(["report"])
     assert stopped.value.code == 128 + signal.SIGTERM and not list(tmp_path.iterdir())
@@ -253,7 +363,7 @@ def test_a_step_that_is_not_finite_changes_no_weight_and_names_term_and_cases(nn
 # ---- going on ------------------------------------------------------------------------------------------------------
 
 class Batches:
-    """The same batch for the same epoch and step, whenever a training begins."""
+    """Give the same batch for the same epoch and iteration, whenever a training begins."""
 
     def __init__(self, trainer, batches):
         self.trainer, self.batches, self.count = trainer, batches, 0
@@ -290,9 +400,9 @@ def test_a_training_that_continues_with_other_settings_says_so_and_records_both(
 
 
 def test_k_epochs_and_then_m_are_k_plus_m(nnunet, hippocampus):
-    """Weights, optimiser, schedules, ramps, curves and the best so far, given the same batches."""
+    """Given the same batches, weights, optimiser, schedules, ramps, curves and the best pseudo-Dice are the same."""
     configuration = nnunet.configure(HIPPOCAMPUS, "resumed", "2d", {
-        "epochs": 4, "iterations_per_epoch": 2, "seed": 0, "kl_ramp_start": 0.1, "kl_ramp_end": 0.9})
+        "epochs": 3, "iterations_per_epoch": 2, "seed": 0, "kl_ramp_start": 0.1, "kl_ramp_end": 0.9})
     source = nnunet.trainer(HIPPOCAMPUS, configuration)
     source.on_train_start()
     train, validate = ([next(loader) for _ in range(3)] for loader in (source.dataloader_train, source.dataloader_val))
@@ -311,7 +421,7 @@ def test_k_epochs_and_then_m_are_k_plus_m(nnunet, hippocampus):
                 raise KeyboardInterrupt
 
         trainer.on_epoch_end = ended
-        if until < 4:
+        if until < 3:
             with pytest.raises(KeyboardInterrupt):
                 trainer.run_training()
         else:
@@ -320,15 +430,15 @@ def test_k_epochs_and_then_m_are_k_plus_m(nnunet, hippocampus):
             trainer.run_training()
         return trainer
 
-    whole = run(4)
+    whole = run(3)
     first = run(2)
-    second = run(4, os.path.join(first.output_folder, "checkpoint_latest.pth"))
+    second = run(3, os.path.join(first.output_folder, "checkpoint_latest.pth"))
     for name, weight in whole.network.state_dict().items():
         assert torch.equal(weight, second.network.state_dict()[name]), name
     for a, b in zip(whole.optimizer.state.values(), second.optimizer.state.values()):
         assert torch.equal(a["momentum_buffer"], b["momentum_buffer"])
     assert whole.optimizer.param_groups[0]["lr"] == second.optimizer.param_groups[0]["lr"]
-    assert whole._best_ema == second._best_ema and whole.current_epoch == second.current_epoch == 4
+    assert whole._best_ema == second._best_ema and whole.current_epoch == second.current_epoch == 3
     curves = [t.logger.local_logger.my_fantastic_logging for t in (whole, second)]
     for key, values in curves[0].items():
         if "timestamp" not in key:

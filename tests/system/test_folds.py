@@ -128,7 +128,8 @@ def second_stage(workspace) -> str:
 
 
 def pretend_first_stage(workspace, folds: list[int], cases: list[str]) -> None:
-    """Leave the files by which a first stage is known that was trained on these folds and has predicted these cases."""
+    """Leave what a first stage leaves that was trained on these folds and has predicted these cases."""
+    from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2
     model = workspace.model(DATASET, "3d_lowres")
     for fold in folds:
         (model / f"fold_{fold}" / "validation").mkdir(parents=True)
@@ -136,7 +137,7 @@ def pretend_first_stage(workspace, folds: list[int], cases: list[str]) -> None:
     written = model / "predicted_next_stage" / "3d_cascade_fullres"
     written.mkdir(parents=True)
     for case in cases:
-        (written / f"{case}.b2nd").touch()
+        nnUNetDatasetBlosc2.save_seg(np.zeros((16, 16, 16), np.uint8), str(written / case))
 
 
 def test_a_cascade_names_the_folds_of_its_first_stage_that_are_to_be_trained(own):

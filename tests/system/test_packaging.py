@@ -30,6 +30,17 @@ for name in {names}:
     assert found is find(name) is getattr(ours, name) is pickle.loads(pickle.dumps(found)), name
 print("FOUND")
 """
+WITHOUT_THE_VARIABLE = """
+from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
+try:
+    recursive_find_trainer_class_by_name("ConfKDTrainer")
+except RuntimeError as error:
+    assert "Could not find requested nnunet trainer" in str(error)
+else:
+    raise AssertionError("found")
+import os
+os.environ["nnUNet_extTrainer"] = {folder!r}
+"""
 
 
 def run(*command, cwd, **environment) -> subprocess.CompletedProcess:
@@ -37,10 +48,11 @@ def run(*command, cwd, **environment) -> subprocess.CompletedProcess:
     return subprocess.run([str(c) for c in command], cwd=cwd, env=env, capture_output=True, text=True)
 
 
-@pytest.mark.parametrize("inside", [True, False], ids=["in the checkout", "elsewhere"])
-def test_nnunets_lookup_finds_every_trainer_in_a_fresh_process(inside, tmp_path):
-    result = run(sys.executable, "-c", LOOKUP.format(names=TRAINERS), cwd=ROOT if inside else tmp_path,
-                 nnUNet_extTrainer=str(discovery.trainer_dir()))
+@pytest.mark.parametrize("inside", [pytest.param(True, id="in the checkout", marks=pytest.mark.slow),
+                                    pytest.param(False, id="elsewhere")])
+def test_nnunets_lookup_finds_every_trainer_in_a_fresh_process_if_the_variable_is_set(inside, tmp_path):
+    code = WITHOUT_THE_VARIABLE.format(folder=str(discovery.trainer_dir())) + LOOKUP.format(names=TRAINERS)
+    result = run(sys.executable, "-c", code, cwd=ROOT if inside else tmp_path)
     assert result.stdout.endswith("FOUND\n"), result.stdout + result.stderr
 
 
@@ -52,11 +64,6 @@ def test_a_checkout_beside_an_installed_wheel_is_whole(tmp_path):
     result = run(sys.executable, "-c", code, cwd=tmp_path)
     expected = [str(tmp_path / name / "__init__.py") for name in ("trainers", "dataset_conversion")]
     assert result.stdout.split() == expected, result.stderr
-
-
-def test_without_the_variable_nnunet_does_not_find_it(tmp_path):
-    result = run(sys.executable, "-c", LOOKUP.format(names=TRAINERS[:1]), cwd=tmp_path)
-    assert result.returncode and "Could not find requested nnunet trainer" in result.stderr
 
 
 def test_trainer_dir_prints_the_path_and_nothing_else(tmp_path):
@@ -141,7 +148,8 @@ def test_unknown_commands_and_help(capsys):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="PyTorch's threads are those of libgomp on Linux alone")
-@pytest.mark.parametrize("given, spins", [({}, "0"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "30000000000")])
+@pytest.mark.parametrize("given, spins", [
+    ({}, "0"), pytest.param({"OMP_WAIT_POLICY": "ACTIVE"}, "30000000000", marks=pytest.mark.slow)])
 def test_threads_on_the_cpu_wait_without_spinning(tmp_path, given, spins):
     """libgomp reads its settings, and prints them, when torch is imported. The command must have set them before."""
     code = "from nnunet_confkd import cli; cli.main(['report', '--model', 'none', '-device', 'cpu'])"

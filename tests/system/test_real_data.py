@@ -26,6 +26,7 @@ def trained(nnunet, hippocampus):
     return nnunet.train(HIPPOCAMPUS, configuration)
 
 
+@pytest.mark.slow  # a thousand iterations
 def test_the_student_learns_and_keeps_up_with_its_teacher(trained):
     """A wrong sign, a detached student or a teacher that is fed nothing would be noticed here."""
     curves = torch.load(trained / "checkpoint_final.pth", weights_only=False)["logging"]
@@ -65,12 +66,12 @@ def acdc(nnunet, test_data) -> dict[str, list[str]]:
     (raw / "dataset.json").write_text(json.dumps({
         "channel_names": {"0": "cineMRI"}, "labels": {"background": 0, "RV": 1, "MLV": 2, "LVC": 3, "ignore": 4},
         "numTraining": 6, "file_ending": ".nii.gz"}))
-    nnunet.prepare(ACDC, ["2d", "3d_fullres"], {"train": roles["full"] + roles["partial"], "val": roles["validation"]})
     return roles
 
 
-@pytest.mark.parametrize("base", ["2d", "3d_fullres"])
+@pytest.mark.parametrize("base", ["2d", pytest.param("3d_fullres", marks=pytest.mark.slow)])
 def test_acdc_trains_predicts_and_exports(nnunet, acdc, base, tmp_path):
+    nnunet.prepare(ACDC, [base], {"train": acdc["full"] + acdc["partial"], "val": acdc["validation"]})
     configuration = nnunet.configure(ACDC, f"{base}_short", base, {"epochs": 1, "iterations_per_epoch": 2, "seed": 0},
                                      batch_size=2, max_patch=128)
     if base != "2d":
@@ -85,17 +86,19 @@ def test_acdc_trains_predicts_and_exports(nnunet, acdc, base, tmp_path):
     kinds = json.loads((fold / "confkd.json").read_text())["supervision"]
     assert kinds == {case: role for role in ("full", "partial") for case in acdc[role]}
     model = nnunet.model(ACDC, configuration)
-    images = ["-i", str(nnunet.raw(ACDC) / "imagesTs"), "-f", "0", "-device", "cpu", "-npp", "0", "-nps", "0",
-              "--disable_tta"]
-    assert cli.main(["predict", *images, "-o", str(tmp_path / "plugin"), "-d", "27", "-c", configuration]) == 0
+    images = ["-i", str(nnunet.raw(ACDC) / "imagesTs"), "-f", "0", "-device", "cpu", "--disable_tta"]
+    assert cli.main(["predict", *images, "-o", str(tmp_path / "plugin"), "-d", "27", "-c", configuration,
+                     "-npp", "0", "-nps", "0"]) == 0
     stock_model = export(model, tmp_path / "stock")
-    assert cli.main(["predict", *images, "-o", str(tmp_path / "exported"), "-m", str(stock_model)]) == 0
+    assert cli.main(["predict", *images, "-o", str(tmp_path / "exported"), "-m", str(stock_model),
+                     "-npp", "1", "-nps", "1"]) == 0  # nnU-Net's command for model folders needs a process of each
     image = sitk.ReadImage(str(nnunet.raw(ACDC) / "imagesTs" / "held_back_0000.nii.gz"))
     plugin, exported = (sitk.ReadImage(str(tmp_path / f / "held_back.nii.gz")) for f in ("plugin", "exported"))
     np.testing.assert_array_equal(sitk.GetArrayFromImage(plugin), sitk.GetArrayFromImage(exported))
     assert plugin.GetSpacing() == pytest.approx(image.GetSpacing()) and plugin.GetSize() == image.GetSize()
 
 
+@pytest.mark.slow  # images of 155 x 240 x 240 voxels
 def test_the_nested_regions_of_brats_from_published_files_to_a_prediction(nnunet, test_data, tmp_path, capfd):
     """One case trains with its full mask, one with scribbles, and one validates, at 4 mm."""
     for command in (f"convert brats --source {test_data / 'brats2015'} --id 21 --processes 1",
