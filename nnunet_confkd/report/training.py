@@ -37,9 +37,9 @@ def _supervision(folds: list[Fold]) -> str:
         rows.append([name, *numbers, "not known" if fold.validation is None else len(fold.validation)])
         for kind in (kind for kind in KINDS if counts[kind]):
             cases = sorted(case for case, kind_of_case in fold.training.items() if kind_of_case == kind)
-            lists += page.folded(f"{name}: the {len(cases)} {KIND_NAMES[kind]} training cases", page.names(cases))
+            lists += page.folded(f"{name}: {KIND_NAMES[kind]} training cases ({len(cases)})", page.names(cases))
         if fold.validation:
-            lists += page.folded(f"{name}: the {len(fold.validation)} validation cases", page.names(fold.validation))
+            lists += page.folded(f"{name}: validation cases ({len(fold.validation)})", page.names(fold.validation))
     head = ["fold", *(KIND_NAMES[kind] for kind in KINDS), "validation cases"]
     return page.table(head, rows, "Number of training cases of each kind") + lists
 
