@@ -30,6 +30,7 @@ import pytest  # noqa: E402
 ROOT = Path(__file__).resolve().parent.parent
 TINY = {"features": (8, 16, 16), "batch_size": 4, "max_patch": 32}
 HIPPOCAMPUS = "Dataset004_Hippocampus"
+COLLECTED = pytest.StashKey[list]()  # the ids of the tests of this run
 
 
 # ---- which tests run -----------------------------------------------------------------------------------------------
@@ -59,10 +60,22 @@ def pytest_report_teststatus(report):
     return ("not run", "n", "NOT RUN") if getattr(report, "after_deadline", False) else None
 
 
-def pytest_terminal_summary(terminalreporter):
-    not_run = sorted(report.nodeid for report in terminalreporter.stats.get("not run", ()))
-    if not_run:
-        terminalreporter.section(f"{len(not_run)} slow tests were not run for lack of time")
+def pytest_collection_finish(session):
+    session.config.stash[COLLECTED] = [item.nodeid for item in session.items]
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_node_collection_finished(node, ids):
+    node.config.stash[COLLECTED] = ids
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    """List the tests that did not begin in time, and those that were stopped."""
+    finished = {report.nodeid for reports in terminalreporter.stats.values() for report in reports
+                if getattr(report, "when", None) == "teardown"}
+    not_run = sorted({*config.stash.get(COLLECTED, ())} - finished)
+    if not_run and config.getoption("--deadline") is not None:
+        terminalreporter.section(f"{len(not_run)} tests were not run, or not to their end, for lack of time")
         terminalreporter.write_line("\n".join(not_run))
 
 
