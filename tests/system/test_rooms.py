@@ -17,7 +17,7 @@ ORDER = [{"cli"}, {"demo"}, {"report"}, {"evaluation", "nnunet_commands"}, {"inf
          {"dataset_conversion"}, {"data"},
          {"colours", "device", "discovery", "files", "processes"}, {"errors"}, {""}]
 # within `training`: the method's parts do not know the trainer
-PARTS = ("losses", "network", "hints", "settings", "batches", "recovery", "curves")
+PARTS = ("losses", "network", "hints", "settings", "batches", "recovery", "curves", "checks", "pseudo_dice", "ranks", "record")
 
 
 def modules() -> dict[str, ast.Module]:
