@@ -255,7 +255,7 @@ def build_trainer(table: Table, spec: dict, dataset_id: int | None = None):
 
     from nnunet_confkd.demo.demo import add_small_configuration
     from nnunet_confkd.discovery import make_findable
-    from nnunet_confkd.training.trainer import ConfKDTrainer
+    from nnunet_confkd.training.batches import set_seed
 
     make_findable()
     row, full = described(spec["name"]), spec["full"]
@@ -275,7 +275,7 @@ def build_trainer(table: Table, spec: dict, dataset_id: int | None = None):
             batch = {"batch_size": table.batch_size} if table.batch_size else {}
             plans["configurations"][configuration] = {"inherits_from": table.configuration, "confkd": block, **batch}
             plans_file.write_text(json.dumps(plans, indent=4))
-        ConfKDTrainer._seed(spec["seed"])  # stock rows, too, start from the seed
+        set_seed(spec["seed"])  # stock rows, too, start from the seed
         trainer = get_trainer_from_args(dataset, configuration, fold, row.trainer, device=torch.device(spec["device"]))
     trainer.num_epochs, trainer.num_iterations_per_epoch, trainer.num_val_iterations_per_epoch = epochs, EPOCH, 4
     trainer.save_every = max(1, epochs // 10)

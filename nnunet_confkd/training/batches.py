@@ -1,14 +1,17 @@
 """Training batches with a fixed share of fully annotated images.
 
-nnU-Net's loader draws the cases, and nnU-Net's transforms augment them. This module decides which kinds of cases are drawn, where a
-patch of a partially annotated image lies, and which label the padding gets.
+nnU-Net's loader draws the cases, and nnU-Net's transforms augment them. This module decides which kinds of cases are
+drawn, where a patch of a partially annotated image lies, and which label the padding gets.
 """
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Iterable
 
 import numpy as np
 import torch
+from batchgenerators.dataloading.nondet_multi_threaded_augmenter import NonDetMultiThreadedAugmenter
+from batchgenerators.dataloading.single_threaded_augmenter import SingleThreadedAugmenter
 from batchgeneratorsv2.transforms.base.basic_transform import BasicTransform, SegOnlyTransform
 from batchgeneratorsv2.transforms.utils.remove_label import RemoveLabelTransform
 from nnunetv2.training.dataloading.data_loader import nnUNetDataLoader
@@ -17,11 +20,16 @@ from threadpoolctl import ThreadpoolController
 from nnunet_confkd.data.supervision import FULL, KINDS, OUTSIDE, PARTIAL, UNLABELLED, unreadable
 from nnunet_confkd.errors import InputError
 
+# ---- labels of a case -----------------------------------------------------------------------------------------------
+
 
 class TrainingCases:
-    """nnU-Net's data set, with the labels hidden that are not to be seen (cases declared unlabelled that carry annotations).
+    """nnU-Net's data set, in which the labels of some cases are hidden.
 
-    Raises InputError, naming the case, where its preprocessed files cannot be read.
+    Args:
+        dataset: nnU-Net's data set.
+        hidden: Cases that are declared unlabelled. They may carry annotations, which training must not see.
+        ignore_label: The data set's ignore label.
     """
 
     def __init__(self, dataset, hidden: Iterable[str] = (), ignore_label: int | None = None):
@@ -29,6 +37,11 @@ class TrainingCases:
         self.identifiers = dataset.identifiers
 
     def load_case(self, case: str):
+        """Load a case as nnU-Net's data set does.
+
+        Raises:
+            InputError: The preprocessed files of the case cannot be read. The text names the case.
+        """
         try:
             data, seg, seg_prev, properties = self.dataset.load_case(case)
         except Exception as error:  # whatever the broken bytes lead to
@@ -40,15 +53,15 @@ class TrainingCases:
 
 
 def label_outside(label: torch.Tensor, ignore_label: int | None, full: bool) -> torch.Tensor:
-    """Give nnU-Net's -1, the padding and the empty surroundings of an image, a label.
+    """Give a label to nnU-Net's -1, which marks the padding and the empty surroundings of an image.
 
-    In an image that is not fully annotated nobody annotated these voxels: they become `ignore_label`. In a fully annotated
-    image they become background, as in nnU-Net. Training and completion both use this rule.
+    In an image that is not fully annotated nobody annotated these voxels, and they become `ignore_label`. In a fully
+    annotated image they become background, as in nnU-Net. Training and completion both use this rule.
 
     Args:
-        label: label map of any shape.
-        ignore_label: the data set's ignore label; None where it has none.
-        full: whether the image is fully annotated.
+        label: Label map of any shape.
+        ignore_label: The data set's ignore label, or None.
+        full: Whether the image is fully annotated.
 
     Returns:
         A new label map without -1.
@@ -57,28 +70,31 @@ def label_outside(label: torch.Tensor, ignore_label: int | None, full: bool) -> 
 
 
 def real_hints(label: np.ndarray, ignore_label: int) -> tuple[np.ndarray, np.ndarray]:
-    """The label of an image that is not fully annotated, without -1, and the mask of its hints: its annotated voxels.
+    """Find the hints of an image that is not fully annotated: its annotated voxels.
 
     The training loader does the same with patches.
 
     Args:
-        label: preprocessed label map of any shape.
-        ignore_label: the data set's ignore label.
+        label: Preprocessed label map of any shape.
+        ignore_label: The data set's ignore label.
+
+    Returns:
+        The label map without -1, and the mask of the hints.
     """
     known = label_outside(torch.from_numpy(label), ignore_label, full=False).numpy()
     return known, known != ignore_label
 
 
 class LabelPadding(SegOnlyTransform):
-    """Takes the place of nnU-Net's transform that turns the padding, -1 so far, into background.
+    """Replaces nnU-Net's transform that turns the padding, -1 so far, into background.
 
-    Nobody annotated the padding of an image that is not fully annotated. As background it would be most of what the loss of a few
-    points averages over (for points in Hippocampus' slices, 99 % of the "annotated" voxels). The same holds for the empty
-    surroundings of an image, which are -1, too. See :func:`label_outside`.
+    Nobody annotated the padding of an image that is not fully annotated. As background it would be most of what the
+    loss of a few points averages over (for points in Hippocampus' slices, 99 % of the "annotated" voxels). The same
+    holds for the empty surroundings of an image, which are -1, too. See :func:`label_outside`.
 
     Attributes:
-        full: whether the next image is fully annotated; set by the loader.
-        inside: bool, `(1, *spatial)`: where the last image was not -1.
+        full: Whether the next image is fully annotated; set by the loader.
+        inside: Bool, `(1, *spatial)`: where the last image was not -1.
     """
 
     def __init__(self, ignore_label: int | None):
@@ -94,59 +110,87 @@ class LabelPadding(SegOnlyTransform):
 
 
 def label_padding(transforms: BasicTransform, ignore_label: int | None) -> LabelPadding:
-    """Put a :class:`LabelPadding` into nnU-Net's training transforms, where padding becomes background, and return it.
+    """Put a :class:`LabelPadding` into nnU-Net's transforms, in which padding becomes background.
+
+    Args:
+        transforms: nnU-Net's transforms, which are changed.
+        ignore_label: The data set's ignore label, or None.
+
+    Returns:
+        The new transform.
 
     Raises:
-        RuntimeError: the transforms are not as expected.
+        RuntimeError: The transforms are not as expected.
     """
     steps = transforms.transforms
-    at = [i for i, step in enumerate(steps) if isinstance(step, RemoveLabelTransform) and step.label_value == OUTSIDE]
+    at = [i for i, step in enumerate(steps)
+          if isinstance(step, RemoveLabelTransform) and step.label_value == OUTSIDE]
     if len(at) != 1:
-        raise RuntimeError("nnU-Net's training transforms do not label the padding as expected: another version of nnU-Net?")
+        raise RuntimeError("nnU-Net's training transforms do not label the padding as expected: another version of "
+                           "nnU-Net?")
     steps[at[0]] = LabelPadding(ignore_label)
     return steps[at[0]]
 
 
+# ---- batches --------------------------------------------------------------------------------------------------------
+
 def full_images_per_batch(batch_size: int, share: float, others: bool) -> int:
-    """Fully annotated images in a batch of two or more: the rounded share, but at least one, and fewer than all where there are
-    `others`."""
+    """Compute the number of fully annotated images in a batch of two or more.
+
+    Args:
+        batch_size: Number of images.
+        share: Wanted share of fully annotated images.
+        others: Whether there are other images.
+
+    Returns:
+        The rounded share, but at least one, and fewer than all if there are others.
+    """
     if not others:
         return batch_size
     return min(max(round(share * batch_size), 1), batch_size - 1)
 
 
 class StratifiedLoader(nnUNetDataLoader):
-    """nnU-Net's loader, with three strata in each batch: fully annotated, partially annotated, unlabelled images, in this order.
+    """nnU-Net's loader with three strata per batch: fully annotated, partially annotated and unlabelled images.
 
-    A batch has two more entries than nnU-Net's: `num_full`, the number of fully annotated images, and `inside`, bool
-    `(B, 1, *spatial)`, False in the padding and in the empty surroundings of an image. In each stratum the share of patches that are
-    forced to hold foreground is nnU-Net's for the whole batch, over many batches.
+    They come in this order. A batch has two more entries than nnU-Net's: `num_full`, the number of fully annotated
+    images, and `inside`, bool `(B, 1, *spatial)`, False in the padding and in the empty surroundings of an image. In
+    each stratum the share of patches that are forced to contain foreground is nnU-Net's for the whole batch, averaged
+    over many batches.
 
-    A patch of a partially annotated image lies at a random place that holds a random annotated voxel. (nnU-Net centres it on this voxel.
-    An annotation would then tell the teacher by its place whether it is real.)
+    A patch of a partially annotated image lies at a random place that contains a random annotated voxel. nnU-Net
+    centres it on this voxel. An annotation would then tell the teacher by its place whether it is real.
 
     Args:
-        kinds: {case: kind} of all the cases of the data set.
-        full_share: share of fully annotated images. In batches of one it is the share of the batches.
-        unlabelled_share: share of unlabelled images among the others, but at most their share of the cases.
-        offset: the rank. It shifts the turns of the strata, so that ranks and workers do not all hold the same one at once.
-        complete: is given each batch and returns it, e.g. with more entries.
+        data: The cases.
+        args: Further arguments of nnU-Net's loader.
+        kinds: Kind of each case of the data set.
+        full_share: Share of fully annotated images. In batches of one it is the share of the batches.
+        unlabelled_share: Share of unlabelled images among the others, but at most their share of the cases.
+        offset: The rank. It shifts the turns of the strata, so that ranks and workers do not all have the same one at
+            the same time.
+        complete: Gets each batch and returns it, for example with more entries.
+        transforms: nnU-Net's transforms.
+        kwargs: Further arguments of nnU-Net's loader.
 
     Raises:
-        InputError: no case is fully annotated.
+        InputError: No case is fully annotated.
     """
 
-    def __init__(self, data, *args, kinds: dict[str, str], full_share: float, unlabelled_share: float = 1.0, offset: int = 0,
-                 complete: Callable[[dict], dict] | None = None, transforms=None, **kwargs):
-        super().__init__(data, *args, transforms=None, **kwargs)  # the transforms need the stratum, which nnU-Net does not tell them
+    def __init__(self, data, *args, kinds: dict[str, str], full_share: float, unlabelled_share: float = 1.0,
+                 offset: int = 0, complete: Callable[[dict], dict] | None = None, transforms=None, **kwargs):
+        # nnU-Net's loader does not tell the transforms the stratum, which they need: they are applied here.
+        super().__init__(data, *args, transforms=None, **kwargs)
         self.strata = {kind: [case for case in data.identifiers if kinds[case] == kind] for kind in KINDS}
         if not self.strata[FULL]:
             raise InputError("no fully annotated case to draw from")
-        others = len(self.strata[PARTIAL]) + len(self.strata[UNLABELLED])
-        self.unlabelled_share = min(unlabelled_share, len(self.strata[UNLABELLED]) / others) if self.strata[PARTIAL] else 1.0
+        unlabelled = len(self.strata[UNLABELLED])
+        others = len(self.strata[PARTIAL]) + unlabelled
+        self.unlabelled_share = min(unlabelled_share, unlabelled / others) if self.strata[PARTIAL] else 1.0
         self.full_share = full_share if others else 1.0
         self.offset, self.complete, self.sample_transforms = offset, complete, transforms
-        self.padding = next((step for step in getattr(transforms, "transforms", ()) if isinstance(step, LabelPadding)), None)
+        steps = getattr(transforms, "transforms", ())
+        self.padding = next((step for step in steps if isinstance(step, LabelPadding)), None)
         self.threads: ThreadpoolController | None = None
         self.batches, self.sample = 0, 0
         stock = [self._oversample_last_XX_percent(i) for i in range(self.batch_size)]
@@ -156,12 +200,12 @@ class StratifiedLoader(nnUNetDataLoader):
         self.get_do_oversample = self._oversample
 
     def _oversample(self, sample_idx: int) -> bool:
-        """Whether a sample is forced to hold foreground. nnU-Net asks before it loads the sample's case."""
+        """Whether a sample must contain foreground. nnU-Net asks before it loads the sample's case."""
         self.sample = sample_idx
         return self._probabilistic_oversampling(sample_idx) if self.probabilistic else self.forced[sample_idx]
 
     def _draw_forced(self, size: int) -> list[bool]:
-        """Which patches of a stratum are forced to hold foreground: the last, and one more as often as needed."""
+        """Which patches of a stratum must contain foreground: the last, and one more as often as needed."""
         wanted = size * self.forced_share
         number = int(wanted) + (np.random.uniform() < wanted - int(wanted))
         return [i >= size - number for i in range(size)]
@@ -180,12 +224,15 @@ class StratifiedLoader(nnUNetDataLoader):
         return {FULL: full, PARTIAL: self.batch_size - full - unlabelled, UNLABELLED: unlabelled}
 
     def get_indices(self):
+        """Draw the cases of a batch."""
         self.numbers = self._draw_numbers()
         self.batches += 1
         self.forced = [forced for number in self.numbers.values() for forced in self._draw_forced(number)]
-        return [case for kind, number in self.numbers.items() if number for case in np.random.choice(self.strata[kind], number)]
+        return [case for kind, number in self.numbers.items() if number
+                for case in np.random.choice(self.strata[kind], number)]
 
     def get_bbox(self, data_shape, force_fg, class_locations, *args, **kwargs):
+        """Draw the place of a patch: its lower corner and its upper corner."""
         if not self.has_ignore or self.sample < self.numbers[FULL]:
             return super().get_bbox(data_shape, force_fg, class_locations, *args, **kwargs)
         places = {key: voxels for key, voxels in class_locations.items() if len(voxels)}
@@ -197,15 +244,17 @@ class StratifiedLoader(nnUNetDataLoader):
             annotated = list(places.values())[np.random.choice(len(places))]
         voxel = annotated[np.random.choice(len(annotated))][1:]
         corner = []
-        for place, image, patch, final, pad in zip(voxel, data_shape, self.patch_size, self.final_patch_size, self.need_to_pad):
+        for place, image, patch, final, pad in zip(voxel, data_shape, self.patch_size, self.final_patch_size,
+                                                   self.need_to_pad):
             pad = max(pad, patch - image)
             low, high = -pad // 2, image + pad // 2 + pad % 2 - patch  # nnU-Net's bounds of a random crop
-            # the patch that the network gets, in the middle of the one that is augmented, holds the voxel
+            # The patch that the network gets lies in the middle of the one that is augmented, and contains the voxel.
             wanted = place - np.random.randint(final) - (patch - final) // 2
             corner.append(int(min(max(wanted, low), high)))
         return corner, [start + size for start, size in zip(corner, self.patch_size)]
 
     def generate_train_batch(self):
+        """Draw a batch."""
         raw = super().generate_train_batch()
         batch = {**raw, "num_full": self.numbers[FULL]}
         if self.sample_transforms is not None:
@@ -213,8 +262,9 @@ class StratifiedLoader(nnUNetDataLoader):
         return self.complete(batch) if self.complete else batch
 
     def _transformed(self, data: torch.Tensor, target: torch.Tensor) -> dict:
+        """Apply the transforms to each sample, with the rule of its stratum for the padding."""
         samples = []
-        if self.threads is None:  # not before: a worker finds other libraries than the main process
+        if self.threads is None:  # not earlier, because a worker finds other libraries than the main process
             self.threads = ThreadpoolController()
         with torch.no_grad(), self.threads.limit(limits=1):  # as nnU-Net
             for i, (image, segmentation) in enumerate(zip(data, target)):
@@ -225,8 +275,37 @@ class StratifiedLoader(nnUNetDataLoader):
                     sample["inside"] = self.padding.inside
                 samples.append(sample)
         targets = [sample["segmentation"] for sample in samples]
+        deep = isinstance(targets[0], list)
         batch = {"data": torch.stack([sample["image"] for sample in samples]).float(),
-                 "target": list(map(torch.stack, zip(*targets))) if isinstance(targets[0], list) else torch.stack(targets)}
+                 "target": list(map(torch.stack, zip(*targets))) if deep else torch.stack(targets)}
         if self.padding:
             batch["inside"] = torch.stack([sample["inside"] for sample in samples])
         return batch
+
+
+def start_augmenter(loader: nnUNetDataLoader, processes: int, cached: int, pin_memory: bool, seed: int | None):
+    """Start drawing batches as nnU-Net does.
+
+    Args:
+        loader: The loader with its transforms.
+        processes: Number of processes that load and augment. 0: this process does so when a batch is asked for.
+        cached: Number of batches that wait.
+        pin_memory: Whether batches lie in pinned memory.
+        seed: Seed of the first process, and one more for each further process. None: a new one.
+
+    Returns:
+        An iterator over batches.
+    """
+    if processes == 0:
+        return SingleThreadedAugmenter(loader, None)
+    seeds = None if seed is None else [seed + i for i in range(processes)]
+    return NonDetMultiThreadedAugmenter(data_loader=loader, transform=None, num_processes=processes,
+                                        num_cached=cached, seeds=seeds, pin_memory=pin_memory, wait_time=0.002)
+
+
+def set_seed(seed: int) -> None:
+    """Seed the random numbers of Python, NumPy and PyTorch."""
+    seed %= 2 ** 32
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)

@@ -1,21 +1,22 @@
-"""What happens when training steps fail: steps that are not finite are counted, and too many of them stop the training."""
+"""What happens when a training fails: iterations that are not finite, and what an early end leaves behind."""
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from pathlib import Path
 
 from nnunet_confkd.errors import TrainingError
 
 
 class Divergence:
-    """Counts consecutive steps whose loss or gradient is not finite.
+    """Counts consecutive iterations whose loss or gradient is not finite.
 
     With a gradient scaler (mixed precision) it is normal that the gradient overflows while the loss is finite: the
-    scaler leaves the step out and lowers its scale. Such steps are counted, too, but reported only from the fifth in a
-    row on.
+    scaler skips the update and lowers its scale. Such iterations are counted, too, but reported only from the fifth
+    in a row on.
 
     Args:
-        limit: The training stops after so many such steps in a row.
+        limit: The training stops after so many such iterations in a row.
     """
 
     NORMAL_BACK_OFFS = 4  # in a row
@@ -23,8 +24,8 @@ class Divergence:
     def __init__(self, limit: int):
         self.limit, self.count, self.reported = limit, 0, False
 
-    def look(self, values: dict[str, float], epoch: int, cases: Iterable, scaled: bool = False) -> str | None:
-        """Check one training step.
+    def check(self, values: dict[str, float], epoch: int, cases: Iterable, scaled: bool = False) -> str | None:
+        """Check one iteration.
 
         Args:
             values: The loss, its terms, and the norm of the gradient under the name "gradient".
@@ -33,8 +34,8 @@ class Divergence:
             scaled: Whether a gradient scaler is in use.
 
         Returns:
-            The warning to print, or None. In a row of such steps the first one whose loss is not finite is reported,
-            and every back-off of the gradient scaler from the fifth step on.
+            The warning to print, or None. In a row of such iterations the first one whose loss is not finite is
+            reported, and every back-off of the gradient scaler from the fifth iteration on.
 
         Raises:
             TrainingError: The limit is reached.
@@ -49,15 +50,39 @@ class Divergence:
                 f"cases: {', '.join(sorted(map(str, set(cases))))}")
         if self.count >= self.limit:
             raise TrainingError(
-                f"{self.count} steps in a row were not finite, so the training stops ({what}). None of them has changed the network. Look "
-                f"at these cases (confkd check), lower the weight of the term, or train in float32.")
+                f"{self.count} steps in a row were not finite, so the training stops ({what}). None of them has "
+                f"changed the network. Check these cases (confkd check), lower the weight of the term, or train in "
+                f"float32.")
         if back_off:
             if self.count <= self.NORMAL_BACK_OFFS:
                 return None
-            return (f"WARNING: {self.count} steps in a row are left out, because the gradient is not finite, though "
-                    "the loss is. "
-                    f"With mixed precision up to {self.NORMAL_BACK_OFFS} in a row are normal: {what}")
+            return (f"WARNING: {self.count} steps in a row were skipped, because the gradient is not finite, although "
+                    f"the loss is. With mixed precision up to {self.NORMAL_BACK_OFFS} in a row are normal: {what}")
         if self.reported:
             return None
         self.reported = True
-        return f"WARNING: this step is left out, because it is not finite: {what}"
+        return f"WARNING: this step was skipped, because it is not finite: {what}"
+
+
+def explain_stop(error: BaseException, folder: str | Path, epoch: int) -> tuple[str, str | None]:
+    """Say where a training has stopped, and from which checkpoint it can be continued.
+
+    Args:
+        error: What has ended the training.
+        folder: Folder of the fold.
+        epoch: Number of the epoch.
+
+    Returns:
+        The text, and the reason of an error that :class:`TrainingError` should carry, or None for any other.
+    """
+    names = ("checkpoint_final.pth", "checkpoint_latest.pth", "checkpoint_best.pth")
+    left = next((name for name in names if Path(folder, name).is_file()), None)
+    stopped = f"The training stopped in epoch {epoch}. " + (
+        f"{left} is whole: --c goes on from it." if left else "There is no checkpoint to go on from yet.")
+    if isinstance(error, TrainingError):
+        return stopped, str(error)
+    if isinstance(error, RuntimeError) and "background workers" in str(error):
+        return stopped, ("a process that loads and augments the data has ended. Its error message is printed above; if "
+                         "there is none, the process was killed, most likely because the memory was exhausted (fewer "
+                         "processes: nnUNet_n_proc_DA).")
+    return stopped, None

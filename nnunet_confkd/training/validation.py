@@ -16,28 +16,33 @@ from zlib import crc32
 import numpy as np
 import torch
 import torch.distributed as dist
-from batchgenerators.utilities.file_and_folder_operations import isfile, join, load_json, maybe_mkdir_p
+from batchgenerators.utilities.file_and_folder_operations import isfile, join, maybe_mkdir_p
 from nnunetv2.configuration import default_num_processes
 from nnunetv2.evaluation.evaluate_predictions import compute_metrics_on_folder
 from nnunetv2.inference.export_prediction import export_prediction_from_logits, resample_and_save
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.inference.sliding_window_prediction import compute_gaussian
 from nnunetv2.paths import nnUNet_preprocessed
-from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
+from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class, nnUNetDatasetNumpy
 from nnunetv2.utilities.label_handling.label_handling import convert_labelmap_to_one_hot
 
 from nnunet_confkd.data.json_files import read_folds, read_json
 from nnunet_confkd.data.supervision import FULL, OUTSIDE
-from nnunet_confkd.errors import InputError, TrainingError
+from nnunet_confkd.errors import InputError, TrainingError, some
+from nnunet_confkd.files import written_whole
 from nnunet_confkd.training.batches import label_outside
-from nnunet_confkd.training.hints import class_map, regions_of, volume_hints
+from nnunet_confkd.training.hints import class_map, hint_channels, regions_of
 from nnunet_confkd.training.network import TwoBranchUNet, unwrap
+from nnunet_confkd.training.record import RECORD
 
 VALIDATION_FOLDERS = {"student": "validation", "teacher": "validation_teacher"}
+SEGMENTATION_ENDINGS = (".b2nd", ".npz")  # of nnU-Net's preprocessed segmentations
 
+
+# ---- predicting a case ----------------------------------------------------------------------------------------------
 
 class _Heads:
-    """What nnUNetPredictor asks of a label manager while it slides its window: the number of output channels."""
+    """What nnUNetPredictor needs of a label manager while it slides its window: the number of output channels."""
 
     def __init__(self, num_segmentation_heads: int):
         self.num_segmentation_heads = num_segmentation_heads
@@ -46,7 +51,11 @@ class _Heads:
 class CasePredictor:
     """Predicts preprocessed cases with nnU-Net's sliding window, for one branch or for both in one pass.
 
-    The network's outputs of all branches are treated as channels of one output, so the encoder runs once.
+    The network's outputs of all branches are treated as channels of one output, so that the encoder runs once.
+
+    Args:
+        trainer: A trainer, or an object with the attributes that are read here.
+        branches: "student", "teacher" or both.
     """
 
     def __init__(self, trainer, branches: list[str]):
@@ -54,8 +63,8 @@ class CasePredictor:
         self.predictor = nnUNetPredictor(tile_step_size=0.5, use_gaussian=True, use_mirroring=True,
                                          perform_everything_on_device=True, device=trainer.device, verbose=False,
                                          verbose_preprocessing=False, allow_tqdm=False)
-        self.predictor.manual_initialization(trainer.network, trainer.plans_manager, trainer.configuration_manager, None,
-                                             trainer.dataset_json, type(trainer).__name__,
+        self.predictor.manual_initialization(trainer.network, trainer.plans_manager, trainer.configuration_manager,
+                                             None, trainer.dataset_json, type(trainer).__name__,
                                              trainer.inference_allowed_mirroring_axes)
         self.heads = trainer.label_manager.num_segmentation_heads
         self.predictor.label_manager = _Heads(self.heads * len(branches))
@@ -72,13 +81,14 @@ class CasePredictor:
         finally:
             module.branch, module.hints_in_input = before, False
 
-    def __call__(self, data: np.ndarray, seg_prev: np.ndarray | None, hints: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
+    def __call__(self, data: np.ndarray, seg_prev: np.ndarray | None,
+                 hints: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
         """Predict a preprocessed case.
 
         Args:
-            data: `(C, *spatial)`.
-            seg_prev: the previous stage's labels `(*spatial)`, for a cascade.
-            hints: the teacher's, `(heads + 1, *spatial)`.
+            data: The image, `(C, *spatial)`.
+            seg_prev: The labels of the previous stage `(*spatial)`, for a cascade.
+            hints: Those of the teacher, `(heads + 1, *spatial)`.
 
         Returns:
             The logits of each branch, `(heads, *spatial)`: views of one tensor on the CPU.
@@ -95,36 +105,52 @@ class CasePredictor:
 
 
 def simulated_hints(trainer, case: str, data: np.ndarray, seg: np.ndarray) -> torch.Tensor | None:
-    """The teacher's hints on a fully annotated case, `(heads + 1, *spatial)`; None where it is validated without hints.
+    """Simulate the teacher's hints on a fully annotated case.
 
     They are the same in every validation of this case with the same partially annotated training cases.
+
+    Args:
+        trainer: The trainer, with its `validation_hints`.
+        case: Name of the case.
+        data: The image, `(C, *spatial)`.
+        seg: The ground truth, `(1, *spatial)`.
+
+    Returns:
+        `(heads + 1, *spatial)`; None if the teacher is validated without hints.
     """
     if trainer.validation_hints is None:
         return None
-    sampler = deepcopy(trainer.validation_hints)  # it learns from what it sees: here every case comes first
-    label = label_outside(torch.from_numpy(seg[0].astype(np.int16)), trainer.label_manager.ignore_label, full=True)
-    target = regions_of(label[None], trainer.label_manager)
-    mask = sampler.simulate_volume(data, class_map(target[None], trainer.label_manager.has_regions)[0], seg[0] != OUTSIDE,
-                                   trainer.configuration_manager.patch_size, np.random.default_rng(crc32(case.encode())))
-    return volume_hints(label.numpy(), mask, trainer.label_manager)
+    sampler = deepcopy(trainer.validation_hints)  # it learns from what it sees, and every case must come first
+    labels, regions = trainer.label_manager, trainer.label_manager.has_regions
+    label = label_outside(torch.from_numpy(seg[0].astype(np.int16)), labels.ignore_label, full=True)
+    target = regions_of(label[None], labels)[None]
+    mask = sampler.simulate_volume(data, class_map(target, regions)[0], seg[0] != OUTSIDE,
+                                   trainer.configuration_manager.patch_size,
+                                   np.random.default_rng(crc32(case.encode())))
+    return hint_channels(target, torch.from_numpy(mask)[None, None], labels.num_segmentation_heads, regions)[0]
 
 
-class _ExportPool:
-    """Hands cases to processes, and never has more of them waiting than there are processes, or two."""
+# ---- writing in other processes -------------------------------------------------------------------------------------
+
+class ExportPool:
+    """Hands cases to processes; never more of them wait than there are processes, or two."""
 
     def __init__(self, executor: ProcessPoolExecutor) -> None:
         self.executor = executor
         self.waiting: set[Future] = set()
 
     def submit(self, function, *args) -> None:
+        """Run `function(*args)` in a process."""
         self.waiting.add(self.executor.submit(function, *args))
 
     def wait_for_room(self) -> None:
+        """Wait until one more case may be submitted. Raises what the function of an earlier one has raised."""
         self._collect(wait(self.waiting, timeout=0).done)
-        while len(self.waiting) >= max(2, default_num_processes):  # two branches a case: nnU-Net's two more would double its memory
+        while len(self.waiting) >= max(2, default_num_processes):  # nnU-Net's two more would need too much memory
             self._collect(wait(self.waiting, return_when=FIRST_COMPLETED).done)
 
     def wait_for_all(self) -> None:
+        """Wait until everything is done. Raises what a function has raised."""
         self._collect(wait(self.waiting).done)
 
     def _collect(self, done: set[Future]) -> None:
@@ -134,36 +160,48 @@ class _ExportPool:
 
 
 @contextmanager
-def _export_pool() -> Iterator[_ExportPool]:
-    """Spawned processes; all work is done at the end.
+def export_pool() -> Iterator[ExportPool]:
+    """Start processes that write segmentations; all work is done at the end.
 
-    Raises TrainingError where one of them is killed. (A `multiprocessing.Pool`, as nnU-Net has it, then waits for ever, if it was
-    the one that held the queue.)
+    nnU-Net's `multiprocessing.Pool` waits for ever if the process that holds its queue is killed.
+
+    Raises:
+        TrainingError: One of the processes was killed.
     """
     executor = ProcessPoolExecutor(default_num_processes, multiprocessing.get_context("spawn"))
     try:
-        pool = _ExportPool(executor)
+        pool = ExportPool(executor)
         yield pool
         pool.wait_for_all()
     except BrokenProcessPool as error:
-        raise TrainingError("A process that writes the validation's segmentations was killed; is the memory exhausted? The trained "
-                            "network is saved. Repeat the validation alone: the same command with --val, and with fewer such processes, "
-                            "e.g. nnUNet_def_n_proc=2, where memory is short.") from error
+        raise TrainingError("A process that writes the validation's segmentations was killed; is the memory exhausted? "
+                            "The trained network is saved. Repeat the validation alone: the same command with --val, "
+                            "and with fewer such processes, e.g. nnUNet_def_n_proc=2, if there is little memory."
+                            ) from error
     finally:
         executor.shutdown(cancel_futures=True)
 
 
-def _save_for_next_stage(prediction, target_shape, output_file, *args):
-    """nnU-Net's resample_and_save, written aside first: folds that train at once may write the same case."""
-    aside = f"{output_file}.{os.getpid()}"
-    resample_and_save(prediction, target_shape, aside, *args)
-    for ending in (".b2nd", ".npz"):
-        if isfile(aside + ending):
-            os.replace(aside + ending, output_file + ending)
+def _export_case(logits: dict[str, torch.Tensor], files: dict[str, str], next_stages: list[tuple], properties: dict,
+                 plans_manager, configuration_manager, dataset_json: dict, save_probabilities: bool) -> None:
+    """Write everything of one case: each branch's segmentation, and the next stages' input from the student.
+
+    This is one task, so that the logits are handed to a process once. They are tensors, which PyTorch moves to shared
+    memory; NumPy arrays would be copied through a pipe.
+    """
+    for branch, file in files.items():
+        export_prediction_from_logits(logits[branch], properties, configuration_manager, plans_manager, dataset_json,
+                                      file, save_probabilities)
+    for shape, file, dataset_class in next_stages:
+        # Written atomically, because folds that train at the same time may write the same case.
+        ending = SEGMENTATION_ENDINGS[issubclass(dataset_class, nnUNetDatasetNumpy)]
+        with written_whole(file + ending) as aside:
+            resample_and_save(logits["student"], shape, str(aside).removesuffix(ending), plans_manager,
+                              configuration_manager, properties, dataset_json, default_num_processes, dataset_class)
 
 
 def _next_stages(trainer, case: str) -> Iterator[tuple]:
-    """What resample_and_save needs for the case in each next stage of a cascade: target shape, file, dataset class."""
+    """The shape, the file without its ending and the dataset class of a case in each next stage of a cascade."""
     for stage in trainer.configuration_manager.next_stage_names or []:
         configuration = trainer.plans_manager.get_configuration(stage)
         folder = join(nnUNet_preprocessed, trainer.plans_manager.dataset_name, configuration.data_identifier)
@@ -179,83 +217,66 @@ def _next_stages(trainer, case: str) -> Iterator[tuple]:
         yield data.shape[1:], join(output_folder, case), dataset_class
 
 
-def _export_case(logits: dict[str, torch.Tensor], files: dict[str, str], next_stages: list[tuple], properties: dict,
-                 plans_manager, configuration_manager, dataset_json: dict, save_probabilities: bool) -> None:
-    """Write everything of one case: each branch's segmentation, and the next stages' input from the student.
+# ---- the validation -------------------------------------------------------------------------------------------------
 
-    This is one task, so that the logits are handed to a process once. They are tensors, which PyTorch moves to shared
-    memory; NumPy arrays would be copied through a pipe.
+def validate(trainer, save_probabilities: bool) -> None:
+    """Validate both branches.
+
+    Writes `validation/` (the student, as nnU-Net does) and `validation_teacher/`, each with its `summary.json`. Before
+    the next stage of a cascade it also writes `predicted_next_stage`, for validation cases and for training cases
+    that no fold validates.
+
+    Args:
+        trainer: The trainer, after the training.
+        save_probabilities: Whether probabilities are written, too.
     """
-    for branch, file in files.items():
-        export_prediction_from_logits(logits[branch], properties, configuration_manager, plans_manager, dataset_json, file,
-                                      save_probabilities)
-    for shape, file, dataset_class in next_stages:
-        _save_for_next_stage(logits["student"], shape, file, plans_manager, configuration_manager, properties, dataset_json,
-                             default_num_processes, dataset_class)
+    trainer.set_deep_supervision_enabled(False)
+    trainer.network.eval()
+    branches = ["student", "teacher"] if isinstance(unwrap(trainer.network), TwoBranchUNet) else ["student"]
+    folders = {branch: join(trainer.output_folder, VALIDATION_FOLDERS[branch]) for branch in branches}
+    for folder in folders.values():
+        maybe_mkdir_p(folder)
+    _, val_cases = trainer.do_split()
+    if len(branches) > 1:
+        how = ("with simulated annotations as hints, which is what it is trained for" if trainer.validation_hints else
+               "without hints")
+        trainer.print_to_log_file(f"The teacher is validated {how}.")
+    if trainer.local_rank == 0:
+        _warn_of_training_cases(trainer, val_cases)
+        for folder in folders.values():
+            _move_other_cases(trainer, folder, val_cases)
+
+    with export_pool() as pool:
+        predict_cases(trainer, val_cases, pool, folders, save_probabilities)
+        if trainer.configuration_manager.next_stage_names:
+            predict_cases(trainer, _cases_without_validation(trainer), pool, {}, False)
+
+    if trainer.is_ddp:
+        dist.barrier()
+    if trainer.local_rank == 0:
+        for branch, folder in folders.items():
+            _evaluate(trainer, branch, folder)
+    trainer.set_deep_supervision_enabled(True)
+    compute_gaussian.cache_clear()
 
 
-def check_first_stage(trainer) -> None:
-    """Check the predictions of the first stage of a cascade, before its second stage trains on them.
+def predict_cases(trainer, cases: Iterable[str], pool: ExportPool, folders: dict[str, str],
+                  save_probabilities: bool) -> None:
+    """Predict cases and hand the results to processes that write them. With DDP each rank takes its share.
 
-    The second stage should see what the first stage predicts for images that it was not trained on. A fold of the first
-    stage predicts its validation cases for that. Training cases that no trained fold validates were predicted by a network
-    that was trained on them, and their predictions are better than those of new images: a warning says so.
-
-    Raises:
-        InputError: Predictions are missing.
+    Args:
+        trainer: The trainer.
+        cases: Names of preprocessed cases.
+        pool: The processes.
+        folders: Where the segmentations of each branch go. If it is empty, the student predicts the input of the next
+            stage of a cascade alone.
+        save_probabilities: Whether probabilities are written, too.
     """
-    folder, stage = trainer.folder_with_segs_from_previous_stage, trainer.configuration_manager.previous_stage_name
-    model = os.path.dirname(os.path.dirname(folder))
-    train, val = trainer.do_split()
-    splits_file = join(trainer.preprocessed_dataset_folder_base, "splits_final.json")
-    folds = dict(enumerate(read_folds(splits_file))) if isfile(splits_file) else {}
-    trained = [k for k in folds if isfile(join(model, f"fold_{k}", "validation", "summary.json"))]
-    lacking = [k for k in folds if k not in trained]
-    plans, name = trainer.plans_manager.plans_name, type(trainer).__name__
-    options = (f" -tr {name}" if name != "ConfKDTrainer" else "") + (f" -p {plans}" if plans != "nnUNetPlans" else "")
-    number = int(trainer.plans_manager.dataset_name[7:10])
-
-    def commands(numbers: Iterable[int | str], more: str = "") -> str:
-        return "; ".join(f"confkd train {number} {stage} {k}{options}{more}" for k in numbers)
-
-    missing = [case for case in sorted({*train, *val}) if not any(isfile(join(folder, case + end)) for end in (".b2nd", ".npz"))]
-    if missing:
-        raise InputError(f"{folder}: {len(missing)} case(s) lack the prediction of the first stage, {stage}, which the second stage needs: "
-                         f"{', '.join(missing[:10])}{' ...' if len(missing) > 10 else ''}. Run first: "
-                         f"{commands(lacking) or commands(trained, ' --val') or commands(['all'])}")
-    validated = {case for k in trained for case in folds[k]["val"]}
-    seen = [case for case in train if case not in validated]
-    full = [case for case in seen if trainer.find_supervision()[case] == FULL]
-    if full:
-        trainer.print_to_log_file(
-            f"WARNING: the first stage, {stage}, predicted {len(full)} fully annotated training case(s) with a network that was trained "
-            f"on these very cases. Its predictions of new images are worse, so that the second stage learns to trust them too much. " + (
-                f"The first stage lacks {len(lacking)} of {len(folds)} folds; train them first: {commands(lacking)}" if lacking else
-                f"No fold of {splits_file} validates these cases. Without this file the next training writes folds that do; train "
-                f"the folds of both stages then."))
-    if len(seen) > len(full):
-        trainer.print_to_log_file(
-            f"WARNING: {len(seen) - len(full)} partially annotated or unlabelled training case(s) validate in no fold, so that the first "
-            f"stage, {stage}, predicted them with a network that was trained on them, without their missing annotations.")
-
-
-def _cases_of_no_validation(trainer) -> list[str]:
-    """Training cases that no fold validates: no fold would predict them for the next stage of a cascade."""
-    train, val = trainer.do_split()
-    if trainer.fold == "all":
-        return []
-    splits = load_json(join(trainer.preprocessed_dataset_folder_base, "splits_final.json"))
-    return sorted(set(train) - set(val) - {case for split in splits for case in split["val"]})
-
-
-def _predict_cases(trainer, cases: list[str], branches: list[str], pool: _ExportPool, folders: dict[str, str],
-                   save_probabilities: bool) -> None:
-    """Predict cases and write what is asked for: segmentations into the branches' folders, and the next stage's input
-    from the student. Under DDP each rank takes its share of the cases."""
+    branches = list(folders) or ["student"]
+    cases = sorted(cases)
     ranks = dist.get_world_size() if trainer.is_ddp else 1
-    mine = sorted(cases)[trainer.local_rank::ranks]
-    common = len(cases) // ranks  # what every rank has: barriers must not outnumber it
-    dataset = trainer.dataset_class(trainer.preprocessed_dataset_folder, mine,
+    common = len(cases) // ranks  # what every rank has: there must not be more barriers than that
+    dataset = trainer.dataset_class(trainer.preprocessed_dataset_folder, cases[trainer.local_rank::ranks],
                                     folder_with_segs_from_previous_stage=trainer.folder_with_segs_from_previous_stage)
     predict = CasePredictor(trainer, branches)
     for i, case in enumerate(dataset.identifiers):
@@ -274,23 +295,24 @@ def _predict_cases(trainer, cases: list[str], branches: list[str], pool: _Export
 
 def _warn_of_training_cases(trainer, cases: list[str]) -> None:
     """The split may have changed between the training and a validation alone (--val)."""
-    file = Path(trainer.output_folder, "confkd.json")
+    file = Path(trainer.output_folder, RECORD)
     if trainer.fold == "all" or not file.is_file():
         return
     trained = sorted(set(cases) & set(read_json(file).get("supervision", ())))
     if trained:
-        trainer.print_to_log_file(f"WARNING: {len(trained)} of the {len(cases)} validation cases were training cases of this "
-                                  f"network (see {file}): {', '.join(trained)}. Their Dice does not tell how the "
-                                  f"network does on new cases. If the split was changed after the training, train again.")
+        trainer.print_to_log_file(f"WARNING: {len(trained)} of the {len(cases)} validation cases were training cases "
+                                  f"of this network (see {file}): {', '.join(trained)}. Their Dice says nothing about "
+                                  f"new cases. If the split was changed after the training, train again.")
 
 
 def _move_other_cases(trainer, folder: str, cases: list[str]) -> None:
-    """Move what an earlier validation, of another split, left of other cases into a folder beside this one.
+    """Move the files of cases that an earlier validation, with another split, has left into a folder beside this one.
 
     nnU-Net's evaluation and `nnUNetv2_find_best_configuration` count every segmentation that they find here.
     """
     endings = (trainer.dataset_json["file_ending"], ".npz", ".pkl")
-    found = {file.name.removesuffix(ending) for file in Path(folder).iterdir() for ending in endings[:2] if file.name.endswith(ending)}
+    found = {file.name.removesuffix(ending) for file in Path(folder).iterdir() for ending in endings[:2]
+             if file.name.endswith(ending)}
     others = sorted(found - set(cases))
     if not others:
         return
@@ -299,44 +321,12 @@ def _move_other_cases(trainer, folder: str, cases: list[str]) -> None:
     for file in (Path(folder, case + ending) for case in others for ending in endings):
         if file.is_file():
             file.rename(target / file.name)
-    trainer.print_to_log_file(f"{folder}: moved the files of {len(others)} cases that this fold does not validate to {target}: "
-                              f"{', '.join(others)}")
+    trainer.print_to_log_file(f"{folder}: moved the files of {len(others)} cases that this fold does not validate to "
+                              f"{target}: {', '.join(others)}")
 
 
-def validate(trainer, save_probabilities: bool) -> None:
-    """The final validation. Writes `validation/` (the student, as nnU-Net does) and `validation_teacher/`, each with
-    its `summary.json`, and, before a cascade's next stage, `predicted_next_stage` for validation cases and for training
-    cases that no fold validates."""
-    trainer.set_deep_supervision_enabled(False)
-    trainer.network.eval()
-    branches = ["student", "teacher"] if isinstance(unwrap(trainer.network), TwoBranchUNet) else ["student"]
-    folders = {branch: join(trainer.output_folder, VALIDATION_FOLDERS[branch]) for branch in branches}
-    for folder in folders.values():
-        maybe_mkdir_p(folder)
-    _, val_cases = trainer.do_split()
-    if len(branches) > 1:
-        trainer.print_to_log_file("The teacher is validated " + ("with simulated annotations as hints, which is what it is trained for."
-                                                                 if trainer.validation_hints else "without hints."))
-    if trainer.local_rank == 0:
-        _warn_of_training_cases(trainer, val_cases)
-        for folder in folders.values():
-            _move_other_cases(trainer, folder, val_cases)
-
-    with _export_pool() as pool:
-        _predict_cases(trainer, val_cases, branches, pool, folders, save_probabilities)
-        if trainer.configuration_manager.next_stage_names:
-            _predict_cases(trainer, _cases_of_no_validation(trainer), ["student"], pool, {}, False)
-
-    if trainer.is_ddp:
-        dist.barrier()
-    if trainer.local_rank == 0:
-        for branch, folder in folders.items():
-            _report(trainer, branch, folder)
-    trainer.set_deep_supervision_enabled(True)
-    compute_gaussian.cache_clear()
-
-
-def _report(trainer, branch: str, folder: str) -> None:
+def _evaluate(trainer, branch: str, folder: str) -> None:
+    """Write the summary.json of a branch, and log its Dice."""
     labels = trainer.label_manager
     metrics = compute_metrics_on_folder(
         join(trainer.preprocessed_dataset_folder_base, "gt_segmentations"), folder, join(folder, "summary.json"),
@@ -350,5 +340,68 @@ def _report(trainer, branch: str, folder: str) -> None:
     trainer.logger.log_summary(f"{prefix}/foreground_dice", dice)
     if branch == "student":
         trainer.print_to_log_file("Validation complete")
-    trainer.print_to_log_file("Mean Validation Dice: " if branch == "student" else "Mean Validation Dice of the teacher: ",
-                              dice)
+    trainer.print_to_log_file(
+        "Mean Validation Dice: " if branch == "student" else "Mean Validation Dice of the teacher: ", dice)
+
+
+# ---- cascades -------------------------------------------------------------------------------------------------------
+
+def _cases_without_validation(trainer) -> list[str]:
+    """Training cases that no fold validates: no fold would predict them for the next stage of a cascade."""
+    train, val = trainer.do_split()
+    if trainer.fold == "all":
+        return []
+    folds = read_folds(join(trainer.preprocessed_dataset_folder_base, "splits_final.json"))
+    return sorted(set(train) - set(val) - {case for fold in folds for case in fold["val"]})
+
+
+def check_first_stage(trainer) -> None:
+    """Check the predictions of the first stage of a cascade, before its second stage trains on them.
+
+    The second stage should see what the first stage predicts for images that it was not trained on. A fold of the first
+    stage predicts its validation cases for that. Training cases that no trained fold validates were predicted by a
+    network that was trained on them, and their predictions are better than those of new images: a warning says so.
+
+    Raises:
+        InputError: Predictions are missing.
+    """
+    folder, stage = trainer.folder_with_segs_from_previous_stage, trainer.configuration_manager.previous_stage_name
+    model = os.path.dirname(os.path.dirname(folder))
+    train, val = trainer.do_split()
+    splits_file = join(trainer.preprocessed_dataset_folder_base, "splits_final.json")
+    folds = dict(enumerate(read_folds(splits_file))) if isfile(splits_file) else {}
+    trained = [k for k in folds if isfile(join(model, f"fold_{k}", "validation", "summary.json"))]
+    lacking = [k for k in folds if k not in trained]
+
+    missing = [case for case in sorted({*train, *val})
+               if not any(isfile(join(folder, case + ending)) for ending in SEGMENTATION_ENDINGS)]
+    if missing:
+        remedy = (_commands(trainer, stage, lacking) or _commands(trainer, stage, trained, " --val")
+                  or _commands(trainer, stage, ["all"]))
+        raise InputError(f"{folder}: {len(missing)} case(s) lack the prediction of the first stage, {stage}, which the "
+                         f"second stage needs: {some(missing)}. Run first: {remedy}")
+    validated = {case for k in trained for case in folds[k]["val"]}
+    seen = [case for case in train if case not in validated]
+    full = [case for case in seen if trainer.find_supervision()[case] == FULL]
+    if full:
+        remedy = (f"The first stage lacks {len(lacking)} of {len(folds)} folds; train them first: "
+                  f"{_commands(trainer, stage, lacking)}" if lacking else
+                  f"No fold of {splits_file} validates these cases. Without this file the next training writes folds "
+                  f"that do; train the folds of both stages then.")
+        trainer.print_to_log_file(
+            f"WARNING: the first stage, {stage}, predicted {len(full)} fully annotated training case(s) with a network "
+            f"that was trained on these very cases. Its predictions of new images are worse, so that the second stage "
+            f"learns to trust them too much. {remedy}")
+    if len(seen) > len(full):
+        trainer.print_to_log_file(
+            f"WARNING: {len(seen) - len(full)} partially annotated or unlabelled training case(s) validate in no fold, "
+            f"so that the first stage, {stage}, predicted them with a network that was trained on them, without their "
+            f"missing annotations.")
+
+
+def _commands(trainer, stage: str, folds: Iterable[int | str], more: str = "") -> str:
+    """The commands that train these folds of a stage with the same trainer and plans."""
+    plans, name = trainer.plans_manager.plans_name, type(trainer).__name__
+    options = (f" -tr {name}" if name != "ConfKDTrainer" else "") + (f" -p {plans}" if plans != "nnUNetPlans" else "")
+    number = int(trainer.plans_manager.dataset_name[7:10])
+    return "; ".join(f"confkd train {number} {stage} {fold}{options}{more}" for fold in folds)

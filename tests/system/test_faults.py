@@ -25,7 +25,7 @@ from nnunet_confkd.files import new_folder
 from nnunet_confkd.training import validation
 from nnunet_confkd.training.batches import TrainingCases
 from nnunet_confkd.training.recovery import Divergence
-from nnunet_confkd.training.validation import _export_pool
+from nnunet_confkd.training.validation import export_pool
 
 HIPPOCAMPUS = "Dataset004_Hippocampus"
 SHORT = {"epochs": 1, "iterations_per_epoch": 3, "seed": 0}
@@ -171,7 +171,7 @@ def test_a_training_that_is_stopped_says_what_is_left(nnunet, hippocampus, capsy
 @pytest.mark.parametrize("at_rest", (True, False), ids=("waiting", "at work"))
 def test_a_killed_process_of_the_validation_ends_it_with_a_message(at_rest):
     # in a multiprocessing.Pool the others wait for ever for the queue that a killed one held
-    with pytest.raises(TrainingError, match="validation's segmentations was killed.*--val"), _export_pool() as pool:
+    with pytest.raises(TrainingError, match="validation's segmentations was killed.*--val"), export_pool() as pool:
         pool.submit(time.sleep, 0 if at_rest else 600)
         if at_rest:
             pool.submit(abs, 1)
@@ -185,7 +185,7 @@ def test_a_killed_process_of_the_validation_ends_it_with_a_message(at_rest):
 
 def test_the_validation_never_has_more_than_a_few_results_waiting(monkeypatch):
     monkeypatch.setattr(validation, "default_num_processes", 1)
-    with pytest.raises(ZeroDivisionError), _export_pool() as pool:
+    with pytest.raises(ZeroDivisionError), export_pool() as pool:
         for _ in range(12):
             pool.wait_for_room()
             pool.submit(abs, 1)
@@ -198,40 +198,40 @@ def test_the_validation_never_has_more_than_a_few_results_waiting(monkeypatch):
 def test_steps_that_are_not_finite_are_named_once_and_stop_the_training_at_the_limit():
     divergence, nan = Divergence(3), float("nan")
     good, bad = {"loss": 1.0, "loss_kl": 0.5}, {"loss": nan, "loss_kl": nan, "loss_entropy": 0.1}
-    assert divergence.look(good, 0, ["a"]) is None
-    text = divergence.look(bad, 7, ["b", "a", "b"])
+    assert divergence.check(good, 0, ["a"]) is None
+    text = divergence.check(bad, 7, ["b", "a", "b"])
     assert "epoch 7" in text and "loss_kl = nan" in text and "entropy" not in text and "cases: a, b" in text
-    assert divergence.look(bad, 7, ["a"]) is None  # not said again
-    assert divergence.look(good, 7, ["a"]) is None
+    assert divergence.check(bad, 7, ["a"]) is None  # not said again
+    assert divergence.check(good, 7, ["a"]) is None
     for _ in range(2):  # the count began anew
-        divergence.look({"loss": 1.0, "gradient": float("inf")}, 8, ["a"])
+        divergence.check({"loss": 1.0, "gradient": float("inf")}, 8, ["a"])
     with pytest.raises(TrainingError, match=r"3 steps in a row .*epoch 8, gradient = inf; cases: c"):
-        divergence.look({"gradient": float("inf")}, 8, ["c"])
+        divergence.check({"gradient": float("inf")}, 8, ["c"])
 
 
 def test_back_offs_of_the_gradient_scaler_are_reported_from_the_fifth_in_a_row_on():
     divergence = Divergence(8)
     infinite, good = {"loss": 1.0, "loss_kl": 0.2, "gradient": float("inf")}, {"loss": 1.0, "gradient": 2.0}
     for _ in range(3):  # single ones, and a few at the start, are normal
-        assert [divergence.look(infinite, 0, ["a"], scaled=True) for _ in range(4)] == [None] * 4
-        assert divergence.look(good, 0, ["a"], scaled=True) is None
-    said = [divergence.look(infinite, 3, ["a"], scaled=True) for _ in range(7)]
+        assert [divergence.check(infinite, 0, ["a"], scaled=True) for _ in range(4)] == [None] * 4
+        assert divergence.check(good, 0, ["a"], scaled=True) is None
+    said = [divergence.check(infinite, 3, ["a"], scaled=True) for _ in range(7)]
     assert said[:4] == [None] * 4
     assert all(f"{i} steps in a row" in text and "epoch 3" in text for i, text in enumerate(said[4:], 5))
     with pytest.raises(TrainingError, match="8 steps in a row"):
-        divergence.look(infinite, 3, ["a"], scaled=True)
+        divergence.check(infinite, 3, ["a"], scaled=True)
 
 
 def test_a_loss_that_is_not_finite_is_named_at_once_with_a_gradient_scaler_too():
     divergence, nan = Divergence(8), float("nan")
     infinite, bad = {"loss": 1.0, "gradient": nan}, {"loss": nan, "gradient": nan}
-    assert divergence.look(infinite, 0, ["a"], scaled=True) is None
-    text = divergence.look(bad, 0, ["b"], scaled=True)
+    assert divergence.check(infinite, 0, ["a"], scaled=True) is None
+    text = divergence.check(bad, 0, ["b"], scaled=True)
     assert "loss = nan" in text and "cases: b" in text
-    assert divergence.look(bad, 0, ["c"], scaled=True) is None  # not said again
-    assert divergence.look(infinite, 0, ["c"], scaled=True) is None
-    assert "5 steps in a row" in divergence.look(infinite, 0, ["c"], scaled=True)  # all of them were left out
-    assert "gradient = nan" in Divergence(8).look({"loss": 1.0, "gradient": nan}, 0, ["a"])  # no scaler: no back-off
+    assert divergence.check(bad, 0, ["c"], scaled=True) is None  # not said again
+    assert divergence.check(infinite, 0, ["c"], scaled=True) is None
+    assert "5 steps in a row" in divergence.check(infinite, 0, ["c"], scaled=True)  # all of them were left out
+    assert "gradient = nan" in Divergence(8).check({"loss": 1.0, "gradient": nan}, 0, ["a"])  # no scaler: no back-off
 
 
 def test_a_step_that_is_not_finite_changes_no_weight_and_names_term_and_cases(nnunet, hippocampus, capsys):

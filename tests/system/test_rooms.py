@@ -17,7 +17,8 @@ ORDER = [{"cli"}, {"demo"}, {"report"}, {"evaluation", "nnunet_commands"}, {"inf
          {"dataset_conversion"}, {"data"},
          {"colours", "device", "discovery", "files", "processes"}, {"errors"}, {""}]
 # Within `training`, the parts of the method do not know the trainer.
-PARTS = ("losses", "network", "hints", "settings", "batches", "recovery", "curves")
+PARTS = ("losses", "network", "hints", "settings", "batches", "recovery", "curves", "checks", "pseudo_dice", "ranks",
+         "record")
 
 
 def modules() -> dict[str, ast.Module]:

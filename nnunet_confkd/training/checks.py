@@ -1,0 +1,108 @@
+"""What can be wrong before a training begins: plans of another data set, an edited dataset.json, a bad split."""
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from batchgenerators.utilities.file_and_folder_operations import isfile, join, load_json
+from nnunetv2.paths import nnUNet_preprocessed, nnUNet_raw, nnUNet_results
+
+from nnunet_confkd.data.json_files import changed_since_planning, planning_text, read_folds, read_json
+from nnunet_confkd.data.patients import patients_of, single_patient_text
+from nnunet_confkd.data.supervision import FULL
+from nnunet_confkd.errors import InputError
+
+
+def check_plans(plans: dict, dataset_json: dict) -> None:
+    """Check that the plans belong to the data set.
+
+    nnU-Net reads the data from the folder that the plans name. Copied plans would train on another data set without a
+    word.
+
+    Raises:
+        InputError: The data set of the plans is another one, or its preprocessed folder is missing.
+    """
+    if not nnUNet_preprocessed.is_set():
+        return
+    own = join(nnUNet_preprocessed, plans["dataset_name"], "dataset.json")
+    if not isfile(own) or load_json(own) != dataset_json:
+        raise InputError(
+            f"these plans ('{plans['plans_name']}') are for {plans['dataset_name']}, which is not the data set that "
+            f"was asked for: {own} " + ("differs from its dataset.json" if isfile(own) else "does not exist")
+            + ". Plan and preprocess the data set itself (nnUNetv2_plan_and_preprocess); to carry plans over from "
+              "another one use nnUNetv2_move_plans_between_datasets.")
+
+
+def edited_after_planning(dataset: str, dataset_json: dict) -> str | None:
+    """Compare the raw dataset.json with the preprocessed one, from which training reads.
+
+    Args:
+        dataset: Name of the data set, e.g. Dataset004_Hippocampus.
+        dataset_json: The preprocessed dataset.json.
+
+    Returns:
+        What differs and what to do; None if nothing does, or if there is no raw data set.
+    """
+    if not (nnUNet_raw.is_set() and nnUNet_preprocessed.is_set()):
+        return None
+    raw, planned = (join(folder, dataset, "dataset.json") for folder in (nnUNet_raw, nnUNet_preprocessed))
+    try:
+        keys = changed_since_planning(read_json(raw), dataset_json)
+    except InputError:
+        return None  # training does not need the raw data
+    return planning_text(raw, planned, keys, int(dataset[7:10])) if keys else None
+
+
+def has_begun(plans: dict, configuration: str, fold: int | str, trainer: str) -> bool:
+    """Whether there is a checkpoint to continue from, or to validate."""
+    if not nnUNet_results.is_set():
+        return False
+    model = Path(nnUNet_results) / plans["dataset_name"] / f"{trainer}__{plans['plans_name']}__{configuration}"
+    return any((model / f"fold_{fold}" / f"checkpoint_{name}.pth").is_file() for name in ("final", "latest", "best"))
+
+
+def check_fold(fold: int, splits_file: str) -> None:
+    """Check that the split has the fold.
+
+    Raises:
+        InputError: There is no such fold. nnU-Net would make a random split.
+    """
+    num_splits = len(read_folds(splits_file)) if isfile(splits_file) else 5  # nnU-Net's own
+    if fold >= num_splits:
+        raise InputError(
+            f"fold {fold} was asked for, but {splits_file} has {num_splits} fold(s), 0 to {num_splits - 1}. nnU-Net "
+            f"would make a random split here, with partially annotated cases in validation. Use one of these folds, "
+            f"add one to the file, or train on fold 'all'. If the file is deleted, the next training writes up to five "
+            f"folds over the fully annotated cases.")
+
+
+def warnings_of_split(fold: int | str, train: Iterable[str], val: Iterable[str], kinds: dict[str, str],
+                      pattern: str | None, command: str) -> list[str]:
+    """Describe what is unusual about the cases of a fold.
+
+    Args:
+        fold: Number of the fold, or "all".
+        train: Its training cases.
+        val: Its validation cases.
+        kinds: Kind of each case of the data set.
+        pattern: The data set's pattern of patients, or None.
+        command: The command that trains on fold "all".
+
+    Returns:
+        Texts for the log.
+    """
+    train, val = list(train), list(val)
+    found = []
+    if fold != "all":
+        folds = {f"fold {fold}": {"train": train, "val": val}}
+        single = single_patient_text(folds, kinds, patients_of(kinds, pattern), command)
+        found += [f"{single}."] if single else []
+    if all(kinds[case] == FULL for case in train):
+        found.append("every training case is fully annotated. Nothing is left for the student to learn from partial "
+                     "annotations; this is nnU-Net with self-distillation.")
+    full = [case for case in val if kinds[case] == FULL]
+    if len(full) < len(val):
+        found.append(f"{len(val) - len(full)} validation case(s) are not fully annotated. "
+                     + ("The pseudo-Dice is that of the others." if full else
+                        "There is no other: the pseudo-Dice counts annotated voxels only."))
+    return found
