@@ -29,7 +29,7 @@ EPOCHS = {"tiny": 400, "short": 1}  # of each configuration; no training of the 
 TIMEOUT = 180  # seconds, for whatever is to happen: a hang is a failure
 
 TRAINER_FILE = f"""
-from nnunet_confkd.trainer import ConfKDTrainer
+from nnunet_confkd.training.trainer import ConfKDTrainer
 import torch
 
 class {TRAINER}(ConfKDTrainer):

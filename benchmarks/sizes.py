@@ -37,7 +37,7 @@ LOADER = """
 import json, os
 from pathlib import Path
 import torch
-from nnunet_confkd.trainer import ConfKDTrainer
+from nnunet_confkd.training.trainer import ConfKDTrainer
 folder = Path(os.environ["nnUNet_preprocessed"]) / {dataset!r}
 plans = json.loads((folder / "nnUNetPlans.json").read_text()) | {{"continue_training": False}}
 dataset = json.loads((folder / "dataset.json").read_text())
