@@ -1,14 +1,17 @@
-"""Does ConfKD beat nnU-Net's ignore label? Tables of accuracy, one command each.
+"""Does ConfKD beat nnU-Net's ignore label? Each command measures one table of accuracy.
 
     python benchmarks/accuracy.py hippocampus --data .../hippocampus --work FOLDER
-    python benchmarks/accuracy.py acdc_scribbles --data .../acdc --scribbles .../acdc_scribbles --work FOLDER --device cuda
+    python benchmarks/accuracy.py acdc_scribbles --data .../acdc --scribbles .../acdc_scribbles --work FOLDER \\
+        --device cuda
     python benchmarks/accuracy.py --report
 
-All rows of a table share data, plan, batch, iterations, augmentation and seeds. The patients, sorted by name, are shuffled with
-`random.Random(0)`: the first are for testing, the next for validation (settings are chosen on these), the rest train, and
-the first M of the rest are fully labelled. One JSON file a run, in `benchmarks/accuracy/TABLE/` (of trials, measured on
-the validation cases, in `TABLE_validation/`); a run that is there is not done again. `--report` writes the tables and the plot into docs/
-and README.md (see accuracy_report.py).
+All rows of a table share data, plan, batch size, iterations, augmentation and seeds. The patients are sorted by name
+and shuffled with `random.Random(0)`. The first patients are for testing, the next for validation, and the others for
+training. Settings are chosen on the validation patients. The first M training patients are fully annotated.
+
+Each run writes one JSON file into `benchmarks/accuracy/TABLE/`. Trials are measured on the validation cases and go into
+`TABLE_validation/`. Runs that already have a file are skipped. `--report` writes the tables and the plot into docs/ and
+README.md (see accuracy_report.py).
 """
 from __future__ import annotations
 
@@ -36,8 +39,13 @@ SPLIT_SEED = 0
 
 @dataclass(frozen=True)
 class Row:
-    """One line of a table. labels: "all" (fully labelled data), "full" (their first M cases alone) or "mixed".
-    steps: share of the table's iterations. time_of: train as long as that row does, not as many iterations."""
+    """One row of a table.
+
+    Attributes:
+        labels: "all" (all training cases, fully annotated), "full" (only the first M patients) or "mixed".
+        steps: Share of the table's iterations.
+        time_of: Train for as long as this row takes, not for as many iterations.
+    """
     title: str
     trainer: str = "ConfKDTrainer"
     labels: str = "mixed"
@@ -59,8 +67,15 @@ ROWS = {
     "all": Row("everything labelled, stock nnU-Net", "nnUNetTrainer", "all"),
 }
 
-# What was tried on the way to the defaults, one change at a time; for --on validation alone.
-PLAIN = {"weight_kl": 0.0, "weight_entropy": 0.0, "kl_images": "full", "kl_ramp_start": 0.0, "kl_ramp_end": 0.0, "extra_resolutions": "all"}
+# These trials led to the defaults. Each changes one thing, and they run with `--on validation` only.
+PLAIN = {
+    "weight_kl": 0.0,
+    "weight_entropy": 0.0,
+    "kl_images": "full",
+    "kl_ramp_start": 0.0,
+    "kl_ramp_end": 0.0,
+    "extra_resolutions": "all",
+}
 HINTS = {"kl_ramp_start": 0.0, "kl_ramp_end": 0.2, "extra_resolutions": "highest", "weight_entropy": 0.0}
 TRIALS = {
     "t_kl_0.1": Row("KL of weight 0.1 alone", settings={**PLAIN, "weight_kl": 0.1}),
@@ -71,24 +86,29 @@ TRIALS = {
     "t_entropy_0.1": Row("entropy of weight 0.1 alone", settings={**PLAIN, "weight_entropy": 0.1}),
     "t_hints_partial_3": Row("hints; KL of weight 3 on the images that are not full", settings={
         **HINTS, "weight_kl": 3.0, "kl_images": "partial"}),
-    "t_hints_all_3": Row("hints; KL of weight 3 on all images", settings={**HINTS, "weight_kl": 3.0, "kl_images": "all"}),
-    "t_hints_all_6": Row("hints; KL of weight 6 on all images", settings={**HINTS, "weight_kl": 6.0, "kl_images": "all"}),
+    "t_hints_all_3": Row("hints; KL of weight 3 on all images",
+                         settings={**HINTS, "weight_kl": 3.0, "kl_images": "all"}),
+    "t_hints_all_6": Row("hints; KL of weight 6 on all images",
+                         settings={**HINTS, "weight_kl": 6.0, "kl_images": "all"}),
     "t_nohints_all_3": Row("KL of weight 3 on all images, without hints", settings={
         **HINTS, "weight_kl": 3.0, "kl_images": "all", "teacher_hints": False}),
-    "t_ignore_share_0.75": Row("the ignore label, stratified; three quarters of a batch full", "ConfKDTrainer_partialOnly",
-                               settings={"full_share": 0.75}),
+    "t_ignore_share_0.75": Row("the ignore label, stratified; three quarters of a batch full",
+                               "ConfKDTrainer_partialOnly", settings={"full_share": 0.75}),
     "t_ignore_share_0.25": Row("the ignore label, stratified; a quarter of a batch full", "ConfKDTrainer_partialOnly",
                                settings={"full_share": 0.25}),
     "t_share_0.25": Row("ConfKD; a quarter of a batch full", settings={"full_share": 0.25}),
     "t_share_0.75": Row("ConfKD; three quarters of a batch full", settings={"full_share": 0.75}),
-    "t_kl_from_0": Row("ConfKD; the KL rises from 0 to 20 % of the training", settings={"kl_ramp_start": 0.0, "kl_ramp_end": 0.2}),
-    "t_kl_from_0.2": Row("ConfKD; the KL rises from 20 to 50 % of the training", settings={"kl_ramp_start": 0.2, "kl_ramp_end": 0.5}),
-    "t_kl_from_0.4": Row("ConfKD; the KL rises from 40 to 70 % of the training", settings={"kl_ramp_start": 0.4, "kl_ramp_end": 0.7}),
+    "t_kl_from_0": Row("ConfKD; the KL rises from 0 to 20 % of the training",
+                       settings={"kl_ramp_start": 0.0, "kl_ramp_end": 0.2}),
+    "t_kl_from_0.2": Row("ConfKD; the KL rises from 20 to 50 % of the training",
+                         settings={"kl_ramp_start": 0.2, "kl_ramp_end": 0.5}),
+    "t_kl_from_0.4": Row("ConfKD; the KL rises from 40 to 70 % of the training",
+                         settings={"kl_ramp_start": 0.4, "kl_ramp_end": 0.7}),
     "t_weight_10": Row("ConfKD; KL of weight 10", settings={"weight_kl": 10.0}),
     "t_late_share_0.75": Row("ConfKD; the KL rises from 40 to 70 % of the training; three quarters of a batch full",
                              settings={"kl_ramp_start": 0.4, "kl_ramp_end": 0.7, "full_share": 0.75}),
-    "t_full_half": Row("full cases only, half of the steps: as many fully labelled patches as the mixed batches have", "nnUNetTrainer",
-                       "full", steps=0.5),
+    "t_full_half": Row("full cases only, half of the steps: as many fully labelled patches as the mixed batches have",
+                       "nnUNetTrainer", "full", steps=0.5),
 }
 
 # Rows whose settings the trainer no longer has: their results are reported, and they cannot be run again.
@@ -98,8 +118,13 @@ PAST_TRIALS = {"t_separate": Row("two decoders, no KL, no entropy; L_w the mean 
 
 @dataclass(frozen=True)
 class Table:
-    """The settings that all rows share. patients: for test, for validation, to train. small: a plan for CPUs
-    (:func:`nnunet_confkd.demo.demo.add_small_configuration`). An epoch has 50 iterations here."""
+    """The settings that all rows of a table share. An epoch has 50 iterations here.
+
+    Attributes:
+        patients: Numbers of patients for testing, validation and training.
+        small: Use a small plan for CPUs (:func:`nnunet_confkd.demo.demo.add_small_configuration`).
+        spacing: Target spacing in mm; None leaves the choice to nnU-Net.
+    """
     title: str
     data: str
     style: str
@@ -108,7 +133,7 @@ class Table:
     batch_size: int | None = None
     configuration: str = "2d"
     small: bool = True
-    spacing: tuple[float, float, float] | None = None  # mm; None: nnU-Net's choice
+    spacing: tuple[float, float, float] | None = None
     max_patch: int = 96
     full: tuple[int, ...] = (3, 5, 10)
     seeds: tuple[int, ...] = (0, 1, 2)
@@ -117,19 +142,24 @@ class Table:
 REDUCED: dict = {"spacing": (10.0, 3.0, 3.0), "max_patch": 64, "full": (3,)}
 TABLES = {
     "hippocampus": Table("Hippocampus 2-D, points", "hippocampus", "points", (40, 20, 140), 5000, 4),
-    "hippocampus_long": Table("Hippocampus 2-D, points, three times as long", "hippocampus", "points", (40, 20, 140), 15000, 4),
-    "acdc_small": Table("ACDC 2-D, expert scribbles, reduced for a CPU", "acdc", "scribbles", (20, 20, 60), 6000, 4, **REDUCED),
-    "acdc_small_long": Table("ACDC 2-D, expert scribbles, reduced for a CPU, three times as long", "acdc", "scribbles", (20, 20, 60), 18000, 4,
+    "hippocampus_long": Table("Hippocampus 2-D, points, three times as long", "hippocampus", "points", (40, 20, 140),
+                              15000, 4),
+    "acdc_small": Table("ACDC 2-D, expert scribbles, reduced for a CPU", "acdc", "scribbles", (20, 20, 60), 6000, 4,
+                        **REDUCED),
+    "acdc_small_long": Table("ACDC 2-D, expert scribbles, reduced for a CPU, three times as long", "acdc", "scribbles",
+                             (20, 20, 60), 18000, 4, **REDUCED),
+    "acdc_small_erosion": Table("ACDC 2-D, erosion, reduced for a CPU", "acdc", "erosion", (20, 20, 60), 6000, 4,
+                                **REDUCED),
+    "acdc_small_none": Table("ACDC 2-D, unlabelled, reduced for a CPU", "acdc", "none", (20, 20, 60), 6000, 4,
                              **REDUCED),
-    "acdc_small_erosion": Table("ACDC 2-D, erosion, reduced for a CPU", "acdc", "erosion", (20, 20, 60), 6000, 4, **REDUCED),
-    "acdc_small_none": Table("ACDC 2-D, unlabelled, reduced for a CPU", "acdc", "none", (20, 20, 60), 6000, 4, **REDUCED),
-    "hippocampus_small_3d": Table("Hippocampus 3-D, points, reduced for a CPU", "hippocampus", "points", (40, 20, 140), 2000, 4, "3d_fullres",
-                                  spacing=(1.5, 1.5, 1.5), max_patch=32, full=(5,)),
+    "hippocampus_small_3d": Table("Hippocampus 3-D, points, reduced for a CPU", "hippocampus", "points", (40, 20, 140),
+                                  2000, 4, "3d_fullres", spacing=(1.5, 1.5, 1.5), max_patch=32, full=(5,)),
     "acdc_scribbles": Table("ACDC 2-D, expert scribbles", "acdc", "scribbles", (20, 20, 60), 15000, small=False),
     "acdc_erosion": Table("ACDC 2-D, erosion", "acdc", "erosion", (20, 20, 60), 15000, small=False),
     "acdc_none": Table("ACDC 2-D, unlabelled", "acdc", "none", (20, 20, 60), 15000, small=False),
     "acdc_3d": Table("ACDC 3-D, expert scribbles", "acdc", "scribbles", (20, 20, 60), 10000, 4, "3d_fullres", False),
-    "hippocampus_3d": Table("Hippocampus 3-D, points", "hippocampus", "points", (40, 20, 140), 10000, 9, "3d_fullres", False),
+    "hippocampus_3d": Table("Hippocampus 3-D, points", "hippocampus", "points", (40, 20, 140), 10000, 9, "3d_fullres",
+                            False),
 }
 EPOCH = 50
 
@@ -137,8 +167,11 @@ EPOCH = 50
 # ---- data -----------------------------------------------------------------------------------------------------------
 
 def prepare(table: Table, data: Path, scribbles: Path | None, work: Path) -> None:
-    """The data sets of a table, preprocessed: one with all labels (fold 0 trains on all, fold M on the first M patients)
-    and one for each M. Kept in `work` and used again."""
+    """Preprocess the data sets of a table: one with all labels, and one for each number M of full patients.
+
+    In the data set with all labels, fold 0 trains on all patients and each further fold on the first M of them. The
+    data sets are kept in `work` and used again.
+    """
     from nnunet_confkd.dataset_conversion import acdc, msd
 
     from nnunet_confkd.data.folders import preprocessed_folder
@@ -153,8 +186,10 @@ def prepare(table: Table, data: Path, scribbles: Path | None, work: Path) -> Non
         before = json.loads(done.read_text())
         changed = [k for k in ("style", "patients", "configuration", "spacing", "data") if before[k] != asked[k]]
         if changed or not set(table.full) <= set(before["full"]):
-            raise SystemExit(f"{work}: was prepared with another {', '.join(changed or ['number of full patients'])}; give "
-                             f"another --work")
+            raise SystemExit(
+                f"{work}: was prepared with another {', '.join(changed or ['number of full patients'])}; give "
+                f"another --work"
+            )
         return
     if table.data == "acdc":
         source = acdc.convert(data, FULL_ID, link=True)
@@ -199,8 +234,15 @@ def planned(table: Table, ids: list[int]) -> None:
     """Data sets, planned and preprocessed."""
     from nnunet_confkd.data.planning import plan
     processes = int(os.environ["nnUNet_def_n_proc"])
-    plan(ids, configurations=[table.configuration], processes=[processes], overwrite_target_spacing=table.spacing,
-         overwrite_plans_name="nnUNetPlans" if table.spacing else None, fingerprint_processes=processes, no_progress_bar=True)
+    plan(
+        ids,
+        configurations=[table.configuration],
+        processes=[processes],
+        overwrite_target_spacing=table.spacing,
+        overwrite_plans_name="nnUNetPlans" if table.spacing else None,
+        fingerprint_processes=processes,
+        no_progress_bar=True,
+    )
 
 
 def patient_of(case: str) -> str:
@@ -323,21 +365,37 @@ def run(spec: dict, work: Path, output: Path) -> str:
     cases = predict_and_measure(trainer, roles[spec["on"]])
     curves = trainer.logger.local_logger.my_fantastic_logging
     result = {
-        "spec": spec, "seconds": round(seconds), "resumed": resumed,
-        "seconds_per_iteration": round(sum(e - s for s, e in zip(curves["epoch_start_timestamps"], curves["epoch_end_timestamps"]))
-                                       / trainer.num_epochs / (EPOCH + 4), 4),
+        "spec": spec,
+        "seconds": round(seconds),
+        "resumed": resumed,
+        "seconds_per_iteration": round(
+            sum(e - s for s, e in zip(curves["epoch_start_timestamps"], curves["epoch_end_timestamps"]))
+            / trainer.num_epochs
+            / (EPOCH + 4),
+            4,
+        ),
         "versions": {"nnunet_confkd": __version__, **{p: version(p) for p in ("nnunetv2", "torch", "numpy")}},
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores" if spec["device"] == "cpu" else torch.cuda.get_device_name(),
-        "curves": {key: [round(float(v), 4) for v in values] for key, values in curves.items()
-                   if key in ("train_losses", "val_losses", "ema_fg_dice") or key.startswith("loss_")},
-        "cases": cases}
+        "machine": (
+            f"{platform.machine()}, {os.cpu_count()} cores" if spec["device"] == "cpu" else torch.cuda.get_device_name()
+        ),
+        "curves": {
+            key: [round(float(v), 4) for v in values]
+            for key, values in curves.items()
+            if key in ("train_losses", "val_losses", "ema_fg_dice") or key.startswith("loss_")
+        },
+        "cases": cases,
+    }
     file = output / f"{run_name(spec)}.json"
     file.with_suffix(".part").write_text(json.dumps(result))
     os.replace(file.with_suffix(".part"), file)
     shutil.rmtree(Path(trainer.output_folder).parent)  # checkpoints of dozens of runs would fill the disk
     dice = {branch: np.nanmean([np.nanmean([c["dice"] for c in case[branch].values() if isinstance(c, dict)])
                                 for case in cases.values()]) for branch in next(iter(cases.values()))}
-    return f"{run_name(spec)}: {spec['on']} Dice " + ", ".join(f"{b} {d:.4f}" for b, d in dice.items()) + f", {seconds:.0f} s"
+    return (
+        f"{run_name(spec)}: {spec['on']} Dice "
+        + ", ".join(f"{b} {d:.4f}" for b, d in dice.items())
+        + f", {seconds:.0f} s"
+    )
 
 
 def run_name(spec: dict) -> str:
@@ -345,8 +403,13 @@ def run_name(spec: dict) -> str:
 
 
 def predict_and_measure(trainer, cases: list[str]) -> dict:
-    """{case: {branch: {class: metrics, "entropy": nats}}}, predicted as the final validation does (a teacher that learnt to use hints gets
-    simulated ones), measured in the space of the raw labels."""
+    """Predict cases as the final validation does, and measure the predictions in the space of the raw labels.
+
+    A teacher that was trained with hints gets simulated hints.
+
+    Returns:
+        {case: {branch: {class: metrics, "entropy": nats}}}
+    """
     from nnunetv2.inference.export_prediction import convert_predicted_logits_to_segmentation_with_correct_shape
 
     from nnunet_confkd.training.validation import CasePredictor, simulated_hints
@@ -360,7 +423,11 @@ def predict_and_measure(trainer, cases: list[str]) -> dict:
     for case in cases:
         data, seg, _, properties = dataset.load_case(case)
         hints = simulated_hints(trainer, case, data[:], seg[:]) if len(predict.branches) > 1 else None
-        truth = Path(trainer.preprocessed_dataset_folder_base) / "gt_segmentations" / (case + trainer.dataset_json["file_ending"])
+        truth = (
+            Path(trainer.preprocessed_dataset_folder_base)
+            / "gt_segmentations"
+            / (case + trainer.dataset_json["file_ending"])
+        )
         truth = reader.read_seg(str(truth))[0][0]
         measured[case] = {}
         for branch, logits in predict(data[:], None, hints).items():
@@ -376,10 +443,17 @@ def predict_and_measure(trainer, cases: list[str]) -> dict:
 
 
 def measure(truth: np.ndarray, labels: np.ndarray, probabilities: np.ndarray, spacing, classes) -> dict:
-    """Dice, HD95 in mm and volume in ml of false positives further than FAR_MM from the class, per class, and the mean
-    entropy in nats. In neither: NaN; in one of them alone: Dice 0, the distance NaN.
+    """Measure Dice, HD95 in mm and distant false positives in ml of each class, and the mean entropy in nats.
 
-    truth, labels: `(z, y, x)`; probabilities: `(C, z, y, x)`; spacing: mm, in the order of the axes.
+    A false positive is distant if it lies more than FAR_MM from the class. A class that is absent from both masks has
+    NaN. A class that is present in only one mask has Dice 0, and its distance is NaN.
+
+    Args:
+        truth: Ground truth, `(z, y, x)`.
+        labels: Prediction, `(z, y, x)`.
+        probabilities: `(C, z, y, x)`.
+        spacing: In mm, in the order of the axes.
+        classes: Labels of the foreground classes.
     """
     from scipy.ndimage import distance_transform_edt
 
@@ -400,10 +474,13 @@ def measure(truth: np.ndarray, labels: np.ndarray, probabilities: np.ndarray, sp
 def measure_post_processed(truth: np.ndarray, labels: np.ndarray, spacing, classes) -> dict:
     """Dice and HD95 in mm of each class after nnU-Net's post-processing, and the volumes in ml of prediction and truth.
 
-    nnU-Net keeps the largest component of the whole foreground ("foreground"), of single classes ("class"), of both or of
-    neither, whatever is better on the validation cases. The report makes this choice, so all of them are measured.
+    nnU-Net keeps the largest component of the whole foreground ("foreground"), of single classes ("class"), of both
+    or of neither, whatever is better on the validation cases. The report makes this choice, so all of them are
+    measured.
     """
-    from nnunetv2.postprocessing.remove_connected_components import remove_all_but_largest_component_from_segmentation as largest
+    from nnunetv2.postprocessing.remove_connected_components import (
+        remove_all_but_largest_component_from_segmentation as largest,
+    )
 
     from nnunet_confkd.evaluation.metrics import measure_masks
 
@@ -412,7 +489,11 @@ def measure_post_processed(truth: np.ndarray, labels: np.ndarray, spacing, class
                       "truth_ml": round(float((truth == c).sum()) * millilitres, 3)} for c in classes}
     foreground = largest(labels, tuple(classes))
     for c in classes:
-        for name, prediction in (("foreground", foreground), ("class", largest(labels, c)), ("both", largest(foreground, c))):
+        for name, prediction in (
+            ("foreground", foreground),
+            ("class", largest(labels, c)),
+            ("both", largest(foreground, c)),
+        ):
             of = measure_masks(truth == c, prediction == c, spacing)
             found[str(c)] |= {f"dice_{name}": round(of["Dice"], 5), f"hd95_mm_{name}": round(of["HD95_mm"], 3)}
     return found
@@ -471,7 +552,9 @@ def still_to_do(specs: list[dict], output: Path) -> list[dict]:
         if not file.is_file():
             missing.append(spec)
         elif changed := differences(json.loads(file.read_text())["spec"], spec):
-            raise SystemExit(f"{file}: was made with another {', '.join(changed)}; move it away, or give another --output")
+            raise SystemExit(
+                f"{file}: was made with another {', '.join(changed)}; move it away, or give another --output"
+            )
     return missing
 
 
@@ -498,9 +581,13 @@ def main() -> None:
     parser.add_argument("--data", type=Path, help="the data set's folder, as published")
     parser.add_argument("--scribbles", type=Path, help="ACDC's expert scribbles")
     parser.add_argument("--work", type=Path, help="a folder for data and trainings; used again after an interruption")
-    parser.add_argument("--output", type=Path, help=f"where the runs' JSON files go (default: {OUTPUT}/TABLE, or TABLE_validation)")
+    parser.add_argument(
+        "--output", type=Path, help=f"folder for the runs' JSON files (default: {OUTPUT}/TABLE, or TABLE_validation)"
+    )
     parser.add_argument("--rows", nargs="+", choices=(*ROWS, *TRIALS), default=list(ROWS))
-    parser.add_argument("--full", nargs="+", type=int, metavar="M", help="numbers of full patients (default: the table's)")
+    parser.add_argument(
+        "--full", nargs="+", type=int, metavar="M", help="numbers of fully annotated patients (default: the table's)"
+    )
     parser.add_argument("--seeds", nargs="+", type=int, help="default: the table's")
     parser.add_argument("--on", default="test", choices=("test", "validation"),
                         help="cases to measure; settings are chosen on \"validation\"")
@@ -528,7 +615,9 @@ def main() -> None:
             parser.error(f"{', '.join(trials)}: trials are measured --on validation")
         if unknown := set(args.full or ()) - set(table.full):
             parser.error(f"--full: the table has {table.full}, not {sorted(unknown)}")
-        specs = jobs_of(table, args.rows, args.full or table.full, args.seeds or table.seeds, args.device, args.on, work)
+        specs = jobs_of(
+            table, args.rows, args.full or table.full, args.seeds or table.seeds, args.device, args.on, work
+        )
         missing = still_to_do(specs, output)
         print(f"{len(specs)} runs, {len(specs) - len(missing)} of them done before", flush=True)
         failed = 0

@@ -31,8 +31,11 @@ def read_runs(folder: Path) -> dict[tuple[str, int, int], dict]:
 
 
 def read_tables(tables: dict, rows: dict, folder: Path) -> dict[str, dict]:
-    """The runs of each table that has any. Rows without partial images are the same trainings whatever the style of the partial annotations:
-    each table has those of its siblings, too."""
+    """Return the runs of each table that has any.
+
+    Rows without partially annotated images do not depend on the style of the partial annotations. Tables that differ
+    only in this style therefore share these rows.
+    """
     found = {name: runs for name in tables if (runs := read_runs(folder / name))}
     for name in found:
         for other, runs in found.items():
@@ -53,7 +56,10 @@ def values_of(runs: dict, row: str, full: int, branch: str, metric: str) -> dict
 
 
 def patients_in(runs: dict) -> list[str]:
-    """The patient of each case; all runs of a table have the same cases. ED and ES of a heart are two cases of one patient."""
+    """Return the patient of each case; all runs of a table have the same cases.
+
+    ED and ES of a heart are two cases of one patient.
+    """
     patients = patients_of(next(iter(runs.values()))["cases"], r"(.+?)(?:_frame\d+)?$").values()
     return [TWINS[0] if patient in TWINS else patient for patient in patients]
 
@@ -90,11 +96,15 @@ def table_of(table, rows: dict, runs: dict, rival: str, lower: str, upper: str) 
             for branch in BRANCHES.get(row, ("student",)):
                 dice = values_of(runs, row, count, branch, "dice")
                 if dice:
-                    shown.append((row, described.title + (f", {branch}" if row in BRANCHES else ""), count, branch, dice))
+                    shown.append(
+                        (row, described.title + (f", {branch}" if row in BRANCHES else ""), count, branch, dice)
+                    )
         if not any(rows[row].labels == "mixed" for row, *_ in shown):
             continue
         classes = next(iter(shown[0][4].values())).shape[1]
-        low, high = (mean_of(values_of(runs, row, count, "student", "dice")) for row, count in ((lower, full), (upper, 0)))
+        low, high = (
+            mean_of(values_of(runs, row, count, "student", "dice")) for row, count in ((lower, full), (upper, 0))
+        )
         rival_dice = values_of(runs, rival, full, "student", "dice")
         lines += [f"**{full} patients fully labelled**", "",
                   "| row | Dice | per class | gain over the ignore label, stratified | gap closed | HD95 mm | "
@@ -105,43 +115,74 @@ def table_of(table, rows: dict, runs: dict, rival: str, lower: str, upper: str) 
             per_class = [mean_of({s: v[:, [c]] for s, v in dice.items()}) for c in range(classes)]
             closed = (mean - low) / (high - low) if high > low else math.nan
             seconds = np.min([run["seconds"] for (name, n, _), run in runs.items() if (name, n) == (row, count)])
-            lines.append("| " + " | ".join([
-                f"**{title}**" if row == "confkd" and branch == "student" else title, f"{mean:.3f}",
-                " / ".join(f"{v:.3f}" for v in per_class),
-                gain_text(gain),
-                "" if math.isnan(closed) else percent_text(closed, 0),
-                f"{mean_of(values_of(runs, row, count, branch, 'hd95_mm')):.2f}",
-                f"{mean_of(values_of(runs, row, count, branch, 'entropy')):.3f}",
-                f"{mean_of(values_of(runs, row, count, branch, 'far_ml')):.3f}", str(len(dice)), f"{seconds:.0f}"]) + " |")
+            lines.append(
+                "| "
+                + " | ".join(
+                    [
+                        f"**{title}**" if row == "confkd" and branch == "student" else title,
+                        f"{mean:.3f}",
+                        " / ".join(f"{v:.3f}" for v in per_class),
+                        gain_text(gain),
+                        "" if math.isnan(closed) else percent_text(closed, 0),
+                        f"{mean_of(values_of(runs, row, count, branch, 'hd95_mm')):.2f}",
+                        f"{mean_of(values_of(runs, row, count, branch, 'entropy')):.3f}",
+                        f"{mean_of(values_of(runs, row, count, branch, 'far_ml')):.3f}",
+                        str(len(dice)),
+                        f"{seconds:.0f}",
+                    ]
+                )
+                + " |"
+            )
         lines.append("")
     return "\n".join(lines)
 
 
 def describe(table, runs: dict) -> str:
     machines = sorted({run["machine"] for run in runs.values()})
-    found = {package: sorted({run["versions"][package] for run in runs.values()}) for package in next(iter(runs.values()))["versions"]}
+    found = {
+        package: sorted({run["versions"][package] for run in runs.values()})
+        for package in next(iter(runs.values()))["versions"]
+    }
     versions = ", ".join(f"{package} {' and '.join(of)}" for package, of in found.items())
     test, validation, train = table.patients
     patients = patients_in(runs)
-    return (f"{train} patients train, {test} test (the figures: {cases_text(len(patients), len(set(patients)))}), {validation} validate; "
-            f"{table.iterations} iterations"
-            + (f" of batches of {table.batch_size}" if table.batch_size else "")
-            + (f", a small plan (features 16 to 128, one convolution a stage, patches up to {table.max_patch} voxels wide)" if table.small else "")
-            + (f", resampled to {' x '.join(f'{mm:g}' for mm in table.spacing)} mm" if table.spacing else "")
-            + f"; {len(runs)} runs, {sum(run['seconds'] for run in runs.values()) / 3600:.1f} hours summed "
-              f"over them; {', '.join(machines)}; {versions}. Far: more than 5 mm from the class. Intervals: 95 %, paired bootstrap over "
-              f"patients, each with all of their cases, and seeds.")
+    return (
+        f"{train} patients train, {test} test (the figures: {cases_text(len(patients), len(set(patients)))}), "
+        f"{validation} validate; {table.iterations} iterations"
+        + (f" of batches of {table.batch_size}" if table.batch_size else "")
+        + (
+            f", a small plan (features 16 to 128, one convolution a stage, patches up to {table.max_patch} voxels wide)"
+            if table.small
+            else ""
+        )
+        + (f", resampled to {' x '.join(f'{mm:g}' for mm in table.spacing)} mm" if table.spacing else "")
+        + f"; {len(runs)} runs, {sum(run['seconds'] for run in runs.values()) / 3600:.1f} hours summed "
+        f"over them; {', '.join(machines)}; {versions}. Far: more than 5 mm from the class. Intervals: 95 %, paired "
+        f"bootstrap over patients, each with all of their cases, and seeds."
+    )
 
 
 FLOOR = 0.42  # of the plot; what lies below stands at its foot, with its figure
-STYLES = {"full_only": ("0.45", "s", ":"), "ignore_uniform": ("0.45", "x", "--"), "ignore": ("#0072B2", "o", "-"),
-          "ignore_time": ("#56B4E9", "o", "--"), "decoders": ("#999933", "v", ":"), "kl": ("#009E73", "^", ":"),
-          "entropy": ("#CC79A7", "<", ":"), "medIA2023": ("#E69F00", "^", ":"), "confkd": ("#D55E00", "D", "-"), "ipmi2021": ("0.65", "+", ":"),
-          "all": ("black", "_", "-")}
+STYLES = {
+    "full_only": ("0.45", "s", ":"),
+    "ignore_uniform": ("0.45", "x", "--"),
+    "ignore": ("#0072B2", "o", "-"),
+    "ignore_time": ("#56B4E9", "o", "--"),
+    "decoders": ("#999933", "v", ":"),
+    "kl": ("#009E73", "^", ":"),
+    "entropy": ("#CC79A7", "<", ":"),
+    "medIA2023": ("#E69F00", "^", ":"),
+    "confkd": ("#D55E00", "D", "-"),
+    "ipmi2021": ("0.65", "+", ":"),
+    "all": ("black", "_", "-"),
+}
 
 
 def plot(tables: dict, rows: dict, results: dict, file: Path) -> None:
-    """Dice over the number of full patients: a panel for each table that has several such numbers, and one for all others, side by side."""
+    """Plot Dice over the number of fully annotated patients.
+
+    Each table with several such numbers has its own panel. All other tables share the last panel, side by side.
+    """
     import textwrap
 
     import matplotlib
@@ -151,8 +192,15 @@ def plot(tables: dict, rows: dict, results: dict, file: Path) -> None:
     numbers = {name: sorted({n for _, n, _ in runs} - {0}) or [tables[name].full[0]] for name, runs in results.items()}
     over = [name for name in results if len(numbers[name]) > 1]
     single = [name for name in results if len(numbers[name]) == 1]
-    figure, axes = plt.subplots(1, len(over) + bool(single), figsize=(5 * len(over) + 1.7 * len(single) + 0.5, 6), squeeze=False, sharey=True,
-                                width_ratios=[5] * len(over) + [1.7 * len(single)] * bool(single), layout="constrained")
+    figure, axes = plt.subplots(
+        1,
+        len(over) + bool(single),
+        figsize=(5 * len(over) + 1.7 * len(single) + 0.5, 6),
+        squeeze=False,
+        sharey=True,
+        width_ratios=[5] * len(over) + [1.7 * len(single)] * bool(single),
+        layout="constrained",
+    )
 
     def draw(axis, row: str, name: str, places: dict[int, float]) -> None:
         color, marker, line = STYLES[row]
@@ -161,16 +209,30 @@ def plot(tables: dict, rows: dict, results: dict, file: Path) -> None:
         for n, x in places.items():
             # where ConfKD was run, the seeds that it was run with: others would shift the rows against it
             seeds = values_of(results[name], "confkd", n, "student", "dice")
-            dice = [mean_of({s: v}) for s, v in values_of(results[name], row, 0 if everything else n, "student", "dice").items()
-                    if not seeds or s in seeds]
+            dice = [
+                mean_of({s: v})
+                for s, v in values_of(results[name], row, 0 if everything else n, "student", "dice").items()
+                if not seeds or s in seeds
+            ]
             if dice:
                 points.append((x, np.mean(dice)))
                 axis.plot([x] * len(dice), np.maximum(dice, FLOOR), ".", color=color, markersize=3)
                 if points[-1][1] < FLOOR:
-                    axis.annotate(f"{points[-1][1]:.2f}", (x, FLOOR), (4, 2), textcoords="offset points", color=color, fontsize=8)
+                    axis.annotate(
+                        f"{points[-1][1]:.2f}", (x, FLOOR), (4, 2), textcoords="offset points", color=color, fontsize=8
+                    )
         main = row in ("confkd", "ignore")
-        axis.plot([x for x, _ in points], [max(y, FLOOR) for _, y in points], color=color, marker=marker, linestyle=line, label=rows[row].title,
-                  linewidth=2.2 if main else 1.2, markersize=20 if everything else 8 if main else 6, zorder=3 if main else 2)
+        axis.plot(
+            [x for x, _ in points],
+            [max(y, FLOOR) for _, y in points],
+            color=color,
+            marker=marker,
+            linestyle=line,
+            label=rows[row].title,
+            linewidth=2.2 if main else 1.2,
+            markersize=20 if everything else 8 if main else 6,
+            zorder=3 if main else 2,
+        )
 
     for axis, name in zip(axes.flat, over):
         for row in rows:
@@ -181,8 +243,14 @@ def plot(tables: dict, rows: dict, results: dict, file: Path) -> None:
         for row in rows:
             draw(axes.flat[-1], row, name, {numbers[name][0]: x})
     if single:
-        axes.flat[-1].set_xticks(range(len(single)), ["\n".join(textwrap.wrap(f"{tables[name].title}, {numbers[name][0]} full patients", 17))
-                                                      for name in single], fontsize=8)
+        axes.flat[-1].set_xticks(
+            range(len(single)),
+            [
+                "\n".join(textwrap.wrap(f"{tables[name].title}, {numbers[name][0]} full patients", 17))
+                for name in single
+            ],
+            fontsize=8,
+        )
     axes.flat[0].set(ylabel="mean test Dice", ylim=(FLOOR - 0.01, None))
     for axis in axes.flat:
         axis.grid(alpha=0.3)
@@ -204,11 +272,16 @@ def trials_of(tables: dict, rows: dict, folder: Path) -> str:
                      if (dice := values_of(runs, row, count, "student", "dice"))]
             if not any(described.labels == "mixed" for _, described, _ in shown):
                 continue
-            lines += [f"**{table.title}, {full} patients fully labelled, {table.patients[1]} validation patients**", "",
-                      "| trial | student | teacher | student's gain over the ignore label, stratified | seeds |", "|---|---|---|---|---|"]
+            lines += [
+                f"**{table.title}, {full} patients fully labelled, {table.patients[1]} validation patients**",
+                "",
+                "| trial | student | teacher | student's gain over the ignore label, stratified | seeds |",
+                "|---|---|---|---|---|",
+            ]
             for row, described, dice in shown:
                 gain = paired_gain(dice, rival, patients_in(runs)) if row != RIVAL else None
-                two = "teacher" in next(iter(next(run for (n, _, _), run in runs.items() if n == row)["cases"].values()))
+                first_run = next(run for (n, _, _), run in runs.items() if n == row)
+                two = "teacher" in next(iter(first_run["cases"].values()))
                 teacher = f"{mean_of(values_of(runs, row, full, 'teacher', 'dice')):.3f}" if two else ""
                 lines.append(f"| {described.title} | {mean_of(dice):.3f} | {teacher} | "
                              f"{gain_text(gain)} | {len(dice)} |")
@@ -216,7 +289,9 @@ def trials_of(tables: dict, rows: dict, folder: Path) -> str:
     return "\n".join(lines)
 
 
-def write_report(tables: dict, rows: dict, trials: dict, folder: Path, docs: Path = DOCS, readme: Path = README) -> None:
+def write_report(
+    tables: dict, rows: dict, trials: dict, folder: Path, docs: Path = DOCS, readme: Path = README
+) -> None:
     tried = trials_of(tables, {**rows, **trials}, folder)
     insert(docs / "results.md", "accuracy trials", tried)
     results = read_tables(tables, rows, folder)
@@ -227,31 +302,49 @@ def write_report(tables: dict, rows: dict, trials: dict, folder: Path, docs: Pat
     plot(tables, rows, results, docs / "accuracy.png")
     parts = [f"### {tables[name].title}\n\n{describe(tables[name], runs)}\n\n"
              f"{table_of(tables[name], rows, runs, RIVAL, LOWER, UPPER)}" for name, runs in results.items()]
-    insert(docs / "results.md", "accuracy tables", "![Dice over the number of fully labelled patients](accuracy.png)\n\n" + "\n".join(parts))
+    insert(
+        docs / "results.md",
+        "accuracy tables",
+        "![Dice over the number of fully labelled patients](accuracy.png)\n\n" + "\n".join(parts),
+    )
     for file in (docs / "results.md", readme):
         insert(file, "accuracy table", short_table(tables, results))
 
 
-SUMMARY = {"full_only": "full patients alone", "ignore": "ignore label", "ignore_time": "ignore label, equal time",
-           "medIA2023": "published objective", "no_hints": "KL on all images, no hints", "confkd": "**ConfKD with hints**",
-           "all": "everything annotated"}
-# An independent check on 50 ACDC patients that are not among those of this benchmark: 3 fully annotated and 57 other training patients, 6000
-# iterations, one seed. Its raw figures are not in this repository. "post-processed": the largest component of the foreground and of
-# each class is kept. Of the gains only those with an interval were given; the others are differences of the means.
+SUMMARY = {
+    "full_only": "full patients alone",
+    "ignore": "ignore label",
+    "ignore_time": "ignore label, equal time",
+    "medIA2023": "published objective",
+    "no_hints": "KL on all images, no hints",
+    "confkd": "**ConfKD with hints**",
+    "all": "everything annotated",
+}
+# These rows come from an independent check on 50 ACDC patients that this benchmark does not use. It trained with 3
+# fully annotated and 57 other patients for 6000 iterations and one seed. Its raw figures are not in this repository.
+# "post-processed" keeps the largest component of the foreground and of each class. Gains without an interval were not
+# given; they are differences of the means.
 INDEPENDENT = [
     ("ACDC 2-D, expert scribbles, 3 full; 50 other patients †",
      {"full_only": 0.583, "ignore": 0.692, "no_hints": 0.668, "confkd": 0.761, "all": 0.820}, "+0.069"),
     ("the same, post-processed †",
-     {"full_only": 0.611, "ignore": 0.804, "no_hints": 0.694, "confkd": 0.808, "all": 0.852}, "+0.004 [-0.004, +0.016]"),
+     {"full_only": 0.611, "ignore": 0.804, "no_hints": 0.694, "confkd": 0.808, "all": 0.852},
+     "+0.004 [-0.004, +0.016]"),
     ("ACDC 2-D, erosion without background, 3 full; 50 other patients †", {"ignore": 0.666, "confkd": 0.718}, "+0.052"),
     ("the same, post-processed †", {"ignore": 0.752, "confkd": 0.770}, "+0.018 [+0.003, +0.037]")]
 
 
 def short_table(tables: dict, results: dict) -> str:
-    """The README's: mean test Dice, and in brackets the number of seeds, of the rows that matter; a line for each number of full patients.
-    Every mean is over seeds that ConfKD was run with, too."""
-    lines = ["| mean test Dice (number of seeds) | " + " | ".join([*SUMMARY.values(), "gain, equal iterations", "gain, equal time"]) + " |",
-             "|" + "---|" * (len(SUMMARY) + 3)]
+    """Write the README's table: mean test Dice of the main rows, with the number of seeds in brackets.
+
+    Each number of fully annotated patients has a line. Means include only seeds that ConfKD was run with, too.
+    """
+    lines = [
+        "| mean test Dice (number of seeds) | "
+        + " | ".join([*SUMMARY.values(), "gain, equal iterations", "gain, equal time"])
+        + " |",
+        "|" + "---|" * (len(SUMMARY) + 3),
+    ]
     for name, runs in results.items():
         for full in tables[name].full:
             ours = values_of(runs, "confkd", full, "student", "dice")

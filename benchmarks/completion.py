@@ -1,12 +1,13 @@
-"""How good are the labels that `confkd complete` writes? By the student, and by the teacher, which is shown the annotations.
+"""How good are the labels that `confkd complete` writes with the student, and with the teacher and its hints?
 
     python benchmarks/accuracy.py acdc_small --data .../acdc --scribbles .../acdc_scribbles --work FOLDER --prepare
     python benchmarks/completion.py acdc_small --work FOLDER --full 3 --retrain
 
-Trains ConfKD as accuracy.py does for its table, completes the training cases that are not fully labelled with each branch, and
-compares all their voxels, the annotated ones included, with the whole masks. With --retrain stock nnU-Net is trained on the labels that the
-teacher completed, for as many steps, and measured on the test patients. Writes completion.json beside this file, an entry a run, and its
-tables into docs/complete.md.
+The script trains ConfKD as accuracy.py does for its table. Each branch then completes the training cases that are not
+fully annotated. All voxels of these cases, including the annotated ones, are compared with the full ground truth.
+With --retrain, stock nnU-Net is trained on the labels that the teacher completed, for as many iterations, and
+measured on the test patients. Each run adds an entry to completion.json beside this file, and the tables go into
+docs/complete.md.
 """
 from __future__ import annotations
 
@@ -61,7 +62,9 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True, help="accuracy.py's folder, prepared")
     parser.add_argument("--full", type=int, required=True, metavar="M", help="number of full patients")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--retrain", action="store_true", help="train stock nnU-Net on the labels that the teacher completed")
+    parser.add_argument(
+        "--retrain", action="store_true", help="train stock nnU-Net on the labels that the teacher completed"
+    )
     args = parser.parse_args()
     work = args.work.resolve()
     for name in ("raw", "preprocessed", "results"):
@@ -88,7 +91,9 @@ def main() -> None:
         classes = {label: np.atleast_1d(value).tolist() for label, value in described["labels"].items()
                    if label not in ("background", "ignore")}
         files = {case: f"{case}{described['file_ending']}" for case in described["completed"][-1]["cases"]}
-        found[branch] = {case: dice_of(truth / file, folder / "labelsTr" / file, classes) for case, file in files.items()}
+        found[branch] = {
+            case: dice_of(truth / file, folder / "labelsTr" / file, classes) for case, file in files.items()
+        }
         if branch == "teacher" and args.retrain:
             measured = retrained(table, spec, json.loads((work / "roles.json").read_text())["test"])
         shutil.rmtree(folder)
@@ -98,8 +103,14 @@ def main() -> None:
     retraining = {"retrained": {"on": "test", "cases": measured}} if measured else {}
     results = json.loads(OUTPUT.read_text()) if OUTPUT.is_file() else {}
     results[f"{args.table}_{run_name(spec)}"] = {
-        "title": table.title, "spec": spec, "cases": found, **retraining, "seconds": round(time.time() - start),
-        "versions": {p: version(p) for p in ("nnunetv2", "torch", "numpy")}, "machine": f"{platform.machine()} CPU, {os.cpu_count()} cores"}
+        "title": table.title,
+        "spec": spec,
+        "cases": found,
+        **retraining,
+        "seconds": round(time.time() - start),
+        "versions": {p: version(p) for p in ("nnunetv2", "torch", "numpy")},
+        "machine": f"{platform.machine()} CPU, {os.cpu_count()} cores",
+    }
     OUTPUT.write_text(json.dumps(results))
     insert(ROOT / "docs" / "complete.md", "completion", report(results))
 
@@ -111,20 +122,38 @@ def report(results: dict) -> str:
         tables.setdefault((run["title"], run["spec"]["full"]), []).append(run)
 
     def head(what: str, runs: list[dict], cases: int) -> str:
-        return f"{runs[0]['title']}, {runs[0]['spec']['full']} full patients: {what} of {cases} cases, {len(runs)} seed{'s' * (len(runs) > 1)}"
+        return (f"{runs[0]['title']}, {runs[0]['spec']['full']} full patients: {what} of {cases} cases, "
+                f"{len(runs)} seed{'s' * (len(runs) > 1)}")
 
-    lines = [", ".join(sorted({run["machine"] for run in results.values()})) + ".", "", "| labels completed by | " + " | ".join(
-        head("Dice", runs, len(runs[0]["cases"]["student"])) for runs in tables.values()) + " |", "|---|" + "---|" * len(tables)]
+    lines = [
+        ", ".join(sorted({run["machine"] for run in results.values()})) + ".",
+        "",
+        "| labels completed by | "
+        + " | ".join(head("Dice", runs, len(runs[0]["cases"]["student"])) for runs in tables.values())
+        + " |",
+        "|---|" + "---|" * len(tables),
+    ]
     for branch, title in BRANCHES.items():
         cells = [np.array([dice for run in runs for dice in run["cases"][branch].values()]) for runs in tables.values()]
         lines.append(f"| {title} | " + " | ".join(map(_mean_and_classes, cells)) + " |")
     trained_on = {key: again for key, runs in tables.items() if (again := [run for run in runs if "retrained" in run])}
     if trained_on:
-        lines += ["", "| trained | " + " | ".join(head("test Dice", runs, len(runs[0]["retrained"]["cases"])) for runs in trained_on.values()) + " |",
-                  "|---|" + "---|" * len(trained_on)]
-        lines += [f"| {title} | " + " | ".join(_mean_and_classes(np.concatenate([of(run) for run in runs])) for runs in trained_on.values()) + " |"
-                  for title, of in (*((ROWS[row].title, partial(_from_table, row=row)) for row in (RIVAL, "confkd", UPPER)),
-                                    ("stock nnU-Net, on the labels that ConfKD's teacher completed", _of_retrained))]
+        lines += [
+            "",
+            "| trained | "
+            + " | ".join(head("test Dice", runs, len(runs[0]["retrained"]["cases"])) for runs in trained_on.values())
+            + " |",
+            "|---|" + "---|" * len(trained_on),
+        ]
+        lines += [
+            f"| {title} | "
+            + " | ".join(_mean_and_classes(np.concatenate([of(run) for run in runs])) for runs in trained_on.values())
+            + " |"
+            for title, of in (
+                *((ROWS[row].title, partial(_from_table, row=row)) for row in (RIVAL, "confkd", UPPER)),
+                ("stock nnU-Net, on the labels that ConfKD's teacher completed", _of_retrained),
+            )
+        ]
     return "\n".join(lines)
 
 

@@ -1,8 +1,8 @@
-"""What converting and weakening cost beyond reading and writing: ACDC with scribbles, and ACDC turned to scribbles.
+"""Measure what converting and weakening ACDC cost beyond reading and writing the files.
 
-Both against a bare loop over the same files: SimpleITK reads every image and label; images and unchanged labels are copied,
-weak labels are written. One process, the two by turns in one run, the median of the repetitions; the file cache is warm.
-Images are copied, not linked.
+Each command is compared with a bare loop over the same files: SimpleITK reads every image and label, images and
+unchanged labels are copied, and weak labels are written. Command and loop alternate in one process with a warm file
+cache. The table shows medians of the repetitions. Images are copied, not linked.
 
     python benchmarks/conversion_speed.py --acdc .../acdc --scribbles .../acdc_scribbles
 """
@@ -81,13 +81,24 @@ def main() -> None:
     median = {name: round(statistics.median(values), 3) for name, values in times.items()}
     ours = {name: round(1 - median[f"{name.split()[0]}, bare loop"] / value, 3)
             for name, value in median.items() if "bare" not in name}
-    result = {"cases": len(images), "repetitions": args.repetitions, "median_seconds": median, "our_share": ours,
-              "seconds": {name: [round(v, 3) for v in values] for name, values in times.items()},
-              "versions": {"nnunet_confkd": __version__, "SimpleITK": sitk.Version_VersionString(),
-                           "python": platform.python_version()}, "machine": f"{platform.machine()}, {os.cpu_count()} CPU cores"}
+    result = {
+        "cases": len(images),
+        "repetitions": args.repetitions,
+        "median_seconds": median,
+        "our_share": ours,
+        "seconds": {name: [round(v, 3) for v in values] for name, values in times.items()},
+        "versions": {
+            "nnunet_confkd": __version__,
+            "SimpleITK": sitk.Version_VersionString(),
+            "python": platform.python_version(),
+        },
+        "machine": f"{platform.machine()}, {os.cpu_count()} CPU cores",
+    }
     (ROOT / "benchmarks" / "conversion_speed.json").write_text(json.dumps(result, indent=2) + "\n")
     lines = ["| 200 ACDC volumes, one process | seconds | of that not reading and writing |", "|---|---|---|"]
-    lines += [f"| {name} | {value:.1f} | {f'{ours[name]:.0%}' if name in ours else ''} |" for name, value in median.items()]
+    lines += [
+        f"| {name} | {value:.1f} | {f'{ours[name]:.0%}' if name in ours else ''} |" for name, value in median.items()
+    ]
     page = ROOT / "docs" / "results.md"
     before, _, after = page.read_text().partition(MARK)
     page.write_text(before + MARK + "\n" + "\n".join(lines) + "\n" + "".join(after.split("\n\n", 1)[1:]))

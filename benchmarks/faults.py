@@ -1,10 +1,12 @@
-"""What a training survives: kills at random moments, a full disk, broken files, dead workers, signals, values that are not finite.
+"""Which faults does a training survive?
 
     python benchmarks/faults.py [--kills 20]
 
-Whole trainings (`confkd train` in processes of their own) on generated data, a tiny network, a checkpoint every epoch. A kill is a SIGKILL
-of the training and all of its processes at a random moment, every third one in the middle of saving; then it goes on with --c. Writes
-faults.json beside this file, and its table into docs/faults.md.
+The faults are kills at random moments, a full disk, broken files, dead workers, signals, and values that are not
+finite. The script runs whole trainings (`confkd train` in separate processes) of a tiny network on generated data.
+They save a checkpoint every epoch. A kill sends SIGKILL to the training and all of its processes at a random moment,
+every third time while a file is being saved. The training then continues with --c. The script writes faults.json
+beside this file, and the table into docs/faults.md.
 """
 from __future__ import annotations
 
@@ -27,7 +29,7 @@ EPOCHS = {"tiny": 400, "short": 1}  # of each configuration; no training of the 
 TIMEOUT = 180  # seconds, for whatever is to happen: a hang is a failure
 
 TRAINER_FILE = f"""
-from nnunet_confkd.trainer import ConfKDTrainer
+from nnunet_confkd.training.trainer import ConfKDTrainer
 import torch
 
 class {TRAINER}(ConfKDTrainer):
@@ -46,16 +48,21 @@ class Failed(Exception):
 class Training:
     def __init__(self, log: Path, *arguments: str, configuration: str = "tiny", file_limit: int | None = None):
         self.log = log
-        command = [sys.executable, "-m", "nnunet_confkd.cli", "train", str(ID), configuration, "0", "-tr", TRAINER, "-device", "cpu", *arguments]
-        limit = None if file_limit is None else lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, file_limit))
-        self.process = subprocess.Popen(command, stdout=log.open("w"), stderr=subprocess.STDOUT, start_new_session=True, preexec_fn=limit)
+        command = [sys.executable, "-m", "nnunet_confkd.cli", "train", str(ID), configuration, "0",
+                   "-tr", TRAINER, "-device", "cpu", *arguments]
+        limit = (
+            None if file_limit is None else lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, file_limit))
+        )
+        self.process = subprocess.Popen(
+            command, stdout=log.open("w"), stderr=subprocess.STDOUT, start_new_session=True, preexec_fn=limit
+        )
 
     @property
     def text(self) -> str:
         return self.log.read_text(errors="replace")
 
     def wait_for(self, what, text: str):
-        """Until `what()` is true; its value."""
+        """Wait until `what()` is true, and return its value."""
         end = time.monotonic() + TIMEOUT
         while time.monotonic() < end:
             if found := what():
@@ -67,11 +74,11 @@ class Training:
         raise Failed(f"no {text} within {TIMEOUT} s:\n{self.text[-2000:]}")
 
     def epochs(self, count: int) -> None:
-        """Until so many epochs of this start are done."""
+        """Wait until this process has finished so many epochs."""
         self.wait_for(lambda: self.text.count("Epoch time") >= count, f"{count} epochs")
 
     def workers(self, called: bytes = b"") -> list[int]:
-        """The processes that it started, of those with this in their command line."""
+        """Return the child processes whose command line contains `called`."""
         children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
         lines = {int(pid): Path(f"/proc/{pid}/cmdline").read_bytes() for pid in children}
         return [pid for pid, line in lines.items() if called in line and b"resource_tracker" not in line]
@@ -81,7 +88,10 @@ class Training:
         self.process.wait()
 
     def ends(self, expected: str, well: bool = False) -> None:
-        """By itself, with an exit status that is not zero (`well`: zero), this in its output, and no process left behind."""
+        """Check that the training ends by itself, prints `expected`, and leaves no process behind.
+
+        Its exit status must be zero if `well`, and otherwise not zero.
+        """
         try:
             status = self.process.wait(TIMEOUT)
         except subprocess.TimeoutExpired:
@@ -134,7 +144,8 @@ def killed(fold: Path, log: Path, kills: int) -> str:
         lost.append(done - checkpoints(fold).get("checkpoint_latest.pth", 0))
         if lost[-1] > 1:
             raise Failed(f"kill {i}: lost {lost[-1]} epochs, a checkpoint is saved every epoch")
-    return f"{kills} kills, {saving} of them while a file was being saved; each time resumed, at most {max(lost)} epoch lost"
+    return (f"{kills} kills, {saving} of them while a file was being saved; each time resumed, "
+            f"at most {max(lost)} epoch lost")
 
 
 def full_disk(fold: Path, log: Path) -> str:
@@ -213,7 +224,9 @@ def not_finite(fold: Path, log: Path, case: Path) -> str:
         raise Failed("the case is not named")
     import torch
     for name in before:
-        if any(not torch.isfinite(w).all() for w in torch.load(fold / name, weights_only=False)["network_weights"].values()):
+        if any(
+            not torch.isfinite(w).all() for w in torch.load(fold / name, weights_only=False)["network_weights"].values()
+        ):
             raise Failed(f"{name} holds weights that are not finite")
     return "names terms and cases, stops after 20 steps; checkpoints are finite"
 
@@ -224,15 +237,26 @@ def prepare(folder: Path) -> Path:
     """Data, plans and a trainer that saves every epoch; the fold's folder."""
     from nnunet_confkd.demo.demo import add_small_configuration, plan_and_preprocess
     from nnunet_confkd.demo.synthetic import generate_dataset
-    roles = generate_dataset(folder / "raw" / DATASET, num_full=1, num_partial=3, num_unlabelled=1, num_validation=1, num_test=0)
+
+    roles = generate_dataset(
+        folder / "raw" / DATASET, num_full=1, num_partial=3, num_unlabelled=1, num_validation=1, num_test=0
+    )
     plan_and_preprocess(ID, ["2d"])
     preprocessed = folder / "preprocessed" / DATASET
     training = sorted(roles["full"] + roles["partial"] + roles["unlabelled"])
     (preprocessed / "splits_final.json").write_text(json.dumps([{"train": training, "val": roles["validation"]}]))
     for configuration, epochs in EPOCHS.items():
         block = {"epochs": epochs, "iterations_per_epoch": 25, "seed": 0}
-        add_small_configuration(preprocessed / "nnUNetPlans.json", configuration, "2d", block, features=(8, 16, 32), batch_size=4,
-                                max_patch=64, convolutions=1)
+        add_small_configuration(
+            preprocessed / "nnUNetPlans.json",
+            configuration,
+            "2d",
+            block,
+            features=(8, 16, 32),
+            batch_size=4,
+            max_patch=64,
+            convolutions=1,
+        )
     (folder / "trainers").mkdir()
     (folder / "trainers" / f"{TRAINER}.py").write_text(TRAINER_FILE)
     return folder / "results" / DATASET / f"{TRAINER}__nnUNetPlans__tiny" / "fold_0"
@@ -243,22 +267,32 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--output", type=Path, help="JSON file; then docs/ is left alone")
     args = parser.parse_args()
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # where a shell starts this in the background it is ignored, by the trainings, too
+    # a shell that starts this script in the background makes it ignore SIGINT, and the trainings would inherit that
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         for name in ("raw", "preprocessed", "results"):
             (folder / name).mkdir()
             os.environ[f"nnUNet_{name}"] = str(folder / name)
-        os.environ |= {"OMP_NUM_THREADS": "1", "nnUNet_n_proc_DA": "2", "nnUNet_def_n_proc": "1", "nnUNet_compile": "false",
-                       "nnUNet_extTrainer": str(folder / "trainers")}
+        os.environ |= {
+            "OMP_NUM_THREADS": "1",
+            "nnUNet_n_proc_DA": "2",
+            "nnUNet_def_n_proc": "1",
+            "nnUNet_compile": "false",
+            "nnUNet_extTrainer": str(folder / "trainers"),
+        }
         fold = prepare(folder)
         images = folder / "preprocessed" / DATASET / "nnUNetPlans_2d"
         full = next(iter(json.loads((images.parent / "splits_final.json").read_text())[0]["train"]))
         faults = {
             "SIGKILL at random moments": lambda log: killed(fold, log, args.kills),
             "a disk that is full while saving": lambda log: full_disk(fold, log),
-            "a truncated preprocessed image": lambda log: truncated(fold, log, images / f"{full}.b2nd", "cannot be read"),
-            "a truncated preprocessed label": lambda log: truncated(fold, log, images / f"{full}_seg.b2nd", "cannot be read"),
+            "a truncated preprocessed image": lambda log: truncated(
+                fold, log, images / f"{full}.b2nd", "cannot be read"
+            ),
+            "a truncated preprocessed label": lambda log: truncated(
+                fold, log, images / f"{full}_seg.b2nd", "cannot be read"
+            ),
             "a worker that dies": lambda log: dead_worker(fold, log),
             "a process of the final validation that is killed": dead_writer,
             "SIGINT (Ctrl-C)": lambda log: signalled(fold, log, signal.SIGINT),
@@ -275,11 +309,20 @@ def main() -> None:
             results.append({**result, "seconds": round(time.time() - start)})
             print(f"{'survived' if result['survived'] else 'FAILED'}: {name}: {result['what']}", flush=True)
     machine = f"{platform.system()}, {platform.machine()} CPU, {os.cpu_count()} cores"
-    (args.output or ROOT / "benchmarks" / "faults.json").write_text(json.dumps({"machine": machine, "faults": results}, indent=1))
+    (args.output or ROOT / "benchmarks" / "faults.json").write_text(
+        json.dumps({"machine": machine, "faults": results}, indent=1)
+    )
     if not args.output:
         from step_time import insert
-        rows = "\n".join(f"| {r['fault']} | {'yes' if r['survived'] else '**no**'} | {r['what'].splitlines()[0]} |" for r in results)
-        insert(ROOT / "docs" / "faults.md", "faults", f"{machine}.\n\n| fault | survived | what happens |\n|---|---|---|\n{rows}")
+
+        rows = "\n".join(
+            f"| {r['fault']} | {'yes' if r['survived'] else '**no**'} | {r['what'].splitlines()[0]} |" for r in results
+        )
+        insert(
+            ROOT / "docs" / "faults.md",
+            "faults",
+            f"{machine}.\n\n| fault | survived | what happens |\n|---|---|---|\n{rows}",
+        )
     if not all(r["survived"] for r in results):
         raise SystemExit(1)
 

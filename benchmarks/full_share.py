@@ -1,7 +1,8 @@
 """Which share of fully labelled images in a batch? The measurement behind the default of `full_share`.
 
-Hippocampus, 2-D, the demo's small network on the CPU, batches of 12; 5 full, the others points; several shares and seeds, chosen by the
-student's mean foreground Dice on fully labelled validation cases (no test case is looked at).
+The demo's small 2-D network is trained on Hippocampus on the CPU, in batches of 12, with several shares and seeds.
+Five cases are fully annotated, and the others have point labels. The share is chosen by the student's mean foreground
+Dice on fully annotated validation cases. No test case is used.
 
     python benchmarks/full_share.py --data .../hippocampus --work FOLDER --output benchmarks/full_share.json
 """
@@ -70,7 +71,12 @@ def main() -> None:
     for seed in args.seeds:
         for share in args.shares:
             configuration = f"2d_share{round(100 * share)}_seed{seed}"
-            settings = {"epochs": args.epochs, "iterations_per_epoch": args.iterations, "seed": seed, "full_share": share}
+            settings = {
+                "epochs": args.epochs,
+                "iterations_per_epoch": args.iterations,
+                "seed": seed,
+                "full_share": share,
+            }
             add_small_configuration(work / "preprocessed" / DATASET / "nnUNetPlans.json", configuration, "2d", settings,
                                     batch_size=12)
             jobs.append((str(work), configuration, share, seed))

@@ -2,10 +2,11 @@
 
     python benchmarks/hint_realism.py --data .../shared/data
 
-For each kind of weak label, on real data in 2-D and 3-D, the training loader draws batches in which half of the images are fully
-annotated and half partially. The hints of both halves are compared, class by class: how often a class has hints, how many voxels, how many of
-them touch another class, how far they lie from the centre of the patch, and how many lie in the padding. "Touch" needs the ground truth
-of the partially annotated images. The training never sees it.
+For each kind of weak label, on real data in 2-D and 3-D, the training loader draws batches in which half of the
+images are fully annotated and half partially. The hints of both halves are compared, class by class: how often a
+class has hints, how many voxels they have, how many of these touch another class, how far they lie from the centre of
+the patch, and how many lie in the padding. "Touch" needs the ground truth of the partially annotated images. The
+training never sees it.
 
 Writes hint_realism.json beside this file, and the table into docs/method.md.
 """
@@ -38,7 +39,12 @@ EXPERT = "expert scribbles"
 
 @dataclass(frozen=True)
 class Source:
-    """spacing: mm of the slices as the network sees them; None: as published. patch: of the 3-D network; the 2-D one has its last two axes."""
+    """A data set.
+
+    Attributes:
+        spacing: Voxel spacing in mm that the slices are resampled to; None keeps the published one.
+        patch: Patch size of the 3-D network; the 2-D network uses its last two axes.
+    """
     classes: tuple[str, ...]
     spacing: tuple[float, float, float] | None
     patch: tuple[int, int, int]
@@ -52,10 +58,17 @@ SOURCES = {"ACDC": Source(("background", "RV", "myocardium", "LV"), (10.0, 3.0, 
 # ---- data -----------------------------------------------------------------------------------------------------------
 
 def load(name: str, data: Path, patients: int) -> dict[str, tuple]:
-    """{case: (image, ground truth (both (z, y, x)), spacing in mm, expert scribble or None)}, one case for each patient."""
+    """Read one case of each patient.
+
+    Returns:
+        {case: (image, ground truth, spacing in mm, expert scribble or None)}; the arrays are `(z, y, x)`.
+    """
     found = {}
     if name == "ACDC":
-        files = [sorted(folder.glob("*_gt.nii.gz"))[0] for folder in sorted((data / "acdc" / "training").glob("patient*"))[:patients]]
+        files = [
+            sorted(folder.glob("*_gt.nii.gz"))[0]
+            for folder in sorted((data / "acdc" / "training").glob("patient*"))[:patients]
+        ]
     else:
         files = sorted((data / "hippocampus" / "labelsTr").glob("hippocampus_*.nii.gz"))[:patients]
     with quiet():
@@ -64,9 +77,16 @@ def load(name: str, data: Path, patients: int) -> dict[str, tuple]:
             picture = read(file)
             scribble = data / "acdc_scribbles" / f"{case}_scribble.nii.gz"
             strokes = read(scribble).voxels[0].astype(np.int16) if name == "ACDC" and scribble.is_file() else None
-            image = read(file.with_name(f"{case}.nii.gz") if name == "ACDC" else data / "hippocampus" / "imagesTr" / file.name).voxels[0]
+            image = read(
+                file.with_name(f"{case}.nii.gz") if name == "ACDC" else data / "hippocampus" / "imagesTr" / file.name
+            ).voxels[0]
             image = (image - image.mean()) / image.std()  # as nnU-Net's ZScoreNormalization
-            found[case] = image.astype(np.float32), picture.voxels[0].astype(np.int16), picture.geometry.spacing[::-1], strokes
+            found[case] = (
+                image.astype(np.float32),
+                picture.voxels[0].astype(np.int16),
+                picture.geometry.spacing[::-1],
+                strokes,
+            )
     return found
 
 
@@ -80,7 +100,9 @@ def resampled(label: np.ndarray, spacing, target) -> np.ndarray:
 class Cases:
     """A data set in memory as nnU-Net's loader wants it. The ground truth travels as a cascade's previous stage."""
 
-    def __init__(self, volumes: dict, kinds: dict[str, str], ignore_label: int, style: str, dimension: str, target_spacing):
+    def __init__(
+        self, volumes: dict, kinds: dict[str, str], ignore_label: int, style: str, dimension: str, target_spacing
+    ):
         self.identifiers, self.cases = sorted(volumes), {}
         for case, (image, truth, spacing, strokes) in volumes.items():
             label = truth
@@ -88,10 +110,20 @@ class Cases:
                 label = strokes
             elif kinds[case] == PARTIAL:
                 options = STYLES[style]
-                options = options if style == "slices" else {**options, "dimension": dimension if options["style"] != "scribbles" else "2d"}
-                label = weaken(truth, rng=case_rng(case, style, 0), ignore_label=ignore_label, spacing=spacing, **options)
+                options = (
+                    options
+                    if style == "slices"
+                    else {**options, "dimension": dimension if options["style"] != "scribbles" else "2d"}
+                )
+                label = weaken(
+                    truth, rng=case_rng(case, style, 0), ignore_label=ignore_label, spacing=spacing, **options
+                )
             if target_spacing is not None:
-                image, truth, before = resampled(image, spacing, target_spacing), resampled(truth, spacing, target_spacing), label
+                image, truth, before = (
+                    resampled(image, spacing, target_spacing),
+                    resampled(truth, spacing, target_spacing),
+                    label,
+                )
                 label = keep_annotations(before, resampled(before, spacing, target_spacing), ignore_label)
             where = {c: _sampled(np.argwhere(label[None] == c)) for c in range(1, ignore_label)}
             where[(-1, *range(ignore_label))] = _sampled(np.argwhere(label[None] != ignore_label))
@@ -102,7 +134,9 @@ class Cases:
 
 
 def _sampled(voxels: np.ndarray, number: int = 10_000) -> np.ndarray:
-    return voxels if len(voxels) <= number else voxels[np.random.default_rng(0).choice(len(voxels), number, replace=False)]
+    return (
+        voxels if len(voxels) <= number else voxels[np.random.default_rng(0).choice(len(voxels), number, replace=False)]
+    )
 
 
 def loader_of(name: str, style: str, dimension: str, volumes: dict, batch_size: int = 8) -> StratifiedLoader:
@@ -112,7 +146,7 @@ def loader_of(name: str, style: str, dimension: str, volumes: dict, batch_size: 
     kinds = {case: FULL if i % 2 else PARTIAL for i, case in enumerate(cases)}
     labels = LabelManager({name: i for i, name in enumerate((*source.classes, "ignore"))}, None)
     patch = source.patch if dimension == "3d" else source.patch[1:]
-    # nnU-Net's augmentation: in-plane rotations of 2-D and of anisotropic 3-D patches, small ones round all axes of the others
+    # nnU-Net rotates 2-D and anisotropic 3-D patches in the plane, and all others by small angles about all axes
     flat = dimension == "2d" or source.anisotropic
     angle = np.pi if flat else np.pi / 6
     margin = 1.45 if flat else 1.25
@@ -122,8 +156,16 @@ def loader_of(name: str, style: str, dimension: str, volumes: dict, batch_size: 
         foreground_labels=labels.foreground_labels, ignore_label=ignore)
     label_padding(transforms, ignore)
     return StratifiedLoader(
-        Cases(volumes, kinds, ignore, style, dimension, source.spacing), batch_size, initial, patch, labels, kinds=kinds, full_share=0.5,
-        oversample_foreground_percent=0.33, transforms=transforms)
+        Cases(volumes, kinds, ignore, style, dimension, source.spacing),
+        batch_size,
+        initial,
+        patch,
+        labels,
+        kinds=kinds,
+        full_share=0.5,
+        oversample_foreground_percent=0.33,
+        transforms=transforms,
+    )
 
 
 # ---- measures -------------------------------------------------------------------------------------------------------
@@ -139,18 +181,31 @@ def measure(hints: np.ndarray, truth: np.ndarray, inside: np.ndarray, label: int
         return {"shown": 0.0}
     other = np.zeros_like(shown)
     for axis in range(truth.ndim):
-        a, b = (tuple(slice(start, stop) if i == axis else slice(None) for i in range(truth.ndim)) for start, stop in ((None, -1), (1, None)))
+        a, b = (
+            tuple(slice(start, stop) if i == axis else slice(None) for i in range(truth.ndim))
+            for start, stop in ((None, -1), (1, None))
+        )
         differs = (truth[a] != truth[b]) & inside[a] & inside[b]
         other[a] |= differs
         other[b] |= differs
     half = (np.array(truth.shape) - 1) / 2
     distance = np.abs((np.argwhere(shown) - half) / half).mean()
-    return {"shown": 1.0, "voxels": float(number), "touching": float((shown & other).sum() / number), "off centre": float(distance),
-            "in padding": float((shown & ~inside).sum() / number)}
+    return {
+        "shown": 1.0,
+        "voxels": float(number),
+        "touching": float((shown & other).sum() / number),
+        "off centre": float(distance),
+        "in padding": float((shown & ~inside).sum() / number),
+    }
 
 
 def compare(name: str, style: str, dimension: str, volumes: dict, batches: int, seed: int = 0) -> dict:
-    """{class: {"real" | "simulated": {measure: mean over images, of "voxels" the median, "images": how many hold the class}}}."""
+    """Compare real and simulated hints over many batches.
+
+    Returns:
+        {class: {"real" | "simulated": {measure: mean over images}}}. "voxels" is a median over images, and "images"
+        is the number of images that contain the class.
+    """
     np.random.seed(seed)
     torch.manual_seed(seed)
     loader = loader_of(name, style, dimension, volumes)
@@ -174,8 +229,10 @@ def compare(name: str, style: str, dimension: str, volumes: dict, batches: int, 
 def _means(rows: list[dict]) -> dict[str, float]:
     keys = ("shown", "voxels", "touching", "off centre", "in padding")
     means = {key: [row[key] for row in rows if key in row] for key in keys}
-    return {"images": len(rows)} | {key: round(float((np.median if key == "voxels" else np.mean)(values)), 4) if values else None
-                                    for key, values in means.items()}
+    return {"images": len(rows)} | {
+        key: round(float((np.median if key == "voxels" else np.mean)(values)), 4) if values else None
+        for key, values in means.items()
+    }
 
 
 def cells(found: dict) -> list[list[str]]:
@@ -183,15 +240,29 @@ def cells(found: dict) -> list[list[str]]:
     rows = []
     for of_class, of in found.items():
         row = [of_class]
-        for key, form in (("shown", "{:.0%}"), ("voxels", "{:.0f}"), ("touching", "{:.0%}"), ("off centre", "{:.2f}"), ("in padding", "{:.0%}")):
-            row.append(" / ".join("-" if of[which][key] is None else form.format(of[which][key]) for which in ("real", "simulated")))
+        for key, form in (
+            ("shown", "{:.0%}"),
+            ("voxels", "{:.0f}"),
+            ("touching", "{:.0%}"),
+            ("off centre", "{:.2f}"),
+            ("in padding", "{:.0%}"),
+        ):
+            row.append(
+                " / ".join(
+                    "-" if of[which][key] is None else form.format(of[which][key]) for which in ("real", "simulated")
+                )
+            )
         rows.append(row)
     return rows
 
 
 def write_table(results: dict) -> None:
     from step_time import insert
-    rows = ["| data, network, annotation | class | has hints | voxels | touching | off centre | in padding |", "|---|---|---|---|---|---|---|"]
+
+    rows = [
+        "| data, network, annotation | class | has hints | voxels | touching | off centre | in padding |",
+        "|---|---|---|---|---|---|---|",
+    ]
     for name, found in results.items():
         rows += ["| " + " | ".join([name if i == 0 else "", *row]) + " |" for i, row in enumerate(cells(found))]
     insert(ROOT / "docs" / "method.md", "hint realism", "\n".join(rows))
@@ -199,7 +270,9 @@ def write_table(results: dict) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True, help="the folder with acdc/, acdc_scribbles/ and hippocampus/")
+    parser.add_argument(
+        "--data", type=Path, required=True, help="folder that contains acdc/, acdc_scribbles/ and hippocampus/"
+    )
     parser.add_argument("--batches", type=int, default=60, help="batches of 8 images, 2-D; a fourth of them in 3-D")
     parser.add_argument("--patients", type=int, default=40)
     parser.add_argument("--only", nargs="+", help="styles")
@@ -217,7 +290,11 @@ def main() -> None:
                 batches = args.batches if dimension == "2d" else max(8, args.batches // 4)
                 found = compare(name, style, dimension, volumes, batches)
                 results[f"{name}, {dimension}, {style}"] = found
-                print(f"\n{name}, {dimension}, {style}: shown, voxels, touching, off centre, in padding (real / simulated)", flush=True)
+                print(
+                    f"\n{name}, {dimension}, {style}: shown, voxels, touching, off centre, in padding "
+                    "(real / simulated)",
+                    flush=True,
+                )
                 for row in cells(found):
                     print("  " + row[0].ljust(12) + "".join(cell.rjust(16) for cell in row[1:]), flush=True)
     args.output.write_text(json.dumps(results, indent=1) + "\n")

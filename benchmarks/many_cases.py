@@ -1,10 +1,12 @@
-"""The start of a training on very many cases, and what stratified drawing costs a batch, against stock nnU-Net.
+"""Measure the start of a training on very many cases and the cost of stratified batches, against stock nnU-Net.
 
     python benchmarks/many_cases.py [--cases 10000]
 
-Generates tiny preprocessed cases, a hundredth of them full; then, in this process: `get_dataloaders` of stock nnU-Net, of ConfKDTrainer for the
-first time (which reads every label) and again (which finds its counts), and batches of both loaders by turns, augmented in this
-process. The same batches of a few cases of real size, too. Writes many_cases.json beside this file, and its table into docs/performance.md.
+The script generates tiny preprocessed cases, of which one in a hundred is fully annotated. It then measures
+`get_dataloaders` of stock nnU-Net, of ConfKDTrainer for the first time (which reads every label), and of
+ConfKDTrainer again (which finds its saved counts). Batches of both loaders are drawn by turns and augmented in this
+process. Batches of a few cases of real size are measured, too. The script writes many_cases.json beside this file,
+and the table into docs/performance.md.
 """
 from __future__ import annotations
 
@@ -25,8 +27,11 @@ WARM_UP = 5
 
 
 def generate(folder: Path, shape: tuple[int, ...], count: int, full_every: int) -> None:
-    """Preprocessed cases, every so many full, of the others a hundredth of the voxels annotated; split so that half of the full ones
-    among the first thousand validate."""
+    """Write preprocessed cases, one in `full_every` of them fully annotated.
+
+    The other cases have a hundredth of their voxels annotated. Fully annotated cases among the first 500, at most
+    half of all fully annotated ones, are for validation.
+    """
     import numpy as np
     from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2
     rng = np.random.default_rng(0)
@@ -37,23 +42,40 @@ def generate(folder: Path, shape: tuple[int, ...], count: int, full_every: int) 
         seg = np.kron(blocks, np.ones([4] * 3))[None, :shape[0], :shape[1], :shape[2]].astype(np.int8)
         if i % full_every:
             seg[rng.random(seg.shape) > 0.01] = 3
-        where = {label: np.argwhere(seg == label)[:10000] for label in (1, 2)} | {(-1, 0, 1, 2): np.argwhere(seg != 3)[:10000]}
-        nnUNetDatasetBlosc2.save_case(rng.normal(size=seg.shape).astype(np.float32), seg, {"class_locations": where, "spacing": [1, 1, 1]},
-                                      str(folder / "d" / name))
+        where = {label: np.argwhere(seg == label)[:10000] for label in (1, 2)} | {
+            (-1, 0, 1, 2): np.argwhere(seg != 3)[:10000]
+        }
+        nnUNetDatasetBlosc2.save_case(
+            rng.normal(size=seg.shape).astype(np.float32),
+            seg,
+            {"class_locations": where, "spacing": [1, 1, 1]},
+            str(folder / "d" / name),
+        )
     held_back = names[:500:full_every][:-(-count // full_every) // 2]
-    (folder / "splits_final.json").write_text(json.dumps([{"train": [n for n in names if n not in held_back], "val": held_back}]))
+    (folder / "splits_final.json").write_text(
+        json.dumps([{"train": [n for n in names if n not in held_back], "val": held_back}])
+    )
 
 
-def measure(case: Case, shape: tuple[int, ...], count: int, full_every: int, turns: int, folder: Path) -> tuple[dict, dict]:
-    """On a data set generated for it: seconds until the first batch of each loader, and times of batches by turns."""
+def measure(
+    case: Case, shape: tuple[int, ...], count: int, full_every: int, turns: int, folder: Path
+) -> tuple[dict, dict]:
+    """Measure the seconds that each start of the loaders takes, and the times of batches drawn by turns.
+
+    The data set is generated first and removed afterwards.
+    """
     from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
     from nnunet_confkd.training.trainer import ConfKDTrainer
     dataset = folder / "preprocessed" / "Dataset999_Step"
     generate(dataset, shape, count, full_every)
     seconds, loaders = {}, {}
-    for name, trainer_class in (("stock", nnUNetTrainer), ("confkd, first", ConfKDTrainer), ("confkd, again", ConfKDTrainer),
-                                ("stock, again", nnUNetTrainer)):
+    for name, trainer_class in (
+        ("stock", nnUNetTrainer),
+        ("confkd, first", ConfKDTrainer),
+        ("confkd, again", ConfKDTrainer),
+        ("stock, again", nnUNetTrainer),
+    ):
         trainer = build(case, trainer_class, folder, "cpu")
         start = time.perf_counter()
         loaders[name], _ = trainer.get_dataloaders()
@@ -70,7 +92,9 @@ def measure(case: Case, shape: tuple[int, ...], count: int, full_every: int, tur
         return wrapped
 
     ours.get_indices, ours.complete = timed(ours.get_indices), timed(ours.complete)
-    batches = by_turns({name: lambda of=loaders[name]: next(of) for name in ("stock", "confkd, again")}, "cpu", turns, warm_up=WARM_UP)
+    batches = by_turns(
+        {name: lambda of=loaders[name]: next(of) for name in ("stock", "confkd, again")}, "cpu", turns, warm_up=WARM_UP
+    )
     batches["confkd, again"]["own_ms"] = round(1000 * sum(spent[2 * WARM_UP:]) / turns, 3)  # mean
     shutil.rmtree(dataset)
     return seconds, batches
@@ -88,16 +112,23 @@ def main() -> None:
         os.environ |= {"nnUNet_n_proc_DA": "0", "OMP_NUM_THREADS": "1", "nnUNet_compile": "false"}
         seconds, tiny = measure(TINY, (4, 16, 16), args.cases, 100, 200, folder)
         _, real = measure(REAL, (80, 160, 160), 8, 2, 60, folder)
-    batches = {f"{case.batch} of {'x'.join(map(str, case.patch))}": found for case, found in ((TINY, tiny), (REAL, real))}
+    batches = {
+        f"{case.batch} of {'x'.join(map(str, case.patch))}": found for case, found in ((TINY, tiny), (REAL, real))
+    }
     result = {"cases": args.cases, "start_seconds": seconds, "batches": batches,
               "machine": f"{platform.machine()} CPU, {os.cpu_count()} cores"}
     (args.output or ROOT / "benchmarks" / "many_cases.json").write_text(json.dumps(result, indent=1))
-    text = (f"{result['machine']}; {args.cases} preprocessed cases.\n\n| | stock | ConfKD, first time | ConfKD, from then on |\n|---|---|---|---|\n"
-            f"| start of the loaders, s | {min(seconds['stock'], seconds['stock, again']):.1f} | {seconds['confkd, first']:.1f} | "
-            f"{seconds['confkd, again']:.1f} |\n")
+    text = (
+        f"{result['machine']}; {args.cases} preprocessed cases.\n\n"
+        f"| | stock | ConfKD, first time | ConfKD, from then on |\n|---|---|---|---|\n"
+        f"| start of the loaders, s | {min(seconds['stock'], seconds['stock, again']):.1f} | "
+        f"{seconds['confkd, first']:.1f} | {seconds['confkd, again']:.1f} |\n"
+    )
     for name, of in batches.items():
-        text += f"| a batch of {name}, ms (median) | {of['stock']['median_ms']:.1f} | | {of['confkd, again']['median_ms']:.1f} |\n"
-        text += f"| of which drawing cases, and what is shown to the teacher, ms (mean) | | | {of['confkd, again']['own_ms']:.2f} |\n"
+        stock, ours = of["stock"], of["confkd, again"]
+        text += f"| a batch of {name}, ms (median) | {stock['median_ms']:.1f} | | {ours['median_ms']:.1f} |\n"
+        text += "| of which drawing cases, and what is shown to the teacher, ms (mean) | | | "
+        text += f"{ours['own_ms']:.2f} |\n"
     text = text.rstrip()
     print(text)
     if not args.output:

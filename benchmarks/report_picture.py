@@ -1,8 +1,8 @@
 """The screenshot of the report in docs/report.md: a model trained on MSD Hippocampus, its report, and two views of it.
 
-The demo's small 2-D network on the CPU, 40 epochs of 120 steps; 5 full, 30 point-labelled and 10 unlabelled training cases,
-20 validation cases. A model or report that the folder holds already is not made again. The browser comes by
-`npm install puppeteer-core @sparticuz/chromium` in a folder.
+The demo's small 2-D network is trained on the CPU for 40 epochs of 120 iterations. It has 5 fully annotated, 30
+point-labelled and 10 unlabelled training cases, and 20 validation cases. A model or report that is already in the work
+folder is used again. Install the browser with `npm install puppeteer-core @sparticuz/chromium` in its folder.
 
     python benchmarks/report_picture.py --data .../hippocampus --work FOLDER --browser FOLDER --output docs/report.png
 """
@@ -61,8 +61,9 @@ def train(data: Path, work: Path) -> None:
     cases = import_dataset(source, int(DATASET[7:10]), DATASET[11:], seed=0, limits=LIMITS)
     plan_and_preprocess(int(DATASET[7:10]), ["2d"])
     preprocessed = work / "preprocessed" / DATASET
-    (preprocessed / "splits_final.json").write_text(json.dumps([{
-        "train": sorted([*cases["full"], *cases["partial"], *cases["unlabelled"]]), "val": sorted(cases["validation"])}]))
+    training = sorted([*cases["full"], *cases["partial"], *cases["unlabelled"]])
+    split = {"train": training, "val": sorted(cases["validation"])}
+    (preprocessed / "splits_final.json").write_text(json.dumps([split]))
     add_small_configuration(preprocessed / "nnUNetPlans.json", "2d_small", "2d", CONFKD)
     make_findable()
     torch.set_num_threads(1)

@@ -1,8 +1,8 @@
-"""How many annotated voxels survive label resampling: nnU-Net's own, and with `confkd plan`.
+"""How many annotated voxels survive nnU-Net's resampling of labels, and that of `confkd plan`?
 
-MSD Hippocampus (1 mm), its full masks turned to weak labels and resampled to grids of scale 0.9, 0.8, 0.5 and 2 in all three axes.
-An annotated voxel survives where its place in the new grid (that of its centre) has its class. Writes the table in
-docs/results.md.
+The full masks of MSD Hippocampus (1 mm) are turned into weak labels and resampled to grids of scale 0.9, 0.8, 0.5 and
+2 in all three axes. An annotated voxel survives if the voxel of the new grid that contains its centre has its class.
+The script writes the table in docs/results.md.
 
     python benchmarks/resampling.py --hippocampus .../hippocampus
 """
@@ -21,8 +21,13 @@ from nnunet_confkd.data.weak_labels import case_rng, weaken
 
 ROOT = Path(__file__).resolve().parent.parent
 IGNORE, SEED, SCALES = 3, 0, (0.9, 0.8, 0.5, 2.0)
-STYLES = {"single points": ("points", {"radius": 0}), "points (radius 1)": ("points", {"radius": 1}), "scribbles": ("scribbles", {}),
-          "erosion": ("erosion", {}), "slices": ("slices", {})}
+STYLES = {
+    "single points": ("points", {"radius": 0}),
+    "points (radius 1)": ("points", {"radius": 1}),
+    "scribbles": ("scribbles", {}),
+    "erosion": ("erosion", {}),
+    "slices": ("slices", {}),
+}
 MARK = "<!-- resampling: written by benchmarks/resampling.py -->"
 
 
@@ -53,12 +58,16 @@ def main() -> None:
 
     files = sorted((args.hippocampus / "labelsTr").glob("*.nii.gz"))[:args.cases]
     result = {name: {str(scale): survive(files, *style, scale) for scale in SCALES} for name, style in STYLES.items()}
-    (ROOT / "benchmarks" / "resampling.json").write_text(json.dumps({"seed": SEED, "cases": len(files), "result": result}, indent=1) + "\n")
+    (ROOT / "benchmarks" / "resampling.json").write_text(
+        json.dumps({"seed": SEED, "cases": len(files), "result": result}, indent=1) + "\n"
+    )
 
     lines = ["| survive, % (nnU-Net / `confkd plan`) | " + " | ".join(f"scale {scale:g}" for scale in SCALES) + " |",
              "|" + "---|" * (1 + len(SCALES))]
-    lines += [f"| {name} | " + " | ".join(f"{100 * r['stock']:.3g} / {100 * r['ours']:.4g}" for r in of_style.values()) + " |"
-              for name, of_style in result.items()]
+    lines += [
+        f"| {name} | " + " | ".join(f"{100 * r['stock']:.3g} / {100 * r['ours']:.4g}" for r in of_style.values()) + " |"
+        for name, of_style in result.items()
+    ]
     page = ROOT / "docs" / "results.md"
     before, _, after = page.read_text().partition(MARK)
     page.write_text(before + MARK + "\n" + "\n".join(lines) + "\n\n" + after.split("\n\n", 1)[-1])

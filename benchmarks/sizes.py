@@ -1,11 +1,13 @@
-"""Time and peak memory of the commands against the number of cases, and on one large volume.
+"""Measure time and peak memory of the commands against the number of cases, and on one large volume.
 
     python benchmarks/sizes.py [--cases 100 1000] [--volume 600 512 512] [--work FOLDER]
 
-Generates data sets of small volumes, half of them point-labelled, half full ones to validate on, and one data set whose validation case and
-partial case are large; plans, trains one step of a tiny 2-D network on each, and measures the commands that look at every case. Memory is
-the proportional set size of a command and all of its processes, sampled up to ten times a second. With --work what is finished is kept, and an
-interrupted run goes on. Writes sizes.json beside this file, and its table into docs/performance.md.
+The script generates data sets of small volumes. Half of their cases have point labels, and most of the others are
+fully annotated validation cases. One more data set has a large validation case and a large partially annotated case.
+On each data set the script plans, trains a tiny 2-D network for one epoch of five iterations, and measures the
+commands that read every case. Memory is the proportional set size of a command and all of its processes, sampled up
+to ten times a second. With --work, finished measurements are kept, and an interrupted run continues. The script
+writes sizes.json beside this file, and the table into docs/performance.md.
 """
 from __future__ import annotations
 
@@ -35,10 +37,11 @@ LOADER = """
 import json, os
 from pathlib import Path
 import torch
-from nnunet_confkd.trainer import ConfKDTrainer
+from nnunet_confkd.training.trainer import ConfKDTrainer
 folder = Path(os.environ["nnUNet_preprocessed"]) / {dataset!r}
 plans = json.loads((folder / "nnUNetPlans.json").read_text()) | {{"continue_training": False}}
-trainer = ConfKDTrainer(plans, {configuration!r}, 0, json.loads((folder / "dataset.json").read_text()), torch.device("cpu"))
+dataset = json.loads((folder / "dataset.json").read_text())
+trainer = ConfKDTrainer(plans, {configuration!r}, 0, dataset, torch.device("cpu"))
 trainer.initialize()
 loader, validation = trainer.get_dataloaders()
 for _ in range(200):
@@ -49,7 +52,7 @@ for each in (loader, validation):
 
 
 def prepare(cases: int | None, volume: tuple[int, ...] | None) -> None:
-    """The raw data set: so many small cases, or one large volume to validate on and one that is partly labelled."""
+    """Write the raw data set: many small cases, or a large validation case and a large partially annotated one."""
     import numpy as np
     import SimpleITK as sitk
 
@@ -71,7 +74,7 @@ def prepare(cases: int | None, volume: tuple[int, ...] | None) -> None:
             sitk.WriteImage(image, str(path))
 
 
-# ---- measuring ----------------------------------------------------------------------------------------------------------
+# ---- measuring ------------------------------------------------------------------------------------------------------
 
 def tree_memory(root: int) -> float:
     """MiB of a process and its descendants; memory that they share is counted once."""
@@ -93,7 +96,7 @@ def tree_memory(root: int) -> float:
 
 
 def run(command: list[str], log: Path) -> dict[str, float]:
-    """Seconds, and peak MiB. Stops with the end of the log where the command fails."""
+    """Run a command, and return its seconds and peak MiB. If it fails, exit with the end of its log."""
     start, peak = time.perf_counter(), 0.0
     with open(log, "w") as stream:
         process = subprocess.Popen(command, stdout=stream, stderr=subprocess.STDOUT)
@@ -128,8 +131,17 @@ def measure(name: str, cases: int | None, volume: tuple[int, ...] | None, folder
     step("plan", [*confkd, "plan", "-d", str(ID), "-c", "2d", "-np", "2", "-npfp", "2"])
     if CONFIGURATION not in json.loads((preprocessed / "nnUNetPlans.json").read_text())["configurations"]:
         from nnunet_confkd.demo.demo import add_small_configuration
-        add_small_configuration(preprocessed / "nnUNetPlans.json", CONFIGURATION, "2d", {"epochs": 1, "iterations_per_epoch": 5, "seed": 0},
-                                features=(4, 8, 8), batch_size=4, max_patch=256, convolutions=1)
+
+        add_small_configuration(
+            preprocessed / "nnUNetPlans.json",
+            CONFIGURATION,
+            "2d",
+            {"epochs": 1, "iterations_per_epoch": 5, "seed": 0},
+            features=(4, 8, 8),
+            batch_size=4,
+            max_patch=256,
+            convolutions=1,
+        )
         if volume:  # planned for the small cases that train: hundreds of patches a slice
             plans = json.loads((preprocessed / "nnUNetPlans.json").read_text())
             plans["configurations"][CONFIGURATION]["patch_size"] = [256, 256]
@@ -140,23 +152,37 @@ def measure(name: str, cases: int | None, volume: tuple[int, ...] | None, folder
             {"train": [*full[:NUM_FULL], *sorted(set(table) - set(full))], "val": full[NUM_FULL:]}]))
     step("loader", [*python, LOADER.format(dataset=DATASET, configuration=CONFIGURATION)])
     step("train", [*confkd, "train", str(ID), CONFIGURATION, "0", "-device", "cpu"])
-    step("evaluate", [*confkd, "evaluate", "--truth", str(Path(os.environ["nnUNet_raw"]) / DATASET / "labelsTr"), "--prediction",
-                      str(model / "fold_0" / "validation"), "-d", str(ID), "--subset", "--processes", "2"])
+    step(
+        "evaluate",
+        [*confkd, "evaluate", "--truth", str(Path(os.environ["nnUNet_raw"]) / DATASET / "labelsTr"),
+         "--prediction", str(model / "fold_0" / "validation"), "-d", str(ID), "--subset", "--processes", "2"],
+    )
     step("report", [*confkd, "report", "--model", str(model), "-device", "cpu"])
-    step("complete", [*confkd, "complete", "-d", str(ID), "--model", str(model), "--id", str(ID + 1), "-device", "cpu", "--processes", "2"])
+    step(
+        "complete",
+        [*confkd, "complete", "-d", str(ID), "--model", str(model), "--id", str(ID + 1),
+         "-device", "cpu", "--processes", "2"],
+    )
     return done
 
 
-# ---- the table ----------------------------------------------------------------------------------------------------------
+# ---- the table ------------------------------------------------------------------------------------------------------
 
 def table_of(result: dict) -> str:
     sizes, counts = list(result["runs"]), result["cases"]
-    lines = ["| command | " + " | ".join(sizes) + f" | slope of memory, {counts[0]} to {counts[-1]} cases |", "|" + "---|" * (len(sizes) + 2)]
+    lines = [
+        "| command | " + " | ".join(sizes) + f" | slope of memory, {counts[0]} to {counts[-1]} cases |",
+        "|" + "---|" * (len(sizes) + 2),
+    ]
     for command in COMMANDS:
         runs = [result["runs"][size][command] for size in sizes]
         few, many = (result["runs"][f"{n} cases"][command]["peak_mib"] for n in (counts[0], counts[-1]))
         slope = round(1024 * (many - few) / (counts[-1] - counts[0]))
-        lines.append(f"| {command} | " + " | ".join(f"{r['seconds']:.0f} s, {r['peak_mib']:.0f} MiB" for r in runs) + f" | {slope} KiB a case |")
+        lines.append(
+            f"| {command} | "
+            + " | ".join(f"{r['seconds']:.0f} s, {r['peak_mib']:.0f} MiB" for r in runs)
+            + f" | {slope} KiB a case |"
+        )
     return "\n".join(lines)
 
 
@@ -174,7 +200,12 @@ def main() -> None:
         runs = {f"{n} cases": measure(f"cases_{n}", n, None, folder) for n in args.cases}
         volume = "x".join(map(str, args.volume))
         runs[f"a volume of {volume}"] = measure(f"volume_{volume}", None, tuple(args.volume), folder)
-    result = {"machine": f"{platform.machine()} CPU, {os.cpu_count()} cores", "cases": list(args.cases), "volume": list(args.volume), "runs": runs}
+    result = {
+        "machine": f"{platform.machine()} CPU, {os.cpu_count()} cores",
+        "cases": list(args.cases),
+        "volume": list(args.volume),
+        "runs": runs,
+    }
     (args.output or ROOT / "benchmarks" / "sizes.json").write_text(json.dumps(result, indent=1))
     text = f"{result['machine']}; commands with two processes.\n\n{table_of(result)}"
     print(text)

@@ -1,14 +1,14 @@
-"""What a second decoder costs: training steps of ConfKDTrainer against stock nnU-Net's, and predictions of its student, as trained and
-exported.
+"""What does the second decoder cost in training and in prediction, against stock nnU-Net?
 
-    python benchmarks/step_time.py                    # on the CPU, small patches; compiled, too, which nnU-Net does on GPUs alone
-    python benchmarks/step_time.py --device cuda      # real patch sizes; AMP as nnU-Net has it, and float32; eager and compiled
+    python benchmarks/step_time.py                    # on the CPU: small patches, eager and compiled
+    python benchmarks/step_time.py --device cuda      # real patch sizes; nnU-Net's AMP and float32, eager and compiled
 
-Both trainers live in one process, with the same plan and the same batch in memory, and step by turns (A B A B). The ratio is the
-median, with quartiles, of those of neighbouring steps: a machine that slows down for a while slows down both. Beside it stands that of
-the floating-point operations of networks alone (`torch.utils.flop_counter`, forward and backward): no implementation can be cheaper.
-Peak memory is taken in processes of its own.
-Writes each row, as soon as it is measured, into step_time_DEVICE.json beside this file, and the table into docs/performance.md.
+Both trainers run in one process with the same plan and the same batch in memory, and their training steps alternate
+(A B A B). The table shows the median ratio of neighbouring steps and its quartiles: a machine that slows down for a
+while slows down both. The bound beside it is the ratio of the networks' floating-point operations
+(`torch.utils.flop_counter`, forward and backward); no implementation can be cheaper. Predictions are measured with
+the student as trained and as exported. Peak memory is measured in separate processes. Each row is written into
+step_time_DEVICE.json beside this file as soon as it is measured, and the table into docs/performance.md.
 """
 from __future__ import annotations
 
@@ -29,10 +29,14 @@ from unittest.mock import patch
 ROOT = Path(__file__).resolve().parent.parent
 PLAIN, RESENC = "PlainConvUNet", "ResidualEncoderUNet"
 CLASSES = 3  # background and two, and the label "ignore"
-# confkd: with hints and with the KL at its whole weight. before the KL: with hints, while the KL has no weight. kl on full: the papers'
-# form, without hints.
+# "confkd" has hints and the full weight of the KL. "before the KL" has hints, while the weight of the KL is still 0.
+# "kl on full" is the papers' form, without hints.
 WHOLE_KL = {"kl_ramp_start": 0.0, "kl_ramp_end": 0.0}
-VARIANTS = {"confkd": WHOLE_KL, "before the KL": {"kl_ramp_start": 1.0, "kl_ramp_end": 1.0}, "kl on full": {**WHOLE_KL, "kl_images": "full"}}
+VARIANTS = {
+    "confkd": WHOLE_KL,
+    "before the KL": {"kl_ramp_start": 1.0, "kl_ramp_end": 1.0},
+    "kl on full": {**WHOLE_KL, "kl_images": "full"},
+}
 
 
 @dataclass(frozen=True)
@@ -45,7 +49,9 @@ class Case:
 
     @property
     def name(self) -> str:
-        return f"{len(self.patch)}-D {'plain' if self.network == PLAIN else 'residual encoder'}, {self.full_share:g} full"
+        return (
+            f"{len(self.patch)}-D {'plain' if self.network == PLAIN else 'residual encoder'}, {self.full_share:g} full"
+        )
 
 
 def cases_of(device: str) -> list[Case]:
@@ -55,7 +61,7 @@ def cases_of(device: str) -> list[Case]:
     return [Case(network, *sizes[d], share) for d in (2, 3) for network in (PLAIN, RESENC) for share in (0.5, 0.25)]
 
 
-# ---- trainers without data --------------------------------------------------------------------------------------------
+# ---- trainers without data ------------------------------------------------------------------------------------------
 
 def build(case: Case, trainer_class, folder: Path, device: str, settings: dict | None = None):
     """An initialised trainer of a generated plan; nothing is preprocessed, and no batch is loaded."""
@@ -64,14 +70,16 @@ def build(case: Case, trainer_class, folder: Path, device: str, settings: dict |
     convolutions = ({"n_conv_per_stage": [2] * stages} if case.network == PLAIN
                     else {"n_blocks_per_stage": [1, 3, 4, 6, 6, 6][:stages]})
     plans = {
-        "continue_training": False, "dataset_name": "Dataset999_Step", "plans_name": "nnUNetPlans", "image_reader_writer": "SimpleITKIO",
+        "continue_training": False, "dataset_name": "Dataset999_Step", "plans_name": "nnUNetPlans",
+        "image_reader_writer": "SimpleITKIO",
         "transpose_forward": [0, 1, 2], "transpose_backward": [0, 1, 2], "label_manager": "LabelManager",
         "foreground_intensity_properties_per_channel": {"0": {}}, "experiment_planner_used": "ExperimentPlanner",
         "original_median_spacing_after_transp": [1.0] * 3, "original_median_shape_after_transp": [128] * 3,
         "configurations": {"c": {
             "data_identifier": "d", "preprocessor_name": "DefaultPreprocessor", "batch_size": case.batch,
             "patch_size": list(case.patch), "spacing": [1.0] * d, "normalization_schemes": ["ZScoreNormalization"],
-            "use_mask_for_norm": [False], "batch_dice": d == 2, "confkd": {"full_share": case.full_share, **(settings or {})},
+            "use_mask_for_norm": [False], "batch_dice": d == 2,
+            "confkd": {"full_share": case.full_share, **(settings or {})},
             "architecture": {
                 "network_class_name": f"dynamic_network_architectures.architectures.unet.{case.network}",
                 "arch_kwargs": {
@@ -79,7 +87,8 @@ def build(case: Case, trainer_class, folder: Path, device: str, settings: dict |
                     "kernel_sizes": [[3] * d] * stages, "strides": [[1] * d] + [[2] * d] * (stages - 1), **convolutions,
                     "n_conv_per_stage_decoder": [2 if case.network == PLAIN else 1] * (stages - 1), "conv_bias": True,
                     "norm_op": f"torch.nn.InstanceNorm{d}d", "norm_op_kwargs": {"eps": 1e-5, "affine": True},
-                    "dropout_op": None, "dropout_op_kwargs": None, "nonlin": "torch.nn.LeakyReLU", "nonlin_kwargs": {"inplace": True}},
+                    "dropout_op": None, "dropout_op_kwargs": None,
+                    "nonlin": "torch.nn.LeakyReLU", "nonlin_kwargs": {"inplace": True}},
                 "_kw_requires_import": ["conv_op", "norm_op", "dropout_op", "nonlin"]}}}}
     dataset = {"labels": {"background": 0, "a": 1, "b": 2, "ignore": CLASSES}, "channel_names": {"0": "MRI"},
                "file_ending": ".nii.gz", "numTraining": 1}
@@ -107,10 +116,15 @@ def batch_of(case: Case, scales, device: str) -> dict:
         target[num_full:][torch.rand(target[num_full:].shape, generator=generator) > 0.01] = CLASSES
         targets.append(target.to(device))
     shown = torch.rand(targets[0].shape, generator=generator) < 0.01
-    return {"data": data.to(device), "target": targets if scales else targets[0], "num_full": num_full, "hint_mask": shown.to(device)}
+    return {
+        "data": data.to(device),
+        "target": targets if scales else targets[0],
+        "num_full": num_full,
+        "hint_mask": shown.to(device),
+    }
 
 
-# ---- measures ---------------------------------------------------------------------------------------------------------
+# ---- measures -------------------------------------------------------------------------------------------------------
 
 def synchronise(device: str) -> None:
     if device == "cuda":
@@ -119,7 +133,12 @@ def synchronise(device: str) -> None:
 
 
 def by_turns(steps: dict, device: str, repetitions: int, warm_up: int = 3) -> dict[str, dict]:
-    """{name: median and quartiles, in ms and as a ratio to the first of the same turn} of functions called A B A B."""
+    """Call functions by turns (A B A B).
+
+    Returns:
+        {name: times}: median and quartiles in ms, and the quartiles of the ratio to the first function in the same
+        turn.
+    """
     seconds = {name: [] for name in steps}
     for turn in range(warm_up + repetitions):
         for name, step in steps.items():
@@ -132,8 +151,11 @@ def by_turns(steps: dict, device: str, repetitions: int, warm_up: int = 3) -> di
     found, first = {}, next(iter(seconds.values()))
     for name, values in seconds.items():
         low, median, high = (round(1000 * q, 3) for q in statistics.quantiles(values, n=4))
-        found[name] = {"median_ms": median, "quartiles_ms": [low, high],
-                       "ratios": [round(q, 4) for q in statistics.quantiles([v / f for v, f in zip(values, first)], n=4)]}
+        found[name] = {
+            "median_ms": median,
+            "quartiles_ms": [low, high],
+            "ratios": [round(q, 4) for q in statistics.quantiles([v / f for v, f in zip(values, first)], n=4)],
+        }
     return found
 
 
@@ -175,10 +197,14 @@ def parts_of(trainer, batch: dict, device: str, repetitions: int) -> dict[str, f
             hints = timed("hints as channels", lambda: trainer._hints(batch, batch["target"][0]))
             teacher = timed("teacher's decoder", lambda: network.run_teacher(skips, hints, student, num_full, True))
             with torch.no_grad():
-                timed("hints into skips (of the teacher's decoder)", lambda: network.teacher_decoder.hints(skips, hints))
+                timed("hints into skips (of the teacher's decoder)",
+                      lambda: network.teacher_decoder.hints(skips, hints))
             loss, _ = timed("loss", lambda: trainer.loss(student, teacher, batch["target"], num_full))
         timed("backward", loss.backward)
-        timed("clipping and optimiser", lambda: (torch.nn.utils.clip_grad_norm_(network.parameters(), 12), trainer.optimizer.step()))
+        timed(
+            "clipping and optimiser",
+            lambda: (torch.nn.utils.clip_grad_norm_(network.parameters(), 12), trainer.optimizer.step()),
+        )
         # each term alone, with its own backward, on outputs cut from the network
         leaves = [[o.detach().requires_grad_() for o in outputs] for outputs in (student, teacher)]
         for term in (t for t in TERMS if weights[t]):
@@ -204,13 +230,18 @@ def measure(case: Case, device: str, amp: bool, compiled: bool, repetitions: int
         trainers = {"stock": build(case, nnUNetTrainer, folder, device)} | {
             name: build(case, ConfKDTrainer, folder, device, settings) for name, settings in VARIANTS.items()}
     batch = batch_of(case, trainers["stock"]._get_deep_supervision_scales(), device)
-    batches = {name: batch if name != "kl on full" else {key: value for key, value in batch.items() if key != "hint_mask"} for name in trainers}
+    batches = {
+        name: batch if name != "kl on full" else {key: value for key, value in batch.items() if key != "hint_mask"}
+        for name in trainers
+    }
     if not amp and device == "cuda":  # nnU-Net has no switch for it
         torch.autocast = lambda *_, **__: nullcontext()
         import nnunetv2.training.nnUNetTrainer.nnUNetTrainer as stock_module
         stock_module.autocast = torch.autocast
     try:
-        steps = by_turns({name: lambda t=t, b=batches[name]: t.train_step(b) for name, t in trainers.items()}, device, repetitions)
+        steps = by_turns(
+            {name: lambda t=t, b=batches[name]: t.train_step(b) for name, t in trainers.items()}, device, repetitions
+        )
         parts = None if compiled else parts_of(trainers["confkd"], batch, device, max(3, repetitions // 6))
     finally:
         torch.autocast = autocast
@@ -224,7 +255,11 @@ def measure(case: Case, device: str, amp: bool, compiled: bool, repetitions: int
              "repetitions": repetitions, "step": steps,
              "flops": flops, "parts_ms": parts, "prediction": predictions}
     for name in VARIANTS:
-        print(f"{_name(found)}, {name}: {steps[name]['ratios']} of a stock step; bound {flops[name] / flops['stock']:.3f}", flush=True)
+        print(
+            f"{_name(found)}, {name}: {steps[name]['ratios']} of a stock step; "
+            f"bound {flops[name] / flops['stock']:.3f}",
+            flush=True,
+        )
     print(f"prediction {predictions['confkd']['ratios']}, exported {predictions['exported']['ratios']}", flush=True)
     return found
 
@@ -239,8 +274,12 @@ def predictions_of(trainers: dict, device: str) -> dict:
     stock, ours = trainers["stock"], trainers["confkd"]
     networks = {name: unwrap(trainers[name].network) for name in ("stock", "confkd")}
     networks["exported"] = stock.build_network_architecture(
-        stock.plans_manager, stock.configuration_manager, stock.num_input_channels, stock.label_manager.num_segmentation_heads,
-        enable_deep_supervision=False).to(device)
+        stock.plans_manager,
+        stock.configuration_manager,
+        stock.num_input_channels,
+        stock.label_manager.num_segmentation_heads,
+        enable_deep_supervision=False,
+    ).to(device)
     networks["exported"].load_state_dict(branch_weights(networks["confkd"].state_dict(), "student"))
     size = stock.configuration_manager.patch_size
     image = torch.randn(1, *((4, *size) if len(size) == 2 else (2 * size[0], *size[1:])))
@@ -248,9 +287,15 @@ def predictions_of(trainers: dict, device: str) -> dict:
     for trainer in (stock, ours):
         trainer.set_deep_supervision_enabled(False)
     for name, network in networks.items():
-        predictor = nnUNetPredictor(use_mirroring=False, perform_everything_on_device=device == "cuda", device=torch.device(device),
-                                    allow_tqdm=False)
-        predictor.manual_initialization(network, ours.plans_manager, ours.configuration_manager, None, ours.dataset_json, name, None)
+        predictor = nnUNetPredictor(
+            use_mirroring=False,
+            perform_everything_on_device=device == "cuda",
+            device=torch.device(device),
+            allow_tqdm=False,
+        )
+        predictor.manual_initialization(
+            network, ours.plans_manager, ours.configuration_manager, None, ours.dataset_json, name, None
+        )
         predictions[name] = lambda p=predictor: p.predict_sliding_window_return_logits(image)
     return predictions
 
@@ -262,7 +307,9 @@ def peak_memory(case: Case, device: str, trainer_name: str, folder: Path) -> flo
 
     from nnunet_confkd.training.trainer import ConfKDTrainer
 
-    trainer = build(case, nnUNetTrainer if trainer_name == "stock" else ConfKDTrainer, folder, device, VARIANTS.get(trainer_name))
+    trainer = build(
+        case, nnUNetTrainer if trainer_name == "stock" else ConfKDTrainer, folder, device, VARIANTS.get(trainer_name)
+    )
     batch = batch_of(case, trainer._get_deep_supervision_scales(), device)
     if trainer_name == "kl on full":
         del batch["hint_mask"]
@@ -274,12 +321,16 @@ def peak_memory(case: Case, device: str, trainer_name: str, folder: Path) -> flo
     return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) / 1024
 
 
-# ---- tables -------------------------------------------------------------------------------------------------------------
+# ---- tables ---------------------------------------------------------------------------------------------------------
 
 def table_of(result: dict) -> str:
-    lines = ["| plan | step, stock | step, ConfKD | ratio (quartiles) | bound (FLOPs) | over the bound | before the KL: ratio | bound | over | "
-             "KL on full images alone: ratio | bound | over | loss terms, of the step | prediction, as trained | exported | "
-             "peak memory | before the KL | without hints |", "|" + "---|" * 18]
+    lines = [
+        "| plan | step, stock | step, ConfKD | ratio (quartiles) | bound (FLOPs) | over the bound | "
+        "before the KL: ratio | bound | over | KL on full images alone: ratio | bound | over | "
+        "loss terms, of the step | prediction, as trained | exported | "
+        "peak memory | before the KL | without hints |",
+        "|" + "---|" * 18,
+    ]
     for run in result["runs"]:
         cells = [_name(run), *(f"{run['step'][name]['median_ms']:.0f} ms" for name in ("stock", "confkd"))]
         for name in VARIANTS:
@@ -295,10 +346,18 @@ def table_of(result: dict) -> str:
     measured = [run for run in result["runs"] if run["parts_ms"]]
     if measured:
         parts = [part for part in measured[0]["parts_ms"] if not part.endswith(", backward")]
-        lines += ["", "Parts of a step, ms; of the terms forward and backward, each alone:", "", "| plan | " + " | ".join(parts) + " |",
-                  "|" + "---|" * (len(parts) + 1)]
+        lines += [
+            "",
+            "Parts of a step, ms; of the terms forward and backward, each alone:",
+            "",
+            "| plan | " + " | ".join(parts) + " |",
+            "|" + "---|" * (len(parts) + 1),
+        ]
         for run in measured:
-            times = ([run["parts_ms"][key] for key in (part, f"{part}, backward") if key in run["parts_ms"]] for part in parts)
+            times = (
+                [run["parts_ms"][key] for key in (part, f"{part}, backward") if key in run["parts_ms"]]
+                for part in parts
+            )
             lines.append(f"| {_name(run)} | " + " | ".join(" + ".join(f"{ms:.1f}" for ms in of) for of in times) + " |")
     return "\n".join(lines)
 
@@ -340,9 +399,16 @@ def main() -> None:
             print("MEMORY", peak_memory(cases[int(args.memory[0])], args.device, args.memory[1], folder))
             return
         from importlib.metadata import version
-        described = {"device": args.device, "versions": ", ".join(f"{p} {version(p)}" for p in ("nnunetv2", "torch")), "machine": (
-            f"{platform.machine()} CPU, {args.threads} thread(s) of {os.cpu_count()} cores, float32" if args.device == "cpu"
-            else torch.cuda.get_device_name())}
+
+        described = {
+            "device": args.device,
+            "versions": ", ".join(f"{p} {version(p)}" for p in ("nnunetv2", "torch")),
+            "machine": (
+                f"{platform.machine()} CPU, {args.threads} thread(s) of {os.cpu_count()} cores, float32"
+                if args.device == "cpu"
+                else torch.cuda.get_device_name()
+            ),
+        }
         for i, case in enumerate(cases):
             if args.only and i not in args.only:
                 continue
@@ -377,8 +443,13 @@ def _mode(run: dict) -> tuple:
 
 
 def _memory_of(case: int, trainer: str, args) -> float:
-    done = subprocess.run([sys.executable, __file__, "--device", args.device, "--threads", str(args.threads), "--memory", str(case),
-                           trainer], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, __file__, "--device", args.device, "--threads", str(args.threads),
+         "--memory", str(case), trainer],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     return round(float(done.stdout.split("MEMORY")[1]), 1)
 
 

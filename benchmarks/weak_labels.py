@@ -1,7 +1,7 @@
-"""What each style of weak label looks like, and how many voxels it annotates: docs/weak_labels.png and the table in docs/data.md.
+"""Show what each style of weak label looks like, and how many voxels it annotates.
 
-The pictures are of MSD Hippocampus (CC BY-SA 4.0); ACDC's licence does not allow to ship pictures freely, so of ACDC there are
-figures only.
+The script writes docs/weak_labels.png and the table in docs/data.md. The pictures show MSD Hippocampus (CC BY-SA 4.0).
+ACDC's licence does not allow us to distribute pictures freely, so ACDC appears in the table only.
 
     python benchmarks/weak_labels.py --hippocampus .../hippocampus --acdc .../acdc --scribbles .../acdc_scribbles
 """
@@ -78,17 +78,26 @@ def draw(image_file: Path, label_file: Path, file: Path) -> None:
         elsewhere = ", not here" if name == "slices" and (shown[middle] == IGNORE).all() else ""
         axis.set_title(f"{name} ({(shown != IGNORE).mean():.1%}{elsewhere})", fontsize=11)
         axis.axis("off")
-    figure.legend(handles=[Patch(color=c, label=n, alpha=0.6) for c, n in zip(COLOURS, ("background", "anterior", "posterior"))],
-                  loc="outside lower center", ncols=3, frameon=False)
-    figure.suptitle(f"One slice of {case} in every style; in brackets the annotated share of the whole volume", fontsize=12)
+    figure.legend(
+        handles=[Patch(color=c, label=n, alpha=0.6) for c, n in zip(COLOURS, ("background", "anterior", "posterior"))],
+        loc="outside lower center",
+        ncols=3,
+        frameon=False,
+    )
+    figure.suptitle(
+        f"One slice of {case} in every style; in brackets the annotated share of the whole volume", fontsize=12
+    )
     figure.savefig(file, dpi=90)
     plt.close(figure)
 
 
 def table(result: dict) -> str:
     """Markdown; shares of all voxels and of those of each class, in percent."""
-    lines = ["| annotated voxels, % of all (of each class) | Hippocampus: all | background | anterior | posterior | ACDC: all | "
-             "background | RV | myocardium | LV |", "|" + "---|" * 10]
+    lines = [
+        "| annotated voxels, % of all (of each class) | Hippocampus: all | background | anterior | posterior | "
+        "ACDC: all | background | RV | myocardium | LV |",
+        "|" + "---|" * 10,
+    ]
     for name in [*SETTINGS, "experts' scribbles"]:
         cells = []
         for dataset, classes in (("hippocampus", 3), ("acdc", 4)):

@@ -1,6 +1,9 @@
-"""Write reference/cli.md and reference/settings.md from the parsers and the settings themselves: python docs/generate_reference.py
+"""Write reference/cli.md and reference/settings.md from the parsers and the settings.
 
-The tables are made from the parsers' options, not from their printed help, whose lay-out differs between versions of Python.
+    python docs/generate_reference.py
+
+The tables are made from the options of the parsers. Their printed help would not do: its layout differs between
+versions of Python.
 """
 from __future__ import annotations
 
@@ -20,9 +23,18 @@ from nnunet_confkd.training.settings import Settings, settings_table
 FOLDER = Path(__file__).parent / "reference"
 NOTE = "<!-- written by docs/generate_reference.py -->\n"
 OF_NNUNET = ("train", "predict")  # nnU-Net's own parsers, with a few words of ours before
-TRAINERS = ("ConfKDTrainer", "ConfKDTrainer_noEntropy", "ConfKDTrainer_noKL", "ConfKDTrainer_partialOnly", "ConfKDTrainer_MedIA2023")
-# defaults that are not the same everywhere
-OF_THE_MACHINE = {"processes": "default: as many as there are cores, 8 at most", "device": "default: cuda where there is one, else cpu"}
+TRAINERS = (
+    "ConfKDTrainer",
+    "ConfKDTrainer_noEntropy",
+    "ConfKDTrainer_noKL",
+    "ConfKDTrainer_partialOnly",
+    "ConfKDTrainer_MedIA2023",
+)
+# defaults that depend on the machine
+OF_THE_MACHINE = {
+    "processes": "default: as many as there are cores, 8 at most",
+    "device": "default: cuda where there is one, else cpu",
+}
 
 
 class _Found(Exception):
@@ -76,12 +88,15 @@ def _meaning(action: argparse.Action, exclusive: set[str]) -> str:
 
 
 def options_table(parser: argparse.ArgumentParser) -> str:
-    exclusive = {action.dest for group in parser._mutually_exclusive_groups if group.required for action in group._group_actions}
+    exclusive = {
+        action.dest for group in parser._mutually_exclusive_groups if group.required for action in group._group_actions
+    }
     rows = ["| option | |", "|---|---|"]
     for action in parser._actions:
         if isinstance(action, (argparse._HelpAction, argparse._SubParsersAction)):
             continue
-        name = ", ".join(_code(option + _value(action)) for option in action.option_strings) or _code(_value(action).strip())
+        options = ", ".join(_code(option + _value(action)) for option in action.option_strings)
+        name = options or _code(_value(action).strip())
         rows.append(f"| {name} | {_meaning(action, exclusive)} |")
     return "\n".join(rows) + "\n"
 
@@ -100,11 +115,16 @@ def _words(command: str) -> str:
 
 
 def command_line() -> str:
-    parts = ["# The command line\n", NOTE,
-             "`confkd COMMAND --help` tells the same. The exit status is 0, 1 for an error in what was given (its text says what and "
-             "where), 2 for wrong options.\n",
-             "| command | |\n|---|---|\n" + "".join(f"| [`confkd {name}`](#confkd-{name}) | {_cell(text)} |\n"
-                                                     for name, (_, text) in cli.COMMANDS.items())]
+    parts = [
+        "# The command line\n",
+        NOTE,
+        "`confkd COMMAND --help` tells the same. The exit status is 0, 1 for an error in what was given (its text says "
+        "what and where), 2 for wrong options.\n",
+        "| command | |\n|---|---|\n"
+        + "".join(
+            f"| [`confkd {name}`](#confkd-{name}) | {_cell(text)} |\n" for name, (_, text) in cli.COMMANDS.items()
+        ),
+    ]
     for name in cli.COMMANDS:
         parts.append(f"## confkd {name}\n")
         if name in OF_NNUNET:
@@ -125,22 +145,33 @@ def command_line() -> str:
 
 def settings() -> str:
     defaults = {f.name: f.default for f in fields(Settings)}
-    variants = "".join(
-        f"| `{name}` | " + (", ".join(f"`{key}` {_short(value)}" for key, value in getattr(confkd_trainers, name).fixed_settings.items()
-                                      if value != defaults[key]) or "nothing") + " |\n" for name in TRAINERS)
-    return "\n".join([
-        "# Settings\n", NOTE,
-        "In a `confkd` block of a configuration in the plans file, e.g. `nnUNetPlans.json`, which nnU-Net saves with the model:\n",
-        '```json\n"configurations": {"3d_fullres_seed1": {"inherits_from": "3d_fullres", "confkd": {"seed": 1}}}\n```\n',
-        "`nnUNetv2_train 27 3d_fullres_seed1 0 -tr ConfKDTrainer` then trains with it. Unknown keys and bad values are errors. What was used "
-        "is in the fold's `confkd.json`. The terms L are those of [the method](../method.md).\n",
-        settings_table() + "\n",
-        "Errors, too: `weight_teacher` and `weight_student` both 0; `weight_kl` above 0 and `weight_teacher` 0; a ramp that ends before it starts.\n",
-        "## What the trainers fix\n",
-        "A variant's own settings win over the block: its name is what the results are filed under.\n",
-        "| trainer | differs from the defaults in |\n|---|---|\n" + variants,
-        "`ConfKDTrainer_partialOnly` builds nnU-Net's own network, of one branch. `ConfKDTrainer_1epoch`, `_5epochs`, `_50epochs`, `_100epochs` "
-        "and `_250epochs` are `ConfKDTrainer` of these lengths, which win over `epochs`.\n"])
+    variants = ""
+    for name in TRAINERS:
+        fixed = getattr(confkd_trainers, name).fixed_settings
+        changed = ", ".join(f"`{key}` {_short(value)}" for key, value in fixed.items() if value != defaults[key])
+        variants += f"| `{name}` | {changed or 'nothing'} |\n"
+    return "\n".join(
+        [
+            "# Settings\n",
+            NOTE,
+            "In a `confkd` block of a configuration in the plans file, e.g. `nnUNetPlans.json`, which nnU-Net saves "
+            "with the model:\n",
+            '```json\n"configurations": '
+            '{"3d_fullres_seed1": {"inherits_from": "3d_fullres", "confkd": {"seed": 1}}}\n```\n',
+            "`nnUNetv2_train 27 3d_fullres_seed1 0 -tr ConfKDTrainer` then trains with it. Unknown keys and bad values "
+            "are errors. What was used is in the fold's `confkd.json`. The terms L are those of "
+            "[the method](../method.md).\n",
+            settings_table() + "\n",
+            "Errors, too: `weight_teacher` and `weight_student` both 0; `weight_kl` above 0 and `weight_teacher` 0; "
+            "a ramp that ends before it starts.\n",
+            "## What the trainers fix\n",
+            "A variant's own settings win over the block: its name is what the results are filed under.\n",
+            "| trainer | differs from the defaults in |\n|---|---|\n" + variants,
+            "`ConfKDTrainer_partialOnly` builds nnU-Net's own network, of one branch. `ConfKDTrainer_1epoch`, "
+            "`_5epochs`, `_50epochs`, `_100epochs` and `_250epochs` are `ConfKDTrainer` of these lengths, which win "
+            "over `epochs`.\n",
+        ]
+    )
 
 
 def _short(value) -> str:
