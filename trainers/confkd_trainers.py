@@ -1,4 +1,4 @@
-"""What nnU-Net finds through nnUNet_extTrainer: the names of the trainers. The classes live in the installed package."""
+"""The trainers that nnU-Net finds through nnUNet_extTrainer. The classes live in the installed package."""
 from nnunet_confkd.training.trainer import ConfKDTrainer  # noqa: F401
 from nnunet_confkd.training.variants import (  # noqa: F401
     ConfKDTrainer_1epoch,

@@ -1,4 +1,4 @@
-"""Hints: real annotations where there are any; on fully annotated images simulated ones that are true and look like real ones."""
+"""Hints: real annotations, and on fully annotated images simulated ones that are true and look like real ones."""
 from __future__ import annotations
 
 import pickle
@@ -18,7 +18,8 @@ def rng(seed: int = 0) -> np.random.Generator:
 
 
 def batch(ndim: int = 2) -> torch.Tensor:
-    """Two full images, halved between 0 and 1 and with a cube of 2; two with a bar of each of 0 and 1 annotated, 5 voxels long; one unlabelled."""
+    """Five images: two fully annotated ones, halved between 0 and 1 and with a cube of 2; two with a bar of each of 0
+    and 1 annotated, 5 voxels long; one unlabelled."""
     target = torch.full((5, 1, *ndim * [20]), IGNORE, dtype=torch.int16)
     target[:2] = 0
     target[:2, :, 10:] = 1
@@ -70,7 +71,7 @@ def test_a_pattern_may_lie_anywhere_where_it_fits():
     sampler, draws = HintSampler(IGNORE, no_hints=0), rng()
     seen = np.mean([draw(target, 1, draws, sampler)[0, 0].numpy() for _ in range(900)], 0)
     assert seen.sum() == pytest.approx(2) == pytest.approx(seen[4:7, 4:8].sum())  # never cut
-    # There are nine places for the bar, and fewer draws lead to those at the ends of a row: 2 of 6 to each of 3 in a row.
+    # There are nine places for the bar, and fewer draws lead to those at the ends of a row.
     assert seen[4:7, 4:8] == pytest.approx(np.array([[1, 2, 2, 1]] * 3) / 9, abs=0.07)
 
 
@@ -151,6 +152,39 @@ def test_hints_keep_the_distance_to_the_border_that_the_edges_of_real_annotation
     assert np.mean(touching) < 0.02 if deep else np.mean(touching) == pytest.approx(72 / 361, abs=0.1)
 
 
+def test_the_previous_stage_of_a_cascade_is_no_part_of_the_image():
+    """Its prediction follows the image's channels, and its borders would look like edges of the image."""
+    target = batch()
+    image, previous = edges_of(target), torch.rand(5, 2, 20, 20, generator=torch.Generator().manual_seed(0))
+    alone, cascade, all_channels = HintSampler(IGNORE), HintSampler(IGNORE, image_channels=1), HintSampler(IGNORE)
+    for seed in range(5):
+        expected = draw(target, 2, rng(seed), alone, data=image)
+        assert torch.equal(draw(target, 2, rng(seed), cascade, data=torch.cat((image, previous), 1)), expected)
+        draw(target, 2, rng(seed), all_channels, data=torch.cat((image, previous), 1))
+    assert cascade.depth[1].edges == alone.depth[1].edges != all_channels.depth[1].edges
+
+
+def test_observing_batches_ends_when_enough_is_seen_and_leaves_numpys_numbers_alone():
+    target, inside = batch(), torch.ones(5, 1, 20, 20, dtype=torch.bool)
+
+    def loader():
+        while True:
+            drawn.append(np.random.random())
+            yield {"data": torch.zeros(5, 1, 20, 20), "num_full": 2, "inside": inside, "target": target}
+
+    np.random.seed(3)
+    expected, found = np.random.random(), []
+    for seed in (3, 4):
+        drawn: list[float] = []
+        np.random.seed(seed)
+        sampler = HintSampler(IGNORE)
+        sampler.observe_batches(loader())
+        assert sampler.images["annotated"] == KEPT  # two in each batch
+        found.append((drawn, np.random.random()))
+    assert found[0][0] == found[1][0] and len(found[0][0]) == KEPT // 2
+    assert found[0][1] == expected != found[1][1]
+
+
 @pytest.mark.parametrize("ndim, axis", ((2, 0), (3, 0), (3, 2)))
 def test_annotation_by_slices_is_simulated_by_slices(ndim, axis):
     target = torch.zeros(2, 1, *ndim * [20], dtype=torch.int16)
@@ -192,14 +226,15 @@ def test_a_class_is_left_out_as_often_as_annotated_images_lack_it():
     assert np.mean([bool(mask[4:].any()) for mask in seen]) == pytest.approx((1 - NO_HINTS) / 2, abs=0.06)
     # where the full images lack it as often, it is shown in all that have it
     sampler = HintSampler(IGNORE)
-    seen = [draw(torch.cat((torch.zeros_like(everywhere), everywhere, sparse)), 2, draws, sampler)[1, 0] for _ in range(400)]
+    target = torch.cat((torch.zeros_like(everywhere), everywhere, sparse))
+    seen = [draw(target, 2, draws, sampler)[1, 0] for _ in range(400)]
     assert np.mean([bool(mask[4:].any()) for mask in seen]) == pytest.approx(1 - NO_HINTS, abs=0.06)
 
 
 @pytest.mark.parametrize("share", (NO_HINTS, 0.0))
 def test_a_share_of_the_full_images_gets_no_hints(share):
-    target, draws = batch()[:4], rng()
-    nothing = [not image.any() for _ in range(400) for image in draw(target, 2, draws, HintSampler(IGNORE, no_hints=share))[:2]]
+    target, draws, sampler = batch()[:4], rng(), HintSampler(IGNORE, no_hints=share)
+    nothing = [not image.any() for _ in range(400) for image in draw(target, 2, draws, sampler)[:2]]
     assert np.mean(nothing) == pytest.approx(share, abs=0.05)
 
 
@@ -332,7 +367,8 @@ def test_a_whole_image_is_simulated_tile_by_tile(patch):
 
 def test_hints_follow_nnunets_random_numbers_and_leave_them_alone():
     target = batch()
-    whole = {"data": torch.zeros(5, 1, 20, 20), "num_full": 2, "inside": torch.ones(5, 1, 20, 20, dtype=torch.bool), "target": target}
+    inside = torch.ones(5, 1, 20, 20, dtype=torch.bool)
+    whole = {"data": torch.zeros(5, 1, 20, 20), "num_full": 2, "inside": inside, "target": target}
     drawn = []
     for seed in (1, 1, 2):
         np.random.seed(seed)
