@@ -77,12 +77,7 @@ def run(folder: Path, data: Path | None, epochs: int, iterations: int, seed: int
     say(1, "data: " + ("generated, cardiac-like" if data is None else str(data)))
     name = f"Dataset{DATASET_ID}_Demo"
     raw = folder / "raw" / name
-    if data is None:
-        from nnunet_confkd.demo.synthetic import generate_dataset
-        cases = generate_dataset(raw, seed=seed)
-    else:
-        from nnunet_confkd.demo.data import import_dataset
-        cases = import_dataset(data, DATASET_ID, name[11:], seed=seed)
+    cases = _write_data(raw, data, seed)
     print(", ".join(f"{len(members)} {role}" for role, members in cases.items()))
 
     say(2, "planning and preprocessing (nnU-Net's, as confkd plan does)")
@@ -127,6 +122,15 @@ def run(folder: Path, data: Path | None, epochs: int, iterations: int, seed: int
     for path in (folder / "results.json", model, folder / "student", folder / "picture.png"):
         print(path)
     return dice
+
+
+def _write_data(raw: Path, data: Path | None, seed: int) -> dict[str, list[str]]:
+    """Generate the data set `raw`, or import it from the folder `data`; return the names of its cases by role."""
+    if data is None:
+        from nnunet_confkd.demo.synthetic import generate_dataset
+        return generate_dataset(raw, seed=seed)
+    from nnunet_confkd.demo.data import import_dataset
+    return import_dataset(data, DATASET_ID, raw.name[11:], seed=seed)
 
 
 def plan_and_preprocess(dataset_id: int, configurations: list[str]) -> None:

@@ -45,7 +45,8 @@ def _files(folder):
 
 
 def test_the_dataset_passes_nnunets_own_check(dataset, monkeypatch):
-    threads = SimpleNamespace(get_context=lambda _: SimpleNamespace(Pool=ThreadPool))  # a process takes seconds to start
+    # a process takes seconds to start
+    threads = SimpleNamespace(get_context=lambda _: SimpleNamespace(Pool=ThreadPool))
     monkeypatch.setattr(verify_dataset_integrity, "multiprocessing", threads)
     verify_dataset_integrity.verify_dataset_integrity(str(dataset[0]), num_processes=1)
 
