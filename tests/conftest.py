@@ -289,9 +289,13 @@ def nnunet_folders(tmp_path, monkeypatch) -> Path:
 
 @pytest.fixture
 def require_integrity(monkeypatch, capfd):
-    """nnU-Net's verify_dataset_integrity of a raw folder has nothing to say. In threads: processes take seconds to start."""
+    """Require that nnU-Net's verify_dataset_integrity has nothing to say about a raw folder.
+
+    It runs in threads, because processes take seconds to start.
+    """
     from nnunetv2.experiment_planning import verify_dataset_integrity as module
-    monkeypatch.setattr(module, "multiprocessing", SimpleNamespace(get_context=lambda _: SimpleNamespace(Pool=ThreadPool)))
+    threads = SimpleNamespace(get_context=lambda _: SimpleNamespace(Pool=ThreadPool))
+    monkeypatch.setattr(module, "multiprocessing", threads)
 
     def verify(folder: Path) -> None:
         capfd.readouterr()

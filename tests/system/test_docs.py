@@ -49,7 +49,7 @@ RUN_BY = {
     r"confkd train .*":
         "system/test_scaling.py::test_a_task_of_the_array_trains_its_line_and_goes_on_when_submitted_again",
     # its function run_training
-    r"nnUNetv2_train .*": "training/test_trainer.py::test_final_validation_reports_both_branches",
+    r"nnUNetv2_train .*": "training/test_validation.py::test_both_branches_are_validated_as_nnunet_does",
     r"confkd predict .* --save-entropy": "inference/test_uncertainty.py::test_the_segmentation_is_the_same_to_the_bit",
     r"confkd predict .*": "test_nnunet_commands.py::test_images_without_numbers_are_predicted_under_their_own_names",
     r"nnUNetv2_predict_from_modelfolder .*": "inference/test_export.py::test_stock_nnunet_predicts_the_same_to_the_bit",

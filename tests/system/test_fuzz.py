@@ -762,6 +762,7 @@ def test_an_archive_is_unpacked_into_its_folder_or_not_at_all(tmp_path_factory, 
                     tar.addfile(member, io.BytesIO(b"evil"))
         content = (Path(path) / fname).read_bytes()
         (Path(path) / fname).write_bytes(content[:cut])
+        return str(Path(path) / fname)
 
     monkeypatch.setattr(pooch, "retrieve", retrieve)
     found = outcome(download, "toy", target, Source("http://nowhere/toy.tar", "0" * 32, "Task99", "none"))
