@@ -1,4 +1,4 @@
-"""Training steps with mixed precision: nnU-Net has it on CUDA alone, but the scaler and float16 autocast exist on the CPU, too."""
+"""Training steps with mixed precision, which nnU-Net has on CUDA alone; the CPU, too, has a scaler and autocast."""
 from __future__ import annotations
 
 import numpy as np
@@ -14,7 +14,8 @@ def trainer_of(nnunet, hippocampus, regions):
     """Makes a trainer with a float16 scaler, without data."""
     def make(with_regions: bool, scale: float = 2.0 ** 10, **confkd):
         dataset, base = (regions, "3d_fullres") if with_regions else (HIPPOCAMPUS, "2d")
-        name = nnunet.configure(dataset, "amp", base, {"seed": 0, "kl_ramp_start": 0.0, "kl_ramp_end": 0.0, **confkd}, max_patch=SIZE)
+        options = {"seed": 0, "kl_ramp_start": 0.0, "kl_ramp_end": 0.0, **confkd}
+        name = nnunet.configure(dataset, "amp", base, options, max_patch=SIZE)
         trainer = nnunet.trainer(dataset, name)
         trainer.initialize()
         trainer.grad_scaler = torch.amp.GradScaler("cpu", init_scale=scale)
@@ -26,7 +27,7 @@ def trainer_of(nnunet, hippocampus, regions):
 
 
 def batch_of(trainer, num_full: int, value: float = 1.0) -> dict:
-    """Random images and labels; a tenth of the voxels of the images that are not full is annotated, and shown to the teacher."""
+    """Random images and labels. A tenth of the voxels of the images that are not fully annotated is annotated."""
     generator = torch.Generator().manual_seed(0)
     patch, heads = trainer.configuration_manager.patch_size, trainer.label_manager.num_segmentation_heads
     data = value * torch.randn(BATCH, 1, *patch, generator=generator)
@@ -84,7 +85,8 @@ def test_back_offs_of_the_scaler_are_reported_from_the_fifth_on(trainer_of):
     assert "case_0" in lines[0] and "5 steps in a row" in lines[0]
     trainer.grad_scaler.update(2.0 ** 10)
     trainer.train_step(batch)
-    assert trainer.divergence.count == 0 and any(not torch.equal(p, before[name]) for name, p in trainer.network.named_parameters())
+    assert trainer.divergence.count == 0
+    assert any(not torch.equal(p, before[name]) for name, p in trainer.network.named_parameters())
 
 
 def test_a_loss_that_is_not_finite_is_reported_at_once_and_changes_nothing(trainer_of):

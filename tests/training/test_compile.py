@@ -1,6 +1,6 @@
 """torch.compile as nnU-Net uses it on GPUs (network and Dice): nothing is compiled anew once a training is warm.
 
-The tracing (Dynamo) is what decides about that; the code generator, which wants a compiler, is left out (`backend="eager"`).
+The tracing (Dynamo) decides about that. The code generator, which needs a compiler, is left out (`backend="eager"`).
 """
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from nnunetv2.training.loss.dice import MemoryEfficientSoftDiceLoss
 from torch import nn
 from torch._dynamo.utils import counters
 
-from nnunet_confkd.training.losses import ConfKDLoss, PartialSupervision
+from nnunet_confkd.training.losses import TERMS, ConfKDLoss, PartialSupervision
 from nnunet_confkd.training.network import TwoBranchUNet
 
 BATCH, CHANNELS, SIDE = 6, 3, 16
@@ -26,31 +26,31 @@ def compiled(module: nn.Module) -> nn.Module:
 def network_of(architecture, ndim: int) -> TwoBranchUNet:
     blocks = "n_conv_per_stage" if architecture is PlainConvUNet else "n_blocks_per_stage"
     return TwoBranchUNet(architecture(
-        input_channels=1, n_stages=4, features_per_stage=[4, 8, 8, 8], conv_op={2: nn.Conv2d, 3: nn.Conv3d}[ndim], kernel_sizes=3,
-        strides=[1, 2, 2, 2], num_classes=CHANNELS, n_conv_per_stage_decoder=1, conv_bias=True, nonlin=nn.LeakyReLU,
+        input_channels=1, n_stages=4, features_per_stage=[4, 8, 8, 8], conv_op={2: nn.Conv2d, 3: nn.Conv3d}[ndim],
+        kernel_sizes=3, strides=[1, 2, 2, 2], num_classes=CHANNELS, n_conv_per_stage_decoder=1, conv_bias=True,
+        nonlin=nn.LeakyReLU,
         norm_op={2: nn.InstanceNorm2d, 3: nn.InstanceNorm3d}[ndim], norm_op_kwargs={"eps": 1e-5, "affine": True},
         nonlin_kwargs={"inplace": True}, deep_supervision=True, **{blocks: 1}))
 
 
-def objective_of(ndim: int, regions: bool) -> ConfKDLoss:
+def objective_of(ndim: int, regions: bool, hints: bool) -> ConfKDLoss:
     dice = {"batch_dice": ndim == 2, "smooth": 1e-5, "do_bg": regions, "ddp": False}
     if regions:
         stock = DC_and_BCE_loss({}, dice, use_ignore_label=True, dice_class=MemoryEfficientSoftDiceLoss)
     else:
         stock = DC_and_CE_loss(dice, {}, ignore_label=IGNORE, dice_class=MemoryEfficientSoftDiceLoss)
     stock.dc = compiled(stock.dc)
-    return ConfKDLoss(PartialSupervision(stock, IGNORE, regions), dict.fromkeys(("teacher", "student", "kl", "entropy"), 1.0),
-                      resolution_weights=(4 / 7, 2 / 7, 1 / 7), regions=regions, kl_images="full", extra_resolutions="all")
+    return ConfKDLoss(PartialSupervision(stock, IGNORE, regions), dict.fromkeys(TERMS, 1.0), regions=regions,
+                      resolution_weights=(4 / 7, 2 / 7, 1 / 7), kl_images="all" if hints else "full",
+                      extra_resolutions="all")
 
 
 class Training:
-    """Steps of training and validation as ConfKDTrainer takes them; hints: with hints and the KL on all images, as by default."""
+    """Iterations of training and validation as ConfKDTrainer's; with hints the KL acts on all images, as by default."""
 
     def __init__(self, architecture, ndim: int, regions: bool, hints: bool):
         self.ndim, self.regions, self.hints = ndim, regions, hints
-        self.network, self.loss = compiled(network_of(architecture, ndim)), objective_of(ndim, regions)
-        if hints:
-            self.loss.kl_images = "all"
+        self.network, self.loss = compiled(network_of(architecture, ndim)), objective_of(ndim, regions, hints)
 
     def batch(self, num_full: int):
         targets = []
@@ -75,16 +75,18 @@ class Training:
                 self.loss.supervised(output, target)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("hints", (False, True), ids=("full_only", "hints"))
 @pytest.mark.parametrize("architecture, ndim, regions", [
-    (PlainConvUNet, 2, False), (PlainConvUNet, 3, True), (ResidualEncoderUNet, 2, False)], ids=("2d", "3d_regions", "residual_2d"))
+    (PlainConvUNet, 2, False), (PlainConvUNet, 3, True), (ResidualEncoderUNet, 2, False)],
+    ids=("2d", "3d_regions", "residual_2d"))
 def test_no_batch_is_compiled_anew_after_the_first_ones(architecture, ndim, regions, hints):
     torch.compiler.reset()
     counters.clear()
     training = Training(architecture, ndim, regions, hints)
-    # else Dynamo gives up in silence after some recompilations, and nothing would be compiled anew because nothing is compiled
+    # Otherwise Dynamo gives up silently after some recompilations, and nothing would be compiled anew.
     with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
-        for num_full in (3, 2, 1, 0, BATCH - 1, BATCH):  # a graph for many, and one each for one and none, of either kind
+        for num_full in (3, 2, 1, 0, BATCH - 1, BATCH):  # graphs for many, for one and for none, of either kind
             training.step(num_full)
             training.validate()
     assert counters["stats"]["unique_graphs"] > 0
@@ -96,13 +98,18 @@ def test_no_batch_is_compiled_anew_after_the_first_ones(architecture, ndim, regi
     torch.compiler.reset()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ndim", (2, 3))
 def test_compiled_gradients_are_those_of_the_plain_network(ndim):
-    """The teacher learns from its full images alone, in one graph, too. (`aot_eager`: autograd is traced ahead of time, as on GPUs.)"""
+    """The teacher learns from the fully annotated images alone, also in one graph.
+
+    `aot_eager` traces autograd ahead of time, as on GPUs.
+    """
     torch.compiler.reset()
     torch.manual_seed(0)
     network = network_of(PlainConvUNet, ndim)
-    images, hints = torch.randn(BATCH, 1, *ndim * [SIDE]), (torch.rand(BATCH, CHANNELS + 1, *ndim * [SIDE]) < 0.1).float()
+    images = torch.randn(BATCH, 1, *ndim * [SIDE])
+    hints = (torch.rand(BATCH, CHANNELS + 1, *ndim * [SIDE]) < 0.1).float()
     found = []
     for called in (network, torch.compile(network, backend="aot_eager")):
         network.zero_grad()
@@ -112,7 +119,8 @@ def test_compiled_gradients_are_those_of_the_plain_network(ndim):
     plain, compiled_ones = found
     assert plain["teacher_decoder.hints.seg_layers.0.weight"].abs().max() > 0
     for name, gradient in plain.items():
-        torch.testing.assert_close(compiled_ones[name], gradient, rtol=1e-4, atol=1e-6, msg=lambda text: f"{name}: {text}")
+        torch.testing.assert_close(compiled_ones[name], gradient, rtol=1e-4, atol=1e-6,
+                                   msg=lambda text: f"{name}: {text}")
     torch.compiler.reset()
 
 

@@ -4,11 +4,13 @@ Tolerances (of means over some dozens of patches; patients differ between the tw
 - the share of hints in the padding: none on either side;
 - how often a class has hints: 0.4 apart;
 - voxels of a class: within a factor of 3;
-- the share that touches another class: 0.25 apart in 2-D, 0.35 in 3-D, where a class has one annotation a patient and not one a slice;
+- the share that touches another class: 0.25 apart in 2-D, 0.35 in 3-D, where a class has one annotation per patient
+  rather than one per slice;
 - the mean distance from the centre of the patch (0 to 1): 0.2 apart.
 """
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -24,18 +26,23 @@ def volumes(test_data):
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(BENCHMARKS))
         import hint_realism
-        yield hint_realism, {name: hint_realism.load(name, test_data, PATIENTS) for name in hint_realism.SOURCES}
+        yield hint_realism, cache(lambda name: hint_realism.load(name, test_data, PATIENTS))
 
 
-@pytest.mark.parametrize("dimension, batches", [("2d", 30), ("3d", 20)])
-@pytest.mark.parametrize("name, style", [(name, style) for name in ("ACDC", "Hippocampus") for style in STYLES] + [("ACDC", "expert scribbles")])
+SHORT = [("ACDC", "scribbles", "2d", 30), ("Hippocampus", "points", "3d", 20)]
+ALL = [(name, style, dimension, batches) for dimension, batches in (("2d", 30), ("3d", 20))
+       for name, styles in (("ACDC", (*STYLES, "expert scribbles")), ("Hippocampus", STYLES)) for style in styles]
+
+
+@pytest.mark.parametrize("name, style, dimension, batches", [
+    case if case in SHORT else pytest.param(*case, marks=pytest.mark.slow) for case in ALL])
 def test_simulated_hints_look_like_real_annotations(volumes, name, style, dimension, batches):
-    module, of_source = volumes
+    module, volumes_of = volumes
     with torch.random.fork_rng():
-        found = module.compare(name, style, dimension, of_source[name], batches)
+        found = module.compare(name, style, dimension, volumes_of(name), batches)
     compared = 0
-    for of_class, of in found.items():
-        real, simulated = of["real"], of["simulated"]
+    for of_class, measured in found.items():
+        real, simulated = measured["real"], measured["simulated"]
         where = f"{name}, {dimension}, {style}, {of_class}: {real} {simulated}"
         assert abs(real["shown"] - simulated["shown"]) <= 0.4, where
         if real["voxels"] is None or simulated["voxels"] is None:

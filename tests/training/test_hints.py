@@ -1,4 +1,4 @@
-"""Hints: real annotations where there are any; on fully annotated images simulated ones that are true and look like real ones."""
+"""Hints: real annotations, and on fully annotated images simulated ones that are true and look like real ones."""
 from __future__ import annotations
 
 import pickle
@@ -8,7 +8,16 @@ import pytest
 import torch
 from nnunetv2.utilities.label_handling.label_handling import LabelManager
 
-from nnunet_confkd.training.hints import KEPT, NO_HINTS, SAMPLE, HintSampler, class_map, hint_channels, volume_hints
+from nnunet_confkd.training.hints import (
+    KEPT,
+    NO_HINTS,
+    SAMPLE,
+    HintSampler,
+    Pattern,
+    class_map,
+    hint_channels,
+    volume_hints,
+)
 
 IGNORE = 3
 
@@ -18,7 +27,8 @@ def rng(seed: int = 0) -> np.random.Generator:
 
 
 def batch(ndim: int = 2) -> torch.Tensor:
-    """Two full images, halved between 0 and 1 and with a cube of 2; two with a bar of each of 0 and 1 annotated, 5 voxels long; one unlabelled."""
+    """Five images: two fully annotated ones, halved between 0 and 1 and with a cube of 2; two with a bar of each of 0
+    and 1 annotated, 5 voxels long; one unlabelled."""
     target = torch.full((5, 1, *ndim * [20]), IGNORE, dtype=torch.int16)
     target[:2] = 0
     target[:2, :, 10:] = 1
@@ -70,7 +80,7 @@ def test_a_pattern_may_lie_anywhere_where_it_fits():
     sampler, draws = HintSampler(IGNORE, no_hints=0), rng()
     seen = np.mean([draw(target, 1, draws, sampler)[0, 0].numpy() for _ in range(900)], 0)
     assert seen.sum() == pytest.approx(2) == pytest.approx(seen[4:7, 4:8].sum())  # never cut
-    # There are nine places for the bar, and fewer draws lead to those at the ends of a row: 2 of 6 to each of 3 in a row.
+    # There are nine places for the bar, and fewer draws lead to those at the ends of a row.
     assert seen[4:7, 4:8] == pytest.approx(np.array([[1, 2, 2, 1]] * 3) / 9, abs=0.07)
 
 
@@ -88,29 +98,40 @@ def test_a_pattern_is_not_cut_at_the_border_of_its_class(size):
     assert np.mean([count == size ** 2 for count in counts if count]) > 0.9
 
 
-def test_a_pattern_that_fits_nowhere_is_moved_component_by_component():
+@pytest.mark.parametrize("step", ((0, 1), (1, 1)), ids=("horizontal", "diagonal"))
+def test_a_pattern_that_fits_nowhere_is_moved_component_by_component(step):
     target = torch.full((2, 1, 60, 40), IGNORE, dtype=torch.int16)
     target[0] = 0
-    target[0, 0, 28:32, :] = 1  # a band, 4 wide
-    target[1, 0, 5, 5:9] = target[1, 0, 25, 5:9] = 1  # two strokes, 20 apart
-    draws, numbers = rng(), set()
+    target[0, 0, 26:32, :] = 1  # a band, 6 wide
+    stroke = np.arange(4)[:, None] * step
+    for start in ((5, 5), (25, 5)):  # two strokes, 20 apart
+        target[(1, 0, *(stroke + start).T)] = 1
+    draws, numbers, widths = rng(), set(), []
     for _ in range(60):
-        mask = draw(target, 1, draws)[0, 0]
-        assert not (mask & (target[0, 0] != 1)).any()
+        mask = draw(target, 1, draws)[0, 0].numpy()
+        assert not (mask & (target[0, 0].numpy() != 1)).any()
+        neighbour = np.roll(mask, step, (0, 1)) | np.roll(mask, (-step[0], -step[1]), (0, 1))
+        assert not (mask & ~neighbour).any()  # no component is cut into pieces
         numbers.add(int(mask.sum()))
+        widths.append(np.ptp(np.nonzero(mask)[1]) if mask.any() else 0)
     assert max(numbers) == 8 and numbers <= {0, *range(4, 9)}  # the strokes may overlap
+    assert max(widths) > 10  # they lie apart
 
 
-def test_where_nothing_fits_the_innermost_voxels_of_the_class_are_shown():
+@pytest.mark.parametrize("deep", (False, True))
+def test_where_nothing_fits_the_innermost_voxels_of_the_class_are_shown(deep):
     target = torch.full((2, 1, 40, 40), IGNORE, dtype=torch.int16)
     target[0] = 0
     target[0, 0, 10:20, 10:20] = 1
     target[1, 0, 5:7, :] = 1  # a band that is longer than the class
     sampler, draws = HintSampler(IGNORE, no_hints=0), rng()
+    draw(target[1:], 0, draws, sampler)
+    sampler.depth[1].value = lambda: float(deep)  # how far real annotations stay inside
     for _ in range(20):
         mask = draw(target, 1, draws, sampler)[0, 0]
-        assert int(mask.sum()) == 66  # of 80 voxels two thirds of the class, 100 voxels
-        assert mask[11:19, 11:19].all()  # 64 that touch no other class, and two more
+        assert mask[11:19, 11:19].all()  # 64 that touch no other class
+        # of 80 voxels two thirds of the class, 100 voxels; without those that touch another class if it is deep
+        assert int(mask.sum()) == (64 if deep else 66)
 
 
 @pytest.mark.parametrize("ndim", (2, 3))
@@ -118,12 +139,42 @@ def test_nothing_is_shown_outside_of_the_image(ndim):
     target = batch(ndim)
     inside = torch.ones_like(target, dtype=torch.bool)
     inside[:, :, :2] = inside[..., 14:] = False  # padding: background on full images
+    target[(2, 0, *ndim * [0])] = 1  # an annotation in the padding is no hint either
     sampler, draws, total = HintSampler(IGNORE), rng(), 0
     for _ in range(60):
         mask = draw(target, 2, draws, sampler, inside)
         assert not (mask & ~inside).any()
         total += int((mask[:2] & (target[:2] == 0)).sum())
     assert total > 0.6 * 60 * 2 * 5  # the bar of background is shown, too
+
+
+def test_the_end_of_the_image_cuts_a_pattern_and_says_nothing_about_its_class():
+    target = torch.full((2, 1, 20, 20), IGNORE, dtype=torch.int16)
+    target[0] = 0
+    target[1, 0, 4, 5:10] = 0  # a bar of 5
+    inside = torch.ones_like(target, dtype=torch.bool)
+    inside[0, ..., 3:] = False  # the image is 3 wide
+    sampler, draws = HintSampler(IGNORE, no_hints=0), rng()
+    for _ in range(20):
+        mask = draw(target, 1, draws, sampler, inside)[0, 0]
+        assert not (mask & ~inside[0, 0]).any()
+        assert mask.sum() == 3 and mask.any(1).sum() == 1  # still a bar
+
+
+def test_the_end_of_the_image_counts_as_the_inside_of_a_class():
+    truth = torch.zeros(2, 1, 30, 40, dtype=torch.int16)
+    truth[:, :, :16] = 1
+    data, target = edges_of(truth), truth.clone()
+    target[1] = IGNORE
+    target[1, 0, 10:12, 18:20] = 1  # far from the edge between rows 15 and 16
+    inside = torch.ones_like(target, dtype=torch.bool)
+    inside[:, :, :10] = False  # padding
+    sampler, draws, rows = HintSampler(IGNORE, no_hints=0), rng(), []
+    for i in range(80):
+        mask = draw(target, 1, draws, sampler, inside, data)[0, 0]
+        if i > 50:
+            rows.append(np.nonzero(mask.numpy())[0].mean())
+    assert np.mean(rows) == pytest.approx(10.5, abs=0.3)
 
 
 def edges_of(target: torch.Tensor) -> torch.Tensor:
@@ -149,6 +200,39 @@ def test_hints_keep_the_distance_to_the_border_that_the_edges_of_real_annotation
             touching.append(not mask[11:29, 11:29].sum() == 4)
     # of the 19 x 19 places 72 touch the border
     assert np.mean(touching) < 0.02 if deep else np.mean(touching) == pytest.approx(72 / 361, abs=0.1)
+
+
+def test_the_previous_stage_of_a_cascade_is_no_part_of_the_image():
+    """Its prediction follows the image's channels, and its borders would look like edges of the image."""
+    target = batch()
+    image, previous = edges_of(target), torch.rand(5, 2, 20, 20, generator=torch.Generator().manual_seed(0))
+    alone, cascade, all_channels = HintSampler(IGNORE), HintSampler(IGNORE, image_channels=1), HintSampler(IGNORE)
+    for seed in range(5):
+        expected = draw(target, 2, rng(seed), alone, data=image)
+        assert torch.equal(draw(target, 2, rng(seed), cascade, data=torch.cat((image, previous), 1)), expected)
+        draw(target, 2, rng(seed), all_channels, data=torch.cat((image, previous), 1))
+    assert cascade.depth[1].edges == alone.depth[1].edges != all_channels.depth[1].edges
+
+
+def test_observing_batches_ends_when_enough_is_seen_and_leaves_numpys_numbers_alone():
+    target, inside = batch(), torch.ones(5, 1, 20, 20, dtype=torch.bool)
+
+    def loader():
+        while True:
+            drawn.append(np.random.random())
+            yield {"data": torch.zeros(5, 1, 20, 20), "num_full": 2, "inside": inside, "target": target}
+
+    np.random.seed(3)
+    expected, found = np.random.random(), []
+    for seed in (3, 4):
+        drawn: list[float] = []
+        np.random.seed(seed)
+        sampler = HintSampler(IGNORE)
+        sampler.observe_batches(loader())
+        assert sampler.images["annotated"] == KEPT  # two in each batch
+        found.append((drawn, np.random.random()))
+    assert found[0][0] == found[1][0] and len(found[0][0]) == KEPT // 2
+    assert found[0][1] == expected != found[1][1]
 
 
 @pytest.mark.parametrize("ndim, axis", ((2, 0), (3, 0), (3, 2)))
@@ -178,6 +262,14 @@ def test_annotation_by_slices_is_simulated_by_slices(ndim, axis):
         assert len(seen) > 2 and all(sum(whole) in (3, 4) for whole in seen)
 
 
+def test_a_slice_of_a_single_class_is_a_slice():
+    target = torch.zeros(2, 1, 12, 12, dtype=torch.int16)
+    inside = torch.ones_like(target, dtype=torch.bool)
+    inside[1, ..., 9:] = False
+    target[1][~inside[1]] = IGNORE
+    assert draw(target, 1, rng(), HintSampler(IGNORE, no_hints=0), inside)[0].all()
+
+
 # ---- how often ------------------------------------------------------------------------------------------------------
 
 def test_a_class_is_left_out_as_often_as_annotated_images_lack_it():
@@ -192,14 +284,15 @@ def test_a_class_is_left_out_as_often_as_annotated_images_lack_it():
     assert np.mean([bool(mask[4:].any()) for mask in seen]) == pytest.approx((1 - NO_HINTS) / 2, abs=0.06)
     # where the full images lack it as often, it is shown in all that have it
     sampler = HintSampler(IGNORE)
-    seen = [draw(torch.cat((torch.zeros_like(everywhere), everywhere, sparse)), 2, draws, sampler)[1, 0] for _ in range(400)]
+    target = torch.cat((torch.zeros_like(everywhere), everywhere, sparse))
+    seen = [draw(target, 2, draws, sampler)[1, 0] for _ in range(400)]
     assert np.mean([bool(mask[4:].any()) for mask in seen]) == pytest.approx(1 - NO_HINTS, abs=0.06)
 
 
 @pytest.mark.parametrize("share", (NO_HINTS, 0.0))
 def test_a_share_of_the_full_images_gets_no_hints(share):
-    target, draws = batch()[:4], rng()
-    nothing = [not image.any() for _ in range(400) for image in draw(target, 2, draws, HintSampler(IGNORE, no_hints=share))[:2]]
+    target, draws, sampler = batch()[:4], rng(), HintSampler(IGNORE, no_hints=share)
+    nothing = [not image.any() for _ in range(400) for image in draw(target, 2, draws, sampler)[:2]]
     assert np.mean(nothing) == pytest.approx(share, abs=0.05)
 
 
@@ -211,6 +304,13 @@ def test_patterns_are_kept_for_batches_without_any():
         assert torch.equal(draw(image[None], 0, draws, sampler)[0], image != IGNORE)
     seen = torch.cat([draw(target[:1], 1, draws, sampler) for _ in range(50)])
     assert seen[:, :, :10].any() and seen[:, :, 10:].any()
+
+
+def test_a_pattern_keeps_its_voxels_and_their_place():
+    voxels = np.array([[3, 70], [4, 2], [9, 5]])
+    pattern = Pattern.of(voxels)
+    np.testing.assert_array_equal(pattern.voxels(), voxels)
+    assert pattern.bits.nbytes == -(-7 * 69 // 8)
 
 
 def test_the_last_patterns_of_each_class_are_kept():
@@ -332,7 +432,8 @@ def test_a_whole_image_is_simulated_tile_by_tile(patch):
 
 def test_hints_follow_nnunets_random_numbers_and_leave_them_alone():
     target = batch()
-    whole = {"data": torch.zeros(5, 1, 20, 20), "num_full": 2, "inside": torch.ones(5, 1, 20, 20, dtype=torch.bool), "target": target}
+    inside = torch.ones(5, 1, 20, 20, dtype=torch.bool)
+    whole = {"data": torch.zeros(5, 1, 20, 20), "num_full": 2, "inside": inside, "target": target}
     drawn = []
     for seed in (1, 1, 2):
         np.random.seed(seed)

@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 
+pytestmark = pytest.mark.slow  # the short sibling is test_ranks_settings.py
 HIPPOCAMPUS = "Dataset004_Hippocampus"
 WORLD, EPOCHS, STEPS = 2, 2, 4
 LOGGED = ("loss_teacher", "loss_student", "loss_kl", "loss_entropy", "annotated_share")
@@ -67,20 +68,24 @@ def work(rank: int, folder: Path, configuration: str, go_on: bool) -> None:
         weights = {name: w.clone() for name, w in self.network.module.state_dict().items()}
         torch.save({"steps": seen, "read": len(read), "weights": weights}, folder / f"rank{rank}.pt")
 
-    ConfKDTrainer.train_step, ConfKDTrainer.on_train_end, supervision.count_voxels = train_step, on_train_end, count_voxels
-    run_training.run_ddp(rank, HIPPOCAMPUS, configuration, 0, "ConfKDTrainer", "nnUNetPlans", False, go_on, False, None, False, False, WORLD)
+    ConfKDTrainer.train_step, ConfKDTrainer.on_train_end = train_step, on_train_end
+    supervision.count_voxels = count_voxels
+    run_training.run_ddp(rank, HIPPOCAMPUS, configuration, 0, "ConfKDTrainer", "nnUNetPlans", False, go_on, False,
+                         None, False, False, WORLD)
 
 
 @pytest.mark.parametrize("base, batch_size", [("2d", 3), ("3d_fullres", 2)])
 def test_two_ranks_train_and_validate_one_model(nnunet, hippocampus, run_ranks, tmp_path, base, batch_size):
-    """Batches of 2 and 1 (2-D, batch Dice) and of 1 and 1 (3-D): the ranks hold unequal numbers of full images, and none at times."""
-    configuration = nnunet.configure(HIPPOCAMPUS, f"{base}_ranks", base, {"epochs": EPOCHS, "iterations_per_epoch": STEPS, "seed": 5,
-                                     "kl_ramp_start": 0.0, "kl_ramp_end": 0.0}, batch_size=batch_size)
+    """Batches of 2 and 1 (2-D, batch Dice) and of 1 and 1 (3-D): the numbers of fully annotated images differ between
+    the ranks, and are 0 at times."""
+    options = {"epochs": EPOCHS, "iterations_per_epoch": STEPS, "seed": 5, "kl_ramp_start": 0.0, "kl_ramp_end": 0.0}
+    configuration = nnunet.configure(HIPPOCAMPUS, f"{base}_ranks", base, options, batch_size=batch_size)
     for counts in nnunet.preprocessed(HIPPOCAMPUS).glob("confkd_supervision_*.json"):
         counts.unlink()
     ranks = run_ranks(__file__, tmp_path, configuration)
 
-    assert [rank["read"] for rank in ranks] == [sum(map(len, hippocampus.values())) - len(hippocampus["test"]), 0]  # of the labels
+    cases = sum(map(len, hippocampus.values())) - len(hippocampus["test"])
+    assert [rank["read"] for rank in ranks] == [cases, 0]  # the labels that each has read
     assert sum(rank["steps"][0]["images"] for rank in ranks) == batch_size
     full = [[step["num_full"] for step in rank["steps"]] for rank in ranks]
     assert any(a != b for a, b in zip(*full)) and 0 in full[1]
@@ -99,7 +104,8 @@ def test_two_ranks_train_and_validate_one_model(nnunet, hippocampus, run_ranks, 
         cases = json.loads((fold / branch / "summary.json").read_text())["metric_per_case"]
         assert len(cases) == len(hippocampus["validation"])
 
-    nnunet.configure(HIPPOCAMPUS, configuration, base, {"epochs": EPOCHS + 1, "iterations_per_epoch": STEPS, "seed": 5}, batch_size=batch_size)
+    options = {"epochs": EPOCHS + 1, "iterations_per_epoch": STEPS, "seed": 5}
+    nnunet.configure(HIPPOCAMPUS, configuration, base, options, batch_size=batch_size)
     for rank in run_ranks(__file__, tmp_path, configuration, "--c"):
         assert len(rank["steps"]) == STEPS
     assert len(torch.load(fold / "checkpoint_final.pth", weights_only=False)["logging"]["loss_kl"]) == EPOCHS + 1

@@ -27,7 +27,8 @@ each_network = pytest.mark.parametrize("architecture, ndim, stages", [
 deep_or_not = pytest.mark.parametrize("deep_supervision", (True, False), ids=("deep", "flat"))
 
 
-def stock(architecture=PlainConvUNet, ndim: int = 2, stages: int = 3, deep_supervision: bool = True, seed: int = 0, classes: int = CLASSES):
+def stock(architecture=PlainConvUNet, ndim: int = 2, stages: int = 3, deep_supervision: bool = True, seed: int = 0,
+          classes: int = CLASSES):
     """A tiny network, built and initialised as nnU-Net's get_network_from_plans does."""
     torch.manual_seed(seed)
     blocks = "n_conv_per_stage" if architecture is PlainConvUNet else "n_blocks_per_stage"
@@ -78,7 +79,8 @@ def test_the_state_dict_is_the_stock_one_plus_the_teachers_decoder(architecture,
     names = list(stock(architecture, ndim, stages).state_dict())
     decoder = [n.removeprefix("decoder.") for n in names
                if n.startswith("decoder.") and not n.startswith("decoder.encoder.")]
-    expected = names + [f"teacher_decoder.{n}" for n in decoder] + [f"teacher_decoder.{HINTS}{i}.weight" for i in range(stages)]
+    expected = [*names, *(f"teacher_decoder.{n}" for n in decoder),
+                *(f"teacher_decoder.{HINTS}{i}.weight" for i in range(stages))]
     assert list(two_branches(architecture, ndim, stages).state_dict()) == expected
 
 
@@ -122,7 +124,8 @@ def test_the_teacher_has_the_students_shapes_and_an_initialisation_of_its_own(ar
 def test_the_teachers_convolutions_start_with_the_spread_that_nnunet_gives_them(architecture, ndim, stages):
     # He: std sqrt(2 / (1 + 0.01^2) / fan_in). torch's own start would be smaller by sqrt(6), about 2.4.
     for name, module in two_branches(architecture, ndim, stages).teacher_decoder.named_modules():
-        if "Conv" in type(module).__name__ and HINTS not in name and hasattr(module, "weight") and module.weight.numel() >= 200:
+        is_convolution = "Conv" in type(module).__name__ and hasattr(module, "weight")
+        if is_convolution and HINTS not in name and module.weight.numel() >= 200:
             fan_in = module.weight[0].numel()  # what kaiming_normal_ counts, for transposed convolutions too
             assert module.weight.std().item() == pytest.approx((2 / 1.0001 / fan_in) ** 0.5, rel=0.3), name
 
@@ -183,7 +186,8 @@ def primus() -> nn.Module:
 LACKING = (("decoder", "deep_supervision"), ("decoder", "num_classes"), ("encoder", "output_channels"))
 
 
-@pytest.mark.parametrize("build", (ThreeParts, lambda: nn.Sequential(nn.Conv2d(1, 2, 1)), primus, *(partial(OtherParts, *of) for of in LACKING)),
+@pytest.mark.parametrize("build", (ThreeParts, lambda: nn.Sequential(nn.Conv2d(1, 2, 1)), primus,
+                                   *(partial(OtherParts, *lacking) for lacking in LACKING)),
                          ids=("ThreeParts", "Sequential", "Primus", *("no " + name for _, name in LACKING)))
 def test_other_architectures_are_refused_by_name(build):
     network = build()
@@ -355,7 +359,7 @@ def test_a_hint_at_the_end_of_an_odd_image_stands_at_every_resolution(ndim):
 
 @each_network
 def test_without_hints_none_are_computed_and_their_weights_have_a_gradient_of_zero(architecture, ndim, stages):
-    """Zeros of the size of the image would cost (heads + 1) * 12 bytes a voxel. DDP fails on weights without gradient."""
+    """Zeros of the size of the image would cost (heads + 1) * 12 bytes per voxel. DDP fails without a gradient."""
     network = two_branches(architecture, ndim, stages)
     calls = Calls(network.teacher_decoder.hints)
     total(network(images(ndim), BATCH)[1]).backward()
@@ -376,11 +380,12 @@ class Operators(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-# All of them have a kernel for Apple's MPS (or consist of such), for volumes as well, in PyTorch's native_functions.yaml.
+# All of them have a kernel for Apple's MPS (or consist of such), also for volumes, in PyTorch's native_functions.yaml.
 # (`adaptive_max_pool3d` has none.)
 ON_EVERY_DEVICE = {
-    "add", "add_", "avg_pool2d", "avg_pool3d", "cat", "convolution", "detach", "empty", "leaky_relu_", "max_pool2d_with_indices",
-    "max_pool3d_with_indices", "native_batch_norm", "repeat", "select", "slice", "sum", "view"}
+    "add", "add_", "avg_pool2d", "avg_pool3d", "cat", "convolution", "detach", "empty", "leaky_relu_",
+    "max_pool2d_with_indices", "max_pool3d_with_indices", "native_batch_norm", "repeat", "select", "slice", "sum",
+    "view"}
 
 
 @each_network
@@ -397,13 +402,15 @@ def test_no_operator_lacks_a_kernel_on_some_device(architecture, ndim, stages, w
 
 def test_images_that_are_not_full_do_not_change_the_teachers_running_statistics():
     torch.manual_seed(0)
-    unet = PlainConvUNet(1, 2, [4, 8], nn.Conv2d, 3, [1, 2], 1, CLASSES, 1, True, nn.BatchNorm2d, {}, nonlin=nn.LeakyReLU, deep_supervision=False)
+    unet = PlainConvUNet(1, 2, [4, 8], nn.Conv2d, 3, [1, 2], 1, CLASSES, 1, True, nn.BatchNorm2d, {},
+                         nonlin=nn.LeakyReLU, deep_supervision=False)
     networks = [TwoBranchUNet(unet)]
     networks.append(deepcopy(networks[0]))
     before = deepcopy(networks[0].teacher_decoder.state_dict())
-    teachers = [network(images(), 2, hints_at(2, 0), teach_all) [1] for network, teach_all in zip(networks, (True, False))]
-    statistics = [{name: value for name, value in network.teacher_decoder.state_dict().items() if "running" in name or "tracked" in name}
-                  for network in networks]
+    teachers = [network(images(), 2, hints_at(2, 0), teach_all)[1]
+                for network, teach_all in zip(networks, (True, False))]
+    statistics = [{name: value for name, value in network.teacher_decoder.state_dict().items()
+                   if "running" in name or "tracked" in name} for network in networks]
     assert statistics[0] and all(torch.equal(statistics[0][name], statistics[1][name]) for name in statistics[0])
     assert any(not torch.equal(statistics[0][name], before[name]) for name in statistics[0])
     assert len(teachers[0]) == BATCH and torch.equal(teachers[0][:2], teachers[1])

@@ -1,7 +1,7 @@
-"""Every setting that is allowed trains on several GPUs: two ranks by gloo on the CPU, two steps each.
+"""The trainer on several GPUs with every setting that is allowed: two ranks by gloo on the CPU, two steps each.
 
 DDP fails in the second step if a parameter had no gradient in the first. This file is its own worker:
-`python test_ranks_settings.py RANK FOLDER`.
+`python test_ranks_settings.py RANK FOLDER [short]`.
 """
 from __future__ import annotations
 
@@ -30,22 +30,32 @@ def legal(settings: dict) -> bool:
     return True
 
 
+DEFAULTS = [{"iterations_per_epoch": 2, "epochs": 1, "kl_ramp_start": 0.0, "kl_ramp_end": 0.0}]
+
+
 def all_settings() -> list[dict]:
-    """Each value of each choice and switch, each set of weights that are zero, and ramps before, in and after which a step lies."""
+    """Each choice and switch, each set of weights that are zero, and steps before, in and after a ramp."""
     found = [{f.name: choice} for f in fields(Settings) for choice in f.metadata.get("choices", ())]
     found += [{f.name: value} for f in fields(Settings) if isinstance(f.default, bool) for value in (True, False)]
     found += [{name: 0.0 for bit, name in enumerate(WEIGHTS) if zero >> bit & 1} for zero in range(16)]
     found += [{"kl_ramp_start": start, "kl_ramp_end": end} for start, end in ((0.9, 1.0), (0.0, 1.0), (0.0, 0.0))]
-    found += [{"kl_ramp_start": 0.9, "kl_ramp_end": 1.0, "weight_student": 0.0}, {"kl_images": "full", "weight_student": 0.0},
+    found += [{"kl_ramp_start": 0.9, "kl_ramp_end": 1.0, "weight_student": 0.0},
+              {"kl_images": "full", "weight_student": 0.0},
               {"kl_images": "full", "teacher_hints": False, "weight_entropy": 0.0}]
     return [{"iterations_per_epoch": 50, "epochs": 2, **settings} for settings in found if legal(settings)]
 
 
-def name_of(number: int, base: str) -> str:
-    return f"ranks_{base}_{number}"
+def name_of(number: int, base: str, short: bool) -> str:
+    return f"ranks_{base}_{number}" + ("_short" if short else "")
 
 
-def work(rank: int, folder: Path) -> None:
+def cases_of(short: bool) -> list[tuple[str, int, dict]]:
+    """Base configurations (batch Dice in 2-D, a Dice of each image in 3-D) and numbered settings."""
+    bases, settings = (("2d",), DEFAULTS) if short else (("2d", "3d_fullres"), all_settings())
+    return [(base, number, one) for base in bases for number, one in enumerate(settings)]
+
+
+def work(rank: int, folder: Path, short: bool) -> None:
     from nnunetv2.run.run_training import get_trainer_from_args
     from nnunetv2.training.nnUNetTrainer import nnUNetTrainer as stock
     from test_amp import batch_of
@@ -60,38 +70,47 @@ def work(rank: int, folder: Path) -> None:
     stock.DDP = lambda network, device_ids: torch.nn.parallel.DistributedDataParallel(network)
     ConfKDTrainer.device = property(lambda self: torch.device("cpu"), lambda self, device: None)
     results = []
-    for base in ("2d", "3d_fullres"):  # batch Dice, and a Dice of each image
-        for number, settings in enumerate(all_settings()):
-            trainer = get_trainer_from_args(HIPPOCAMPUS, name_of(number, base), 0, "ConfKDTrainer")
-            trainer.initialize()
-            trainer.grad_scaler = None
-            batch = batch_of(trainer, NUM_FULL[rank])
-            if not trainer.settings.uses_hints:
-                del batch["hint_mask"]
-            try:
-                losses = [float(trainer.train_step(batch)["loss"]) for _ in range(2)]
-                results.append((base, settings, losses, None))
-            except RuntimeError as error:
-                results.append((base, settings, [], str(error)))
-                break  # the ranks are out of step
+    for base, number, settings in cases_of(short):
+        trainer = get_trainer_from_args(HIPPOCAMPUS, name_of(number, base, short), 0, "ConfKDTrainer")
+        trainer.initialize()
+        trainer.grad_scaler = None
+        batch = batch_of(trainer, NUM_FULL[rank])
+        if not trainer.settings.uses_hints:
+            del batch["hint_mask"]
+        try:
+            losses = [float(trainer.train_step(batch)["loss"]) for _ in range(2)]
+            results.append((base, settings, losses, None))
+        except RuntimeError as error:
+            results.append((base, settings, [], str(error)))
+            break  # the ranks are out of step
     torch.save(results, folder / f"rank{rank}.pt")
     torch.distributed.destroy_process_group()
 
 
-@pytest.fixture(scope="module")
-def ranks(nnunet, hippocampus, run_ranks, tmp_path_factory) -> list[list]:
-    for base in ("2d", "3d_fullres"):
-        for number, settings in enumerate(all_settings()):
-            nnunet.configure(HIPPOCAMPUS, name_of(number, base), base, {"seed": 0, **settings}, max_patch=16, features=(4, 8, 8))
-    return run_ranks(__file__, tmp_path_factory.mktemp("settings"))
+@pytest.fixture
+def train(nnunet, hippocampus, run_ranks, tmp_path):
+    """Trains with each of the settings on two ranks, and checks what each rank has saved."""
+    def run(short: bool) -> None:
+        for base, number, settings in cases_of(short):
+            nnunet.configure(HIPPOCAMPUS, name_of(number, base, short), base, {"seed": 0, **settings}, max_patch=16,
+                             features=(4, 8, 8))
+        for rank in run_ranks(__file__, tmp_path, *["short"] * short):
+            assert len(rank) == len(cases_of(short))
+            for base, settings, losses, error in rank:
+                assert error is None and len(losses) == 2 and np.isfinite(losses).all(), (base, settings, error)
+
+    return run
 
 
-def test_every_legal_setting_trains_on_two_ranks(ranks):
-    assert len(all_settings()) > 30 and len(ranks[0]) == 2 * len(all_settings())
-    for rank in ranks:
-        for base, settings, losses, error in rank:
-            assert error is None and len(losses) == 2 and np.isfinite(losses).all(), (base, settings, error)
+def test_the_default_settings_train_on_two_ranks(train):
+    train(short=True)
+
+
+@pytest.mark.slow
+def test_every_legal_setting_trains_on_two_ranks(train):
+    assert len(all_settings()) > 20
+    train(short=False)
 
 
 if __name__ == "__main__":
-    work(int(sys.argv[1]), Path(sys.argv[2]))
+    work(int(sys.argv[1]), Path(sys.argv[2]), "short" in sys.argv)

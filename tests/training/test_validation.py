@@ -1,4 +1,4 @@
-"""The final validation: what it hands to the processes that export, and what it leaves in the folders of the fold."""
+"""The final validation: both branches in one pass, what is handed to other processes, and what is left in folders."""
 from __future__ import annotations
 
 import json
@@ -11,7 +11,7 @@ import torch
 from nnunetv2.evaluation.accumulate_cv_results import accumulate_cv_results
 from nnunetv2.inference.export_prediction import export_prediction_from_logits
 
-from nnunet_confkd.training.validation import _predict_cases
+from nnunet_confkd.training.validation import CasePredictor, predict_cases
 
 HIPPOCAMPUS = "Dataset004_Hippocampus"
 SHORT = {"epochs": 1, "iterations_per_epoch": 1}
@@ -32,65 +32,91 @@ class Pool:
         function(*args)
 
 
-def test_each_case_is_handed_over_once_and_its_logits_are_not_pickled(nnunet, hippocampus, hippocampus_model, tmp_path):
+@pytest.fixture
+def trained(nnunet, hippocampus_model):
+    """The trainer of the trained model, ready to validate."""
     trainer = nnunet.trainer(HIPPOCAMPUS, "2d_export", continue_training=True)
     trainer.load_checkpoint(str(hippocampus_model / "fold_0" / "checkpoint_final.pth"))
     trainer.set_deep_supervision_enabled(False)
     trainer.network.eval()
+    return trainer
+
+
+def test_both_branches_are_validated_as_nnunet_does(hippocampus_model, hippocampus):
+    """The student's files are nnU-Net's: one for each case, with probabilities, and a summary."""
+    dice = {}
+    for folder in ("validation", "validation_teacher"):
+        summary = json.loads((hippocampus_model / "fold_0" / folder / "summary.json").read_text())
+        assert len(summary["metric_per_case"]) == len(hippocampus["validation"])
+        assert len(list((hippocampus_model / "fold_0" / folder).glob("*.npz"))) == len(hippocampus["validation"])
+        dice[folder] = summary["foreground_mean"]
+    assert dice["validation"] != dice["validation_teacher"]
+
+
+def test_one_pass_for_both_branches_equals_one_pass_each(hippocampus, trained):
+    data = trained.dataset_class(trained.preprocessed_dataset_folder).load_case(hippocampus["validation"][0])[0][:]
+    calls = []
+    trained.network.encoder.register_forward_hook(lambda *_: calls.append(1))
+    both = CasePredictor(trained, ["student", "teacher"])(data, None)
+    once = len(calls)
+    for branch in ("student", "teacher"):
+        trained.network.branch = branch
+        calls.clear()
+        alone = CasePredictor(trained, [branch])(data, None)[branch]
+        np.testing.assert_array_equal(both[branch], alone)
+        assert len(calls) == once
+
+
+def test_each_case_is_handed_over_once_and_its_logits_are_not_pickled(hippocampus, trained, tmp_path):
     folders = {"student": tmp_path / "student", "teacher": tmp_path / "teacher"}
     for folder in (*folders.values(), tmp_path / "expected"):
         folder.mkdir()
     cases, pool = sorted(hippocampus["validation"])[:2], Pool()
-    _predict_cases(trainer, cases, list(folders), pool, folders, True)
+    predict_cases(trained, cases, pool, folders, True)
     assert len(pool.submitted) == len(cases)
     for case, (logits, *_), pickled in zip(cases, pool.submitted, pool.pickled):
         assert set(logits) == set(folders) and all(isinstance(of, torch.Tensor) for of in logits.values())
-        properties = trainer.dataset_class(trainer.preprocessed_dataset_folder).load_case(case)[3]
+        properties = trained.dataset_class(trained.preprocessed_dataset_folder).load_case(case)[3]
         others = len(ForkingPickler.dumps(properties))  # they hold the places of the classes
         assert pickled - others < sum(of.nbytes for of in logits.values()) / 10
         # the files are those that nnU-Net's export writes from an array of the branch's own
         for branch, folder in folders.items():
             expected = tmp_path / "expected" / case
-            export_prediction_from_logits(np.ascontiguousarray(logits[branch].numpy()), properties, trainer.configuration_manager,
-                                          trainer.plans_manager, trainer.dataset_json, str(expected), True)
+            export_prediction_from_logits(np.ascontiguousarray(logits[branch].numpy()), properties,
+                                          trained.configuration_manager, trained.plans_manager, trained.dataset_json,
+                                          str(expected), True)
             assert (folder / f"{case}.nii.gz").read_bytes() == expected.with_name(f"{case}.nii.gz").read_bytes()
             ours, nnunets = (np.load(of.with_name(f"{case}.npz"))["probabilities"] for of in (folder / case, expected))
             np.testing.assert_array_equal(ours, nnunets)
 
 
-@pytest.fixture
-def split(nnunet, hippocampus):
-    """Writes the one fold of the split; the former file comes back at the end."""
-    file = nnunet.preprocessed(HIPPOCAMPUS) / "splits_final.json"
-    before = file.read_text()
-    yield lambda train, val: file.write_text(json.dumps([{"train": train, "val": val}]))
-    file.write_text(before)
-
-
-def test_cases_of_a_former_split_are_moved_out_of_the_way_and_counted_by_nobody(nnunet, hippocampus, split, tmp_path):
+def test_cases_of_a_former_split_are_moved_and_not_counted(nnunet, hippocampus, split, tmp_path):
     a, b, c = sorted(hippocampus["validation"])[:3]
     configuration = nnunet.configure(HIPPOCAMPUS, "former_split", "2d", SHORT)
-    split(hippocampus["full"] + hippocampus["partial"][:2], [a, b])
+    split([{"train": hippocampus["full"] + hippocampus["partial"][:2], "val": [a, b]}])
     fold = nnunet.train(HIPPOCAMPUS, configuration, export_validation_probabilities=True)
     (fold / "validation" / "notes.txt").write_text("not nnU-Net's")
-    split(hippocampus["full"] + hippocampus["partial"][:2], [b, c])
+    split([{"train": hippocampus["full"] + hippocampus["partial"][:2], "val": [b, c]}])
     nnunet.train(HIPPOCAMPUS, configuration, only_run_validation=True)
     for name in ("validation", "validation_teacher"):
         summary = json.loads((fold / name / "summary.json").read_text())
-        assert [case["prediction_file"].split("/")[-1] for case in summary["metric_per_case"]] == [f"{b}.nii.gz", f"{c}.nii.gz"]
+        measured = [case["prediction_file"].split("/")[-1] for case in summary["metric_per_case"]]
+        assert measured == [f"{b}.nii.gz", f"{c}.nii.gz"]
         old, = fold.glob(f"{name}_old_*")
         assert {file.name for file in old.iterdir()} == {f"{a}.nii.gz", f"{a}.npz", f"{a}.pkl"}
     assert (fold / "validation" / "notes.txt").is_file()
     log = "".join(file.read_text() for file in fold.glob("training_log*.txt"))
-    assert f"validation: moved the files of 1 cases that this fold does not validate to {fold / 'validation_old_'}" in log
+    assert f"moved the files of 1 cases that this fold does not validate to {fold / 'validation_old_'}" in log
     assert "were training cases" not in log
     # what nnUNetv2_find_best_configuration collects
     accumulate_cv_results(str(fold.parent), str(tmp_path / "merged"), (0,), num_processes=1)
     assert {file.name for file in (tmp_path / "merged").glob("*.nii.gz")} == {f"{b}.nii.gz", f"{c}.nii.gz"}
 
-    trained = hippocampus["full"][0]
-    split([case for case in hippocampus["full"] if case != trained] + hippocampus["partial"][:2], [b, trained])
+    known = hippocampus["full"][0]
+    train = [case for case in hippocampus["full"] if case != known] + hippocampus["partial"][:2]
+    split([{"train": train, "val": [b, known]}])
     nnunet.train(HIPPOCAMPUS, configuration, only_run_validation=True)
     log = "".join(file.read_text() for file in fold.glob("training_log*.txt"))
-    assert f"WARNING: 1 of the 2 validation cases were training cases of this network (see {fold / 'confkd.json'}): {trained}." in log
+    assert "WARNING: 1 of the 2 validation cases were training cases of this network" in log
+    assert f"(see {fold / 'confkd.json'}): {known}." in log
     shutil.rmtree(fold.parent)

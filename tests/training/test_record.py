@@ -1,0 +1,36 @@
+"""The record of a training, confkd.json: after a first run, after --c, and after --c with other settings."""
+from __future__ import annotations
+
+import json
+
+from nnunet_confkd.training.record import RECORD, write_record
+from nnunet_confkd.training.settings import REMOVED
+
+OLD, NEW = {"weight_kl": 3.0, "seed": None}, {"weight_kl": 1.5, "seed": None}
+
+
+def write(folder, settings, epoch=None) -> tuple[str | None, dict]:
+    changed = write_record(folder, {"settings": settings, "supervision": {"a": "full"}}, epoch)
+    return changed, json.loads((folder / RECORD).read_text())
+
+
+def test_earlier_settings_are_kept_with_the_epoch_until_which_they_were_used(tmp_path):
+    changed, first = write(tmp_path, OLD)
+    assert changed is None and first["settings"] == OLD and first["history"] == []
+    changed, second = write(tmp_path, NEW, epoch=4)
+    assert "weight_kl: 3.0 -> 1.5" in changed and "seed" not in changed and str(tmp_path / RECORD) in changed
+    kept = {"until_epoch": 4, "nnunet_confkd": first["nnunet_confkd"], "settings": OLD}
+    assert second["settings"] == NEW and second["history"] == [kept]
+    assert write(tmp_path, NEW, epoch=5) == (None, second)
+    assert write(tmp_path, OLD, epoch=6)[1]["history"] == [kept, {**kept, "until_epoch": 6, "settings": NEW}]
+
+
+def test_a_training_that_begins_anew_forgets_the_earlier_settings(tmp_path):
+    write(tmp_path, OLD)
+    changed, record = write(tmp_path, NEW)
+    assert changed is None and record["history"] == []
+
+
+def test_settings_that_an_earlier_version_had_are_no_change(tmp_path):
+    write(tmp_path, {**OLD, **REMOVED})
+    assert write(tmp_path, OLD, epoch=1)[0] is None
