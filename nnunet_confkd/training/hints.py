@@ -223,7 +223,6 @@ class HintSampler:
             Bool, `(B, 1, *spatial)`; never true outside of the image.
         """
         mask = annotated_voxels(target, self.ignore_label, self.regions) & inside
-        mask[:num_full] = False
         images, labels = data[:, :self.image_channels].numpy(), class_map(target, self.regions)
         hints, inside = mask[:, 0].numpy(), inside[:, 0].numpy()  # the hints are a view of the mask
         for i in range(num_full, len(labels)):

@@ -8,7 +8,16 @@ import pytest
 import torch
 from nnunetv2.utilities.label_handling.label_handling import LabelManager
 
-from nnunet_confkd.training.hints import KEPT, NO_HINTS, SAMPLE, HintSampler, class_map, hint_channels, volume_hints
+from nnunet_confkd.training.hints import (
+    KEPT,
+    NO_HINTS,
+    SAMPLE,
+    HintSampler,
+    Pattern,
+    class_map,
+    hint_channels,
+    volume_hints,
+)
 
 IGNORE = 3
 
@@ -89,29 +98,40 @@ def test_a_pattern_is_not_cut_at_the_border_of_its_class(size):
     assert np.mean([count == size ** 2 for count in counts if count]) > 0.9
 
 
-def test_a_pattern_that_fits_nowhere_is_moved_component_by_component():
+@pytest.mark.parametrize("step", ((0, 1), (1, 1)), ids=("horizontal", "diagonal"))
+def test_a_pattern_that_fits_nowhere_is_moved_component_by_component(step):
     target = torch.full((2, 1, 60, 40), IGNORE, dtype=torch.int16)
     target[0] = 0
-    target[0, 0, 28:32, :] = 1  # a band, 4 wide
-    target[1, 0, 5, 5:9] = target[1, 0, 25, 5:9] = 1  # two strokes, 20 apart
-    draws, numbers = rng(), set()
+    target[0, 0, 26:32, :] = 1  # a band, 6 wide
+    stroke = np.arange(4)[:, None] * step
+    for start in ((5, 5), (25, 5)):  # two strokes, 20 apart
+        target[(1, 0, *(stroke + start).T)] = 1
+    draws, numbers, widths = rng(), set(), []
     for _ in range(60):
-        mask = draw(target, 1, draws)[0, 0]
-        assert not (mask & (target[0, 0] != 1)).any()
+        mask = draw(target, 1, draws)[0, 0].numpy()
+        assert not (mask & (target[0, 0].numpy() != 1)).any()
+        neighbour = np.roll(mask, step, (0, 1)) | np.roll(mask, (-step[0], -step[1]), (0, 1))
+        assert not (mask & ~neighbour).any()  # no component is cut into pieces
         numbers.add(int(mask.sum()))
+        widths.append(np.ptp(np.nonzero(mask)[1]) if mask.any() else 0)
     assert max(numbers) == 8 and numbers <= {0, *range(4, 9)}  # the strokes may overlap
+    assert max(widths) > 10  # they lie apart
 
 
-def test_where_nothing_fits_the_innermost_voxels_of_the_class_are_shown():
+@pytest.mark.parametrize("deep", (False, True))
+def test_where_nothing_fits_the_innermost_voxels_of_the_class_are_shown(deep):
     target = torch.full((2, 1, 40, 40), IGNORE, dtype=torch.int16)
     target[0] = 0
     target[0, 0, 10:20, 10:20] = 1
     target[1, 0, 5:7, :] = 1  # a band that is longer than the class
     sampler, draws = HintSampler(IGNORE, no_hints=0), rng()
+    draw(target[1:], 0, draws, sampler)
+    sampler.depth[1].value = lambda: float(deep)  # how far real annotations stay inside
     for _ in range(20):
         mask = draw(target, 1, draws, sampler)[0, 0]
-        assert int(mask.sum()) == 66  # of 80 voxels two thirds of the class, 100 voxels
-        assert mask[11:19, 11:19].all()  # 64 that touch no other class, and two more
+        assert mask[11:19, 11:19].all()  # 64 that touch no other class
+        # of 80 voxels two thirds of the class, 100 voxels; without those that touch another class if it is deep
+        assert int(mask.sum()) == (64 if deep else 66)
 
 
 @pytest.mark.parametrize("ndim", (2, 3))
@@ -119,12 +139,42 @@ def test_nothing_is_shown_outside_of_the_image(ndim):
     target = batch(ndim)
     inside = torch.ones_like(target, dtype=torch.bool)
     inside[:, :, :2] = inside[..., 14:] = False  # padding: background on full images
+    target[(2, 0, *ndim * [0])] = 1  # an annotation in the padding is no hint either
     sampler, draws, total = HintSampler(IGNORE), rng(), 0
     for _ in range(60):
         mask = draw(target, 2, draws, sampler, inside)
         assert not (mask & ~inside).any()
         total += int((mask[:2] & (target[:2] == 0)).sum())
     assert total > 0.6 * 60 * 2 * 5  # the bar of background is shown, too
+
+
+def test_the_end_of_the_image_cuts_a_pattern_and_says_nothing_about_its_class():
+    target = torch.full((2, 1, 20, 20), IGNORE, dtype=torch.int16)
+    target[0] = 0
+    target[1, 0, 4, 5:10] = 0  # a bar of 5
+    inside = torch.ones_like(target, dtype=torch.bool)
+    inside[0, ..., 3:] = False  # the image is 3 wide
+    sampler, draws = HintSampler(IGNORE, no_hints=0), rng()
+    for _ in range(20):
+        mask = draw(target, 1, draws, sampler, inside)[0, 0]
+        assert not (mask & ~inside[0, 0]).any()
+        assert mask.sum() == 3 and mask.any(1).sum() == 1  # still a bar
+
+
+def test_the_end_of_the_image_counts_as_the_inside_of_a_class():
+    truth = torch.zeros(2, 1, 30, 40, dtype=torch.int16)
+    truth[:, :, :16] = 1
+    data, target = edges_of(truth), truth.clone()
+    target[1] = IGNORE
+    target[1, 0, 10:12, 18:20] = 1  # far from the edge between rows 15 and 16
+    inside = torch.ones_like(target, dtype=torch.bool)
+    inside[:, :, :10] = False  # padding
+    sampler, draws, rows = HintSampler(IGNORE, no_hints=0), rng(), []
+    for i in range(80):
+        mask = draw(target, 1, draws, sampler, inside, data)[0, 0]
+        if i > 50:
+            rows.append(np.nonzero(mask.numpy())[0].mean())
+    assert np.mean(rows) == pytest.approx(10.5, abs=0.3)
 
 
 def edges_of(target: torch.Tensor) -> torch.Tensor:
@@ -212,6 +262,14 @@ def test_annotation_by_slices_is_simulated_by_slices(ndim, axis):
         assert len(seen) > 2 and all(sum(whole) in (3, 4) for whole in seen)
 
 
+def test_a_slice_of_a_single_class_is_a_slice():
+    target = torch.zeros(2, 1, 12, 12, dtype=torch.int16)
+    inside = torch.ones_like(target, dtype=torch.bool)
+    inside[1, ..., 9:] = False
+    target[1][~inside[1]] = IGNORE
+    assert draw(target, 1, rng(), HintSampler(IGNORE, no_hints=0), inside)[0].all()
+
+
 # ---- how often ------------------------------------------------------------------------------------------------------
 
 def test_a_class_is_left_out_as_often_as_annotated_images_lack_it():
@@ -246,6 +304,13 @@ def test_patterns_are_kept_for_batches_without_any():
         assert torch.equal(draw(image[None], 0, draws, sampler)[0], image != IGNORE)
     seen = torch.cat([draw(target[:1], 1, draws, sampler) for _ in range(50)])
     assert seen[:, :, :10].any() and seen[:, :, 10:].any()
+
+
+def test_a_pattern_keeps_its_voxels_and_their_place():
+    voxels = np.array([[3, 70], [4, 2], [9, 5]])
+    pattern = Pattern.of(voxels)
+    np.testing.assert_array_equal(pattern.voxels(), voxels)
+    assert pattern.bits.nbytes == -(-7 * 69 // 8)
 
 
 def test_the_last_patterns_of_each_class_are_kept():

@@ -368,6 +368,13 @@ def test_a_plain_zero_of_the_loss_becomes_one_with_a_graph():
     assert value.item() == 0 and (logits.grad == 0).all()
 
 
+def test_a_loss_without_dice_gets_all_images():
+    target = make_target(2, False, 1, 1)
+    target[1] = IGNORE
+    logits = torch.zeros(2, CHANNELS, *target.shape[2:])
+    assert PartialSupervision(lambda x, y: torch.tensor(len(x)), IGNORE)(logits, target) == 2
+
+
 def test_a_target_of_another_shape_is_refused_with_both_shapes():
     logits = torch.zeros(2, 3, 4, 4)
     for shape in ((1, 1, 4, 4), (2, 1, 4, 5)):
