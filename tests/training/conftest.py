@@ -21,8 +21,8 @@ def split(nnunet, hippocampus):
 
 
 @pytest.fixture(autouse=True)
-def threads_write_the_validation(request, monkeypatch):
-    """Let threads write and measure the segmentations of the final validation, except in slow tests.
+def threads_in_place_of_processes(request, monkeypatch):
+    """Let threads preprocess, and write and measure the segmentations of the final validation, except in slow tests.
 
     Starting a process takes longer than everything that it would do here. The session's `hippocampus_model` is
     validated with processes all the same: it is made before this fixture.
@@ -30,8 +30,10 @@ def threads_write_the_validation(request, monkeypatch):
     if "nnunet" not in request.fixturenames or request.node.get_closest_marker("slow"):
         return
     from nnunetv2.evaluation import evaluate_predictions
+    from nnunetv2.preprocessing.preprocessors import default_preprocessor
 
     from nnunet_confkd.training import validation
     monkeypatch.setattr(validation, "ProcessPoolExecutor", lambda number, context: ThreadPoolExecutor(number))
-    context = SimpleNamespace(Pool=ThreadPool)
-    monkeypatch.setattr(evaluate_predictions, "multiprocessing", SimpleNamespace(get_context=lambda method: context))
+    threads = SimpleNamespace(get_context=lambda method: SimpleNamespace(Pool=ThreadPool))
+    for module in (evaluate_predictions, default_preprocessor):
+        monkeypatch.setattr(module, "multiprocessing", threads)

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 
-pytestmark = pytest.mark.slow  # the short sibling is test_ranks_settings.py
+pytestmark = pytest.mark.slow  # the short sibling is in test_ranks.py
 HIPPOCAMPUS = "Dataset004_Hippocampus"
 WORLD, EPOCHS, STEPS = 2, 2, 4
 LOGGED = ("loss_teacher", "loss_student", "loss_kl", "loss_entropy", "annotated_share")

@@ -1,7 +1,7 @@
 """The trainer on several GPUs with every setting that is allowed: two ranks by gloo on the CPU, two steps each.
 
 DDP fails in the second step if a parameter had no gradient in the first. This file is its own worker:
-`python test_ranks_settings.py RANK FOLDER [short]`.
+`python test_ranks_settings.py RANK FOLDER`.
 """
 from __future__ import annotations
 
@@ -30,9 +30,6 @@ def legal(settings: dict) -> bool:
     return True
 
 
-DEFAULTS = [{"iterations_per_epoch": 2, "epochs": 1, "kl_ramp_start": 0.0, "kl_ramp_end": 0.0}]
-
-
 def all_settings() -> list[dict]:
     """Each choice and switch, each set of weights that are zero, and steps before, in and after a ramp."""
     found = [{f.name: choice} for f in fields(Settings) for choice in f.metadata.get("choices", ())]
@@ -45,17 +42,15 @@ def all_settings() -> list[dict]:
     return [{"iterations_per_epoch": 50, "epochs": 2, **settings} for settings in found if legal(settings)]
 
 
-def name_of(number: int, base: str, short: bool) -> str:
-    return f"ranks_{base}_{number}" + ("_short" if short else "")
+# batch Dice in 2-D, a Dice of each image in 3-D
+CASES = [(base, number, settings) for base in ("2d", "3d_fullres") for number, settings in enumerate(all_settings())]
 
 
-def cases_of(short: bool) -> list[tuple[str, int, dict]]:
-    """Base configurations (batch Dice in 2-D, a Dice of each image in 3-D) and numbered settings."""
-    bases, settings = (("2d",), DEFAULTS) if short else (("2d", "3d_fullres"), all_settings())
-    return [(base, number, one) for base in bases for number, one in enumerate(settings)]
+def name_of(number: int, base: str) -> str:
+    return f"ranks_{base}_{number}"
 
 
-def work(rank: int, folder: Path, short: bool) -> None:
+def work(rank: int, folder: Path) -> None:
     from nnunetv2.run.run_training import get_trainer_from_args
     from nnunetv2.training.nnUNetTrainer import nnUNetTrainer as stock
     from test_amp import batch_of
@@ -70,8 +65,8 @@ def work(rank: int, folder: Path, short: bool) -> None:
     stock.DDP = lambda network, device_ids: torch.nn.parallel.DistributedDataParallel(network)
     ConfKDTrainer.device = property(lambda self: torch.device("cpu"), lambda self, device: None)
     results = []
-    for base, number, settings in cases_of(short):
-        trainer = get_trainer_from_args(HIPPOCAMPUS, name_of(number, base, short), 0, "ConfKDTrainer")
+    for base, number, settings in CASES:
+        trainer = get_trainer_from_args(HIPPOCAMPUS, name_of(number, base), 0, "ConfKDTrainer")
         trainer.initialize()
         trainer.grad_scaler = None
         batch = batch_of(trainer, NUM_FULL[rank])
@@ -87,30 +82,16 @@ def work(rank: int, folder: Path, short: bool) -> None:
     torch.distributed.destroy_process_group()
 
 
-@pytest.fixture
-def train(nnunet, hippocampus, run_ranks, tmp_path):
-    """Trains with each of the settings on two ranks, and checks what each rank has saved."""
-    def run(short: bool) -> None:
-        for base, number, settings in cases_of(short):
-            nnunet.configure(HIPPOCAMPUS, name_of(number, base, short), base, {"seed": 0, **settings}, max_patch=16,
-                             features=(4, 8, 8))
-        for rank in run_ranks(__file__, tmp_path, *["short"] * short):
-            assert len(rank) == len(cases_of(short))
-            for base, settings, losses, error in rank:
-                assert error is None and len(losses) == 2 and np.isfinite(losses).all(), (base, settings, error)
-
-    return run
-
-
-def test_the_default_settings_train_on_two_ranks(train):
-    train(short=True)
-
-
-@pytest.mark.slow
-def test_every_legal_setting_trains_on_two_ranks(train):
-    assert len(all_settings()) > 20
-    train(short=False)
+@pytest.mark.slow  # the short sibling is in test_ranks.py
+def test_every_legal_setting_trains_on_two_ranks(nnunet, hippocampus, run_ranks, tmp_path):
+    for base, number, settings in CASES:
+        nnunet.configure(HIPPOCAMPUS, name_of(number, base), base, {"seed": 0, **settings}, max_patch=16,
+                         features=(4, 8, 8))
+    for rank in run_ranks(__file__, tmp_path):
+        assert len(rank) == len(CASES) > 40
+        for base, settings, losses, error in rank:
+            assert error is None and len(losses) == 2 and np.isfinite(losses).all(), (base, settings, error)
 
 
 if __name__ == "__main__":
-    work(int(sys.argv[1]), Path(sys.argv[2]), "short" in sys.argv)
+    work(int(sys.argv[1]), Path(sys.argv[2]))

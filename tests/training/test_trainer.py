@@ -393,7 +393,8 @@ class Remembers:
 
 def test_a_run_without_checkpoints_from_pretrained_weights_logs_every_curve(nnunet, hippocampus_model):
     from nnunetv2.run.load_pretrained_weights import load_pretrained_weights
-    configuration = nnunet.configure(HIPPOCAMPUS, "unsaved", "2d", SHORT | {"iterations_per_epoch": 1})
+    options = SHORT | {"iterations_per_epoch": 1}
+    configuration = nnunet.configure(HIPPOCAMPUS, "unsaved", "2d", options, max_patch=56)
     trainer, remembers = nnunet.trainer(HIPPOCAMPUS, configuration), Remembers()
     trainer.initialize()
     load_pretrained_weights(trainer.network, str(hippocampus_model / "fold_0" / "checkpoint_final.pth"))

@@ -71,7 +71,7 @@ def test_each_case_is_handed_over_once_and_its_logits_are_not_pickled(hippocampu
     folders = {"student": tmp_path / "student", "teacher": tmp_path / "teacher"}
     for folder in (*folders.values(), tmp_path / "expected"):
         folder.mkdir()
-    cases, pool = sorted(hippocampus["validation"])[:2], Pool()
+    cases, pool = sorted(hippocampus["validation"])[:1], Pool()
     predict_cases(trained, cases, pool, folders, True)
     assert len(pool.submitted) == len(cases)
     for case, (logits, *_), pickled in zip(cases, pool.submitted, pool.pickled):
@@ -92,7 +92,7 @@ def test_each_case_is_handed_over_once_and_its_logits_are_not_pickled(hippocampu
 
 def test_cases_of_a_former_split_are_moved_and_not_counted(nnunet, hippocampus, split, tmp_path):
     a, b, c = sorted(hippocampus["validation"])[:3]
-    configuration = nnunet.configure(HIPPOCAMPUS, "former_split", "2d", SHORT)
+    configuration = nnunet.configure(HIPPOCAMPUS, "former_split", "2d", SHORT, max_patch=56, features=(2, 4, 4))
     split([{"train": hippocampus["full"] + hippocampus["partial"][:2], "val": [a, b]}])
     fold = nnunet.train(HIPPOCAMPUS, configuration, export_validation_probabilities=True)
     (fold / "validation" / "notes.txt").write_text("not nnU-Net's")
