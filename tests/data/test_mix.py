@@ -1,13 +1,14 @@
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 import shutil
+from functools import partial
 
 import numpy as np
 import pytest
 import SimpleITK as sitk
+from image_files import file_states, read_json, read_voxels, write_image
 
 from nnunet_confkd import cli
 from nnunet_confkd.data.mix import mix
@@ -34,15 +35,7 @@ def folders(tmp_path):
     return {kind: tmp_path / kind for kind in ("full", "partial", "unlabelled")}
 
 
-def _write(file, array, spacing=(1.0, 2.0, 3.0)):
-    file.parent.mkdir(parents=True, exist_ok=True)
-    image = sitk.GetImageFromArray(array)
-    image.SetSpacing(spacing)
-    sitk.WriteImage(image, str(file))
-
-
-def _read(file):
-    return sitk.GetArrayFromImage(sitk.ReadImage(str(file)))
+_write = partial(write_image, spacing=(1.0, 2.0, 3.0))
 
 
 def _mix(folders, **options):
@@ -50,23 +43,14 @@ def _mix(folders, **options):
     return mix(folders["full"], 7, **{"partial": folders["partial"], "unlabelled": folders["unlabelled"]} | options)
 
 
-def _json(file):
-    return json.loads(file.read_text())
-
-
-def _state(folder):
-    return {f.relative_to(folder).as_posix(): (hashlib.sha256(f.read_bytes()).hexdigest(), f.stat().st_mtime_ns)
-            for f in folder.rglob("*") if f.is_file()}
-
-
 def _folds(nnunet_folders, name="Dataset007_Mixed"):
-    return _json(nnunet_folders / "preprocessed" / name / "splits_final.json")
+    return read_json(nnunet_folders / "preprocessed" / name / "splits_final.json")
 
 
 # ---- what is written ------------------------------------------------------------------------------------------------
 
 def test_three_folders_become_one_data_set(folders, nnunet_folders):
-    before = {kind: _state(folder) for kind, folder in folders.items()}
+    before = {kind: file_states(folder) for kind, folder in folders.items()}
     target = _mix(folders)
 
     assert target == nnunet_folders / "raw" / "Dataset007_Mixed"
@@ -74,25 +58,25 @@ def test_three_folders_become_one_data_set(folders, nnunet_folders):
         for image in sorted((folder / "images" if kind != "unlabelled" else folder).glob("*.nii.gz")):
             case = image.name[:-7]
             assert (target / "imagesTr" / f"{case}_0000.nii.gz").read_bytes() == image.read_bytes()
-            written = _read(target / "labelsTr" / f"{case}.nii.gz")
+            written = read_voxels(target / "labelsTr" / f"{case}.nii.gz")
             if kind == "unlabelled":
                 assert (written == 3).all()
             else:
-                label = _read(folder / "labels" / image.name)
+                label = read_voxels(folder / "labels" / image.name)
                 assert np.array_equal(written, np.where(label == 9, 3, label))
             assert sitk.ReadImage(str(target / "labelsTr" / f"{case}.nii.gz")).GetSpacing() == (1, 2, 3)
-    described = _json(target / "dataset.json")
+    described = read_json(target / "dataset.json")
     assert described["labels"] == {"background": 0, "organ": 1, "tumour": 2, "ignore": 3}
     assert described["channel_names"] == {"0": "channel_0"} and described["numTraining"] == 17
     assert described["supervision"] == {
         **{f"full{k}": "full" for k in range(10)}, **{f"partial{k}": "partial" for k in range(4)},
         **{f"unlabelled{k}": "unlabelled" for k in range(3)}}
-    assert {kind: _state(folder) for kind, folder in folders.items()} == before
+    assert {kind: file_states(folder) for kind, folder in folders.items()} == before
 
 
 def test_each_full_case_validates_in_one_of_five_folds_and_all_others_train(folders, nnunet_folders):
     target = _mix(folders)
-    folds, kinds = _folds(nnunet_folders), _json(target / "dataset.json")["supervision"]
+    folds, kinds = _folds(nnunet_folders), read_json(target / "dataset.json")["supervision"]
     assert [len(fold["val"]) for fold in folds] == [2] * 5
     assert sorted(case for fold in folds for case in fold["val"]) == [
         case for case in sorted(kinds) if case.startswith("full")
@@ -107,42 +91,42 @@ def test_nnunet_finds_nothing_wrong(folders, nnunet_folders, require_integrity):
 @pytest.mark.parametrize("left_out", [("partial",), ("unlabelled",)])
 def test_partial_or_unlabelled_may_be_left_out(folders, nnunet_folders, left_out):
     target = _mix(folders, **dict.fromkeys(left_out))
-    supervision = _json(target / "dataset.json")["supervision"]
+    supervision = read_json(target / "dataset.json")["supervision"]
     assert set(supervision.values()) == {"full", "partial", "unlabelled"} - set(left_out)
 
 
 def test_full_labels_alone_need_no_ignore_label(folders, nnunet_folders):
     target = _mix(folders, partial=None, unlabelled=None)
-    assert "ignore" not in _json(target / "dataset.json")["labels"]
+    assert "ignore" not in read_json(target / "dataset.json")["labels"]
 
 
 def test_zero_may_mean_not_annotated(folders, nnunet_folders):
     # an annotator's file: 0 is untouched, 5 is background, 1 and 2 the classes
     for file in (folders["partial"] / "labels").iterdir():
-        label = _read(file)
+        label = read_voxels(file)
         label[label == 0] = 5
         label[label == 9] = 0
         _write(file, label)
-    before = {f.name: _read(f) for f in (folders["partial"] / "labels").iterdir()}
+    before = {f.name: read_voxels(f) for f in (folders["partial"] / "labels").iterdir()}
     target = _mix(folders, ignore_value=0, background_value=5)
     for name, label in before.items():
-        written = _read(target / "labelsTr" / name)
+        written = read_voxels(target / "labelsTr" / name)
         for value, expected in ((0, 3), (5, 0), (1, 1), (2, 2)):
             assert (label == value).any() and (written[label == value] == expected).all()
     full = folders["full"] / "labels" / "full0.nii.gz"
-    assert np.array_equal(_read(target / "labelsTr" / "full0.nii.gz"), _read(full))  # there 0 is background
+    assert np.array_equal(read_voxels(target / "labelsTr" / "full0.nii.gz"), read_voxels(full))  # there 0 is background
 
 
 def test_values_of_ones_own_are_mapped_to_consecutive_ones(folders, nnunet_folders):
     for kind in ("full", "partial"):
         for file in (folders[kind] / "labels").iterdir():
-            _write(file, np.array([0, 100, 250] + [0] * 6 + [77], np.uint8)[_read(file)])
+            _write(file, np.array([0, 100, 250] + [0] * 6 + [77], np.uint8)[read_voxels(file)])
     target = _mix(folders, labels=["background=0", "organ=100", "tumour=250"], ignore_value=77)
-    assert _json(target / "dataset.json")["labels"] == {"background": 0, "organ": 1, "tumour": 2, "ignore": 3}
+    assert read_json(target / "dataset.json")["labels"] == {"background": 0, "organ": 1, "tumour": 2, "ignore": 3}
     for kind in ("full", "partial"):
         written, label = (
-            _read(target / "labelsTr" / f"{kind}0.nii.gz"),
-            _read(folders[kind] / "labels" / f"{kind}0.nii.gz"),
+            read_voxels(target / "labelsTr" / f"{kind}0.nii.gz"),
+            read_voxels(folders[kind] / "labels" / f"{kind}0.nii.gz"),
         )
         assert all((written[label == old] == new).all() for old, new in ((0, 0), (100, 1), (250, 2), (77, 3)))
 
@@ -152,10 +136,10 @@ def test_values_of_ones_own_are_mapped_to_consecutive_ones(folders, nnunet_folde
 def test_names_are_read_from_a_dataset_json(folders, nnunet_folders, labels):
     (folders["full"] / "dataset.json").write_text(json.dumps({"labels": labels, "channel_names": {"0": "CT"}}))
     target = _mix(folders, labels=None, ignore_value=None if "ignore" in labels else 9)
-    described = _json(target / "dataset.json")
+    described = read_json(target / "dataset.json")
     assert described["labels"] == {"background": 0, "organ": 1, "tumour": 2, "ignore": 3}
     assert described["channel_names"] == {"0": "CT"}
-    assert (_read(target / "labelsTr" / "partial0.nii.gz") == 3).any()
+    assert (read_voxels(target / "labelsTr" / "partial0.nii.gz") == 3).any()
 
 
 def test_regions_of_a_dataset_json_stay(folders, nnunet_folders):
@@ -168,7 +152,7 @@ def test_regions_of_a_dataset_json_stay(folders, nnunet_folders):
             }
         )
     )
-    described = _json(_mix(folders, labels=None) / "dataset.json")
+    described = read_json(_mix(folders, labels=None) / "dataset.json")
     assert described["labels"] == {"background": 0, "whole": [1, 2], "tumour": [2], "ignore": 3}
     assert described["regions_class_order"] == [1, 2]
 
@@ -181,7 +165,7 @@ def test_several_channels_by_nnunets_names(folders, nnunet_folders):
             file.unlink()
     target = _mix(folders, channels=["T1", "T2"])
     assert len(list((target / "imagesTr").iterdir())) == 34 and len(list((target / "labelsTr").iterdir())) == 17
-    assert _json(target / "dataset.json")["channel_names"] == {"0": "T1", "1": "T2"}
+    assert read_json(target / "dataset.json")["channel_names"] == {"0": "T1", "1": "T2"}
 
 
 def test_numbered_unlabelled_images_are_not_taken_for_channels(folders, nnunet_folders):
@@ -198,19 +182,19 @@ def test_other_formats_are_taken_as_they_are(folders, nnunet_folders, ending):
             sitk.WriteImage(sitk.ReadImage(str(file)), str(file)[:-7] + ending)
             file.unlink()
     target = _mix(folders)
-    assert _json(target / "dataset.json")["file_ending"] == ending
+    assert read_json(target / "dataset.json")["file_ending"] == ending
     image = folders["full"] / "images" / f"full0{ending}"
     assert (target / "imagesTr" / f"full0_0000{ending}").read_bytes() == image.read_bytes()
-    assert (_read(target / "labelsTr" / f"unlabelled0{ending}") == 3).all()
+    assert (read_voxels(target / "labelsTr" / f"unlabelled0{ending}") == 3).all()
 
 
 def test_a_format_unlike_the_others_is_converted(folders, nnunet_folders):
     file = folders["unlabelled"] / "unlabelled0.nii.gz"
     sitk.WriteImage(sitk.ReadImage(str(file)), str(file)[:-7] + ".nrrd")
-    expected = _read(file)
+    expected = read_voxels(file)
     file.unlink()
     target = _mix(folders)
-    assert np.array_equal(_read(target / "imagesTr" / "unlabelled0_0000.nii.gz"), expected)
+    assert np.array_equal(read_voxels(target / "imagesTr" / "unlabelled0_0000.nii.gz"), expected)
 
 
 def test_flat_pictures_are_mixed(tmp_path, nnunet_folders, require_integrity):
@@ -234,7 +218,7 @@ def test_flat_pictures_are_mixed(tmp_path, nnunet_folders, require_integrity):
         ignore_value=255,
         processes=1,
     )
-    described = _json(target / "dataset.json")
+    described = read_json(target / "dataset.json")
     assert described["channel_names"] == {"0": "channel_0", "1": "channel_1", "2": "channel_2"}  # red, green, blue
     weak, given = (
         io.imread(target / "labelsTr" / "partial0.png"),
@@ -248,7 +232,7 @@ def test_folders_may_have_nnunets_names(folders, nnunet_folders):
     for kind in ("full", "partial"):
         (folders[kind] / "images").rename(folders[kind] / "imagesTr")
         (folders[kind] / "labels").rename(folders[kind] / "labelsTr")
-    assert _json(_mix(folders) / "dataset.json")["numTraining"] == 17
+    assert read_json(_mix(folders) / "dataset.json")["numTraining"] == 17
 
 
 def test_patients_with_a_partial_case_do_not_validate(folders, nnunet_folders):
@@ -308,12 +292,12 @@ def test_the_command_says_what_it_wrote(folders, nnunet_folders, capsys):
 
 def _fails(folders, nnunet_folders, pattern, **options):
     """The error's text; nothing was written and nothing of the source changed."""
-    before = {kind: _state(folder) for kind, folder in folders.items() if folder.is_dir()}
+    before = {kind: file_states(folder) for kind, folder in folders.items() if folder.is_dir()}
     with pytest.raises(InputError, match=pattern) as caught:
         _mix(folders, **options)
     written = [f for name in ("raw", "preprocessed") for f in (nnunet_folders / name).rglob("*")]
     assert written == []
-    assert {kind: _state(folder) for kind, folder in folders.items() if folder.is_dir()} == before
+    assert {kind: file_states(folder) for kind, folder in folders.items() if folder.is_dir()} == before
     return str(caught.value)
 
 
@@ -361,7 +345,7 @@ def test_an_ignore_value_that_no_label_holds(folders, nnunet_folders):
 def test_where_most_voxels_have_the_value_of_background_the_right_options_are_named(folders, nnunet_folders):
     # an annotator's file: 0 is untouched, 5 is background, 1 and 2 the classes
     for file in (folders["partial"] / "labels").iterdir():
-        label = _read(file)
+        label = read_voxels(file)
         label[label == 0] = 5
         label[label == 9] = 0
         _write(file, label)
@@ -392,7 +376,7 @@ def test_options_that_contradict(folders, nnunet_folders, options, pattern):
 
 def test_an_ignored_voxel_in_a_full_label(folders, nnunet_folders):
     file = folders["full"] / "labels" / "full2.nii.gz"
-    label = _read(file)
+    label = read_voxels(file)
     label[0, 0, 0] = 9
     _write(file, label)
     _fails(folders, nnunet_folders, r"full2\.nii\.gz: holds the values 9; a full label may hold 0, 1, 2")

@@ -21,6 +21,7 @@ import SimpleITK as sitk
 import torch
 from batchgeneratorsv2.transforms.utils.compose import ComposeTransforms
 from batchgeneratorsv2.transforms.utils.remove_label import RemoveLabelTransform
+from image_files import read_json, write_image
 from nnunetv2.experiment_planning import plan_and_preprocess_entrypoints
 from nnunetv2.experiment_planning.dataset_fingerprint.fingerprint_extractor import DatasetFingerprintExtractor
 from nnunetv2.experiment_planning.plan_and_preprocess_api import extract_fingerprints, plan_experiments, preprocess
@@ -195,11 +196,6 @@ OUTSIDE = (slice(2, 4), slice(0, 4), slice(0, 4))  # in a corner of what is left
 MIXED = "Dataset611_Mixed"
 
 
-def _write(file, array):
-    file.parent.mkdir(parents=True, exist_ok=True)
-    sitk.WriteImage(sitk.GetImageFromArray(array), str(file))
-
-
 def _full_label():
     label = np.zeros(SHAPE, dtype=np.uint8)
     label[4:10, 4:14, 4:16] = 1
@@ -239,8 +235,8 @@ def make_dataset(raw, kinds, labels=None, **more):
         elif kind == "empty":
             label = np.zeros(SHAPE, dtype=np.uint8)
         cases[f"c{number:02d}"] = image, label
-        _write(raw / "imagesTr" / f"c{number:02d}_0000.nii.gz", image)
-        _write(raw / "labelsTr" / f"c{number:02d}.nii.gz", label)
+        write_image(raw / "imagesTr" / f"c{number:02d}_0000.nii.gz", image)
+        write_image(raw / "labelsTr" / f"c{number:02d}.nii.gz", label)
     labels = labels or {"background": 0, "a": 1, "b": 2, "ignore": IGNORE}
     (raw / "dataset.json").write_text(
         json.dumps(
@@ -266,10 +262,6 @@ def run(*words):
     return out.getvalue()
 
 
-def _json(file):
-    return json.loads(file.read_text())
-
-
 KINDS = ["full"] * 3 + ["partial"] * 2 + ["cropped", "unlabelled"]
 
 
@@ -292,7 +284,7 @@ def mixed(nnunet):
     cases = make_dataset(raw, KINDS, supervision={"c02": "partial"})
     with threads():
         extract_fingerprints([611], num_processes=1, show_progress_bar=False)
-        stock = _json(preprocessed / "dataset_fingerprint.json")
+        stock = read_json(preprocessed / "dataset_fingerprint.json")
         printed = run("-d", MIXED, "-c", "2d", "3d_fullres", "-overwrite_target_spacing", 2, 2, 2)
     return SimpleNamespace(raw=raw, preprocessed=preprocessed, cases=cases, stock_fingerprint=stock, printed=printed,
                            kinds=dict(zip(cases, KINDS)))
@@ -321,7 +313,7 @@ def test_intensity_statistics_are_those_of_annotated_foreground(mixed):
     values = [image[(label > 0) & (label != IGNORE)].astype(float) for image, label in mixed.cases.values()]
     values = [v for v in values if len(v)]
     assert len(values) == 5
-    fingerprint = _json(mixed.preprocessed / "dataset_fingerprint.json")
+    fingerprint = read_json(mixed.preprocessed / "dataset_fingerprint.json")
     found = fingerprint["foreground_intensity_properties_per_channel"]["0"]
     # nnU-Net draws the same number of voxels of each case with replacement, here 700 000
     mean = np.mean([v.mean() for v in values])
@@ -334,12 +326,12 @@ def test_intensity_statistics_are_those_of_annotated_foreground(mixed):
         assert _weighted_quantile(values, share - 1e-3) <= found[key] <= _weighted_quantile(values, share + 1e-3)
     # stock nnU-Net's: most of what it takes for foreground is ignored background around -500
     assert mixed.stock_fingerprint["foreground_intensity_properties_per_channel"]["0"]["mean"] < mean - 200
-    plans = _json(mixed.preprocessed / "nnUNetPlans.json")
+    plans = read_json(mixed.preprocessed / "nnUNetPlans.json")
     assert plans["foreground_intensity_properties_per_channel"]["0"] == found
 
 
 def test_nothing_else_in_the_fingerprint_differs_from_nnunets(mixed):
-    ours = _json(mixed.preprocessed / "dataset_fingerprint.json")
+    ours = read_json(mixed.preprocessed / "dataset_fingerprint.json")
     assert ours.pop("foreground_intensities_of") == "annotated voxels"
     key = "foreground_intensity_properties_per_channel"
     assert {**ours, key: None} == {**mixed.stock_fingerprint, key: None}
@@ -349,11 +341,11 @@ def test_nothing_else_in_the_fingerprint_differs_from_nnunets(mixed):
 def test_a_fingerprint_of_stock_nnunet_is_made_again_and_ours_is_not(mixed, planned):
     assert "existing fingerprint takes ignored voxels for foreground" in mixed.printed
     file = planned / "dataset_fingerprint.json"
-    file.write_text(json.dumps(_json(file) | {"ours": "untouched"}))
+    file.write_text(json.dumps(read_json(file) | {"ours": "untouched"}))
     assert "takes ignored voxels" not in run("-d", 611, "--no_pp")
-    assert _json(file)["ours"] == "untouched"
+    assert read_json(file)["ours"] == "untouched"
     run("-d", 611, "--no_pp", "--clean")
-    assert _json(file) == _json(mixed.preprocessed / "dataset_fingerprint.json")
+    assert read_json(file) == read_json(mixed.preprocessed / "dataset_fingerprint.json")
 
 
 class Failing(DatasetFingerprintExtractor):
@@ -379,7 +371,7 @@ def test_the_copies_of_labels_are_removed_when_the_extractor_fails(planned, mixe
     assert {(highest, shape) for _, highest, shape in Failing.seen} == {(2, SHAPE), (0, SHAPE)}
     assert list((tmp_path / "tmp").iterdir()) == []
     assert {f: f.read_bytes() for f in mixed.raw.rglob("*.nii.gz")} == before
-    assert _json(planned / "dataset_fingerprint.json")["foreground_intensities_of"] == "annotated voxels"
+    assert read_json(planned / "dataset_fingerprint.json")["foreground_intensities_of"] == "annotated voxels"
 
 
 def test_a_copy_that_was_not_written_whole_is_noticed(planned, monkeypatch):
@@ -396,7 +388,7 @@ def test_a_copy_that_was_not_written_whole_is_noticed(planned, monkeypatch):
 
 def test_confkd_blocks_and_configurations_of_ones_own_survive_planning_anew(planned):
     file = planned / "nnUNetPlans.json"
-    stock = _json(file)
+    stock = read_json(file)
     edited = json.loads(json.dumps(stock))
     edited["confkd"] = {"note": 1}
     edited["configurations"]["2d"]["confkd"] = {"epochs": 7}
@@ -411,7 +403,7 @@ def test_confkd_blocks_and_configurations_of_ones_own_survive_planning_anew(plan
     expected["confkd"] = {"note": 1}
     expected["configurations"]["2d"]["confkd"] = {"epochs": 7}
     expected["configurations"]["2d_mine"] = {"inherits_from": "2d", "confkd": {"seed": 3}}
-    assert _json(file) == expected  # the batch size is planned anew
+    assert read_json(file) == expected  # the batch size is planned anew
     assert other.read_text() == json.dumps(edited)
     assert PlansManager(str(file)).get_configuration("2d_mine").configuration["confkd"] == {"seed": 3}
     assert [f.name for f in planned.iterdir() if f.name.startswith(".")] == []
@@ -432,10 +424,10 @@ def test_plans_without_blocks_are_the_file_that_nnunet_writes(planned):
 
 def test_presets_and_names_of_plans_are_handed_through(planned):
     assert plan([611], planner="nnUNetPlannerResEncM", no_preprocessing=True) == "nnUNetResEncUNetMPlans"
-    plans = _json(planned / "nnUNetResEncUNetMPlans.json")
+    plans = read_json(planned / "nnUNetResEncUNetMPlans.json")
     assert plans["configurations"]["3d_fullres"]["architecture"]["network_class_name"].endswith("ResidualEncoderUNet")
     assert plan([MIXED, 611], overwrite_plans_name="mine", gpu_memory_target=2, no_preprocessing=True) == "mine"
-    assert _json(planned / "mine.json")["plans_name"] == "mine"
+    assert read_json(planned / "mine.json")["plans_name"] == "mine"
     # nnU-Net's planner fails on this setting, which is put back
     assert os.environ["nnUNet_n_proc_DA"] == "0"
 
@@ -487,7 +479,7 @@ def test_completion_shows_the_teacher_what_training_would_show_it(mixed):
     """With another spacing, points, and empty surroundings in which points of background lie."""
     from nnunet_confkd.inference.completion import _with_hints
     plans = PlansManager(str(mixed.preprocessed / "nnUNetPlans.json"))
-    described, configuration = _json(mixed.raw / "dataset.json"), plans.get_configuration("3d_fullres")
+    described, configuration = read_json(mixed.raw / "dataset.json"), plans.get_configuration("3d_fullres")
     folder = mixed.preprocessed / configuration.data_identifier
     for case in (case for case, kind in mixed.kinds.items() if kind == "partial"):
         image, label = mixed.raw / "imagesTr" / f"{case}_0000.nii.gz", mixed.raw / "labelsTr" / f"{case}.nii.gz"
@@ -534,7 +526,8 @@ def test_images_and_full_labels_are_preprocessed_as_by_nnunet(mixed, configurati
     assert manager.preprocessor_name == "DefaultPreprocessor"
     for case in ("c00", "c03"):
         files = [str(mixed.raw / "imagesTr" / f"{case}_0000.nii.gz")], str(mixed.raw / "labelsTr" / f"{case}.nii.gz")
-        stock = DefaultPreprocessor(verbose=False).run_case(*files, plans, manager, _json(mixed.raw / "dataset.json"))
+        described = read_json(mixed.raw / "dataset.json")
+        stock = DefaultPreprocessor(verbose=False).run_case(*files, plans, manager, described)
         data, seg, properties = _load(mixed.preprocessed, configuration, case)
         assert np.array_equal(data, stock[0])
         assert np.array_equal(seg, stock[1]) == (mixed.kinds[case] == "full")
@@ -571,7 +564,7 @@ def test_another_preprocessor_is_used_as_it_is_and_missing_configurations_are_sk
     # as stock nnU-Net does: at half the resolution no single point is left
     assert (_load(planned, "2d", "c03")[1] == IGNORE).all()
     assert "WARNING: 3 case(s) had annotations and have none left: c03, c04, c05" in printed
-    assert _json(planned / "nnUNetPlans.json")["configurations"]["2d"]["preprocessor_name"] == "OtherPreprocessor"
+    assert read_json(planned / "nnUNetPlans.json")["configurations"]["2d"]["preprocessor_name"] == "OtherPreprocessor"
 
 
 def test_without_an_ignore_label_all_files_equal_nnunets(nnunet, tmp_path, monkeypatch):
@@ -648,14 +641,14 @@ def test_the_trainer_finds_its_counts_and_would_write_the_same_split(nnunet, pla
         kinds = trainer.find_supervision()
     # what is annotated in c05 alone is cropped
     assert list(kinds.values()) == ["full"] * 2 + ["partial"] * 3 + ["unlabelled"] * 2
-    ours = _json(planned / "splits_final.json")
+    ours = read_json(planned / "splits_final.json")
     (planned / "splits_final.json").unlink()
     trainer.do_split()
-    assert _json(planned / "splits_final.json") == ours
+    assert read_json(planned / "splits_final.json") == ours
 
 
 def test_the_split_validates_on_full_cases_and_each_fold_trains_on_all_others(mixed):
-    splits = _json(mixed.preprocessed / "splits_final.json")
+    splits = read_json(mixed.preprocessed / "splits_final.json")
     assert sorted(split["val"] for split in splits) == [["c00"], ["c01"]]  # c02 is declared partial
     for split in splits:
         assert sorted(split["train"] + split["val"]) == sorted(mixed.cases)
@@ -681,7 +674,7 @@ def test_no_patient_is_on_both_sides_of_the_split(tmp_path, monkeypatch):
     monkeypatch.setenv("nnUNet_preprocessed", str(tmp_path))
     (tmp_path / MIXED).mkdir()
     planning.write_split(MIXED, _raw_labels(COUNTS))
-    splits = _json(tmp_path / MIXED / "splits_final.json")
+    splits = read_json(tmp_path / MIXED / "splits_final.json")
     assert sorted(split["val"] for split in splits) == [["f1", "f2"], ["g1"]]
     assert sorted(split["train"] for split in splits) == [["f1", "f2", "p1"], ["g1", "p1"]]
 
@@ -752,7 +745,7 @@ def test_all_labels_that_are_wrong_are_told_at_once(empty_workspace):
     raw = empty_workspace / "Dataset001_A"
     make_dataset(raw, ["full", "partial", "partial", "full"])
     (raw / "labelsTr" / "c00.nii.gz").unlink()
-    _write(raw / "labelsTr" / "c01.nii.gz", np.full(SHAPE, 7, dtype=np.uint8))
+    write_image(raw / "labelsTr" / "c01.nii.gz", np.full(SHAPE, 7, dtype=np.uint8))
     (raw / "labelsTr" / "c02.nii.gz").write_text("no image")
     text = _refuses("3 labels are wrong")
     assert "c00.nii.gz: the label cannot be read" in text and "c02.nii.gz: the label cannot be read" in text

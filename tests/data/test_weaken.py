@@ -2,10 +2,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+from functools import partial
 
 import numpy as np
 import pytest
 import SimpleITK as sitk
+from image_files import read_json, read_voxels, write_image
 
 from nnunet_confkd import cli
 from nnunet_confkd.data.weak_labels import case_rng, weaken
@@ -45,21 +47,8 @@ def source(folders):
     return folder
 
 
-def _write(file, array, spacing=(0.75, 1.25, 5.0)):
-    file.parent.mkdir(parents=True, exist_ok=True)
-    image = sitk.GetImageFromArray(array)
-    image.SetSpacing(spacing)
-    image.SetOrigin((-3.5, 11.25, 2))
-    image.SetDirection((0.8, -0.6, 0, 0.6, 0.8, 0, 0, 0, 1))
-    sitk.WriteImage(image, str(file))
-
-
-def _read(file):
-    return sitk.GetArrayFromImage(sitk.ReadImage(str(file)))
-
-
-def _json(file):
-    return json.loads(file.read_text())
+_write = partial(write_image, spacing=(0.75, 1.25, 5.0), origin=(-3.5, 11.25, 2), direction=(0.8, -0.6, 0, 0.6, 0.8,
+                  0, 0, 0, 1))
 
 
 def _weaken(**options):
@@ -69,7 +58,7 @@ def _weaken(**options):
 
 def _split(folders, name):
     """What every fold trains on, and what all of them together validate on."""
-    folds = _json(folders / "preprocessed" / name / "splits_final.json")
+    folds = read_json(folders / "preprocessed" / name / "splits_final.json")
     assert all(fold["train"] == folds[0]["train"] and fold["val"] for fold in folds)
     validating = [case for fold in folds for case in fold["val"]]
     assert len(validating) == len(set(validating))
@@ -93,7 +82,7 @@ def _patients(cases):
 def test_each_kind_of_case_has_its_label(source, folders):
     target = _weaken(unlabelled=2, seed=3)
     assert target == folders / "raw" / "Dataset002_Source_points"
-    described, split = _json(target / "dataset.json"), _split(folders, target.name)
+    described, split = read_json(target / "dataset.json"), _split(folders, target.name)
     kinds = described["supervision"]
     assert len(kinds) == 20 and described["numTraining"] == 20
     of = {kind: {case for case in kinds if kinds[case] == kind} for kind in ("full", "partial", "unlabelled")}
@@ -109,7 +98,7 @@ def test_each_kind_of_case_has_its_label(source, folders):
         len(of["full"]) == 10 and len(of["partial"]) == 6 and len(of["unlabelled"]) == 4
     )
     for case, kind in kinds.items():
-        full, weak = _read(source / "labelsTr" / f"{case}.nii.gz"), _read(target / "labelsTr" / f"{case}.nii.gz")
+        full, weak = (read_voxels(folder / "labelsTr" / f"{case}.nii.gz") for folder in (source, target))
         expected = {"full": full, "unlabelled": np.full_like(full, 3),
                     "partial": weaken(full, "points", 3, case_rng(case, "points", 3), spacing=(5, 1.25, 0.75))}[kind]
         assert np.array_equal(weak, expected)
@@ -119,12 +108,12 @@ def test_all_else_stays(source, folders):
     target = _weaken()
     before, after = _files(source), _files(target)
     assert before.keys() == after.keys()
-    partial = {case for case, kind in _json(target / "dataset.json")["supervision"].items() if kind == "partial"}
+    partial = {case for case, kind in read_json(target / "dataset.json")["supervision"].items() if kind == "partial"}
     assert {f for f in before if before[f] != after[f]} == {
         "dataset.json",
         *(f"labelsTr/{case}.nii.gz" for case in partial),
     }
-    described = _json(target / "dataset.json")
+    described = read_json(target / "dataset.json")
     assert described["labels"] == {"background": 0, "one": 1, "two": 2, "ignore": 3}
     assert described["licence"] == "none of ours" and described["release"] == "1.0"
     assert described["patient_pattern"] == r"(p\d+)_\w" and described["channel_names"] == {"0": "T1", "1": "T2"}
@@ -141,8 +130,8 @@ def test_weak_labels_keep_the_geometry(source):
 
 def test_slices_lie_across_the_largest_spacing_unless_told(source):
     def annotated(target):
-        case = next(c for c, kind in _json(target / "dataset.json")["supervision"].items() if kind == "partial")
-        return _read(target / "labelsTr" / f"{case}.nii.gz") != 3
+        case = next(c for c, kind in read_json(target / "dataset.json")["supervision"].items() if kind == "partial")
+        return read_voxels(target / "labelsTr" / f"{case}.nii.gz") != 3
 
     thick = annotated(_weaken(style="slices", fraction=0.3))
     assert sorted(thick.all(axis=(1, 2))) == [False, False, True] and thick.sum() == 120
@@ -153,15 +142,15 @@ def test_slices_lie_across_the_largest_spacing_unless_told(source):
 @pytest.mark.parametrize("style", ["erosion", "points", "scribbles", "slices", "box"])
 def test_every_style_writes_partial_labels_that_nnunet_accepts(source, style, require_integrity):
     target = _weaken(style=style)
-    partial = [c for c, kind in _json(target / "dataset.json")["supervision"].items() if kind == "partial"]
+    partial = [c for c, kind in read_json(target / "dataset.json")["supervision"].items() if kind == "partial"]
     for case in partial:
-        full, weak = _read(source / "labelsTr" / f"{case}.nii.gz"), _read(target / "labelsTr" / f"{case}.nii.gz")
+        full, weak = (read_voxels(folder / "labelsTr" / f"{case}.nii.gz") for folder in (source, target))
         assert (weak == 3).any() and (weak[weak != 3] == full[weak != 3]).all()
     require_integrity(target)
 
 
 def test_the_style_none_leaves_all_others_without_labels(source):
-    kinds = _json(_weaken(style="none") / "dataset.json")["supervision"]
+    kinds = read_json(_weaken(style="none") / "dataset.json")["supervision"]
     assert sorted(kinds.values()) == ["full"] * 10 + ["unlabelled"] * 10
 
 
@@ -175,7 +164,7 @@ def test_fewer_full_patients_lie_within_more_and_the_weak_labels_are_the_same(so
     targets = [_weaken(full=[str(n)], unlabelled=1, dataset_id=n + 1, name=f"F{n}") for n in (1, 3, 5)]
     splits = [_split(folders, target.name) for target in targets]
     assert splits[0] == splits[1] == splits[2]
-    full = [{c for c, kind in _json(t / "dataset.json")["supervision"].items() if kind == "full"} for t in targets]
+    full = [{c for c, kind in read_json(t / "dataset.json")["supervision"].items() if kind == "full"} for t in targets]
     assert full[0] < full[1] < full[2] and [len(_patients(f)) for f in full] == [3, 5, 7]
     files = [_files(target) for target in targets]
     still_weak = [name for name in files[0] if name.startswith("labelsTr") and name[9:13] not in full[2]]
@@ -185,10 +174,10 @@ def test_fewer_full_patients_lie_within_more_and_the_weak_labels_are_the_same(so
 def test_seeds_differ_in_patients_and_strokes(source, folders):
     first, second = _weaken(seed=0), _weaken(seed=1, dataset_id=3, name="Second")
     assert _split(folders, first.name) != _split(folders, second.name)
-    both = [c for c, kind in _json(first / "dataset.json")["supervision"].items()
-            if kind == "partial" == _json(second / "dataset.json")["supervision"][c]]
+    both = [c for c, kind in read_json(first / "dataset.json")["supervision"].items()
+            if kind == "partial" == read_json(second / "dataset.json")["supervision"][c]]
     assert both and all(
-        not np.array_equal(_read(first / "labelsTr" / f"{c}.nii.gz"), _read(second / "labelsTr" / f"{c}.nii.gz"))
+        not np.array_equal(*(read_voxels(folder / "labelsTr" / f"{c}.nii.gz") for folder in (first, second)))
         for c in both
     )
 
@@ -204,20 +193,20 @@ def test_the_sources_validation_cases_stay_full_and_validate(source, folders):
     for seed in range(3):
         target = _weaken(seed=seed, full=["1"], dataset_id=seed + 2, name=f"S{seed}")
         assert _split(folders, target.name) == {"train": sorted(split["train"]), "val": sorted(validation), "folds": 2}
-        kinds = _json(target / "dataset.json")["supervision"]
+        kinds = read_json(target / "dataset.json")["supervision"]
         assert all(kinds[case] == "full" for case in validation)
 
 
 def test_patients_that_are_held_back_are_divided_over_five_folds_or_fewer_each_of_which_trains_on_the_same(
     source, folders
 ):
-    described = _json(source / "dataset.json") | {"patient_pattern": None}  # 20 patients, of whom 4 are held back
+    described = read_json(source / "dataset.json") | {"patient_pattern": None}  # 20 patients, of whom 4 are held back
     (source / "dataset.json").write_text(json.dumps(described))
     for dataset_id, number, sizes in ((2, 5, [1] * 4), (3, 2, [2, 2]), (4, 1, [4])):
         target = _weaken(dataset_id=dataset_id, name=f"F{number}", folds=number)
-        folds = _json(folders / "preprocessed" / target.name / "splits_final.json")
+        folds = read_json(folders / "preprocessed" / target.name / "splits_final.json")
         assert [len(fold["val"]) for fold in folds] == sizes
-        kinds = _json(target / "dataset.json")["supervision"]
+        kinds = read_json(target / "dataset.json")["supervision"]
         held_back = {case for fold in folds for case in fold["val"]}
         for fold in folds:
             assert set(fold["train"]) == set(kinds) - held_back
@@ -225,25 +214,25 @@ def test_patients_that_are_held_back_are_divided_over_five_folds_or_fewer_each_o
 
 
 def test_the_full_patients_may_be_named(source):
-    kinds = _json(_weaken(full=["p2", "p5"]) / "dataset.json")["supervision"]
+    kinds = read_json(_weaken(full=["p2", "p5"]) / "dataset.json")["supervision"]
     assert all(kinds[f"{p}_{v}"] == "full" for p in ("p2", "p5") for v in "ab")
     assert sum(kind == "full" for kind in kinds.values()) == 8  # two patients and two that validate, two cases each
 
 
 def test_without_a_pattern_every_case_is_its_own_patient(source, folders):
-    described = _json(source / "dataset.json")
+    described = read_json(source / "dataset.json")
     del described["patient_pattern"]
     (source / "dataset.json").write_text(json.dumps(described))
     target = _weaken()
     assert len(_split(folders, target.name)["val"]) == 4
-    assert sum(kind == "full" for kind in _json(target / "dataset.json")["supervision"].values()) == 7
+    assert sum(kind == "full" for kind in read_json(target / "dataset.json")["supervision"].values()) == 7
 
 
 def test_regions_are_weakened_by_their_values(source):
-    described = _json(source / "dataset.json") | {"labels": {"background": 0, "whole": [1, 2], "two": [2]},
+    described = read_json(source / "dataset.json") | {"labels": {"background": 0, "whole": [1, 2], "two": [2]},
                                                   "regions_class_order": [1, 2]}
     (source / "dataset.json").write_text(json.dumps(described))
-    described = _json(_weaken() / "dataset.json")
+    described = read_json(_weaken() / "dataset.json")
     assert described["labels"] == {"background": 0, "whole": [1, 2], "two": [2], "ignore": 3}
     assert described["regions_class_order"] == [1, 2]
 
@@ -251,12 +240,12 @@ def test_regions_are_weakened_by_their_values(source):
 def test_a_data_set_that_lists_its_files_is_weakened(source, folders):
     cases = sorted(f.name[:-7] for f in (source / "labelsTr").iterdir())
     (source / "imagesTr").rename(folders / "elsewhere")
-    described = _json(source / "dataset.json") | {"dataset": {
+    described = read_json(source / "dataset.json") | {"dataset": {
         case: {"images": [str(folders / "elsewhere" / f"{case}_{c:04d}.nii.gz") for c in range(2)],
                "label": f"labelsTr/{case}.nii.gz"} for case in cases}}
     (source / "dataset.json").write_text(json.dumps(described))
     target = _weaken()
-    assert len(list((target / "imagesTr").iterdir())) == 40 and "dataset" not in _json(target / "dataset.json")
+    assert len(list((target / "imagesTr").iterdir())) == 40 and "dataset" not in read_json(target / "dataset.json")
 
 
 def test_images_are_linked_where_asked_for(source):
@@ -274,8 +263,8 @@ def test_the_command(source, folders, capsys):
         code == 0 and "20 training cases (8 full, 10 partial, 2 unlabelled)\n2 folds: each trains on the same 2 " in out
     )
     target = folders / "raw" / "Dataset009_Weak"
-    case = next(c for c, kind in _json(target / "dataset.json")["supervision"].items() if kind == "partial")
-    weak = _read(target / "labelsTr" / f"{case}.nii.gz")
+    case = next(c for c, kind in read_json(target / "dataset.json")["supervision"].items() if kind == "partial")
+    weak = read_voxels(target / "labelsTr" / f"{case}.nii.gz")
     assert (weak != 0).all() and (weak == 3).all(axis=(1, 2)).sum() == 1  # of three slices round(1.5) = 2 are annotated
 
 
@@ -293,9 +282,9 @@ def test_hippocampus_keeps_points_in_three_planes(test_data, folders):
         "channel_names": {"0": "MRI"}, "labels": {"background": 0, "anterior": 1, "posterior": 2}, "numTraining": 5,
         "file_ending": ".nii.gz"}))
     target = _weaken(full=["1"], slice_axis=1)
-    for case, kind in _json(target / "dataset.json")["supervision"].items():
+    for case, kind in read_json(target / "dataset.json")["supervision"].items():
         if kind == "partial":
-            full, weak = _read(folder / "labelsTr" / f"{case}.nii.gz"), _read(target / "labelsTr" / f"{case}.nii.gz")
+            full, weak = (read_voxels(place / "labelsTr" / f"{case}.nii.gz") for place in (folder, target))
             for k in range(full.shape[1]):
                 assert set(np.unique(weak[:, k])) - {3} == set(np.unique(full[:, k]))
 
@@ -328,10 +317,10 @@ def test_wrong_options_write_nothing(source, folders, options, pattern):
 
 
 def test_wrong_labels_are_listed_together_and_nothing_is_written(source, folders):
-    kinds = _json(_weaken() / "dataset.json")["supervision"]
+    kinds = read_json(_weaken() / "dataset.json")["supervision"]
     a, b, *_ = [case for case, kind in kinds.items() if kind == "partial"]
     for case, value in ((a, 3), (b, 7)):
-        label = _read(source / "labelsTr" / f"{case}.nii.gz")
+        label = read_voxels(source / "labelsTr" / f"{case}.nii.gz")
         label[0, 0, 0] = value
         _write(source / "labelsTr" / f"{case}.nii.gz", label)
     before = _files(folders)

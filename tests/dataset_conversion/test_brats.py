@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import shutil
 from functools import partial
@@ -9,6 +7,7 @@ from functools import partial
 import numpy as np
 import pytest
 import SimpleITK as sitk
+from image_files import file_states, read_json, read_voxels, write_image
 from nnunet_confkd.dataset_conversion import brats
 
 from nnunet_confkd.cli import main
@@ -20,28 +19,9 @@ PUBLISHED = {"2015": {"whole_tumour": (1, 2, 3, 4), "tumour_core": (1, 3, 4), "e
 ENDS = {"2015": ["T1_", "T1c_", "T2_", "Flair_"], "2017": ["_t1", "_t1ce", "_t2", "_flair"],
         "2023": ["-t1n", "-t1c", "-t2w", "-t2f"]}  # T1, T1 with contrast, T2, FLAIR
 SHAPE = (3, 5, 4)
-# for nnU-Net's processes, which take seconds to start
 
 
-def _write(file, array):
-    file.parent.mkdir(parents=True, exist_ok=True)
-    image = sitk.GetImageFromArray(array)
-    image.SetOrigin((0, -239, 0))  # as published
-    sitk.WriteImage(image, str(file))
-    return file
-
-
-def _read(file):
-    return sitk.GetArrayFromImage(sitk.ReadImage(str(file)))
-
-
-def _json(file):
-    return json.loads(file.read_text())
-
-
-def _state(folder):
-    return {f.relative_to(folder).as_posix(): (hashlib.sha256(f.read_bytes()).hexdigest(), f.stat().st_mtime_ns)
-            for f in folder.rglob("*") if f.is_file()}
+_write = partial(write_image, origin=(0, -239, 0))  # as published
 
 
 def _files(case, year):
@@ -124,11 +104,11 @@ def _assert_same_regions(published, year, written, labels):
 # ---- what is written ------------------------------------------------------------------------------------------------
 
 def test_images_are_the_published_bytes_and_labels_the_published_regions(source, year, nnunet_folders):
-    before = _state(source)
+    before = file_states(source)
     folder = brats.convert(source, 21, processes=1)
-    assert folder == nnunet_folders / "raw" / "Dataset021_BraTS" and _state(source) == before
+    assert folder == nnunet_folders / "raw" / "Dataset021_BraTS" and file_states(source) == before
     assert sorted(os.listdir(folder)) == ["dataset.json", "imagesTr", "labelsTr"]
-    labels = _json(folder / "dataset.json")["labels"]
+    labels = read_json(folder / "dataset.json")["labels"]
     names = [case.split("/")[-1] for case in CASES[year]]
     assert sorted(os.listdir(folder / "imagesTr")) == sorted(
         f"{name}_000{k}.nii.gz" for name in names for k in range(4)
@@ -138,7 +118,7 @@ def test_images_are_the_published_bytes_and_labels_the_published_regions(source,
         files = _files(source / case, year)
         for k, channel in enumerate(("T1", "T1c", "T2", "FLAIR")):
             assert (folder / "imagesTr" / f"{name}_000{k}.nii.gz").read_bytes() == files[channel].read_bytes()
-        published, written = _read(files["label"]), _read(folder / "labelsTr" / f"{name}.nii.gz")
+        published, written = read_voxels(files["label"]), read_voxels(folder / "labelsTr" / f"{name}.nii.gz")
         assert written.dtype == np.uint8 and written.max() == {"2015": 4, "2017": 3, "2023": 3}[year]
         # the classes themselves are kept apart, too: oedema is 2 everywhere, and written as 1; necrosis the reverse
         assert np.array_equal(written == 1, published == 2) and np.array_equal(written == 2, published == 1)
@@ -148,7 +128,7 @@ def test_images_are_the_published_bytes_and_labels_the_published_regions(source,
 
 
 def test_dataset_json_tells_channels_convention_and_origin(source, year, nnunet_folders):
-    described = _json(brats.convert(source, 21, name="Tumours", processes=1) / "dataset.json")
+    described = read_json(brats.convert(source, 21, name="Tumours", processes=1) / "dataset.json")
     assert described["channel_names"] == {"0": "T1", "1": "T1c", "2": "T2", "3": "FLAIR"}
     assert described["convention"] == year and described["file_ending"] == ".nii.gz" and described["name"] == "Tumours"
     assert described["numTraining"] == len(CASES[year])
@@ -160,11 +140,11 @@ def test_dataset_json_tells_channels_convention_and_origin(source, year, nnunet_
 def test_nnunet_makes_a_label_map_of_the_same_regions_out_of_perfect_predictions(source, year, nnunet_folders):
     from nnunetv2.utilities.label_handling.label_handling import LabelManager
     folder = brats.convert(source, 21, processes=1)
-    described = _json(folder / "dataset.json")
+    described = read_json(folder / "dataset.json")
     manager = LabelManager(described["labels"], described["regions_class_order"])
     assert manager.has_regions and manager.num_segmentation_heads == 3
     for case in CASES[year]:
-        published = _read(_files(source / case, year)["label"])
+        published = read_voxels(_files(source / case, year)["label"])
         masks = np.stack([np.isin(published, values) for values in PUBLISHED[year].values()])
         predicted = manager.convert_logits_to_segmentation(np.where(masks, 9, -9).astype(np.float32))
         _assert_same_regions(published, year, predicted, described["labels"])
@@ -184,7 +164,7 @@ def test_each_patient_validates_in_one_of_five_folds(source, year, nnunet_folder
 
 def test_the_visits_of_a_patient_stay_together(source23, nnunet_folders, crossvalidation):
     _case(source23 / "another_name", "2023")  # does not make the others' patients unknown
-    described = _json(brats.convert(source23, 21, processes=1) / "dataset.json")
+    described = read_json(brats.convert(source23, 21, processes=1) / "dataset.json")
     for fold in crossvalidation("Dataset021_BraTS"):
         assert not {case[:15] for case in fold["train"]} & {case[:15] for case in fold["val"]}
     from nnunet_confkd.data.patients import patients_of
@@ -203,7 +183,7 @@ def test_the_visits_of_2015_stay_together(tmp_path, nnunet_folders, crossvalidat
 def test_of_2017_to_2021_every_case_is_a_patient(tmp_path, nnunet_folders, crossvalidation):
     for k in range(5):
         _case(tmp_path / "brats" / f"BraTS2021_{k:05d}", "2017")
-    assert "patient_pattern" not in _json(brats.convert(tmp_path / "brats", 21, processes=1) / "dataset.json")
+    assert "patient_pattern" not in read_json(brats.convert(tmp_path / "brats", 21, processes=1) / "dataset.json")
     assert [len(fold["val"]) for fold in crossvalidation("Dataset021_BraTS")] == [1] * 5
 
 
@@ -216,9 +196,9 @@ def test_test_cases_may_lack_a_label(source, year, tmp_path, nnunet_folders):
     assert os.listdir(folder / "labelsTs") == [f"{names[0]}.nii.gz"]
     files = _files(tmp_path / "validation" / names[0], year)
     assert (folder / "imagesTs" / f"{names[0]}_0003.nii.gz").read_bytes() == files["FLAIR"].read_bytes()
-    _assert_same_regions(_read(files["label"]), year, _read(folder / "labelsTs" / f"{names[0]}.nii.gz"),
-                         _json(folder / "dataset.json")["labels"])
-    described = _json(folder / "dataset.json")
+    _assert_same_regions(read_voxels(files["label"]), year, read_voxels(folder / "labelsTs" / f"{names[0]}.nii.gz"),
+                         read_json(folder / "dataset.json")["labels"])
+    described = read_json(folder / "dataset.json")
     assert described["numTraining"] == len(CASES[year]) and not set(names) & set(described["supervision"])
 
 
@@ -226,14 +206,14 @@ def test_uncompressed_files_and_the_odd_label_of_2020_are_converted(source17, nn
     odd = source17 / "BraTS20_Training_355"
     _case(odd, "2017")
     files = _files(odd, "2017")
-    voxels = {part: _read(file) for part, file in files.items()}
+    voxels = {part: read_voxels(file) for part, file in files.items()}
     for part, file in files.items():
         _write(odd / ("W39_1998.09.19_Segm.nii" if part == "label" else file.name.removesuffix(".gz")), voxels[part])
         file.unlink()
     folder = brats.convert(source17, 21, processes=1)
-    assert np.array_equal(_read(folder / "imagesTr" / f"{odd.name}_0001.nii.gz"), voxels["T1c"])
-    _assert_same_regions(voxels["label"], "2017", _read(folder / "labelsTr" / f"{odd.name}.nii.gz"),
-                         _json(folder / "dataset.json")["labels"])
+    assert np.array_equal(read_voxels(folder / "imagesTr" / f"{odd.name}_0001.nii.gz"), voxels["T1c"])
+    _assert_same_regions(voxels["label"], "2017", read_voxels(folder / "labelsTr" / f"{odd.name}.nii.gz"),
+                         read_json(folder / "dataset.json")["labels"])
 
 
 def test_the_command_converts(source17, tmp_path, nnunet_folders, capsys):
@@ -260,7 +240,7 @@ def test_the_real_cases_of_2015(test_data, nnunet_folders, crossvalidation):
     before = {file: (file.stat().st_size, file.stat().st_mtime_ns) for file in source.rglob("*")}
     folder = brats.convert(source, 21, processes=1)
     assert {file: (file.stat().st_size, file.stat().st_mtime_ns) for file in source.rglob("*")} == before
-    described = _json(folder / "dataset.json")
+    described = read_json(folder / "dataset.json")
     assert described["channel_names"] == {"0": "T1c", "1": "FLAIR"} and described["convention"] == "2015"
     assert sorted(described["supervision"]) == [f"brats_2013_pat000{k}_1" for k in (1, 2, 5)]
     crossvalidation("Dataset021_BraTS", 3)
@@ -268,7 +248,8 @@ def test_the_real_cases_of_2015(test_data, nnunet_folders, crossvalidation):
         for k, name in enumerate(("T1c", "Flair")):
             assert ((folder / "imagesTr" / f"{case}_000{k}.nii.gz").read_bytes()
                     == (source / case / f"{name}_subtrMeanDivStd.nii.gz").read_bytes())
-        published, written = _read(source / case / "OTMultiClass.nii.gz"), _read(folder / "labelsTr" / f"{case}.nii.gz")
+        published = read_voxels(source / case / "OTMultiClass.nii.gz")
+        written = read_voxels(folder / "labelsTr" / f"{case}.nii.gz")
         assert published.dtype == np.float32 and written.dtype == np.uint8
         _assert_same_regions(published, "2015", written, described["labels"])
 
@@ -329,14 +310,14 @@ def test_one_channel_is_not_enough(refused, source17):
 
 def test_two_files_of_one_channel_are_refused(refused, source17):
     file = _files(source17 / CASES["2017"][0], "2017")["T1"]
-    again = _write(file.with_suffix(""), _read(file))
+    again = _write(file.with_suffix(""), read_voxels(file))
     assert refused(source17) == f"{file.parent}: has 2 files for T1: {again.name}, {file.name}"
 
 
 @pytest.mark.parametrize("year, value", [("2015", 5), ("2017", 3), ("2023", 4)])
 def test_a_value_of_another_convention_is_refused(refused, source, year, value):
     file = _files(source / CASES[year][0], year)["label"]
-    label = _read(file)
+    label = read_voxels(file)
     label[0, 0, 0] = value
     _write(file, label)
     allowed = ", ".join(map(str, (0, *PUBLISHED[year]["whole_tumour"])))

@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import shutil
 import sys
@@ -11,6 +9,7 @@ import h5py
 import numpy as np
 import pytest
 import SimpleITK as sitk
+from image_files import file_states, read_json, read_voxels, write_image
 from nnunet_confkd.dataset_conversion import la2018
 
 from nnunet_confkd.cli import main
@@ -22,17 +21,10 @@ TRAINING = ["07Z9ZQYIQLNSHQR9V0WP", "1D7CUD1955YZPGK8XHJX", "3C2QTUNI0852XV7ZH4Q
             "9DCM2IB45HK6YKQNYUQY", "TESTZ7QYIQLNSHQR9V0W"]
 TEST = ["A1DS53MYD7HAQHU4ZJ9V", "B7BG6BDXNZ8C0QXFE2ZM"]
 SPACING = (0.625, 0.75, 1.25)  # x, y, z
-# for nnU-Net's processes, which take seconds to start
 
 
-def _write(file, array, spacing=SPACING):
-    file.parent.mkdir(parents=True, exist_ok=True)
-    image = sitk.GetImageFromArray(array)
-    image.SetSpacing(spacing)
-    image.SetOrigin((-12.5, 40.1, 7.25))
-    image.SetDirection((0, 0, 1, 1, 0, 0, 0, -1, 0))
-    sitk.WriteImage(image, str(file), True)
-    return file
+_write = partial(write_image, spacing=SPACING, origin=(-12.5, 40.1, 7.25), direction=(0, 0, 1, 1, 0, 0, 0, -1, 0),
+                  compress=True)
 
 
 def _pack(file, **arrays):
@@ -47,19 +39,6 @@ def _pack(file, **arrays):
 def _unpack(file, key):
     with h5py.File(file) as content:
         return content[key][()]
-
-
-def _read(file):
-    return sitk.GetArrayFromImage(sitk.ReadImage(str(file)))
-
-
-def _json(file):
-    return json.loads(file.read_text())
-
-
-def _state(folder):
-    return {f.relative_to(folder).as_posix(): (hashlib.sha256(f.read_bytes()).hexdigest(), f.stat().st_mtime_ns)
-            for f in folder.rglob("*") if f.is_file()}
 
 
 def _mask(name, highest):
@@ -104,9 +83,9 @@ def refused(refusal):
 # ---- what is written ------------------------------------------------------------------------------------------------
 
 def test_images_are_the_published_bytes_and_255_becomes_1(source, nnunet_folders):
-    before = _state(source)
+    before = file_states(source)
     folder = la2018.convert(source, 51, processes=1)
-    assert folder == nnunet_folders / "raw" / "Dataset051_LA2018" and _state(source) == before
+    assert folder == nnunet_folders / "raw" / "Dataset051_LA2018" and file_states(source) == before
     for part, split, names in (("Training Set", "Tr", TRAINING), ("Testing Set", "Ts", TEST)):
         assert sorted(os.listdir(folder / f"images{split}")) == [f"{name}_0000.nrrd" for name in names]
         assert sorted(os.listdir(folder / f"labels{split}")) == [f"{name}.nrrd" for name in names]
@@ -128,7 +107,7 @@ def test_labels_of_0_and_1_are_the_published_bytes(source, nnunet_folders):
 
 def test_dataset_json_and_the_split(source, nnunet_folders, crossvalidation):
     folder = la2018.convert(source, 51, processes=1)
-    assert _json(folder / "dataset.json") == {
+    assert read_json(folder / "dataset.json") == {
         "channel_names": {"0": "LGE"}, "labels": {"background": 0, "left_atrium": 1}, "numTraining": 10,
         "file_ending": ".nrrd", "name": "LA2018", "supervision": dict.fromkeys(TRAINING, "full"),
         "licence": "see the publisher's terms (2018 Left Atrium Segmentation Challenge)",
@@ -153,9 +132,9 @@ def test_nnunet_finds_nothing_wrong(request, nnunet_folders, require_integrity, 
 
 
 def test_the_hdf5_form_keeps_its_voxels_and_gets_the_spacing(packed, nnunet_folders, crossvalidation):
-    before = _state(packed)
+    before = file_states(packed)
     folder = la2018.convert(packed, 51, spacing=SPACING, processes=1)
-    assert _state(packed) == before and sorted(os.listdir(folder)) == ["dataset.json", "imagesTr", "labelsTr"]
+    assert file_states(packed) == before and sorted(os.listdir(folder)) == ["dataset.json", "imagesTr", "labelsTr"]
     for name in TRAINING:
         file = packed / "2018LA_Seg_Training Set" / name / "mri_norm2.h5"
         for key, written, dtype in (("image", f"imagesTr/{name}_0000.nrrd", np.float32),
@@ -174,9 +153,9 @@ def test_where_both_forms_lie_side_by_side_the_spacing_chooses(source, nnunet_fo
             _pack(source / part / name / "mri_norm2.h5", image=np.zeros((4, 4, 4), np.float32),
                   label=np.zeros((4, 4, 4), np.uint8))
     name = f"imagesTr/{TRAINING[0]}_0000.nrrd"
-    assert _read(la2018.convert(source, 51, processes=1) / name).shape == SHAPE
+    assert read_voxels(la2018.convert(source, 51, processes=1) / name).shape == SHAPE
     folder = la2018.convert(source, 52, spacing=SPACING, processes=1)
-    assert _read(folder / name).shape == (4, 4, 4)
+    assert read_voxels(folder / name).shape == (4, 4, 4)
     assert sorted(os.listdir(folder / "labelsTs")) == [f"{name}.nrrd" for name in TEST]
 
 
@@ -188,7 +167,7 @@ def test_test_cases_may_lack_a_label_and_cases_may_lie_in_the_folder_itself(sour
     folder = la2018.convert(source, 51, processes=1)
     assert sorted(os.listdir(folder / "imagesTs")) == [f"{name}_0000.nrrd" for name in TEST]
     assert os.listdir(folder / "labelsTs") == [f"{TEST[1]}.nrrd"]
-    assert sorted(_json(folder / "dataset.json")["supervision"]) == TRAINING
+    assert sorted(read_json(folder / "dataset.json")["supervision"]) == TRAINING
 
 
 def test_the_command_converts_and_asks_for_the_spacing(packed, nnunet_folders, capsys):

@@ -1,13 +1,12 @@
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 from functools import partial
 
 import numpy as np
 import pytest
 import SimpleITK as sitk
+from image_files import file_states, read_json, read_voxels, write_image
 from nnunet_confkd.dataset_conversion import mmwhs
 
 from nnunet_confkd.cli import main
@@ -17,30 +16,10 @@ STRUCTURES = {0: ("background", 0), 500: ("left_ventricle", 1), 600: ("right_ven
               550: ("right_atrium", 4), 205: ("myocardium", 5), 820: ("aorta", 6), 850: ("pulmonary_artery", 7)}
 SHAPE = (4, 6, 5)
 TRAINING, TEST = range(1001, 1011), (2001, 2002)
-# for nnU-Net's processes, which take seconds to start
 
 
-def _write(file, array, spacing=(0.5, 0.5, 0.625)):
-    file.parent.mkdir(parents=True, exist_ok=True)
-    image = sitk.GetImageFromArray(array)
-    image.SetSpacing(spacing)
-    image.SetOrigin((-80.5, 92.25, -170))
-    image.SetDirection((0, 0, 1, 1, 0, 0, 0, -1, 0))
-    sitk.WriteImage(image, str(file))
-    return file
-
-
-def _read(file):
-    return sitk.GetArrayFromImage(sitk.ReadImage(str(file)))
-
-
-def _json(file):
-    return json.loads(file.read_text())
-
-
-def _state(folder):
-    return {f.relative_to(folder).as_posix(): (hashlib.sha256(f.read_bytes()).hexdigest(), f.stat().st_mtime_ns)
-            for f in folder.rglob("*") if f.is_file()}
+_write = partial(write_image, spacing=(0.5, 0.5, 0.625), origin=(-80.5, 92.25, -170), direction=(0, 0, 1, 1, 0, 0, 0,
+                  -1, 0))
 
 
 def _part(source, modality, flat=False):
@@ -73,7 +52,7 @@ def mr(tmp_path):
     source = _part(tmp_path / "mmwhs", "mr")
     for number in (1003, 1007):
         file = source / "mr_train" / f"mr_train_{number}_label.nii.gz"
-        label = _read(file)
+        label = read_voxels(file)
         label[-1, -1, -2:] = 421
         _write(file, label)
     return source
@@ -92,9 +71,9 @@ def test_a_part_is_converted_from_one_folder_or_several(
     tmp_path, nnunet_folders, crossvalidation, modality, channel, flat
 ):
     source = _part(tmp_path / "mmwhs", modality, flat)
-    before = _state(source)
+    before = file_states(source)
     folder = mmwhs.convert(source, 17, processes=1)
-    assert folder == nnunet_folders / "raw" / f"Dataset017_MMWHS{modality.upper()}" and _state(source) == before
+    assert folder == nnunet_folders / "raw" / f"Dataset017_MMWHS{modality.upper()}" and file_states(source) == before
     names = [f"{modality}_train_{number}" for number in TRAINING]
     assert sorted(os.listdir(folder)) == ["dataset.json", "imagesTr", "imagesTs", "labelsTr"]
     assert sorted(os.listdir(folder / "imagesTr")) == [f"{name}_0000.nii.gz" for name in names]
@@ -113,7 +92,7 @@ def test_a_part_is_converted_from_one_folder_or_several(
             )
         for get in ("GetSize", "GetSpacing", "GetOrigin", "GetDirection"):
             assert np.allclose(getattr(written, get)(), getattr(published, get)())
-    described = _json(folder / "dataset.json")
+    described = read_json(folder / "dataset.json")
     assert described.pop("reference").endswith("doi 10.1016/j.media.2016.02.006")
     assert described == {
         "channel_names": {"0": channel},
@@ -135,8 +114,8 @@ def test_nnunet_finds_nothing_wrong(ct, nnunet_folders, require_integrity):
 def test_a_stray_value_can_be_mapped(mr, nnunet_folders, published, expected):
     folder = mmwhs.convert(mr, 17, mapped=[(421, published)], processes=1)
     for number in TRAINING:
-        label = _read(mr / "mr_train" / f"mr_train_{number}_label.nii.gz")
-        written = _read(folder / "labelsTr" / f"mr_train_{number}.nii.gz")
+        label = read_voxels(mr / "mr_train" / f"mr_train_{number}_label.nii.gz")
+        written = read_voxels(folder / "labelsTr" / f"mr_train_{number}.nii.gz")
         assert (label == 421).any() == (number in (1003, 1007))
         for value, target in [*((value, target) for value, (_, target) in STRUCTURES.items()), (421, expected)]:
             assert (written[label == value] == target).all()
@@ -146,7 +125,7 @@ def test_of_both_modalities_one_is_chosen(ct, nnunet_folders):
     _part(ct, "mr")
     folder = mmwhs.convert(ct, 17, modality="mr", name="Own", processes=1)
     assert folder.name == "Dataset017_Own"
-    assert sorted(_json(folder / "dataset.json")["supervision"]) == [f"mr_train_{number}" for number in TRAINING]
+    assert sorted(read_json(folder / "dataset.json")["supervision"]) == [f"mr_train_{number}" for number in TRAINING]
     assert all(name.startswith("mr") for name in os.listdir(folder / "imagesTs"))
 
 
@@ -155,8 +134,8 @@ def test_test_images_may_have_labels(ct, nnunet_folders):
     _write(ct / "ct_test" / "ct_test_2002_label.nii.gz", label)
     folder = mmwhs.convert(ct, 17, processes=1)
     assert os.listdir(folder / "labelsTs") == ["ct_test_2002.nii.gz"]
-    assert (_read(folder / "labelsTs" / "ct_test_2002.nii.gz") == 6).all()
-    assert "ct_test_2002" not in _json(folder / "dataset.json")["supervision"]
+    assert (read_voxels(folder / "labelsTs" / "ct_test_2002.nii.gz") == 6).all()
+    assert "ct_test_2002" not in read_json(folder / "dataset.json")["supervision"]
 
 
 def test_the_command_converts_and_names_stray_values(mr, nnunet_folders, capsys):
@@ -173,7 +152,7 @@ def test_the_command_converts_and_names_stray_values(mr, nnunet_folders, capsys)
 
 def test_stray_values_are_an_error_that_lists_them_all(refused, mr):
     file = mr / "mr_train" / "mr_train_1007_label.nii.gz"
-    label = _read(file)
+    label = read_voxels(file)
     label[0, 0, 0] = 7
     _write(file, label)
     allowed = (
@@ -230,7 +209,7 @@ def test_images_without_labels_labels_without_images_and_doubles_are_all_named(r
 
 def test_a_label_on_another_grid_is_refused(refused, ct):
     file = ct / "ct_train" / "ct_train_1004_label.nii.gz"
-    _write(file, _read(file), spacing=(0.5, 0.5, 1))
+    _write(file, read_voxels(file), spacing=(0.5, 0.5, 1))
     image = ct / "ct_train" / "ct_train_1004_image.nii.gz"
     assert refused(ct).startswith(f"{file}: is on another grid than {image}: spacing")
 

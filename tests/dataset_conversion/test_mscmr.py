@@ -1,13 +1,12 @@
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 from functools import partial
 
 import numpy as np
 import pytest
 import SimpleITK as sitk
+from image_files import file_states, read_json, read_voxels, write_image
 from nnunet_confkd.dataset_conversion import mscmr
 
 from nnunet_confkd.cli import main
@@ -19,30 +18,9 @@ VAL = [f"subject{number}_DE" for number in SUBJECTS["val"]]
 TRAIN = [f"subject{number}_DE" for number in SUBJECTS["train"]]
 CHALLENGE = {0: 0, 1: 600, 2: 200, 3: 500}  # of RV, myocardium, LV: MS-CMRSeg 2019
 SHAPE = (3, 6, 5)
-# for nnU-Net's processes, which take seconds to start
 
 
-def _write(file, array, spacing=(0.75, 0.75, 5)):
-    file.parent.mkdir(parents=True, exist_ok=True)
-    image = sitk.GetImageFromArray(array)
-    image.SetSpacing(spacing)
-    image.SetOrigin((-12.5, 40, 7.25))
-    image.SetDirection((0, 0, 1, 1, 0, 0, 0, -1, 0))
-    sitk.WriteImage(image, str(file))
-    return file
-
-
-def _read(file):
-    return sitk.GetArrayFromImage(sitk.ReadImage(str(file)))
-
-
-def _json(file):
-    return json.loads(file.read_text())
-
-
-def _state(folder):
-    return {f.relative_to(folder).as_posix(): (hashlib.sha256(f.read_bytes()).hexdigest(), f.stat().st_mtime_ns)
-            for f in folder.rglob("*") if f.is_file()}
+_write = partial(write_image, spacing=(0.75, 0.75, 5), origin=(-12.5, 40, 7.25), direction=(0, 0, 1, 1, 0, 0, 0, -1, 0))
 
 
 def _image(source, part, number):
@@ -74,7 +52,7 @@ def refused(refusal):
 
 
 def _folds(nnunet_folders, dataset="Dataset031_MSCMR"):
-    return _json(nnunet_folders / "preprocessed" / dataset / "splits_final.json")
+    return read_json(nnunet_folders / "preprocessed" / dataset / "splits_final.json")
 
 
 def _validating(folds):
@@ -84,9 +62,9 @@ def _validating(folds):
 # ---- what is written ------------------------------------------------------------------------------------------------
 
 def test_images_and_labels_are_the_published_bytes(source, nnunet_folders):
-    before = _state(source)
+    before = file_states(source)
     folder = mscmr.convert(source, 31, processes=1)
-    assert folder == nnunet_folders / "raw" / "Dataset031_MSCMR" and _state(source) == before
+    assert folder == nnunet_folders / "raw" / "Dataset031_MSCMR" and file_states(source) == before
     assert sorted(os.listdir(folder)) == ["dataset.json", "imagesTr", "imagesTs", "labelsTr", "labelsTs"]
     for kind, parts in (("Tr", ("train", "val")), ("Ts", ("TestSet",))):
         numbers = [(part, number) for part in parts for number in SUBJECTS[part]]
@@ -101,7 +79,7 @@ def test_images_and_labels_are_the_published_bytes(source, nnunet_folders):
 
 
 def test_train_is_scribbled_and_val_is_full_and_validates(source, nnunet_folders):
-    described = _json(mscmr.convert(source, 31, processes=1) / "dataset.json")
+    described = read_json(mscmr.convert(source, 31, processes=1) / "dataset.json")
     assert described.pop("reference") == ("Zhuang, IEEE TPAMI 2019, doi 10.1109/TPAMI.2018.2869576; scribbles: Zhang "
                                           "and Zhuang, CVPR 2022, arXiv 2203.01475")
     assert described == {
@@ -130,7 +108,7 @@ def test_masks_in_the_challenges_values_become_the_same(source, nnunet_folders):
     plain = mscmr.convert(source, 31, name="Plain", processes=1)
     for part in ("val", "TestSet"):
         for number in SUBJECTS[part]:
-            label = _read(_label(source, part, number))
+            label = read_voxels(_label(source, part, number))
             coded = np.vectorize(CHALLENGE.get)(label).astype(np.int16)
             if number == 1:  # an empty mask tells nothing of the others
                 coded[:] = 0
@@ -148,11 +126,11 @@ def test_masks_in_the_challenges_values_become_the_same(source, nnunet_folders):
 
 def test_a_label_in_floats_is_read_and_one_may_have_its_images_name(source, nnunet_folders):
     label = _label(source, "val", 8)
-    voxels = _read(label)
+    voxels = read_voxels(label)
     label.unlink()
     _write(label.with_name("subject8_DE.nii.gz"), voxels.astype(np.float32))
     folder = mscmr.convert(source, 31, processes=1)
-    written = _read(folder / "labelsTr" / "subject8_DE.nii.gz")
+    written = read_voxels(folder / "labelsTr" / "subject8_DE.nii.gz")
     assert written.dtype == np.uint8 and np.array_equal(written, voxels)
 
 
@@ -176,7 +154,7 @@ def test_the_test_set_may_be_absent(source, nnunet_folders):
 
 @pytest.mark.parametrize("number", [1, 2, 4])
 def test_a_number_of_subjects_of_val_trains_in_full(source, nnunet_folders, number, capsys):
-    described = _json(mscmr.convert(source, 31, full=[str(number)], processes=1) / "dataset.json")
+    described = read_json(mscmr.convert(source, 31, full=[str(number)], processes=1) / "dataset.json")
     folds = _folds(nnunet_folders)
     held_back = _validating(folds)
     assert len(folds) == len(held_back) == 5 - number and set(held_back) < set(VAL)
@@ -199,7 +177,7 @@ def test_named_subjects_of_val_train_in_full_and_of_a_number_fewer_lie_within_mo
 
 def test_without_a_full_training_case_a_note_tells_what_the_trainer_will(source, nnunet_folders, capsys):
     from nnunet_confkd.data.supervision import require_full
-    described = _json(mscmr.convert(source, 31, processes=1) / "dataset.json")
+    described = read_json(mscmr.convert(source, 31, processes=1) / "dataset.json")
     assert "note: no training case is fully annotated, and ConfKDTrainer needs one; --full N" in capsys.readouterr().out
     with pytest.raises(InputError, match="none of the 7 training cases is fully annotated"):
         require_full({case: described["supervision"][case] for case in _folds(nnunet_folders)[0]["train"]})
@@ -244,7 +222,7 @@ def test_missing_and_ambiguous_labels_and_images_are_all_named(refused, source):
 
 def test_a_scribble_of_other_values_and_a_mask_with_scribbles_are_refused(refused, source):
     for part, number, value in (("train", 7, 5), ("val", 8, 4)):
-        label = _read(_label(source, part, number))
+        label = read_voxels(_label(source, part, number))
         label[1, 1, 1] = value
         _write(_label(source, part, number), label)
     rest = "; correct the label, or name and map these values"
@@ -254,7 +232,7 @@ def test_a_scribble_of_other_values_and_a_mask_with_scribbles_are_refused(refuse
 
 
 def test_a_folder_of_masks_in_both_codings_is_refused(refused, source):
-    label = _read(_label(source, "val", 36))
+    label = read_voxels(_label(source, "val", 36))
     _write(_label(source, "val", 36), np.vectorize(CHALLENGE.get)(label).astype(np.int16))
     assert refused(source).startswith(f"{_label(source, 'val', 36)}: holds the values 200, 500, 600; a full label may "
                                       f"hold 0, 1, 2, 3;")
@@ -262,7 +240,7 @@ def test_a_folder_of_masks_in_both_codings_is_refused(refused, source):
 
 def test_a_mask_that_mixes_both_codings_is_refused(refused, source):
     for number in SUBJECTS["TestSet"]:
-        label = np.vectorize(CHALLENGE.get)(_read(_label(source, "TestSet", number))).astype(np.int16)
+        label = np.vectorize(CHALLENGE.get)(read_voxels(_label(source, "TestSet", number))).astype(np.int16)
         label[0, 0, 0] = number == 10
         _write(_label(source, "TestSet", number), label)
     assert refused(source).startswith(f"{_label(source, 'TestSet', 10)}: holds the values 1; a full label may hold 0, "
@@ -304,7 +282,7 @@ def test_a_damaged_mask_and_one_on_another_grid_are_both_named(refused, source):
     damaged = _label(source, "val", 1)  # the first, whose values are looked at
     damaged.write_bytes(damaged.read_bytes()[:-9])
     moved = _label(source, "val", 41)
-    _write(moved, _read(moved), spacing=(0.75, 0.75, 6))
+    _write(moved, read_voxels(moved), spacing=(0.75, 0.75, 6))
     text = refused(source).split("\n  ")[1:]
     assert text[0].startswith(f"{damaged}: cannot be read as an image")
     assert text[1].startswith(f"{moved}: is on another grid than {_image(source, 'val', 41)}: spacing")

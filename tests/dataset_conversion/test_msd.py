@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from functools import partial
@@ -10,13 +9,13 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import SimpleITK as sitk
+from image_files import file_states, read_voxels
 from nnunet_confkd.dataset_conversion import msd
 
 from nnunet_confkd.cli import main
 
 NAMES = [f"prostate_{k:02d}" for k in (0, 1, 2, 4, 6, 7, 10, 13, 14, 16)]
 TESTS = ["prostate_03", "prostate_05"]
-# for nnU-Net's processes, which take seconds to start
 THREADS = SimpleNamespace(get_context=lambda method: SimpleNamespace(Pool=ThreadPool))
 
 
@@ -29,10 +28,6 @@ def _write(file, array, spacing=(0.6, 0.7, 3.5), origin=(-11.0, 5.0, 20.5)):
         volume.SetOrigin(origin)
         volume.SetDirection((-1, 0, 0, 0, 0, 1, 0, 1, 0))
     sitk.WriteImage(sitk.JoinSeries(volumes) if array.ndim == 4 else volumes[0], str(file))
-
-
-def _read(file):
-    return sitk.GetArrayFromImage(sitk.ReadImage(str(file)))
 
 
 def _task(folder, modality):
@@ -76,11 +71,6 @@ def _entry(name, **other):
     return {"image": f"./imagesTr/{name}.nii.gz", "label": f"./labelsTr/{name}.nii.gz"} | other
 
 
-def _state(folder):
-    return {f.relative_to(folder).as_posix(): (hashlib.sha256(f.read_bytes()).hexdigest(), f.stat().st_mtime_ns)
-            for f in folder.rglob("*") if f.is_file()}
-
-
 @pytest.fixture
 def task3d(tmp_path):
     return _task(tmp_path / "Task05_Prostate", {"0": "CT"})
@@ -103,12 +93,12 @@ def test_a_proper_task_becomes_what_nnunets_own_converter_makes_of_it(request, n
     from nnunetv2.dataset_conversion import convert_MSD_dataset
     source = request.getfixturevalue(f"task{dimensions}d")
     monkeypatch.setattr(convert_MSD_dataset, "multiprocessing", THREADS)
-    before = _state(source)
+    before = file_states(source)
     ours = msd.convert(source, 5, processes=1)
     convert_MSD_dataset.convert_msd_dataset(str(source), 6, 1)
     theirs = nnunet_folders / "raw" / "Dataset006_Prostate"
 
-    assert ours == nnunet_folders / "raw" / "Dataset005_Prostate" and _state(source) == before
+    assert ours == nnunet_folders / "raw" / "Dataset005_Prostate" and file_states(source) == before
     files = {f.relative_to(theirs).as_posix() for f in theirs.rglob("*") if f.is_file()}
     assert {f.relative_to(ours).as_posix() for f in ours.rglob("*") if f.is_file()} == files
     # 10 training cases with a label, 2 test cases, and dataset.json
@@ -130,10 +120,10 @@ def test_the_channels_of_a_file_become_files_in_their_order(task4d, nnunet_folde
     folder = msd.convert(task4d, 5, processes=1)
     for split, names in (("Tr", NAMES), ("Ts", TESTS)):
         for name in names:
-            channels = _read(task4d / f"images{split}" / f"{name}.nii.gz")
+            channels = read_voxels(task4d / f"images{split}" / f"{name}.nii.gz")
             assert channels.shape == (2, 3, 5, 4)
             for k in range(2):
-                assert np.array_equal(_read(folder / f"images{split}" / f"{name}_000{k}.nii.gz"), channels[k])
+                assert np.array_equal(read_voxels(folder / f"images{split}" / f"{name}_000{k}.nii.gz"), channels[k])
 
 
 def test_dataset_json_and_the_split(task4d, nnunet_folders, crossvalidation):
@@ -204,11 +194,11 @@ def test_the_command_converts_and_names_what_is_wrong(task3d, nnunet_folders, ca
 
 def test_real_hippocampus(test_data, nnunet_folders, crossvalidation):
     source = test_data / "hippocampus"
-    before = _state(source)
+    before = file_states(source)
     folder = msd.convert(
         source, 4, labels=["background", "anterior", "posterior"], channels=["MRI"], name="Hippocampus", processes=1
     )
-    assert _state(source) == before and folder.name == "Dataset004_Hippocampus"
+    assert file_states(source) == before and folder.name == "Dataset004_Hippocampus"
     names = sorted(f.name for f in (source / "labelsTr").glob("hippocampus_*.nii.gz"))
     assert len(names) == 200 and sorted(os.listdir(folder / "labelsTr")) == names
     changed = []
@@ -217,7 +207,7 @@ def test_real_hippocampus(test_data, nnunet_folders, crossvalidation):
         assert image.read_bytes() == (source / "imagesTr" / name).read_bytes()
         if (folder / "labelsTr" / name).read_bytes() != (source / "labelsTr" / name).read_bytes():
             changed.append(name)
-            published, written = _read(source / "labelsTr" / name), _read(folder / "labelsTr" / name)
+            published, written = read_voxels(source / "labelsTr" / name), read_voxels(folder / "labelsTr" / name)
             assert published.dtype.kind == "f" and written.dtype == np.uint8 and np.array_equal(published, written)
     assert changed == ["hippocampus_243.nii.gz"]  # the one that is published in floats
     assert [len(fold["val"]) for fold in crossvalidation(folder.name)] == [40] * 5

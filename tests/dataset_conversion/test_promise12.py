@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import re
 from functools import partial
@@ -9,6 +7,7 @@ from functools import partial
 import numpy as np
 import pytest
 import SimpleITK as sitk
+from image_files import file_states, read_json, read_voxels, write_image
 from nnunet_confkd.dataset_conversion import promise12
 
 from nnunet_confkd.cli import main
@@ -24,31 +23,9 @@ PARTS = {"parts": ["TrainingData_Part1"] * 4 + ["TrainingData_Part2"] * 3 + ["Tr
          "zenodo": ["training_data"] * 10, "flat": [""] * 10}
 TESTS = {"parts": [("TestData", 0, False), ("TestData", 1, False), ("LiveChallengeTestData", 30, False)],
          "zenodo": [("test_data", 0, True), ("test_data", 1, True), ("livechallenge_test_data", 30, False)], "flat": []}
-# for nnU-Net's processes, which take seconds to start
 
 
-def _write(file, array, spacing=SPACING):
-    """array: (Z, Y, X)."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    image = sitk.GetImageFromArray(array)
-    image.SetSpacing(spacing)
-    image.SetOrigin(ORIGIN)
-    image.SetDirection(DIRECTION)
-    sitk.WriteImage(image, str(file))
-    return file
-
-
-def _read(file):
-    return sitk.GetArrayFromImage(sitk.ReadImage(str(file)))
-
-
-def _json(file):
-    return json.loads(file.read_text())
-
-
-def _state(folder):
-    return {f.relative_to(folder).as_posix(): (hashlib.sha256(f.read_bytes()).hexdigest(), f.stat().st_mtime_ns)
-            for f in folder.rglob("*") if f.is_file()}
+_write = partial(write_image, spacing=SPACING, origin=ORIGIN, direction=DIRECTION)
 
 
 def _tree(source, layout):
@@ -98,15 +75,15 @@ def _assert_same(written, published):
 # ---- what is written ------------------------------------------------------------------------------------------------
 
 def test_every_case_keeps_its_voxels_and_its_geometry_to_the_last_bit(source, layout, nnunet_folders):
-    before = _state(source)
+    before = file_states(source)
     folder = promise12.convert(source, 41, processes=1)
-    assert folder == nnunet_folders / "raw" / "Dataset041_PROMISE12" and _state(source) == before
+    assert folder == nnunet_folders / "raw" / "Dataset041_PROMISE12" and file_states(source) == before
     assert sorted(os.listdir(folder / "imagesTr")) == [f"{name}_0000.mha" for name in TRAINING]
     assert sorted(os.listdir(folder / "labelsTr")) == [f"{name}.mha" for name in TRAINING]
     for name, part in zip(TRAINING, PARTS[layout]):
         _assert_same(folder / "imagesTr" / f"{name}_0000.mha", source / part / f"{name}.mhd")
         _assert_same(folder / "labelsTr" / f"{name}.mha", source / part / f"{name}_segmentation.mhd")
-        assert set(np.unique(_read(folder / "labelsTr" / f"{name}.mha"))) == {0, 1}
+        assert set(np.unique(read_voxels(folder / "labelsTr" / f"{name}.mha"))) == {0, 1}
 
 
 def test_test_cases_bear_the_name_of_their_folder_and_may_have_labels(source, layout, nnunet_folders):
@@ -127,7 +104,7 @@ def test_test_cases_bear_the_name_of_their_folder_and_may_have_labels(source, la
 
 def test_dataset_json_and_the_split(source, nnunet_folders, crossvalidation):
     folder = promise12.convert(source, 41, name="Prostate", processes=1)
-    assert _json(folder / "dataset.json") == {
+    assert read_json(folder / "dataset.json") == {
         "channel_names": {"0": "T2"},
         "labels": {"background": 0, "prostate": 1},
         "numTraining": 10,

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import SimpleITK as sitk
+from image_files import read_voxels
 from nnunetv2.experiment_planning import verify_dataset_integrity
 from scipy.ndimage import binary_dilation
 
@@ -34,10 +35,6 @@ def hearts(request):
 def _grown(mask):
     """Add the neighbours in the plane to a mask (Z, Y, X), also the diagonal ones."""
     return binary_dilation(mask, np.ones((1, 3, 3), dtype=bool))
-
-
-def _read(file):
-    return sitk.GetArrayFromImage(sitk.ReadImage(str(file)))
 
 
 def _files(folder):
@@ -71,7 +68,7 @@ def test_the_labels_are_what_the_table_says(dataset):
     folder, cases, dimensions = dataset
     for role, names in cases.items():
         for name in names:
-            label = _read(folder / ("labelsTs" if role == "test" else "labelsTr") / f"{name}.nii.gz")
+            label = read_voxels(folder / ("labelsTs" if role == "test" else "labelsTr") / f"{name}.nii.gz")
             full = generate_case(name, dimensions=dimensions, seed=1)[1]
             if role == "unlabelled":
                 assert (label == IGNORE).all()

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 import torch
+from image_files import read_json, read_voxels
 
 from nnunet_confkd import cli
 from nnunet_confkd.data import folders
@@ -29,14 +30,6 @@ IGNORE = 3
 def complete(dataset, model, new, branch="student", folds=None, checkpoint=CHECKPOINT, **options):
     """On the CPU, in this process."""
     return module.complete(dataset, TrainedModel(model, branch, folds, checkpoint, "cpu"), new, processes=1, **options)
-
-
-def _read(file):
-    return sitk.GetArrayFromImage(sitk.ReadImage(str(file)))
-
-
-def _json(file):
-    return json.loads(file.read_text())
 
 
 def _files(folder):
@@ -56,7 +49,7 @@ def few(nnunet, hippocampus):
             for case in cases:
                 file = Path(f"{folder}{split}", f"{case}{ending}")
                 shutil.copyfile(source / file, raw / file)
-    described = _json(source / "dataset.json") | {"numTraining": len(kinds), "supervision": kinds, "release": "3"}
+    described = read_json(source / "dataset.json") | {"numTraining": len(kinds), "supervision": kinds, "release": "3"}
     (raw / "dataset.json").write_text(json.dumps(described))
     full = hippocampus["full"]
     splits = [{"train": sorted(set(kinds) - {full[i]}), "val": [full[i]]} for i in range(2)]
@@ -118,8 +111,8 @@ def predicted(few, model, tmp_path_factory):
         sources = [[str(few.raw / "imagesTr" / f"{case}_0000.nii.gz")] for case in few.weak]
         predictor.predict_from_files_sequential(sources, [str(output / case) for case in few.weak],
                                                 save_probabilities=True)
-        found[branch] = {case: (_read(output / f"{case}.nii.gz"), np.load(output / f"{case}.npz")["probabilities"])
-                         for case in few.weak}
+        found[branch] = {case: (read_voxels(output / f"{case}.nii.gz"),
+                                np.load(output / f"{case}.npz")["probabilities"]) for case in few.weak}
     return found
 
 
@@ -173,7 +166,7 @@ def no_prediction(monkeypatch, loaded):
 
 def test_annotated_voxels_stay_and_the_others_are_the_students(few, completed, predicted):
     for case in few.weak:
-        before, after = (_read(folder / "labelsTr" / f"{case}.nii.gz") for folder in (few.raw, completed))
+        before, after = (read_voxels(folder / "labelsTr" / f"{case}.nii.gz") for folder in (few.raw, completed))
         annotated = before != IGNORE
         np.testing.assert_array_equal(after[annotated], before[annotated])
         np.testing.assert_array_equal(after[~annotated], predicted["student"][case][0][~annotated])
@@ -186,7 +179,7 @@ def test_the_confidence_beside_is_the_winning_probability(few, completed, predic
     assert sorted(f.name for f in (completed / "confidence").iterdir()) == sorted(f"{case}.nii.gz" for case in few.weak)
     for case in few.weak:
         file = completed / "confidence" / f"{case}.nii.gz"
-        np.testing.assert_allclose(_read(file), predicted["student"][case][1].max(0), atol=1e-6)
+        np.testing.assert_allclose(read_voxels(file), predicted["student"][case][1].max(0), atol=1e-6)
         image, label = (sitk.ReadImage(str(f)) for f in (file, completed / "labelsTr" / file.name))
         assert image.GetPixelID() == sitk.sitkFloat32
         for getter in ("GetSize", "GetSpacing", "GetOrigin", "GetDirection"):
@@ -196,16 +189,16 @@ def test_the_confidence_beside_is_the_winning_probability(few, completed, predic
 def test_with_a_confidence_only_voxels_above_it_are_filled(few, confident, predicted):
     filled = 0
     for case in few.weak:
-        before, after = (_read(folder / "labelsTr" / f"{case}.nii.gz") for folder in (few.raw, confident.folder))
-        confidence = _read(confident.folder / "confidence" / f"{case}.nii.gz")
+        before, after = (read_voxels(folder / "labelsTr" / f"{case}.nii.gz") for folder in (few.raw, confident.folder))
+        confidence = read_voxels(confident.folder / "confidence" / f"{case}.nii.gz")
         fill = (before == IGNORE) & (confidence > confident.threshold)
         np.testing.assert_array_equal(after, np.where(fill, predicted["teacher"][case][0], before))
         assert 0 < fill.sum() < (before == IGNORE).sum()
         filled += fill.sum()
-    about = _json(confident.folder / "dataset.json")["completed"][-1]
+    about = read_json(confident.folder / "dataset.json")["completed"][-1]
     assert sum(case["filled_voxels"] for case in about["cases"].values()) == filled
     assert about["branch"] == "teacher" and about["confidence"] == confident.threshold
-    kinds = _json(confident.folder / "dataset.json")["supervision"]
+    kinds = read_json(confident.folder / "dataset.json")["supervision"]
     assert {case: kinds[case] for case in few.weak} == dict.fromkeys(few.weak, "partial")  # none is unlabelled any more
 
 
@@ -219,15 +212,15 @@ def test_what_was_full_and_all_images_and_test_cases_are_copied(few, completed):
 
 
 def test_dataset_json_tells_that_labels_are_predicted_and_by_what(few, completed, model):
-    described = _json(completed / "dataset.json")
+    described = read_json(completed / "dataset.json")
     assert described["supervision"] == dict.fromkeys(sorted(few.kinds), "full")
     (about,) = described["completed"]
     assert about["source"] == FEW and about["model"] == model.name and about["model_dataset"] == HIPPOCAMPUS
     assert about["branch"] == "student" and about["folds"] == ["0"] and about["checkpoint"] == "checkpoint_final.pth"
     assert about["confidence"] is None and "do not take them for truth" in about["note"]
     for case in few.weak:
-        ignored = int((_read(few.raw / "labelsTr" / f"{case}.nii.gz") == IGNORE).sum())
-        size = _read(few.raw / "labelsTr" / f"{case}.nii.gz").size
+        ignored = int((read_voxels(few.raw / "labelsTr" / f"{case}.nii.gz") == IGNORE).sum())
+        size = read_voxels(few.raw / "labelsTr" / f"{case}.nii.gz").size
         assert about["cases"][case] == {"kind_before": few.kinds[case], "annotated_voxels": size - ignored,
                                         "filled_voxels": ignored, "ignored_voxels": 0}
     assert set(about["cases"]) == set(few.weak)
@@ -236,7 +229,7 @@ def test_dataset_json_tells_that_labels_are_predicted_and_by_what(few, completed
 
 
 def test_the_split_is_carried_over(nnunet, few, completed):
-    assert _json(nnunet.preprocessed(completed.name) / "splits_final.json") == few.splits
+    assert read_json(nnunet.preprocessed(completed.name) / "splits_final.json") == few.splits
 
 
 def test_without_a_split_only_cases_that_were_full_validate(nnunet, few, model, no_network):
@@ -245,16 +238,16 @@ def test_without_a_split_only_cases_that_were_full_validate(nnunet, few, model, 
         folder = complete(6, model, 62, name="NoSplit")
     finally:
         (nnunet.folder / "kept.json").rename(nnunet.preprocessed(FEW) / "splits_final.json")
-    splits = _json(nnunet.preprocessed(folder.name) / "splits_final.json")
+    splits = read_json(nnunet.preprocessed(folder.name) / "splits_final.json")
     assert sorted(case for fold in splits for case in fold["val"]) == sorted(few.full)
 
 
 def test_the_list_tells_what_to_review_first(few, completed, predicted):
-    rows = _json(completed / "review_first.json")["cases"]
+    rows = read_json(completed / "review_first.json")["cases"]
     assert sorted(row["case"] for row in rows) == sorted(few.weak) and [row["rank"] for row in rows] == [1, 2, 3]
     assert [row["score"] for row in rows] == sorted((row["score"] for row in rows), reverse=True)
     for row in rows:
-        label = _read(few.raw / "labelsTr" / f"{row['case']}.nii.gz")
+        label = read_voxels(few.raw / "labelsTr" / f"{row['case']}.nii.gz")
         segmentation, p = predicted["student"][row["case"]]
         p = p.astype(np.float64)
         entropy = -(p * np.log(np.maximum(p, 1e-300))).sum(0) / np.log(3)
@@ -287,11 +280,11 @@ def test_what_goes_to_other_processes_can_go_there(completed, model, monkeypatch
 
 def test_a_completed_data_set_is_completed_further_and_says_both(few, confident, model, no_network):
     folder = complete(61, model, 64, name="Twice")
-    runs = _json(folder / "dataset.json")["completed"]
+    runs = read_json(folder / "dataset.json")["completed"]
     assert [run["source"] for run in runs] == [FEW, "Dataset061_Confident"]
     assert [run["branch"] for run in runs] == ["teacher", "student"]
     for case in few.weak:
-        first, second = (_read(f / "labelsTr" / f"{case}.nii.gz") for f in (confident.folder, folder))
+        first, second = (read_voxels(f / "labelsTr" / f"{case}.nii.gz") for f in (confident.folder, folder))
         np.testing.assert_array_equal(second[first != IGNORE], first[first != IGNORE])
         assert (first == IGNORE).any() and not (second == IGNORE).any()
 
@@ -321,14 +314,14 @@ def test_stock_nnunet_plans_and_trains_on_it(nnunet, completed, monkeypatch):
 
 def test_regions_are_completed(nnunet, region_model):
     source, folder = nnunet.raw("Dataset008_Regions"), complete(8, region_model, 65)
-    described = _json(folder / "dataset.json")
-    assert described["labels"] == _json(source / "dataset.json")["labels"]
+    described = read_json(folder / "dataset.json")
+    assert described["labels"] == read_json(source / "dataset.json")["labels"]
     assert described["regions_class_order"] == [1, 2]
     (case,) = described["completed"][-1]["cases"]
-    before, after = (_read(f / "labelsTr" / f"{case}.nii.gz") for f in (source, folder))
+    before, after = (read_voxels(f / "labelsTr" / f"{case}.nii.gz") for f in (source, folder))
     np.testing.assert_array_equal(after[before != IGNORE], before[before != IGNORE])
     assert set(np.unique(after)) <= {0, 1, 2} and len(np.unique(after[before == IGNORE])) > 1
-    confidence = _read(folder / "confidence" / f"{case}.nii.gz")
+    confidence = read_voxels(folder / "confidence" / f"{case}.nii.gz")
     assert 0.5 <= confidence.min() < confidence.max() <= 1
 
 
@@ -336,10 +329,10 @@ def test_regions_are_completed(nnunet, region_model):
 
 def test_the_teacher_is_shown_the_annotations(few, predicted, hinted_model, threads):
     folder = complete(FEW, hinted_model, 90, "teacher", name="Hinted")
-    about = _json(folder / "dataset.json")["completed"][-1]
+    about = read_json(folder / "dataset.json")["completed"][-1]
     assert about["hints"] and about["branch"] == "teacher"
     for case in few.weak:
-        before, after = (_read(f / "labelsTr" / f"{case}.nii.gz") for f in (few.raw, folder))
+        before, after = (read_voxels(f / "labelsTr" / f"{case}.nii.gz") for f in (few.raw, folder))
         annotated = before != IGNORE
         np.testing.assert_array_equal(after[annotated], before[annotated])
         same = (after == predicted["teacher"][case][0])[~annotated].all()
@@ -348,7 +341,7 @@ def test_the_teacher_is_shown_the_annotations(few, predicted, hinted_model, thre
 
 def _record(model, change):
     file = model / "fold_0" / "confkd.json"
-    file.write_text(json.dumps(change(_json(file))))
+    file.write_text(json.dumps(change(read_json(file))))
 
 
 @pytest.mark.parametrize("change", (
@@ -378,7 +371,7 @@ def test_hints_are_the_annotations_behind_the_channels(few, model, region_model,
     case = few.partial[0]
     image, label = few.raw / "imagesTr" / f"{case}_0000.nii.gz", few.raw / "labelsTr" / f"{case}.nii.gz"
     item, = module._with_hints(predictor, [[str(image)]], [str(label)], ["out"])
-    before = _read(label)
+    before = read_voxels(label)
     expected = [before == 0, before == 1, before == 2, before != IGNORE]
     if regions:
         expected = [np.isin(before, (1, 2)), before == 2, before != IGNORE]
@@ -395,7 +388,7 @@ def test_a_stock_model_of_the_same_labels_will_do_but_has_no_teacher(few, model,
     with pytest.raises(InputError, match="holds no teacher, so --branch teacher"):
         complete(6, stock, 66, "teacher")
     folder = complete(6, stock, 66, name="Stock")
-    assert _json(folder / "dataset.json")["completed"][-1]["branch"] is None
+    assert read_json(folder / "dataset.json")["completed"][-1]["branch"] is None
 
 
 @pytest.mark.parametrize("change, text", [
@@ -405,7 +398,7 @@ def test_a_stock_model_of_the_same_labels_will_do_but_has_no_teacher(few, model,
     ({"file_ending": ".nrrd"}, "file ending: ")])
 def test_a_model_of_other_data_is_refused(few, model, tmp_path, change, text, nnunet):
     shutil.copytree(model, tmp_path / "model")
-    described = _json(model / "dataset.json") | change
+    described = read_json(model / "dataset.json") | change
     (tmp_path / "model" / "dataset.json").write_text(json.dumps(described))
     _refused(nnunet, text, tmp_path / "model")
 
@@ -418,7 +411,7 @@ def _refused(nnunet, text, model, dataset=6, new=70, **options):
 
 
 def _wider(file):
-    plans = _json(file)
+    plans = read_json(file)
     plans["configurations"]["2d_export"]["architecture"]["arch_kwargs"]["features_per_stage"][0] *= 2
     file.write_text(json.dumps(plans))
 
@@ -452,7 +445,7 @@ def test_options_that_make_no_sense_are_refused_and_nothing_written(few, model, 
 
 def test_the_second_stage_of_a_cascade_is_refused(few, model, nnunet, tmp_path):
     shutil.copytree(model, tmp_path / "model")
-    plans = _json(model / "plans.json")
+    plans = read_json(model / "plans.json")
     plans["configurations"]["2d_export"]["previous_stage"] = "2d"
     (tmp_path / "model" / "plans.json").write_text(json.dumps(plans))
     _refused(nnunet, "second stage of a cascade", tmp_path / "model")
@@ -503,7 +496,7 @@ def test_data_that_are_wrong_are_told_before_the_prediction(few, spoilt, model, 
 
 
 def _described(folder, **change):
-    (folder / "dataset.json").write_text(json.dumps(_json(folder / "dataset.json") | change))
+    (folder / "dataset.json").write_text(json.dumps(read_json(folder / "dataset.json") | change))
 
 
 @pytest.mark.parametrize("content, text", [
@@ -522,7 +515,7 @@ def test_a_case_declared_lower_than_its_label_keeps_its_kind(few, spoilt, model,
     """It has no ignored voxel, so nothing is predicted for it."""
     _described(spoilt, supervision={few.full[0]: "partial"})
     folder = complete(7, model, 71, name="Lower")
-    described = _json(folder / "dataset.json")
+    described = read_json(folder / "dataset.json")
     assert described["supervision"][few.full[0]] == "partial" and described["supervision"][few.full[1]] == "full"
     assert few.full[0] not in described["completed"][-1]["cases"]
 
