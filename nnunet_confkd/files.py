@@ -6,17 +6,26 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from glob import escape
 from pathlib import Path
 
 
 @contextmanager
-def written_whole(file: str | Path) -> Iterator[Path]:
+def written_whole(file: str | Path, sole_writer: bool = False) -> Iterator[Path]:
     """Write a file atomically: yield a path to write to, which replaces `file` after it has been completely written.
 
     The path lies in the same folder and has the same ending, because many writers choose the format by the ending.
     After an error nothing is left of it, and `file` is as it was.
+
+    Args:
+        file: The file to write.
+        sole_writer: Whether no other process writes this file at the same time. What killed processes have left of it
+            is then removed.
     """
     file = Path(file)
+    if sole_writer:
+        for left in file.parent.glob(f".[0-9]*.{escape(file.name)}"):
+            left.unlink(missing_ok=True)
     aside = file.with_name(f".{os.getpid()}.{file.name}")
     try:
         yield aside

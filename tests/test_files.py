@@ -32,6 +32,17 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path):
     assert contents(tmp_path) == {"file": "second"}
 
 
+@pytest.mark.parametrize("sole_writer", (True, False))
+def test_what_killed_processes_have_left_of_a_file_is_removed_by_its_sole_writer(tmp_path, sole_writer):
+    """Checkpoints are large, and a training may be killed often."""
+    left, other = tmp_path / ".123.checkpoint.pth", tmp_path / ".123.another_checkpoint.pth"
+    for file in (left, other):
+        file.touch()
+    with written_whole(tmp_path / "checkpoint.pth", sole_writer) as aside:
+        aside.touch()
+    assert left.exists() != sole_writer and other.exists()
+
+
 def test_the_path_to_write_to_has_the_ending_of_the_file(tmp_path):
     """Many writers choose the format by it."""
     with written_whole(tmp_path / "image.nii.gz") as aside:

@@ -469,7 +469,7 @@ class ConfKDTrainer(nnUNetTrainer):
             super().save_checkpoint(filename)
             return
         try:
-            with written_whole(filename) as aside:
+            with written_whole(filename, sole_writer=True) as aside:
                 super().save_checkpoint(str(aside))
         except (OSError, RuntimeError) as error:  # RuntimeError: torch's own writer
             free = shutil.disk_usage(os.path.dirname(filename) or ".").free / 1e9
