@@ -30,6 +30,9 @@ from pathlib import Path
 
 import numpy as np
 from accuracy_report import RIVAL, write_report
+from filelock import FileLock
+
+from nnunet_confkd.files import write_text
 
 OUTPUT = Path(__file__).parent / "accuracy"
 FULL_ID = 900  # the data set with all labels; the one with M full patients is FULL_ID + M
@@ -308,7 +311,7 @@ def build_trainer(table: Table, spec: dict, dataset_id: int | None = None):
     configuration = run_name(spec)
     epochs = -(-spec["iterations"] // EPOCH)
     block = {**row.settings, "seed": spec["seed"], "epochs": epochs, "iterations_per_epoch": EPOCH}
-    with _locked(plans_file):
+    with FileLock(plans_file.with_suffix(".lock")):  # runs that start at once take turns
         if table.small:
             add_small_configuration(plans_file, configuration, table.configuration, block, batch_size=table.batch_size,
                                     max_patch=table.max_patch, convolutions=1)
@@ -322,21 +325,6 @@ def build_trainer(table: Table, spec: dict, dataset_id: int | None = None):
     trainer.num_epochs, trainer.num_iterations_per_epoch, trainer.num_val_iterations_per_epoch = epochs, EPOCH, 4
     trainer.save_every = max(1, epochs // 10)
     return trainer
-
-
-class _locked:
-    """Runs that start at once add their configurations to the plans one after the other."""
-
-    def __init__(self, file: Path):
-        self.file = file.with_suffix(".lock")
-
-    def __enter__(self):
-        import fcntl
-        self.handle = open(self.file, "w")
-        fcntl.flock(self.handle, fcntl.LOCK_EX)
-
-    def __exit__(self, *_):
-        self.handle.close()
 
 
 def run(spec: dict, work: Path, output: Path) -> str:
@@ -386,8 +374,7 @@ def run(spec: dict, work: Path, output: Path) -> str:
         "cases": cases,
     }
     file = output / f"{run_name(spec)}.json"
-    file.with_suffix(".part").write_text(json.dumps(result))
-    os.replace(file.with_suffix(".part"), file)
+    write_text(file, json.dumps(result))
     shutil.rmtree(Path(trainer.output_folder).parent)  # checkpoints of dozens of runs would fill the disk
     dice = {branch: np.nanmean([np.nanmean([c["dice"] for c in case[branch].values() if isinstance(c, dict)])
                                 for case in cases.values()]) for branch in next(iter(cases.values()))}

@@ -132,7 +132,7 @@ def killed(fold: Path, log: Path, kills: int) -> str:
         training = Training(log, "--c")
         training.epochs(1)
         if i % 3 == 0:
-            training.wait_for(lambda: list(fold.glob("*.part")), "file being saved")
+            training.wait_for(lambda: list(fold.glob(".*.pth")), "file being saved")
             saving += 1
         else:
             time.sleep(rng.uniform(0, 3))
@@ -153,7 +153,7 @@ def full_disk(fold: Path, log: Path) -> str:
     before = checkpoints(fold)
     training = Training(log, "--c", file_limit=(fold / "checkpoint_latest.pth").stat().st_size // 2)
     training.ends("could not be written")
-    if checkpoints(fold) != before or list(fold.glob("*.part")):
+    if checkpoints(fold) != before or list(fold.glob(".*.pth")):
         raise Failed("the previous checkpoints are not what they were")
     return "stops, names the file; the previous checkpoint is whole"
 

@@ -193,10 +193,10 @@ def _require_preprocessed(folder: Path, plans_name: str, configuration: str) -> 
 
 def _require_fold(folder: Path, fold: str) -> None:
     """Require a number below that of the folds, which are read as nnU-Net reads them; `folder` is as above."""
-    from nnunet_confkd.data.json_files import read_folds
+    from nnunet_confkd.data.json_files import number_of_folds
 
     splits = folder / "splits_final.json"
-    number = len(read_folds(splits)) if splits.is_file() else 5  # as many as nnU-Net writes
+    number = number_of_folds(splits)
     if fold != "all" and not (fold.isdigit() and int(fold) < number):
         raise InputError(f"there is no fold {fold}; use all, or 0 to {number - 1}, the folds of {splits}")
 
@@ -273,11 +273,9 @@ def _require_folds(model: Path, folds: list[str], checkpoint: str, train: str) -
 
 def _require_teacher(checkpoint: Path) -> None:
     """Raise InputError for a model without a teacher, because --branch would have no effect."""
-    from nnunet_confkd.inference.checkpoints import load_checkpoint
-    from nnunet_confkd.training.network import has_teacher
+    from nnunet_confkd.inference.checkpoints import load_checkpoint, require_teacher
 
-    if not has_teacher(load_checkpoint(checkpoint)["network_weights"]):
-        raise InputError(f"{checkpoint}: holds no teacher, so --branch has nothing to choose from")
+    require_teacher(checkpoint, load_checkpoint(checkpoint), "--branch")
 
 
 # ---- the commands ---------------------------------------------------------------------------------------------------

@@ -161,6 +161,11 @@ def read_record(file: str | Path) -> dict:
     return record
 
 
+def number_of_folds(file: str | Path) -> int:
+    """Return how many folds a splits_final.json has, or nnU-Net's five if there is none. Raises InputError."""
+    return len(read_folds(file)) if Path(file).is_file() else 5
+
+
 def split_of_fold(file: str | Path, name: str) -> dict[str, list[str]] | None:
     """Return the split of a fold ("0", "1", ...) in a splits_final.json; None if there is no such file or fold.
 

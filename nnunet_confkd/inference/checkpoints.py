@@ -54,6 +54,12 @@ def load_checkpoint(path: str | Path) -> dict:
     return checkpoint
 
 
+def require_teacher(path: str | Path, checkpoint: dict, option: str) -> None:
+    """Raise InputError if a checkpoint has no teacher, because the option that chooses a branch has no effect then."""
+    if not has_teacher(checkpoint["network_weights"]):
+        raise InputError(f"{path}: holds no teacher, so {option} has nothing to choose from")
+
+
 @contextmanager
 def pretrained_for_both_branches(path: str | Path) -> Iterator[str]:
     """Yield a checkpoint from which `-pretrained_weights` can start ConfKDTrainer.

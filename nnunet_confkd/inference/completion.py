@@ -27,8 +27,8 @@ from nnunet_confkd.device import choose_device
 from nnunet_confkd.discovery import make_findable
 from nnunet_confkd.errors import InputError
 from nnunet_confkd.files import write_json
-from nnunet_confkd.inference.checkpoints import fold_folders, load_checkpoint
-from nnunet_confkd.inference.prediction import ExportingPredictor, export_and_measure, max_entropy
+from nnunet_confkd.inference.checkpoints import fold_folders, load_checkpoint, require_teacher
+from nnunet_confkd.inference.prediction import ExportingPredictor, export_and_measure, normalised_entropy
 from nnunet_confkd.inference.uncertainty import case_score, map_ending, write_map, write_review_list
 from nnunet_confkd.processes import PROCESSES, parallel
 from nnunet_confkd.training.batches import real_hints
@@ -154,7 +154,7 @@ def _export(logits, properties, configuration_manager, plans_manager, dataset_js
     _, maps = export_and_measure(logits, properties, configuration_manager, plans_manager, dataset_json, output,
                                  *args, **kwargs)
     labels, output = plans_manager.get_label_manager(dataset_json), Path(output)
-    normalised = maps["entropy"] / np.float32(max_entropy(labels.num_segmentation_heads, labels.has_regions))
+    normalised = normalised_entropy(maps["entropy"], labels.num_segmentation_heads, labels.has_regions)
     name = f"{output.name}{map_ending(dataset_json['file_ending'])}"
     for folder, voxels in ((output.parent / ENTROPY, normalised),
                            (output.parent.parent / CONFIDENCE, maps["confidence"])):
@@ -168,8 +168,8 @@ def _load_predictor(model: TrainedModel) -> tuple[_CompletingPredictor, list[str
     for fold in folds:
         file = model.folder / f"fold_{fold}" / model.checkpoint
         checkpoint = load_checkpoint(file)
-        if model.branch != "student" and not has_teacher(checkpoint["network_weights"]):
-            raise InputError(f"{file}: holds no teacher, so --branch {model.branch} has nothing to choose from")
+        if model.branch != "student":
+            require_teacher(file, checkpoint, f"--branch {model.branch}")
         try:
             recursive_find_trainer_class_by_name(checkpoint["trainer_name"])
         except RuntimeError as error:

@@ -26,6 +26,11 @@ def max_entropy(heads: int, regions: bool) -> float:
     return heads * math.log(2) if regions else math.log(heads)
 
 
+def normalised_entropy(entropy_nats: np.ndarray, heads: int, regions: bool) -> np.ndarray:
+    """Divide a float32 map of the entropy in nats by the largest possible entropy; the result is from 0 to 1."""
+    return entropy_nats / np.float32(max_entropy(heads, regions))
+
+
 def measure(logits: np.ndarray | torch.Tensor, regions: bool) -> dict[str, np.ndarray]:
     """Measure the entropy and the confidence of a prediction.
 

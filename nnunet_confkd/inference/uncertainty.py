@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from nnunet_confkd.files import write_json, written_whole
-from nnunet_confkd.inference.prediction import ExportingPredictor, export_and_measure, max_entropy
+from nnunet_confkd.inference.prediction import ExportingPredictor, export_and_measure, normalised_entropy
 from nnunet_confkd.training.network import unwrap
 
 FOLDER, NATS, NORMALISED, SCORES = "uncertainty", "entropy_nats", "entropy_normalised", "scores"
@@ -138,7 +138,7 @@ def _export_with_entropy(logits, properties, configuration_manager, plans_manage
     segmentation, maps = export_and_measure(logits, properties, configuration_manager, plans_manager, dataset_json,
                                             output, *args, **kwargs)
     labels = plans_manager.get_label_manager(dataset_json)
-    normalised = maps["entropy"] / np.float32(max_entropy(labels.num_segmentation_heads, labels.has_regions))
+    normalised = normalised_entropy(maps["entropy"], labels.num_segmentation_heads, labels.has_regions)
     name = f"{Path(output).name}{map_ending(dataset_json['file_ending'])}"
     for kind, voxels in ((NATS, maps["entropy"]), (NORMALISED, normalised)):
         write_map(score_file.parent.parent / kind / name, voxels, properties, plans_manager.image_reader_writer_class())

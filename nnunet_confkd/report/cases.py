@@ -21,7 +21,7 @@ from nnunet_confkd.errors import InputError
 from nnunet_confkd.evaluation.calibration import Counts, count_case
 from nnunet_confkd.evaluation.evaluate import has_spacing
 from nnunet_confkd.evaluation.metrics import FOREGROUND, CaseMeasures, measure_case
-from nnunet_confkd.inference.prediction import max_entropy, measure
+from nnunet_confkd.inference.prediction import measure, normalised_entropy
 from nnunet_confkd.report.model import Fold, Model
 from nnunet_confkd.training.validation import CasePredictor
 
@@ -154,8 +154,7 @@ class Prediction:
 
 def _relative_entropy(logits: torch.Tensor, has_regions: bool) -> np.ndarray:
     """Return the entropy relative to the highest possible one, `(heads, h, w)` -> `(h, w)`, 0 to 1."""
-    entropy = measure(logits[:, None], has_regions)["entropy"][0]
-    return (entropy / max_entropy(len(logits), has_regions)).astype(np.float32)
+    return normalised_entropy(measure(logits[:, None], has_regions)["entropy"][0], len(logits), has_regions)
 
 
 # ---- findings -------------------------------------------------------------------------------------------------------

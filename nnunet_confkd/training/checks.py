@@ -7,7 +7,7 @@ from pathlib import Path
 from batchgenerators.utilities.file_and_folder_operations import isfile, join, load_json
 from nnunetv2.paths import nnUNet_preprocessed, nnUNet_raw, nnUNet_results
 
-from nnunet_confkd.data.json_files import changed_since_planning, planning_text, read_folds, read_json
+from nnunet_confkd.data.json_files import changed_since_planning, number_of_folds, planning_text, read_json
 from nnunet_confkd.data.patients import patients_of, single_patient_text
 from nnunet_confkd.data.supervision import FULL
 from nnunet_confkd.errors import InputError
@@ -67,7 +67,7 @@ def check_fold(fold: int, splits_file: str) -> None:
     Raises:
         InputError: There is no such fold. nnU-Net would make a random split.
     """
-    num_splits = len(read_folds(splits_file)) if isfile(splits_file) else 5  # nnU-Net's own
+    num_splits = number_of_folds(splits_file)
     if fold >= num_splits:
         raise InputError(
             f"fold {fold} was asked for, but {splits_file} has {num_splits} fold(s), 0 to {num_splits - 1}. nnU-Net "
