@@ -158,8 +158,8 @@ class StratifiedLoader(nnUNetDataLoader):
     each stratum the share of patches that are forced to contain foreground is nnU-Net's for the whole batch, averaged
     over many batches.
 
-    A patch of a partially annotated image lies at a random place that contains a random annotated voxel. nnU-Net
-    centres it on this voxel. An annotation would then tell the teacher by its place whether it is real.
+    A patch of a partially annotated image holds a random annotated voxel in its middle half, at a random place there.
+    nnU-Net centres it on this voxel. An annotation would then tell the teacher by its place whether it is real.
 
     Args:
         data: The cases.
@@ -248,8 +248,9 @@ class StratifiedLoader(nnUNetDataLoader):
                                                    self.need_to_pad):
             pad = max(pad, patch - image)
             low, high = -pad // 2, image + pad // 2 + pad % 2 - patch  # nnU-Net's bounds of a random crop
-            # The patch that the network gets lies in the middle of the one that is augmented, and contains the voxel.
-            wanted = place - np.random.randint(final) - (patch - final) // 2
+            # The patch that the network gets lies in the middle of the one that is augmented. Its middle half contains
+            # the voxel: anywhere in it, patches would show less of what is annotated, which costs accuracy.
+            wanted = place - np.random.randint(final // 4, final - final // 4) - (patch - final) // 2
             corner.append(int(min(max(wanted, low), high)))
         return corner, [start + size for start, size in zip(corner, self.patch_size)]
 
