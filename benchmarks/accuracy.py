@@ -121,12 +121,16 @@ PAST_TRIALS = {"t_separate": Row("two decoders, no KL, no entropy; L_w the mean 
 
 @dataclass(frozen=True)
 class Table:
-    """The settings that all rows of a table share. An epoch has 50 iterations here.
+    """The settings that all rows of a table share.
 
     Attributes:
         patients: Numbers of patients for testing, validation and training.
         small: Use a small plan for CPUs (:func:`nnunet_confkd.demo.demo.add_small_configuration`).
         spacing: Target spacing in mm; None leaves the choice to nnU-Net.
+        background: Whether weak labels that are made here annotate the background.
+        draw: Which training patients are the first M, and the seed of weak labels that are made here.
+        epoch: Iterations per epoch.
+        bfloat16: Run the network in bfloat16 autocast; the losses stay in float32.
     """
     title: str
     data: str
@@ -140,6 +144,10 @@ class Table:
     max_patch: int = 96
     full: tuple[int, ...] = (3, 5, 10)
     seeds: tuple[int, ...] = (0, 1, 2)
+    background: bool = True
+    draw: int = 0
+    epoch: int = 50
+    bfloat16: bool = False
 
 
 REDUCED: dict = {"spacing": (10.0, 3.0, 3.0), "max_patch": 64, "full": (3,)}
@@ -164,7 +172,6 @@ TABLES = {
     "hippocampus_3d": Table("Hippocampus 3-D, points", "hippocampus", "points", (40, 20, 140), 10000, 9, "3d_fullres",
                             False),
 }
-EPOCH = 50
 
 
 # ---- data -----------------------------------------------------------------------------------------------------------
@@ -187,7 +194,8 @@ def prepare(table: Table, data: Path, scribbles: Path | None, work: Path) -> Non
     asked = json.loads(json.dumps({**asdict(table), "data": str(data), "scribbles": str(scribbles)}))
     if done.is_file():
         before = json.loads(done.read_text())
-        changed = [k for k in ("style", "patients", "configuration", "spacing", "data") if before[k] != asked[k]]
+        changed = [k for k in ("style", "background", "draw", "patients", "configuration", "spacing", "data")
+                   if before.get(k, asked[k]) != asked[k]]
         if changed or not set(table.full) <= set(before["full"]):
             raise SystemExit(
                 f"{work}: was prepared with another {', '.join(changed or ['number of full patients'])}; give "
@@ -200,7 +208,7 @@ def prepare(table: Table, data: Path, scribbles: Path | None, work: Path) -> Non
         source = msd.convert(data, FULL_ID, labels=["background", "anterior", "posterior"], channels=["MRI"],
                              name="Hippocampus", link=True)
     cases = {case.name: case for case in raw_dataset(source, "source").training}
-    roles = choose_roles(cases, table.patients, acdc.TWINS if table.data == "acdc" else ())
+    roles = choose_roles(cases, table.patients, acdc.TWINS if table.data == "acdc" else (), table.draw)
     held_back = roles["test"] + roles["validation"]
 
     def first(count: int) -> list[str]:
@@ -223,7 +231,8 @@ def prepare(table: Table, data: Path, scribbles: Path | None, work: Path) -> Non
                 case = replace(case, label=Volume(scribbles / f"{name}_scribble.nii.gz"), kind=PARTIAL)
             elif name not in kept:
                 kind = UNLABELLED if table.style == "none" else PARTIAL
-                case = weakened(case, kind, dataset.labels, table.style, SPLIT_SEED)
+                options = {} if table.background else {"background": False}
+                case = weakened(case, kind, dataset.labels, table.style, SPLIT_SEED + table.draw, **options)
             dataset.training.append(case if name not in kept else replace(case, kind=FULL))
         dataset.validation = held_back
         folder = write_dataset(dataset, FULL_ID + count, link=True)
@@ -253,8 +262,13 @@ def patient_of(case: str) -> str:
     return case.split("_frame")[0]
 
 
-def choose_roles(cases, sizes: tuple[int, int, int], twins: tuple[str, ...] = ()) -> dict[str, list[str]]:
-    """The published rule: see the head of this file. Patients that are one and the same (`twins`) share a role."""
+def choose_roles(
+    cases, sizes: tuple[int, int, int], twins: tuple[str, ...] = (), draw: int = 0
+) -> dict[str, list[str]]:
+    """The published rule: see the head of this file. Patients that are one and the same (`twins`) share a role.
+
+    A draw other than 0 shuffles the patients for training once more.
+    """
     cases, same = sorted(cases), {twin: twins[0] for twin in twins}
     patients = sorted({same.get(patient_of(case), patient_of(case)) for case in cases})
     random.Random(SPLIT_SEED).shuffle(patients)
@@ -263,17 +277,21 @@ def choose_roles(cases, sizes: tuple[int, int, int], twins: tuple[str, ...] = ()
         raise SystemExit(f"{test} + {validation} + {train} patients are needed, there are {len(patients)}")
     groups = {"test": patients[:test], "validation": patients[test:test + validation],
               "train": patients[test + validation:test + validation + train]}
+    if draw:
+        random.Random(draw).shuffle(groups["train"])
     return {role: [case for patient in group for case in cases
                    if same.get(patient_of(case), patient_of(case)) == patient] for role, group in groups.items()}
 
 
 # ---- one run --------------------------------------------------------------------------------------------------------
 
-def spec_of(table: Table, row: str, full: int, seed: int, device: str, iterations: int, on: str = "test") -> dict:
-    """All that decides a run's result, but for the versions."""
-    return json.loads(json.dumps({"table": asdict(table), "row": asdict(described(row)), "name": row, "full": full,
+def spec_of(table: Table, name: str, full: int, seed: int, device: str, iterations: int, on: str = "test",
+            row: Row | None = None) -> dict:
+    """All that decides a run's result, but for the versions. row: None stands for the one of this name."""
+    row = row or described(name)
+    return json.loads(json.dumps({"table": asdict(table), "row": asdict(row), "name": name, "full": full,
                                   "seed": seed, "device": device, "iterations": iterations, "on": on,
-                                  "settings": settings_of(described(row))}))
+                                  "settings": settings_of(row)}))
 
 
 def described(row: str) -> Row:
@@ -303,14 +321,14 @@ def build_trainer(table: Table, spec: dict, dataset_id: int | None = None):
     from nnunet_confkd.training.batches import set_seed
 
     make_findable()
-    row, full = described(spec["name"]), spec["full"]
+    row, full = Row(**spec["row"]), spec["full"]
     mixed = row.labels == "mixed"
     dataset = convert_id_to_dataset_name(dataset_id or (FULL_ID + full if mixed else FULL_ID))
     fold = 1 + table.full.index(full) if row.labels == "full" else 0
     plans_file = Path(os.environ["nnUNet_preprocessed"]) / dataset / "nnUNetPlans.json"
     configuration = run_name(spec)
-    epochs = -(-spec["iterations"] // EPOCH)
-    block = {**row.settings, "seed": spec["seed"], "epochs": epochs, "iterations_per_epoch": EPOCH}
+    epochs = -(-spec["iterations"] // table.epoch)
+    block = {**row.settings, "seed": spec["seed"], "epochs": epochs, "iterations_per_epoch": table.epoch}
     with FileLock(plans_file.with_suffix(".lock")):  # runs that start at once take turns
         if table.small:
             add_small_configuration(plans_file, configuration, table.configuration, block, batch_size=table.batch_size,
@@ -322,9 +340,24 @@ def build_trainer(table: Table, spec: dict, dataset_id: int | None = None):
             plans_file.write_text(json.dumps(plans, indent=4))
         set_seed(spec["seed"])  # stock rows, too, start from the seed
         trainer = get_trainer_from_args(dataset, configuration, fold, row.trainer, device=torch.device(spec["device"]))
-    trainer.num_epochs, trainer.num_iterations_per_epoch, trainer.num_val_iterations_per_epoch = epochs, EPOCH, 4
+    trainer.num_epochs, trainer.num_iterations_per_epoch, trainer.num_val_iterations_per_epoch = epochs, table.epoch, 4
     trainer.save_every = max(1, epochs // 10)
     return trainer
+
+
+def run_in_bfloat16(network) -> None:
+    """Run a network's forward pass in autocast to bfloat16, and return float32."""
+    import torch
+
+    def converted(output):
+        return output.float() if torch.is_tensor(output) else type(output)(map(converted, output))
+
+    def forward(*args, **options):
+        with torch.autocast(network_device, torch.bfloat16):
+            return converted(stock(*args, **options))
+
+    stock, network_device = network.forward, next(network.parameters()).device.type
+    network.forward = forward
 
 
 def run(spec: dict, work: Path, output: Path) -> str:
@@ -344,8 +377,10 @@ def run(spec: dict, work: Path, output: Path) -> str:
     latest, made_with = (Path(trainer.output_folder) / name for name in ("checkpoint_latest.pth", "spec.json"))
     resumed = latest.is_file() and made_with.is_file() and json.loads(made_with.read_text()) == spec
     made_with.write_text(json.dumps(spec))
+    trainer.initialize()
+    if table.bfloat16:
+        run_in_bfloat16(trainer.network)
     if resumed:
-        trainer.initialize()
         trainer.load_checkpoint(str(latest))
     trainer.run_training()
     seconds = time.time() - start
@@ -359,7 +394,7 @@ def run(spec: dict, work: Path, output: Path) -> str:
         "seconds_per_iteration": round(
             sum(e - s for s, e in zip(curves["epoch_start_timestamps"], curves["epoch_end_timestamps"]))
             / trainer.num_epochs
-            / (EPOCH + 4),
+            / (table.epoch + 4),
             4,
         ),
         "versions": {"nnunet_confkd": __version__, **{p: version(p) for p in ("nnunetv2", "torch", "numpy")}},
@@ -497,7 +532,7 @@ def time_factor(table: Table, work: Path, device: str) -> float:
             torch.set_num_threads(1)
         trainers, seconds = {}, {}
         for row in ("confkd", RIVAL):
-            trainers[row] = build_trainer(table, spec_of(table, row, table.full[0], 99, device, EPOCH))
+            trainers[row] = build_trainer(table, spec_of(table, row, table.full[0], 99, device, table.epoch))
             trainers[row].on_train_start()
             seconds[row] = []
         for turn in range(60):
@@ -526,7 +561,7 @@ def jobs_of(table: Table, rows, full, seeds, device: str, on: str, work: Path) -
                     continue
                 iterations = round(table.iterations * described(row).steps)
                 if described(row).time_of:
-                    iterations = round(iterations * time_factor(table, work, device) / EPOCH) * EPOCH
+                    iterations = round(iterations * time_factor(table, work, device) / table.epoch) * table.epoch
                 specs.append(spec_of(table, row, 0 if everything else count, seed, device, iterations, on))
     return specs
 
@@ -556,7 +591,10 @@ def differences(before: dict, now: dict) -> list[str]:
         if len(off) == 2:
             unused += ("extra_resolutions",)
         row = {key: value for key, value in spec["row"].items() if key not in ("title", "settings", "steps")}
-        return {**spec, "row": row, "settings": {k: v for k, v in settings.items() if not k.startswith(unused)}}
+        # what tables have got since the oldest results were obtained
+        table = {"background": True, "draw": 0, "epoch": 50, "bfloat16": False} | spec["table"]
+        settings = {key: value for key, value in settings.items() if not key.startswith(unused)}
+        return {**spec, "table": table, "row": row, "settings": settings}
 
     before, now = effective(before), effective(now)
     return [key for key in now if before.get(key) != now[key]]

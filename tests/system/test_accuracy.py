@@ -222,8 +222,8 @@ import sys
 sys.path.insert(0, {str(ROOT / "benchmarks")!r})
 import accuracy
 from dataclasses import replace
-accuracy.TABLES["hippocampus"] = replace(accuracy.TABLES["hippocampus"], iterations=2, patients=(2, 2, 6), full=(2,))
-accuracy.EPOCH = 2
+accuracy.TABLES["hippocampus"] = replace(accuracy.TABLES["hippocampus"], iterations=2, patients=(2, 2, 6), full=(2,),
+                                         epoch=2)
 if __name__ == "__main__":
     accuracy.main()
 """)

@@ -1,0 +1,243 @@
+"""What does each part of the method gain, raw and after post-processing, at equal iterations and at equal cost?
+
+    python benchmarks/equal_terms.py --data .../shared/data --work FOLDER --settings scribbles --rows ignore confkd
+    python benchmarks/equal_terms.py --report
+
+The protocol is in benchmarks/README.md. All figures are of validation patients. Each run writes one JSON file into
+benchmarks/equal_terms/SETTING_DRAW/, and runs that have one are skipped. `--report` writes the tables into
+benchmarks/README.md.
+"""
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+from accuracy import ROWS as USUAL_ROWS
+from accuracy import TABLES, Row, Table, prepare, run, run_name, spec_of, still_to_do
+from accuracy_report import gain_text, patients_in
+from step_time import insert
+
+from nnunet_confkd.evaluation.metrics import bootstrap_interval
+
+HERE = Path(__file__).resolve().parent
+OUTPUT = HERE / "equal_terms"
+
+# name: the table, and the number of fully annotated patients
+SETTINGS: dict[str, tuple[Table, int]] = {
+    "scribbles": (TABLES["acdc_small"], 3),
+    "erosion": (TABLES["acdc_small_erosion"], 3),
+    "erosion_foreground": (replace(TABLES["acdc_small_erosion"], background=False), 3),
+    "unlabelled": (TABLES["acdc_small_none"], 3),
+    "points_5": (replace(TABLES["hippocampus"], full=(5, 10)), 5),
+    "points_10": (replace(TABLES["hippocampus"], full=(5, 10)), 10),
+}
+DRAWS, SEEDS = (0, 1), (0, 1)
+# what a row is compared with
+RIVALS = dict.fromkeys(SETTINGS, "ignore") | {"unlabelled": "full_only", "points_10": "full_only"}
+
+# A step of ConfKD takes this many of the rival's, on average over a training. A row "at equal cost" has fewer steps.
+COST = 1.4
+
+NO_HINTS = {"teacher_hints": False}
+ROWS: dict[str, Row] = {
+    "full_only": USUAL_ROWS["full_only"],
+    "ignore_uniform": USUAL_ROWS["ignore_uniform"],
+    "ignore": USUAL_ROWS["ignore"],
+    "decoders": USUAL_ROWS["decoders"],
+    "kl": Row("KL on all images, no hints, no entropy", settings={**NO_HINTS, "weight_entropy": 0.0}),
+    "confkd": Row("ConfKD"),
+    "confkd_cost": Row("ConfKD, at equal cost", steps=1 / COST),
+    "all": USUAL_ROWS["all"],
+}
+
+
+def table_of(setting: str, draw: int) -> Table:
+    """The table of a setting, with long epochs and bfloat16, which make runs cheap."""
+    return replace(SETTINGS[setting][0], draw=draw, epoch=250, bfloat16=True)
+
+
+def work_folder(root: Path, setting: str, draw: int) -> Path:
+    """The folder of the preprocessed data. Settings that differ in the number of full patients share it."""
+    return root / f"{setting.split('_5')[0].split('_10')[0]}_{draw}"
+
+
+def environment(work: Path) -> dict[str, str]:
+    folders = {f"nnUNet_{name}": str(work / name) for name in ("raw", "preprocessed", "results")}
+    return {**folders, "nnUNet_def_n_proc": "2", "nnUNet_n_proc_DA": "0", "OMP_NUM_THREADS": "1"}
+
+
+def specs_of(setting: str, draw: int, rows: list[str], seeds: list[int]) -> list[dict]:
+    table, full = table_of(setting, draw), SETTINGS[setting][1]
+    specs = []
+    for seed in seeds:
+        for name in rows:
+            row = ROWS[name]
+            iterations = round(table.iterations * row.steps / table.epoch) * table.epoch
+            specs.append(spec_of(table, name, 0 if row.labels == "all" else full, seed, "cpu", iterations,
+                                 "validation", row))
+    return specs
+
+
+# ---- runs -----------------------------------------------------------------------------------------------------------
+
+def prepare_data(setting: str, draw: int, data: Path, work: Path) -> None:
+    for name in ("raw", "preprocessed", "results"):
+        (work / name).mkdir(parents=True, exist_ok=True)
+    table = table_of(setting, draw)
+    prepare(table, data / table.data, data / "acdc_scribbles" if table.style == "scribbles" else None, work)
+
+
+def measure_all(args) -> None:
+    """Prepare the data and run what is missing, each step in a process of its own with its nnU-Net folders."""
+    def child(work: Path, *options: str) -> None:
+        work.mkdir(parents=True, exist_ok=True)
+        with open(work / "log.txt", "a") as log:
+            subprocess.run([sys.executable, __file__, "--work", str(work), *options], check=True, stdout=log,
+                           stderr=log, env=os.environ | environment(work))
+
+    def train(job: tuple[str, int, dict]) -> bool:
+        setting, draw, spec = job
+        try:
+            child(work_folder(args.work, setting, draw), "--run", json.dumps(spec), "--output",
+                  str(args.output / f"{setting}_{draw}"))
+        except subprocess.CalledProcessError:
+            print(f"FAILED: {setting} {draw} {run_name(spec)}", flush=True)
+            return False
+        print(f"{setting} {draw} {run_name(spec)}", flush=True)
+        return True
+
+    jobs = []
+    for setting in args.settings:
+        for draw in args.draws:
+            child(work_folder(args.work, setting, draw), "--prepare", setting, str(draw), "--data", str(args.data))
+    for seed in args.seeds:  # all settings once before any a second time
+        for draw in args.draws:
+            for setting in args.settings:
+                output = args.output / f"{setting}_{draw}"
+                output.mkdir(parents=True, exist_ok=True)
+                missing = still_to_do(specs_of(setting, draw, args.rows, [seed]), output)
+                jobs += [(setting, draw, spec) for spec in missing]
+    print(f"{len(jobs)} runs", flush=True)
+    with ThreadPoolExecutor(args.processes) as pool:
+        if not all(list(pool.map(train, jobs))):
+            raise SystemExit(f"some runs failed; see log.txt in the folders below {args.work}")
+
+
+# ---- report ---------------------------------------------------------------------------------------------------------
+
+def post_processed(student: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Choose a run's post-processing as nnU-Net does, and return the Dice and the HD95 after it, `(cases, classes)`.
+
+    The largest component of the foreground is kept if this raises the mean Dice and lowers no class's. Then the
+    largest component of each class is kept if this raises its Dice.
+
+    Args:
+        student: Values of :func:`accuracy.measure_post_processed` by name, `(cases, classes)` each.
+    """
+    def means(how: str) -> np.ndarray:
+        return np.nanmean(student[f"dice{how}"], 0)
+
+    raw, foreground = means(""), means("_foreground")
+    keep_foreground = foreground.mean() > raw.mean() and (foreground >= raw).all()
+    base, both = ("_foreground", "_both") if keep_foreground else ("", "_class")
+    per_class = means(both) > means(base)
+    return {metric: np.where(per_class, student[metric + both], student[metric + base])
+            for metric in ("dice", "hd95_mm")}
+
+
+def read_run(file: Path) -> dict:
+    """Return a run's values of each case: "dice", "hd95_mm", and both with "_pp" after post-processing."""
+    content = json.loads(file.read_text())
+    cases = [case["student"] for case in content["cases"].values()]
+    student = {name: np.array([[of[name] for of in case.values() if isinstance(of, dict)] for case in cases], float)
+               for name in cases[0]["1"]}
+    after = {f"{metric}_pp": values for metric, values in post_processed(student).items()}
+    return {"patients": patients_in({None: content}), "title": content["spec"]["row"]["title"], **student, **after}
+
+
+def read_all(folder: Path) -> dict[tuple[str, int], dict[tuple[str, int], dict]]:
+    """{(setting, draw): {(row, seed): run}}"""
+    found: dict = {}
+    for file in sorted(folder.glob("*/*.json")):
+        setting, draw = file.parent.name.rsplit("_", 1)
+        row, seed = file.stem.rsplit("_s", 1)
+        row = row.rsplit("_M", 1)[0]
+        found.setdefault((setting, int(draw)), {})[row, int(seed)] = read_run(file)
+    return found
+
+
+def report(folder: Path) -> str:
+    """One table for each setting: means over draws and seeds, and gains over the rival in the same draws and seeds."""
+    runs = read_all(folder)
+    lines = []
+    for setting in SETTINGS:
+        of_setting = {(draw, *key): run for (name, draw), found in runs.items() if name == setting
+                      for key, run in found.items()}
+        if not of_setting:
+            continue
+        lines += [f"**{setting}**", "", "| row | Dice raw | Dice after | HD95 raw, mm | HD95 after, mm | gain raw | "
+                  "gain after | runs |", "|" + "---|" * 8]
+        for row in dict.fromkeys([*ROWS, *(key[1] for key in of_setting)]):
+            chosen = {(draw, seed): run for (draw, name, seed), run in of_setting.items() if name == row}
+            if not chosen:
+                continue
+            means = [np.mean([np.nanmean(np.nanmean(run[metric], 0)) for run in chosen.values()])
+                     for metric in ("dice", "dice_pp", "hd95_mm", "hd95_mm_pp")]
+            rival = {(draw, seed): run for (draw, name, seed), run in of_setting.items() if name == RIVALS[setting]}
+            gains = ["" if row == RIVALS[setting] else gain_text(gain_of(chosen, rival, metric))
+                     for metric in ("dice", "dice_pp")]
+            title = next(iter(chosen.values()))["title"]
+            lines.append(f"| {title} (`{row}`) | {means[0]:.3f} | {means[1]:.3f} | {means[2]:.1f} | {means[3]:.1f} | "
+                         f"{gains[0]} | {gains[1]} | {len(chosen)} |")
+        lines.append("")
+    return "\n".join(lines).rstrip()
+
+
+def gain_of(ours: dict, rival: dict, metric: str) -> tuple[float, float, float] | None:
+    """The mean gain over the rival in the same draws and seeds, and its interval by patient and run."""
+    pairs = [(run, rival[key]) for key, run in ours.items() if key in rival]
+    if not pairs:
+        return None
+    difference = np.stack([np.nanmean(run[metric], 1) - np.nanmean(rival[metric], 1) for run, rival in pairs])
+    return float(np.nanmean(difference)), *bootstrap_interval(difference, pairs[0][0]["patients"])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, help="folder that contains acdc/, acdc_scribbles/ and hippocampus/")
+    parser.add_argument("--work", type=Path, help="a folder for data and trainings; used again after an interruption")
+    parser.add_argument("--output", type=Path, default=OUTPUT)
+    parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS))
+    parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS))
+    parser.add_argument("--draws", nargs="+", type=int, default=DRAWS)
+    parser.add_argument("--seeds", nargs="+", type=int, default=SEEDS)
+    parser.add_argument("--processes", type=int, default=2, help="trainings at once, of one thread each")
+    parser.add_argument("--report", action="store_true", help="only write the tables of what is there")
+    parser.add_argument("--prepare", nargs=2, help=argparse.SUPPRESS)
+    parser.add_argument("--run", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.prepare:
+        return prepare_data(args.prepare[0], int(args.prepare[1]), args.data, args.work)
+    if args.run:
+        return print(run(json.loads(args.run), args.work, args.output))
+    if not args.report:
+        if not (args.data and args.work):
+            parser.error("name --data and --work; or --report")
+        args.data, args.work, args.output = args.data.resolve(), args.work.resolve(), args.output.resolve()
+        measure_all(args)
+    text = report(args.output)
+    if args.output == OUTPUT:
+        insert(HERE / "README.md", "equal terms", text)
+    else:
+        print(text)
+
+
+if __name__ == "__main__":
+    main()

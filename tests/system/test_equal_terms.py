@@ -1,0 +1,92 @@
+"""benchmarks/equal_terms.py: the choice of post-processing, the report, and a run from real data to its table."""
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def module():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(ROOT / "benchmarks"))
+        import equal_terms
+        yield equal_terms
+
+
+def values(**dice):
+    """The Dice (and as HD95 its negative) of two classes by post-processing, one case."""
+    return {f"{metric}{how}": np.array([of]) * sign for how, of in dice.items()
+            for metric, sign in (("dice", 1.0), ("hd95_mm", -1.0))}
+
+
+@pytest.mark.parametrize("raw, foreground, of_class, both, chosen", [
+    ((0.5, 0.5), (0.6, 0.5), (0.4, 0.9), (0.5, 0.7), (0.6, 0.7)),  # the foreground, then the second class
+    ((0.5, 0.5), (0.9, 0.4), (0.4, 0.6), (0.9, 0.9), (0.5, 0.6)),  # the foreground would lower one class
+    ((0.5, 0.5), (0.5, 0.5), (0.5, 0.4), (0.9, 0.9), (0.5, 0.5))])  # nothing helps
+def test_post_processing_is_chosen_as_nnunet_chooses_it(module, raw, foreground, of_class, both, chosen):
+    found = module.post_processed(values(**{"": raw, "_foreground": foreground, "_class": of_class, "_both": both}))
+    assert np.allclose(found["dice"], [chosen]) and np.allclose(found["hd95_mm"], -np.array([chosen]))
+
+
+def write_run(folder: Path, row: str, seed: int, dice: float) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    of_class = {f"{metric}{how}": value for how, value in zip(
+        ("", "_foreground", "_class", "_both"), (dice, dice + 0.1, dice, dice + 0.2))
+        for metric, value in (("dice", value), ("hd95_mm", 10.0))}
+    cases = {f"patient{i:03}_frame01": {"student": {"1": of_class, "entropy": 0.1}} for i in range(3)}
+    (folder / f"{row}_M3_s{seed}.json").write_text(json.dumps(
+        {"spec": {"name": row, "row": {"title": row.upper()}}, "cases": cases}))
+
+
+def test_the_report_pairs_draws_and_seeds(module, tmp_path):
+    for seed in (0, 1):
+        write_run(tmp_path / "scribbles_0", "ignore", seed, 0.5)
+        write_run(tmp_path / "scribbles_0", "confkd", seed, 0.6)
+    write_run(tmp_path / "scribbles_1", "confkd", 0, 0.0)  # without a rival: in the means, not in the gain
+    lines = module.report(tmp_path).splitlines()
+    assert lines[0] == "**scribbles**" and "| IGNORE (`ignore`) | 0.500 | 0.700 | 10.0 | 10.0 |  |  | 2 |" in lines
+    ours = next(line for line in lines if "(`confkd`)" in line)
+    assert ours.startswith("| CONFKD (`confkd`) | 0.400 | 0.600 | ") and ours.count("+0.100 [+0.100, +0.100]") == 2
+    assert ours.endswith("| 3 |")
+
+
+def test_a_draw_changes_the_full_patients_and_no_other_role(module):
+    import accuracy
+    cases = [f"case{i:02}" for i in range(30)]
+    first, again, other = (accuracy.choose_roles(cases, (5, 5, 20), draw=draw) for draw in (0, 0, 1))
+    assert first == again and all(first[role] == other[role] for role in ("test", "validation"))
+    assert sorted(first["train"]) == sorted(other["train"]) and first["train"][:3] != other["train"][:3]
+
+
+@pytest.mark.slow  # two trainings in fresh processes
+def test_a_run_from_real_data_to_the_table(module, test_data, tmp_path):
+    script = tmp_path / "short.py"
+    script.write_text(f"""
+import sys
+sys.path.insert(0, {str(ROOT / "benchmarks")!r})
+import equal_terms
+from dataclasses import replace
+stock = equal_terms.table_of
+equal_terms.table_of = lambda *args: replace(stock(*args), patients=(2, 2, 8), iterations=4, epoch=2, full=(3,))
+equal_terms.__file__ = __file__
+if __name__ == "__main__":
+    equal_terms.main()
+""")
+    command = [sys.executable, str(script), "--data", str(test_data), "--work", str(tmp_path / "work"), "--output",
+               str(tmp_path / "runs"), "--settings", "erosion_foreground", "--draws", "1", "--seeds", "0", "--rows",
+               "ignore", "confkd_cost"]
+    first, second = (subprocess.run(command, capture_output=True, text=True, timeout=600, env=os.environ)
+                     for _ in range(2))
+    assert first.returncode == 0, first.stdout[-2000:] + first.stderr[-2000:]
+    assert first.stdout.startswith("2 runs") and second.stdout.startswith("0 runs")
+    assert "at equal cost" in second.stdout
+    run = json.loads((tmp_path / "runs" / "erosion_foreground_1" / "confkd_cost_M3_s0.json").read_text())
+    assert run["spec"]["iterations"] == 2 and run["spec"]["table"]["bfloat16"]
