@@ -334,6 +334,9 @@ def table_of(result: dict) -> str:
     for run in result["runs"]:
         cells = [_name(run), *(f"{run['step'][name]['median_ms']:.0f} ms" for name in ("stock", "confkd"))]
         for name in VARIANTS:
+            if name not in run["step"]:  # a row of an earlier version of this script
+                cells += [""] * 3
+                continue
             low, ratio, high = run["step"][name]["ratios"]
             bound = run["flops"][name] / run["flops"]["stock"]
             cells += [f"{ratio:.3f} ({low:.3f}-{high:.3f})", f"{bound:.3f}", f"{ratio / bound:.3f}"]
@@ -341,7 +344,7 @@ def table_of(result: dict) -> str:
         cells.append(f"{100 * terms / run['step']['confkd']['median_ms']:.1f} %" if terms else "")
         cells += [f"{run['prediction'][name]['ratios'][1]:.3f}" for name in ("confkd", "exported")]
         memory = run.get("memory_mib")
-        cells += [f"{memory[name] / memory['stock']:.2f}" if memory else "" for name in VARIANTS]
+        cells += [f"{memory[name] / memory['stock']:.2f}" if memory and name in memory else "" for name in VARIANTS]
         lines.append("| " + " | ".join(cells) + " |")
     measured = [run for run in result["runs"] if run["parts_ms"]]
     if measured:
@@ -429,8 +432,7 @@ def save(run: dict, described: dict, names: list[str], output: Path | None) -> N
     kept = json.loads(file.read_text()) if file.is_file() else {}
     runs = [run]
     if all(kept.get(key) == value for key, value in described.items()):
-        runs += [other for other in kept["runs"] if _mode(other) != _mode(run) and other["case"] in names
-                 and set(VARIANTS) <= set(other["step"])]  # measured with the same variants
+        runs += [other for other in kept["runs"] if _mode(other) != _mode(run) and other["case"] in names]
     result = described | {"runs": sorted(runs, key=lambda run: (names.index(run["case"]), *_mode(run)[1:]))}
     file.write_text(json.dumps(result, indent=1))
     if not output:
