@@ -350,7 +350,9 @@ def run_in_bfloat16(network) -> None:
     import torch
 
     def converted(output):
-        return output.float() if torch.is_tensor(output) else type(output)(map(converted, output))
+        if output is None or torch.is_tensor(output):
+            return None if output is None else output.float()
+        return type(output)(map(converted, output))
 
     def forward(*args, **options):
         with torch.autocast(network_device, torch.bfloat16):
