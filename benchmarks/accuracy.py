@@ -350,9 +350,9 @@ def run_in_bfloat16(network) -> None:
     import torch
 
     def converted(output):
-        if output is None or torch.is_tensor(output):
-            return None if output is None else output.float()
-        return type(output)(map(converted, output))
+        if torch.is_tensor(output):
+            return output.float()
+        return output if output is None else type(output)(map(converted, output))
 
     def forward(*args, **options):
         with torch.autocast(network_device, torch.bfloat16):
@@ -602,6 +602,15 @@ def differences(before: dict, now: dict) -> list[str]:
     return [key for key in now if before.get(key) != now[key]]
 
 
+def environment(work: Path, device: str) -> dict[str, str]:
+    """Make nnU-Net's folders in `work`, and return the variables that name them and set the numbers of processes."""
+    variables = {"nnUNet_def_n_proc": "2"}
+    for name in ("raw", "preprocessed", "results"):
+        (work / name).mkdir(parents=True, exist_ok=True)
+        variables[f"nnUNet_{name}"] = str(work / name)
+    return variables | ({"nnUNet_n_proc_DA": "0", "OMP_NUM_THREADS": "1"} if device == "cpu" else {})
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("table", nargs="?", choices=TABLES)
@@ -627,11 +636,7 @@ def main() -> None:
         if not (args.table and args.work and (args.data or (args.work / "prepared.json").is_file())):
             parser.error("name a table, --data and --work; or --report")
         table, work = TABLES[args.table], args.work.resolve()
-        for name in ("raw", "preprocessed", "results"):
-            (work / name).mkdir(parents=True, exist_ok=True)
-            os.environ[f"nnUNet_{name}"] = str(work / name)
-        cpu = args.device == "cpu"
-        os.environ |= {"nnUNet_def_n_proc": "2"} | ({"nnUNet_n_proc_DA": "0", "OMP_NUM_THREADS": "1"} if cpu else {})
+        os.environ |= environment(work, args.device)
         if args.data:
             prepare(table, args.data.resolve(), args.scribbles and args.scribbles.resolve(), work)
         if args.prepare:

@@ -20,11 +20,9 @@ from pathlib import Path
 
 import numpy as np
 from accuracy import ROWS as USUAL_ROWS
-from accuracy import TABLES, Row, Table, prepare, run, run_name, spec_of, still_to_do
-from accuracy_report import gain_text, patients_in
+from accuracy import TABLES, Row, Table, environment, prepare, run, run_name, spec_of, still_to_do
+from accuracy_report import gain_text, paired_gain, patients_in, read_runs
 from step_time import insert
-
-from nnunet_confkd.evaluation.metrics import bootstrap_interval
 
 HERE = Path(__file__).resolve().parent
 OUTPUT = HERE / "equal_terms"
@@ -66,12 +64,8 @@ def table_of(setting: str, draw: int) -> Table:
 
 def work_folder(root: Path, setting: str, draw: int) -> Path:
     """The folder of the preprocessed data. Settings that differ in the number of full patients share it."""
-    return root / f"{setting.split('_5')[0].split('_10')[0]}_{draw}"
-
-
-def environment(work: Path) -> dict[str, str]:
-    folders = {f"nnUNet_{name}": str(work / name) for name in ("raw", "preprocessed", "results")}
-    return {**folders, "nnUNet_def_n_proc": "2", "nnUNet_n_proc_DA": "0", "OMP_NUM_THREADS": "1"}
+    first = next(name for name, (table, _) in SETTINGS.items() if table == SETTINGS[setting][0])
+    return root / f"{first}_{draw}"
 
 
 def specs_of(setting: str, draw: int, rows: list[str], seeds: list[int]) -> list[dict]:
@@ -89,8 +83,6 @@ def specs_of(setting: str, draw: int, rows: list[str], seeds: list[int]) -> list
 # ---- runs -----------------------------------------------------------------------------------------------------------
 
 def prepare_data(setting: str, draw: int, data: Path, work: Path) -> None:
-    for name in ("raw", "preprocessed", "results"):
-        (work / name).mkdir(parents=True, exist_ok=True)
     table = table_of(setting, draw)
     prepare(table, data / table.data, data / "acdc_scribbles" if table.style == "scribbles" else None, work)
 
@@ -98,10 +90,10 @@ def prepare_data(setting: str, draw: int, data: Path, work: Path) -> None:
 def measure_all(args) -> None:
     """Prepare the data and run what is missing, each step in a process of its own with its nnU-Net folders."""
     def child(work: Path, *options: str) -> None:
-        work.mkdir(parents=True, exist_ok=True)
+        variables = os.environ | environment(work, "cpu")
         with open(work / "log.txt", "a") as log:
             subprocess.run([sys.executable, __file__, "--work", str(work), *options], check=True, stdout=log,
-                           stderr=log, env=os.environ | environment(work))
+                           stderr=log, env=variables)
 
     def train(job: tuple[str, int, dict]) -> bool:
         setting, draw, spec = job
@@ -153,9 +145,8 @@ def post_processed(student: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
             for metric in ("dice", "hd95_mm")}
 
 
-def read_run(file: Path) -> dict:
+def values_of_run(content: dict) -> dict:
     """Return a run's values of each case: "dice", "hd95_mm", and both with "_pp" after post-processing."""
-    content = json.loads(file.read_text())
     cases = [case["student"] for case in content["cases"].values()]
     student = {name: np.array([[of[name] for of in case.values() if isinstance(of, dict)] for case in cases], float)
                for name in cases[0]["1"]}
@@ -165,12 +156,11 @@ def read_run(file: Path) -> dict:
 
 def read_all(folder: Path) -> dict[tuple[str, int], dict[tuple[str, int], dict]]:
     """{(setting, draw): {(row, seed): run}}"""
-    found: dict = {}
-    for file in sorted(folder.glob("*/*.json")):
-        setting, draw = file.parent.name.rsplit("_", 1)
-        row, seed = file.stem.rsplit("_s", 1)
-        row = row.rsplit("_M", 1)[0]
-        found.setdefault((setting, int(draw)), {})[row, int(seed)] = read_run(file)
+    found = {}
+    for inside in sorted(folder.glob("*/")):
+        setting, draw = inside.name.rsplit("_", 1)
+        found[setting, int(draw)] = {(row, seed): values_of_run(run)
+                                     for (row, _, seed), run in read_runs(inside).items()}
     return found
 
 
@@ -192,22 +182,15 @@ def report(folder: Path) -> str:
             means = [np.mean([np.nanmean(np.nanmean(run[metric], 0)) for run in chosen.values()])
                      for metric in ("dice", "dice_pp", "hd95_mm", "hd95_mm_pp")]
             rival = {(draw, seed): run for (draw, name, seed), run in of_setting.items() if name == RIVALS[setting]}
-            gains = ["" if row == RIVALS[setting] else gain_text(gain_of(chosen, rival, metric))
-                     for metric in ("dice", "dice_pp")]
-            title = next(iter(chosen.values()))["title"]
+            first = next(iter(chosen.values()))
+            gains = ["" if row == RIVALS[setting] else gain_text(paired_gain(
+                *({key: run[metric] for key, run in of.items()} for of in (chosen, rival)), first["patients"]))
+                for metric in ("dice", "dice_pp")]
+            title = first["title"]
             lines.append(f"| {title} (`{row}`) | {means[0]:.3f} | {means[1]:.3f} | {means[2]:.1f} | {means[3]:.1f} | "
                          f"{gains[0]} | {gains[1]} | {len(chosen)} |")
         lines.append("")
     return "\n".join(lines).rstrip()
-
-
-def gain_of(ours: dict, rival: dict, metric: str) -> tuple[float, float, float] | None:
-    """The mean gain over the rival in the same draws and seeds, and its interval by patient and run."""
-    pairs = [(run, rival[key]) for key, run in ours.items() if key in rival]
-    if not pairs:
-        return None
-    difference = np.stack([np.nanmean(run[metric], 1) - np.nanmean(rival[metric], 1) for run, rival in pairs])
-    return float(np.nanmean(difference)), *bootstrap_interval(difference, pairs[0][0]["patients"])
 
 
 def main() -> None:

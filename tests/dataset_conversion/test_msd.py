@@ -16,6 +16,7 @@ from nnunet_confkd.cli import main
 
 NAMES = [f"prostate_{k:02d}" for k in (0, 1, 2, 4, 6, 7, 10, 13, 14, 16)]
 TESTS = ["prostate_03", "prostate_05"]
+# for nnU-Net's processes, which take seconds to start
 THREADS = SimpleNamespace(get_context=lambda method: SimpleNamespace(Pool=ThreadPool))
 
 

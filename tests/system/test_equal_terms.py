@@ -43,7 +43,7 @@ def write_run(folder: Path, row: str, seed: int, dice: float) -> None:
         for metric, value in (("dice", value), ("hd95_mm", 10.0))}
     cases = {f"patient{i:03}_frame01": {"student": {"1": of_class, "entropy": 0.1}} for i in range(3)}
     (folder / f"{row}_M3_s{seed}.json").write_text(json.dumps(
-        {"spec": {"name": row, "row": {"title": row.upper()}}, "cases": cases}))
+        {"spec": {"name": row, "full": 3, "seed": seed, "row": {"title": row.upper()}}, "cases": cases}))
 
 
 def test_the_report_pairs_draws_and_seeds(module, tmp_path):
