@@ -6,7 +6,7 @@ drawn, where a patch of a partially annotated image lies, and which label the pa
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 import torch
@@ -169,7 +169,7 @@ class StratifiedLoader(nnUNetDataLoader):
         unlabelled_share: Share of unlabelled images among the others, but at most their share of the cases.
         offset: The rank. It shifts the turns of the strata, so that ranks and workers do not all have the same one at
             the same time.
-        complete: Gets each batch and returns it, for example with more entries.
+        complete: Each of these gets a batch in turn and returns it, for example with more entries.
         transforms: nnU-Net's transforms.
         kwargs: Further arguments of nnU-Net's loader.
 
@@ -178,7 +178,7 @@ class StratifiedLoader(nnUNetDataLoader):
     """
 
     def __init__(self, data, *args, kinds: dict[str, str], full_share: float, unlabelled_share: float = 1.0,
-                 offset: int = 0, complete: Callable[[dict], dict] | None = None, transforms=None, **kwargs):
+                 offset: int = 0, complete: Sequence[Callable[[dict], dict]] = (), transforms=None, **kwargs):
         # nnU-Net's loader does not tell the transforms the stratum, which they need: they are applied here.
         super().__init__(data, *args, transforms=None, **kwargs)
         self.strata = {kind: [case for case in data.identifiers if kinds[case] == kind] for kind in KINDS}
@@ -260,7 +260,9 @@ class StratifiedLoader(nnUNetDataLoader):
         batch = {**raw, "num_full": self.numbers[FULL]}
         if self.sample_transforms is not None:
             batch |= self._transformed(raw["data"], raw["target"])
-        return self.complete(batch) if self.complete else batch
+        for complete in self.complete:
+            batch = complete(batch)
+        return batch
 
     def _transformed(self, data: torch.Tensor, target: torch.Tensor) -> dict:
         """Apply the transforms to each sample, with the rule of its stratum for the padding."""

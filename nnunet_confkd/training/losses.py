@@ -5,7 +5,8 @@
 | term  | branch  | images                                  | formula                                           |
 |-------|---------|-----------------------------------------|---------------------------------------------------|
 | L_s   | teacher | fully annotated                         | supervised loss over all voxels                   |
-| L_w   | student | all                                     | supervised loss over the annotated voxels         |
+| L_w   | student | all                                     | supervised loss over the annotated voxels, with   |
+|       |         |                                         | the class-prior correction (class_prior.py)       |
 | L_kd  | student | all (or the fully annotated, or others) | mean over voxels of KL(p_teacher || p_student)    |
 | L_ent | student | partially annotated and unlabelled      | mean over voxels of the entropy H(p_student)      |
 
@@ -150,6 +151,14 @@ def _zero_with_graph(tensor: Tensor) -> Tensor:
     return tensor.flatten()[:0].float().sum()
 
 
+def _shifted(logits: Tensor, num_full: int, shift: Tensor | None) -> Tensor:
+    """Add a constant for each class, `(C,)`, to the logits of the images that are not fully annotated."""
+    if shift is None or num_full == len(logits):
+        return logits
+    shift = shift.view(1, -1, *[1] * (logits.ndim - 2))
+    return torch.cat((logits[:num_full], logits[num_full:] + shift))
+
+
 def _mean(values: Tensor) -> Tensor:
     """Mean over all voxels, `(B, *spatial)` -> scalar; zero, with a graph, if there is no image."""
     return values.mean() if values.numel() else _zero_with_graph(values)
@@ -264,8 +273,8 @@ class ConfKDLoss(nn.Module):
         """Whether the batch is that of one rank of several."""
         return getattr(self.supervised, "ddp", False)
 
-    def forward(self, student, teacher, target, num_full: int,
-                kl_ramp: float = 1.0) -> tuple[Tensor, dict[str, Tensor]]:
+    def forward(self, student, teacher, target, num_full: int, kl_ramp: float = 1.0,
+                prior_shift: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
         """Compute the loss of a batch.
 
         Args:
@@ -275,6 +284,8 @@ class ConfKDLoss(nn.Module):
             target: Label maps `(B, 1, *spatial)` or regions `(B, C + 1, *spatial)`, likewise.
             num_full: Number of fully annotated images.
             kl_ramp: Factor of the KL's weight at this time of the training. With 0 the KL is not computed.
+            prior_shift: The class-prior correction `(C,)`, which L_w adds to the student's logits of images that are
+                not fully annotated (see :mod:`nnunet_confkd.training.class_prior`). None: no correction.
 
         Returns:
             The scalar to minimise, and the unweighted terms by name, detached scalars.
@@ -297,7 +308,8 @@ class ConfKDLoss(nn.Module):
         for i, resolution_weight in enumerate(self.resolution_weights):
             if resolution_weight == 0:
                 continue
-            supervised = self._supervised_terms(student[i], teacher[i], target[i], num_full, weights)
+            supervised = self._supervised_terms(_shifted(student[i], num_full, prior_shift), teacher[i], target[i],
+                                                num_full, weights)
             extra = {}
             if i == 0 or self.extra_resolutions == "all":
                 extra = self._extra_terms(student[i], teacher[i], num_full, weights, rank_factor)

@@ -71,6 +71,10 @@ class Settings:
     extra_resolutions: str = _setting("losses", "highest", ("highest", "all"),
                                       "resolutions of the KL and the entropy: the highest, or all supervised ones")
 
+    prior_correction: float = _setting("losses", 1.0, SHARES,
+                                       "strength of the class-prior correction of L_w: 0 means that the annotated "
+                                       "voxels of an image are taken for a fair sample of its voxels")
+
     teacher_hints: bool = _setting("hints", True, (),
                                    "whether the teacher also sees annotated voxels, if the KL acts on images that are "
                                    "not fully annotated: real annotations on partially annotated images, simulated "

@@ -41,6 +41,7 @@ from nnunet_confkd.errors import InputError, TrainingError
 from nnunet_confkd.files import written_whole
 from nnunet_confkd.processes import terminable
 from nnunet_confkd.training.batches import StratifiedLoader, TrainingCases, label_padding, set_seed, start_augmenter
+from nnunet_confkd.training.class_prior import ClassPrior
 from nnunet_confkd.training.checks import check_fold, check_plans, edited_after_planning, has_begun, warnings_of_split
 from nnunet_confkd.training.curves import CURVES, plot_curves
 from nnunet_confkd.training.hints import HintSampler, hint_channels
@@ -247,6 +248,11 @@ class ConfKDTrainer(nnUNetTrainer):
         return HintSampler(self.label_manager.ignore_label, self.label_manager.has_regions,
                            image_channels=len(channels), **options)
 
+    def _class_prior(self) -> ClassPrior:
+        labels = self.label_manager
+        return ClassPrior(labels.num_segmentation_heads, labels.ignore_label, labels.has_regions,
+                          self.settings.prior_correction)
+
     @cached_property
     def validation_hints(self) -> HintSampler | None:
         """A sampler that has seen partially annotated training cases of this fold; it simulates annotations of the
@@ -285,12 +291,17 @@ class ConfKDTrainer(nnUNetTrainer):
             self.get_validation_transforms(deep_supervision_scales, **self._label_options))
 
         dataset_tr, dataset_val = self.get_tr_and_val_datasets()
-        has_hints = self.settings.uses_hints and any(self.kinds[case] == PARTIAL for case in dataset_tr.identifiers)
+        complete: list = []
+        if any(self.kinds[case] == PARTIAL for case in dataset_tr.identifiers):
+            if self.settings.uses_hints:
+                complete.append(self._hint_sampler())
+            if self.settings.prior_correction:
+                complete.append(self._class_prior())
         dl_tr = self._loader(dataset_tr, self.batch_size, initial_patch_size, tr_transforms, offset=self.local_rank,
-                             complete=self._hint_sampler() if has_hints else None)
+                             complete=complete)
         if all(self.kinds[case] == FULL for case in dataset_val.identifiers):
-            dl_val = self._loader(dataset_val, self.batch_size, patch_size, val_transforms,
-                                  complete=deepcopy(self.validation_hints))
+            hints = [deepcopy(self.validation_hints)] if self.validation_hints else []
+            dl_val = self._loader(dataset_val, self.batch_size, patch_size, val_transforms, complete=hints)
         else:
             dl_val = self._loader(dataset_val, self.batch_size, patch_size, val_transforms, nnUNetDataLoader)
 
@@ -324,7 +335,9 @@ class ConfKDTrainer(nnUNetTrainer):
         with self._autocast():
             student, teacher = self._forward(data, num_full, hints=self._hints(batch, highest_target),
                                              teach_all=self.settings.kl_on_non_full and kl_ramp > 0)
-            loss, terms = self.loss(student, teacher, target, num_full, kl_ramp)
+            shift = batch.get("prior_shift")
+            loss, terms = self.loss(student, teacher, target, num_full, kl_ramp,
+                                    None if shift is None else shift.to(self.device, non_blocking=True))
         gradient = self._update_weights(loss)
 
         highest = student[0] if self.enable_deep_supervision else student

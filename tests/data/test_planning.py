@@ -503,7 +503,7 @@ def test_completion_shows_the_teacher_what_training_would_show_it(mixed):
             kinds=kinds,
             full_share=0.5,
             transforms=transforms,
-            complete=HintSampler(IGNORE),
+            complete=[HintSampler(IGNORE)],
         )
         batch = next(loader)
         assert list(batch["keys"]) == ["c00", case]

@@ -147,7 +147,7 @@ def test_without_an_ignore_label_no_place_of_annotated_voxels_is_asked_for():
 
 
 def test_a_batch_is_completed_when_all_else_is_in_it():
-    batch = next(loader(4, complete=lambda batch: {**batch, "seen": set(batch)}))
+    batch = next(loader(4, complete=[lambda batch: {**batch, "seen": set(batch)}]))
     assert batch["seen"] == {"data", "target", "keys", "num_full"} and batch["num_full"] == 2
 
 
