@@ -212,6 +212,26 @@ def _require_trainer(name: str) -> None:
                          f"({os.environ.get('nnUNet_extTrainer', '')})") from error
 
 
+def _network_to_train(args: argparse.Namespace):
+    """Build the network that a training would start with."""
+    from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
+    from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
+    from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+
+    from nnunet_confkd.data.json_files import read_description, read_plans
+
+    folder = Path(os.environ["nnUNet_preprocessed"]) / _dataset_name(args.dataset_name_or_id)
+    description = read_description(folder / "dataset.json")
+    plans = PlansManager(read_plans(folder / f"{args.p}.json"))
+    configuration = plans.get_configuration(args.configuration)
+    trainer = recursive_find_trainer_class_by_name(args.tr)
+    configuration.configuration["confkd"] = (configuration.configuration.get("confkd", {})
+                                             | getattr(trainer, "fixed_settings", {}))
+    return trainer.build_network_architecture(
+        plans, configuration, determine_num_input_channels(plans, configuration, description),
+        plans.get_label_manager(description).num_segmentation_heads)
+
+
 # ---- before a prediction --------------------------------------------------------------------------------------------
 
 def check_model(args: argparse.Namespace) -> Path:
@@ -320,7 +340,8 @@ def train(argv: list[str]) -> None:
     with contextlib.ExitStack() as stack:
         stack.enter_context(no_leftovers(output))
         if args.pretrained_weights is not None:
-            weights = stack.enter_context(pretrained_for_both_branches(args.pretrained_weights))
+            weights = stack.enter_context(pretrained_for_both_branches(args.pretrained_weights,
+                                                                       lambda: _network_to_train(args)))
             argv = with_options(argv, "-pretrained_weights", weights)
         run_as(run_training_entry, name, argv)
 

@@ -331,7 +331,8 @@ def own_hippocampus(nnunet, hippocampus, tmp_path) -> Workspace:
 @pytest.fixture(scope="session")
 def hippocampus_model(nnunet, hippocampus) -> Path:
     """The folder of a ConfKD model that was trained on it for one short epoch, and validated with probabilities."""
-    nnunet.configure(HIPPOCAMPUS, "2d_export", "2d", {"epochs": 1, "iterations_per_epoch": 5, "seed": 3})
+    nnunet.configure(HIPPOCAMPUS, "2d_export", "2d", {"epochs": 1, "iterations_per_epoch": 5, "seed": 3,
+                                                      "teacher_width": 1})  # so that the teacher can be exported
     nnunet.train(HIPPOCAMPUS, "2d_export", export_validation_probabilities=True)
     return nnunet.model(HIPPOCAMPUS, "2d_export")
 

@@ -364,7 +364,7 @@ def test_pretrained_weights_are_found_however_they_are_given(handed, hippocampus
     seen = []
 
     @nnunet_commands.contextmanager
-    def adapted(file):
+    def adapted(file, build):
         seen.append(file)
         yield "adapted.pth"
 

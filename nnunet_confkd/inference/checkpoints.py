@@ -4,16 +4,17 @@ from __future__ import annotations
 import pickle
 import re
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import torch
+from torch.nn import Module
 from torch.serialization import safe_globals
 
 from nnunet_confkd.errors import InputError
-from nnunet_confkd.training.network import add_teacher, has_teacher
+from nnunet_confkd.training.network import TEACHER_PREFIX, add_teacher, has_narrow_teacher, has_teacher
 
 # Besides tensors, numbers and text, nnU-Net's checkpoints hold single NumPy numbers, in the curves. NumPy 1 and NumPy 2
 # use different names for the function that makes them.
@@ -61,29 +62,34 @@ def require_teacher(path: str | Path, checkpoint: dict, option: str) -> None:
 
 
 @contextmanager
-def pretrained_for_both_branches(path: str | Path) -> Iterator[str]:
+def pretrained_for_both_branches(path: str | Path, build: Callable[[], Module]) -> Iterator[str]:
     """Yield a checkpoint from which `-pretrained_weights` can start ConfKDTrainer.
 
-    A ConfKD checkpoint is yielded as it is. For a stock checkpoint, an adapted copy in a temporary folder is yielded,
-    in which both branches have the weights of its decoder. (nnU-Net itself leaves out the segmentation layers.)
+    A ConfKD checkpoint with the same teacher is yielded as it is. Else an adapted copy in a temporary folder is
+    yielded. In it a teacher of the student's width starts from the stock decoder, and a narrow one as initialised.
+    (nnU-Net itself leaves out the segmentation layers.)
 
     Args:
         path: The checkpoint.
+        build: Builds the network that is to be trained.
 
     Raises:
         InputError: It is no checkpoint of a U-Net.
     """
-    checkpoint = load_checkpoint(path)
-    weights = checkpoint["network_weights"]
-    if has_teacher(weights):
-        yield str(path)
-        return
+    weights = load_checkpoint(path)["network_weights"]
     if not any(name.startswith("decoder.") for name in weights):
         raise InputError(f"{path}: has no 'decoder.*' weights, so it is no U-Net that ConfKDTrainer could start from")
+    teacher = {name: w for name, w in build().state_dict().items() if name.startswith(TEACHER_PREFIX)}
+    found = {name: w.shape for name, w in weights.items() if name.startswith(TEACHER_PREFIX)}
+    if all(found.get(name) == w.shape for name, w in teacher.items() if ".seg_layers." not in name):
+        yield str(path)
+        return
+    stock = {name: w for name, w in weights.items() if not name.startswith(TEACHER_PREFIX)}
     with tempfile.TemporaryDirectory(prefix="confkd_") as folder:
         adapted = Path(folder) / Path(path).name
-        torch.save({"network_weights": add_teacher(weights)}, adapted)
-        print(f"{path} is a stock nnU-Net checkpoint: its decoder starts both branches.")
+        torch.save({"network_weights": add_teacher(stock, teacher)}, adapted)
+        print(f"{path} has no teacher of this network: its decoder starts "
+              + ("the student. The narrower teacher starts anew." if has_narrow_teacher(teacher) else "both branches."))
         yield str(adapted)
 
 

@@ -24,7 +24,7 @@ from nnunet_confkd.data.supervision import KINDS, TABLE_KEY
 from nnunet_confkd.errors import InputError
 from nnunet_confkd.files import new_folder, write_json
 from nnunet_confkd.inference.checkpoints import fold_folders, load_checkpoint
-from nnunet_confkd.training.network import branch_weights, has_teacher
+from nnunet_confkd.training.network import branch_weights, has_narrow_teacher, has_teacher
 from nnunet_confkd.training.validation import VALIDATION_FOLDERS
 
 ORIGIN_FILE = "confkd_export.json"
@@ -49,14 +49,15 @@ def export(model: str | Path, output: str | Path | None = None, branch: str = "s
         The new folder.
 
     Raises:
-        InputError: There is no such model, a checkpoint has no teacher, or the folder or the plans exist already.
+        InputError: There is no such model, a checkpoint has no teacher or a narrow one that is to be exported, or the
+            folder or the plans exist already.
     """
     model = Path(model)
     folds = fold_folders(model)
     plans, dataset_json = read_plans(model / "plans.json"), read_description(model / "dataset.json")
     first = min(folds[0].glob("checkpoint_*.pth"))
     checkpoint = load_checkpoint(first)
-    _require_teacher(first, checkpoint)
+    _require_branch(first, checkpoint, branch)
     configuration, trainer = checkpoint["init_args"]["configuration"], checkpoint["trainer_name"]
     if configuration not in plans["configurations"]:
         raise InputError(f"{first}: is of the configuration {configuration}, which {model / 'plans.json'} does not "
@@ -110,11 +111,16 @@ def _targets(output: str | Path | None, install: bool, plans: dict, configuratio
     return output, plans_file
 
 
-def _require_teacher(path: Path, checkpoint: dict) -> None:
+def _require_branch(path: Path, checkpoint: dict, branch: str) -> None:
+    """Raise InputError unless a stock network can hold this branch."""
     if not has_teacher(checkpoint["network_weights"]):
         raise InputError(
             f"{path}: was written by {checkpoint.get('trainer_name', 'another trainer')} and holds no teacher "
             f"('teacher_decoder.*'), so it is no two-branch ConfKD model. There is nothing to choose from in it.")
+    if branch == "teacher" and has_narrow_teacher(checkpoint["network_weights"]):
+        raise InputError(
+            f"{path}: its teacher is narrower than the student, so no stock network can hold it. Use it with "
+            f"`confkd predict --branch teacher`, or train with \"teacher_width\": 1 in the confkd block of the plans.")
 
 
 def _stock_plans(plans: dict, trainer: str, branch: str) -> dict:
@@ -138,7 +144,7 @@ def _stock_network(plans: dict, dataset_json: dict, configuration: str) -> torch
 def _stock_checkpoint(path: Path, network: torch.nn.Module, branch: str, plans: dict, dataset_json: dict) -> dict:
     """Return a checkpoint of nnU-Net's built-in trainer with one branch's weights and optimiser state."""
     checkpoint = load_checkpoint(path)
-    _require_teacher(path, checkpoint)
+    _require_branch(path, checkpoint, branch)
     weights = branch_weights(checkpoint["network_weights"], branch)
     try:
         network.load_state_dict(weights)

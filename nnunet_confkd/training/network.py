@@ -5,7 +5,7 @@ The decoder that nnU-Net built becomes the *student* and keeps its name, so that
 """
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from copy import deepcopy
@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 from torch import Tensor, nn
 from torch._dynamo import OptimizedModule
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -50,13 +51,14 @@ def predicting(branch: str) -> Iterator[None]:
 class TwoBranchUNet(nn.Module):
     """A U-Net of nnU-Net's plans with a second decoder, the teacher's, on the same encoder.
 
-    The teacher has the decoder's shape, an initialisation of its own and an additional input, its hints (see
-    :class:`Hints`). It holds no reference to the encoder, so that the encoder is stored as often as in the stock
-    network.
+    The teacher has an initialisation of its own and an additional input, its hints (see :class:`Hints`). It
+    holds no reference to the encoder, so that the encoder is stored as often as in the stock network.
 
     Args:
         unet: A network with the children `encoder` (input -> list of skips) and `decoder` (skips -> logits, or a list
             of logits, highest resolution first, if `decoder.deep_supervision` is set), and no others.
+        narrow: A network of the same plans with fewer features. Its decoder becomes the teacher, which costs less time
+            and memory. None: the teacher has the shape of the student.
 
     Raises:
         InputError: The network has other parts. The text names its architecture.
@@ -66,13 +68,14 @@ class TwoBranchUNet(nn.Module):
     decoder: Any  # modules with the attributes of a UNetDecoder
     teacher_decoder: Any
 
-    def __init__(self, unet):
+    def __init__(self, unet, narrow=None):
         super().__init__()
-        _check_unet(unet)
+        check_unet(unet)
         self.encoder = unet.encoder
         self.decoder = unet.decoder
+        channels = (narrow or unet).encoder.output_channels
         # A decoder holds a reference to the encoder. The memo keeps the copy from copying it.
-        self.teacher_decoder = deepcopy(unet.decoder, {id(unet.encoder): unet.encoder})
+        self.teacher_decoder = narrow.decoder if narrow else deepcopy(unet.decoder, {id(unet.encoder): unet.encoder})
         if hasattr(self.teacher_decoder, "encoder"):
             del self.teacher_decoder.encoder
         for module in self.teacher_decoder.modules():
@@ -80,7 +83,11 @@ class TwoBranchUNet(nn.Module):
                 module.reset_parameters()
         if hasattr(unet, "initialize"):
             self.teacher_decoder.apply(unet.initialize)
-        self.teacher_decoder.hints = Hints(unet.encoder, unet.decoder.num_classes)
+        convolution = unet.encoder.conv_op
+        # A narrow teacher gets linear combinations of the encoder's features.
+        self.teacher_decoder.narrowing = nn.ModuleList(convolution(many, few, 1) for many, few in zip(
+            unet.encoder.output_channels, channels) if narrow)
+        self.teacher_decoder.hints = Hints(convolution, channels, unet.decoder.num_classes)
         self.batch_norms = [module for module in self.teacher_decoder.modules()
                             if isinstance(module, _BatchNorm) and module.track_running_stats]
         self.branch = _predicted_branch.get()
@@ -151,10 +158,14 @@ class TwoBranchUNet(nn.Module):
         return [torch.cat(pair) for pair in zip(teacher, others)]
 
     def _teach(self, skips: list[Tensor], hints: Tensor | None):
-        return self.teacher_decoder(skips if hints is None else self.teacher_decoder.hints(skips, hints))
+        teacher = self.teacher_decoder
+        if teacher.narrowing:
+            skips = [layer(skip) for layer, skip in zip(teacher.narrowing, skips)]
+        return teacher(skips if hints is None else teacher.hints(skips, hints))
 
 
-def _check_unet(unet) -> None:
+def check_unet(unet):
+    """Return a network of one encoder and one decoder as it is; raise InputError for any other."""
     children = set(dict(unet.named_children()))
     if children != {"encoder", "decoder"} or not (
             hasattr(unet.decoder, "deep_supervision") and hasattr(unet.decoder, "num_classes")
@@ -163,6 +174,28 @@ def _check_unet(unet) -> None:
             f"the plans ask for the architecture {type(unet).__module__}.{type(unet).__name__}, which is not a U-Net "
             f"of one encoder and one decoder (its parts: {sorted(children)}). ConfKDTrainer needs PlainConvUNet, "
             f"ResidualEncoderUNet or a network built like them: choose other plans, or another trainer.")
+    return unet
+
+
+def narrower(configuration: ConfigurationManager, width: float) -> ConfigurationManager:
+    """Return a configuration whose network has fewer features.
+
+    Args:
+        configuration: nnU-Net's, which stays as it is.
+        width: Factor of the number of features at each resolution.
+
+    Raises:
+        InputError: Its architecture has no list of features. The text names the architecture.
+    """
+    content = deepcopy(configuration.configuration)
+    architecture = content["architecture"]
+    features = architecture["arch_kwargs"].get("features_per_stage")
+    if not isinstance(features, list):
+        raise InputError(f"the architecture {architecture['network_class_name']} has no list features_per_stage, so "
+                         f"the teacher cannot be narrower than the student: set \"teacher_width\": 1 in the confkd "
+                         f"block of the plans")
+    architecture["arch_kwargs"]["features_per_stage"] = [max(1, round(number * width)) for number in features]
+    return ConfigurationManager(content)
 
 
 @contextmanager
@@ -178,7 +211,7 @@ def _unchanged(batch_norms: list[_BatchNorm]) -> Iterator[None]:
 
 
 class Hints(nn.Module):
-    """Adds the hints to the features that the encoder hands to the teacher.
+    """Adds the hints to the features that the teacher gets.
 
     At each resolution a learnt vector for each class is added wherever a voxel is annotated. Without hints nothing is
     added: the teacher is a stock decoder.
@@ -187,24 +220,24 @@ class Hints(nn.Module):
     leaves them out.
 
     Args:
-        encoder: The encoder.
+        convolution: `nn.Conv2d` or `nn.Conv3d`.
+        channels: Number of channels of the features at each resolution.
         num_heads: Number of output channels.
     """
 
-    def __init__(self, encoder, num_heads: int):
+    def __init__(self, convolution: type[nn.Module], channels: Sequence[int], num_heads: int):
         super().__init__()
-        self.seg_layers = nn.ModuleList(encoder.conv_op(num_heads + 1, channels, 1, bias=False)
-                                        for channels in encoder.output_channels)
+        self.seg_layers = nn.ModuleList(convolution(num_heads + 1, number, 1, bias=False) for number in channels)
 
     def forward(self, skips: list[Tensor], hints: Tensor) -> list[Tensor]:
-        """Add the hints to the encoder's skips.
+        """Add the hints to the features.
 
         Args:
-            skips: `(B, channels, *spatial)` each, highest resolution first.
+            skips: The features, `(B, channels, *spatial)` each, highest resolution first.
             hints: `(B, heads + 1, *spatial)`, see :func:`nnunet_confkd.training.hints.hint_channels`.
 
         Returns:
-            The skips with hints. At a lower resolution a voxel has a hint if any voxel that it covers has it.
+            The features with hints. At a lower resolution a voxel has a hint if any voxel that it covers has it.
         """
         # Adaptive pooling of volumes has no kernel on Apple's MPS.
         pool = F.max_pool2d if hints.ndim == 4 else F.max_pool3d
@@ -249,7 +282,8 @@ def branch_weights(weights: dict[str, Tensor], branch: str) -> dict[str, Tensor]
         A stock state dict.
 
     Raises:
-        ValueError: The state dict has no teacher, or there is no such branch.
+        ValueError: The state dict has no teacher, there is no such branch, or the teacher is narrower than the student:
+            no stock network has such a decoder on this encoder.
     """
     if not has_teacher(weights):
         raise ValueError(f"these weights hold no teacher (no '{TEACHER_PREFIX}*')")
@@ -258,12 +292,27 @@ def branch_weights(weights: dict[str, Tensor], branch: str) -> dict[str, Tensor]
         return stock
     if branch != "teacher":
         raise ValueError(f"branch must be 'student' or 'teacher', got {branch!r}")
+    if has_narrow_teacher(weights):
+        raise ValueError("the teacher is narrower than the student, so no stock network can hold it")
     return {name: weights.get(name.replace("decoder.", TEACHER_PREFIX, 1) if name.startswith("decoder.") else name, w)
             for name, w in stock.items()}
 
 
-def add_teacher(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Copy the decoder of a stock state dict as the teacher's, so that both branches start from it."""
-    teacher = {TEACHER_PREFIX + name.removeprefix("decoder."): w for name, w in weights.items()
-               if name.startswith("decoder.") and not name.startswith("decoder.encoder.")}
+def has_narrow_teacher(weights: dict) -> bool:
+    """Whether the teacher of a state dict has fewer features than the student."""
+    return any(name.startswith(f"{TEACHER_PREFIX}narrowing.") for name in weights)
+
+
+def add_teacher(weights: dict[str, Tensor], teacher: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Add a teacher to a stock state dict. A teacher of the student's width starts from the stock decoder.
+
+    Args:
+        weights: The stock state dict.
+        teacher: The weights of a teacher as it was initialised, `teacher_decoder.*`.
+
+    Returns:
+        A two-branch state dict.
+    """
+    if not has_narrow_teacher(teacher):
+        teacher = {name: weights.get(name.removeprefix("teacher_"), initial) for name, initial in teacher.items()}
     return {**weights, **teacher}

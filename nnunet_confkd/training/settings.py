@@ -19,6 +19,9 @@ REMOVED: dict[str, Any] = {
     "kl_detach_teacher": True, "kl_temperature": 1.0, "kl_softmax_twice": False, "entropy_images": "partial",
     "entropy_ramp_start": 0.0, "entropy_ramp_end": 0.0}
 
+# Settings since version 0.2, and what earlier trainings did. A model of theirs still loads.
+ADDED: dict[str, Any] = {"prior_correction": 0.0, "teacher_width": 1.0}
+
 
 def without_removed(block: Mapping[str, Any]) -> dict[str, Any]:
     """Leave out the settings of earlier versions that have the value which the method has kept.
@@ -72,10 +75,12 @@ class Settings:
                                       "resolutions of the KL and the entropy: the highest, or all supervised ones")
 
     prior_correction: float = _setting("losses", 1.0, SHARES,
-                                       "strength of the class-prior correction of L_w: 0 means that the annotated "
-                                       "voxels of an image are taken for a fair sample of its voxels")
+                                       "strength of the class-prior correction of L_w; with 0 the annotated voxels of "
+                                       "an image count as a fair sample of its voxels")
 
-    teacher_hints: bool = _setting("hints", True, (),
+    teacher_width: float = _setting("teacher", 0.5, (0.05, 1), "features of the teacher's decoder, as a share of the "
+                                    "student's; a narrow teacher costs less time and memory")
+    teacher_hints: bool = _setting("teacher", True, (),
                                    "whether the teacher also sees annotated voxels, if the KL acts on images that are "
                                    "not fully annotated: real annotations on partially annotated images, simulated "
                                    "ones on fully annotated images")
@@ -123,6 +128,8 @@ class Settings:
             if not isinstance(block, dict):
                 raise InputError(f"confkd: the block of settings must be an object of keys and values, got "
                                  f"{shown(block, repr)}")
+            if set(known) - set(ADDED) <= set(block):  # a training wrote it, and not a user
+                block = ADDED | block
             merged.update(block)
         merged = without_removed(merged)
         if removed := [key for key in merged if key in REMOVED]:

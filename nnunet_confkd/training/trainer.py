@@ -41,12 +41,12 @@ from nnunet_confkd.errors import InputError, TrainingError
 from nnunet_confkd.files import written_whole
 from nnunet_confkd.processes import terminable
 from nnunet_confkd.training.batches import StratifiedLoader, TrainingCases, label_padding, set_seed, start_augmenter
-from nnunet_confkd.training.class_prior import ClassPrior
 from nnunet_confkd.training.checks import check_fold, check_plans, edited_after_planning, has_begun, warnings_of_split
+from nnunet_confkd.training.class_prior import ClassPrior
 from nnunet_confkd.training.curves import CURVES, plot_curves
 from nnunet_confkd.training.hints import HintSampler, hint_channels
 from nnunet_confkd.training.losses import TERMS, ConfKDLoss, PartialSupervision, annotated_voxels, confidence
-from nnunet_confkd.training.network import TwoBranchUNet, unwrap
+from nnunet_confkd.training.network import TwoBranchUNet, check_unet, narrower, unwrap
 from nnunet_confkd.training.pseudo_dice import COUNTS, dice, hard_counts
 from nnunet_confkd.training.ranks import first_rank_first, gather
 from nnunet_confkd.training.record import write_record
@@ -92,6 +92,7 @@ class ConfKDTrainer(nnUNetTrainer):
             self.num_val_iterations_per_epoch = max(1, self.num_iterations_per_epoch // 5)  # nnU-Net's share
         # The plans travel with the model, and the settings that it was trained with travel in them.
         self.plans_manager.plans["configurations"][configuration]["confkd"] = self.settings.as_dict()
+        self.configuration_manager.configuration["confkd"] = self.settings.as_dict()
         if edited:
             self.print_to_log_file(f"WARNING: {edited}. This training has begun and goes on with the second.")
         self.kinds: dict[str, str] | None = None  # -> find_supervision
@@ -110,8 +111,14 @@ class ConfKDTrainer(nnUNetTrainer):
     @staticmethod
     def build_network_architecture(plans_manager, configuration_manager, num_input_channels, num_output_channels,
                                    enable_deep_supervision=True):
-        return TwoBranchUNet(nnUNetTrainer.build_network_architecture(
-            plans_manager, configuration_manager, num_input_channels, num_output_channels, enable_deep_supervision))
+        def build(configuration):
+            return nnUNetTrainer.build_network_architecture(
+                plans_manager, configuration, num_input_channels, num_output_channels, enable_deep_supervision)
+
+        # nnU-Net hands over the plans, and not the trainer: __init__ has put the settings into them.
+        width = Settings.from_blocks(configuration_manager.configuration.get("confkd", {})).teacher_width
+        unet = check_unet(build(configuration_manager))
+        return TwoBranchUNet(unet, build(narrower(configuration_manager, width)) if width < 1 else None)
 
     @property
     def two_branches(self) -> bool:

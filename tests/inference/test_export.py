@@ -274,7 +274,7 @@ def test_stock_pretrained_weights_start_both_branches(nnunet, hippocampus_model,
     trainer.initialize()
     with pytest.raises(AssertionError, match="teacher_decoder"):
         load_pretrained_weights(trainer.network, str(stock_file))
-    with pretrained_for_both_branches(stock_file) as adapted:
+    with pretrained_for_both_branches(stock_file, lambda: trainer.network) as adapted:
         load_pretrained_weights(trainer.network, adapted)
     source = torch.load(stock_file, weights_only=False)["network_weights"]["decoder.stages.0.convs.0.conv.weight"]
     for decoder in (trainer.network.decoder, trainer.network.teacher_decoder):
@@ -282,9 +282,38 @@ def test_stock_pretrained_weights_start_both_branches(nnunet, hippocampus_model,
     assert not os.path.exists(adapted) and stock_file.is_file()
 
 
+def test_a_narrow_teacher_starts_anew_beside_stock_pretrained_weights(nnunet, hippocampus_model, tmp_path, capsys):
+    from nnunetv2.run.load_pretrained_weights import load_pretrained_weights
+    confkd_file = hippocampus_model / "fold_0" / "checkpoint_final.pth"
+    trainer = nnunet.trainer(HIPPOCAMPUS, nnunet.configure(HIPPOCAMPUS, "2d_narrow", "2d", {"teacher_width": 0.5}))
+    trainer.initialize()
+    initial = trainer.network.teacher_decoder.stages[0].convs[0].conv.weight.clone()
+    with pretrained_for_both_branches(confkd_file, lambda: trainer.network) as adapted:
+        load_pretrained_weights(trainer.network, adapted)
+    assert "has no teacher of this network" in capsys.readouterr().out and adapted != str(confkd_file)
+    source = torch.load(confkd_file, weights_only=False)["network_weights"]["decoder.stages.0.convs.0.conv.weight"]
+    assert torch.equal(trainer.network.decoder.stages[0].convs[0].conv.weight, source)
+    assert torch.equal(trainer.network.teacher_decoder.stages[0].convs[0].conv.weight, initial)
+
+
+def test_a_narrow_teacher_is_not_exported(nnunet, hippocampus_model, tmp_path):
+    """No stock network has such a decoder. The student of the same model is exported."""
+    model = tmp_path / "model"
+    shutil.copytree(hippocampus_model, model)
+    for file in (model / "fold_0").glob("checkpoint_*.pth"):
+        checkpoint = torch.load(file, weights_only=False)
+        checkpoint["network_weights"]["teacher_decoder.narrowing.0.weight"] = torch.zeros(1)
+        torch.save(checkpoint, file)
+    with pytest.raises(InputError, match='checkpoint_best.pth: its teacher is narrower.*"teacher_width": 1'):
+        export(model, tmp_path / "teacher", branch="teacher")
+    assert not (tmp_path / "teacher").exists()
+    export(model, tmp_path / "student")
+
+
 def test_confkd_train_takes_stock_weights(nnunet, hippocampus_model, tmp_path, capsys, monkeypatch):
     stock_file = export(hippocampus_model, tmp_path / "stock") / "fold_0" / "checkpoint_final.pth"
-    configuration = nnunet.configure(HIPPOCAMPUS, "2d_pretrained", "2d", {"epochs": 1, "iterations_per_epoch": 1})
+    configuration = nnunet.configure(HIPPOCAMPUS, "2d_pretrained", "2d", {"epochs": 1, "iterations_per_epoch": 1,
+                                                                             "teacher_width": 1})
     monkeypatch.setattr(ConfKDTrainer, "perform_actual_validation", lambda *_: None)  # it takes time
     assert cli.main(["train", "4", configuration, "0", "-device", "cpu", "-pretrained_weights", str(stock_file)]) == 0
     assert "its decoder starts both branches" in capsys.readouterr().out

@@ -9,12 +9,23 @@ import pytest
 import torch
 from dynamic_network_architectures.architectures.primus import Primus
 from dynamic_network_architectures.architectures.unet import PlainConvUNet, ResidualEncoderUNet, ResidualUNet
+from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from nnunet_confkd.errors import InputError
-from nnunet_confkd.training.network import TwoBranchUNet, add_teacher, branch_weights, has_teacher, predicting, unwrap
+from nnunet_confkd.training.network import (
+    TEACHER_PREFIX,
+    TwoBranchUNet,
+    add_teacher,
+    branch_weights,
+    has_narrow_teacher,
+    has_teacher,
+    narrower,
+    predicting,
+    unwrap,
+)
 
 CLASSES = 3
 BATCH = 3
@@ -28,12 +39,12 @@ deep_or_not = pytest.mark.parametrize("deep_supervision", (True, False), ids=("d
 
 
 def stock(architecture=PlainConvUNet, ndim: int = 2, stages: int = 3, deep_supervision: bool = True, seed: int = 0,
-          classes: int = CLASSES):
+          classes: int = CLASSES, features: tuple[int, ...] = (8, 12, 16, 16)):
     """A tiny network, built and initialised as nnU-Net's get_network_from_plans does."""
     torch.manual_seed(seed)
     blocks = "n_conv_per_stage" if architecture is PlainConvUNet else "n_blocks_per_stage"
     network = architecture(
-        input_channels=1, n_stages=stages, features_per_stage=[8, 12, 16, 16][:stages],
+        input_channels=1, n_stages=stages, features_per_stage=list(features[:stages]),
         conv_op={2: nn.Conv2d, 3: nn.Conv3d}[ndim], kernel_sizes=3, strides=[1, 2, 2, 2][:stages], num_classes=classes,
         n_conv_per_stage_decoder=1, conv_bias=True, norm_op={2: nn.InstanceNorm2d, 3: nn.InstanceNorm3d}[ndim],
         norm_op_kwargs={"eps": 1e-5, "affine": True}, nonlin=nn.LeakyReLU, nonlin_kwargs={"inplace": True},
@@ -465,12 +476,15 @@ def test_the_weights_of_a_branch_make_the_stock_network_that_branch_to_the_bit(a
     assert equal(exported(images(ndim)), network(images(ndim), BATCH)[branch == "teacher"])
 
 
+def teacher_of(network: TwoBranchUNet) -> dict[str, torch.Tensor]:
+    return {name: weight for name, weight in network.state_dict().items() if name.startswith(TEACHER_PREFIX)}
+
+
 @each_network
 def test_a_stock_network_with_a_teacher_added_has_two_equal_branches(architecture, ndim, stages):
     reference = stock(architecture, ndim, stages)
     network = two_branches(architecture, ndim, stages, seed=7)
-    missing, unexpected = network.load_state_dict(add_teacher(reference.state_dict()), strict=False)
-    assert not unexpected and all(HINTS in name for name in missing)
+    network.load_state_dict(add_teacher(reference.state_dict(), teacher_of(network)))
     student, teacher = network(images(ndim), BATCH)
     assert equal(student, reference(images(ndim)))
     assert equal(teacher, student)
@@ -479,7 +493,7 @@ def test_a_stock_network_with_a_teacher_added_has_two_equal_branches(architectur
 def test_adding_a_teacher_and_taking_a_branch_are_inverse():
     weights = stock().state_dict()
     for branch in ("student", "teacher"):
-        result = branch_weights(add_teacher(weights), branch)
+        result = branch_weights(add_teacher(weights, teacher_of(two_branches(seed=7))), branch)
         assert list(result) == list(weights)
         assert all(result[name] is weights[name] for name in weights)
 
@@ -492,6 +506,73 @@ def test_only_the_beginning_of_a_name_tells_the_branch():
 def test_names_tell_whether_weights_hold_a_teacher():
     assert has_teacher(two_branches().state_dict())
     assert not has_teacher(stock().state_dict())
+
+
+# ---- a narrow teacher -----------------------------------------------------------------------------------------------
+
+def narrow_branches(architecture=PlainConvUNet, ndim: int = 2, stages: int = 3, deep_supervision: bool = True):
+    """A network whose teacher has half of the student's features."""
+    return TwoBranchUNet(stock(architecture, ndim, stages, deep_supervision),
+                         stock(architecture, ndim, stages, deep_supervision, features=(4, 6, 8, 8)))
+
+
+@each_network
+@deep_or_not
+def test_a_narrow_teacher_predicts_on_the_same_grids(architecture, ndim, stages, deep_supervision):
+    network = narrow_branches(architecture, ndim, stages, deep_supervision)
+    student, teacher = network(images(ndim), BATCH, hints_at(ndim, 1), teach_all=True)
+    assert [x.shape for x in as_list(teacher)] == [x.shape for x in as_list(student)]
+    assert equal(student, stock(architecture, ndim, stages, deep_supervision)(images(ndim)))
+
+
+@each_network
+def test_a_narrow_teacher_has_about_a_quarter_of_the_weights_of_the_students_decoder(architecture, ndim, stages):
+    network = narrow_branches(architecture, ndim, stages)
+    own = sum(p.numel() for name, p in network.decoder.named_parameters() if not name.startswith("encoder."))
+    narrow = sum(p.numel() for name, p in network.teacher_decoder.named_parameters()
+                 if not name.startswith(("hints.", "narrowing.")))
+    assert 0.2 < narrow / own < 0.3
+
+
+def test_every_weight_of_a_narrow_teacher_learns():
+    network = narrow_branches()
+    total(network(images(), BATCH, hints_at(2, 1))[1]).backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in network.teacher_decoder.parameters())
+    assert all(p.grad is None for name, p in network.decoder.named_parameters() if not name.startswith("encoder."))
+
+
+def test_a_narrow_teacher_sees_its_hints():
+    network = narrow_branches()
+    without, with_hints = (as_list(network(images(), BATCH, hints)[1])[0] for hints in (None, hints_at(2, 1)))
+    assert not torch.equal(without, with_hints)
+
+
+def test_a_narrow_teacher_starts_anew_beside_a_pretrained_student():
+    network, reference = narrow_branches(), stock(seed=7)
+    initial = {name: weight.clone() for name, weight in teacher_of(network).items()}
+    network.load_state_dict(add_teacher(reference.state_dict(), teacher_of(network)))
+    assert equal(network(images(), BATCH)[0], reference(images()))
+    assert all(torch.equal(initial[name], weight) for name, weight in teacher_of(network).items())
+
+
+def test_a_narrow_teacher_is_no_stock_network():
+    weights = narrow_branches().state_dict()
+    assert has_narrow_teacher(weights) and not has_narrow_teacher(two_branches().state_dict())
+    with pytest.raises(ValueError, match="narrower than the student"):
+        branch_weights(weights, "teacher")
+    stock(seed=7).load_state_dict(branch_weights(weights, "student"))
+
+
+def test_a_narrower_configuration_leaves_the_original_as_it_is():
+    def features(configuration):
+        return configuration.configuration["architecture"]["arch_kwargs"]["features_per_stage"]
+
+    original = ConfigurationManager({"architecture": {"network_class_name": "unet", "arch_kwargs": {
+        "features_per_stage": [32, 33, 1]}}})
+    assert features(narrower(original, 0.5)) == [16, 16, 1] and features(original) == [32, 33, 1]
+    other = ConfigurationManager({"architecture": {"network_class_name": "primus.Primus", "arch_kwargs": {}}})
+    with pytest.raises(InputError, match='primus.Primus.*"teacher_width": 1'):
+        narrower(other, 0.5)
 
 
 def test_a_branch_of_stock_weights_and_an_unknown_branch_are_refused():

@@ -8,7 +8,7 @@ from dataclasses import FrozenInstanceError, fields
 import pytest
 
 from nnunet_confkd.errors import InputError
-from nnunet_confkd.training.settings import REMOVED, Settings, settings_table, without_removed
+from nnunet_confkd.training.settings import ADDED, REMOVED, Settings, settings_table, without_removed
 
 INF, NAN = float("inf"), float("nan")
 
@@ -155,10 +155,23 @@ def test_the_table_has_a_row_for_every_setting_under_the_heading_of_its_group():
         else:
             assert all(cells), name
             groups.setdefault(heading, {})[name.strip("`")] = cells
-    assert list(groups) == ["losses", "hints", "batches", "run"]
+    assert list(groups) == ["losses", "teacher", "batches", "run"]
     cells = {name: of for group in groups.values() for name, of in group.items()}
-    assert list(cells) == [f.name for f in fields(Settings)] and groups["hints"].keys() == {"teacher_hints"}
+    assert list(cells) == [f.name for f in fields(Settings)]
+    assert groups["teacher"].keys() == {"teacher_width", "teacher_hints"}
     assert cells["weight_entropy"][:2] == ["0.01", "0 to 1000000"]
     assert cells["teacher_hints"][:2] == ["true", "`true`, `false`"]
     assert cells["seed"][0] == "null"
     assert cells["kl_images"][:2] == ["all", '`"all"`, `"full"`, `"partial"`']
+
+
+def test_the_settings_of_a_model_of_version_0_1_keep_its_network_and_its_loss():
+    """A training writes all of its settings into the plans. Those that are new since then had no effect."""
+    written = Settings().as_dict()
+    for name in ADDED:
+        del written[name]
+    settings = Settings.from_blocks(written)
+    assert (settings.teacher_width, settings.prior_correction) == (1, 0)
+    assert Settings.from_blocks({**written, "teacher_width": 0.25}).teacher_width == 0.25
+    del written["seed"]  # a user's block
+    assert Settings.from_blocks(written) == Settings()

@@ -5,6 +5,7 @@ import json
 import shutil
 import sys
 import types
+from copy import deepcopy
 
 import numpy as np
 import pytest
@@ -159,7 +160,8 @@ def test_validation_batches_are_fully_annotated_and_count_as_nnunet_does(nnunet,
 
 
 def test_partial_only_has_one_branch_and_nnunets_loss_to_the_bit(nnunet, started):
-    trainer = started(HIPPOCAMPUS, nnunet.configure(HIPPOCAMPUS, "fair", "2d", SHORT), "ConfKDTrainer_partialOnly")
+    configuration = nnunet.configure(HIPPOCAMPUS, "fair", "2d", SHORT | {"prior_correction": 0})
+    trainer = started(HIPPOCAMPUS, configuration, "ConfKDTrainer_partialOnly")
     assert not isinstance(trainer.network, TwoBranchUNet)
     batch = next(trainer.dataloader_train)
     stock = nnunet.trainer(HIPPOCAMPUS, "fair", "nnUNetTrainer")
@@ -170,6 +172,21 @@ def test_partial_only_has_one_branch_and_nnunets_loss_to_the_bit(nnunet, started
     assert ours["loss"] == theirs["loss"] == ours["loss_student"]
     for ours, theirs in zip(trainer.network.parameters(), stock.network.parameters()):
         assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("variant", ["", "_partialOnly"])
+def test_the_class_prior_correction_enters_the_loss_of_both_trainers(nnunet, started, variant):
+    trainer = started(HIPPOCAMPUS, nnunet.configure(HIPPOCAMPUS, "corrected", "2d", SHORT), f"ConfKDTrainer{variant}")
+    batch = next(trainer.dataloader_train)
+    assert batch["prior_shift"].shape == (3,) and batch["prior_shift"].abs().min() > 0
+    weights = deepcopy(trainer.network.state_dict())
+    corrected = trainer.train_step({**batch, "target": [t.clone() for t in batch["target"]]})["loss_student"]
+    trainer.network.load_state_dict(weights)
+    del batch["prior_shift"]
+    assert trainer.train_step(batch)["loss_student"] != corrected
+    off = started(HIPPOCAMPUS, nnunet.configure(HIPPOCAMPUS, "uncorrected", "2d", SHORT | {"prior_correction": 0}),
+                  f"ConfKDTrainer{variant}")
+    assert "prior_shift" not in next(off.dataloader_train)
 
 
 def test_the_same_seed_gives_the_same_steps(nnunet, started):
@@ -393,7 +410,7 @@ class Remembers:
 
 def test_a_run_without_checkpoints_from_pretrained_weights_logs_every_curve(nnunet, hippocampus_model):
     from nnunetv2.run.load_pretrained_weights import load_pretrained_weights
-    options = SHORT | {"iterations_per_epoch": 1}
+    options = SHORT | {"iterations_per_epoch": 1, "teacher_width": 1}  # the model's
     configuration = nnunet.configure(HIPPOCAMPUS, "unsaved", "2d", options, max_patch=56)
     trainer, remembers = nnunet.trainer(HIPPOCAMPUS, configuration), Remembers()
     trainer.initialize()
@@ -479,7 +496,7 @@ def test_a_cascade_gets_its_input_for_training_cases_that_no_fold_validates(nnun
     trainer = nnunet.trainer(regions, "3d_cascade_fullres")
     trainer.run_training()
     # the strength of the edges is that of the image: the borders of the previous stage's prediction are none
-    assert trainer.dataloader_train.data_loader.complete.image_channels == 1
+    assert trainer.dataloader_train.data_loader.complete[0].image_channels == 1
     trainer.perform_actual_validation()
     assert (nnunet.model(regions, "3d_cascade_fullres") / "fold_0" / "validation" / "summary.json").is_file()
 
