@@ -60,8 +60,10 @@ class Row:
 ROWS = {
     "full_only": Row("full cases only, stock nnU-Net", "nnUNetTrainer", "full"),
     "ignore_uniform": Row("nnU-Net's ignore label, its own sampling", "nnUNetTrainer"),
-    "ignore": Row("nnU-Net's ignore label, stratified batches", "ConfKDTrainer_partialOnly"),
-    "ignore_time": Row("the same, as long in time as ConfKD", "ConfKDTrainer_partialOnly", time_of="confkd"),
+    "ignore": Row("nnU-Net's ignore label, stratified batches", "ConfKDTrainer_partialOnly",
+                  settings={"prior_correction": 0.0}),
+    "ignore_time": Row("the same, as long in time as ConfKD", "ConfKDTrainer_partialOnly",
+                       settings={"prior_correction": 0.0}, time_of="confkd"),
     "decoders": Row("two decoders, no KL, no entropy", settings={"weight_kl": 0.0, "weight_entropy": 0.0}),
     "kl": Row("KL, no entropy", "ConfKDTrainer_noEntropy"),
     "entropy": Row("entropy, no KL", "ConfKDTrainer_noKL"),
@@ -584,14 +586,16 @@ def still_to_do(specs: list[dict], output: Path) -> list[dict]:
 
 def differences(before: dict, now: dict) -> list[str]:
     """Entries in which two runs differ: settings of terms of weight 0 decide nothing, and a row's title does not."""
-    from nnunet_confkd.training.settings import without_removed
+    from nnunet_confkd.training.settings import ADDED, without_removed
 
     def effective(spec: dict) -> dict:
-        settings = without_removed(spec["settings"] or {})
+        settings = ADDED | without_removed(spec["settings"]) if spec["settings"] else {}
         off = [term for term in ("kl", "entropy") if not settings.get(f"weight_{term}")]
         unused = tuple(f"{term}_" for term in off) + (("teacher_hints", "average_decay") if "kl" in off else ())
         if len(off) == 2:
             unused += ("extra_resolutions",)
+        if not settings.get("weight_teacher"):
+            unused += ("teacher_width",)
         row = {key: value for key, value in spec["row"].items() if key not in ("title", "settings", "steps")}
         # what tables have got since the oldest results were obtained
         table = {"background": True, "draw": 0, "epoch": 50, "bfloat16": False} | spec["table"]

@@ -40,19 +40,24 @@ DRAWS, SEEDS = (0, 1), (0, 1)
 # what a row is compared with
 RIVALS = dict.fromkeys(SETTINGS, "ignore") | {"unlabelled": "full_only", "points_10": "full_only"}
 
-# A step of ConfKD takes this many of the rival's, on average over a training: for a plain 2-D U-Net and half of a batch
-# full, 1.345 before the KL has a weight and 1.456 from then on (step_time_cpu.json). A row "at equal cost" has fewer.
-COST = 0.2 * 1.345 + 0.8 * 1.456
+# A step takes this many of the rival's, on average over a training: for a plain 2-D U-Net and half of a batch full,
+# before the KL has a weight and from then on (step_time_cpu.json). A row "at equal cost" has fewer.
+COST = 0.2 * 1.092 + 0.8 * 1.123
+COST_WIDE = 0.2 * 1.345 + 0.8 * 1.456
 
-NO_HINTS = {"teacher_hints": False}
+UNCORRECTED = {"prior_correction": 0.0}
 ROWS: dict[str, Row] = {
     "full_only": USUAL_ROWS["full_only"],
     "ignore_uniform": USUAL_ROWS["ignore_uniform"],
     "ignore": USUAL_ROWS["ignore"],
+    "ignore_prior": Row("the ignore label with the class-prior correction", "ConfKDTrainer_partialOnly"),
     "decoders": USUAL_ROWS["decoders"],
-    "kl": Row("KL on all images, no hints, no entropy", settings={**NO_HINTS, "weight_entropy": 0.0}),
+    "kl": Row("KL on all images, no hints, no entropy", settings={"teacher_hints": False, "weight_entropy": 0.0}),
     "confkd": Row("ConfKD"),
     "confkd_cost": Row("ConfKD, at equal cost", steps=1 / COST),
+    "uncorrected_cost": Row("the same without the class-prior correction", settings=UNCORRECTED, steps=1 / COST),
+    "wide_cost": Row("the same with a teacher as wide as the student, at equal cost",
+                     settings={"teacher_width": 1.0}, steps=1 / COST_WIDE),
     "all": USUAL_ROWS["all"],
 }
 
