@@ -364,9 +364,16 @@ def run_in_bfloat16(network) -> None:
     network.forward = forward
 
 
-def run(spec: dict, work: Path, output: Path) -> str:
-    """Train, predict the validation and test cases, and write the run's JSON file; a training that was cut off goes on
-    from its last checkpoint. Returns a line to print."""
+def run(spec: dict, work: Path, output: Path, teacher: bool = True) -> str:
+    """Train, predict the validation or test cases, and write the run's JSON file; a training that was cut off goes on
+    from its last checkpoint. Returns a line to print.
+
+    Args:
+        spec: See :func:`spec_of`.
+        work: The folder of the data and trainings.
+        output: The folder of the JSON file.
+        teacher: Whether the teacher is measured, too, which takes as long as the student.
+    """
     from importlib.metadata import version
 
     import torch
@@ -389,7 +396,7 @@ def run(spec: dict, work: Path, output: Path) -> str:
     trainer.run_training()
     seconds = time.time() - start
     roles = json.loads((work / "roles.json").read_text())
-    cases = predict_and_measure(trainer, roles[spec["on"]])
+    cases = predict_and_measure(trainer, roles[spec["on"]], teacher)
     curves = trainer.logger.local_logger.my_fantastic_logging
     result = {
         "spec": spec,
@@ -428,10 +435,10 @@ def run_name(spec: dict) -> str:
     return f"{spec['name']}_M{spec['full']}_s{spec['seed']}" if spec["full"] else f"{spec['name']}_s{spec['seed']}"
 
 
-def predict_and_measure(trainer, cases: list[str]) -> dict:
+def predict_and_measure(trainer, cases: list[str], teacher: bool = True) -> dict:
     """Predict cases as the final validation does, and measure the predictions in the space of the raw labels.
 
-    A teacher that was trained with hints gets simulated hints.
+    A teacher that was trained with hints gets simulated hints. Without `teacher` only the student is measured.
 
     Returns:
         {case: {branch: {class: metrics, "entropy": nats}}}
@@ -442,7 +449,8 @@ def predict_and_measure(trainer, cases: list[str]) -> dict:
 
     trainer.set_deep_supervision_enabled(False)
     trainer.network.eval()
-    predict = CasePredictor(trainer, ["student", "teacher"] if getattr(trainer, "two_branches", False) else ["student"])
+    both = teacher and getattr(trainer, "two_branches", False)
+    predict = CasePredictor(trainer, ["student", "teacher"] if both else ["student"])
     dataset = trainer.dataset_class(trainer.preprocessed_dataset_folder, cases)
     reader = trainer.plans_manager.image_reader_writer_class()
     measured = {}

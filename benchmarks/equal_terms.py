@@ -215,7 +215,7 @@ def main() -> None:
     if args.prepare:
         return prepare_data(args.prepare[0], int(args.prepare[1]), args.data, args.work)
     if args.run:
-        return print(run(json.loads(args.run), args.work, args.output))
+        return print(run(json.loads(args.run), args.work, args.output, teacher=False))
     if not args.report:
         if not (args.data and args.work):
             parser.error("name --data and --work; or --report")
