@@ -307,7 +307,8 @@ def settings_of(row: Row) -> dict | None:
     from nnunet_confkd.training.settings import Settings
     if row.trainer == "nnUNetTrainer":
         return None
-    settings = Settings.from_blocks(row.settings, getattr(confkd_trainers, row.trainer).fixed_settings).as_dict()
+    trainer = getattr(confkd_trainers, row.trainer)
+    settings = Settings.from_blocks(trainer.default_settings, row.settings, trainer.fixed_settings).as_dict()
     del settings["max_nonfinite_steps"]  # no result depends on it
     return settings
 

@@ -45,7 +45,6 @@ RIVALS = dict.fromkeys(SETTINGS, "ignore") | {"unlabelled": "full_only", "points
 COST = 0.2 * 1.092 + 0.8 * 1.123
 COST_WIDE = 0.2 * 1.345 + 0.8 * 1.456
 
-UNCORRECTED = {"prior_correction": 0.0}
 ROWS: dict[str, Row] = {
     "full_only": USUAL_ROWS["full_only"],
     "ignore_uniform": USUAL_ROWS["ignore_uniform"],
@@ -55,7 +54,8 @@ ROWS: dict[str, Row] = {
     "kl": Row("KL on all images, no hints, no entropy", settings={"teacher_hints": False, "weight_entropy": 0.0}),
     "confkd": Row("ConfKD"),
     "confkd_cost": Row("ConfKD, at equal cost", steps=1 / COST),
-    "uncorrected_cost": Row("the same without the class-prior correction", settings=UNCORRECTED, steps=1 / COST),
+    "corrected_cost": Row("the same with the class-prior correction", settings={"prior_correction": 1.0},
+                          steps=1 / COST),
     "wide_cost": Row("the same with a teacher as wide as the student, at equal cost",
                      settings={"teacher_width": 1.0}, steps=1 / COST_WIDE),
     "all": USUAL_ROWS["all"],

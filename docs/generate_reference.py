@@ -147,8 +147,9 @@ def settings() -> str:
     defaults = {f.name: f.default for f in fields(Settings)}
     variants = ""
     for name in TRAINERS:
-        fixed = getattr(confkd_trainers, name).fixed_settings
-        changed = ", ".join(f"`{key}` {_short(value)}" for key, value in fixed.items() if value != defaults[key])
+        trainer = getattr(confkd_trainers, name)
+        own = trainer.default_settings | trainer.fixed_settings
+        changed = ", ".join(f"`{key}` {_short(value)}" for key, value in own.items() if value != defaults[key])
         variants += f"| `{name}` | {changed or 'nothing'} |\n"
     return "\n".join(
         [
@@ -165,7 +166,8 @@ def settings() -> str:
             "Errors, too: `weight_teacher` and `weight_student` both 0; `weight_kl` above 0 and `weight_teacher` 0; "
             "a ramp that ends before it starts.\n",
             "## What the trainers fix\n",
-            "A variant's own settings win over the block: its name is what the results are filed under.\n",
+            "A variant's own settings win over the block: its name is what the results are filed under. The block can "
+            "change `prior_correction` of `ConfKDTrainer_partialOnly`.\n",
             "| trainer | differs from the defaults in |\n|---|---|\n" + variants,
             "`ConfKDTrainer_partialOnly` builds nnU-Net's own network, of one branch. `ConfKDTrainer_1epoch`, "
             "`_5epochs`, `_50epochs`, `_100epochs` and `_250epochs` are `ConfKDTrainer` of these lengths, which win "

@@ -19,7 +19,7 @@ REMOVED: dict[str, Any] = {
     "kl_detach_teacher": True, "kl_temperature": 1.0, "kl_softmax_twice": False, "entropy_images": "partial",
     "entropy_ramp_start": 0.0, "entropy_ramp_end": 0.0}
 
-# Settings since version 0.2, and what earlier trainings did. A model of theirs still loads.
+# Settings that came later, and what earlier trainings did. A model of theirs still loads.
 ADDED: dict[str, Any] = {"prior_correction": 0.0, "teacher_width": 1.0}
 
 
@@ -74,9 +74,9 @@ class Settings:
     extra_resolutions: str = _setting("losses", "highest", ("highest", "all"),
                                       "resolutions of the KL and the entropy: the highest, or all supervised ones")
 
-    prior_correction: float = _setting("losses", 1.0, SHARES,
-                                       "strength of the class-prior correction of L_w; with 0 the annotated voxels of "
-                                       "an image count as a fair sample of its voxels")
+    prior_correction: float = _setting("losses", 0.0, SHARES,
+                                       "strength of the class-prior correction of L_w (ConfKDTrainer_partialOnly: 1); "
+                                       "with 0 the annotated voxels of an image count as a fair sample of its voxels")
 
     teacher_width: float = _setting("teacher", 0.5, (0.05, 1), "features of the teacher's decoder, as a share of the "
                                     "student's; a narrow teacher costs less time and memory")

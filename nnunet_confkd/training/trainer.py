@@ -62,7 +62,7 @@ class ConfKDTrainer(nnUNetTrainer):
 
     The settings (:class:`nnunet_confkd.training.settings.Settings`) are overridden by a `confkd` block in the
     configuration, and by `fixed_settings` of a variant. The latter always win, because results are filed under the
-    name of the variant.
+    name of the variant. A variant's `default_settings` are overridden by the block.
 
     Raises:
         InputError: Before any training: settings are unknown or not allowed, the ignore label is not the highest, the
@@ -70,13 +70,14 @@ class ConfKDTrainer(nnUNetTrainer):
     """
 
     fixed_settings: dict = {}
+    default_settings: dict = {}
 
     # nnU-Net inspects the signature: it cannot grow
     def __init__(self, plans: dict, configuration: str, fold: int, dataset_json: dict,
                  device: torch.device = torch.device('cuda')):
         # These checks come first, because nnU-Net's constructor makes folders.
         block = PlansManager(plans).get_configuration(configuration).configuration.get("confkd", {})
-        self.settings = Settings.from_blocks(block, self.fixed_settings)
+        self.settings = Settings.from_blocks(self.default_settings, block, self.fixed_settings)
         check_labels(dataset_json)
         if "file_ending" not in dataset_json:
             raise InputError('dataset.json: lacks "file_ending"')

@@ -176,7 +176,8 @@ def test_partial_only_has_one_branch_and_nnunets_loss_to_the_bit(nnunet, started
 
 @pytest.mark.parametrize("variant", ["", "_partialOnly"])
 def test_the_class_prior_correction_enters_the_loss_of_both_trainers(nnunet, started, variant):
-    trainer = started(HIPPOCAMPUS, nnunet.configure(HIPPOCAMPUS, "corrected", "2d", SHORT), f"ConfKDTrainer{variant}")
+    configuration = nnunet.configure(HIPPOCAMPUS, "corrected", "2d", SHORT | {"prior_correction": 1})
+    trainer = started(HIPPOCAMPUS, configuration, f"ConfKDTrainer{variant}")
     batch = next(trainer.dataloader_train)
     assert batch["prior_shift"].shape == (3,) and batch["prior_shift"].abs().min() > 0
     weights = deepcopy(trainer.network.state_dict())
@@ -187,6 +188,13 @@ def test_the_class_prior_correction_enters_the_loss_of_both_trainers(nnunet, sta
     off = started(HIPPOCAMPUS, nnunet.configure(HIPPOCAMPUS, "uncorrected", "2d", SHORT | {"prior_correction": 0}),
                   f"ConfKDTrainer{variant}")
     assert "prior_shift" not in next(off.dataloader_train)
+
+
+def test_the_ignore_label_alone_is_corrected_by_default_and_confkd_is_not(nnunet, hippocampus):
+    configuration = nnunet.configure(HIPPOCAMPUS, "by_default", "2d", SHORT)
+    corrections = [nnunet.trainer(HIPPOCAMPUS, configuration, trainer).settings.prior_correction
+                   for trainer in ("ConfKDTrainer", "ConfKDTrainer_partialOnly")]
+    assert corrections == [0, 1]
 
 
 def test_the_same_seed_gives_the_same_steps(nnunet, started):
