@@ -265,8 +265,9 @@ def table_of(result: dict) -> str:
         for step, run in steps.items():
             ratio = run["command"]["cpu_seconds"] / run["read"]["cpu_seconds"]
             lines.append(f"| {step} | {organs} | {cell(run['read'])} | {cell(run['command'])} | {ratio:.1f} |")
-    lines += ["", f"| command, 3 organs, {'x'.join(map(str, result['predicted']))} voxels | its predictions alone | "
-                  "the command | on top of them |", "|---|---|---|---|"]
+    if result["predictions"]:
+        lines += ["", f"| command, 3 organs, {'x'.join(map(str, result['predicted']))} voxels | its predictions alone "
+                      "| the command | on top of them |", "|---|---|---|---|"]
     for step, run in result["predictions"].items():
         more = run["command"]["cpu_seconds"] - run["alone"]["cpu_seconds"]
         lines.append(f"| {step} | {cell(run['alone'])} | {cell(run['command'])} | {more:.0f} s |")

@@ -1,6 +1,7 @@
 """Generated volumes of the size of a CT of the trunk, with as many organs as are asked for."""
 from __future__ import annotations
 
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -55,9 +56,16 @@ def ct(label: np.ndarray, seed: int = 0) -> np.ndarray:
 
 
 def write(file: Path, voxels: np.ndarray) -> None:
-    """Write a volume, compressed."""
+    """Write a volume to .nii.gz, compressed many times as quickly as by ITK. Noise is as large with both."""
     import SimpleITK as sitk
     image = sitk.GetImageFromArray(voxels)
     image.SetSpacing(SPACING[::-1])
     file.parent.mkdir(parents=True, exist_ok=True)
-    sitk.WriteImage(image, str(file), True)
+    plain = file.with_name(f"plain_{file.name[:-3]}")
+    sitk.WriteImage(image, str(plain))
+    stream = zlib.compressobj(1, zlib.DEFLATED, 31, 9, zlib.Z_RLE)
+    with open(plain, "rb") as content, open(file, "wb") as compressed:
+        while piece := content.read(2 ** 20):
+            compressed.write(stream.compress(piece))
+        compressed.write(stream.flush())
+    plain.unlink()
