@@ -1,13 +1,12 @@
-"""Measure time and peak memory of the commands against the number of cases, and on one large volume.
+"""Measure time and peak memory of the commands against the number of cases. large_volumes.py measures large ones.
 
-    python benchmarks/sizes.py [--cases 100 1000] [--volume 600 512 512] [--work FOLDER]
+    python benchmarks/sizes.py [--cases 100 1000] [--work FOLDER]
 
 The script generates data sets of small volumes. Half of their cases have point labels, and most of the others are
-fully annotated validation cases. One more data set has a large validation case and a large partially annotated case.
-On each data set the script plans, trains a tiny 2-D network for one epoch of five iterations, and measures the
-commands that read every case. Memory is the proportional set size of a command and all of its processes, sampled up
-to ten times a second. With --work, finished measurements are kept, and an interrupted run continues. The script
-writes sizes.json beside this file, and the table into docs/performance.md.
+fully annotated validation cases. On each data set the script plans, trains a tiny 2-D network for one epoch of five
+iterations, and measures the commands that read every case. Memory is the proportional set size of a command and all of
+its processes, sampled up to ten times a second. With --work, finished measurements are kept, and an interrupted run
+continues. The script writes sizes.json beside this file, and the table into docs/performance.md.
 """
 from __future__ import annotations
 
@@ -15,6 +14,7 @@ import argparse
 import json
 import os
 import platform
+import resource
 import subprocess
 import sys
 import tempfile
@@ -31,7 +31,7 @@ import json, sys
 from pathlib import Path
 sys.path.insert(0, {benchmarks!r})
 import sizes
-sizes.prepare({cases!r}, {volume!r})
+sizes.prepare({cases!r})
 """
 LOADER = """
 import json, os
@@ -51,27 +51,11 @@ for each in (loader, validation):
 """
 
 
-def prepare(cases: int | None, volume: tuple[int, ...] | None) -> None:
-    """Write the raw data set: many small cases, or a large validation case and a large partially annotated one."""
-    import numpy as np
-    import SimpleITK as sitk
-
+def prepare(cases: int) -> None:
+    """Write the raw data set of many small cases."""
     from nnunet_confkd.demo.synthetic import generate_dataset
-    raw = Path(os.environ["nnUNet_raw"]) / DATASET
-    if cases:
-        generate_dataset(raw, num_full=NUM_FULL, num_partial=cases // 2, num_unlabelled=0, num_test=0,
-                         num_validation=cases - cases // 2 - NUM_FULL)
-        return
-    roles = generate_dataset(raw, num_full=NUM_FULL, num_partial=1, num_unlabelled=0, num_validation=1, num_test=0)
-    for case in (*roles["partial"], *roles["validation"]):
-        # the small case, repeated up to the size: as many annotated places as a large case has
-        for path in (raw / "imagesTr" / f"{case}_0000.nii.gz", raw / "labelsTr" / f"{case}.nii.gz"):
-            small = sitk.ReadImage(str(path))
-            voxels = sitk.GetArrayFromImage(small)
-            large = np.tile(voxels, [-(-n // m) for n, m in zip(volume, voxels.shape)])[tuple(slice(n) for n in volume)]
-            image = sitk.GetImageFromArray(np.ascontiguousarray(large))
-            image.SetSpacing(small.GetSpacing())
-            sitk.WriteImage(image, str(path))
+    generate_dataset(Path(os.environ["nnUNet_raw"]) / DATASET, num_full=NUM_FULL, num_partial=cases // 2,
+                     num_unlabelled=0, num_test=0, num_validation=cases - cases // 2 - NUM_FULL)
 
 
 # ---- measuring ------------------------------------------------------------------------------------------------------
@@ -96,8 +80,11 @@ def tree_memory(root: int) -> float:
 
 
 def run(command: list[str], log: Path) -> dict[str, float]:
-    """Run a command, and return its seconds and peak MiB. If it fails, exit with the end of its log."""
-    start, peak = time.perf_counter(), 0.0
+    """Run a command, and return its seconds, those of all its processors, and its peak MiB.
+
+    If it fails, exit with the end of its log.
+    """
+    start, peak, used = time.perf_counter(), 0.0, processor_seconds()
     with open(log, "w") as stream:
         process = subprocess.Popen(command, stdout=stream, stderr=subprocess.STDOUT)
         while process.poll() is None:
@@ -107,10 +94,17 @@ def run(command: list[str], log: Path) -> dict[str, float]:
             time.sleep(max(0.1, 20 * (time.perf_counter() - before)))
     if process.returncode:
         raise SystemExit(f"{' '.join(command)[:200]} failed:\n{log.read_text()[-3000:]}")
-    return {"seconds": round(time.perf_counter() - start, 2), "peak_mib": round(peak, 1)}
+    return {"seconds": round(time.perf_counter() - start, 2), "peak_mib": round(peak, 1),
+            "cpu_seconds": round(processor_seconds() - used, 2)}
 
 
-def measure(name: str, cases: int | None, volume: tuple[int, ...] | None, folder: Path) -> dict[str, dict]:
+def processor_seconds() -> float:
+    """The time that all processes which have ended have had on a processor."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
+def measure(name: str, cases: int, folder: Path) -> dict[str, dict]:
     done_file = folder / f"{name}.json"
     done = json.loads(done_file.read_text()) if done_file.is_file() else {}
     for variable in ("raw", "preprocessed", "results"):
@@ -126,7 +120,7 @@ def measure(name: str, cases: int | None, volume: tuple[int, ...] | None, folder
         done[key] = run(command, folder / f"{name}_{key}.log")
         done_file.write_text(json.dumps(done, indent=1))
 
-    step("prepare", [*python, PREPARE.format(benchmarks=str(ROOT / "benchmarks"), cases=cases, volume=volume)])
+    step("prepare", [*python, PREPARE.format(benchmarks=str(ROOT / "benchmarks"), cases=cases)])
     step("check", [*confkd, "check", "-d", str(ID), "--processes", "2"])
     step("plan", [*confkd, "plan", "-d", str(ID), "-c", "2d", "-np", "2", "-npfp", "2"])
     if CONFIGURATION not in json.loads((preprocessed / "nnUNetPlans.json").read_text())["configurations"]:
@@ -142,10 +136,6 @@ def measure(name: str, cases: int | None, volume: tuple[int, ...] | None, folder
             max_patch=256,
             convolutions=1,
         )
-        if volume:  # planned for the small cases that train: hundreds of patches a slice
-            plans = json.loads((preprocessed / "nnUNetPlans.json").read_text())
-            plans["configurations"][CONFIGURATION]["patch_size"] = [256, 256]
-            (preprocessed / "nnUNetPlans.json").write_text(json.dumps(plans, indent=4))
         table = json.loads((preprocessed / "dataset.json").read_text())["supervision"]
         full = sorted(case for case, kind in table.items() if kind == "full")  # the first of which train
         (preprocessed / "splits_final.json").write_text(json.dumps([
@@ -189,7 +179,6 @@ def table_of(result: dict) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", type=int, nargs=2, default=(100, 1000))
-    parser.add_argument("--volume", type=int, nargs=3, default=(600, 512, 512), metavar=("Z", "Y", "X"))
     parser.add_argument("--work", type=Path, help="folder to keep what is finished in; default: a temporary one")
     parser.add_argument("--output", type=Path, help="JSON file; then docs/ is left alone")
     args = parser.parse_args()
@@ -197,13 +186,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folder = args.work or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
-        runs = {f"{n} cases": measure(f"cases_{n}", n, None, folder) for n in args.cases}
-        volume = "x".join(map(str, args.volume))
-        runs[f"a volume of {volume}"] = measure(f"volume_{volume}", None, tuple(args.volume), folder)
+        runs = {f"{n} cases": measure(f"cases_{n}", n, folder) for n in args.cases}
     result = {
         "machine": f"{platform.machine()} CPU, {os.cpu_count()} cores",
         "cases": list(args.cases),
-        "volume": list(args.volume),
         "runs": runs,
     }
     (args.output or ROOT / "benchmarks" / "sizes.json").write_text(json.dumps(result, indent=1))

@@ -17,6 +17,8 @@ from nnunet_confkd.data.raw_format import name_problem
 from nnunet_confkd.data.strokes import Shape, shape_of
 from nnunet_confkd.errors import InputError, some
 
+SLAB = 2 ** 20  # how many voxels are looked at at once
+
 
 @dataclass(frozen=True)
 class CaseFiles:
@@ -155,13 +157,13 @@ def _examine_images(files: CaseFiles, content: CaseContent) -> Geometry | None:
             content.errors.append(str(error))
             content.channels = None
             continue
-        with np.errstate(over="ignore"):
-            voxels = np.ascontiguousarray(picture.voxels, dtype=np.float32)  # nnU-Net's type
-        bad = voxels.size - int(np.count_nonzero(np.isfinite(voxels)))
+        voxels = picture.voxels
+        digest.update(f"{voxels.shape}".encode())
+        bad, ranges = _scan(voxels, digest)
         if bad:
             content.errors.append(f"{file}: {counted(bad, 'voxel')} not finite (NaN, infinite, or beyond single "
                                   f"precision); replace by numbers")
-        flat = [channel.min() for channel in voxels if channel.min() == channel.max()]
+        flat = [lowest for lowest, highest in ranges if lowest == highest]
         content.warnings += [f"{file}: is empty, {value:g} everywhere" for value in flat]
         constant &= len(flat) == len(voxels)
         grid = grid or picture.geometry
@@ -170,11 +172,30 @@ def _examine_images(files: CaseFiles, content: CaseContent) -> Geometry | None:
         content.size = content.size or int(np.prod(voxels.shape[1:]))
         if content.channels is not None:
             content.channels += len(voxels)
-        digest.update(f"{voxels.shape}".encode())
-        digest.update(voxels.data)
+        del picture, voxels  # before the next file is read
     if content.channels and not constant:
         content.digest = digest.hexdigest()
     return grid
+
+
+def _scan(voxels: np.ndarray, digest) -> tuple[int, list[tuple[float, float]]]:
+    """Read voxels a part at a time, as nnU-Net's type, and add them to the digest.
+
+    Returns:
+        The number of voxels that are not finite, and the smallest and the largest value of each channel.
+    """
+    bad, ranges = 0, []
+    for channel in voxels:
+        rows = max(1, SLAB // int(np.prod(channel.shape[1:])))
+        lowest, highest = np.inf, -np.inf
+        for start in range(0, len(channel), rows):
+            with np.errstate(over="ignore"):
+                part = np.ascontiguousarray(channel[start:start + rows], dtype=np.float32)
+            bad += part.size - int(np.count_nonzero(np.isfinite(part)))
+            lowest, highest = float(np.minimum(lowest, part.min())), float(np.maximum(highest, part.max()))
+            digest.update(part.data)
+        ranges.append((lowest, highest))
+    return bad, ranges
 
 
 def _examine_label(files: CaseFiles, grid: Geometry | None, values: list[int], ignore: int | None,

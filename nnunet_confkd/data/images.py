@@ -178,6 +178,21 @@ def count_voxels(label: np.ndarray, values: Iterable[int]) -> dict[int, int]:
     return {value: int(counts[value - lowest]) for value in values}
 
 
+def values_in(voxels: np.ndarray) -> np.ndarray:
+    """Return the sorted values that occur, as `np.unique`, which sorts all voxels and takes a copy of them."""
+    if voxels.dtype not in (np.uint8, np.int8, np.uint16, np.int16):
+        return np.unique(voxels)
+    found, flat = np.zeros(2 ** (8 * voxels.dtype.itemsize), bool), voxels.reshape(-1)
+    lowest = int(np.iinfo(voxels.dtype).min)
+    for start in range(0, flat.size, 2 ** 20):
+        part = flat[start:start + 2 ** 20]
+        if part.any():
+            found[part.astype(np.int64) - lowest] = True
+        elif len(part):
+            found[-lowest] = True
+    return (np.flatnonzero(found) + lowest).astype(voxels.dtype)
+
+
 def _is_text(name: str) -> bool:
     try:
         return bool(name.encode())
@@ -215,37 +230,62 @@ def _picture(voxels: np.ndarray, geometry: Geometry) -> Picture:
 def _read_nifti(file: Path) -> Picture:
     """Read the voxels by nibabel: ITK does not notice that a gzip stream was cut short, and reads NaN as 0."""
     import nibabel
+    from nibabel.volumeutils import apply_read_scaling
 
-    content = file.read_bytes()
-    if file.name.lower().endswith(".gz"):
-        content = gzip.decompress(content)  # checks the checksum at the end
+    content = _gunzipped(file) if file.name.lower().endswith(".gz") else _whole(file)
     second = _is_nifti2(content)
-    image = (nibabel.Nifti2Image if second else nibabel.Nifti1Image).from_bytes(content)
+    kind = nibabel.Nifti2Header if second else nibabel.Nifti1Header
+    header = kind(bytes(content[:kind.sizeof_hdr]))
     if second:
-        geometry = _geometry_of_nifti2(image)
+        geometry = _geometry_of_nifti2(header)
     else:
         with quiet():
             geometry = Geometry.of(_header(file))
-    voxels = np.asanyarray(image.dataobj).T
+    # not by nibabel, which would copy the voxels
+    voxels = np.ndarray(header.get_data_shape(), header.get_data_dtype(), content, header.get_data_offset(), order="F")
+    slope, intercept = header.get_slope_inter()
+    voxels = apply_read_scaling(voxels, slope, intercept).T
     if voxels.dtype.kind not in "iuf":
         raise InputError(f"{file}: holds {voxels.dtype} (colours?); nnU-Net needs a file for each channel")
-    if voxels.dtype != image.get_data_dtype() and voxels.dtype.kind == "f":
+    if voxels.dtype != header.get_data_dtype() and voxels.dtype.kind == "f":
         # scaled, which ITK, and so nnU-Net, does in single precision
         voxels = voxels.astype(np.float32)
     return _picture(voxels.astype(voxels.dtype.newbyteorder("="), copy=False), geometry)
 
 
-def _is_nifti2(start: bytes) -> bool:
+def _whole(file: Path) -> bytearray:
+    content = bytearray(file.stat().st_size)
+    with open(file, "rb") as stream:
+        stream.readinto(content)
+    return content
+
+
+def _gunzipped(file: Path) -> bytearray:
+    """Decompress a file piece by piece, and check the checksums. Its compressed form is never in memory as a whole."""
+    content, stream = bytearray(), zlib.decompressobj(31)
+    with open(file, "rb") as compressed:
+        while piece := compressed.read(2 ** 16):
+            while piece:
+                content += stream.decompress(piece)
+                piece = stream.unused_data.lstrip(b"\0")  # zeros may fill a block
+                if stream.eof and piece:  # one of several streams
+                    stream = zlib.decompressobj(31)
+    if not stream.eof:
+        raise EOFError("the compressed data end too early")
+    return content
+
+
+def _is_nifti2(start: bytes | bytearray) -> bool:
     return 540 in (int.from_bytes(start[:4], order) for order in ("little", "big"))
 
 
-def _geometry_of_nifti2(image) -> Geometry:
+def _geometry_of_nifti2(header) -> Geometry:
     """Return the geometry, which ITK cannot read. The affine's axes point right, front, up; ITK's left, back, up."""
-    n = min(len(image.shape), 3)
-    affine = np.diag((-1, -1, 1, 1)) @ image.affine
+    n = min(len(header.get_data_shape()), 3)
+    affine = np.diag((-1, -1, 1, 1)) @ header.get_best_affine()
     spacing = np.linalg.norm(affine[:3, :3], axis=0)
     direction = (affine[:3, :3] / spacing)[:n, :n]
-    return Geometry(tuple(image.shape[:n]), tuple(spacing[:n].tolist()), tuple(affine[:n, 3].tolist()),
+    return Geometry(tuple(header.get_data_shape()[:n]), tuple(spacing[:n].tolist()), tuple(affine[:n, 3].tolist()),
                     tuple(direction.ravel().tolist()))
 
 

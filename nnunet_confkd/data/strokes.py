@@ -4,7 +4,7 @@ This module does not import torch: `confkd check` runs it in every worker.
 """
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from statistics import median
 
@@ -16,6 +16,7 @@ SOLID = 0.5  # of the same: a mask above it is one to compare volumes with
 SMALL = 0.5  # of the median volume of solid masks
 FILLED = 0.2  # of its bounding box: a small object fills more than a stroke
 FOREGROUND = 0.02  # of the image: strokes cover less
+SLAB = 2 ** 20  # how many voxels are looked at at once
 FLAT = 2.0  # slices that are so many times as thick as pixels are wide have been annotated one by one
 
 
@@ -45,7 +46,9 @@ def shape_of(label: np.ndarray, spacing: Iterable[float]) -> Shape:
         label: Whole numbers from 0 on, of two or three dimensions; 0 is background.
         spacing: Of the array's axes, in mm.
     """
-    label, size, spacing = label.astype(np.int32, copy=False), label.size, list(spacing)
+    size, spacing = label.size, list(spacing)
+    if not np.can_cast(label.dtype, np.int32):
+        label = label.astype(np.int32)
     if label.ndim == 2:
         label, spacing = label[None], [np.inf, *spacing]
     boxes = ndimage.find_objects(label)
@@ -54,29 +57,48 @@ def shape_of(label: np.ndarray, spacing: Iterable[float]) -> Shape:
         return Shape(size, {}, {}, {}, None)
     whole = tuple(slice(min(box[axis].start for box in found.values()), max(box[axis].stop for box in found.values()))
                   for axis in range(3))
-    label = np.pad(label[whole], 1)
-    histogram = np.bincount(label.ravel())
+    flat = max(spacing) >= FLAT * min(spacing)
+    left = {axis: np.zeros(len(boxes) + 1, np.int64) for axis in ([int(np.argmax(spacing))] if flat else range(3))}
+    histogram = np.zeros(len(boxes) + 1, np.int64)
+    occupied = [np.zeros(side.stop - side.start, bool) for side in whole]
+    for start, part in _slabs(label[whole]):
+        own = part[1:-1, 1:-1, 1:-1]
+        foreground = own > 0
+        histogram += np.bincount(own[foreground], minlength=len(histogram))
+        for axis, present in enumerate(occupied):
+            of_part = foreground.any(axis=tuple({0, 1, 2} - {axis}))
+            present[start if axis == 0 else slice(None)] |= of_part
+        for axis, counts in left.items():
+            counts += np.bincount(_inside(np.moveaxis(part if axis else part[1:-1], axis, 0)), minlength=len(counts))
     volumes = {value: int(histogram[value]) for value in found}
     filled = {value: volumes[value] / np.prod([side.stop - side.start for side in box]) for value, box in found.items()}
-    flat = max(spacing) >= FLAT * min(spacing)
-    inner = {}
-    for axis in [int(np.argmax(spacing))] if flat else range(3):
-        left = np.bincount(_inside(np.moveaxis(label, axis, 0)), minlength=len(histogram))
-        inner[axis] = {value: left[value] / volume for value, volume in volumes.items()}
-    return Shape(size, volumes, filled, inner, _every_nth(label > 0))
+    inner = {axis: {value: counts[value] / volume for value, volume in volumes.items()}
+             for axis, counts in left.items()}
+    return Shape(size, volumes, filled, inner, _every_nth(occupied))
+
+
+def _slabs(label: np.ndarray) -> Iterator[tuple[slice, np.ndarray]]:
+    """Yield parts of a few slices, each with a margin of one voxel on all sides: the neighbours, or 0 outside."""
+    rows = max(1, SLAB // (label.shape[1] * label.shape[2]))
+    for start in range(0, len(label), rows):
+        stop = min(start + rows, len(label))
+        part = label[max(start - 1, 0):stop + 1]
+        if part.any():
+            yield slice(start, stop), np.pad(part, ((start == 0, stop == len(label)), (1, 1), (1, 1)))
 
 
 def _inside(label: np.ndarray) -> np.ndarray:
-    """The values of the voxels whose eight neighbours in the slice (the last two axes) have the same value."""
+    """The labels of the voxels whose eight neighbours in the slice (the last two axes) have the same label."""
     across, down = label[:, :, 1:] == label[:, :, :-1], label[:, 1:] == label[:, :-1]
     row = across[:, :, 1:] & across[:, :, :-1]  # equal to the voxels to the left and to the right
     same = row[:, 1:-1] & row[:, :-2] & row[:, 2:] & down[:, 1:, 1:-1] & down[:, :-1, 1:-1]
-    return label[:, 1:-1, 1:-1][same]
+    centre = label[:, 1:-1, 1:-1]
+    return centre[same & (centre > 0)]
 
 
-def _every_nth(foreground: np.ndarray) -> int | None:
-    for axis in range(3):
-        distances = np.diff(np.flatnonzero(foreground.any(axis=tuple({0, 1, 2} - {axis}))))
+def _every_nth(occupied: list[np.ndarray]) -> int | None:
+    for slices in occupied:
+        distances = np.diff(np.flatnonzero(slices))
         if len(distances) > 1 and distances.min() > 1 and distances.max() - distances.min() <= 1:
             return round(float(distances.mean()))
     return None

@@ -10,17 +10,17 @@ import math
 import os
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from nnunet_confkd.data.folders import find_dataset, preprocessed_folder, raw_folder
-from nnunet_confkd.data.images import ITK, Geometry, ending_of, read, spacing_file
+from nnunet_confkd.data.images import ITK, Geometry, ending_of, read, spacing_file, values_in
 from nnunet_confkd.data.json_files import read_description
 from nnunet_confkd.data.patients import patients_of
 from nnunet_confkd.errors import InputError
+from nnunet_confkd.evaluation.label_pair import LabelPair
 from nnunet_confkd.evaluation.metrics import (
     HIGHER_IS_BETTER,
     MEASURES,
@@ -28,7 +28,7 @@ from nnunet_confkd.evaluation.metrics import (
     CaseMeasures,
     defined_mean,
     holm,
-    measure_case,
+    measure_pair,
     paired_statistics,
 )
 from nnunet_confkd.evaluation.output import write_results
@@ -95,9 +95,11 @@ class Evaluation(CaseMeasures):
         return text.getvalue()
 
     def summary(self) -> dict:
-        """Return the summary of nnU-Net's evaluation, as `nnunetv2.evaluation.evaluate_predictions.save_summary_json`
-        takes it."""
-        keys = {name: labels[0] if len(labels) == 1 else tuple(labels) for name, labels in self.classes.items()}
+        """Return the content of nnU-Net's summary.json.
+
+        nnU-Net's own function, `save_summary_json`, would import PyTorch. The tests compare the two.
+        """
+        keys = {name: str(labels[0] if len(labels) == 1 else tuple(labels)) for name, labels in self.classes.items()}
         metrics = {case: {key: self.counts[case][name] | {m: measures[name][m] for m in ("Dice", "IoU")}
                           for name, key in keys.items()} for case, measures in self.cases.items()}
         names = list(next(iter(next(iter(metrics.values())).values())))
@@ -138,7 +140,7 @@ class Task:
     Attributes:
         truth: File of the ground truth.
         prediction: File of the prediction.
-        classes: {name: labels}. None: only the labels that occur are wanted.
+        classes: {name: labels}. None: each label that occurs in the case, but 0.
         ignore_label: Label of the voxels of the ground truth that are not annotated, or None.
         tolerance_mm: Tolerance of the NSD.
         known: The labels that may occur. None: any may.
@@ -153,12 +155,16 @@ class Task:
 
 @dataclass
 class Result:
-    """What was found in one case. With `problems`, nothing was measured."""
+    """What was found in one case. With `problems`, nothing was measured.
+
+    `annotated` is the number of voxels of the ground truth that do not have the ignore label.
+    """
     problems: list[str] = field(default_factory=list)
     measures: dict[str, dict[str, float]] = field(default_factory=dict)
     counts: dict[str, dict[str, int]] = field(default_factory=dict)
     occurring: set[int] = field(default_factory=set)
     has_spacing: bool = True
+    annotated: int = 0
     partly_annotated: bool = False
 
 
@@ -178,15 +184,17 @@ def evaluate_case(task: Task) -> Result:
     (truth, geometry), (prediction, other) = labels
     if differences := geometry.differences(other):
         result.problems.append(f"{task.prediction}: does not lie on the grid of {task.truth}: {'; '.join(differences)}")
-    elif task.classes is not None:
-        result.has_spacing = has_spacing(task.truth)
-        spacing = geometry.spacing[::-1][-truth.ndim:] if result.has_spacing else None
-        result.measures = measure_case(truth, prediction, task.classes, spacing, task.ignore_label, task.tolerance_mm)
-        known = np.ones(truth.shape, bool) if task.ignore_label is None else truth != task.ignore_label
-        result.partly_annotated = not known.all()
-        voxels = int(known.sum())
-        result.counts = {name: _confusion(np.isin(truth, values) & known, np.isin(prediction, values) & known, voxels)
-                         for name, values in task.classes.items()}
+        return result
+    classes = task.classes
+    if classes is None:
+        classes = {str(label): (label,) for label in sorted(result.occurring - {0})}
+    result.has_spacing = has_spacing(task.truth)
+    spacing = geometry.spacing[::-1][-truth.ndim:] if result.has_spacing else None
+    pair = LabelPair(truth, prediction, classes, task.ignore_label)
+    del labels, truth, prediction  # the surfaces are all that is needed from here on
+    result.measures = measure_pair(pair, spacing, task.tolerance_mm)
+    result.annotated, result.partly_annotated = pair.annotated, pair.annotated < pair.size
+    result.counts = {name: _confusion(*pair.counts(name), pair.annotated) for name in classes}
     return result
 
 
@@ -195,7 +203,7 @@ def _read_labels(file: Path, known: frozenset[int] | None) -> tuple[np.ndarray, 
     picture = read(file)
     if len(picture.voxels) != 1:
         raise InputError(f"{file}: has {len(picture.voxels)} channels; a segmentation has one")
-    values = np.unique(picture.voxels)
+    values = values_in(picture.voxels)
     wrong = values[~np.isfinite(values) | (values != np.round(values))]
     if len(wrong):
         raise InputError(f"{file}: holds values that are no labels, e.g. {wrong[0]:g}")
@@ -210,10 +218,9 @@ def has_spacing(file: Path) -> bool:
     return ending_of(file).lower() in ITK or spacing_file(file).is_file()
 
 
-def _confusion(truth: np.ndarray, prediction: np.ndarray, voxels: int) -> dict[str, int]:
-    """Count voxels as nnU-Net does; voxels: how many are annotated."""
-    both, true, predicted = int((truth & prediction).sum()), int(truth.sum()), int(prediction.sum())
-    return {"TP": both, "FP": predicted - both, "FN": true - both, "TN": voxels - predicted - true + both,
+def _confusion(both: int, true: int, predicted: int, annotated: int) -> dict[str, int]:
+    """Return the numbers of voxels as nnU-Net names them, of the annotated voxels."""
+    return {"TP": both, "FP": predicted - both, "FN": true - both, "TN": annotated - predicted - true + both,
             "n_ref": true, "n_pred": predicted}
 
 
@@ -251,26 +258,23 @@ def evaluate_folders(truth: str | Path, prediction: str | Path, *, dataset: int 
     if not (isinstance(tolerance_mm, (int, float)) and 0 <= tolerance_mm < math.inf):
         raise InputError(f"the tolerance must be a number of mm from 0, not {tolerance_mm!r}")
     files = _pairs(truth, prediction, subset, cases)
-    known = None
-    classes: dict[str, tuple[int, ...]]
+    known = classes = None
     if dataset is not None:
         classes, ignore_label, pattern_of_dataset = _described(dataset)
         patient_pattern = patient_pattern or pattern_of_dataset
         known = frozenset({0, *(label for values in classes.values() for label in values)})
     patients = patients_by(patient_pattern, files)
-    measure = partial(_evaluate, files, ignore_label=ignore_label, tolerance_mm=tolerance_mm, known=known,
-                      processes=processes)
     if labels:
         classes = _given_classes(labels)
         if known and (unknown := {label for values in classes.values() for label in values} - known):
             raise InputError(f"--labels: data set {dataset} has no {', '.join(map(str, sorted(unknown)))}; it has "
                              f"{', '.join(map(str, sorted(known - {0})))}")
-    elif dataset is None:
-        occurring = set().union(*(result.occurring for result in measure(classes=None, text="labels").values()))
-        classes = {str(value): (value,) for value in sorted(occurring - {0})}
+    results = _evaluate(files, processes=processes, classes=classes, ignore_label=ignore_label,
+                        tolerance_mm=tolerance_mm, known=known)
+    if classes is None:
+        classes = _add_absent(results)
         if not classes:
             raise InputError(f"{truth}: no file holds a label other than 0; nothing to measure")
-    results = measure(classes=classes, text="evaluate")
     return Evaluation(
         truth=truth, prediction=prediction, classes=classes, ignore_label=ignore_label,
         tolerance_mm=float(tolerance_mm),
@@ -290,13 +294,24 @@ def patients_by(pattern: str | None, cases: Iterable[str]) -> dict[str, str]:
                          "patient.") from error
 
 
-def _evaluate(files: dict[str, tuple[Path, Path]], *, processes: int, text: str, **options) -> dict[str, Result]:
+def _evaluate(files: dict[str, tuple[Path, Path]], *, processes: int, **options) -> dict[str, Result]:
     """Measure all cases. Raises InputError with the problems of all of them."""
     tasks = [(Task(truth=truth, prediction=prediction, **options),) for truth, prediction in files.values()]
-    results = dict(zip(files, parallel(evaluate_case, tasks, processes, text)))
+    results = dict(zip(files, parallel(evaluate_case, tasks, processes, "evaluate")))
     if problems := [problem for result in results.values() for problem in result.problems]:
         raise InputError("nothing was evaluated:\n  " + "\n  ".join(problems))
     return results
+
+
+def _add_absent(results: dict[str, Result]) -> dict[str, tuple[int, ...]]:
+    """Return a class for each label that occurs in any case, and complete the results of cases that lack some."""
+    occurring = set().union(*(result.occurring for result in results.values()))
+    classes: dict[str, tuple[int, ...]] = {str(label): (label,) for label in sorted(occurring - {0})}
+    for result in results.values():
+        absent = (dict.fromkeys(MEASURES, math.nan), _confusion(0, 0, 0, result.annotated))
+        result.measures = {name: result.measures.get(name, absent[0]) for name in classes}
+        result.counts = {name: result.counts.get(name, absent[1]) for name in classes}
+    return classes
 
 
 def _images(folder: Path) -> dict[str, Path]:
@@ -434,8 +449,7 @@ def write(evaluation: Evaluation, output: str | Path, comparison: dict | None = 
     files: dict[str, Any] = {"metrics.json": json.dumps(content, indent=1, allow_nan=False) + "\n",
                              "metrics.csv": evaluation.table()}
     if not (Path(output) / "summary.json").exists():
-        from nnunetv2.evaluation.evaluate_predictions import save_summary_json  # takes long to import
-        files["summary.json"] = lambda file: save_summary_json(evaluation.summary(), str(file))
+        files["summary.json"] = json.dumps(evaluation.summary(), indent=4, sort_keys=True)
     return write_results(output, MADE_BY, files)
 
 

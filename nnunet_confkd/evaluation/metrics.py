@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
-from scipy.ndimage import binary_erosion
-from scipy.spatial import KDTree
+
+from nnunet_confkd.evaluation.label_pair import LabelPair
 
 # the measures, and how many digits tables show
 MEASURES = {"Dice": 3, "IoU": 3, "HD95_mm": 2, "ASSD_mm": 2, "NSD": 3, "volume_difference_ml": 3}
@@ -48,29 +48,12 @@ def measure_masks(truth: np.ndarray, prediction: np.ndarray, spacing: Sequence[f
     Returns:
         {measure: value}.
     """
-    true_voxels, predicted_voxels = int(truth.sum()), int(prediction.sum())
-    total = true_voxels + predicted_voxels
-    if not total:
-        return dict.fromkeys(MEASURES, math.nan)
-    both = int((truth & prediction).sum())
-    found = {"Dice": 2 * both / total, "IoU": both / (total - both), "HD95_mm": math.nan, "ASSD_mm": math.nan,
-             "NSD": 0.0, "volume_difference_ml": float(predicted_voxels - true_voxels) * math.prod(spacing) / 1000}
-    if true_voxels and predicted_voxels:
-        directions = surface_distances(truth, prediction, spacing)
-        found["HD95_mm"] = float(max(np.percentile(distances, 95) for distances in directions))
-        together = np.concatenate(directions)
-        found["ASSD_mm"] = float(together.mean())
-        found["NSD"] = float((together <= tolerance_mm + 1e-6).mean())  # 3 * 0.1 is not 0.3 exactly
-    return found
+    return measure_case(truth, prediction, {"": (1,)}, spacing, tolerance_mm=tolerance_mm)[""]
 
 
 def surface_distances(truth: np.ndarray, prediction: np.ndarray,
                       spacing: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
-    """Measure the distances between the surfaces of two masks, in both directions.
-
-    The surface of a mask consists of its voxels that have a face neighbour outside of the mask, as points at the
-    centres of the voxels. Everything outside of the image counts as outside of the mask. If an axis has a single slice,
-    the mask has no surface along this axis, so the surface is the outline.
+    """Measure the distances between the surfaces of two masks, as :meth:`LabelPair.surface_distances`.
 
     Args:
         truth: Boolean mask, `(Z, Y, X)` or `(Y, X)`, not empty.
@@ -81,16 +64,7 @@ def surface_distances(truth: np.ndarray, prediction: np.ndarray,
         Distances in mm from each surface voxel of the prediction to the nearest one of the ground truth, and the other
         way round.
     """
-    thick = [axis for axis, size in enumerate(truth.shape) if size > 1] or [0]
-    thin = tuple(axis for axis in range(truth.ndim) if axis not in thick)
-    box = tuple(slice(min(index), max(index) + 1) for index in np.nonzero(truth | prediction))  # the less to erode
-
-    def surface(mask: np.ndarray) -> np.ndarray:
-        mask = mask[box].squeeze(thin)
-        return np.argwhere(mask & ~binary_erosion(mask)) * [spacing[axis] for axis in thick]
-
-    true_points, predicted_points = surface(truth), surface(prediction)
-    return KDTree(true_points).query(predicted_points)[0], KDTree(predicted_points).query(true_points)[0]
+    return LabelPair(truth, prediction, {"": (1,)}).surface_distances("", spacing)
 
 
 def measure_case(truth: np.ndarray, prediction: np.ndarray, classes: Mapping[str, Sequence[int]],
@@ -113,13 +87,36 @@ def measure_case(truth: np.ndarray, prediction: np.ndarray, classes: Mapping[str
     Returns:
         {class: {measure: value}}, see :func:`measure_masks`.
     """
-    known = np.ones(truth.shape, bool) if ignore_label is None else truth != ignore_label
-    voxel = (1.0,) * truth.ndim if spacing is None else spacing
-    found = {name: measure_masks(np.isin(truth, labels) & known, np.isin(prediction, labels) & known, voxel,
-                                 tolerance_mm) for name, labels in classes.items()}
+    return measure_pair(LabelPair(truth, prediction, classes, ignore_label), spacing, tolerance_mm)
+
+
+def measure_pair(pair: LabelPair, spacing: Sequence[float] | None,
+                 tolerance_mm: float = TOLERANCE_MM) -> dict[str, dict[str, float]]:
+    """Measure each class of two label maps that have been read, as :func:`measure_case`."""
+    found = {name: _measure_class(pair, name, spacing, tolerance_mm) for name in pair.codes}
     if spacing is None:
         for measures in found.values():
             measures |= dict.fromkeys(PHYSICAL, math.nan)
+    return found
+
+
+def _measure_class(pair: LabelPair, name: str, spacing: Sequence[float] | None,
+                   tolerance_mm: float) -> dict[str, float]:
+    both, true_voxels, predicted_voxels = pair.counts(name)
+    total = true_voxels + predicted_voxels
+    if not total:
+        return dict.fromkeys(MEASURES, math.nan)
+    found = {"Dice": 2 * both / total, "IoU": both / (total - both), "HD95_mm": math.nan, "ASSD_mm": math.nan,
+             "NSD": 0.0, "volume_difference_ml": math.nan}
+    if spacing is None:
+        return found
+    found["volume_difference_ml"] = float(predicted_voxels - true_voxels) * math.prod(spacing) / 1000
+    if true_voxels and predicted_voxels:
+        directions = pair.surface_distances(name, spacing)
+        found["HD95_mm"] = float(max(np.percentile(distances, 95) for distances in directions))
+        together = np.concatenate(directions)
+        found["ASSD_mm"] = float(together.mean())
+        found["NSD"] = float((together <= tolerance_mm + 1e-6).mean())  # 3 * 0.1 is not 0.3 exactly
     return found
 
 

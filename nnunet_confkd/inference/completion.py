@@ -32,7 +32,7 @@ from nnunet_confkd.inference.prediction import ExportingPredictor, export_and_me
 from nnunet_confkd.inference.uncertainty import case_score, map_ending, write_map, write_review_list
 from nnunet_confkd.processes import PROCESSES, parallel
 from nnunet_confkd.training.batches import real_hints
-from nnunet_confkd.training.hints import volume_hints
+from nnunet_confkd.training.label_hints import LabelHints, image_hints
 from nnunet_confkd.training.network import BRANCHES, has_teacher, predicting, unwrap
 
 KEY = "completed"  # in dataset.json: a list with one entry per run, because a completed data set can be completed again
@@ -153,12 +153,12 @@ def _export(logits, properties, configuration_manager, plans_manager, dataset_js
     """Write segmentation, entropy and confidence; `output` is `TARGET/.predicted/CASE`."""
     _, maps = export_and_measure(logits, properties, configuration_manager, plans_manager, dataset_json, output,
                                  *args, **kwargs)
+    del logits
     labels, output = plans_manager.get_label_manager(dataset_json), Path(output)
-    normalised = normalised_entropy(maps["entropy"], labels.num_segmentation_heads, labels.has_regions)
-    name = f"{output.name}{map_ending(dataset_json['file_ending'])}"
-    for folder, voxels in ((output.parent / ENTROPY, normalised),
-                           (output.parent.parent / CONFIDENCE, maps["confidence"])):
-        write_map(folder / name, voxels, properties, plans_manager.image_reader_writer_class())
+    name, writer = f"{output.name}{map_ending(dataset_json['file_ending'])}", plans_manager.image_reader_writer_class()
+    write_map(output.parent.parent / CONFIDENCE / name, maps.pop("confidence"), properties, writer)
+    normalised = normalised_entropy(maps.pop("entropy"), labels.num_segmentation_heads, labels.has_regions)
+    write_map(output.parent / ENTROPY / name, normalised, properties, writer)
 
 
 def _load_predictor(model: TrainedModel) -> tuple[_CompletingPredictor, list[str]]:
@@ -249,6 +249,8 @@ def _predict(predictor: _CompletingPredictor, cases: list[Case], folder: Path, p
     if hints:
         network: Any = unwrap(predictor.network)
         network.hints_in_input = True
+        if not predictor.label_manager.has_regions:
+            predictor.network = LabelHints(predictor.network, predictor.label_manager.num_segmentation_heads)
         labels = [str(case.label.file) for case in cases]
         predictor.predict_from_data_iterator(_with_hints(predictor, sources, labels, outputs),
                                              num_processes_segmentation_export=number)
@@ -268,8 +270,9 @@ def _with_hints(predictor: _CompletingPredictor, sources: list[list[str]], label
         # as `confkd plan` preprocesses the training cases, so that no annotation is lost
         data, seg, properties = KeepAnnotations(verbose=False).run_case(images, label, plans, configuration, described)
         properties.pop("class_locations", None)
-        hints = volume_hints(*real_hints(seg[0], manager.ignore_label), manager)
-        yield {"data": torch.cat((torch.from_numpy(data).float(), hints)), "data_properties": properties,
+        label, mask = map(torch.from_numpy, real_hints(seg, manager.ignore_label))
+        hints = image_hints(label, mask, manager)
+        yield {"data": torch.cat((torch.from_numpy(data).float(), hints.float())), "data_properties": properties,
                "ofile": output}
 
 
@@ -380,11 +383,11 @@ class _Completion:
         ignored = label == self.ignore
         left = int((ignored & (confidence <= self.threshold)).sum()) if self.threshold is not None else 0
         annotated = int((~ignored).sum())
-        agreement = float((predicted == label)[~ignored].mean()) if annotated else None
+        agreement = float(np.mean(predicted == label, where=~ignored)) if annotated else None
         return {"case": self.case, **case_score(entropy, predicted, ignored),
                 "kind": kind_of({self.ignore: left, OUTSIDE: label.size - left}, self.ignore),
                 "annotated_voxels": annotated, "filled_voxels": int(ignored.sum()) - left, "ignored_voxels": left,
-                "mean_confidence": float(confidence[ignored].mean(dtype=np.float64)),
+                "mean_confidence": float(confidence.mean(dtype=np.float64, where=ignored)),
                 "agreement_with_annotations": agreement}
 
     def is_wrong(self) -> bool:

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import csv
 import json
+import zlib
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -52,9 +53,34 @@ def write_map(file: str | Path, voxels: np.ndarray, properties: dict, reader_wri
     file.parent.mkdir(parents=True, exist_ok=True)
     voxels = np.ascontiguousarray(voxels, np.float32)
     file.unlink(missing_ok=True)
+    if not file.name.lower().endswith(".nii.gz"):
+        _write_checked(file, voxels, properties, reader_writer)
+        return
+    plain = file.with_name(f".{file.name[:-3]}")
+    try:
+        _write_checked(plain, voxels, properties, reader_writer)
+        with written_whole(file) as aside:
+            _compress(plain, aside)
+    finally:
+        plain.unlink(missing_ok=True)
+
+
+def _write_checked(file: Path, voxels: np.ndarray, properties: dict, reader_writer) -> None:
     reader_writer.write_seg(voxels.view(_Floats), str(file), properties)
     if not np.array_equal(reader_writer.read_seg(str(file))[0][0], voxels):
         raise OSError(f"{file}: was not written correctly; is the disk full?")
+
+
+def _compress(file: Path, target: Path) -> None:
+    """Compress a file with gzip, quickly: ITK's level would take several times as long and gain nothing.
+
+    The last bits of most floating point numbers are noise. Only runs of equal bytes are worth a search.
+    """
+    stream = zlib.compressobj(1, zlib.DEFLATED, 31, 9, zlib.Z_RLE)
+    with open(file, "rb") as plain, open(target, "wb") as compressed:
+        while piece := plain.read(2 ** 20):
+            compressed.write(stream.compress(piece))
+        compressed.write(stream.flush())
 
 
 def case_score(normalised: np.ndarray, segmentation: np.ndarray, where: np.ndarray | None = None) -> dict:
@@ -70,14 +96,21 @@ def case_score(normalised: np.ndarray, segmentation: np.ndarray, where: np.ndarr
         predicted as foreground or have an entropy of at least `IN_DOUBT`, so that large empty surroundings do not
         count. It is 0 if there are no such voxels.
     """
-    if where is not None:
-        normalised, segmentation = normalised[where], segmentation[where]
-    foreground = segmentation != 0
-    judged = normalised[foreground | (normalised >= IN_DOUBT)]
-    return {"score": float(judged.mean(dtype=np.float64)) if judged.size else 0.0,
-            "mean_normalised_entropy": float(normalised.mean(dtype=np.float64)) if normalised.size else 0.0,
-            "voxels": int(normalised.size), "foreground_voxels": int(foreground.sum()),
-            "judged_voxels": int(judged.size)}
+    total = judged_total = 0.0
+    voxels = foreground_voxels = judged_voxels = 0
+    for index in range(len(normalised)):  # slice by slice: a selection is a copy
+        entropy, foreground = normalised[index], segmentation[index] != 0
+        if where is not None:
+            entropy, foreground = entropy[where[index]], foreground[where[index]]
+        judged = entropy[foreground | (entropy >= IN_DOUBT)]
+        total += float(entropy.sum(dtype=np.float64))
+        judged_total += float(judged.sum(dtype=np.float64))
+        voxels += entropy.size
+        foreground_voxels += int(np.count_nonzero(foreground))
+        judged_voxels += judged.size
+    return {"score": judged_total / judged_voxels if judged_voxels else 0.0,
+            "mean_normalised_entropy": total / voxels if voxels else 0.0, "voxels": voxels,
+            "foreground_voxels": foreground_voxels, "judged_voxels": judged_voxels}
 
 
 def write_review_list(folder: Path, rows: list[dict], about: dict) -> list[dict]:
@@ -137,11 +170,12 @@ def _export_with_entropy(logits, properties, configuration_manager, plans_manage
     score_file.unlink(missing_ok=True)
     segmentation, maps = export_and_measure(logits, properties, configuration_manager, plans_manager, dataset_json,
                                             output, *args, **kwargs)
-    labels = plans_manager.get_label_manager(dataset_json)
-    normalised = normalised_entropy(maps["entropy"], labels.num_segmentation_heads, labels.has_regions)
+    del logits, maps["confidence"]
+    labels, reader_writer = plans_manager.get_label_manager(dataset_json), plans_manager.image_reader_writer_class()
     name = f"{Path(output).name}{map_ending(dataset_json['file_ending'])}"
-    for kind, voxels in ((NATS, maps["entropy"]), (NORMALISED, normalised)):
-        write_map(score_file.parent.parent / kind / name, voxels, properties, plans_manager.image_reader_writer_class())
+    write_map(score_file.parent.parent / NATS / name, maps["entropy"], properties, reader_writer)
+    normalised = normalised_entropy(maps.pop("entropy"), labels.num_segmentation_heads, labels.has_regions)
+    write_map(score_file.parent.parent / NORMALISED / name, normalised, properties, reader_writer)
     score_file.parent.mkdir(parents=True, exist_ok=True)
     write_json(score_file, {"case": Path(output).name, "branch": branch, **case_score(normalised, segmentation)})
 

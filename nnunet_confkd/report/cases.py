@@ -2,9 +2,12 @@
 from __future__ import annotations
 
 import io
+import math
 from collections import Counter
+from collections.abc import Callable, Mapping
 from contextlib import redirect_stdout
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -18,14 +21,17 @@ from nnunet_confkd.data.patients import patients_of
 from nnunet_confkd.data.supervision import PARTIAL
 from nnunet_confkd.discovery import make_findable
 from nnunet_confkd.errors import InputError
-from nnunet_confkd.evaluation.calibration import Counts, count_case
+from nnunet_confkd.evaluation.calibration import Counts, count
 from nnunet_confkd.evaluation.evaluate import has_spacing
 from nnunet_confkd.evaluation.metrics import FOREGROUND, CaseMeasures, measure_case
-from nnunet_confkd.inference.prediction import measure, normalised_entropy
+from nnunet_confkd.inference.prediction import normalised_entropy
 from nnunet_confkd.report.model import Fold, Model
+from nnunet_confkd.training.prediction_maps import PredictionMaps, StreamingExport, maps_of
 from nnunet_confkd.training.validation import CasePredictor
 
 PARTIAL_CASES = 3  # how many partially annotated training cases are shown
+LOGIT_BYTES, AT_ONCE = 2, 2 ** 31  # nnU-Net's logits; from so many bytes on, the branches are predicted one by one
+AT_A_TIME = 2 ** 20  # how many voxels are counted at once
 SURE = 0.99  # a voxel is in question if a branch predicts foreground, or is less confident than this
 
 
@@ -57,8 +63,10 @@ class Predictor:
             name = "__".join((loaded.trainer_name, model.plans["plans_name"], previous))
             self.previous = str(model.folder.parent / name / "predicted_next_stage" / model.configuration)
         self.network.eval()
+        self.branches = branches
         with redirect_stdout(io.StringIO()):
             self.predict = CasePredictor(self, branches)
+            self.predict_alone = {branch: CasePredictor(self, [branch]) for branch in branches}
 
     def __call__(self, case: str) -> Prediction:
         """Predict a case. Raises InputError if a file of the case is missing."""
@@ -70,9 +78,37 @@ class Predictor:
         except FileNotFoundError as error:
             raise InputError(f"{data_folder}: the preprocessed case '{case}' is not complete ({error}). Preprocess the "
                              "data set again, or correct its split.") from error
-        data, seg = np.asarray(data[:]), np.asarray(seg[:])[0]
-        logits = self.predict(data, None if seg_prev is None else seg_prev[:])
+        seg = np.asarray(seg[:])[0]
+        previous = None if seg_prev is None else seg_prev[:]
+        logits: Mapping[str, torch.Tensor]
+        if LOGIT_BYTES * self.predict.heads * len(self.branches) * seg.size > AT_ONCE:
+            logits = _OneByOne({branch: partial(self._alone, branch, data, previous) for branch in self.branches})
+        else:
+            logits = self.predict(np.asarray(data[:]), previous)
         return Prediction(self.model, data, seg, logits, properties)
+
+    def _alone(self, branch: str, data, previous: np.ndarray | None) -> torch.Tensor:
+        return self.predict_alone[branch](np.asarray(data[:]), previous)[branch]
+
+
+class _OneByOne(Mapping):
+    """The logits of each branch of a large case, predicted when they are asked for. Only the last ones are kept."""
+
+    def __init__(self, predictions: dict[str, Callable[[], torch.Tensor]]):
+        self.predictions = predictions
+        self.last: tuple[str, torch.Tensor | None] = ("", None)
+
+    def __getitem__(self, branch: str) -> torch.Tensor:
+        if self.last[0] != branch:
+            self.last = ("", None)
+            self.last = (branch, self.predictions[branch]())
+        return self.last[1]
+
+    def __iter__(self):
+        return iter(self.predictions)
+
+    def __len__(self) -> int:
+        return len(self.predictions)
 
 
 @dataclass
@@ -108,28 +144,64 @@ class Slice:
 
 
 @dataclass
+class Original:
+    """What a branch predicts on the grid of the image file.
+
+    Attributes:
+        segmentation: The labels, `(*spatial)`.
+        confidence: The probability of the chosen label, `(1, *spatial)`. With regions the probability of each,
+            `(heads, *spatial)`.
+    """
+    segmentation: np.ndarray
+    confidence: np.ndarray
+
+
+@dataclass
 class Prediction:
     """A preprocessed case and its predictions.
 
     Attributes:
         model: The model that predicts.
-        data: The images, `(C, *spatial)`.
+        data: The images, `(C, *spatial)`. They may lie in a file.
         seg: The label, `(*spatial)`.
         logits: {branch: logits}, each `(heads, *spatial)`.
         properties: What nnU-Net's preprocessing knows about the case.
+        segmentations: {branch: labels `(*spatial)`}; see :meth:`summarise`.
+        originals: {branch: the same on the grid of the image file}; see :meth:`summarise`.
     """
     model: Model
     data: np.ndarray
     seg: np.ndarray
-    logits: dict[str, torch.Tensor]
+    logits: Mapping[str, torch.Tensor]
     properties: dict
+    segmentations: dict[str, np.ndarray] = field(default_factory=dict)
+    originals: dict[str, Original] = field(default_factory=dict)
 
-    def original(self, branch: str) -> tuple[np.ndarray, np.ndarray]:
-        """Return the segmentation and the probabilities of a branch on the grid of the image file, as nnU-Net exports
-        them."""
-        return convert_predicted_logits_to_segmentation_with_correct_shape(
-            self.logits[branch], self.model.plans_manager, self.model.configuration_manager, self.model.label_manager,
-            self.properties, return_probabilities=True, num_threads_torch=torch.get_num_threads())
+    def summarise(self, export: bool = True) -> None:
+        """Fill in the segmentations and, if `export` is set, the originals.
+
+        The student is the last: if the case is large, :meth:`slice` finds its logits still there.
+        """
+        for branch in reversed(list(self.logits)):
+            maps = None
+            if export:
+                self.originals[branch], maps = self._export(branch)
+            if maps is None or maps.shape != self.seg.shape:
+                maps = maps_of(self.logits[branch], self.model.label_manager, measured=())
+            self.segmentations[branch] = maps.segmentation
+
+    def _export(self, branch: str) -> tuple[Original, PredictionMaps]:
+        """Do what nnU-Net does to export the logits of a branch, without writing them."""
+        model = self.model
+        export = StreamingExport(model.plans_manager, model.configuration_manager, model.dataset_json,
+                                 measured=("confidence",), heads=True)
+        segmentation = convert_predicted_logits_to_segmentation_with_correct_shape(
+            self.logits[branch], export.plans, export.configuration, export.labels, self.properties,
+            num_threads_torch=torch.get_num_threads())
+        maps = export.maps
+        confidence = (export.uncropped(maps.heads, 0, self.properties) if maps.heads is not None else
+                      export.uncropped(maps.confidence, 1, self.properties)[None])
+        return Original(segmentation, confidence), maps
 
     def to_preprocessed(self, segmentation: np.ndarray) -> np.ndarray:
         """Move a segmentation from the grid of the image file to the preprocessed one, by nearest neighbours."""
@@ -141,20 +213,19 @@ class Prediction:
     def slice(self) -> Slice:
         """Return the slice with most foreground in the label and the predictions together."""
         labels = self.model.label_manager
-        segmentations = [np.asarray(labels.convert_logits_to_segmentation(logits)) for logits in self.logits.values()]
+        if not self.segmentations:
+            self.summarise(export=False)
+        segmentations = [self.segmentations[branch] for branch in self.logits]
         ignore = -2 if labels.ignore_label is None else labels.ignore_label
-        foreground = sum((seg > 0) & (seg != ignore) for seg in (self.seg, *segmentations))
-        index = int(np.argmax(foreground.sum((1, 2))))
+        foreground = np.sum([[np.count_nonzero((of > 0) & (of != ignore)) for of in seg]
+                             for seg in (self.seg, *segmentations)], axis=0)
+        index = int(np.argmax(foreground))
+        entropy = maps_of(self.logits["student"][:, index:index + 1], labels).entropy[0]
         spacing = self.model.configuration_manager.spacing
-        return Slice(self.data[0, index].astype(np.float32), self.seg[index].astype(np.int16),
+        return Slice(np.asarray(self.data[0, index]).astype(np.float32), self.seg[index].astype(np.int16),
                      np.stack([seg[index] for seg in segmentations]).astype(np.int16),
-                     _relative_entropy(self.logits["student"][:, index], labels.has_regions), index, len(foreground),
-                     spacing[-2] / spacing[-1])
-
-
-def _relative_entropy(logits: torch.Tensor, has_regions: bool) -> np.ndarray:
-    """Return the entropy relative to the highest possible one, `(heads, h, w)` -> `(h, w)`, 0 to 1."""
-    return normalised_entropy(measure(logits[:, None], has_regions)["entropy"][0], len(logits), has_regions)
+                     normalised_entropy(entropy, labels.num_segmentation_heads, labels.has_regions), index,
+                     len(foreground), spacing[-2] / spacing[-1])
 
 
 # ---- findings -------------------------------------------------------------------------------------------------------
@@ -237,10 +308,12 @@ class Findings:
         reader, ending = self.model.plans_manager.image_reader_writer_class(), self.model.dataset_json["file_ending"]
         truth_file = self.model.truths / (case + ending)
         truth, properties = reader.read_seg(str(truth_file))
+        truth = _integers(truth)
+        prediction.summarise()
         content = prediction.slice()
-        originals = {branch: prediction.original(branch) for branch in self.branches}
-        prediction.logits.clear()  # large volumes need the memory
-        segmentations = {branch: segmentation for branch, (segmentation, _) in originals.items()}
+        prediction.logits = {}  # large volumes need the memory
+        prediction.segmentations.clear()
+        segmentations = {branch: original.segmentation for branch, original in prediction.originals.items()}
         if self.predictions is not None:
             given = _read_given(self.predictions / (case + ending), reader, truth, properties)
             segmentations["given"] = given
@@ -253,24 +326,41 @@ class Findings:
             self.evaluations[branch].cases[name] = measure_case(
                 true, predicted, self.model.classes, spacing[first:] if has_spacing(truth_file) else None,
                 self.model.label_manager.ignore_label)
-        self._count(truth[0].astype(np.int32), originals)
+        self._count(truth[0], prediction.originals)
         self._keep(name, content)
 
-    def _count(self, truth: np.ndarray, originals: dict[str, tuple[np.ndarray, np.ndarray]]) -> None:
-        """Add the calibration counts of a case. originals: {branch: (segmentation, probabilities)}."""
+    def _count(self, truth: np.ndarray, originals: dict[str, Original]) -> None:
+        """Add the calibration counts of a case, a few slices at a time."""
         labels = self.model.label_manager
-        in_question = np.zeros(truth.shape, bool)
-        for segmentation, p in originals.values():
-            in_question |= segmentation > 0
-            for confidence in (np.maximum(head, 1 - head) for head in p) if labels.has_regions else (p.max(0),):
-                in_question |= confidence < SURE
-        regions = labels.foreground_regions if labels.has_regions else None
-        for branch, (_, p) in originals.items():
-            counts = self.calibration[branch]
-            counts.all += count_case(p, truth, ignore_label=labels.ignore_label, regions=regions)
-            asked = count_case(p, truth, ignore_label=labels.ignore_label, regions=regions, where=in_question)
-            counts.in_question += asked
-            counts.cases.append(asked.coarse)
+        asked, others = ({branch: Counts.none() for branch in originals} for _ in range(2))
+        rows = max(1, AT_A_TIME // math.prod(truth.shape[1:]))
+        for part in (slice(start, start + rows) for start in range(0, len(truth), rows)):
+            parts = {branch: Original(original.segmentation[part], original.confidence[:, part])
+                     for branch, original in originals.items()}
+            in_question = np.zeros(truth[part].shape, bool)
+            for original in parts.values():
+                in_question |= original.segmentation > 0
+                for head in original.confidence:
+                    in_question |= np.maximum(head, 1 - head) < SURE if labels.has_regions else head < SURE
+            ignored = np.zeros(in_question.shape, bool)
+            if labels.ignore_label is not None:
+                ignored = truth[part] == labels.ignore_label
+            for branch, original in parts.items():
+                for counts, where in ((asked, in_question & ~ignored), (others, ~in_question & ~ignored)):
+                    counts[branch] += self._count_voxels(original, truth[part], where)
+        for branch in originals:
+            found = self.calibration[branch]
+            found.all += asked[branch] + others[branch]
+            found.in_question += asked[branch]
+            found.cases.append(asked[branch].coarse)
+
+    def _count_voxels(self, original: Original, truth: np.ndarray, where: np.ndarray) -> Counts:
+        labels, true = self.model.label_manager, truth[where]
+        if not labels.has_regions:
+            return count(original.confidence[0][where], original.segmentation[where] == true)
+        heads = [head[where] for head in original.confidence]
+        return sum((count(np.maximum(p, 1 - p), (p > 0.5) == np.isin(true, region))
+                    for p, region in zip(heads, labels.foreground_regions)), Counts.none())
 
     def _keep(self, name: str, content: Slice) -> None:
         """Save a slice: which cases are shown is known only at the end, and the slices of all would fill the memory."""
@@ -337,4 +427,9 @@ def _read_given(path: Path, reader, truth: np.ndarray, properties: dict) -> np.n
     if given.shape != truth.shape or not np.allclose(other["spacing"], properties["spacing"], rtol=1e-3):
         raise InputError(f"{path}: shape {given.shape[1:]} and spacing {tuple(other['spacing'])} are not those of the "
                          f"ground truth, {truth.shape[1:]} and {tuple(properties['spacing'])}")
-    return given[0]
+    return _integers(given[0])
+
+
+def _integers(labels: np.ndarray) -> np.ndarray:
+    """Return labels as integers of few bytes; nnU-Net's readers return floating point numbers."""
+    return labels.astype(np.uint8 if labels.min() >= 0 and labels.max() < 256 else np.int32)

@@ -31,8 +31,10 @@ from nnunet_confkd.data.supervision import FULL, OUTSIDE
 from nnunet_confkd.errors import InputError, TrainingError, some
 from nnunet_confkd.files import written_whole
 from nnunet_confkd.training.batches import label_outside
-from nnunet_confkd.training.hints import class_map, hint_channels, regions_of
+from nnunet_confkd.training.hints import class_map, regions_of
+from nnunet_confkd.training.label_hints import LabelHints, image_hints
 from nnunet_confkd.training.network import TwoBranchUNet, unwrap
+from nnunet_confkd.training.prediction_maps import StreamingExport
 from nnunet_confkd.training.record import RECORD
 
 VALIDATION_FOLDERS = {"student": "validation", "teacher": "validation_teacher"}
@@ -70,16 +72,20 @@ class CasePredictor:
         self.predictor.label_manager = _Heads(self.heads * len(branches))
 
     @contextmanager
-    def _output_of_branches(self, hints: bool):
+    def _output_of_branches(self, hints: bool, as_labels: bool):
         module: Any = unwrap(self.trainer.network)
-        if len(self.branches) < 2:
+        if not isinstance(module, TwoBranchUNet):
             yield
             return
-        before, module.branch, module.hints_in_input = module.branch, "both", hints
+        both = len(self.branches) > 1
+        before, module.branch, module.hints_in_input = module.branch, "both" if both else self.branches[0], hints
+        network = self.predictor.network
+        if as_labels:
+            self.predictor.network = LabelHints(network, self.heads)
         try:
             yield
         finally:
-            module.branch, module.hints_in_input = before, False
+            module.branch, module.hints_in_input, self.predictor.network = before, False, network
 
     def __call__(self, data: np.ndarray, seg_prev: np.ndarray | None,
                  hints: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
@@ -88,7 +94,7 @@ class CasePredictor:
         Args:
             data: The image, `(C, *spatial)`.
             seg_prev: The labels of the previous stage `(*spatial)`, for a cascade.
-            hints: Those of the teacher, `(heads + 1, *spatial)`.
+            hints: Those of the teacher, as :func:`simulated_hints` returns them.
 
         Returns:
             The logits of each branch, `(heads, *spatial)`: views of one tensor on the CPU.
@@ -96,10 +102,10 @@ class CasePredictor:
         if self.trainer.is_cascaded:
             data = np.vstack((data, convert_labelmap_to_one_hot(
                 seg_prev, self.trainer.label_manager.foreground_labels, output_dtype=data.dtype)))
-        image = torch.tensor(data)
+        image = torch.from_numpy(np.require(data, requirements="W"))
         if hints is not None:
             image = torch.cat((image, hints.to(image.dtype)))
-        with self._output_of_branches(hints is not None):
+        with self._output_of_branches(hints is not None, hints is not None and len(hints) == 1):
             logits = self.predictor.predict_sliding_window_return_logits(image).cpu()
         return dict(zip(self.branches, logits.split(self.heads)))
 
@@ -116,18 +122,17 @@ def simulated_hints(trainer, case: str, data: np.ndarray, seg: np.ndarray) -> to
         seg: The ground truth, `(1, *spatial)`.
 
     Returns:
-        `(heads + 1, *spatial)`; None if the teacher is validated without hints.
+        Those of `image_hints`; None if the teacher is validated without hints.
     """
     if trainer.validation_hints is None:
         return None
     sampler = deepcopy(trainer.validation_hints)  # it learns from what it sees, and every case must come first
-    labels, regions = trainer.label_manager, trainer.label_manager.has_regions
-    label = label_outside(torch.from_numpy(seg[0].astype(np.int16)), labels.ignore_label, full=True)
-    target = regions_of(label[None], labels)[None]
-    mask = sampler.simulate_volume(data, class_map(target, regions)[0], seg[0] != OUTSIDE,
-                                   trainer.configuration_manager.patch_size,
+    labels = trainer.label_manager
+    label = label_outside(torch.from_numpy(seg[0].astype(np.int16)), labels.ignore_label, full=True)[None]
+    mask = sampler.simulate_volume(data, class_map(regions_of(label, labels)[None], labels.has_regions)[0],
+                                   seg[0] != OUTSIDE, trainer.configuration_manager.patch_size,
                                    np.random.default_rng(crc32(case.encode())))
-    return hint_channels(target, torch.from_numpy(mask)[None, None], labels.num_segmentation_heads, regions)[0]
+    return image_hints(label, torch.from_numpy(mask)[None], labels)
 
 
 # ---- writing in other processes -------------------------------------------------------------------------------------
@@ -190,7 +195,8 @@ def _export_case(logits: dict[str, torch.Tensor], files: dict[str, str], next_st
     memory; NumPy arrays would be copied through a pipe.
     """
     for branch, file in files.items():
-        export_prediction_from_logits(logits[branch], properties, configuration_manager, plans_manager, dataset_json,
+        export = StreamingExport(plans_manager, configuration_manager, dataset_json, measured=())
+        export_prediction_from_logits(logits[branch], properties, export.configuration, export.plans, dataset_json,
                                       file, save_probabilities)
     for shape, file, dataset_class in next_stages:
         # Written atomically, because folds that train at the same time may write the same case.

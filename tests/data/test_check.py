@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tracemalloc
 
 import nibabel
 import numpy as np
@@ -18,6 +19,7 @@ from skimage import io
 
 from nnunet_confkd import cli
 from nnunet_confkd.data.check import check_dataset
+from nnunet_confkd.data.check_cases import CaseFiles, examine_case
 from nnunet_confkd.data.check_report import Report, percent
 from nnunet_confkd.data.patients import split_full_cases
 from nnunet_confkd.errors import InputError
@@ -1024,3 +1026,38 @@ def test_acdc_with_scribbles_is_right_and_counted_as_in_the_source(folders, test
         assert found["annotated_share"] == pytest.approx(np.mean(label < 4))
     assert report["split"]["folds"] == [{"train": {"full": 4, "partial": 6, "unlabelled": 0},
                                          "val": {"full": 2, "partial": 0, "unlabelled": 0}}]
+
+
+def test_a_large_case_is_examined_in_less_memory_than_two_images(tmp_path, monkeypatch):
+    for module in ("check_cases", "strokes"):
+        monkeypatch.setattr(f"nnunet_confkd.data.{module}.SLAB", 2 ** 16)
+    voxels = np.zeros((200, 200, 200), np.int16)
+    voxels[20:, 10:, ::3] = 700
+    label = np.repeat(np.arange(200, dtype=np.uint8) // 2, 200 * 200).reshape(voxels.shape)
+    files = CaseFiles((tmp_path / "i_0000.nii.gz",), (0,), tmp_path / "i.nii.gz")
+    write(files.images[0], voxels)
+    write(files.label, label)
+    examine_case(files, list(range(100)), None)
+    tracemalloc.start()
+    try:
+        content = examine_case(files, list(range(100)), None)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert not content.errors and content.size == voxels.size and len(content.shape.volumes) == 99
+    assert peak < 2 * voxels.nbytes
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "int16", "float64"])
+def test_the_digest_of_an_image_does_not_depend_on_its_type_and_on_the_parts(tmp_path, monkeypatch, dtype):
+    voxels = np.random.default_rng(0).integers(0, 200, (30, 20, 10))
+    found = []
+    for name, kind, slab in (("a", "float32", 2 ** 20), ("b", dtype, 7), ("c", dtype, 999)):
+        monkeypatch.setattr("nnunet_confkd.data.check_cases.SLAB", slab)
+        files = CaseFiles((tmp_path / f"{name}_0000.nii.gz",), (0,), None)
+        write(files.images[0], voxels.astype(kind))
+        found.append(examine_case(files, [], None).digest)
+    assert found[0] and len(set(found)) == 1
+    voxels[-1, -1, -1] += 1
+    write(files.images[0], voxels.astype(dtype))
+    assert examine_case(files, [], None).digest not in found

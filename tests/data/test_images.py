@@ -4,6 +4,7 @@ import gzip
 import json
 import os
 import struct
+import tracemalloc
 from contextlib import contextmanager
 
 import nibabel
@@ -25,6 +26,7 @@ from nnunet_confkd.data.images import (
     read,
     spacing_file,
     stands_alone,
+    values_in,
     write,
 )
 from nnunet_confkd.errors import InputError
@@ -263,7 +265,39 @@ def test_a_wrong_checksum_is_named(tmp_path):
     content[-8] ^= 1  # the first byte of the sum
     file.write_bytes(content)
     sitk.ReadImage(str(file))  # does not mind
-    _assert_unreadable(file, "(CRC check failed")
+    _assert_unreadable(file, "incorrect data check")
+
+
+def test_a_gzip_file_of_several_streams_is_read_whole(tmp_path, voxels):
+    """Tools that compress in parallel write such files, and tapes fill the end with zeros. Python's gzip reads both."""
+    whole = _write(tmp_path / "image.nii", voxels).read_bytes()
+    streams = [gzip.compress(whole[start:start + 50]) for start in range(0, len(whole), 50)]
+    file = tmp_path / "image.nii.gz"
+    for content in (b"".join(streams), b"".join(streams) + bytes(512), b"".join(streams) + bytes(2 ** 17)):
+        file.write_bytes(content)
+        assert gzip.decompress(content) == whole
+        np.testing.assert_array_equal(read(file).voxels[0], voxels)
+    file.write_bytes(b"".join(streams[:-1]))
+    _assert_unreadable(file, "")
+    file.write_bytes(b"".join(streams)[:-1])
+    _assert_unreadable(file, "")
+    file.write_bytes(b"".join(streams) + b"more")
+    _assert_unreadable(file, "")
+
+
+@pytest.mark.parametrize("ending", [".nii", ".nii.gz"])
+def test_the_voxels_of_a_nifti_file_are_in_memory_once(tmp_path, ending):
+    stored = np.random.default_rng(0).integers(0, 2 ** 15, (60, 100, 100)).astype(np.int16)
+    file = _write(tmp_path / f"image{ending}", stored, STRAIGHT)
+    read(file)  # imports
+    tracemalloc.start()
+    try:
+        voxels = read(file).voxels
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    np.testing.assert_array_equal(voxels[0], stored)
+    assert peak < 1.5 * stored.nbytes  # a growing buffer has a reserve of an eighth
 
 
 @pytest.mark.parametrize("ending", [*ENDINGS, ".mhd", ".dcm"])
@@ -555,6 +589,17 @@ def test_more_voxels_than_are_counted_at_a_time_are_all_counted():
     label = np.zeros((3, 2 ** 20 + 5), np.uint8)
     label[1, -7:], label[2, 3] = 1, 2
     assert count_voxels(label, [0, 1, 2]) == {0: label.size - 8, 1: 7, 2: 1}
+
+
+@pytest.mark.parametrize("dtype", "?bBhHiIlfd")
+def test_the_values_are_those_of_numpys_unique(dtype):
+    rng = np.random.default_rng(1)
+    voxels = rng.integers(-3, 90, (3, 2 ** 20 // 2 + 7)).astype(dtype)
+    voxels[1] = 0  # a part without anything
+    for of in (voxels, voxels[:, ::-1], voxels[1:2], voxels[:, :0]):
+        found = values_in(of)
+        assert found.dtype == of.dtype
+        np.testing.assert_array_equal(found, np.unique(of))
 
 
 def test_counting_many_values_takes_no_pass_for_each():

@@ -2,12 +2,15 @@
 from __future__ import annotations
 
 import re
+import tracemalloc
 
 import numpy as np
 import pytest
 import SimpleITK as sitk
+from scipy import ndimage
 
 from nnunet_confkd import cli
+from nnunet_confkd.data import strokes as strokes_module
 from nnunet_confkd.data.check import check_dataset
 from nnunet_confkd.data.strokes import shape_of, suspects
 from nnunet_confkd.data.weak_labels import case_rng, weaken
@@ -185,3 +188,41 @@ def test_strokes_with_0_for_not_annotated_given_as_full_masks_are_named_by_check
         )
         and "give such cases to confkd mix as --partial, with --ignore-value 0" in warning
     )
+
+
+@pytest.mark.parametrize("slab", [1, 2000, 2 ** 20])
+@pytest.mark.parametrize("spacing", [(1.0, 1.0, 1.0), SPACING, (1.0, 9.0, 1.0)])
+@pytest.mark.parametrize("dtype", [np.uint8, np.int16, np.int64, np.float32])
+def test_a_part_at_a_time_the_shape_is_that_of_the_whole(monkeypatch, slab, spacing, dtype):
+    monkeypatch.setattr(strokes_module, "SLAB", slab)
+    rng = np.random.default_rng(3)
+    label = np.where(ndimage.gaussian_filter(rng.normal(size=(3, 30, 25, 20)), (0, 2, 2, 2)) > 0.02, 1, 0)
+    label = (label[0] * (1 + label[1] + 2 * label[2])).astype(dtype)
+    label[:, :3] = label[9:12] = 0
+    label[-1, -1, -1] = 6
+    found = shape_of(label, spacing)
+    padded = np.pad(label.astype(int), 1)
+    assert found.volumes == {value: int((label == value).sum()) for value in (1, 2, 3, 4, 6)}
+    flat = max(spacing) >= 2 * min(spacing)
+    assert list(found.inner) == ([int(np.argmax(spacing))] if flat else [0, 1, 2])
+    for axis, shares in found.inner.items():
+        square = np.ones([1 if of == axis else 3 for of in range(3)], bool)
+        for value, share in shares.items():
+            assert share == ndimage.binary_erosion(padded == value, square).sum() / found.volumes[value]
+    for value, share in found.filled.items():
+        box = ndimage.find_objects((label == value).astype(int))[0]
+        assert share == found.volumes[value] / np.prod([side.stop - side.start for side in box])
+
+
+def test_a_shape_needs_less_memory_than_a_mask(monkeypatch):
+    monkeypatch.setattr(strokes_module, "SLAB", 2 ** 16)
+    label = np.zeros((150, 150, 150), np.uint8)
+    for value in range(1, 118):
+        label[value:value + 30, 5:140, 7:130] = value
+    tracemalloc.start()
+    try:
+        shape_of(label, (1.0, 1.0, 1.0))
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < label.nbytes

@@ -126,6 +126,17 @@ def test_the_summary_is_nnunets(folders):
             assert a["metrics"][key] == pytest.approx(b["metrics"][key], nan_ok=True)
 
 
+def test_without_given_labels_every_case_has_every_label_that_occurs_in_any(folders):
+    """The files are read once, when it is not yet known which labels other cases hold."""
+    save(folders / "truth" / "case0.nii.gz", label_map(classes=(1,)))
+    save(folders / "prediction" / "case0.nii.gz", label_map(classes=(1,)))
+    save(folders / "prediction" / "case1.nii.gz", label_map(classes=(1, 7)))
+    found, given = measured(folders), measured(folders, labels=[1, 2, 7])
+    assert list(found.classes) == ["1", "2", "7"] and found.classes == given.classes
+    assert found.table() == given.table() and found.counts == given.counts
+    assert found.counts["case0"]["7"]["TN"] == 8 * 20 * 20 and found.as_dict() == given.as_dict()
+
+
 def test_regions_and_the_ignore_label_come_from_the_data_set(folders, dataset):
     save(folders / "truth" / "case2.nii.gz", ignored_below(10))
     regions = dataset({"background": 0, "whole": [1, 2], "part": 2, "ignore": 3})

@@ -372,7 +372,7 @@ def test_hints_are_the_annotations_behind_the_channels(few, model, region_model,
     image, label = few.raw / "imagesTr" / f"{case}_0000.nii.gz", few.raw / "labelsTr" / f"{case}.nii.gz"
     item, = module._with_hints(predictor, [[str(image)]], [str(label)], ["out"])
     before = read_voxels(label)
-    expected = [before == 0, before == 1, before == 2, before != IGNORE]
+    expected = [np.where(before == IGNORE, 0, before + 1)]  # one channel; the network makes more of it, patch by patch
     if regions:
         expected = [np.isin(before, (1, 2)), before == 2, before != IGNORE]
     assert item["ofile"] == "out" and item["data"].shape == (1 + len(expected), *before.shape)

@@ -2,52 +2,23 @@
 from __future__ import annotations
 
 import json
-import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import scipy.special
 import scipy.stats
 import SimpleITK as sitk
 import torch
 from nnunetv2.inference import predict_from_raw_data
+from nnunetv2.inference.export_prediction import export_prediction_from_logits
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
-from nnunet_confkd.inference.prediction import ExportingPredictor, export_and_measure, max_entropy, measure
+from nnunet_confkd.inference.prediction import ExportingPredictor, export_and_measure
 from nnunet_confkd.inference.uncertainty import EntropyPredictor
 
 
 def read(file):
     return sitk.GetArrayFromImage(sitk.ReadImage(str(file)))
-
-
-def test_the_entropy_of_equal_logits_is_log_C_and_of_certainty_0():
-    assert max_entropy(4, False) == math.log(4) and max_entropy(4, True) == 4 * math.log(2)
-    logits = np.zeros((4, 2, 1, 3), np.float32)
-    logits[1, 1] = 1e4  # certain of class 1 in the second slice
-    maps = measure(logits, False)
-    np.testing.assert_allclose(maps["entropy"], np.repeat([[[math.log(4)]], [[0]]], 3, axis=2), atol=1e-6)
-    np.testing.assert_allclose(maps["confidence"], np.repeat([[[0.25]], [[1]]], 3, axis=2), atol=1e-6)
-    # regions: 4 heads of log 2 at logits 0; three of them where one is certain
-    maps = measure(logits, True)
-    np.testing.assert_allclose(maps["entropy"][:, 0, 0], [4 * math.log(2), 3 * math.log(2)], rtol=1e-6)
-    np.testing.assert_allclose(maps["confidence"][:, 0, 0], [0.5, 0.5])
-
-
-def test_the_confidence_of_regions_is_that_of_the_least_sure_head():
-    # sigmoid(log 9) = 0.9; sigmoid(-log 4) = 0.2, of which the head is 0.8 sure
-    logits = np.log(np.array([[[[9.0]]], [[[1 / 4]]]]))
-    np.testing.assert_allclose(measure(logits, True)["confidence"], [[[0.8]]], rtol=1e-6)
-
-
-def test_half_precision_is_measured_in_full_and_the_logits_are_left_alone():
-    logits = np.random.default_rng(0).normal(0, 3, (3, 4, 5, 6)).astype(np.float16)
-    before = logits.copy()
-    maps = measure(logits, False)
-    p = scipy.special.softmax(logits.astype(np.float64), 0)
-    np.testing.assert_allclose(maps["entropy"], scipy.stats.entropy(p), atol=1e-6)
-    np.testing.assert_allclose(maps["confidence"], p.max(0), atol=1e-6)
-    np.testing.assert_array_equal(logits, before)
 
 
 @pytest.fixture
@@ -78,6 +49,28 @@ def test_the_maps_are_cropped_and_transposed_back_as_the_segmentation_is(argumen
     np.testing.assert_array_equal(again, segmentation)
     assert all(np.array_equal(maps_again[name], maps[name]) for name in maps)
     assert (tmp_path / "c.nii.gz").read_bytes() == (tmp_path / "d.nii.gz").read_bytes()
+
+
+def test_resampled_logits_are_nnunets_and_are_measured_class_by_class(arguments, tmp_path):
+    logits, properties, configuration, plans, dataset_json = arguments
+    logits = logits.astype(np.float16)  # as nnU-Net predicts them
+    properties = properties | {"shape_after_cropping_and_before_resampling": (7, 6, 9), "spacing": [1.0, 1.5, 0.7],
+                               "bbox_used_for_cropping": [[0, 7], [0, 6], [0, 9]]}
+    export_prediction_from_logits(logits, properties, configuration, plans, dataset_json, str(tmp_path / "stock"), True)
+    expected = np.load(tmp_path / "stock.npz")["probabilities"].astype(np.float64)
+    for name, probabilities in (("plain", False), ("more", True)):
+        seen = []
+        function = configuration.resampling_fn_probabilities
+        watched = SimpleNamespace(spacing=configuration.spacing, resampling_fn_probabilities=lambda logits, *args: (
+            seen.append(logits.shape), function(logits, *args))[1])
+        segmentation, maps = export_and_measure(logits, properties, watched, plans, dataset_json, str(tmp_path / name),
+                                                probabilities)
+        assert {shape[0] for shape in seen} == {1} and len(seen) >= 3
+        assert (tmp_path / f"{name}.nii.gz").read_bytes() == (tmp_path / "stock.nii.gz").read_bytes()
+        np.testing.assert_array_equal(segmentation, read(tmp_path / "stock.nii.gz"))
+        np.testing.assert_allclose(maps["entropy"], scipy.stats.entropy(expected), atol=1e-6)
+        np.testing.assert_allclose(maps["confidence"], expected.max(0), atol=1e-6)
+    np.testing.assert_array_equal(np.load(tmp_path / "more.npz")["probabilities"], expected.astype(np.float32))
 
 
 def test_a_predictor_exports_in_nnunets_worker_processes_and_patches_nothing_for_good(arguments, tmp_path):

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import shutil
+import tracemalloc
 
 import nibabel
 import numpy as np
@@ -249,6 +250,24 @@ def test_the_score_is_the_mean_over_foreground_and_doubt():
     assert case_score(normalised, segmentation, np.zeros(6, bool))["score"] == 0
 
 
+def test_the_score_of_a_volume_is_made_slice_by_slice():
+    rng = np.random.default_rng(0)
+    normalised, segmentation = rng.random((40, 60, 60)).astype(np.float32) ** 3, rng.integers(0, 2, (40, 60, 60))
+    where = rng.random(normalised.shape) < 0.5
+    judged = normalised[where & ((segmentation != 0) | (normalised >= IN_DOUBT))]
+    tracemalloc.start()
+    try:
+        row = case_score(normalised, segmentation, where)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert row["score"] == pytest.approx(judged.mean(dtype=np.float64), rel=1e-9)
+    assert row["mean_normalised_entropy"] == pytest.approx(normalised[where].mean(dtype=np.float64), rel=1e-9)
+    assert (row["voxels"], row["judged_voxels"]) == (where.sum(), judged.size)
+    assert row["foreground_voxels"] == (segmentation[where] != 0).sum()
+    assert peak < normalised.nbytes / 4
+
+
 def test_cases_of_the_same_score_are_in_the_order_of_their_names(tmp_path):
     rows = write_review_list(tmp_path, [{"case": name, "score": score} for name, score in
                                         (("b", 0.5), ("c,\"d\"\n", 0.9), ("a", 0.5))], {})
@@ -321,6 +340,20 @@ def test_a_map_that_was_not_written_whole_is_an_error(tmp_path):
     properties = {"sitk_stuff": {"spacing": (1.0,) * 3, "origin": (0.0,) * 3, "direction": tuple(np.eye(3).ravel())}}
     with pytest.raises(OSError, match="disk full"):
         write_map(tmp_path / "a.nii.gz", np.full((2, 3, 4), 0.5), properties, Forgetful())
+
+
+def test_nothing_is_left_of_a_map_whose_compression_fails(tmp_path, monkeypatch):
+    from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
+
+    def full(_, target):
+        target.write_bytes(b"half")
+        raise OSError("no space left")
+
+    properties = {"sitk_stuff": {"spacing": (1.0,) * 3, "origin": (0.0,) * 3, "direction": tuple(np.eye(3).ravel())}}
+    monkeypatch.setattr("nnunet_confkd.inference.uncertainty._compress", full)
+    with pytest.raises(OSError, match="no space left"):
+        write_map(tmp_path / "a.nii.gz", np.full((2, 3, 4), 0.5), properties, SimpleITKIO())
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_score_is_kept_only_of_what_is_complete(predictions, images, tmp_path, monkeypatch, capsys):

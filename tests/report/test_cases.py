@@ -10,7 +10,18 @@ import torch
 
 from nnunet_confkd.errors import InputError
 from nnunet_confkd.evaluation.metrics import MEASURES, CaseMeasures
-from nnunet_confkd.report.cases import Calibration, Findings, Prediction, Slice, _read_given, _spread
+from nnunet_confkd.report import cases
+from nnunet_confkd.report.cases import (
+    Calibration,
+    Findings,
+    Original,
+    Prediction,
+    Predictor,
+    Slice,
+    _read_given,
+    _spread,
+)
+from nnunet_confkd.report.model import Model
 
 BRANCHES = ("student", "teacher")
 
@@ -39,7 +50,7 @@ def test_voxels_are_in_question_where_a_branch_predicts_foreground_or_is_not_sur
     truth = np.array([0, 0, 0, 1])
     foreground = {"student": [0.001, 0.999, 0.001, 0.001], "teacher": [0.001, 0.001, 0.1, 0.001]}
     p = {branch: np.stack((1 - np.array(values), values)) for branch, values in foreground.items()}
-    found._count(truth, {branch: (values.argmax(0), values) for branch, values in p.items()})
+    found._count(truth, {branch: Original(values.argmax(0), values.max(0)[None]) for branch, values in p.items()})
     assert voxels(found) == {"student": [(4, 2), (2, 1)], "teacher": [(4, 3), (2, 2)]}
     assert [len(found.calibration[branch].cases) for branch in BRANCHES] == [1, 1]
 
@@ -47,7 +58,7 @@ def test_voxels_are_in_question_where_a_branch_predicts_foreground_or_is_not_sur
 def test_each_region_is_counted():
     found = findings(model=labels_of(True, foreground_regions=[(1, 2), (2,)]), calibration={"student": Calibration()})
     p = np.array([[0.001, 0.9, 0.2], [0.001, 0.001, 0.3]])  # heads "1 or 2" and "2"
-    found._count(np.array([0, 1, 2]), {"student": (np.array([0, 1, 0]), p)})
+    found._count(np.array([0, 1, 2]), {"student": Original(np.array([0, 1, 0]), p)})
     # two heads in each of three voxels; the first voxel is sure background
     assert voxels(found) == {"student": [(6, 4), (4, 2)]}
 
@@ -55,12 +66,12 @@ def test_each_region_is_counted():
 def prediction(spatial=(3, 4, 5), has_regions=False) -> Prediction:
     """A prediction of 2 classes whose label lies in slice 1, and whose prediction in slice 2 of 3."""
     logits = torch.full((2, *spatial), -5.0)
-    logits[0] = 5.0
-    logits[:, 2, :2] = logits[:, 2, :2].flip(0)
+    logits[0] = -5.0 if has_regions else 5.0
+    logits[:, 2, :2] = torch.tensor((-5.0, 5.0))[:, None, None]
     seg = np.zeros(spatial, np.int8)
     seg[1, 0, 0] = 1
-    manager = SimpleNamespace(has_regions=has_regions, ignore_label=None,
-                              convert_logits_to_segmentation=lambda logits: logits.argmax(0))
+    manager = SimpleNamespace(has_regions=has_regions, ignore_label=None, num_segmentation_heads=2,
+                              foreground_labels=[1], regions_class_order=[2, 1])
     model = SimpleNamespace(label_manager=manager, configuration_manager=SimpleNamespace(spacing=[9, 3, 2]))
     data = np.arange(np.prod(spatial), dtype=float).reshape(1, *spatial)
     return Prediction(model, data, seg, {"student": logits}, {})
@@ -92,6 +103,26 @@ def test_the_slice_of_a_real_case_and_its_entropy(predicted):
         np.testing.assert_allclose(shown.entropy, -(p * np.log(p)).sum(0) / np.log(3), atol=1e-4)
 
 
+def test_the_branches_of_a_large_case_are_predicted_one_by_one(predicted, small, monkeypatch):
+    case, expected = next(iter(predicted.items()))
+    monkeypatch.setattr(cases, "AT_ONCE", 100)
+    model = Model(small, None, "checkpoint_final.pth")
+    found = Predictor(model, model.fold_folders[0], list(BRANCHES), torch.device("cpu"))(case)
+    assert list(found.logits) == list(BRANCHES) and found.logits.last[1] is None  # nothing is predicted yet
+    predictions = []
+    for branch, predict in found.logits.predictions.items():
+        found.logits.predictions[branch] = lambda of=branch, by=predict: (predictions.append(of), by())[1]
+    found.summarise()
+    shown = found.slice()
+    assert predictions == ["teacher", "student"] and found.logits.last[0] == "student"
+    for branch in BRANCHES:
+        torch.testing.assert_close(found.logits[branch], expected.logits[branch], atol=0.01, rtol=0.01)
+        same = found.segmentations[branch] == expected.logits[branch].float().argmax(0).numpy()
+        assert same.mean() > 0.999
+    assert shown.index == expected.slice().index
+    np.testing.assert_allclose(shown.entropy, expected.slice().entropy, atol=0.02)
+
+
 def test_a_segmentation_is_moved_to_the_preprocessed_grid(predicted, truths):
     """The ground truth, cropped and on the preprocessed grid, is the preprocessed label."""
     for case, found in predicted.items():
@@ -119,8 +150,8 @@ def test_a_segmentation_on_another_grid_is_refused(predicted, truths, tmp_path):
     ([np.nan], {}), ([0.5], {"best": "0"}), ([0.5, 0.7], {"best": "1", "worst": "0"}),
     ([0.5, 0.7, np.nan, 0.6], {"best": "1", "median": "3", "worst": "0"})])
 def test_the_best_the_median_and_the_worst_case_are_examples(dice, expected):
-    cases = {str(i): {"a": dict.fromkeys(MEASURES, value)} for i, value in enumerate(dice)}
-    found = findings(evaluations={"student": CaseMeasures(classes={"a": (1,)}, cases=cases)})
+    measures = {str(i): {"a": dict.fromkeys(MEASURES, value)} for i, value in enumerate(dice)}
+    found = findings(evaluations={"student": CaseMeasures(classes={"a": (1,)}, cases=measures)})
     assert list(found.examples().items()) == list(expected.items())
 
 

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 import torch
+from nnunetv2.inference.export_prediction import convert_predicted_logits_to_segmentation_with_correct_shape
 
 from nnunet_confkd import cli
 from nnunet_confkd.errors import InputError
@@ -40,8 +41,8 @@ def page(written, read_page):
 
 @pytest.fixture(scope="module")
 def originals(predicted):
-    """{branch: (segmentation, probabilities) of each case} on the grid of the labels."""
-    return {branch: [prediction.original(branch) for prediction in predicted.values()] for branch in BRANCHES}
+    """{branch: (segmentation, probabilities) of each case} on the grid of the labels, by nnU-Net's own function."""
+    return {branch: [exported_by_nnunet(found, branch) for found in predicted.values()] for branch in BRANCHES}
 
 
 @pytest.fixture(scope="module")
@@ -63,6 +64,13 @@ def untrained(nnunet, dataset: str, configuration: str, trainer: str) -> Path:
     (folder / "plans.json").write_text(json.dumps(made.plans_manager.plans))
     (folder / "dataset.json").write_text(json.dumps(made.dataset_json))
     return folder
+
+
+def exported_by_nnunet(found, branch):
+    model = found.model
+    return convert_predicted_logits_to_segmentation_with_correct_shape(
+        found.logits[branch], model.plans_manager, model.configuration_manager, model.label_manager, found.properties,
+        return_probabilities=True, num_threads_torch=1)
 
 
 def minus(text: str) -> str:
@@ -189,6 +197,15 @@ def test_calibration_is_that_of_the_branches_predictions(page, originals, true_l
             title = "teacher without hints" if branch == "teacher" else branch
             expected = f"{name} {title} {right.size:,} {sum(gaps) / right.size:.4f} {shares}"
             assert expected in words.replace("\u00a0", " ")
+
+
+def test_what_is_counted_is_what_nnunet_exports(predicted, originals):
+    for number, found in enumerate(predicted.values()):
+        found.summarise()
+        for branch in BRANCHES:
+            segmentation, p = originals[branch][number]
+            np.testing.assert_array_equal(found.originals[branch].segmentation, segmentation)
+            np.testing.assert_allclose(found.originals[branch].confidence[0], p.max(0), atol=1e-6)
 
 
 # ---- strangers' names -----------------------------------------------------------------------------------------------

@@ -11,7 +11,8 @@ import torch
 from nnunetv2.evaluation.accumulate_cv_results import accumulate_cv_results
 from nnunetv2.inference.export_prediction import export_prediction_from_logits
 
-from nnunet_confkd.training.validation import CasePredictor, predict_cases
+from nnunet_confkd.training.hints import hint_channels
+from nnunet_confkd.training.validation import CasePredictor, predict_cases, simulated_hints
 
 HIPPOCAMPUS = "Dataset004_Hippocampus"
 SHORT = {"epochs": 1, "iterations_per_epoch": 1}
@@ -65,6 +66,29 @@ def test_one_pass_for_both_branches_equals_one_pass_each(hippocampus, trained):
         alone = CasePredictor(trained, [branch])(data, None)[branch]
         np.testing.assert_array_equal(both[branch], alone)
         assert len(calls) == once
+
+
+def test_hints_as_labels_are_a_channel_for_each_class(hippocampus, trained):
+    data, seg, _, _ = trained.dataset_class(trained.preprocessed_dataset_folder).load_case(hippocampus["validation"][0])
+    label = torch.from_numpy(np.maximum(seg[:], 0).astype(np.int16))
+    mask = torch.rand(label.shape, generator=torch.Generator().manual_seed(0)) < 0.2
+    generator = torch.Generator().manual_seed(1)
+    for weights in trained.network.teacher_decoder.hints.parameters():
+        weights.data.normal_(generator=generator)
+    predict = CasePredictor(trained, ["student", "teacher"])
+    channels = predict(data[:], None, hint_channels(label[None], mask[None], 3)[0])
+    network = predict.predictor.network
+    labels = predict(data[:], None, torch.where(mask, label + 1, 0))
+    assert predict.predictor.network is network and not trained.network.hints_in_input
+    plain = predict(data[:], None)
+    for branch in ("student", "teacher"):
+        np.testing.assert_array_equal(labels[branch], channels[branch])
+    np.testing.assert_array_equal(labels["student"], plain["student"])
+    assert (labels["teacher"] - plain["teacher"]).abs().max() > 0.1
+    # what the validation hands to it
+    found = simulated_hints(trained, hippocampus["validation"][0], data[:], seg[:])
+    assert found.shape == label.shape and set(found.unique().tolist()) <= {0, 1, 2, 3} and (found > 0).any()
+    assert (found[found > 0] == label[found > 0] + 1).all()
 
 
 def test_each_case_is_handed_over_once_and_its_logits_are_not_pickled(hippocampus, trained, tmp_path):
