@@ -27,6 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nnunet_confkd.training.cutmix import Mix, mixed
 from nnunet_confkd.training.ranks import rank_factors
 
 TERMS = ("teacher", "student", "kl", "entropy")
@@ -151,12 +152,16 @@ def _zero_with_graph(tensor: Tensor) -> Tensor:
     return tensor.flatten()[:0].float().sum()
 
 
-def _shifted(logits: Tensor, num_full: int, shift: Tensor | None) -> Tensor:
-    """Add a constant for each class, `(C,)`, to the logits of the images that are not fully annotated."""
+def _shifted(logits: Tensor, num_full: int, shift: Tensor | None, mix: Mix | None) -> Tensor:
+    """Add a constant for each class, `(C,)`, to the logits of the voxels that are not of fully annotated images."""
     if shift is None or num_full == len(logits):
         return logits
     shift = shift.view(1, -1, *[1] * (logits.ndim - 2))
-    return torch.cat((logits[:num_full], logits[num_full:] + shift))
+    if mix is None:
+        return torch.cat((logits[:num_full], logits[num_full:] + shift))
+    of_full = torch.zeros_like(logits[:, :1])
+    of_full[:num_full] = 1
+    return logits + (1 - mix(of_full)) * shift
 
 
 def _mean(values: Tensor) -> Tensor:
@@ -274,7 +279,7 @@ class ConfKDLoss(nn.Module):
         return getattr(self.supervised, "ddp", False)
 
     def forward(self, student, teacher, target, num_full: int, kl_ramp: float = 1.0,
-                prior_shift: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
+                prior_shift: Tensor | None = None, mix: Mix | None = None) -> tuple[Tensor, dict[str, Tensor]]:
         """Compute the loss of a batch.
 
         Args:
@@ -286,6 +291,8 @@ class ConfKDLoss(nn.Module):
             kl_ramp: Factor of the KL's weight at this time of the training. With 0 the KL is not computed.
             prior_shift: The class-prior correction `(C,)`, which L_w adds to the student's logits of images that are
                 not fully annotated (see :mod:`nnunet_confkd.training.class_prior`). None: no correction.
+            mix: How the student's images were mixed (see :mod:`nnunet_confkd.training.cutmix`). The teacher's logits
+                and the target are those of the images as they were. None: not at all.
 
         Returns:
             The scalar to minimise, and the unweighted terms by name, detached scalars.
@@ -308,11 +315,11 @@ class ConfKDLoss(nn.Module):
         for i, resolution_weight in enumerate(self.resolution_weights):
             if resolution_weight == 0:
                 continue
-            supervised = self._supervised_terms(_shifted(student[i], num_full, prior_shift), teacher[i], target[i],
-                                                num_full, weights)
+            shifted = _shifted(student[i], num_full, prior_shift, mix)
+            supervised = self._supervised_terms(shifted, teacher[i], target[i], num_full, weights, mix)
             extra = {}
             if i == 0 or self.extra_resolutions == "all":
-                extra = self._extra_terms(student[i], teacher[i], num_full, weights, rank_factor)
+                extra = self._extra_terms(student[i], teacher[i], num_full, weights, rank_factor, mix)
             for term, value in (supervised | extra).items():
                 share = 1.0 if term in extra and self.extra_resolutions == "highest" else resolution_weight
                 total = total + share * weights[term] * value
@@ -323,22 +330,23 @@ class ConfKDLoss(nn.Module):
         return total, {term: value.detach() for term, value in sums.items()}
 
     def _supervised_terms(self, student: Tensor, teacher: Tensor | None, target: Tensor, num_full: int,
-                          weights: dict[str, float]) -> dict[str, Tensor]:
+                          weights: dict[str, float], mix: Mix | None) -> dict[str, Tensor]:
         """L_s and L_w at one resolution."""
         terms = {}
         if weights["teacher"]:
             terms["teacher"] = self.supervised(teacher[:num_full], target[:num_full])
         if weights["student"]:
-            terms["student"] = self.supervised(student, target)
+            terms["student"] = self.supervised(student, mixed(target, mix))
         return terms
 
     def _extra_terms(self, student: Tensor, teacher: Tensor | None, num_full: int, weights: dict[str, float],
-                     rank_factor: dict[str, float | Tensor]) -> dict[str, Tensor]:
+                     rank_factor: dict[str, float | Tensor], mix: Mix | None) -> dict[str, Tensor]:
         """L_kd and L_ent at one resolution."""
         images = {"full": slice(num_full), "partial": slice(num_full, None), "all": slice(None)}
         terms = {}
         if weights["kl"]:
             chosen = images[self.kl_images]
+            teacher = mixed(teacher.detach(), mix)
             terms["kl"] = rank_factor[self.kl_images] * _mean(
                 distillation(teacher[chosen], student[chosen], self.regions))
         if weights["entropy"]:

@@ -98,7 +98,8 @@ class TwoBranchUNet(nn.Module):
         for decoder in (self.decoder, self.teacher_decoder):
             decoder.deep_supervision = enabled
 
-    def forward(self, x: Tensor, num_full: int | None = None, hints: Tensor | None = None, teach_all: bool = False):
+    def forward(self, x: Tensor, num_full: int | None = None, hints: Tensor | None = None, teach_all: bool = False,
+                mixed: Tensor | None = None):
         """Compute logits, or a list of logits, highest resolution first, with deep supervision.
 
         Args:
@@ -107,6 +108,8 @@ class TwoBranchUNet(nn.Module):
             num_full: In training the number of fully annotated images, which come first. None in predictions.
             hints: The teacher's hints, `(B, heads + 1, *spatial)`. None: no hints.
             teach_all: In training whether the teacher is also run on the other images, which do not update it.
+            mixed: In training the images that the student sees instead, `(B, C, *spatial)`. The teacher then does not
+                update the encoder, which saves time. None: those that the teacher sees.
 
         Returns:
             In predictions the output of the branch that predicts (`self.branch`). In training two outputs: the
@@ -114,13 +117,17 @@ class TwoBranchUNet(nn.Module):
         """
         if self.hints_in_input:
             x, hints = x.tensor_split([x.shape[1] - self.decoder.num_classes - 1], 1)
-        skips = self.encoder(x)
         if num_full is None:
+            skips = self.encoder(x)
             if self.branch == "student":
                 return self.decoder(skips)
             teacher = self._teach(skips, hints)
             return teacher if self.branch == "teacher" else _combine(self.decoder(skips), teacher, self.branch)
+        skips = self.encoder(x if mixed is None else mixed)
         student = self.decoder(skips)
+        if mixed is not None:
+            with torch.no_grad():
+                skips = self.encoder(x if teach_all else x[:num_full])
         if hints is None:
             # DDP fails on parameters without gradient. The sum of nothing gives the weights of the hints a gradient of
             # zero at no cost.
@@ -132,7 +139,8 @@ class TwoBranchUNet(nn.Module):
         """Compute the teacher's output in training.
 
         Args:
-            skips: The encoder's, `(B, channels, *spatial)` each.
+            skips: The encoder's, `(B, channels, *spatial)` each; without `teach_all` those of the fully annotated
+                images suffice.
             hints: See :meth:`forward`.
             student: The student's output on the same images.
             num_full: See :meth:`forward`.

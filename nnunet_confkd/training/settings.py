@@ -6,10 +6,11 @@ both. nnU-Net saves the plans with the model.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, get_type_hints
 
+from nnunet_confkd.data.supervision import FULL, UNLABELLED
 from nnunet_confkd.errors import InputError, shown
 
 # Settings of earlier versions, and the only value of each that the method has kept. The plans of a trained model hold
@@ -20,7 +21,7 @@ REMOVED: dict[str, Any] = {
     "entropy_ramp_start": 0.0, "entropy_ramp_end": 0.0}
 
 # Settings that came later, and what earlier trainings did. A model of theirs still loads.
-ADDED: dict[str, Any] = {"prior_correction": 0.0, "teacher_width": 1.0}
+ADDED: dict[str, Any] = {"cutmix": 0.0, "prior_correction": 0.0, "teacher_width": 1.0}
 
 
 def without_removed(block: Mapping[str, Any]) -> dict[str, Any]:
@@ -85,6 +86,10 @@ class Settings:
                                    "not fully annotated: real annotations on partially annotated images, simulated "
                                    "ones on fully annotated images")
 
+    cutmix: float | None = _setting("batches", None, SHARES,
+                                    "share of the iterations in which the student's images exchange boxes, with their "
+                                    "labels and the teacher's probabilities; null: 0.5 if all training cases that are "
+                                    "not fully annotated are unlabelled, else 0")
     full_share: float = _setting("batches", 0.5, (0.01, 0.99), "share of fully annotated images in a training batch")
     unlabelled_share: float = _setting("batches", 0.25, SHARES,
                                        "share of unlabelled images among the others in a batch, but at most their "
@@ -107,6 +112,9 @@ class Settings:
             raise InputError("confkd: weight_teacher and weight_student are both 0: there is nothing to learn from")
         if self.weight_kl and not self.weight_teacher:
             raise InputError("confkd: weight_kl is above 0, but weight_teacher is 0: an untrained teacher would teach")
+        if self.cutmix and self.weight_kl and self.kl_images == "full":
+            raise InputError("confkd: with kl_images 'full' the teacher sees the fully annotated images alone, but "
+                             "cutmix above 0 mixes them with others; set \"cutmix\": 0")
         if self.kl_ramp_end < self.kl_ramp_start:
             raise InputError(f"confkd: kl_ramp_end ({self.kl_ramp_end}) lies before kl_ramp_start "
                              f"({self.kl_ramp_start})")
@@ -158,6 +166,16 @@ class Settings:
         """Whether the teacher learns to use hints."""
         return self.teacher_hints and self.kl_on_non_full
 
+    def cutmix_for(self, kinds: Iterable[str]) -> float:
+        """Return the share of the iterations with CutMix.
+
+        Args:
+            kinds: Those of the training cases.
+        """
+        if self.cutmix is not None:
+            return self.cutmix
+        return 0.5 if set(kinds) == {FULL, UNLABELLED} and not (self.weight_kl and self.kl_images == "full") else 0.0
+
     def kl_ramp(self, progress: float) -> float:
         """Compute the factor of the KL's weight, which rises linearly from `kl_ramp_start` to `kl_ramp_end`.
 
@@ -186,10 +204,10 @@ def _check(f, value, hint) -> None:
             complain("true or false")
     elif value is not None or f.default is not None:
         low, high = f.metadata["range"]
-        types = (int, float) if hint is float else int
+        types = (int, float) if hint in (float, float | None) else int
         # `not (low <= value)` rather than `value < low`: NaN must not pass
         if isinstance(value, bool) or not isinstance(value, types) or not low <= value <= high:
-            complain(f"{'a number' if hint is float else 'a whole number'} from {low} to {high}")
+            complain(f"{'a whole number' if types is int else 'a number'} from {low} to {high}")
 
 
 def settings_table() -> str:

@@ -44,6 +44,7 @@ from nnunet_confkd.training.batches import StratifiedLoader, TrainingCases, labe
 from nnunet_confkd.training.checks import check_fold, check_plans, edited_after_planning, has_begun, warnings_of_split
 from nnunet_confkd.training.class_prior import ClassPrior
 from nnunet_confkd.training.curves import CURVES, plot_curves
+from nnunet_confkd.training.cutmix import CutMix, Mix, mixed
 from nnunet_confkd.training.hints import HintSampler, hint_channels
 from nnunet_confkd.training.losses import TERMS, ConfKDLoss, PartialSupervision, annotated_voxels, confidence
 from nnunet_confkd.training.network import TwoBranchUNet, check_unet, narrower, unwrap
@@ -300,6 +301,9 @@ class ConfKDTrainer(nnUNetTrainer):
 
         dataset_tr, dataset_val = self.get_tr_and_val_datasets()
         complete: list = []
+        if cutmix := self.settings.cutmix_for(self.kinds[case] for case in dataset_tr.identifiers):
+            self.print_to_log_file(f"CutMix in a share of {cutmix:g} of the iterations")
+            complete.append(CutMix(cutmix))
         if any(self.kinds[case] == PARTIAL for case in dataset_tr.identifiers):
             if self.settings.uses_hints:
                 complete.append(self._hint_sampler())
@@ -341,11 +345,13 @@ class ConfKDTrainer(nnUNetTrainer):
 
         self.optimizer.zero_grad(set_to_none=True)
         with self._autocast():
-            student, teacher = self._forward(data, num_full, hints=self._hints(batch, highest_target),
+            student, teacher = self._forward(data, num_full, batch.get("mix"),
+                                             hints=self._hints(batch, highest_target),
                                              teach_all=self.settings.kl_on_non_full and kl_ramp > 0)
             shift = batch.get("prior_shift")
             loss, terms = self.loss(student, teacher, target, num_full, kl_ramp,
-                                    None if shift is None else shift.to(self.device, non_blocking=True))
+                                    None if shift is None else shift.to(self.device, non_blocking=True),
+                                    batch.get("mix"))
         gradient = self._update_weights(loss)
 
         highest = student[0] if self.enable_deep_supervision else student
@@ -380,11 +386,11 @@ class ConfKDTrainer(nnUNetTrainer):
         return hint_channels(target, batch["hint_mask"].to(self.device, non_blocking=True),
                              self.label_manager.num_segmentation_heads, self.label_manager.has_regions)
 
-    def _forward(self, data: torch.Tensor, num_full: int, **options):
+    def _forward(self, data: torch.Tensor, num_full: int, mix: Mix | None = None, **options):
         """The outputs of student and teacher; None for the teacher if the network has none."""
         if self.two_branches:
-            return self.network(data, num_full, **options)
-        return self.network(data), None
+            return self.network(data, num_full, mixed=None if mix is None else mix(data), **options)
+        return self.network(mixed(data, mix)), None
 
     def _update_weights(self, loss: torch.Tensor) -> torch.Tensor:
         """Take an optimiser step as nnU-Net does, unless the gradient is not finite; returns the gradient's norm."""

@@ -31,10 +31,10 @@ class ConfKDTrainer_partialOnly(ConfKDTrainer):
 
 class ConfKDTrainer_MedIA2023(ConfKDTrainer):
     """The journal paper's objective with weights of order 1: the KL acts on fully annotated images alone; no hints, no
-    class-prior correction, and a teacher of the student's width."""
+    class-prior correction, no CutMix, and a teacher of the student's width."""
 
     fixed_settings = {"weight_kl": 1.0, "kl_images": "full", "kl_ramp_start": 0.0, "kl_ramp_end": 0.0,
-                      "extra_resolutions": "all", "prior_correction": 0.0, "teacher_width": 1.0}
+                      "extra_resolutions": "all", "prior_correction": 0.0, "teacher_width": 1.0, "cutmix": 0.0}
 
 
 class ConfKDTrainer_1epoch(ConfKDTrainer):

@@ -508,6 +508,27 @@ def test_names_tell_whether_weights_hold_a_teacher():
     assert not has_teacher(stock().state_dict())
 
 
+# ---- mixed images of the student ------------------------------------------------------------------------------------
+
+@each_network
+@pytest.mark.parametrize("teach_all", (False, True))
+def test_with_mixed_images_each_branch_predicts_what_it_sees(architecture, ndim, stages, teach_all):
+    network, other = two_branches(architecture, ndim, stages), images(ndim).flip(-1)
+    hints = hints_at(ndim, 1)
+    student, teacher = network(images(ndim), 2, hints, teach_all, mixed=other)
+    assert equal(student, network(other, 2, hints, teach_all)[0])
+    assert equal(teacher, network(images(ndim), 2, hints, teach_all)[1])
+    assert not equal(teacher, network(other, 2, hints, teach_all)[1])
+
+
+def test_with_mixed_images_the_teacher_does_not_update_the_encoder():
+    network = two_branches()
+    teacher = network(images(), 2, hints_at(2, 1), mixed=images().flip(-1))[1]
+    total(teacher).backward()
+    assert all(gradient is None for gradient in gradients(network.encoder))
+    assert all(gradient is not None for gradient in gradients(network.teacher_decoder))
+
+
 # ---- a narrow teacher -----------------------------------------------------------------------------------------------
 
 def narrow_branches(architecture=PlainConvUNet, ndim: int = 2, stages: int = 3, deep_supervision: bool = True):

@@ -39,7 +39,8 @@ def all_settings() -> list[dict]:
     found += [{"kl_ramp_start": 0.9, "kl_ramp_end": 1.0, "weight_student": 0.0},
               {"kl_images": "full", "weight_student": 0.0},
               {"kl_images": "full", "teacher_hints": False, "weight_entropy": 0.0}]
-    return [{"iterations_per_epoch": 50, "epochs": 2, **settings} for settings in found if legal(settings)]
+    found = [{"iterations_per_epoch": 50, "epochs": 2, "cutmix": 0.0, **settings} for settings in found]
+    return [settings for settings in found if legal(settings)]
 
 
 # batch Dice in 2-D, a Dice of each image in 3-D

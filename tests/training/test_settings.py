@@ -7,6 +7,7 @@ from dataclasses import FrozenInstanceError, fields
 
 import pytest
 
+from nnunet_confkd.data.supervision import FULL, PARTIAL, UNLABELLED
 from nnunet_confkd.errors import InputError
 from nnunet_confkd.training.settings import ADDED, REMOVED, Settings, settings_table, without_removed
 
@@ -48,6 +49,7 @@ BAD_VALUES = {
     "full_share": (0, 1, 0.0, 1.0, NAN, None, True),
     "epochs": (0, -1, 1.0, 2.5, "10", True, NAN),
     "seed": (-1, 2 ** 31, 1.0, "1", True, NAN),
+    "cutmix": (-0.1, 1.5, NAN, True),
     "kl_images": ("unlabelled", "Full", None, True, 1, ["full"]),
     "teacher_hints": (0, 1, "true", None, 1.0),
 }
@@ -79,6 +81,7 @@ def test_values_are_checked_without_blocks_too():
 @pytest.mark.parametrize("refused, allowed", [
     ({"weight_teacher": 0, "weight_student": 0, "weight_kl": 0}, {"weight_teacher": 0, "weight_kl": 0}),
     ({"weight_teacher": 0}, {"weight_student": 0}),  # an untrained teacher would teach
+    ({"cutmix": 0.5, "kl_images": "full"}, {"cutmix": 0, "kl_images": "full"}),
     ({"kl_ramp_start": 0.5, "kl_ramp_end": 0.25}, {"kl_ramp_start": 0.5, "kl_ramp_end": 0.5})], ids=str)
 def test_settings_that_contradict_each_other_are_refused(refused, allowed):
     text = error_of(**refused)
@@ -134,10 +137,18 @@ def test_later_blocks_win_and_leave_the_other_settings_and_the_blocks_alone():
 
 
 def test_settings_survive_json():
-    settings = Settings(weight_kl=0.1, teacher_hints=False, kl_images="full", epochs=7, seed=0, kl_ramp_start=1 / 3)
+    settings = Settings(weight_kl=0.1, teacher_hints=False, kl_images="partial", epochs=7, seed=0, kl_ramp_start=1 / 3)
     for one in (settings, Settings()):
         assert Settings.from_blocks(json.loads(json.dumps(one.as_dict()))) == one
     assert set(settings.as_dict()) == {f.name for f in fields(Settings)}
+
+
+@pytest.mark.parametrize("kinds, automatic", [
+    ((FULL, UNLABELLED, UNLABELLED), 0.5), ((FULL, PARTIAL, UNLABELLED), 0), ((FULL, PARTIAL), 0), ((FULL, FULL), 0)])
+def test_cutmix_is_chosen_by_the_kinds_of_the_training_cases_unless_it_is_set(kinds, automatic):
+    assert Settings().cutmix_for(kinds) == automatic
+    assert Settings(cutmix=0.25).cutmix_for(kinds) == 0.25
+    assert Settings(kl_images="full").cutmix_for(kinds) == 0
 
 
 def test_settings_cannot_be_changed():
@@ -172,6 +183,7 @@ def test_the_settings_of_a_model_of_version_0_1_keep_its_network_and_its_loss():
         del written[name]
     settings = Settings.from_blocks(written)
     assert (settings.teacher_width, settings.prior_correction) == (1, 0)
+    assert settings.cutmix == 0
     assert Settings.from_blocks({**written, "teacher_width": 0.25}).teacher_width == 0.25
     del written["seed"]  # a user's block
     assert Settings.from_blocks(written) == Settings()

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from nnunet_confkd.errors import InputError
+from nnunet_confkd.training.hints import HintSampler
 from nnunet_confkd.training.losses import TERMS
 from nnunet_confkd.training.network import TwoBranchUNet
 
@@ -118,6 +119,24 @@ def test_the_teacher_sees_the_annotations_of_all_images_and_teaches_on_them(nnun
     assert full_hinted > 8
 
 
+@pytest.mark.parametrize("variant", ["", "_partialOnly"])
+def test_the_student_sees_mixed_images_and_the_teacher_the_images_as_they_are(nnunet, started, variant):
+    options = SHORT | {"cutmix": 1, "kl_ramp_start": 0, "kl_ramp_end": 0}
+    trainer = started(HIPPOCAMPUS, nnunet.configure(HIPPOCAMPUS, "mixed", "2d", options, batch_size=4),
+                      f"ConfKDTrainer{variant}")
+    seen = []
+    trainer.network.encoder.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    batch = next(trainer.dataloader_train)
+    values = trainer.train_step(batch)
+    student, *teacher = seen
+    assert torch.equal(student, batch["mix"](batch["data"])) and not torch.equal(student, batch["data"])
+    assert [torch.equal(images, batch["data"]) for images in teacher] == ([] if variant else [True])
+    assert np.isfinite(list(values.values())).all()
+    off = started(HIPPOCAMPUS, nnunet.configure(HIPPOCAMPUS, "unmixed", "2d", SHORT | {"cutmix": 0}),
+                  f"ConfKDTrainer{variant}")
+    assert "mix" not in next(off.dataloader_train)
+
+
 def test_hints_leave_the_batches_as_they_are(nnunet, started):
     def batches(name, block):
         loader = started(HIPPOCAMPUS, nnunet.configure(HIPPOCAMPUS, name, "2d", SHORT | block)).dataloader_train
@@ -129,7 +148,7 @@ def test_hints_leave_the_batches_as_they_are(nnunet, started):
 
 
 def test_the_teacher_of_a_kl_on_fully_annotated_images_runs_on_these_alone(nnunet, hippocampus, started):
-    options = SHORT | {"full_share": 0.25, "kl_images": "full"}
+    options = SHORT | {"full_share": 0.25, "kl_images": "full", "cutmix": 0}
     trainer = started(HIPPOCAMPUS, nnunet.configure(HIPPOCAMPUS, "seen_full", "2d", options, batch_size=8))
     seen = []
     trainer.network.teacher_decoder.register_forward_hook(lambda _, inputs, __: seen.append(len(inputs[0][0])))
@@ -160,7 +179,7 @@ def test_validation_batches_are_fully_annotated_and_count_as_nnunet_does(nnunet,
 
 
 def test_partial_only_has_one_branch_and_nnunets_loss_to_the_bit(nnunet, started):
-    configuration = nnunet.configure(HIPPOCAMPUS, "fair", "2d", SHORT | {"prior_correction": 0})
+    configuration = nnunet.configure(HIPPOCAMPUS, "fair", "2d", SHORT | {"prior_correction": 0, "cutmix": 0})
     trainer = started(HIPPOCAMPUS, configuration, "ConfKDTrainer_partialOnly")
     assert not isinstance(trainer.network, TwoBranchUNet)
     batch = next(trainer.dataloader_train)
@@ -504,7 +523,8 @@ def test_a_cascade_gets_its_input_for_training_cases_that_no_fold_validates(nnun
     trainer = nnunet.trainer(regions, "3d_cascade_fullres")
     trainer.run_training()
     # the strength of the edges is that of the image: the borders of the previous stage's prediction are none
-    assert trainer.dataloader_train.data_loader.complete[0].image_channels == 1
+    samplers = [c for c in trainer.dataloader_train.data_loader.complete if isinstance(c, HintSampler)]
+    assert [sampler.image_channels for sampler in samplers] == [1]
     trainer.perform_actual_validation()
     assert (nnunet.model(regions, "3d_cascade_fullres") / "fold_0" / "validation" / "summary.json").is_file()
 
