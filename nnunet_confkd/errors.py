@@ -27,3 +27,23 @@ def some(values: Iterable, limit: int = 10) -> str:
     """Return the first `limit` values as text, and how many more there are."""
     values = [str(value) for value in values]
     return ", ".join(values[:limit]) + (f" and {len(values) - limit} more" if len(values) > limit else "")
+
+
+def grouped(problems: Iterable[str], least: int = 4) -> list[str]:
+    """Make one line of problems that are equal but for the file that they begin with.
+
+    Args:
+        problems: Texts, each of which begins with a file and a colon.
+        least: How many equal problems become one line.
+    """
+    files: dict[str, list[str]] = {}
+    for problem in problems:
+        file, _, text = problem.partition(": ")
+        files.setdefault(text, []).append(file)
+    lines = []
+    for text, of_text in files.items():
+        if len(of_text) < least or not text:
+            lines += [f"{file}: {text}" if text else file for file in of_text]
+        else:
+            lines.append(f"{len(of_text)} files: {text} ({some(of_text)})")
+    return lines

@@ -336,7 +336,8 @@ def test_the_ignore_value_is_missing(folders, nnunet_folders):
 def test_an_ignore_value_that_no_label_holds(folders, nnunet_folders):
     text = _fails(folders, nnunet_folders, "no label holds the value 8", ignore_value=8)
     assert re.search(
-        r"The labels hold 0: \d+\.\d %, 1: [\d.]+ %, 2: [\d.]+ %, 9: \d+\.\d %; correct --ignore-value: which of them",
+        r"The labels hold 0: \d+\.\d %, 1: [\d.]+ %, 2: [\d.]+ %, 9: \d+\.\d %; correct --ignore-value: if 9 is "
+        r"\*not annotated\*: --ignore-value 9$",
         text,
     )
     assert "--full" not in text
@@ -350,8 +351,8 @@ def test_where_most_voxels_have_the_value_of_background_the_right_options_are_na
         label[label == 9] = 0
         _write(file, label)
     text = _fails(folders, nnunet_folders, "no label holds the value 255", ignore_value=255)
-    assert text.endswith("If it is 0: --ignore-value 0 --background-value 5, where 5 marks the strokes in the "
-                         "background")
+    assert text.endswith("if 0 is *not annotated*: --ignore-value 0 --background-value 5, where 5 marks the strokes in "
+                         "the background")
     _mix(folders, ignore_value=0, background_value=5)
 
 
