@@ -77,6 +77,12 @@ def _require_even_slices(folder: Path, files: tuple[str, ...]) -> None:
                          f"apart; are some missing, or are there several series in one?")
 
 
+def is_segmentation(folder: Path) -> bool:
+    """Whether a folder holds one DICOM file, which is a segmentation."""
+    files = [file for file in sorted(folder.iterdir()) if is_dicom_file(file)]
+    return len(files) == 1 and _tags(str(files[0])).get(MODALITY) == "SEG"
+
+
 def segmentation_file(path: Path) -> Path | None:
     """Return the DICOM SEG file that a path is, or that a folder of nothing else holds; None if it is no such path."""
     if not path.is_dir():
@@ -117,8 +123,11 @@ def read_segments(path: Path) -> tuple[dict[str, np.ndarray], Geometry]:
         if repeated:
             raise InputError(f"{path}: has several segments of the name {some(repeated)}; rename them")
         volume = segmentation.get_volume(segment_numbers=numbers)  # (Z, Y, X, segments)
-    affine = np.asarray(volume.affine)  # of indices in the order z, y, x
+    array, affine = volume.array, np.array(volume.affine)  # of indices in the order z, y, x
+    if np.linalg.det(affine[:3, 2::-1]) < 0:  # series, as ITK reads them, go along the normal of their slices
+        affine[:3, 3] += affine[:3, 0] * (len(array) - 1)
+        array, affine[:3, 0] = array[::-1], -affine[:3, 0]
     spacing = np.linalg.norm(affine[:3, :3], axis=0)
-    geometry = Geometry(tuple(volume.array.shape[2::-1]), tuple(spacing[::-1].tolist()), tuple(affine[:3, 3].tolist()),
+    geometry = Geometry(tuple(array.shape[2::-1]), tuple(spacing[::-1].tolist()), tuple(affine[:3, 3].tolist()),
                         tuple((affine[:3, :3] / spacing)[:, ::-1].ravel().tolist()))
-    return {name: volume.array[..., i] > 0 for i, name in enumerate(names)}, geometry
+    return {name: array[..., i] > 0 for i, name in enumerate(names)}, geometry

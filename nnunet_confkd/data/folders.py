@@ -12,7 +12,7 @@ from pathlib import Path
 from nnunet_confkd.errors import InputError, some
 from nnunet_confkd.processes import terminable
 
-WRITTEN_BY = "written_by"  # the key in dataset.json by which this program knows its own data sets
+WRITTEN_BY = "written_by"  # the key in dataset.json by which confkd mix knows its own data sets
 CLOCK = 2.0  # seconds between the times of files that were written together, by clocks that differ
 
 
@@ -98,7 +98,7 @@ def new_dataset(dataset_id: int, name: str, overwrite: bool = False) -> Iterator
     Args:
         dataset_id: The 27 in Dataset027_ACDC.
         name: The ACDC in it.
-        overwrite: Whether to replace a data set of this id and name that this program wrote. If this process is killed
+        overwrite: Whether to replace a data set of this id and name that `confkd mix` wrote. If this process is killed
             while it replaces one, the next command that looks for the data set finishes or undoes it.
 
     Raises:
@@ -138,7 +138,7 @@ def _require_free(raw: Path, preprocessed: Path, replaced: bool) -> None:
 
 
 def _require_replaceable(raw: Path) -> None:
-    """Raise InputError if this program did not write a data set, or its labels were changed since."""
+    """Raise InputError if `confkd mix` did not write a data set, or its labels were changed since."""
     file = raw / "dataset.json"
     try:
         ours = WRITTEN_BY in json.loads(file.read_text(encoding="utf-8"))
@@ -146,8 +146,8 @@ def _require_replaceable(raw: Path) -> None:
     except (OSError, ValueError, TypeError):
         ours = False
     if not ours:
-        raise InputError(f"{raw}: was not written by this program, or by an early version of it, so --overwrite does "
-                         f"not replace it; choose another --id, or remove it yourself")
+        raise InputError(f"{raw}: was not written by confkd mix, or by an early version of it, so --overwrite "
+                         f"does not replace it; choose another --id, or remove it yourself")
     changed = sorted(label.name for folder in ("labelsTr", "labelsTs") for label in (raw / folder).glob("*")
                      if label.stat().st_mtime > written + CLOCK)
     if changed:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from nnunet_confkd.data import dicom, meanings
 from nnunet_confkd.data.case_files import Case
+from nnunet_confkd.data.folders import WRITTEN_BY
 from nnunet_confkd.data.grids import Fitting
 from nnunet_confkd.data.images import ENDINGS, ITK, Volume, ending_of
 from nnunet_confkd.data.meanings import Labels
@@ -45,7 +46,7 @@ def mix(full: Path | None, dataset_id: int, *, processes: int = PROCESSES, link:
         dataset_id: The 27 in Dataset027_NAME.
         processes: How many processes read labels and write cases.
         link: Whether images become hard links instead of copies.
-        overwrite: Whether to replace a data set of this id and name that this program wrote.
+        overwrite: Whether to replace a data set of this id and name that this function wrote.
         **options: Those of :func:`mixture`.
 
     Returns:
@@ -111,7 +112,8 @@ def mixture(*, name: str = "Mixed", labels: list[str] | None = None, channels: l
         validation=[case for case in held_back if case in names],
         folds=1 if validation else FOLDS, patient_pattern=patient_pattern, regions_class_order=known.regions,
         licence=description.get("licence", description.get("license", "unknown")),
-        reference=description.get("reference", ""), roots=layout.roots, problems=[*problems, *wrong])
+        reference=description.get("reference", ""), roots=layout.roots, problems=[*problems, *wrong],
+        more={WRITTEN_BY: "confkd mix"})
     return Mixture(sources, dataset, [*notes, *_notes(sources, contents, known)])
 
 
@@ -134,10 +136,24 @@ def _interpret(sources: list[Source], contents: dict[Path, Content], known: Labe
         if valued and known.by_name:
             raise InputError(f"--labels: {known.by_name!r} names a segment, but {valued} holds values; give NAME=VALUE "
                              f"with whole numbers")
+        if source.labels and source.kind == FULL:
+            _require_files_of_classes(source, known)
         missing = source.kind == PARTIAL and meanings.ignore_value_problem(plain, known, ignore_value)
         problems |= dict.fromkeys(plain, missing) if missing else meanings.value_problems(
             held, source.kind, source.meaning)
     return problems
+
+
+def _require_files_of_classes(source: Source, known: Labels) -> None:
+    """Raise InputError if a class has a file in none of the folders with one file for each class."""
+    names = {label: segment_names(label) for label in source.labels}
+    held = {name.casefold() for several in names.values() for name in several or []}
+    background = next(iter(known.full.segments), None)
+    missing = [name for name in known.full.segments if name not in held and name != background]
+    if held and missing and all(several is not None for several in names.values()):
+        folder = source.labels[0]
+        raise InputError(f"{folder}: has no file of {some(missing)}; correct --labels, it holds "
+                         f"{some(names[folder], 150)}")
 
 
 def _notes(sources: list[Source], contents: dict[Path, Content], known: Labels) -> list[str]:
@@ -203,8 +219,8 @@ def _validation(training: list[Case], pattern: str | None, seed: int, wanted: li
     return [case.name for case in training if patients[case.name] in chosen]
 
 
-def main(argv: list[str]) -> None:
-    """Run `confkd mix`."""
+def arguments() -> argparse.ArgumentParser:
+    """Return the parser of `confkd mix`."""
     parser = argparse.ArgumentParser(prog="confkd mix", description=__doc__, epilog=(
         "confkd inspect FOLDER ... prints the command that fits. A FOLDER may also be files, or a pattern such as "
         "'masks/*_seg.nii.gz' or 'data/{case}/seg.nii.gz'. Several channels have nnU-Net's names (case_0000, "
@@ -230,7 +246,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--id", required=True, type=int, help="id of the data set to write")
     parser.add_argument("--name", default="Mixed")
     parser.add_argument("--overwrite", action="store_true", help="replace the data set of this id and name, if this "
-                        "program wrote it; what was preprocessed of it goes, too")
+                        "command wrote it; what was preprocessed of it goes, too")
     parser.add_argument("--labels", nargs="+", metavar="NAME[=VALUE]", help="names of the labels, from the background "
                         "on, with the values 0, 1, ... or those given, or NAME=SEGMENT; default: those in the "
                         "dataset.json of the full labels")
@@ -243,15 +259,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--resample-labels", action="store_true", help="resample labels that are on another grid than "
                         "their image (nearest neighbour)")
     _add_other_arguments(parser)
-    args = vars(parser.parse_args(argv))
-    dataset_id, dry_run, link, overwrite = (args.pop(key) for key in ("id", "dry_run", "link", "overwrite"))
-    mixed = mixture(**args)
-    print("\n".join([table(mixed.sources, whole=dry_run), *mixed.notes, ""]))
-    if dry_run:
-        require_no_problems(mixed.dataset.problems)
-        print("nothing was written: this was a dry run")
-        return
-    print(summary(write_dataset(mixed.dataset, dataset_id, args["processes"], link, overwrite)))
+    return parser
 
 
 def _add_other_arguments(parser: argparse.ArgumentParser) -> None:
@@ -264,3 +272,16 @@ def _add_other_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--processes", type=int, default=PROCESSES)
     parser.add_argument("--link", action="store_true", help="hard links instead of copies of images: they take no "
                         "space, but a program that writes to one writes to the other")
+
+
+def main(argv: list[str]) -> None:
+    """Run `confkd mix`."""
+    args = vars(arguments().parse_args(argv))
+    dataset_id, dry_run, link, overwrite = (args.pop(key) for key in ("id", "dry_run", "link", "overwrite"))
+    mixed = mixture(**args)
+    print("\n".join([table(mixed.sources, whole=dry_run), *mixed.notes, ""]))
+    if dry_run:
+        require_no_problems(mixed.dataset.problems)
+        print("nothing was written: this was a dry run")
+        return
+    print(summary(write_dataset(mixed.dataset, dataset_id, args["processes"], link, overwrite)))

@@ -110,7 +110,7 @@ def write_dataset(dataset: Dataset, dataset_id: int, processes: int = PROCESSES,
         processes: How many processes write cases.
         link: Whether images that nnU-Net can read become hard links instead of copies. A program that writes to such an
             image writes to the source's too.
-        overwrite: Whether to replace a data set of this id and name that this program wrote.
+        overwrite: Whether to replace a data set of this id and name that :func:`nnunet_confkd.data.mix.mix` wrote.
 
     Returns:
         The raw folder of the data set.
@@ -171,7 +171,7 @@ def _dataset_json(dataset: Dataset) -> dict:
         "channel_names": {str(i): name for i, name in enumerate(dataset.channel_names)}, "labels": dataset.labels,
         "numTraining": len(dataset.training), "file_ending": dataset.file_ending, "name": dataset.name,
         "licence": dataset.licence, "reference": dataset.reference,
-        "supervision": dict(sorted(dataset.kinds.items())), WRITTEN_BY: "nnunet_confkd"}
+        "supervision": dict(sorted(dataset.kinds.items()))}
     if dataset.regions_class_order is not None:
         described["regions_class_order"] = dataset.regions_class_order
     if dataset.patient_pattern is not None:

@@ -321,11 +321,11 @@ def test_a_killed_process_leaves_no_data_set_and_the_next_one_removes_what_it_le
 # ---- replacing -------------------------------------------------------------------------------------------------------
 
 def _own(text, name="Test", folds=True, overwrite=False):
-    """Write a data set as this program does, with a text to tell it by."""
+    """Write a data set as mix does, with a text to tell it by."""
     with new_dataset(7, name, overwrite) as (raw, preprocessed):
         (raw / "labelsTr").mkdir()
         (raw / "labelsTr" / "a.nii.gz").write_text(text)
-        (raw / "dataset.json").write_text('{"written_by": "nnunet_confkd"}')
+        (raw / "dataset.json").write_text('{"written_by": "confkd mix"}')
         if folds:
             (preprocessed / "splits_final.json").write_text(text)
 
@@ -341,7 +341,7 @@ def _texts(nnunet_folders):
 
 @pytest.mark.parametrize("before", [True, False])
 @pytest.mark.parametrize("after", [True, False])
-def test_a_data_set_of_this_program_is_replaced_with_its_preprocessed_data(nnunet_folders, before, after):
+def test_a_data_set_of_mix_is_replaced_with_its_preprocessed_data(nnunet_folders, before, after):
     _own("old", folds=before)
     if before:
         (nnunet_folders / "preprocessed" / "Dataset007_Test" / "nnUNetPlans.json").write_text("{}")
@@ -369,7 +369,7 @@ def test_a_data_set_of_another_program_is_not_replaced(nnunet_folders, content):
     if content is not None:
         (folder / "dataset.json").write_text(content)
     before = _tree(nnunet_folders)
-    with pytest.raises(InputError, match="Dataset007_Test: was not written by this program"):
+    with pytest.raises(InputError, match="Dataset007_Test: was not written by confkd mix"):
         _own("new", overwrite=True)
     assert _tree(nnunet_folders) == before
 
