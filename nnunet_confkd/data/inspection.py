@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 import re
 import shlex
@@ -124,10 +125,14 @@ def _segments_text(held: Counter) -> str:
 
 
 def _range(tuples: Iterable[tuple[float, ...]]) -> str:
-    """Return for example "512x512x80 to 512x512x120"."""
-    ordered = sorted({tuple(round(number, 3) for number in numbers) for numbers in tuples})
-    first, last = ("x".join(f"{number:g}" for number in numbers) for numbers in (ordered[0], ordered[-1]))
-    return first if first == last else f"{first} to {last}"
+    """Return for example "512 x 512 x 80-120"."""
+    axes = itertools.zip_longest(*tuples, fillvalue=1)
+    return " x ".join(_span([round(number, 3) for number in axis]) for axis in axes)
+
+
+def _span(numbers: list[float]) -> str:
+    low, high = min(numbers), max(numbers)
+    return f"{low:g}" if low == high else f"{low:g}-{high:g}"
 
 
 # ---- the command -----------------------------------------------------------------------------------------------------
@@ -242,11 +247,11 @@ def missing_variables() -> str:
     return "export " + " ".join(f'{name}="$PWD/{name}"' for name in missing) if missing else ""
 
 
-def checked(words: list[str], groups: list[Group]) -> tuple[list[str], list[str]]:
+def checked(words: list[str], groups: list[Group], processes: int) -> tuple[list[str], list[str]]:
     """Try what was proposed, without writing. Return the words, with what they lack, and what is wrong with them."""
     if "?" in words:
         return words, []
-    args = vars(arguments().parse_args([*words, "--id", "1"]))
+    args = vars(arguments().parse_args([*words, "--id", "1", "--processes", str(processes)]))
     for key in ("id", "dry_run", "link", "overwrite"):
         args.pop(key)
     try:
@@ -288,7 +293,7 @@ def main(argv: list[str]) -> None:
     groups = inspect(args.folders, args.processes)
     print("\n".join(description(group) for group in groups) + "\n")
     proposal = propose(groups)
-    words, problems = checked(proposal.words, groups) if proposal.words else ([], [])
+    words, problems = checked(proposal.words, groups, args.processes) if proposal.words else ([], [])
     print("\n".join([*proposal.notes, *problems]))
     if words:
         print("\nGive the classes names, and check what is said above. The command:\n")

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import glob
+import os
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -72,6 +73,7 @@ def _in_folder(folder: Path, labels: bool) -> list[Named]:
 
 def _by_template(template: str, channel: int = 0) -> list[Named]:
     """Find what fits a path that holds {case}, which stands for a part of a name, the same one everywhere."""
+    template = template.replace(os.sep, "/")
     if CASE not in template:
         raise InputError(f"{template!r}: a pattern needs {CASE} in the place of the name of the case, as in "
                          f"'{CASE}/T1.nii.gz'")

@@ -205,15 +205,14 @@ def value_problems(contents: Mapping[Path, Content], kind: str, meaning: Meaning
             strange[(content.named, *sorted(found))].append(path)
     problems = {}
     for (named, *found), files in strange.items():
-        held = shares_text(together(contents[file] for file in files))
-        one = len(files) == 1
-        text = f"{files[0]}: holds" if one else f"{len(files)} labels ({some(files, 3)}): hold"
+        held = together(contents[file] for file in files)
+        text = f"{files[0]}: holds" if len(files) == 1 else f"{len(files)} labels hold"
         if named:
-            text += (f" the segments {some(map(repr, found))}, which --labels does not name. "
-                     f"{_segment_advice(found)} All that is held: {held}")
+            text += f" the segments {some(map(repr, found))}, which --labels does not name. {_segment_advice(found)}"
         else:
             text += (f" the values {some(f'{value:g}' for value in found)}; a {kind} label may hold "
-                     f"{some(sorted(meaning.values))}. {_value_advice(found, kind)} All that is held: {held}")
+                     f"{some(sorted(meaning.values))}. {_value_advice(found, kind, held)}")
+        text += f" All that is held: {shares_text(held)}" + ("" if len(files) == 1 else f"; in {some(files, 3)}")
         problems.update(dict.fromkeys(files, text))
     return problems
 
@@ -224,11 +223,12 @@ def _segment_advice(found: list[str]) -> str:
             f"'NAME={found[0]}'.")
 
 
-def _value_advice(found: list, kind: str) -> str:
-    first = f"{found[0]:g}"
+def _value_advice(found: list, kind: str, held: Mapping) -> str:
+    first, most = f"{found[0]:g}", max(held, key=held.__getitem__)
     if kind == FULL:
-        return (f"If {first} is a class, name it: --labels ... NAME={first}. If {first} is *not annotated*, the label "
-                f"is a partial one.")
+        background = "" if most in found else f" --background-value {first}"
+        return (f"If {first} is a class, name it: --labels ... NAME={first}. If {most:g} is *not annotated*, these are "
+                f"partial labels: --ignore-value {most:g}{background}.")
     return (f"If {first} marks strokes in the background: --background-value {first}. If it is a class, name it: "
             f"--labels ... NAME={first}.")
 

@@ -125,15 +125,16 @@ def tell_strokes_from_masks(measures: Mapping[Path, Measure]) -> None:
     Args:
         measures: {path: what was measured} of all files that belong together. Those of images are left as they are.
     """
-    labels = {path: measure for path, measure in measures.items() if measure.kind == MASK}
+    markers = markers_of(measure for measure in measures.values() if measure.kind == MASK)
+    labels = [measure for measure in measures.values() if measure.kind == MASK
+              and (measure.rest in {0, None, *markers} or 0 not in measure.voxels)]  # others are full of one class
     if not labels:
         return
-    ranked = sorted(labels.values(), key=lambda measure: sum(measure.core.values()), reverse=True)
+    ranked = sorted(labels, key=lambda measure: sum(measure.core.values()), reverse=True)
     largest = ranked[:max(1, len(ranked) // 8)]
     classes = {value for measure in largest for value in measure.drawn}
     core, share = (median(number(measure, classes) for measure in largest) for number in (_core, _core_share))
-    markers = markers_of(labels.values())
-    for measure in labels.values():
+    for measure in labels:
         marked = not measure.named and bool(markers & set(measure.voxels))
         slim = _core(measure, classes) < CORE * core and _core_share(measure, classes) < SLIM * share
         little = sum(measure.drawn.values()) < FOREGROUND * sum(measure.voxels.values())

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from nnunet_confkd.data import dicom, meanings
 from nnunet_confkd.data.case_files import Case
-from nnunet_confkd.data.folders import WRITTEN_BY
+from nnunet_confkd.data.folders import WRITTEN_BY, folder_name, preprocessed_folder, raw_folder, require_free_id
 from nnunet_confkd.data.grids import Fitting
 from nnunet_confkd.data.images import ENDINGS, ITK, Volume, ending_of
 from nnunet_confkd.data.meanings import Labels
@@ -278,6 +278,12 @@ def main(argv: list[str]) -> None:
     """Run `confkd mix`."""
     args = vars(arguments().parse_args(argv))
     dataset_id, dry_run, link, overwrite = (args.pop(key) for key in ("id", "dry_run", "link", "overwrite"))
+    if not dry_run:  # what no file can change comes first
+        folders = [folder / folder_name(dataset_id, args["name"]) for folder in (raw_folder(), preprocessed_folder())]
+        if folders[0].exists() and not overwrite:
+            raise InputError(f"the id {dataset_id} is taken by {folders[0]}; choose another --id, or replace that data "
+                             f"set: --overwrite")
+        require_free_id(dataset_id, tuple(folders) if overwrite else ())
     mixed = mixture(**args)
     print("\n".join([table(mixed.sources, whole=dry_run), *mixed.notes, ""]))
     if dry_run:

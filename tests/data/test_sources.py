@@ -238,14 +238,16 @@ def test_unlabelled_images_that_are_labelled_elsewhere_are_left_out(folders, nnu
 
 def test_equal_values_are_one_message_with_the_option(folders, nnunet_folders):
     text = _refused(nnunet_folders, "^3 labels", folders, background_value=None)
-    assert "hold the values 2; a partial label may hold 0, 1. If 2 marks strokes in the background: " \
+    assert "3 labels hold the values 2; a partial label may hold 0, 1. If 2 marks strokes in the background: " \
            "--background-value 2." in text
     assert "All that is held: 0: 95.0 %, 1: 2.5 %, 2: 2.5 %" in text and text.count("--background-value") == 1
+    assert text.count("scribble.nii.gz") == 3
 
 
 def test_strokes_given_as_masks_are_told_what_they_hold(folders, nnunet_folders):
     text = _refused(nnunet_folders, "^3 labels", folders, full_labels=[folders / "strokes"], partial_labels=[])
-    assert "0: 95.0 %, 1: 2.5 %, 2: 2.5 %" in text and "If 2 is *not annotated*, the label is a partial one" in text
+    assert "0: 95.0 %, 1: 2.5 %, 2: 2.5 %" in text
+    assert "If 0 is *not annotated*, these are partial labels: --ignore-value 0 --background-value 2." in text
 
 
 def test_a_missing_ignore_value_is_told_with_what_is_held(folders, nnunet_folders):
