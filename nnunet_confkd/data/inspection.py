@@ -27,7 +27,7 @@ from nnunet_confkd.data.measures import (
 )
 from nnunet_confkd.data.mix import arguments, mixture
 from nnunet_confkd.data.survey import shares_text
-from nnunet_confkd.errors import InputError, some
+from nnunet_confkd.errors import InputError, grouped, some
 from nnunet_confkd.processes import PROCESSES, parallel
 
 BACKGROUND = re.compile(r"(back ?ground|bg|hintergrund|fondo|fond)", re.IGNORECASE)
@@ -247,17 +247,17 @@ def missing_variables() -> str:
     return "export " + " ".join(f'{name}="$PWD/{name}"' for name in missing) if missing else ""
 
 
-def checked(words: list[str], groups: list[Group], processes: int) -> tuple[list[str], list[str]]:
-    """Try what was proposed, without writing. Return the words, with what they lack, and what is wrong with them."""
+def checked(words: list[str], groups: list[Group], processes: int) -> tuple[list[str], list[str], list[str]]:
+    """Try what was proposed, without writing. Return the words, with what they lack, notes, and what is wrong."""
     if "?" in words:
-        return words, []
+        return words, [], []
     args = vars(arguments().parse_args([*words, "--id", "1", "--processes", str(processes)]))
     for key in ("id", "dry_run", "link", "overwrite"):
         args.pop(key)
     try:
         mixed = mixture(**args)
     except InputError as error:
-        return words, [str(error)]
+        return words, [], [str(error)]
     measures = {path: measure for group in groups for path, measure in group.files.items()}
     notes = _patient_notes([case.name for case in mixed.dataset.training])
     other_grid = [case.label.file for case in mixed.dataset.training if case.label is not None
@@ -266,7 +266,7 @@ def checked(words: list[str], groups: list[Group], processes: int) -> tuple[list
         words = [*words, "--resample-labels"]
         notes.append(f"note: {len(other_grid)} labels are on another grid than their image ({some(other_grid, 3)}); "
                      f"look at them: the command resamples them")
-    return words, [*mixed.dataset.problems, *mixed.notes, *notes]
+    return words, [*mixed.notes, *notes], mixed.dataset.problems
 
 
 def _patient_notes(cases: list[str]) -> list[str]:
@@ -293,8 +293,9 @@ def main(argv: list[str]) -> None:
     groups = inspect(args.folders, args.processes)
     print("\n".join(description(group) for group in groups) + "\n")
     proposal = propose(groups)
-    words, problems = checked(proposal.words, groups, args.processes) if proposal.words else ([], [])
-    print("\n".join([*proposal.notes, *problems]))
+    words, notes, problems = checked(proposal.words, groups, args.processes) if proposal.words else ([], [], [])
+    print("\n".join([*proposal.notes, *notes]))
     if words:
-        print("\nGive the classes names, and check what is said above. The command:\n")
+        print("\nThis command comes near, but would stop, because of:\n  " + "\n  ".join(grouped(problems)) + "\n"
+              if problems else "\nGive the classes names, and check what is said above. The command:\n")
         print("\n".join(filter(None, [missing_variables(), command_text([*words, "--id", str(free_id())])])))

@@ -36,8 +36,9 @@ class Segments:
 
 def has_segments(path: Path) -> bool:
     """Whether the parts of a label have names."""
-    return path.is_dir() or bool(ending_of(path, (".seg.nrrd", ".dcm"))) or (
-        bool(ending_of(path, (".nrrd",))) and _names_segments(path))
+    if path.is_dir() or ending_of(path, (".seg.nrrd", ".dcm")):
+        return True
+    return _names_segments(path) if ending_of(path, (".nrrd",)) else not ending_of(path) and dicom.is_dicom_file(path)
 
 
 def _names_segments(file: Path) -> bool:

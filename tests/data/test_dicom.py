@@ -144,7 +144,7 @@ def test_without_highdicom_the_extra_is_named(tmp_path, monkeypatch):
         read_segments(tmp_path / "seg.dcm")
 
 
-@pytest.mark.parametrize("place", ["segs/{}.dcm", "segs/{}_seg.dcm", "segs/{}/1.dcm"])
+@pytest.mark.parametrize("place", ["segs/{}.dcm", "segs/{}_seg.dcm", "segs/{}/1.dcm", "segs/{}"])
 def test_series_and_segmentations_become_a_data_set(tmp_path, nnunet_folders, require_integrity, place):
     both = {"liver": LIVER, "tumour": TUMOUR}
     for case, segments in (("a", both), ("b", dict(reversed(both.items()))), ("c", None)):

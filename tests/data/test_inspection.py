@@ -206,6 +206,14 @@ def test_folders_with_one_file_for_each_class_are_recognised(tmp_path, nnunet_fo
     assert set(np.unique(read_voxels(target / "labelsTr" / "s0.nii.gz"))) == {0, 1, 2}
 
 
+def test_a_command_that_would_stop_is_told_with_the_reason(tmp_path, nnunet_folders, capsys):
+    _folders(tmp_path)
+    _mask(tmp_path / "masks" / "p0-label.nii.gz")
+    assert cli.main(["inspect", str(tmp_path), "--processes", "1"]) == 0
+    out = capsys.readouterr().out
+    assert "This command comes near, but would stop, because of:\n" in out and "two labels belong to it" in out
+
+
 def test_patients_of_several_cases_are_noted(tmp_path, capsys):
     for name in ("p1_ED", "p1_ES", "p2_ED"):
         _image(tmp_path / "images" / f"{name}.nii.gz")
