@@ -29,21 +29,20 @@ def some(values: Iterable, limit: int = 10) -> str:
     return ", ".join(values[:limit]) + (f" and {len(values) - limit} more" if len(values) > limit else "")
 
 
-def grouped(problems: Iterable[str], least: int = 4) -> list[str]:
-    """Make one line of problems that are equal but for the file that they begin with.
+def grouped(problems: Iterable[str], least: int = 5) -> list[str]:
+    """Make one line of problems that are equal but for the file that they begin with. The order stays.
 
     Args:
         problems: Texts, each of which begins with a file and a colon.
         least: How many equal problems become one line.
     """
+    parts = [problem.partition(": ") for problem in problems]
     files: dict[str, list[str]] = {}
-    for problem in problems:
-        file, _, text = problem.partition(": ")
+    for file, _, text in parts:
         files.setdefault(text, []).append(file)
-    lines = []
-    for text, of_text in files.items():
-        if len(of_text) < least or not text:
-            lines += [f"{file}: {text}" if text else file for file in of_text]
-        else:
-            lines.append(f"{len(of_text)} files: {text} ({some(of_text)})")
-    return lines
+    lines: dict[str, None] = {}
+    for file, colon, text in parts:
+        several = files[text] if text else []
+        many = len(several) >= least
+        lines[f"{len(several)} files: {text} ({some(several)})" if many else file + colon + text] = None
+    return list(lines)
