@@ -15,6 +15,7 @@ from nnunet_confkd.processes import terminable
 
 COMMANDS = {  # name: (module and function, text of the help)
     "convert": ("dataset_conversion:main", "a public data set to nnU-Net's format"),
+    "inspect": ("data.inspection:main", "what folders of images and labels hold, and the mix command that fits"),
     "mix": ("data.mix:main", "folders of full, partial and no labels to one data set"),
     "weaken": ("data.weaken:main", "a fully labelled data set to a mixed one, for experiments"),
     "check": ("data.check:main", "what is wrong with a data set, and which case is what"),

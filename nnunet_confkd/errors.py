@@ -27,3 +27,22 @@ def some(values: Iterable, limit: int = 10) -> str:
     """Return the first `limit` values as text, and how many more there are."""
     values = [str(value) for value in values]
     return ", ".join(values[:limit]) + (f" and {len(values) - limit} more" if len(values) > limit else "")
+
+
+def grouped(problems: Iterable[str], least: int = 5) -> list[str]:
+    """Make one line of problems that are equal but for the file that they begin with. The order stays.
+
+    Args:
+        problems: Texts, each of which begins with a file and a colon.
+        least: How many equal problems become one line.
+    """
+    parts = [problem.partition(": ") for problem in problems]
+    files: dict[str, list[str]] = {}
+    for file, _, text in parts:
+        files.setdefault(text, []).append(file)
+    lines: dict[str, None] = {}
+    for file, colon, text in parts:
+        several = files[text] if text else []
+        many = len(several) >= least
+        lines[f"{len(several)} files: {text} ({some(several)})" if many else file + colon + text] = None
+    return list(lines)

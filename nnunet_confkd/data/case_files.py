@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
+from nnunet_confkd.data.grids import Fitting, fitted
 from nnunet_confkd.data.images import Geometry, Picture, Volume, carry_over, ending_of, parts, stands_alone, write
 from nnunet_confkd.data.supervision import FULL
 from nnunet_confkd.errors import InputError, some
@@ -21,12 +22,14 @@ class Case:
         label: None for an unlabelled training case, or a test case without a label.
         kind: "full", "partial" or "unlabelled".
         values: {value in the label file: value to write}. Any other value is an error. None: those of the data set.
+        fitting: What may be done to the grid of the label; None: it must be the image's, and there is no option for it.
     """
     name: str
     images: tuple[Volume, ...]
     label: Volume | None = None
     kind: str = FULL
     values: dict[int, int] | None = None
+    fitting: Fitting | None = None
 
 
 @dataclass(frozen=True)
@@ -151,8 +154,10 @@ def _write_label(case: Case, target: Target, grid: Geometry | None) -> list[str]
     values = np.unique(picture.voxels)
     of_full = target.values - {target.ignore} if case.kind == FULL else target.values
     allowed = case.values or {value: value for value in of_full}
-    problems = _label_problems(case, picture, values, allowed) + _grid_problems(
-        case.label.file, picture.geometry, case, grid)
+    problems = _label_problems(case, picture, values, allowed)
+    same_grid = not picture.geometry.differences(grid)
+    if case.fitting is None:
+        problems += _grid_problems(case.label.file, picture.geometry, case, grid)
     if problems:
         return problems
     label = picture.voxels[0]
@@ -164,6 +169,11 @@ def _write_label(case: Case, target: Target, grid: Geometry | None) -> list[str]
     mapped = np.zeros(label.shape, dtype)
     for value in values:
         mapped[label == value] = allowed[value]
+    if not same_grid:
+        try:
+            mapped = fitted(mapped, picture.geometry, grid, case.fitting)
+        except InputError as error:
+            return [f"{case.label.file}: is on another grid than {case.images[0].file}: {error}"]
     write(file, mapped, grid)
     return []
 

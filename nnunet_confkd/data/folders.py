@@ -1,6 +1,7 @@
 """nnU-Net's folders: where they are, and how a data set is found in them or written, completely or not at all."""
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -8,9 +9,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from nnunet_confkd.errors import InputError
-from nnunet_confkd.files import new_folder
+from nnunet_confkd.errors import InputError, some
 from nnunet_confkd.processes import terminable
+
+WRITTEN_BY = "written_by"  # the key in dataset.json by which confkd mix knows its own data sets
+CLOCK = 2.0  # seconds between the times of files that were written together, by clocks that differ
 
 
 def raw_folder() -> Path:
@@ -56,6 +59,7 @@ def find_dataset(dataset: int | str) -> str:
         InputError: There is no such data set, or there are several of this id.
     """
     raw, text = raw_folder(), str(dataset)
+    _finish_all_replacing()
     if text.isdigit():
         found = sorted(f.name for f in raw.glob(f"Dataset{int(text):03d}_*") if f.is_dir())
     else:
@@ -66,21 +70,36 @@ def find_dataset(dataset: int | str) -> str:
     return found[0]
 
 
-def require_free_id(dataset_id: int) -> None:
-    """Raise InputError if any of nnU-Net's folders has a data set of this id: nnU-Net would not know which to take."""
+def require_free_id(dataset_id: int, but: tuple[Path, ...] = ()) -> None:
+    """Raise InputError if any of nnU-Net's folders has a data set of this id: nnU-Net would not know which to take.
+
+    Args:
+        dataset_id: The id.
+        but: Folders that do not count.
+    """
     for variable in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
         folder = Path(os.environ.get(variable) or os.devnull)
-        taken = sorted(folder.glob(f"Dataset{dataset_id:03d}_*")) if folder.is_dir() else []
+        found = sorted(folder.glob(f"Dataset{dataset_id:03d}_*")) if folder.is_dir() else []
+        taken = [path for path in found if path not in but]
+        if taken and but:
+            raise InputError(f"{taken[0]}: was made of the data set that --overwrite would replace; choose another "
+                             f"--id, or remove that folder")
         if taken:
             raise InputError(f"the id {dataset_id} is taken by {taken[0]}; choose another --id, or remove that folder")
 
 
 @contextmanager
-def new_dataset(dataset_id: int, name: str) -> Iterator[tuple[Path, Path]]:
+def new_dataset(dataset_id: int, name: str, overwrite: bool = False) -> Iterator[tuple[Path, Path]]:
     """Write a new data set completely or not at all.
 
     Yield two hidden folders, which become the raw and the preprocessed folder of the data set at the end. They are
     removed after an error. An empty preprocessed folder is not kept.
+
+    Args:
+        dataset_id: The 27 in Dataset027_ACDC.
+        name: The ACDC in it.
+        overwrite: Whether to replace a data set of this id and name that `confkd mix` wrote. If this process is killed
+            while it replaces one, the next command that looks for the data set finishes or undoes it.
 
     Raises:
         InputError: The id is taken, another process is writing a data set of this id, a folder cannot be written to, or
@@ -88,27 +107,111 @@ def new_dataset(dataset_id: int, name: str) -> Iterator[tuple[Path, Path]]:
     """
     raw, preprocessed = (folder / folder_name(dataset_id, name) for folder in (raw_folder(), preprocessed_folder()))
     try:
-        with terminable(), _claim(raw.with_name(f".Dataset{dataset_id:03d}.lock")):
-            require_free_id(dataset_id)
+        with terminable(), _claim(_lock_file(raw)):
+            _finish_replacing(raw, preprocessed)
+            replaced = overwrite and raw.exists()
+            if replaced:
+                _require_replaceable(raw)
+            _require_free(raw, preprocessed, replaced)
             for folder in (raw.parent, preprocessed.parent):  # what a killed process has left could fill the disk
                 for left in folder.glob(f".Dataset{dataset_id:03d}_*.part*"):
                     shutil.rmtree(left, ignore_errors=True)
-            written = False
-            try:
-                with new_folder(raw) as new_raw:
-                    with new_folder(preprocessed) as new_preprocessed:
-                        yield new_raw, new_preprocessed
-                        require_free_id(dataset_id)
-                    written = True
-                    with suppress(OSError):  # it is not empty
-                        preprocessed.rmdir()
-            except BaseException:
-                if written and not raw.exists():
-                    shutil.rmtree(preprocessed, ignore_errors=True)
-                raise
+            with _two_new_folders(raw, preprocessed) as parts:
+                yield parts[0], parts[1]
+                _require_free(raw, preprocessed, replaced)
+                try:
+                    _exchange(raw, preprocessed, parts)
+                finally:
+                    _finish_replacing(raw, preprocessed)
     except OSError as error:
         raise InputError(f"{raw}: cannot be written, nothing was kept; check the permissions and the space of "
                          f"{raw.parent} and {preprocessed.parent} ({error})") from error
+
+
+def _lock_file(raw: Path) -> Path:
+    return raw.with_name(f".{raw.name[:10]}.lock")
+
+
+def _require_free(raw: Path, preprocessed: Path, replaced: bool) -> None:
+    """Raise InputError if the id is taken, but for the folders that are to be replaced."""
+    require_free_id(int(raw.name[7:10]), (raw, preprocessed) if replaced else ())
+
+
+def _require_replaceable(raw: Path) -> None:
+    """Raise InputError if `confkd mix` did not write a data set, or its labels were changed since."""
+    file = raw / "dataset.json"
+    try:
+        ours = WRITTEN_BY in json.loads(file.read_text(encoding="utf-8"))
+        written = file.stat().st_mtime
+    except (OSError, ValueError, TypeError):
+        ours = False
+    if not ours:
+        raise InputError(f"{raw}: was not written by confkd mix, or by an early version of it, so --overwrite "
+                         f"does not replace it; choose another --id, or remove it yourself")
+    changed = sorted(label.name for folder in ("labelsTr", "labelsTs") for label in (raw / folder).glob("*")
+                     if label.stat().st_mtime > written + CLOCK)
+    if changed:
+        raise InputError(f"{raw}: these labels were changed after the data set was written: {some(changed)}; copy what "
+                         f"you need, and remove the folder yourself")
+
+
+@contextmanager
+def _two_new_folders(*targets: Path) -> Iterator[tuple[Path, ...]]:
+    """Make a hidden folder beside each target, and remove what is left of them at the end."""
+    parts = tuple(target.with_name(f".{target.name}.part{os.getpid()}") for target in targets)
+    try:
+        for part in parts:
+            part.mkdir(parents=True)
+        yield parts
+    finally:
+        for part in parts:
+            shutil.rmtree(part, ignore_errors=True)
+
+
+def _old(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}.old")
+
+
+def _exchange(raw: Path, preprocessed: Path, parts: tuple[Path, ...]) -> None:
+    """Put new folders in the place of old ones, if there are any. The third step decides which of them counts."""
+    if preprocessed.exists():
+        preprocessed.rename(_old(preprocessed))
+    if raw.exists():
+        raw.rename(_old(raw))
+    else:
+        _old(raw).mkdir()
+    parts[0].rename(raw)
+    if any(parts[1].iterdir()):
+        parts[1].rename(preprocessed)
+
+
+def _finish_replacing(raw: Path, preprocessed: Path) -> None:
+    """Finish or undo what :func:`_exchange` has begun, wherever it was interrupted."""
+    if raw.exists() and _old(raw).exists():  # the new one is in its place
+        for part in preprocessed.parent.glob(f".{preprocessed.name}.part*"):
+            if not preprocessed.exists() and any(part.iterdir()):
+                part.rename(preprocessed)
+        shutil.rmtree(_old(preprocessed), ignore_errors=True)
+        shutil.rmtree(_old(raw), ignore_errors=True)
+        return
+    if _old(raw).exists():
+        if any(_old(raw).iterdir()):
+            _old(raw).rename(raw)
+        else:
+            _old(raw).rmdir()
+    if _old(preprocessed).exists() and not preprocessed.exists():
+        _old(preprocessed).rename(preprocessed)
+
+
+def _finish_all_replacing() -> None:
+    """Finish or undo the replacing of data sets by processes that were killed."""
+    if not os.environ.get("nnUNet_preprocessed"):
+        return
+    folders = (raw_folder(), preprocessed_folder())
+    names = {left.name[1:-4] for folder in folders for left in folder.glob(".Dataset[0-9][0-9][0-9]_*.old")}
+    for name in names:
+        with suppress(InputError, OSError), _claim(_lock_file(folders[0] / name)):  # held: it is going on
+            _finish_replacing(*(folder / name for folder in folders))
 
 
 @contextmanager

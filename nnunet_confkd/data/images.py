@@ -10,7 +10,7 @@ import os
 import re
 import shutil
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -136,14 +136,23 @@ def read(file: Path) -> Picture:
     """
     file = Path(file)
     ending = (ending_of(file) or file.suffix).lower()
-    try:
-        if not file.is_file():
+    with readable(file):
+        if file.is_dir():
             raise InputError(f"{file}: there is no such file")
-        if not _is_text(str(file)):  # SimpleITK ends the whole program
-            raise InputError(f"{str(file)!a}: the name is no proper text (UTF-8); rename the file or its folder")
         if ending in NIFTI:
             return _read_nifti(file)
         return _read_itk(file) if ending in ITK or ending in META else _read_with_nnunet(file)
+
+
+@contextlib.contextmanager
+def readable(file: Path) -> Iterator[None]:
+    """Make an InputError that names the file of any error of the libraries that read it."""
+    try:
+        if not file.exists():
+            raise InputError(f"{file}: there is no such file")
+        if not _is_text(str(file)):  # SimpleITK ends the whole program
+            raise InputError(f"{str(file)!a}: the name is no proper text (UTF-8); rename the file or its folder")
+        yield
     except InputError:
         raise
     except Exception as error:  # each library has its own, and they all mean the same to users
@@ -151,6 +160,27 @@ def read(file: Path) -> Picture:
         reason = [line.strip() for line in str(error).splitlines() if not re.search(r"\.cxx:\d+|^\s*$", line)]
         raise InputError(f"{file}: cannot be read as an image; is it cut short, damaged, or of another format? Fetch "
                          f"or write it anew ({' '.join(reason) or type(error).__name__})") from error
+
+
+def read_layers(file: Path) -> tuple[Picture, dict[str, str]]:
+    """Read a file whose voxels hold several values, such as the layers of a .seg.nrrd file.
+
+    Returns:
+        The picture, whose channels are the values of a voxel, and the fields of the header.
+
+    Raises:
+        InputError: As :func:`read`.
+    """
+    with readable(file), quiet():
+        _check_stream(file)
+        reader = sitk.ImageFileReader()
+        reader.SetFileName(str(file))
+        reader.ReadImageInformation()
+        fields = {key: reader.GetMetaData(key) for key in reader.GetMetaDataKeys()}
+        voxels = sitk.GetArrayFromImage(reader.Execute())
+        if reader.GetNumberOfComponents() > 1:
+            voxels = np.moveaxis(voxels, -1, 0)
+        return _picture(voxels, Geometry.of(reader)), fields
 
 
 def count_voxels(label: np.ndarray, values: Iterable[int]) -> dict[int, int]:
@@ -333,9 +363,13 @@ class quiet:
 def parts(file: Path) -> list[Path]:
     """Return the files that make up an image: itself, and the one that holds the voxels (.mhd) or the spacing (TIFF).
 
+    Those of a folder are the parts of all its files.
+
     Raises:
         InputError: The header names voxels in another folder or in several files.
     """
+    if file.is_dir():
+        return [part for inner in sorted(file.iterdir()) if inner.is_file() for part in parts(inner)]
     found = [file, _voxel_file(file)]
     if ending_of(file, TIFF) and spacing_file(file).is_file():
         found.append(spacing_file(file))

@@ -1,54 +1,53 @@
-"""Make one data set from three folders: images with complete masks, with partial masks, and without masks."""
+"""Make one data set from images with complete masks, with partial masks, and without masks."""
 from __future__ import annotations
 
 import argparse
 import random
-import re
-from collections import Counter
-from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
 
-import numpy as np
-
+from nnunet_confkd.data import dicom, meanings
+from nnunet_confkd.data.case_files import Case
+from nnunet_confkd.data.folders import WRITTEN_BY, folder_name, preprocessed_folder, raw_folder, require_free_id
+from nnunet_confkd.data.grids import Fitting
 from nnunet_confkd.data.images import ENDINGS, ITK, Volume, ending_of
-from nnunet_confkd.data.json_files import NEEDED, malformed, read_json
+from nnunet_confkd.data.meanings import Labels
 from nnunet_confkd.data.patients import FOLDS, patients_of
-from nnunet_confkd.data.raw_format import Case, Dataset, label_values, summary, with_ignore, write_dataset
+from nnunet_confkd.data.raw_format import Dataset, require_no_problems, summary, with_ignore, write_dataset
+from nnunet_confkd.data.segments import has_segments, read_as_label, segment_names
+from nnunet_confkd.data.sources import CaseFiles, Layout, Source, found, table
 from nnunet_confkd.data.supervision import FULL, PARTIAL, UNLABELLED
-from nnunet_confkd.errors import InputError, shown, some
+from nnunet_confkd.data.survey import Content, survey
+from nnunet_confkd.errors import InputError, some
 from nnunet_confkd.processes import PROCESSES
 
-IMAGES, LABELS = ("images", "imagesTr"), ("labels", "labelsTr")
-CHANNEL = re.compile(r"(.+)_(\d{4})")
+
+@dataclass
+class Mixture:
+    """A data set that is to be written, and where it comes from.
+
+    Attributes:
+        sources: The files.
+        dataset: What is written.
+        notes: What the user should know.
+    """
+    sources: list[Source]
+    dataset: Dataset
+    notes: list[str]
 
 
-def mix(full: Path, dataset_id: int, *, partial: Path | None = None, unlabelled: Path | None = None,
-        name: str = "Mixed", labels: list[str] | None = None, channels: list[str] | None = None,
-        ignore_value: int | None = None, background_value: int | None = None, validation: list[str] | None = None,
-        patient_pattern: str | None = None, seed: int = 0, processes: int = PROCESSES, link: bool = False) -> Path:
-    """Write the three folders as one data set of nnU-Net.
+def mix(full: Path | None, dataset_id: int, *, processes: int = PROCESSES, link: bool = False, overwrite: bool = False,
+        **options) -> Path:
+    """Write folders of images and labels as one data set of nnU-Net.
 
     Args:
-        full: Holds `images` and `labels` (or `imagesTr` and `labelsTr`) with files of the same names. Several channels
-            have nnU-Net's names (`case_0000`, `case_0001`).
+        full: As in :class:`nnunet_confkd.data.sources.Layout`; None if `images` are given.
         dataset_id: The 27 in Dataset027_NAME.
-        partial: As `full`, with partial masks.
-        unlabelled: Holds images, itself or in a folder `images` or `imagesTr`.
-        name: The NAME in Dataset027_NAME.
-        labels: Names of the values 0, 1, ..., from the background on, or NAME=VALUE; None: from `full`'s dataset.json.
-        channels: Names of the channels, which choose nnU-Net's normalisation ("CT"); None: from `full`'s dataset.json,
-            or channel_0, channel_1, ... (z-score).
-        ignore_value: The value of voxels that are not annotated in the partial labels; None: dataset.json's "ignore".
-        background_value: The value of background there, if `ignore_value` is the background's value elsewhere.
-        validation: Patients that are held back to validate in the only fold: names, or one number. None: up to five
-            folds, in which the fully annotated patients validate in turn.
-        patient_pattern: A regular expression whose first group in the name of a case is the patient; None: each case is
-            a patient of its own.
-        seed: Of the choice of `validation`.
-        processes: How many processes write cases.
+        processes: How many processes read labels and write cases.
         link: Whether images become hard links instead of copies.
+        overwrite: Whether to replace a data set of this id and name that this function wrote.
+        **options: Those of :func:`mixture`.
 
     Returns:
         The raw folder.
@@ -56,217 +55,143 @@ def mix(full: Path, dataset_id: int, *, partial: Path | None = None, unlabelled:
     Raises:
         InputError: With all that is wrong with the folders.
     """
-    full = Path(full)
-    problems: list[str] = []
-    described = _described(full)
-    values = _label_values(full, labels, described)
-    training = _cases(full, FULL, values.full, problems)
-    if partial is not None:
-        ignore_value = values.ignore if ignore_value is None else ignore_value
-        training += _cases(Path(partial), PARTIAL, _partial_values(values, ignore_value, background_value), problems)
-    if unlabelled is not None:
-        training += _cases(Path(unlabelled), UNLABELLED, None, problems)
-    if not any(case.kind == FULL for case in training) and not problems:
-        raise InputError(f"{full}: holds no images with labels")
-    if partial is not None and not problems:
-        _require_ignored_voxels(Path(partial), training, ignore_value, values)
+    mixed = mixture(full=full, processes=processes, **options)
+    return write_dataset(mixed.dataset, dataset_id, processes, link, overwrite)
+
+
+def mixture(*, name: str = "Mixed", labels: list[str] | None = None, channels: list[str] | None = None,
+            ignore_value: int | None = None, background_value: int | None = None, validation: list[str] | None = None,
+            patient_pattern: str | None = None, seed: int = 0, resample_labels: bool = False,
+            processes: int = PROCESSES, **places) -> Mixture:
+    """Find the files of a data set, and what they mean. Nothing is written.
+
+    Args:
+        name: The NAME in Dataset027_NAME.
+        labels: Names of the values 0, 1, ..., from the background on, or NAME=VALUE, or NAME=SEGMENT; None: from
+            dataset.json in the folder of complete masks.
+        channels: Names of the channels, which choose nnU-Net's normalisation ("CT"); None: from this dataset.json, or
+            channel_0, channel_1, ... (z-score).
+        ignore_value: The value of voxels that are not annotated in the partial labels; None: dataset.json's "ignore".
+        background_value: The value of background there, if `ignore_value` is the background's value elsewhere.
+        validation: Patients that are held back to validate in the only fold: names, or one number. None: up to five
+            folds, in which the fully annotated patients validate in turn.
+        patient_pattern: A regular expression whose first group in the name of a case is the patient; None: each case is
+            a patient of its own.
+        seed: Of the choice of `validation`.
+        resample_labels: Whether labels on another grid than their image are resampled (nearest neighbour).
+        processes: How many processes read labels.
+        **places: Those of :class:`nnunet_confkd.data.sources.Layout`.
+
+    Returns:
+        The data set. What is wrong with the values of labels is among its problems.
+
+    Raises:
+        InputError: Folders are missing or empty, or options contradict each other.
+    """
+    layout = Layout(**places)
+    if layout.full is not None and not layout.full.is_dir():
+        raise InputError(f"{layout.full}: there is no such folder")
+    description = meanings.described(layout.description_folder)
+    known = meanings.labels_of(layout.description_folder, labels, description)
+    sources, problems, notes = found(layout)
+    if not any(source.kind == FULL and source.cases for source in sources) and not problems:
+        raise InputError(f"{layout.roots[0]}: holds no images with labels")
+    contents = survey([label for source in sources for label in source.labels if segment_names(label) is None],
+                      processes)
+    values = _interpret(sources, contents, known, known.ignore if ignore_value is None else ignore_value,
+                        background_value)
+    training = [_case(source, files, resample_labels) for source in sources for files in source.cases]
+    held_back = [] if validation is None else _validation(training, patient_pattern, seed, validation)
+    training = [case for case in training if case.label is None or case.label.file not in values]
+    names, wrong = {case.name for case in training}, list(dict.fromkeys(values.values()))
     ending = _common_ending(training, problems)
-    mixed = partial is not None or unlabelled is not None
-    return write_dataset(Dataset(
-        name=name, channel_names=channels or _channel_names(described, training),
-        labels=with_ignore(values.names) if mixed else values.names, file_ending=ending, training=training,
-        validation=[] if validation is None else _validation(training, patient_pattern, seed, validation),
-        folds=1 if validation else FOLDS, patient_pattern=patient_pattern, regions_class_order=values.regions,
-        licence=described.get("licence", described.get("license", "unknown")),
-        reference=described.get("reference", ""),
-        roots=tuple(Path(folder) for folder in (full, partial, unlabelled) if folder is not None),
-        problems=problems), dataset_id, processes, link)
+    mixed = any(source.kind != FULL for source in sources)
+    dataset = Dataset(
+        name=name, channel_names=channels or _channel_names(description, training),
+        labels=with_ignore(known.names) if mixed else known.names, file_ending=ending, training=training,
+        validation=[case for case in held_back if case in names],
+        folds=1 if validation else FOLDS, patient_pattern=patient_pattern, regions_class_order=known.regions,
+        licence=description.get("licence", description.get("license", "unknown")),
+        reference=description.get("reference", ""), roots=layout.roots, problems=[*problems, *wrong],
+        more={WRITTEN_BY: "confkd mix"})
+    return Mixture(sources, dataset, [*notes, *_notes(sources, contents, known)])
+
+
+def _interpret(sources: list[Source], contents: dict[Path, Content], known: Labels, ignore_value: int | None,
+               background_value: int | None) -> dict[Path, str]:
+    """Give each source the meaning of its labels. Return {label that holds anything else: what is wrong}."""
+    problems: dict[Path, str] = {}
+    for source in sources:
+        if source.kind == UNLABELLED:
+            continue
+        held = {label: contents[label] for label in source.labels if label in contents}
+        plain = {label: content for label, content in held.items() if not content.named and not content.problem}
+        valued = next((label for label in source.labels if not has_segments(label)), None)
+        if not known.full.segments and any(map(has_segments, source.labels)):
+            raise InputError(f"{source.labels[0]}: has segments, but the labels are regions, which have values only")
+        if source.kind == PARTIAL and valued is not None and ignore_value is None:
+            raise meanings.missing_ignore_value(plain, known)
+        source.meaning = known.full if source.kind == FULL else known.partial(ignore_value if valued else None,
+                                                                             background_value)
+        if valued and known.by_name:
+            raise InputError(f"--labels: {known.by_name!r} names a segment, but {valued} holds values; give NAME=VALUE "
+                             f"with whole numbers")
+        if source.labels and source.kind == FULL:
+            _require_files_of_classes(source, known)
+        missing = source.kind == PARTIAL and meanings.ignore_value_problem(plain, known, ignore_value)
+        problems |= dict.fromkeys(plain, missing) if missing else meanings.value_problems(
+            held, source.kind, source.meaning)
+    return problems
+
+
+def _require_files_of_classes(source: Source, known: Labels) -> None:
+    """Raise InputError if a class has a file in none of the folders with one file for each class."""
+    names = {label: segment_names(label) for label in source.labels}
+    held = {name.casefold() for several in names.values() for name in several or []}
+    background = next(iter(known.full.segments), None)
+    missing = [name for name in known.full.segments if name not in held and name != background]
+    if held and missing and all(several is not None for several in names.values()):
+        folder = source.labels[0]
+        raise InputError(f"{folder}: has no file of {some(missing)}; correct --labels, it holds "
+                         f"{some(names[folder], 150)}")
+
+
+def _notes(sources: list[Source], contents: dict[Path, Content], known: Labels) -> list[str]:
+    full, strokes = ({label: contents[label] for source in sources if source.kind == kind for label in source.labels
+                      if label in contents} for kind in (FULL, PARTIAL))
+    return meanings.only_in_strokes(full, strokes, known)
+
+
+def _case(source: Source, files: CaseFiles, resample: bool) -> Case:
+    images = tuple(Volume(file, reader=dicom.read_series if file.is_dir() else None) for file in files.images)
+    if files.label is None:
+        return Case(files.name, images, None, source.kind)
+    meaning, label, values = source.meaning, Volume(files.label), source.meaning.values
+    named = has_segments(files.label)
+    if named:
+        reader = partial(read_as_label, values=meaning.segments, outside=meaning.outside)
+        label = Volume(files.label, reader=reader)
+        values = {value: value for value in (*meaning.segments.values(), meaning.outside)}
+    return Case(files.name, images, label, source.kind, dict(values), Fitting(meaning.outside, named, resample))
 
 
 def _common_ending(training: list[Case], problems: list[str]) -> str:
     """Return the ending that most fully annotated images have. It is a problem if other images cannot get it."""
-    endings = [ending_of(case.images[0].file) for case in training if case.kind == FULL]
-    ending = max(sorted(set(endings)), key=endings.count) if endings else ".nii.gz"
+    endings = [(case, ending_of(case.images[0].file) or ".nii.gz") for case in training]
+    of_full = [ending for case, ending in endings if case.kind == FULL]
+    ending = max(sorted(set(of_full)), key=of_full.count) if of_full else ".nii.gz"
     problems += [f"{case.images[0].file}: cannot be converted to {ending}, the format of the other images"
-                 for case in training if ending_of(case.images[0].file) != ending
-                 and not {ending, ending_of(case.images[0].file)} <= set(ITK)]
+                 for case, other in endings if other != ending and not {ending, other} <= set(ITK)]
     return ending
 
 
-def _channel_names(described: dict, training: list[Case]) -> list[str]:
+def _channel_names(description: dict, training: list[Case]) -> list[str]:
     """Return the names in dataset.json, or channel_0, channel_1, ... for the channels of the first case."""
-    names = described.get("channel_names", described.get("modality", {}))
+    names = description.get("channel_names", description.get("modality", {}))
     if names:
         return list(map(str, names.values()))
     count = sum(len(volume.read().voxels) for volume in training[0].images) if training else 1
     return [f"channel_{i}" for i in range(count)]
-
-
-# ---- labels ---------------------------------------------------------------------------------------------------------
-
-@dataclass
-class _Labels:
-    """What the values in the label files mean.
-
-    Attributes:
-        names: dataset.json's labels, without "ignore".
-        full: {value in complete masks: value to write}.
-        background: The background's value in the files.
-        ignore: The value of "ignore" in the given dataset.json; None if it has none.
-        regions: nnU-Net's order of regions; None if the labels are no regions.
-    """
-    names: Mapping[str, int | list[int]]
-    full: dict[int, int]
-    background: int
-    ignore: int | None
-    regions: list[int] | None = None
-
-
-def _described(full: Path) -> dict:
-    if not full.is_dir():
-        raise InputError(f"{full}: there is no such folder")
-    file = full / "dataset.json"
-    if not file.is_file():
-        return {}
-    described = read_json(file)
-    for key in ("labels", "channel_names", "modality"):
-        if not isinstance(described.get(key, {}), dict):
-            raise InputError(f'{file}: "{key}" must be an object; got {shown(described[key])}')
-    return described
-
-
-def _label_values(full: Path, labels: list[str] | None, described: dict) -> _Labels:
-    named = _labels_of_description(full, described) if labels is None else _labels_of_options(labels)
-    ignore = named.pop("ignore", None)
-    if any(isinstance(value, list) for value in named.values()):
-        return _Labels(named, {value: value for value in label_values(named)}, 0, ignore,
-                       described.get("regions_class_order"))
-    if len(set(named.values())) < len(named):
-        raise InputError(f"two labels have the same value: {named}")
-    if len(named) < 2:
-        raise InputError("at least two labels are needed, the background and one more")
-    names = {name: number for number, name in enumerate(named)}
-    return _Labels(names, {named[name]: number for name, number in names.items()}, next(iter(named.values())), ignore)
-
-
-def _labels_of_description(full: Path, described: dict) -> dict[str, Any]:
-    """Return {name: value} of dataset.json's labels."""
-    if not described.get("labels"):
-        raise InputError(f"{full / 'dataset.json'}: has no labels; give their names, from the background on: --labels "
-                         f"background NAME ...")
-    named = dict(described["labels"])
-    if all(key.isdigit() and isinstance(name, str) for key, name in named.items()):  # MSD: value to name
-        named = {name: int(value) for value, name in named.items()}
-    if malformed({"labels": named}).keys() & {"labels"}:
-        raise InputError(f"{full / 'dataset.json'}: \"labels\" must be {NEEDED['labels']}; got "
-                         f"{shown(described['labels'])}")
-    return named
-
-
-def _labels_of_options(labels: list[str]) -> dict[str, Any]:
-    """Return {name: value} of texts such as "organ" or "organ=3"."""
-    named = {}
-    for number, text in enumerate(labels):
-        label, _, value = text.partition("=")
-        if value and not re.fullmatch(r"-?\d+", value) or label in named or not label:
-            raise InputError(f"--labels: {text!r}; give names, each once, or NAME=VALUE with whole numbers")
-        named[label] = int(value) if value else number
-    return named
-
-
-def _partial_values(values: _Labels, ignore_value: int | None, background_value: int | None) -> dict[int, int]:
-    """Return {value in the partial labels: value to write}."""
-    if ignore_value is None:
-        raise InputError("--ignore-value is missing: which value do the partial labels have where nothing is "
-                         "annotated?")
-    mapping, background = dict(values.full), values.background
-    if background_value is not None and background_value != background:
-        if background_value in mapping:
-            raise InputError(f"--background-value {background_value} is the value of a class")
-        mapping[background_value] = mapping[background]
-    if ignore_value == background_value:
-        raise InputError(f"--ignore-value and --background-value are both {ignore_value}")
-    if ignore_value in mapping and ignore_value != background:
-        raise InputError(f"--ignore-value {ignore_value} is the value of a class")
-    mapping[ignore_value] = max(values.full.values()) + 1
-    return mapping
-
-
-def _require_ignored_voxels(folder: Path, training: list[Case], ignore_value: int, values: _Labels) -> None:
-    """Raise InputError if no partial label has the ignore value. Most likely it is another one then."""
-    labels = [case.label for case in training if case.kind == PARTIAL]
-    if any((label.read().voxels == ignore_value).any() for label in labels):
-        return
-    held: Counter = Counter()
-    for label in labels:
-        found, counts = np.unique(label.read().voxels, return_counts=True)
-        held.update(dict(zip(found.tolist(), counts.tolist())))
-    total = sum(held.values())
-    shares = [f"{value:g}: {100 * count / total:.2g} %" if count < 0.1 * total else f"{value:g}: "
-                                                                                    f"{100 * count / total:.1f} %"
-              for value, count in sorted(held.items())[:20]]
-    likely = max(held, key=held.__getitem__)
-    advice = "correct --ignore-value: which of them means \"not annotated\"?"
-    if likely == values.background:
-        others = [value for value in sorted(held) if value not in values.full]
-        advice += f" If it is {likely:g}: --ignore-value {likely:g}"
-        if others:
-            advice += f" --background-value {others[0]:g}, where {others[0]:g} marks the strokes in the background"
-    raise InputError(f"{folder}: no label holds the value {ignore_value}, which is said to mark what is not annotated. "
-                     f"The labels hold {', '.join(shares)}; {advice}")
-
-
-# ---- files ----------------------------------------------------------------------------------------------------------
-
-def _cases(folder: Path, kind: str, values: dict[int, int] | None, problems: list[str]) -> list[Case]:
-    if not folder.is_dir():
-        raise InputError(f"{folder}: there is no such folder")
-    images = next((folder / name for name in IMAGES if (folder / name).is_dir()),
-                  folder if kind == UNLABELLED else None)
-    labels = next((folder / name for name in LABELS if (folder / name).is_dir()), None)
-    if images is None or labels is None and kind != UNLABELLED:
-        raise InputError(f"{folder}: needs two folders, \"images\" and \"labels\" (or \"imagesTr\" and "
-                         f"\"labelsTr\")")
-    image_files = _files(images)
-    if not image_files:
-        raise InputError(f"{images}: holds no images ({', '.join(ENDINGS)})")
-    if kind == UNLABELLED:
-        return [Case(name, tuple(map(Volume, files)), None, kind) for name, files in _by_case(image_files).items()]
-    label_files = {_stem(file): file for file in _files(labels)}
-    channels: dict[str, list[Path]] = {}
-    for file in image_files:
-        stem, match = _stem(file), CHANNEL.fullmatch(_stem(file))
-        name = stem if stem in label_files else match[1] if match and match[1] in label_files else None
-        if name is None:
-            problems.append(f"{file}: has no label in {labels}")
-        else:
-            channels.setdefault(name, []).append(file)
-    problems += [f"{file}: has no image in {images}" for name, file in label_files.items() if name not in channels]
-    return [Case(name, tuple(map(Volume, files)), Volume(label_files[name]), kind, values)
-            for name, files in channels.items()]
-
-
-def _files(folder: Path) -> list[Path]:
-    return sorted(f for f in folder.iterdir() if ending_of(f) and not f.name.startswith(".") and not f.is_dir())
-
-
-def _stem(file: Path) -> str:
-    return file.name[:-len(ending_of(file))]
-
-
-def _by_case(files: list[Path]) -> dict[str, list[Path]]:
-    """Return {case: its files} by nnU-Net's channel numbers; without such numbers, each file is a case.
-
-    All names must have the numbers, and each case must have 0000, 0001, ...
-    """
-    cases: dict[str, list[Path]] = {}
-    for file in files:
-        match = CHANNEL.fullmatch(_stem(file))
-        cases.setdefault(match[1] if match else "", []).append(file)
-    if "" not in cases and all([_stem(file)[-4:] for file in channels] == [f"{i:04d}" for i in range(len(channels))]
-                               for channels in cases.values()):
-        return cases
-    return {_stem(file): [file] for file in files}
 
 
 # ---- validation -----------------------------------------------------------------------------------------------------
@@ -294,24 +219,50 @@ def _validation(training: list[Case], pattern: str | None, seed: int, wanted: li
     return [case.name for case in training if patients[case.name] in chosen]
 
 
-def main(argv: list[str]) -> None:
-    """Run `confkd mix`."""
+def arguments() -> argparse.ArgumentParser:
+    """Return the parser of `confkd mix`."""
     parser = argparse.ArgumentParser(prog="confkd mix", description=__doc__, epilog=(
-        "--full and --partial hold two folders each, images and labels (or imagesTr and labelsTr), with files of the "
-        "same names. Several channels have nnU-Net's names (case_0000, case_0001). Formats: " + ", ".join(ENDINGS)))
-    parser.add_argument("--full", required=True, type=Path, metavar="DIR")
-    parser.add_argument("--partial", type=Path, metavar="DIR")
-    parser.add_argument("--unlabelled", type=Path, metavar="DIR", help="images, in it or in its folder images")
+        "confkd inspect FOLDER ... prints the command that fits. A FOLDER may also be files, or a pattern such as "
+        "'masks/*_seg.nii.gz' or 'data/{case}/seg.nii.gz'. Several channels have nnU-Net's names (case_0000, "
+        "case_0001), or a --pattern each. Formats: " + ", ".join(ENDINGS) + ", DICOM; labels also .seg.nrrd and "
+        "folders with one file for each class"))
+    places = parser.add_argument_group("one folder of images, and folders of labels")
+    places.add_argument("--images", nargs="+", default=[], metavar="FOLDER", help="an image without a label is "
+                                                                                  "unlabelled")
+    places.add_argument("--full-labels", nargs="+", default=[], metavar="FOLDER", help="complete masks")
+    places.add_argument("--partial-labels", nargs="+", default=[], metavar="FOLDER", help="strokes, points, or some "
+                                                                                          "slices")
+    folders = parser.add_argument_group("or a folder for each kind, which holds images and labels (or imagesTr and "
+                                        "labelsTr)")
+    folders.add_argument("--full", type=Path, metavar="DIR")
+    folders.add_argument("--partial", type=Path, metavar="DIR")
+    folders.add_argument("--unlabelled", type=Path, metavar="DIR", help="images, in it or in its folder images")
+    patterns = parser.add_argument_group("or a folder for each patient, within these folders")
+    patterns.add_argument("--pattern", nargs="+", metavar="PATTERN", help="of the images, one for each channel, as in "
+                          "'{case}/T1.nii.gz'")
+    patterns.add_argument("--label-pattern", metavar="PATTERN", help="of the labels, as in '{case}/seg.nii.gz'")
+    parser.add_argument("--dry-run", action="store_true", help="show which label belongs to which image, and what is "
+                                                               "wrong, and write nothing")
     parser.add_argument("--id", required=True, type=int, help="id of the data set to write")
     parser.add_argument("--name", default="Mixed")
+    parser.add_argument("--overwrite", action="store_true", help="replace the data set of this id and name, if this "
+                        "command wrote it; what was preprocessed of it goes, too")
     parser.add_argument("--labels", nargs="+", metavar="NAME[=VALUE]", help="names of the labels, from the background "
-                        "on, with the values 0, 1, ... or those given; default: those in the dataset.json of --full")
+                        "on, with the values 0, 1, ... or those given, or NAME=SEGMENT; default: those in the "
+                        "dataset.json of the full labels")
     parser.add_argument("--channels", nargs="+", metavar="NAME", help="names of the channels; \"CT\" chooses nnU-Net's "
-                        "CT normalisation; default: those in the dataset.json of --full, or z-score")
+                        "CT normalisation; default: those in the same dataset.json, or z-score")
     parser.add_argument("--ignore-value", type=int, metavar="V",
-                        help="value of voxels that are not annotated in the partial labels")
+                        help="value of voxels that are not annotated in the partial labels; segments need none")
     parser.add_argument("--background-value", type=int, metavar="V", help="value of background in the partial labels, "
                         "if --ignore-value is the background's value elsewhere")
+    parser.add_argument("--resample-labels", action="store_true", help="resample labels that are on another grid than "
+                        "their image (nearest neighbour)")
+    _add_other_arguments(parser)
+    return parser
+
+
+def _add_other_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--validation", nargs="+", metavar="N|PATIENT", help="fully annotated patients that validate "
                         "in one fold and never train: a number, or names; default: up to five folds, in which they "
                         "validate in turn")
@@ -321,5 +272,22 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--processes", type=int, default=PROCESSES)
     parser.add_argument("--link", action="store_true", help="hard links instead of copies of images: they take no "
                         "space, but a program that writes to one writes to the other")
-    args = vars(parser.parse_args(argv))
-    print(summary(mix(args.pop("full"), args.pop("id"), **args)))
+
+
+def main(argv: list[str]) -> None:
+    """Run `confkd mix`."""
+    args = vars(arguments().parse_args(argv))
+    dataset_id, dry_run, link, overwrite = (args.pop(key) for key in ("id", "dry_run", "link", "overwrite"))
+    if not dry_run:  # what no file can change comes first
+        folders = [folder / folder_name(dataset_id, args["name"]) for folder in (raw_folder(), preprocessed_folder())]
+        if folders[0].exists() and not overwrite:
+            raise InputError(f"the id {dataset_id} is taken by {folders[0]}; choose another --id, or replace that data "
+                             f"set: --overwrite")
+        require_free_id(dataset_id, tuple(folders) if overwrite else ())
+    mixed = mixture(**args)
+    print("\n".join([table(mixed.sources, whole=dry_run), *mixed.notes, ""]))
+    if dry_run:
+        require_no_problems(mixed.dataset.problems)
+        print("nothing was written: this was a dry run")
+        return
+    print(summary(write_dataset(mixed.dataset, dataset_id, args["processes"], link, overwrite)))

@@ -12,13 +12,13 @@ from typing import Any
 import numpy as np
 
 from nnunet_confkd.data.case_files import Case, Target, write_case
-from nnunet_confkd.data.folders import folder_name, new_dataset, preprocessed_folder, raw_folder
+from nnunet_confkd.data.folders import WRITTEN_BY, folder_name, new_dataset, preprocessed_folder, raw_folder
 from nnunet_confkd.data.images import Volume
 from nnunet_confkd.data.json_files import read_description, read_folds
 from nnunet_confkd.data.patients import FOLDS, number_range, patients_of, split_full_cases
 from nnunet_confkd.data.supervision import FULL, UNLABELLED
 from nnunet_confkd.data.supervision import summary as kinds_summary
-from nnunet_confkd.errors import InputError, some
+from nnunet_confkd.errors import InputError, grouped, some
 from nnunet_confkd.files import write_json
 from nnunet_confkd.processes import PROCESSES, parallel
 
@@ -100,7 +100,8 @@ def with_ignore(labels: Mapping[str, int | list[int]]) -> dict[str, int | list[i
 
 # ---- writing --------------------------------------------------------------------------------------------------------
 
-def write_dataset(dataset: Dataset, dataset_id: int, processes: int = PROCESSES, link: bool = False) -> Path:
+def write_dataset(dataset: Dataset, dataset_id: int, processes: int = PROCESSES, link: bool = False,
+                  overwrite: bool = False) -> Path:
     """Check a data set and write it to nnUNet_raw, and splits_final.json to nnUNet_preprocessed.
 
     Args:
@@ -109,6 +110,7 @@ def write_dataset(dataset: Dataset, dataset_id: int, processes: int = PROCESSES,
         processes: How many processes write cases.
         link: Whether images that nnU-Net can read become hard links instead of copies. A program that writes to such an
             image writes to the source's too.
+        overwrite: Whether to replace a data set of this id and name that :func:`nnunet_confkd.data.mix.mix` wrote.
 
     Returns:
         The raw folder of the data set.
@@ -117,7 +119,7 @@ def write_dataset(dataset: Dataset, dataset_id: int, processes: int = PROCESSES,
         InputError: With all that is wrong with the data; or the id is taken, a folder cannot be written to, or the disk
             is full. Nothing stays behind then.
     """
-    with new_dataset(dataset_id, dataset.name) as (folder, preprocessed):
+    with new_dataset(dataset_id, dataset.name, overwrite) as (folder, preprocessed):
         write_into(folder, preprocessed, dataset, processes, link)
     return raw_folder() / folder_name(dataset_id, dataset.name)
 
@@ -140,15 +142,21 @@ def write_into(folder: Path, preprocessed: Path, dataset: Dataset, processes: in
             target.labels.mkdir(exist_ok=True)
     results = parallel(write_case, list(tasks.values()), processes, f"writing {dataset.name}")
     problems += [problem for found in results for problem in found]
-    if problems:
-        raise InputError(f"{len(problems)} problems; nothing was written:\n  " + "\n  ".join(problems)
-                         if len(problems) > 1 else problems[0])
+    require_no_problems(problems)
     write_json(folder / "dataset.json", _dataset_json(dataset))
     try:
         folds = folds_of(dataset)
     except InputError:
         return  # summary() says what to do without a split
     write_json(preprocessed / "splits_final.json", folds)
+
+
+def require_no_problems(problems: list[str]) -> None:
+    """Raise InputError with all problems, if there are any. Equal ones of several files become one line."""
+    lines = grouped(problems)
+    if lines:
+        raise InputError(f"{len(problems)} problems; nothing was written:\n  " + "\n  ".join(lines)
+                         if len(lines) > 1 else lines[0])
 
 
 def folds_of(dataset: Dataset) -> list[dict[str, list[str]]]:
@@ -259,7 +267,7 @@ def raw_dataset(folder: Path, name: str) -> Dataset:
     """Return a data set in nnU-Net's raw format under a new name. Its training cases are taken for fully annotated."""
     described, cases = read_raw(folder)
     known = ("labels", "channel_names", "file_ending", "regions_class_order", "licence", "reference", "dataset", "name",
-             "numTraining", "supervision", "patient_pattern")
+             "numTraining", "supervision", "patient_pattern", WRITTEN_BY)
     return Dataset(
         name=name, channel_names=list(described["channel_names"].values()), labels=described["labels"],
         file_ending=described["file_ending"], test=_test_cases(folder, described["file_ending"]),

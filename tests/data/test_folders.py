@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -315,3 +316,117 @@ def test_a_killed_process_leaves_no_data_set_and_the_next_one_removes_what_it_le
         (raw / "file").write_text("raw")
         assert _written(nnunet_folders) == [raw / "file"]  # what was left could fill the disk
     assert _tree(nnunet_folders) == EMPTY | {"raw/Dataset007_Test": None, "raw/Dataset007_Test/file": "raw"}
+
+
+# ---- replacing -------------------------------------------------------------------------------------------------------
+
+def _own(text, name="Test", folds=True, overwrite=False):
+    """Write a data set as mix does, with a text to tell it by."""
+    with new_dataset(7, name, overwrite) as (raw, preprocessed):
+        (raw / "labelsTr").mkdir()
+        (raw / "labelsTr" / "a.nii.gz").write_text(text)
+        (raw / "dataset.json").write_text('{"written_by": "confkd mix"}')
+        if folds:
+            (preprocessed / "splits_final.json").write_text(text)
+
+
+def _texts(nnunet_folders):
+    """The texts of the raw and of the preprocessed folder; None where there is no such file. Nothing else is there."""
+    files = ("raw/Dataset007_Test/labelsTr/a.nii.gz", "preprocessed/Dataset007_Test/splits_final.json")
+    assert {path for path in _tree(nnunet_folders) if path.split("/")[1:]} <= {
+        *files, "raw/Dataset007_Test", "raw/Dataset007_Test/labelsTr", "raw/Dataset007_Test/dataset.json",
+        "preprocessed/Dataset007_Test"}
+    return tuple((nnunet_folders / file).read_text() if (nnunet_folders / file).is_file() else None for file in files)
+
+
+@pytest.mark.parametrize("before", [True, False])
+@pytest.mark.parametrize("after", [True, False])
+def test_a_data_set_of_mix_is_replaced_with_its_preprocessed_data(nnunet_folders, before, after):
+    _own("old", folds=before)
+    if before:
+        (nnunet_folders / "preprocessed" / "Dataset007_Test" / "nnUNetPlans.json").write_text("{}")
+    _own("new", folds=after, overwrite=True)
+    assert _texts(nnunet_folders) == ("new", "new" if after else None)
+
+
+def test_to_overwrite_what_is_not_there_is_to_write_it(nnunet_folders):
+    _own("new", overwrite=True)
+    assert _texts(nnunet_folders) == ("new", "new")
+
+
+def test_after_an_error_the_old_data_set_is_as_it_was(nnunet_folders):
+    _own("old")
+    with pytest.raises(KeyboardInterrupt), new_dataset(7, "Test", overwrite=True) as (raw, _):
+        (raw / "half").write_text("")
+        raise KeyboardInterrupt
+    assert _texts(nnunet_folders) == ("old", "old")
+
+
+@pytest.mark.parametrize("content", ['{"supervision": {}}', "{", "[]", None])
+def test_a_data_set_of_another_program_is_not_replaced(nnunet_folders, content):
+    folder = nnunet_folders / "raw" / "Dataset007_Test"
+    folder.mkdir()
+    if content is not None:
+        (folder / "dataset.json").write_text(content)
+    before = _tree(nnunet_folders)
+    with pytest.raises(InputError, match="Dataset007_Test: was not written by confkd mix"):
+        _own("new", overwrite=True)
+    assert _tree(nnunet_folders) == before
+
+
+def test_labels_that_were_changed_since_are_not_lost(nnunet_folders):
+    _own("old")
+    label = nnunet_folders / "raw" / "Dataset007_Test" / "labelsTr" / "a.nii.gz"
+    later = label.stat().st_mtime + 60
+    os.utime(label, (later, later))
+    with pytest.raises(InputError, match=r"labels were changed after the data set was written: a\.nii\.gz"):
+        _own("new", overwrite=True)
+    assert _texts(nnunet_folders) == ("old", "old")
+
+
+def test_a_data_set_with_models_is_not_replaced(nnunet_folders):
+    _own("old")
+    (nnunet_folders / "results" / "Dataset007_Test").mkdir()
+    with pytest.raises(InputError, match="results/Dataset007_Test: was made of the data set that --overwrite would"):
+        _own("new", overwrite=True)
+    (nnunet_folders / "results" / "Dataset007_Test").rmdir()
+    assert _texts(nnunet_folders) == ("old", "old")
+
+
+def test_a_data_set_of_another_name_keeps_the_id(nnunet_folders):
+    _own("old")
+    with pytest.raises(InputError, match="the id 7 is taken by .*Dataset007_Test"):
+        _own("new", name="Other", overwrite=True)
+
+
+KILLED = """
+import os, shutil, sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[2])
+from data.test_folders import _own
+steps = iter(range(99))
+
+def killing(function):
+    def killed(*args, **options):
+        if next(steps) == int(sys.argv[1]):
+            os._exit(9)
+        return function(*args, **options)
+    return killed
+
+Path.rename, shutil.rmtree = killing(Path.rename), killing(shutil.rmtree)
+_own("new", overwrite=True)
+"""
+
+
+@pytest.mark.parametrize("step", range(10))
+def test_a_killed_process_leaves_the_old_or_the_new_data_set_whole(nnunet_folders, step):
+    _own("old")
+    tests = Path(__file__).resolve().parents[1]
+    killed = subprocess.run([sys.executable, "-c", KILLED, str(step), str(tests)], capture_output=True, text=True)
+    assert killed.returncode == (9 if step < 8 else 0), killed.stderr
+    assert find_dataset(7) == "Dataset007_Test"
+    for left in nnunet_folders.glob("*/.*"):  # the next command that writes removes it
+        shutil.rmtree(left) if ".part" in left.name else left.unlink()
+    assert _texts(nnunet_folders) == (("old",) * 2 if step < 3 else ("new",) * 2)
+    _own("newest", overwrite=True)
+    assert _texts(nnunet_folders) == ("newest",) * 2

@@ -288,6 +288,28 @@ def test_the_command_says_what_it_wrote(folders, nnunet_folders, capsys):
     assert "Dataset007_Mine" in out and "confkd check -d 7" in out
 
 
+def test_a_second_run_is_refused_unless_it_is_to_overwrite(folders, nnunet_folders, capsys):
+    words = [word for kind, folder in folders.items() for word in (f"--{kind}", str(folder))]
+    command = ["mix", *words, "--labels", *CLASSES, "--ignore-value", "9", "--id", "7", "--processes", "1"]
+    assert cli.main(command) == 0
+    before = file_states(nnunet_folders)
+    assert cli.main(command) == 1 and file_states(nnunet_folders) == before
+    assert "the id 7 is taken" in capsys.readouterr().err
+    file = folders["full"] / "labels" / "full0.nii.gz"
+    _write(file, np.ones_like(read_voxels(file)))
+    file.with_name("full1.nii.gz").write_bytes(b"damaged")
+    assert cli.main([*command, "--overwrite"]) == 1 and file_states(nnunet_folders) == before
+    _write(file.with_name("full1.nii.gz"), read_voxels(file))
+    assert cli.main([*command, "--overwrite"]) == 0
+    assert (read_voxels(nnunet_folders / "raw" / "Dataset007_Mixed" / "labelsTr" / "full0.nii.gz") == 1).all()
+
+
+def test_what_no_file_can_change_is_told_first(folders, nnunet_folders, capsys, monkeypatch):
+    monkeypatch.delenv("nnUNet_raw")
+    assert cli.main(["mix", "--full", "nowhere", "--id", "7"]) == 1
+    assert "nnUNet_raw is not set" in capsys.readouterr().err
+
+
 # ---- bad input ------------------------------------------------------------------------------------------------------
 
 def _fails(folders, nnunet_folders, pattern, **options):
@@ -336,7 +358,8 @@ def test_the_ignore_value_is_missing(folders, nnunet_folders):
 def test_an_ignore_value_that_no_label_holds(folders, nnunet_folders):
     text = _fails(folders, nnunet_folders, "no label holds the value 8", ignore_value=8)
     assert re.search(
-        r"The labels hold 0: \d+\.\d %, 1: [\d.]+ %, 2: [\d.]+ %, 9: \d+\.\d %; correct --ignore-value: which of them",
+        r"The labels hold 0: \d+\.\d %, 1: [\d.]+ %, 2: [\d.]+ %, 9: \d+\.\d %; correct --ignore-value: if 9 is "
+        r"\*not annotated\*: --ignore-value 9$",
         text,
     )
     assert "--full" not in text
@@ -350,8 +373,8 @@ def test_where_most_voxels_have_the_value_of_background_the_right_options_are_na
         label[label == 9] = 0
         _write(file, label)
     text = _fails(folders, nnunet_folders, "no label holds the value 255", ignore_value=255)
-    assert text.endswith("If it is 0: --ignore-value 0 --background-value 5, where 5 marks the strokes in the "
-                         "background")
+    assert text.endswith("if 0 is *not annotated*: --ignore-value 0 --background-value 5, where 5 marks the strokes in "
+                         "the background")
     _mix(folders, ignore_value=0, background_value=5)
 
 

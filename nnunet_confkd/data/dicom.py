@@ -1,0 +1,133 @@
+"""Read DICOM: series of images by SimpleITK, segmentations (DICOM SEG) by highdicom, which is an optional extra."""
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import SimpleITK as sitk
+
+from nnunet_confkd.data.images import Geometry, Picture, quiet, readable
+from nnunet_confkd.errors import InputError, some
+
+GAP = 0.02  # of the distance of slices: series that differ by more lack slices
+MODALITY, DESCRIPTION, POSITION, NORMAL = "0008|0060", "0008|103e", "0020|0032", "0020|0037"
+
+
+def is_dicom_file(file: Path) -> bool:
+    """Whether a file is DICOM: the four letters after its preamble say so."""
+    try:
+        with open(file, "rb") as stream:
+            return stream.read(132)[128:] == b"DICM"
+    except OSError:
+        return False
+
+
+def is_dicom_folder(folder: Path) -> bool:
+    """Whether the first file of a folder that is not hidden is DICOM."""
+    files = (file for file in sorted(folder.iterdir()) if not file.name.startswith(".") and file.is_file())
+    return is_dicom_file(next(files, folder))
+
+
+def read_series(folder: Path) -> Picture:
+    """Read the one series of images that a folder holds.
+
+    Raises:
+        InputError: It holds no series of images or several of them, or slices are missing.
+    """
+    with readable(folder), quiet():
+        series = {}
+        for name in sitk.ImageSeriesReader.GetGDCMSeriesIDs(str(folder)):
+            files = sitk.ImageSeriesReader.GetGDCMSeriesFileNames(str(folder), name)
+            tags = _tags(files[0])
+            if tags.get(MODALITY) not in ("SEG", "RTSTRUCT", "SR", "PR", "KO"):
+                series[f"{tags.get(DESCRIPTION) or name} ({len(files)} files)"] = files
+        if len(series) != 1:
+            raise InputError(f"{folder}: holds " + (f"several DICOM series: {some(series)}; put each into a folder of "
+                                                    f"its own" if series else "no DICOM series of images"))
+        files, = series.values()
+        _require_even_slices(folder, files)
+        reader = sitk.ImageSeriesReader()
+        reader.SetFileNames(files)
+        image = reader.Execute()
+        if image.GetNumberOfComponentsPerPixel() != 1:
+            raise InputError(f"{folder}: holds colours; nnU-Net needs a file for each channel")
+        return Picture(sitk.GetArrayFromImage(image)[None], Geometry.of(image))
+
+
+def _tags(file: str) -> dict[str, str]:
+    reader = sitk.ImageFileReader()
+    reader.SetImageIO("GDCMImageIO")
+    reader.SetFileName(file)
+    reader.ReadImageInformation()
+    return {key: reader.GetMetaData(key).strip() for key in reader.GetMetaDataKeys()}
+
+
+def _require_even_slices(folder: Path, files: tuple[str, ...]) -> None:
+    """Raise InputError if the distances of the slices differ. ITK would only warn, and place them wrongly."""
+    places = []
+    for file in files:
+        tags = _tags(file)
+        if POSITION not in tags or NORMAL not in tags:
+            return  # a single file of many frames, or one without a place
+        row, column = np.reshape([float(x) for x in tags[NORMAL].split("\\")], (2, 3))
+        places.append(float(np.cross(row, column) @ [float(x) for x in tags[POSITION].split("\\")]))
+    distances = np.diff(places)
+    if len(distances) and np.ptp(distances) > GAP * abs(np.median(distances)):
+        raise InputError(f"{folder}: its slices are {np.abs(distances).min():.4g} to {np.abs(distances).max():.4g} mm "
+                         f"apart; are some missing, or are there several series in one?")
+
+
+def is_segmentation(folder: Path) -> bool:
+    """Whether a folder holds one DICOM file, which is a segmentation."""
+    files = [file for file in sorted(folder.iterdir()) if is_dicom_file(file)]
+    return len(files) == 1 and _tags(str(files[0])).get(MODALITY) == "SEG"
+
+
+def segmentation_file(path: Path) -> Path | None:
+    """Return the DICOM SEG file that a path is, or that a folder of nothing else holds; None if it is no such path."""
+    if not path.is_dir():
+        return path if is_dicom_file(path) else None
+    files = [file for file in sorted(path.iterdir()) if is_dicom_file(file)]
+    if len(files) > 1:
+        raise InputError(f"{path}: holds {len(files)} DICOM files; a label is one DICOM SEG file")
+    return files[0] if files else None
+
+
+def read_segments(path: Path) -> tuple[dict[str, np.ndarray], Geometry]:
+    """Read a DICOM SEG file.
+
+    Returns:
+        {name of the segment: its voxels, (Z, Y, X)}, and the grid, which reaches from the first annotated slice to the
+        last.
+
+    Raises:
+        InputError: highdicom is not installed, the file is no DICOM SEG, or it is a fractional one.
+    """
+    try:
+        import highdicom
+    except ImportError as error:
+        raise InputError(f"{path}: DICOM segmentations need highdicom: pip install 'nnunet_confkd[dicom]'") from error
+    with readable(path):
+        import pydicom
+
+        described = pydicom.dcmread(path, stop_before_pixels=True)
+        if described.get("Modality") != "SEG":
+            raise InputError(f"{path}: is DICOM of the kind {described.get('Modality', 'unknown')}; a label is a DICOM "
+                             f"SEG")
+        segmentation = highdicom.seg.segread(path)
+        if segmentation.segmentation_type == highdicom.seg.SegmentationTypeValues.FRACTIONAL:
+            raise InputError(f"{path}: is a fractional segmentation (probabilities); write a binary one")
+        numbers = list(segmentation.segment_numbers)
+        names = [str(segmentation.get_segment_description(number).segment_label) for number in numbers]
+        repeated = sorted({name for name in names if names.count(name) > 1})
+        if repeated:
+            raise InputError(f"{path}: has several segments of the name {some(repeated)}; rename them")
+        volume = segmentation.get_volume(segment_numbers=numbers)  # (Z, Y, X, segments)
+    array, affine = volume.array, np.array(volume.affine)  # of indices in the order z, y, x
+    if np.linalg.det(affine[:3, 2::-1]) < 0:  # series, as ITK reads them, go along the normal of their slices
+        affine[:3, 3] += affine[:3, 0] * (len(array) - 1)
+        array, affine[:3, 0] = array[::-1], -affine[:3, 0]
+    spacing = np.linalg.norm(affine[:3, :3], axis=0)
+    geometry = Geometry(tuple(array.shape[2::-1]), tuple(spacing[::-1].tolist()), tuple(affine[:3, 3].tolist()),
+                        tuple((affine[:3, :3] / spacing)[:, ::-1].ravel().tolist()))
+    return {name: array[..., i] > 0 for i, name in enumerate(names)}, geometry

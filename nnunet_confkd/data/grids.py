@@ -1,0 +1,101 @@
+"""Bring a label onto the grid of its image: pad it, or resample it."""
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import SimpleITK as sitk
+
+from nnunet_confkd.data.images import ORIGIN_TOLERANCE, Geometry
+from nnunet_confkd.errors import InputError
+
+
+@dataclass(frozen=True)
+class Fitting:
+    """How a label that is on another grid than its image is brought onto it.
+
+    Attributes:
+        outside: The value to write where the label has no voxel.
+        padded: Whether the label may be a part of the image's grid.
+        resampled: Whether it may be on any other grid.
+    """
+    outside: int
+    padded: bool = False
+    resampled: bool = False
+
+
+def fitted(label: np.ndarray, own: Geometry, grid: Geometry, fitting: Fitting) -> np.ndarray:
+    """Bring a label onto another grid.
+
+    Args:
+        label: (Z, Y, X) or (Y, X), with the values to write.
+        own: Its grid.
+        grid: That of the image.
+        fitting: What may be done.
+
+    Returns:
+        The label on the image's grid.
+
+    Raises:
+        InputError: It may not be done, or something is drawn outside of the image. The text says how the grids differ.
+    """
+    offset = _whole_offset(own, grid) if fitting.padded else None
+    if offset is not None:
+        return _padded(label, offset, grid, fitting.outside)
+    if not fitting.resampled:
+        difference = "; ".join(own.differences(grid))
+        raise InputError(f"{difference}; the label has {_text(own)}, the image {_text(grid)}; if both show the same "
+                         f"place, --resample-labels brings the label onto the image's grid (nearest neighbour)")
+    if len(own.size) != len(grid.size):
+        raise InputError(f"it has {len(own.size)} dimensions, and the image {len(grid.size)}")
+    return _resampled(label, own, grid, fitting.outside)
+
+
+def _text(geometry: Geometry) -> str:
+    size, spacing, origin = ("x".join(f"{number:.4g}" for number in numbers)
+                             for numbers in (geometry.size, geometry.spacing, geometry.origin))
+    return f"{size} voxels of {spacing} mm at {origin.replace('x', ', ')}"
+
+
+def _whole_offset(own: Geometry, grid: Geometry) -> np.ndarray | None:
+    """Return where the first voxel lies in the other grid, in voxels (x, y, z); None if no voxel lies on one of it."""
+    if len(own.size) != len(grid.size):
+        return None
+    same = Geometry(grid.size, own.spacing, grid.origin, own.direction)
+    axes = np.reshape(grid.direction, (len(grid.size),) * 2)
+    offset = (axes.T @ np.subtract(own.origin, grid.origin)) / grid.spacing
+    whole = np.rint(offset)
+    if same.differences(grid) or (np.abs(offset - whole) > ORIGIN_TOLERANCE).any():
+        return None
+    return whole.astype(int)
+
+
+def _padded(label: np.ndarray, offset: np.ndarray, grid: Geometry, outside: int) -> np.ndarray:
+    padded = np.full(grid.size[::-1], outside, label.dtype)
+    start, shape = offset[::-1], np.array(label.shape)
+    first, last = np.maximum(start, 0), np.minimum(start + shape, padded.shape)
+    inside = tuple(slice(a - s, max(a, b) - s) for a, b, s in zip(first, last, start))
+    lost = np.count_nonzero(label != outside) - np.count_nonzero(label[inside] != outside)
+    if lost:
+        raise InputError(f"{lost} voxels are drawn outside of the image; is it the label of another image?")
+    padded[tuple(slice(a, max(a, b)) for a, b in zip(first, last))] = label[inside]
+    return padded
+
+
+def _resampled(label: np.ndarray, own: Geometry, grid: Geometry, outside: int) -> np.ndarray:
+    image = sitk.GetImageFromArray(label)
+    image.SetSpacing(own.spacing)
+    image.SetOrigin(own.origin)
+    image.SetDirection(own.direction)
+    resampler = sitk.ResampleImageFilter()
+    resampler.SetSize(grid.size)
+    resampler.SetOutputSpacing(grid.spacing)
+    resampler.SetOutputOrigin(grid.origin)
+    resampler.SetOutputDirection(grid.direction)
+    resampler.SetInterpolator(sitk.sitkNearestNeighbor)
+    resampler.SetDefaultPixelValue(outside)
+    resampled = sitk.GetArrayFromImage(resampler.Execute(image))
+    drawn = (label != outside).any()
+    if drawn and not (resampled != outside).any():
+        raise InputError("nothing of it lies in the image; is it the label of another image?")
+    return resampled

@@ -1,0 +1,301 @@
+"""Say what the files in folders are, and print the `confkd mix` command that fits them."""
+from __future__ import annotations
+
+import argparse
+import itertools
+import os
+import re
+import shlex
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from nnunet_confkd.data.folders import require_free_id
+from nnunet_confkd.data.groups import Group, grouped_files, units_below
+from nnunet_confkd.data.images import ENDINGS
+from nnunet_confkd.data.measures import (
+    EMPTY,
+    IMAGE,
+    MASK,
+    STROKES,
+    UNREADABLE,
+    Measure,
+    markers_of,
+    measured,
+    tell_strokes_from_masks,
+)
+from nnunet_confkd.data.mix import arguments, mixture
+from nnunet_confkd.data.survey import shares_text
+from nnunet_confkd.errors import InputError, grouped, some
+from nnunet_confkd.processes import PROCESSES, parallel
+
+BACKGROUND = re.compile(r"(back ?ground|bg|hintergrund|fondo|fond)", re.IGNORECASE)
+FIRST_ID = 100  # of the data sets that are proposed; nnU-Net's own examples have lower ones
+AIR = -500  # intensities below are Hounsfield units
+
+
+@dataclass
+class Proposal:
+    """A command, and what is to be said of it.
+
+    Attributes:
+        words: The arguments of `confkd mix`.
+        notes: What was concluded, and what the user has to decide.
+    """
+    words: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+def inspect(folders: Iterable[Path], processes: int = PROCESSES) -> list[Group]:
+    """Measure all files below folders.
+
+    Args:
+        folders: The folders, or files.
+        processes: How many processes read files.
+
+    Returns:
+        The files, in groups of the same place and naming.
+
+    Raises:
+        InputError: There is no such folder, or it holds no images or labels.
+    """
+    groups: list[Group] = []
+    for folder in map(Path, folders):
+        if not folder.exists():
+            raise InputError(f"{folder}: there is no such folder")
+        units = units_below(folder)
+        if not units:
+            raise InputError(f"{folder}: holds no images or labels ({', '.join(ENDINGS)}, DICOM)")
+        groups += grouped_files(folder, units)
+    found = parallel(measured, [(path,) for group in groups for path in group.files], processes, "reading files")
+    measures = iter(found)
+    for group in groups:
+        group.files = {path: next(measures) for path in group.files}
+    groups = _joined_classes(groups)
+    tell_strokes_from_masks({path: measure for group in groups for path, measure in group.files.items()})
+    return groups
+
+
+def _joined_classes(groups: list[Group]) -> list[Group]:
+    """Join groups that are files of one class each, in a folder for each case: the folders are the labels then."""
+    joined: list[Group] = []
+    families: dict[tuple[Path, str], list[Group]] = {}
+    for group in groups:
+        families.setdefault((group.root, group.pattern.rpartition("/")[0]), []).append(group)
+    for (root, parent), family in families.items():
+        classes = [group for group in family if not group.flat and "{case}" not in group.pattern.rpartition("/")[2]
+                   and all(measure.kind in (MASK, EMPTY) and len(measure.drawn) < 2
+                           for measure in group.files.values())]
+        if len(classes) < 2 or len(classes) < len(family):
+            joined += family
+            continue
+        folders = sorted({path.parent for group in classes for path in group.files})
+        joined.append(Group(root, parent, False, {folder: measured(folder) for folder in folders}))
+    return joined
+
+
+# ---- what is printed -------------------------------------------------------------------------------------------------
+
+def description(group: Group) -> str:
+    """Return what the files of a group hold, in a few lines."""
+    kinds = Counter(measure.kind for measure in group.files.values())
+    lines = [f"{group.place}: {', '.join(f'{count} {kind}' for kind, count in kinds.items())}"]
+    readable = [measure for measure in group.files.values() if measure.geometry is not None]
+    if readable:
+        lines.append(f"  size {_range(m.geometry.size for m in readable)}, "
+                     f"spacing {_range(m.geometry.spacing for m in readable)} mm")
+    for kind in (MASK, STROKES, EMPTY):
+        held: Counter = Counter()
+        for measure in group.files.values():
+            held.update(measure.voxels if measure.kind == kind else {})
+        if held:
+            named = any(measure.named for measure in group.files.values() if measure.kind == kind)
+            lines.append(f"  {'segments' if named else 'values'} ({kind}): "
+                         f"{_segments_text(held) if named else shares_text(held)}")
+    images = [measure for measure in group.files.values() if measure.kind == IMAGE]
+    if images:
+        lines.append(f"  intensities {min(m.range[0] for m in images):.4g} to {max(m.range[1] for m in images):.4g}")
+    lines += [f"  {measure.problem}" for measure in group.files.values() if measure.problem][:5]
+    return "\n".join(lines)
+
+
+def _segments_text(held: Counter) -> str:
+    return shares_text({("in no segment" if key == 0 else key): count for key, count in held.items()})
+
+
+def _range(tuples: Iterable[tuple[float, ...]]) -> str:
+    """Return for example "512 x 512 x 80-120"."""
+    axes = itertools.zip_longest(*tuples, fillvalue=1)
+    return " x ".join(_span([round(number, 3) for number in axis]) for axis in axes)
+
+
+def _span(numbers: list[float]) -> str:
+    low, high = min(numbers), max(numbers)
+    return f"{low:g}" if low == high else f"{low:g}-{high:g}"
+
+
+# ---- the command -----------------------------------------------------------------------------------------------------
+
+def propose(groups: list[Group]) -> Proposal:
+    """Return the arguments of `confkd mix` for these files. It has none if no command can be made."""
+    images = [group for group in groups if any(measure.kind == IMAGE for measure in group.files.values())]
+    by_kind = {kind: [(group, [path for path, measure in group.files.items() if measure.kind == kind])
+                      for group in groups] for kind in (MASK, STROKES)}
+    full = [(group, paths) for group, paths in by_kind[MASK] if paths]
+    strokes = [(group, paths) for group, paths in by_kind[STROKES] if paths]
+    proposal = Proposal()
+    if not images or not full:
+        proposal.notes.append("no command: " + ("no file looks like an image" if not images else
+                              "no label looks like a complete mask, and training needs at least one"))
+        return proposal
+    proposal.words += ["--images", *_places([(group, list(group.files)) for group in images])]
+    proposal.words += ["--full-labels", *_places(full)]
+    if strokes:
+        proposal.words += ["--partial-labels", *_places(strokes)]
+    masks, drawn = ([group.files[path] for group, paths in found for path in paths] for found in (full, strokes))
+    _name_labels(proposal, masks, drawn)
+    if min(measure.range[0] for group in images for measure in group.files.values() if measure.kind == IMAGE) < AIR:
+        proposal.words += ["--channels", "CT"]
+    unreadable = [path for group in groups for path, measure in group.files.items() if measure.kind == UNREADABLE]
+    if unreadable:
+        proposal.notes.append(f"note: {len(unreadable)} files cannot be read: {some(unreadable, 3)}")
+    return proposal
+
+
+def _places(found: list[tuple[Group, list[Path]]]) -> list[str]:
+    """Return folders and patterns; the files themselves where a group is not of one kind."""
+    places: list[str] = []
+    for group, paths in found:
+        others = [path for path, measure in group.files.items() if path not in paths
+                  and measure.kind in (IMAGE, MASK, STROKES, UNREADABLE)]
+        places += [group.place] if not others else [str(path) for path in paths]
+    return list(dict.fromkeys(places))
+
+
+def _name_labels(proposal: Proposal, masks: list[Measure], strokes: list[Measure]) -> None:
+    """Add --labels, --ignore-value and --background-value."""
+    if any(measure.named for measure in masks + strokes):
+        _name_segments(proposal, masks, strokes)
+        return
+    classes = {value for measure in masks for value in measure.voxels}
+    held: Counter = Counter()
+    for measure in strokes:
+        held.update(measure.voxels)
+    ignore = next(iter(markers_of(strokes)), max(held, key=held.__getitem__)) if held else None
+    others = sorted(set(held) - classes - {ignore})
+    if ignore != 0 or len(others) > 1:  # classes that no mask has
+        classes |= set(others) if ignore != 0 else set()
+    values = sorted(classes, key=lambda value: (value != 0, value))
+    consecutive = values == list(range(len(values)))
+    names = ["background", *(f"class_{value}" for value in values[1:])]
+    proposal.words += ["--labels", *(names if consecutive else [f"{n}={v}" for n, v in zip(names, values)])]
+    if ignore is None:
+        return
+    proposal.words += ["--ignore-value", str(ignore)]
+    proposal.notes.append(f"{ignore} = not annotated: it is most of what the stroke-like labels hold")
+    if ignore == values[0] and others:
+        proposal.words += ["--background-value", str(others[0]) if len(others) == 1 else "?"]
+        proposal.notes.append(f"{others[0]} = strokes in the background: no mask holds it" if len(others) == 1 else
+                              f"which of {some(others)} marks strokes in the background? Put it in the place of the "
+                              f"question mark, and name the others in --labels")
+    elif ignore == values[0]:
+        proposal.notes.append("no background is annotated in the stroke-like labels; a few strokes there would help")
+
+
+def _name_segments(proposal: Proposal, masks: list[Measure], strokes: list[Measure]) -> None:
+    segments = list(dict.fromkeys(name for measure in masks + strokes for name in measure.drawn))
+    background = next((str(name) for name in segments if BACKGROUND.fullmatch(str(name))), None)
+    labels = [_label(background, "background") if background else "background"]
+    labels += [_label(str(name)) for name in sorted(segments, key=str) if str(name) != background]
+    proposal.words += ["--labels", *labels]
+    if strokes and background is None:
+        proposal.notes.append("no segment is called background; in the stroke-like labels, a segment of this name "
+                              "would help")
+
+
+def _label(segment: str, name: str = "") -> str:
+    name = name or re.sub(r"[^A-Za-z0-9]+", "_", segment).strip("_")
+    return name if name.casefold() == segment.casefold() else f"{name}={segment}"
+
+
+def free_id() -> int:
+    """Return the lowest id from 100 on that is free in all of nnU-Net's folders."""
+    for number in range(FIRST_ID, 1000):
+        try:
+            require_free_id(number)
+            return number
+        except InputError:
+            continue
+    raise InputError("all ids of data sets from 100 to 999 are taken")
+
+
+def command_text(words: list[str]) -> str:
+    """Return a command of several lines, one for each option."""
+    lines, line = [], ["confkd", "mix"]
+    for word in words:
+        if word.startswith("--"):
+            lines.append(" ".join(line))
+            line = ["   "]
+        line.append(shlex.quote(word))
+    return " \\\n".join([*lines, " ".join(line)])
+
+
+def missing_variables() -> str:
+    """Return the line that sets the variables of nnU-Net's folders that are not set; "" if all are."""
+    missing = [name for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results") if not os.environ.get(name)]
+    return "export " + " ".join(f'{name}="$PWD/{name}"' for name in missing) if missing else ""
+
+
+def checked(words: list[str], groups: list[Group], processes: int) -> tuple[list[str], list[str], list[str]]:
+    """Try what was proposed, without writing. Return the words, with what they lack, notes, and what is wrong."""
+    if "?" in words:
+        return words, [], []
+    args = vars(arguments().parse_args([*words, "--id", "1", "--processes", str(processes)]))
+    for key in ("id", "dry_run", "link", "overwrite"):
+        args.pop(key)
+    try:
+        mixed = mixture(**args)
+    except InputError as error:
+        return words, [], [str(error)]
+    measures = {path: measure for group in groups for path, measure in group.files.items()}
+    notes = _patient_notes([case.name for case in mixed.dataset.training])
+    other_grid = [case.label.file for case in mixed.dataset.training if case.label is not None
+                  and not measures[case.label.file].named and _differs(measures, case)]
+    if other_grid:
+        words = [*words, "--resample-labels"]
+        notes.append(f"note: {len(other_grid)} labels are on another grid than their image ({some(other_grid, 3)}); "
+                     f"look at them: the command resamples them")
+    return words, [*mixed.notes, *notes], mixed.dataset.problems
+
+
+def _patient_notes(cases: list[str]) -> list[str]:
+    """Say that names begin alike, if they all have the form PATIENT_REST and some share PATIENT."""
+    beginnings = Counter(case.partition("_")[0] for case in cases if "_" in case)
+    if sum(beginnings.values()) < len(cases) or not 1 < len(beginnings) < len(cases):
+        return []
+    return [f"note: {len(cases)} cases have {len(beginnings)} beginnings, such as {next(iter(beginnings))}_. If these "
+            f"are patients, add --patient-pattern '([^_]+)_', so that none is on both sides of a fold"]
+
+
+def _differs(measures: dict[Path, Measure], case) -> bool:
+    image, label = measures.get(case.images[0].file), measures.get(case.label.file)
+    return bool(image and label and image.geometry and label.geometry
+                and label.geometry.differences(image.geometry))
+
+
+def main(argv: list[str]) -> None:
+    """Run `confkd inspect`."""
+    parser = argparse.ArgumentParser(prog="confkd inspect", description=__doc__)
+    parser.add_argument("folders", nargs="+", type=Path, metavar="FOLDER", help="images, labels, or both")
+    parser.add_argument("--processes", type=int, default=PROCESSES)
+    args = parser.parse_args(argv)
+    groups = inspect(args.folders, args.processes)
+    print("\n".join(description(group) for group in groups) + "\n")
+    proposal = propose(groups)
+    words, notes, problems = checked(proposal.words, groups, args.processes) if proposal.words else ([], [], [])
+    print("\n".join([*proposal.notes, *notes]))
+    if words:
+        print("\nThis command comes near, but would stop, because of:\n  " + "\n  ".join(grouped(problems)) + "\n"
+              if problems else "\nGive the classes names, and check what is said above. The command:\n")
+        print("\n".join(filter(None, [missing_variables(), command_text([*words, "--id", str(free_id())])])))

@@ -1,0 +1,101 @@
+"""Find the images and labels in folders, by patterns, or among single files."""
+from __future__ import annotations
+
+import glob
+import os
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+from nnunet_confkd.data.dicom import is_dicom_file, is_dicom_folder
+from nnunet_confkd.data.images import ENDINGS, ending_of
+from nnunet_confkd.data.names import Named
+from nnunet_confkd.errors import InputError
+
+CASE = "{case}"
+
+
+def listed(places: Iterable[str | Path], patterns: Iterable[str] | None = None, labels: bool = False) -> list[Named]:
+    """Find images or labels.
+
+    Args:
+        places: Folders, files, patterns of a shell (`masks/*_seg.nii.gz`), or patterns with {case} in them.
+        patterns: Patterns with {case} in them, for the folders among `places`: one for each channel.
+        labels: Whether to find labels. They may be folders with one file for each class, too.
+
+    Raises:
+        InputError: There is no such folder or file, or a pattern is wrong.
+    """
+    found: dict[Path, Named] = {}
+    for place in map(str, places):
+        if CASE in place:
+            several = _by_template(place)
+        elif Path(place).is_dir() and patterns:
+            several = [named for number, pattern in enumerate(patterns)
+                       for named in _by_template(f"{glob.escape(place)}/{pattern}", number)]
+        elif Path(place).is_dir():
+            several = _in_folder(Path(place), labels)
+        elif Path(place).is_file():
+            several = [Named(Path(place), stem(Path(place)))]
+        else:
+            several = [Named(Path(path), stem(Path(path))) for path in sorted(glob.glob(place))]
+            if not several:
+                raise InputError(f"{place}: there is no such folder or file")
+        found.update((named.path, named) for named in several)
+    return list(found.values())
+
+
+def stem(path: Path) -> str:
+    """Return the name of a file without its ending, or that of a folder."""
+    ending = None if path.is_dir() else ending_of(path, (*ENDINGS, ".dcm"))
+    return path.name[:len(path.name) - len(ending or "")]
+
+
+def holds_masks(folder: Path) -> bool:
+    """Whether a folder holds files that could be one mask for each class."""
+    return any(_is_image(file) for file in folder.iterdir())
+
+
+def _is_image(file: Path) -> bool:
+    return bool(ending_of(file)) and not file.name.startswith(".") and not file.is_dir()
+
+
+def _in_folder(folder: Path, labels: bool) -> list[Named]:
+    entries = sorted(entry for entry in folder.iterdir() if not entry.name.startswith("."))
+    files = [entry for entry in entries if _is_image(entry)]
+    dicom = [entry for entry in entries if not entry.is_dir() and not _is_image(entry) and is_dicom_file(entry)]
+    if dicom and not labels:
+        return [Named(folder, folder.name)]  # one series
+    folders = [entry for entry in entries if entry.is_dir()
+               and (is_dicom_folder(entry) or labels and not files and holds_masks(entry))]
+    return [Named(entry, stem(entry)) for entry in [*files, *dicom, *folders]]
+
+
+def _by_template(template: str, channel: int = 0) -> list[Named]:
+    """Find what fits a path that holds {case}, which stands for a part of a name, the same one everywhere."""
+    template = template.replace(os.sep, "/")
+    if CASE not in template:
+        raise InputError(f"{template!r}: a pattern needs {CASE} in the place of the name of the case, as in "
+                         f"'{CASE}/T1.nii.gz'")
+    root = re.match(r"([^{*?]*/)?", template)[0]
+    rest = template[len(root):]
+    parts = re.split(r"(\{case\}|\*|\?)", rest)
+    expression, seen = "", False
+    for part in parts:
+        if part == CASE:
+            expression += "(?P=case)" if seen else r"(?P<case>[^/]+)"
+            seen = True
+        else:
+            expression += {"*": "[^/]*", "?": "[^/]"}.get(part) or re.escape(part)
+    shell = "".join("*" if part == CASE else part if part in ("*", "?") else glob.escape(part) for part in parts)
+    base = Path(re.sub(r"\[([*?\[])\]", r"\1", root) or ".")
+    if not base.is_dir():
+        raise InputError(f"{base}: there is no such folder")
+    found = []
+    for path in sorted(base.glob(re.sub(r"/+", "/", shell))):
+        match = re.fullmatch(expression, path.relative_to(base).as_posix())
+        if match:
+            found.append(Named(path, match["case"], exact=True, channel=channel))
+    if not found:
+        raise InputError(f"{base}: nothing in it fits the pattern {rest!r}")
+    return found

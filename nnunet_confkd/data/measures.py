@@ -1,0 +1,162 @@
+"""What the files of a folder are: images, complete masks, strokes, or empty labels."""
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import median
+
+import numpy as np
+
+from nnunet_confkd.data import dicom
+from nnunet_confkd.data.images import Geometry, Picture, read
+from nnunet_confkd.data.segments import has_segments, read_segments
+from nnunet_confkd.data.strokes import FOREGROUND, THIN, shape_of
+from nnunet_confkd.data.survey import value_counts
+from nnunet_confkd.errors import InputError
+
+IMAGE, MASK, STROKES, EMPTY, UNREADABLE = "image", "mask-like", "stroke-like", "empty", "unreadable"
+FEW_VALUES = 8  # a file of so few values is a label in any case
+EVEN = 0.95  # of the neighbouring voxels of a label are equal; in images there is noise
+CORE = 0.1  # of the core of the largest masks, and
+SLIM = 0.6  # of their share of core voxels: below both, a label has strokes
+
+
+@dataclass
+class Measure:
+    """What was found in one file, or in one folder that is an image or a label.
+
+    Attributes:
+        kind: One of the constants of this module. Labels are masks until they are compared with each other.
+        geometry: The grid; None if it cannot be read.
+        channels: How many.
+        range: The lowest and the highest value.
+        voxels: {value, or name of a segment: voxels} of a label.
+        core: {the same, but for the most frequent value: how many of its voxels are surrounded by their own in the
+            slice}.
+        every_nth: Whether only every n-th slice holds anything.
+        named: Whether the label has segments.
+        problem: Why it cannot be read.
+    """
+    kind: str
+    geometry: Geometry | None = None
+    channels: int = 1
+    range: tuple[float, float] = (0, 0)
+    voxels: dict = field(default_factory=dict)
+    core: dict = field(default_factory=dict)
+    every_nth: bool = False
+    named: bool = False
+    problem: str = ""
+
+    @property
+    def rest(self):
+        """The most frequent value: background, or what is not annotated. None for segments."""
+        return None if self.named else max(self.voxels, key=self.voxels.__getitem__)
+
+    @property
+    def drawn(self) -> dict:
+        """{value or name: voxels} without the most frequent value."""
+        return {value: count for value, count in self.voxels.items()
+                if (isinstance(value, str) if self.named else value != self.rest)}
+
+
+def measured(path: Path) -> Measure:
+    """Read a file, or a folder that is an image or a label, and measure it."""
+    try:
+        if path.is_dir() and dicom.is_dicom_folder(path) and not dicom.is_segmentation(path):
+            return _of_picture(dicom.read_series(path))
+        if has_segments(path):
+            return _of_segments(path)
+        return _of_picture(read(path))
+    except InputError as error:
+        return Measure(UNREADABLE, problem=str(error))
+
+
+def _of_picture(picture: Picture) -> Measure:
+    voxels = picture.voxels
+    counts = value_counts(picture)
+    low, high = (float(voxels.min()), float(voxels.max())) if voxels.size else (0.0, 0.0)
+    measure = Measure(IMAGE, picture.geometry, len(voxels), (low, high))
+    whole = counts and all(float(value).is_integer() for value in counts)
+    if not whole or len(voxels) > 1 or (len(counts) > FEW_VALUES and _evenness(voxels[0]) < EVEN):
+        return measure
+    measure.kind, measure.voxels = MASK, {int(value): count for value, count in counts.items()}
+    names = list(measure.drawn)
+    numbered = np.zeros(voxels[0].shape, np.int32)
+    for number, value in enumerate(names, 1):
+        numbered[voxels[0] == value] = number
+    return _with_shape(measure, numbered, names)
+
+
+def _of_segments(path: Path) -> Measure:
+    segments = read_segments(path)
+    numbered = np.zeros(segments.geometry.size[::-1], np.int32)
+    for number, mask in enumerate(segments.masks.values(), 1):
+        numbered[mask] = number
+    rest = int(np.count_nonzero(numbered == 0))
+    measure = Measure(MASK, segments.geometry, voxels={**segments.volumes, 0: rest}, named=True)
+    return _with_shape(measure, numbered, list(segments.masks))
+
+
+def _with_shape(measure: Measure, numbered: np.ndarray, names: list) -> Measure:
+    shape = shape_of(numbered, measure.geometry.spacing[::-1])
+    measure.core = {names[number - 1]: volume * min(shares[number] for shares in shape.inner.values())
+                    for number, volume in shape.volumes.items()}
+    measure.every_nth = shape.every_nth is not None
+    if not measure.drawn:
+        measure.kind = EMPTY
+    return measure
+
+
+def _evenness(voxels: np.ndarray) -> float:
+    """The share of voxels that are equal to their neighbour in the row."""
+    return float(np.mean(voxels[..., 1:] == voxels[..., :-1])) if voxels.shape[-1] > 1 else 1.0
+
+
+def tell_strokes_from_masks(measures: Mapping[Path, Measure]) -> None:
+    """Set the kind of labels that have strokes.
+
+    A label has strokes if only every n-th slice holds anything, or if it holds a value that marks what is not
+    annotated: the most frequent one of several labels that hold 0 as well. It also has strokes if hardly any of its
+    voxels are surrounded by their own class, compared with the labels that have most of such voxels. Only the classes
+    count that these hold.
+
+    Args:
+        measures: {path: what was measured} of all files that belong together. Those of images are left as they are.
+    """
+    markers = markers_of(measure for measure in measures.values() if measure.kind == MASK)
+    labels = [measure for measure in measures.values() if measure.kind == MASK
+              and (measure.rest in {0, None, *markers} or 0 not in measure.voxels)]  # others are full of one class
+    if not labels:
+        return
+    ranked = sorted(labels, key=lambda measure: sum(measure.core.values()), reverse=True)
+    largest = ranked[:max(1, len(ranked) // 8)]
+    classes = {value for measure in largest for value in measure.drawn}
+    core, share = (median(number(measure, classes) for measure in largest) for number in (_core, _core_share))
+    for measure in labels:
+        marked = not measure.named and bool(markers & set(measure.voxels))
+        slim = _core(measure, classes) < CORE * core and _core_share(measure, classes) < SLIM * share
+        little = sum(measure.drawn.values()) < FOREGROUND * sum(measure.voxels.values())
+        thin = share < THIN and _core_share(measure, classes) < THIN and little
+        if marked or measure.every_nth or slim or thin:
+            measure.kind = STROKES
+
+
+def markers_of(labels: Iterable[Measure]) -> set[int]:
+    """Return the values other than 0 that mark what is not annotated: more labels have most of it than a little."""
+    most, little = Counter(), Counter()
+    for measure in labels:
+        if not measure.named and 0 in measure.voxels:
+            most.update([measure.rest])
+            little.update(measure.drawn.keys())
+    return {value for value, number in most.items() if value != 0 and number > little[value]}
+
+
+def _core(measure: Measure, classes: set) -> float:
+    return sum(core for value, core in measure.core.items() if value in classes)
+
+
+def _core_share(measure: Measure, classes: set) -> float:
+    drawn = sum(count for value, count in measure.drawn.items() if value in classes)
+    return _core(measure, classes) / drawn if drawn else 0.0

@@ -1,0 +1,246 @@
+"""A list of sources: files that were annotated alike, found in the layouts that people have."""
+from __future__ import annotations
+
+import filecmp
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from nnunet_confkd.data.images import ENDINGS
+from nnunet_confkd.data.listing import listed
+from nnunet_confkd.data.meanings import Meaning
+from nnunet_confkd.data.names import Named, cases_of, looks_like_label, matched
+from nnunet_confkd.data.supervision import FULL, PARTIAL, UNLABELLED
+from nnunet_confkd.errors import InputError, some
+
+IMAGES, LABELS = ("images", "imagesTr"), ("labels", "labelsTr")
+ROWS = 5  # of a source, in a table that is not to show all
+
+
+@dataclass(frozen=True)
+class CaseFiles:
+    """The files of one case.
+
+    Attributes:
+        name: Of the case.
+        images: Files, or folders of DICOM slices: one for each channel, or one of several channels.
+        label: A file, or a folder; None without a label.
+    """
+    name: str
+    images: tuple[Path, ...]
+    label: Path | None = None
+
+
+@dataclass
+class Source:
+    """Files that were annotated alike.
+
+    Attributes:
+        kind: "full", "partial" or "unlabelled".
+        cases: The files.
+        meaning: What the labels mean; None for unlabelled images.
+    """
+    kind: str
+    cases: list[CaseFiles]
+    meaning: Meaning | None = None
+
+    @property
+    def labels(self) -> list[Path]:
+        """The labels of the cases."""
+        return [case.label for case in self.cases if case.label is not None]
+
+
+@dataclass
+class Layout:
+    """What the options say about where the files are. Either `full` or `images` must be given.
+
+    Attributes:
+        full: Holds `images` and `labels` (or `imagesTr` and `labelsTr`).
+        partial: As `full`.
+        unlabelled: Holds images, itself or in `images` or `imagesTr`.
+        images: Folders, files or patterns of the images.
+        full_labels: The same of complete masks.
+        partial_labels: The same of partial masks.
+        pattern: One pattern with {case} for each channel, for the folders that hold images.
+        label_pattern: The same for the folders that hold labels.
+    """
+    full: Path | None = None
+    partial: Path | None = None
+    unlabelled: Path | None = None
+    images: list = field(default_factory=list)
+    full_labels: list = field(default_factory=list)
+    partial_labels: list = field(default_factory=list)
+    pattern: list[str] | None = None
+    label_pattern: str | None = None
+
+    @property
+    def label_patterns(self) -> list[str] | None:
+        """The pattern of labels as a list."""
+        return None if self.label_pattern is None else [self.label_pattern]
+
+    @property
+    def description_folder(self) -> Path:
+        """The folder whose dataset.json describes the data."""
+        places = self.full_labels or self.images
+        return self.full if self.full is not None else Path(places[0]) if places else Path()
+
+    @property
+    def roots(self) -> tuple[Path, ...]:
+        """The folders that were given."""
+        if self.full is not None:
+            return tuple(Path(folder) for folder in (self.full, self.partial, self.unlabelled) if folder is not None)
+        places = [str(place) for place in (*self.images, *self.full_labels, *self.partial_labels)]
+        folders = [place if Path(place).is_dir() else _fixed_part(place) for place in places]
+        return tuple(Path(folder) for folder in dict.fromkeys(folders))
+
+
+def _fixed_part(place: str) -> str:
+    """Return the folder of a file or of a pattern, up to the first part with a wildcard."""
+    fixed: list[str] = []
+    for part in Path(place).parent.parts:
+        if "{" in part or "*" in part or "?" in part:
+            break
+        fixed.append(part)
+    return str(Path(*fixed))
+
+
+def found(layout: Layout) -> tuple[list[Source], list[str], list[str]]:
+    """Find the files of a layout, and which label belongs to which image.
+
+    Returns:
+        The sources, what is wrong with them, and notes on what was left out.
+
+    Raises:
+        InputError: A folder is missing, or holds nothing.
+    """
+    if layout.full is not None and layout.images:
+        raise InputError("give either --full, --partial and --unlabelled, or --images with --full-labels and "
+                         "--partial-labels")
+    if layout.full is None and not layout.images:
+        raise InputError("no images are given: --images FOLDER --full-labels FOLDER --partial-labels FOLDER, or --full "
+                         "FOLDER, which holds images and labels")
+    return _in_one_folder(layout) if layout.images else _in_three_folders(layout)
+
+
+# ---- one folder of images, and folders of labels ---------------------------------------------------------------------
+
+def _in_one_folder(layout: Layout) -> tuple[list[Source], list[str], list[str]]:
+    if not layout.full_labels:
+        raise InputError("--full-labels is missing: at least one image must be fully annotated")
+    labels = {FULL: _labels(layout, layout.full_labels), PARTIAL: _labels(layout, layout.partial_labels)}
+    paths = [named.path for kind in labels for named in labels[kind]]
+    images = [image for image in listed(layout.images, layout.pattern) if image.path not in paths]
+    if not images:
+        raise InputError(f"{some(layout.images)}: holds no images ({', '.join(ENDINGS)}, folders of DICOM slices)")
+    problems = [f"{path}: is given as a full label and as a partial one; give patterns, as in --full-labels "
+                f"'masks/*_seg.nii.gz'" for path in dict.fromkeys(paths) if paths.count(path) > 1]
+    cases = cases_of(images, [*labels[FULL], *labels[PARTIAL]])
+    sources, label_of = [], {}
+    for kind, named in labels.items():
+        fits, wrong = matched(cases, named, some(layout.images))
+        problems += wrong
+        problems += [f"{cases[case][0]}: has a full label, {label_of[case].path}, and a partial one, {label.path}; "
+                     f"leave one of them out" for case, label in fits.items()
+                     if case in label_of and label.path != label_of[case].path]
+        label_of.update(fits)
+        if named:
+            sources.append(Source(kind, [CaseFiles(case, tuple(cases[case]), label.path)
+                                         for case, label in fits.items()]))
+    rest = [CaseFiles(case, tuple(files)) for case, files in cases.items() if case not in label_of]
+    return [*sources, *([Source(UNLABELLED, rest)] if rest else [])], problems, []
+
+
+def _labels(layout: Layout, places: list) -> list[Named]:
+    """Find labels. In a folder that holds the images, too, they are the files whose names tell."""
+    of_images = {Path(place).resolve() for place in layout.images}
+    labels = []
+    for place in places:
+        found_there = listed([place], layout.label_patterns, labels=True)
+        shared = Path(place).is_dir() and Path(place).resolve() in of_images
+        labels += [label for label in found_there if label.exact or not shared or looks_like_label(label.name)]
+    if places and not labels:
+        raise InputError(f"{some(places)}: holds no labels ({', '.join(ENDINGS)}, .dcm, folders with one file for "
+                         f"each class)")
+    return labels
+
+
+# ---- a folder for each kind ------------------------------------------------------------------------------------------
+
+def _in_three_folders(layout: Layout) -> tuple[list[Source], list[str], list[str]]:
+    sources, problems, notes = [], [], []
+    for kind, folder in ((FULL, layout.full), (PARTIAL, layout.partial), (UNLABELLED, layout.unlabelled)):
+        if folder is not None:
+            source, wrong = _of_one_kind(Path(folder), kind, layout)
+            sources.append(source)
+            problems += wrong
+    labelled = {case.name: case for source in sources if source.kind != UNLABELLED for case in source.cases}
+    for source in sources:
+        if source.kind == UNLABELLED:
+            twice = [case for case in source.cases if case.name in labelled and _same(case, labelled[case.name])]
+            source.cases = [case for case in source.cases if case not in twice]
+            if twice:
+                notes.append(f"note: {len(twice)} unlabelled images are left out, because they are the images of "
+                             f"labelled cases: {some(case.name for case in twice)}")
+    return sources, problems, notes
+
+
+def _same(one: CaseFiles, other: CaseFiles) -> bool:
+    """Whether two cases have the same images."""
+    pairs = list(zip(one.images, other.images))
+    return len(one.images) == len(other.images) and all(
+        a.is_file() and b.is_file() and filecmp.cmp(a, b, shallow=False) for a, b in pairs)
+
+
+def _of_one_kind(folder: Path, kind: str, layout: Layout) -> tuple[Source, list[str]]:
+    if not folder.is_dir():
+        raise InputError(f"{folder}: there is no such folder")
+    images = next((folder / name for name in IMAGES if (folder / name).is_dir()),
+                  folder if kind == UNLABELLED else None)
+    labels = next((folder / name for name in LABELS if (folder / name).is_dir()), None)
+    if layout.pattern:
+        images, labels = folder, folder if layout.label_pattern else labels
+    if images is None or labels is None and kind != UNLABELLED:
+        raise InputError(f"{folder}: needs two folders, \"images\" and \"labels\" (or \"imagesTr\" and \"labelsTr\"); "
+                         f"for other layouts: --images with --full-labels and --partial-labels, or --pattern")
+    image_files = listed([images], layout.pattern)
+    if not image_files:
+        raise InputError(f"{images}: holds no images ({', '.join(ENDINGS)}, folders of DICOM slices)")
+    if kind == UNLABELLED:
+        return Source(kind, [CaseFiles(name, tuple(files)) for name, files in cases_of(image_files).items()]), []
+    label_files = listed([labels], layout.label_patterns, labels=True)
+    cases = cases_of(image_files, label_files)
+    fits, problems = matched(cases, label_files, str(images))
+    without = [f"{file}: has no label in {labels}" for case, files in cases.items() if case not in fits
+               for file in files]
+    return Source(kind, [CaseFiles(case, tuple(cases[case]), label.path) for case, label in fits.items()]), [
+        *without, *problems]
+
+
+# ---- what was matched ------------------------------------------------------------------------------------------------
+
+def table(sources: Iterable[Source], whole: bool = False) -> str:
+    """Return which label belongs to which image, as a table.
+
+    Args:
+        sources: The sources.
+        whole: Whether to list all cases instead of the first ones of each kind.
+    """
+    sources = list(sources)
+    paths = [path for source in sources for case in source.cases for path in (*case.images, case.label) if path]
+    common = Path(os.path.commonpath([path.resolve().parent for path in paths])) if paths else Path()
+    rows = [("case", "kind", "images", "label")]
+    for source in sources:
+        shown = source.cases if whole else source.cases[:ROWS]
+        rows += [(case.name, source.kind, some((_relative(path, common) for path in case.images), 2),
+                  _relative(case.label, common) if case.label else "-") for case in shown]
+        if len(shown) < len(source.cases):
+            rows.append((f"... and {len(source.cases) - len(shown)} more", source.kind, "", ""))
+    widths = [max(len(row[column]) for row in rows) for column in range(4)]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
+    return "\n".join([f"in {common}:", *lines])
+
+
+def _relative(path: Path, folder: Path) -> str:
+    path = path.resolve().parent / path.name  # a link keeps its name
+    return path.relative_to(folder).as_posix() if path.is_relative_to(folder) else str(path)

@@ -1,0 +1,256 @@
+"""What files are, and which command fits them."""
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+
+import numpy as np
+import pytest
+from image_files import read_json, read_voxels, write_image
+
+from nnunet_confkd import cli
+from nnunet_confkd.data.groups import grouped_files, units_below
+from nnunet_confkd.data.inspection import command_text, free_id, inspect, propose
+from nnunet_confkd.data.measures import (
+    EMPTY,
+    IMAGE,
+    MASK,
+    STROKES,
+    UNREADABLE,
+    Measure,
+    measured,
+    tell_strokes_from_masks,
+)
+from nnunet_confkd.errors import InputError
+
+SHAPE = (5, 32, 32)
+
+
+def _image(file: Path, seed=0, low=0.0):
+    voxels = np.random.default_rng(seed).normal(100, 30, SHAPE).astype(np.int16)
+    voxels[0, 0, 0] = low
+    return write_image(file, voxels)
+
+
+def _mask(file: Path, organ=1, background=0, size=12):
+    label = np.full(SHAPE, background, np.uint8)
+    label[1:4, 4:4 + size, 4:4 + size] = organ
+    return write_image(file, label)
+
+
+def _strokes(file: Path, rest=0, organ=1, background=2):
+    label = np.full(SHAPE, rest, np.uint8)
+    label[1:4, 8, 5:15] = organ
+    label[1:4, 22, 2:20] = background
+    return write_image(file, label)
+
+
+def _kinds(*files):
+    measures = {file: measured(file) for file in files}
+    tell_strokes_from_masks(measures)
+    return [measure.kind for measure in measures.values()]
+
+
+# ---- kinds -----------------------------------------------------------------------------------------------------------
+
+def test_images_masks_strokes_and_empty_labels_are_told_apart(tmp_path):
+    damaged = tmp_path / "x.nii.gz"
+    damaged.write_bytes(b"x")
+    assert _kinds(_image(tmp_path / "i.nii.gz"), _mask(tmp_path / "m.nii.gz"), _strokes(tmp_path / "s.nii.gz"),
+                  write_image(tmp_path / "e.nii.gz", np.zeros(SHAPE, np.uint8)), damaged) == [
+        IMAGE, MASK, STROKES, EMPTY, UNREADABLE]
+
+
+def test_a_value_that_marks_what_is_not_annotated_tells_strokes_of_any_thickness(tmp_path):
+    thick = np.full(SHAPE, 255, np.uint8)
+    thick[1:4, 2:9, 2:9], thick[1:4, 15:20] = 1, 0
+    assert _kinds(_mask(tmp_path / "m.nii.gz"), write_image(tmp_path / "s.nii.gz", thick)) == [MASK, STROKES]
+
+
+def test_a_large_organ_is_no_such_value(tmp_path):
+    large, small = _mask(tmp_path / "a.nii.gz"), _mask(tmp_path / "b.nii.gz")
+    label = read_voxels(large)
+    label[...] = 1
+    label[:, :2] = 0
+    write_image(large, label)
+    assert _kinds(large, small) == [MASK, MASK]
+
+
+def test_every_third_slice_is_a_partial_label(tmp_path):
+    label = np.zeros((10, 24, 24), np.uint8)
+    label[1::3, 4:16, 4:16] = 1
+    assert _kinds(write_image(tmp_path / "m.nii.gz", label)) == [STROKES]
+
+
+def test_strokes_alone_are_told_by_their_thickness(tmp_path):
+    assert _kinds(_strokes(tmp_path / "a.nii.gz"), _strokes(tmp_path / "b.nii.gz")) == [STROKES, STROKES]
+
+
+def test_a_picture_of_few_grey_values_is_an_image(tmp_path):
+    voxels = np.random.default_rng(0).integers(0, 20, SHAPE).astype(np.uint8)
+    assert _kinds(write_image(tmp_path / "i.nii.gz", voxels)) == [IMAGE]
+
+
+def test_a_label_of_many_classes_is_no_image(tmp_path):
+    label = np.repeat(np.arange(24, dtype=np.uint8), 24 * 24).reshape(24, 24, 24)
+    assert _kinds(write_image(tmp_path / "m.nii.gz", label)) == [MASK]
+
+
+# ---- groups ----------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("names, places", [
+    (["images/p1.nii.gz", "images/p2.nii.gz", "labels/p1.nii.gz"], ["images", "labels"]),
+    (["p1.nii.gz", "p2.nii.gz", "p1_seg.nii.gz", "p2_scribble.nii.gz"],
+     ["{case}.nii.gz", "{case}_scribble.nii.gz", "{case}_seg.nii.gz"]),
+    (["p1/T1.nii.gz", "p1/seg.nii.gz", "p2/T1.nii.gz", "p3/T1.nii.gz"], ["{case}/T1.nii.gz", "{case}/seg.nii.gz"]),
+    (["p1/p1_T1.nii.gz", "p2/p2_T1.nii.gz"], ["{case}/{case}_T1.nii.gz"]),
+    (["p1/day1/T1.nii.gz", "p2/day1/T1.nii.gz"], ["{case}/day1/T1.nii.gz"]),
+    (["p1_0000.nii.gz", "p1_0001.nii.gz", "p1_seg.nii.gz"], ["{case}_*.nii.gz", "{case}_seg.nii.gz"])])
+def test_files_are_grouped_by_place_and_naming(tmp_path, names, places):
+    for name in names:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(b"")
+    found = [group.place for group in grouped_files(tmp_path, units_below(tmp_path))]
+    assert sorted(found) == sorted(f"{tmp_path}/{place}" for place in places)
+
+
+# ---- the command -----------------------------------------------------------------------------------------------------
+
+def _folders(tmp_path, strokes=_strokes, mask=_mask, low=0.0, **options):
+    for number in range(5):
+        _image(tmp_path / "images" / f"p{number}.nii.gz", number, low)
+    for number in range(2):
+        mask(tmp_path / "masks" / f"p{number}_seg.nii.gz")
+    for number in range(2, 4):
+        strokes(tmp_path / "strokes" / f"p{number}.nii.gz", **options)
+    return propose(inspect([tmp_path / "images", tmp_path / "masks", tmp_path / "strokes"], 1))
+
+
+def _options(words):
+    """{option: its values}."""
+    found: dict[str, list[str]] = {}
+    for word in words:
+        if word.startswith("--"):
+            found[word] = []
+        else:
+            found[list(found)[-1]].append(word)
+    return found
+
+
+@pytest.mark.parametrize("values, expected", [
+    ({}, {"--labels": ["background", "class_1"], "--ignore-value": ["0"], "--background-value": ["2"]}),
+    ({"rest": 255, "background": 0}, {"--labels": ["background", "class_1"], "--ignore-value": ["255"]}),
+    ({"rest": 0, "background": 1}, {"--labels": ["background", "class_1"], "--ignore-value": ["0"]})])
+def test_the_values_of_strokes_are_recognised(tmp_path, values, expected):
+    options = _options(_folders(tmp_path, **values).words)
+    places = {"--images": "images", "--full-labels": "masks", "--partial-labels": "strokes"}
+    assert options == {option: [f"{tmp_path}/{place}"] for option, place in places.items()} | expected
+
+
+def test_values_of_ones_own_are_named(tmp_path):
+    proposal = _folders(tmp_path, mask=lambda file: _mask(file, organ=100), organ=100, background=7)
+    options = _options(proposal.words)
+    assert options["--labels"] == ["background=0", "class_100=100"] and options["--background-value"] == ["7"]
+
+
+def test_hounsfield_units_are_recognised(tmp_path):
+    assert _options(_folders(tmp_path, low=-1000).words)["--channels"] == ["CT"]
+
+
+def test_what_cannot_be_told_is_asked(tmp_path):
+    def strokes(file):
+        label = read_voxels(_strokes(file))
+        label[1:4, 20, 2:20] = 3
+        write_image(file, label)
+
+    proposal = _folders(tmp_path, strokes=strokes)
+    assert _options(proposal.words)["--background-value"] == ["?"]
+    assert any("which of 2, 3 marks strokes in the background?" in note for note in proposal.notes)
+
+
+def test_without_a_complete_mask_there_is_no_command(tmp_path):
+    proposal = _folders(tmp_path, mask=_strokes)
+    assert not proposal.words and "no label looks like a complete mask" in proposal.notes[0]
+
+
+def test_a_label_on_another_grid_is_told_and_resampled(tmp_path, nnunet_folders, capsys):
+    _folders(tmp_path)
+    mask = tmp_path / "masks" / "p0_seg.nii.gz"
+    label = read_voxels(mask)
+    write_image(mask, label.repeat(2, axis=0), spacing=(1, 1, 0.5), origin=(0, 0, -0.25))
+    folders = [f"{tmp_path}/{name}" for name in ("images", "masks", "strokes")]
+    assert cli.main(["inspect", *folders, "--processes", "1"]) == 0
+    out = capsys.readouterr().out
+    assert "1 labels are on another grid than their image" in out and "--resample-labels" in out
+    words = shlex.split(out[out.index("confkd mix"):].replace("\\\n", " "))
+    assert cli.main([*words[1:], "--processes", "1"]) == 0
+    assert np.array_equal(read_voxels(nnunet_folders / "raw" / "Dataset100_Mixed" / "labelsTr" / "p0.nii.gz"), label)
+
+
+def test_folders_with_one_file_for_each_class_are_recognised(tmp_path, nnunet_folders, capsys):
+    for number in range(3):
+        _image(tmp_path / f"s{number}" / "ct.nii.gz", number, -1000)
+        for name, organ in (("liver", 1), ("spleen", 1)):
+            if number < 2:
+                file = tmp_path / f"s{number}" / "segmentations" / f"{name}.nii.gz"
+                _mask(file, organ)
+                if name == "spleen":
+                    write_image(file, read_voxels(file)[:, ::-1].copy() * (read_voxels(file) == 0))
+    assert cli.main(["inspect", str(tmp_path), "--processes", "1"]) == 0
+    out = capsys.readouterr().out
+    assert "--full-labels '" in out and "{case}/segmentations" in out and "--labels background liver spleen" in out
+    words = shlex.split(out[out.index("confkd mix"):].replace("\\\n", " "))
+    assert cli.main([*words[1:], "--processes", "1"]) == 0
+    target = nnunet_folders / "raw" / "Dataset100_Mixed"
+    assert read_json(target / "dataset.json")["labels"] == {"background": 0, "liver": 1, "spleen": 2, "ignore": 3}
+    assert set(np.unique(read_voxels(target / "labelsTr" / "s0.nii.gz"))) == {0, 1, 2}
+
+
+def test_a_command_that_would_stop_is_told_with_the_reason(tmp_path, nnunet_folders, capsys):
+    _folders(tmp_path)
+    _mask(tmp_path / "masks" / "p0-label.nii.gz")
+    assert cli.main(["inspect", str(tmp_path), "--processes", "1"]) == 0
+    out = capsys.readouterr().out
+    assert "This command comes near, but would stop, because of:\n" in out and "two labels belong to it" in out
+
+
+def test_patients_of_several_cases_are_noted(tmp_path, capsys):
+    for name in ("p1_ED", "p1_ES", "p2_ED"):
+        _image(tmp_path / "images" / f"{name}.nii.gz")
+        _mask(tmp_path / "masks" / f"{name}.nii.gz")
+    assert cli.main(["inspect", f"{tmp_path}/images", f"{tmp_path}/masks", "--processes", "1"]) == 0
+    assert "3 cases have 2 beginnings, such as p1_" in capsys.readouterr().out
+
+
+def test_the_variables_that_are_not_set_are_part_of_the_command(tmp_path, capsys, monkeypatch):
+    for name in ("nnUNet_raw", "nnUNet_results"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("nnUNet_preprocessed", str(tmp_path))
+    for name in ("p1", "p2"):
+        _image(tmp_path / "images" / f"{name}.nii.gz")
+        _mask(tmp_path / "masks" / f"{name}.nii.gz")
+    assert cli.main(["inspect", f"{tmp_path}/images", f"{tmp_path}/masks", "--processes", "1"]) == 0
+    assert 'export nnUNet_raw="$PWD/nnUNet_raw" nnUNet_results="$PWD/nnUNet_results"\nconfkd mix' in (
+        capsys.readouterr().out)
+
+
+def test_a_free_id_is_proposed(nnunet_folders):
+    (nnunet_folders / "raw" / "Dataset100_A").mkdir()
+    (nnunet_folders / "results" / "Dataset101_B").mkdir()
+    assert free_id() == 102
+
+
+def test_blanks_in_names_are_quoted():
+    assert command_text(["--images", "my data", "--id", "7"]) == "confkd mix \\\n    --images 'my data' \\\n    --id 7"
+
+
+@pytest.mark.parametrize("name, text", [("nothing", "nothing: there is no such folder"),
+                                        ("empty", "empty: holds no images or labels")])
+def test_what_is_not_there(tmp_path, name, text):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InputError, match=text):
+        inspect([tmp_path / name], 1)
+
+
+def test_the_most_frequent_value_of_segments_is_nothing():
+    assert Measure(MASK, voxels={"liver": 3, 0: 2}, named=True).drawn == {"liver": 3}
