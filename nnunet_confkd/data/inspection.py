@@ -97,10 +97,16 @@ def _joined_classes(groups: list[Group]) -> list[Group]:
 
 # ---- what is printed -------------------------------------------------------------------------------------------------
 
+def _counted(kind: str, count: int) -> str:
+    """Return for example "1 image", "4 mask-like labels" or "1 empty label"."""
+    what = kind if kind == IMAGE else f"{kind} file" if kind == UNREADABLE else f"{kind} label"
+    return f"{count} {what}" + ("s" if count > 1 else "")
+
+
 def description(group: Group) -> str:
     """Return what the files of a group hold, in a few lines."""
     kinds = Counter(measure.kind for measure in group.files.values())
-    lines = [f"{group.place}: {', '.join(f'{count} {kind}' for kind, count in kinds.items())}"]
+    lines = [f"{group.place}: {', '.join(_counted(kind, count) for kind, count in kinds.items())}"]
     readable = [measure for measure in group.files.values() if measure.geometry is not None]
     if readable:
         lines.append(f"  size {_range(m.geometry.size for m in readable)}, "

@@ -9,8 +9,8 @@ import pytest
 from image_files import read_json, read_voxels, write_image
 
 from nnunet_confkd import cli
-from nnunet_confkd.data.groups import grouped_files, units_below
-from nnunet_confkd.data.inspection import command_text, free_id, inspect, propose
+from nnunet_confkd.data.groups import Group, grouped_files, units_below
+from nnunet_confkd.data.inspection import command_text, description, free_id, inspect, propose
 from nnunet_confkd.data.measures import (
     EMPTY,
     IMAGE,
@@ -254,3 +254,12 @@ def test_what_is_not_there(tmp_path, name, text):
 
 def test_the_most_frequent_value_of_segments_is_nothing():
     assert Measure(MASK, voxels={"liver": 3, 0: 2}, named=True).drawn == {"liver": 3}
+
+
+@pytest.mark.parametrize("kind, count, text", [
+    ("image", 1, "1 image"), ("image", 2, "2 images"), ("mask-like", 4, "4 mask-like labels"),
+    ("empty", 1, "1 empty label"), ("unreadable", 3, "3 unreadable files")])
+def test_files_are_counted_in_whole_words(tmp_path, kind, count, text):
+    measure = Measure(kind=kind)
+    group = Group(tmp_path, "{case}", True, {tmp_path / str(i): measure for i in range(count)})
+    assert description(group).splitlines()[0] == f"{group.place}: {text}"
