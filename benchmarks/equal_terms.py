@@ -41,8 +41,10 @@ DRAWS, SEEDS = (0, 1), (0, 1)
 RIVALS = dict.fromkeys(SETTINGS, "ignore") | {"unlabelled": "full_only", "points_10": "full_only"}
 
 # A step takes this many of the rival's, on average over a training: for a plain 2-D U-Net and half of a batch full,
-# before the KL has a weight and from then on (step_time_cpu.json). A row "at equal cost" has fewer.
-COST = 0.2 * 1.092 + 0.8 * 1.123
+# before the KL has a weight and from then on (step_time.py on a CPU; bounds by FLOPs 1.091 and 1.121). A row "at equal
+# cost" has fewer. With CutMix half of the steps have one more pass through the encoder, which is a tenth of a step.
+COST = 0.2 * 1.146 + 0.8 * 1.171
+COST_CUTMIX = COST + 0.5 * 0.1
 COST_WIDE = 0.2 * 1.345 + 0.8 * 1.456
 
 ROWS: dict[str, Row] = {
@@ -54,6 +56,8 @@ ROWS: dict[str, Row] = {
     "kl": Row("KL on all images, no hints, no entropy", settings={"teacher_hints": False, "weight_entropy": 0.0}),
     "confkd": Row("ConfKD"),
     "confkd_cost": Row("ConfKD, at equal cost", steps=1 / COST),
+    "confkd_cutmix_cost": Row("ConfKD with CutMix, at equal cost", settings={"cutmix": 0.5}, steps=1 / COST_CUTMIX),
+    "full_cutmix": Row("full cases only, with CutMix", "ConfKDTrainer_partialOnly", "full", settings={"cutmix": 0.5}),
     "corrected_cost": Row("the same with the class-prior correction", settings={"prior_correction": 1.0},
                           steps=1 / COST),
     "wide_cost": Row("the same with a teacher as wide as the student, at equal cost",

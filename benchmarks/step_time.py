@@ -197,8 +197,9 @@ def parts_of(trainer, batch: dict, device: str, repetitions: int) -> dict[str, f
             hints = timed("hints as channels", lambda: trainer._hints(batch, batch["target"][0]))
             teacher = timed("teacher's decoder", lambda: network.run_teacher(skips, hints, student, num_full, True))
             with torch.no_grad():
+                narrowed = network.narrowed(skips)
                 timed("hints into skips (of the teacher's decoder)",
-                      lambda: network.teacher_decoder.hints(skips, hints))
+                      lambda: network.teacher_decoder.hints(narrowed, hints))
             loss, _ = timed("loss", lambda: trainer.loss(student, teacher, batch["target"], num_full))
         timed("backward", loss.backward)
         timed(

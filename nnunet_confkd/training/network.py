@@ -166,10 +166,13 @@ class TwoBranchUNet(nn.Module):
         return [torch.cat(pair) for pair in zip(teacher, others)]
 
     def _teach(self, skips: list[Tensor], hints: Tensor | None):
-        teacher = self.teacher_decoder
-        if teacher.narrowing:
-            skips = [layer(skip) for layer, skip in zip(teacher.narrowing, skips)]
-        return teacher(skips if hints is None else teacher.hints(skips, hints))
+        skips = self.narrowed(skips)
+        return self.teacher_decoder(skips if hints is None else self.teacher_decoder.hints(skips, hints))
+
+    def narrowed(self, skips: list[Tensor]) -> list[Tensor]:
+        """Return the encoder's features with as many channels as the teacher has, without hints."""
+        layers = self.teacher_decoder.narrowing
+        return [layer(skip) for layer, skip in zip(layers, skips)] if layers else skips
 
 
 def check_unet(unet):
