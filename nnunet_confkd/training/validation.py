@@ -31,7 +31,7 @@ from nnunet_confkd.data.supervision import FULL, OUTSIDE
 from nnunet_confkd.errors import InputError, TrainingError, some
 from nnunet_confkd.files import written_whole
 from nnunet_confkd.training.batches import label_outside
-from nnunet_confkd.training.hints import class_map, hint_channels, regions_of
+from nnunet_confkd.training.hints import hint_channels, regions_of
 from nnunet_confkd.training.network import TwoBranchUNet, unwrap
 from nnunet_confkd.training.record import RECORD
 
@@ -124,10 +124,9 @@ def simulated_hints(trainer, case: str, data: np.ndarray, seg: np.ndarray) -> to
     labels, regions = trainer.label_manager, trainer.label_manager.has_regions
     label = label_outside(torch.from_numpy(seg[0].astype(np.int16)), labels.ignore_label, full=True)
     target = regions_of(label[None], labels)[None]
-    mask = sampler.simulate_volume(data, class_map(target, regions)[0], seg[0] != OUTSIDE,
-                                   trainer.configuration_manager.patch_size,
-                                   np.random.default_rng(crc32(case.encode())))
-    return hint_channels(target, torch.from_numpy(mask)[None, None], labels.num_segmentation_heads, regions)[0]
+    mask, listed = sampler.draw_volume(data, target, seg[0] != OUTSIDE, trainer.configuration_manager.patch_size,
+                                       np.random.default_rng(crc32(case.encode())))
+    return hint_channels(target, mask, labels.num_segmentation_heads, regions, listed)[0]
 
 
 # ---- writing in other processes -------------------------------------------------------------------------------------
