@@ -63,7 +63,7 @@ def annotated_classes(described: Mapping, counts: Mapping[str, Mapping[int, int]
         wrong = _problems_of_entry(names, heads) if case in counts else ["there is no such case"]
         wrong = wrong or _values_not_listed(counts[case], names, heads, described["labels"].get("ignore"))
         problems += [f"{case}: {text}" for text in wrong]
-        if not wrong and set(names) != set(heads):
+        if not wrong:
             found[case] = _listed(names, described["labels"], heads)
     if problems:
         raise InputError(f'dataset.json, "{CLASSES_KEY}":\n  ' + "\n  ".join(problems))

@@ -9,7 +9,7 @@ import torch
 from nnunetv2.utilities.label_handling.label_handling import LabelManager
 
 from nnunet_confkd.training.candidate_hints import CandidateHints
-from nnunet_confkd.training.hints import KEPT, NO_HINTS, HintSampler, hint_channels, volume_hints
+from nnunet_confkd.training.hints import KEPT, NO_HINTS, hint_channels, volume_hints
 
 HEADS, IGNORE = 3, 3
 ONE, TWO, ALL = (True, True, False), (True, False, True), (True, True, True)
@@ -167,17 +167,6 @@ def test_hints_never_lie_in_the_padding():
     sampler = CandidateHints(IGNORE, no_hints=0)
     for _ in range(2):
         assert torch.equal(sampler(batch)["hint_mask"], batch["inside"])
-
-
-def test_without_hidden_classes_the_hints_are_those_of_the_plain_sampler():
-    target = halves(-1, -1, -1)
-    target[2, :, 5:] = IGNORE
-    batch, drawn = batch_of(target, 2, [ALL, ALL, ALL]), []
-    for sampler in (HintSampler(IGNORE), HintSampler(IGNORE)):
-        np.random.seed(3)
-        drawn.append(sampler(batch)["hint_mask"])
-    assert torch.equal(*drawn)
-    assert torch.equal(CandidateHints(IGNORE)(batch)["hint_mask"][2], drawn[0][2])
 
 
 def test_a_whole_volume_has_the_hints_of_one_image_that_was_seen():

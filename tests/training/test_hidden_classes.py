@@ -179,13 +179,15 @@ def test_a_class_that_no_image_of_the_batch_lists_leaves_the_gradient_of_the_oth
 
 @each_head
 def test_an_unlabelled_image_lists_nothing(regions):
-    """It has no entry, so that it counts as annotated for all classes, but its voxels are ignored."""
+    """It has no entry, so that it counts as annotated for all classes, but its voxels are ignored. Class 3 is listed by
+    no other image."""
     loss, logits = supervised(2, regions), random_logits()
-    target = listed_target(regions=regions)
+    listed = (LISTED_REGIONS if regions else LISTED).clone()
+    listed[0, 3] = False
+    target = hide_unlisted(listed_target(regions=regions), listed, regions)
     target[1] = IGNORE
     if regions:
         target[1, :HEADS], target[1, HEADS] = 0, 1
-    listed = (LISTED_REGIONS if regions else LISTED).clone()
     expected = loss(logits, target, listed)
     listed[1] = torch.tensor([not regions, False, True, False])
     torch.testing.assert_close(loss(logits, target, listed), expected)
@@ -251,6 +253,17 @@ def test_large_logits_and_half_precision_stay_finite(regions, dtype):
     value = supervised(2, regions)(logits, listed_target(2, regions, 0.3), listed)
     value.backward()
     assert value.dtype == torch.float32 and torch.isfinite(value) and torch.isfinite(logits.grad).all()
+
+
+@each_head
+def test_a_compiled_dice_gives_the_same(regions):
+    """nnU-Net compiles it on GPUs."""
+    loss, logits = supervised(3, regions), random_logits(3, dtype=torch.float32)
+    target, listed = listed_target(3, regions, 0.3), LISTED_REGIONS if regions else LISTED
+    expected = loss(logits, target, listed)
+    loss.loss.dc = torch.compile(loss.loss.dc, backend="eager")
+    torch.testing.assert_close(loss(logits, target, listed), expected)
+    torch.compiler.reset()
 
 
 def test_lists_of_another_batch_are_refused():

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import json
+from copy import deepcopy
 
 import numpy as np
 import pytest
@@ -107,6 +108,12 @@ def test_what_is_hidden_costs_the_student_nothing(nnunet, hidden_classes):
     losses = [trainer.loss.supervised(logits, target, listed) for logits in (background, found)]
     torch.testing.assert_close(*losses)
     assert trainer.loss.supervised(found, target) > trainer.loss.supervised(background, target) + 0.1
+
+    weights = deepcopy(trainer.network.state_dict())
+    merged = trainer.train_step({**batch, "target": [t.clone() for t in batch["target"]]})["loss_student"]
+    trainer.network.load_state_dict(weights)
+    del batch["listed"]
+    assert trainer.train_step(batch)["loss_student"] != merged
 
 
 def test_regions_train_and_validate(own, hidden_classes):
