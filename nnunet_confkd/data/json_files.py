@@ -16,6 +16,7 @@ NEEDED = {  # of dataset.json, and what each must be
     "file_ending": f"one of {', '.join(ENDINGS)}",
     "numTraining": "the number of training cases"}
 OPTIONAL = {
+    "annotated_classes": "an object {case: [class, ...]}",
     "dataset": '{CASE: {"images": [FILE, ...], "label": FILE}}',
     "patient_pattern": "a regular expression, a text",
     "regions_class_order": "a list of whole numbers",
@@ -46,6 +47,9 @@ def malformed(described: dict) -> dict[str, str]:
     """Return {key: what it must be} of the entries of a dataset.json that are wrong, or are missing and needed."""
     labels, channels = described.get("labels"), described.get("channel_names")
     right = {
+        "annotated_classes": described.get("annotated_classes") is None
+        or isinstance(described["annotated_classes"], dict)
+        and all(map(_texts, described["annotated_classes"].values())),
         "channel_names": isinstance(channels, dict) and channels
         and list(channels) == [str(i) for i in range(len(channels))] and _texts(list(channels.values())),
         "labels": isinstance(labels, dict) and set(labels) - {"ignore"} and is_whole(labels.get("ignore", 0))
@@ -140,7 +144,7 @@ def planning_text(raw: str | Path, planned: str | Path, keys: Iterable[str], dat
         dataset_id: For the commands in the text.
     """
     keys = list(keys)
-    if {"supervision", "patient_pattern"}.issuperset(keys):
+    if {"annotated_classes", "supervision", "patient_pattern"}.issuperset(keys):
         remedy = f"Copy the first file over the second (confkd plan -d {dataset_id} --no_pp does so, too)"
     else:
         remedy = f"Plan and preprocess again: confkd plan -d {dataset_id}, with the options of the first time"

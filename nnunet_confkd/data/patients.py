@@ -50,7 +50,7 @@ def experiment_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def choose_patients(patients: Iterable[str], seed: int, full: list[str],
-                    validation: Iterable[str] | None = None) -> dict[str, str]:
+                    validation: Iterable[str] | None = None, least: int = 1) -> dict[str, str]:
     """Choose at random who validates, who stays fully annotated, and who does not.
 
     Args:
@@ -59,6 +59,7 @@ def choose_patients(patients: Iterable[str], seed: int, full: list[str],
         full: The patients that stay fully annotated: names, or one number. With the same seed, a smaller number chooses
             a part of a larger one's patients.
         validation: The patients that validate. None: about a fifth of all, but not a single patient.
+        least: The lowest number of patients that may stay fully annotated.
 
     Returns:
         {patient: "validation" | "full" | "other"}, in random order.
@@ -84,7 +85,7 @@ def choose_patients(patients: Iterable[str], seed: int, full: list[str],
                          f"{some(sorted(validation & set(named)))}")
     rest = [patient for patient in order if patient not in validation]
     if _is_number(full):
-        if not 1 <= int(full[0]) <= len(rest):
+        if not least <= int(full[0]) <= len(rest):
             raise InputError(f"{full[0]} full patients are asked for; besides the {len(validation)} that validate "
                              f"there are {len(rest)} to choose from")
         named = rest[:int(full[0])]

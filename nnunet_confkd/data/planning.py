@@ -41,6 +41,7 @@ from nnunetv2.utilities.label_handling.label_handling import LabelManager
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
 
+from nnunet_confkd.data.annotated_classes import annotated_classes
 from nnunet_confkd.data.folders import find_dataset, preprocessed_folder, raw_folder
 from nnunet_confkd.data.images import count_voxels, quiet
 from nnunet_confkd.data.json_files import read_description, read_json
@@ -258,7 +259,8 @@ def read_raw_labels(name: str, described: dict) -> RawLabels:
         raise InputError(f"{folder}: none of the {len(cases)} labels has an annotated voxel of any foreground class, "
                          f"so there is nothing to learn; annotate some, or correct \"ignore\" in dataset.json")
     with _about(folder):
-        kinds = decide_kinds(counts, manager, described.get(TABLE_KEY))
+        hidden = annotated_classes(described, counts)
+        kinds = decide_kinds(counts, manager, described.get(TABLE_KEY), hidden)
         patients = patients_of(cases, described.get("patient_pattern"))
     return RawLabels({case: files["label"] for case, files in cases.items()}, counts, kinds, patients, reader, manager)
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -123,21 +123,25 @@ def _write_cache(cache: str | Path, labels: list[int], cases: dict) -> None:
 # ---- deciding -------------------------------------------------------------------------------------------------------
 
 def decide_kinds(counts: dict[str, dict[int, int]], label_manager: LabelManager,
-                 table: dict | None = None) -> dict[str, str]:
+                 table: dict | None = None, hidden: Container[str] = ()) -> dict[str, str]:
     """Decide the kind of each case. It is that of its label, unless the table declares less annotation.
+
+    A case that is not annotated for all classes is partially annotated, also if each of its voxels has a label.
 
     Args:
         counts: {case: {label: voxels}} of all cases.
         label_manager: nnU-Net's, of the data set.
         table: dataset.json's "supervision", {case: kind}.
+        hidden: Cases that are not annotated for all classes
+            (:func:`nnunet_confkd.data.annotated_classes.annotated_classes`).
 
     Returns:
         {case: kind}.
 
     Raises:
         InputError: The table names a case or a kind that does not exist, declares a case full whose label has ignored
-            voxels, or declares a case partial or unlabelled in a data set without an ignore label. The text has all of
-            it.
+            voxels or lacks classes, or declares a case partial or unlabelled in a data set without an ignore label. The
+            text has all of it.
     """
     table = {} if table is None else table
     if not isinstance(table, dict):
@@ -145,14 +149,19 @@ def decide_kinds(counts: dict[str, dict[int, int]], label_manager: LabelManager,
     kinds = {}
     problems = [f"{case}: there is no such case among the preprocessed "
                 f"ones" for case in sorted(set(table) - set(counts))]
-    for case, found in ((case, kind_of(c, label_manager.ignore_label)) for case, c in counts.items()):
+    for case, count in counts.items():
+        found = kind_of(count, label_manager.ignore_label)
+        if found == FULL and case in hidden:
+            found = PARTIAL
         declared = table.get(case, found)
         if declared not in KINDS:
             problems.append(f"{case}: '{declared}' is no kind of supervision; use one of {', '.join(KINDS)}")
         elif declared == FULL != found:
-            problems.append(f"{case}: declared full, but {counts[case][label_manager.ignore_label]} of its voxels are "
-                            f"ignored; declare it {found} or leave it out of the table")
-        elif declared != FULL and not label_manager.has_ignore_label:
+            ignored = count.get(label_manager.ignore_label, 0)
+            reason = (f"{ignored} of its voxels are ignored" if ignored else
+                      '"annotated_classes" lacks some of its classes')
+            problems.append(f"{case}: declared full, but {reason}; declare it {found} or leave it out of the table")
+        elif declared not in (FULL, found) and not label_manager.has_ignore_label:
             problems.append(f"{case}: declared {declared}, but the labels in dataset.json have no \"ignore\" (the "
                             f"highest label plus one), without which no voxel can be without a label")
         else:

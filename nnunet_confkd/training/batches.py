@@ -6,7 +6,7 @@ drawn, where a patch of a partially annotated image lies, and which label the pa
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -50,6 +50,22 @@ class TrainingCases:
             seg = np.full(seg.shape, self.ignore_label, np.int16)
             properties = {**properties, "class_locations": {c: [] for c in properties["class_locations"]}}
         return data, seg, seg_prev, properties
+
+
+class ListedClasses:
+    """Adds "listed" to batches: bool, `(B, heads)`, for which heads each image is annotated.
+
+    Args:
+        hidden: {case: for each head whether it is listed}, of the cases that are not annotated for all classes.
+        num_heads: Number of classes with the background, or number of regions.
+    """
+
+    def __init__(self, hidden: Mapping[str, Sequence[bool]], num_heads: int):
+        self.hidden, self.all = hidden, (True,) * num_heads
+
+    def __call__(self, batch: dict) -> dict:
+        """Add it to a batch of nnU-Net's loader, which holds the names of the cases."""
+        return {**batch, "listed": torch.tensor([self.hidden.get(str(case), self.all) for case in batch["keys"]])}
 
 
 def label_outside(label: torch.Tensor, ignore_label: int | None, full: bool) -> torch.Tensor:
@@ -139,15 +155,45 @@ def full_images_per_batch(batch_size: int, share: float, others: bool) -> int:
 
     Args:
         batch_size: Number of images.
-        share: Wanted share of fully annotated images.
+        share: Wanted share of fully annotated images; 0 if there are none.
         others: Whether there are other images.
 
     Returns:
-        The rounded share, but at least one, and fewer than all if there are others.
+        The rounded share, but at least one if there are any, and fewer than all if there are others.
     """
-    if not others:
-        return batch_size
+    if not others or not share:
+        return batch_size if share else 0
     return min(max(round(share * batch_size), 1), batch_size - 1)
+
+
+def class_probabilities(kinds: Mapping[str, str], hidden: Mapping[str, Sequence[bool]], share: float,
+                        regions: bool = False) -> dict[str, float]:
+    """Compute how likely each case is drawn, if the cases of its stratum are annotated for different classes.
+
+    In a share of the draws a class is drawn first, each class equally often, and then one of the cases that are
+    annotated for it. In all other draws each case is as likely. With 95 cases of the liver, 5 of the kidney and a share
+    of a half, 28 % of the draws are thus of the kidney, and not 5 %.
+
+    Args:
+        kinds: {case: stratum} of the cases to draw from.
+        hidden: {case: for each head whether it is listed}, of the cases that are not annotated for all classes.
+        share: From 0, all cases are as likely, to 1, all classes are.
+        regions: Whether the heads are those of regions, which have no background.
+
+    Returns:
+        {case: probability within its stratum}, of the strata with such cases.
+    """
+    found: dict[str, float] = {}
+    for kind in (PARTIAL, FULL):  # where nothing is annotated, nothing is listed
+        cases = [case for case in kinds if kinds[case] == kind]
+        if not any(case in hidden for case in cases):
+            continue
+        number = len(next(iter(hidden.values())))
+        lists = np.array([hidden.get(case, (True,) * number) for case in cases], float)[:, 0 if regions else 1:]
+        lists = lists[:, lists.any(0)]
+        by_class = (lists / lists.sum(0)).mean(1)
+        found |= dict(zip(cases, share * by_class + (1 - share) / len(cases)))
+    return found
 
 
 class StratifiedLoader(nnUNetDataLoader):
@@ -171,23 +217,28 @@ class StratifiedLoader(nnUNetDataLoader):
             the same time.
         complete: Each of these gets a batch in turn and returns it, for example with more entries.
         transforms: nnU-Net's transforms.
+        probabilities: {case: how likely it is drawn within its stratum}, see :func:`class_probabilities`. In strata
+            without, all cases are as likely.
         kwargs: Further arguments of nnU-Net's loader.
 
     Raises:
-        InputError: No case is fully annotated.
+        InputError: No case is fully annotated, and `full_share` is above 0.
     """
 
     def __init__(self, data, *args, kinds: dict[str, str], full_share: float, unlabelled_share: float = 1.0,
-                 offset: int = 0, complete: Sequence[Callable[[dict], dict]] = (), transforms=None, **kwargs):
+                 offset: int = 0, complete: Sequence[Callable[[dict], dict]] = (), transforms=None,
+                 probabilities: Mapping[str, float] | None = None, **kwargs):
         # nnU-Net's loader does not tell the transforms the stratum, which they need: they are applied here.
         super().__init__(data, *args, transforms=None, **kwargs)
         self.strata = {kind: [case for case in data.identifiers if kinds[case] == kind] for kind in KINDS}
-        if not self.strata[FULL]:
+        if full_share and not self.strata[FULL]:
             raise InputError("no fully annotated case to draw from")
         unlabelled = len(self.strata[UNLABELLED])
         others = len(self.strata[PARTIAL]) + unlabelled
         self.unlabelled_share = min(unlabelled_share, unlabelled / others) if self.strata[PARTIAL] else 1.0
         self.full_share = full_share if others else 1.0
+        self.probabilities = {kind: [probabilities[case] for case in cases]
+                              for kind, cases in self.strata.items() if cases and cases[0] in (probabilities or {})}
         self.offset, self.complete, self.sample_transforms = offset, complete, transforms
         steps = getattr(transforms, "transforms", ())
         self.padding = next((step for step in steps if isinstance(step, LabelPadding)), None)
@@ -229,7 +280,7 @@ class StratifiedLoader(nnUNetDataLoader):
         self.batches += 1
         self.forced = [forced for number in self.numbers.values() for forced in self._draw_forced(number)]
         return [case for kind, number in self.numbers.items() if number
-                for case in np.random.choice(self.strata[kind], number)]
+                for case in np.random.choice(self.strata[kind], number, p=self.probabilities.get(kind))]
 
     def get_bbox(self, data_shape, force_fg, class_locations, *args, **kwargs):
         """Draw the place of a patch: its lower corner and its upper corner."""

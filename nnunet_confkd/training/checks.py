@@ -1,7 +1,7 @@
 """What can be wrong before a training begins: plans of another data set, an edited dataset.json, a bad split."""
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from pathlib import Path
 
 from batchgenerators.utilities.file_and_folder_operations import isfile, join, load_json
@@ -77,7 +77,7 @@ def check_fold(fold: int, splits_file: str) -> None:
 
 
 def warnings_of_split(fold: int | str, train: Iterable[str], val: Iterable[str], kinds: dict[str, str],
-                      pattern: str | None, command: str) -> list[str]:
+                      pattern: str | None, command: str, hidden: Container[str] = ()) -> list[str]:
     """Describe what is unusual about the cases of a fold.
 
     Args:
@@ -87,6 +87,7 @@ def warnings_of_split(fold: int | str, train: Iterable[str], val: Iterable[str],
         kinds: Kind of each case of the data set.
         pattern: The data set's pattern of patients, or None.
         command: The command that trains on fold "all".
+        hidden: Cases that are not annotated for all classes.
 
     Returns:
         Texts for the log.
@@ -105,4 +106,7 @@ def warnings_of_split(fold: int | str, train: Iterable[str], val: Iterable[str],
         found.append(f"{len(val) - len(full)} validation case(s) are not fully annotated. "
                      + ("The pseudo-Dice is that of the others." if full else
                         "There is no other: the pseudo-Dice counts annotated voxels only."))
+    if lacking := [case for case in val if case in hidden]:
+        found.append(f"{len(lacking)} validation case(s) are not annotated for all classes. The pseudo-Dice leaves the "
+                     f"others out, but nnU-Net's validation/summary.json takes them for absent.")
     return found

@@ -4,7 +4,8 @@ Points and scribbles are drawn class by class, so that a voxel of a small class 
 the background. In eroded masks it is the other way round. A network that learns from the annotated voxels alone learns
 their class frequencies q instead of those of the whole image, pi. If a voxel's class alone decides how likely it is to
 be annotated, the class probabilities among the annotated voxels are proportional to p * q / pi. The loss of partially
-annotated images is therefore taken on logits + log(q / pi), and the logits themselves learn p.
+annotated images is therefore taken on logits + log(q / pi), and the logits themselves learn p. Images that are not
+annotated for all classes are neither counted nor corrected.
 
 Source: logit adjustment (A. K. Menon et al., "Long-tail learning via logit adjustment", ICLR 2021, arXiv 2007.07314).
 """
@@ -43,14 +44,16 @@ class ClassPrior:
         """Count a batch of the stratified loader.
 
         Args:
-            batch: With "target", "num_full" and "inside".
+            batch: With "target", "num_full" and "inside"; and "listed", bool `(B, heads)`, if some images are not
+                annotated for all classes.
 
         Returns:
             The batch with "prior_shift", float32 `(heads,)`, which is 0 until both kinds of images have been counted.
         """
         target = batch["target"][0] if isinstance(batch["target"], list) else batch["target"]
-        full = batch["num_full"]
-        for i, images in enumerate((slice(full), slice(full, None))):
+        full = torch.arange(len(target)) < batch["num_full"]
+        whole = batch["listed"].all(1) if "listed" in batch else torch.ones_like(full)
+        for i, images in enumerate((full & whole, ~full & whole)):
             self.counts[i] += self._count(target[images], batch["inside"][images])
         return {**batch, "prior_shift": self.shift()}
 

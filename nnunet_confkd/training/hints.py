@@ -35,14 +35,21 @@ LARGE = 200_000  # voxels; in a larger class the innermost voxels are not search
 
 # ---- the teacher's input --------------------------------------------------------------------------------------------
 
-def hint_channels(target: Tensor, hint_mask: Tensor, num_heads: int, regions: bool = False) -> Tensor:
+def hint_channels(target: Tensor, hint_mask: Tensor, num_heads: int, regions: bool = False,
+                  listed: Tensor | None = None) -> Tensor:
     """Make the teacher's second input: a channel for each class (or region), and one for "this voxel is a hint".
+
+    A hint is the set of the classes that the voxel can have. With all classes listed it is one class. Where they are
+    not, an annotated voxel of value 0 is background or any class that is not listed: the channels of all of these are
+    1. With regions, the channel of a region that is not listed is 0.5, between 0 (outside) and 1 (inside).
 
     Args:
         target: A label map `(B, 1, *spatial)`, or nnU-Net's regions `(B, R + 1, *spatial)`.
         hint_mask: Bool, `(B, 1, *spatial)`: which voxels are hints.
         num_heads: Number of classes with the background, or number of regions.
         regions: Whether `target` holds regions.
+        listed: Bool, `(B, num_heads)`: for which heads the hints of each image are. The labels of others do not
+            matter. None: all.
 
     Returns:
         `(B, num_heads + 1, *spatial)`, float32, zero outside of the hints.
@@ -51,23 +58,33 @@ def hint_channels(target: Tensor, hint_mask: Tensor, num_heads: int, regions: bo
         labels = target[:, :num_heads] != 0
     else:
         labels = target == torch.arange(num_heads, device=target.device).view(1, -1, *[1] * (target.ndim - 2))
-    return torch.cat((labels & hint_mask, hint_mask), 1).float()
+    if listed is None or listed.all():
+        return torch.cat((labels & hint_mask, hint_mask), 1).float()
+    unlisted = (~listed).to(target.device, non_blocking=True).view(*listed.shape, *[1] * (target.ndim - 2))
+    if regions:
+        return torch.cat((torch.where(unlisted, 0.5, labels.float()) * hint_mask, hint_mask.float()), 1)
+    background = unlisted.clone()
+    background[:, 0] = True
+    merged = (labels & background).any(1, keepdim=True)
+    return torch.cat((torch.where(background, merged, labels) & hint_mask, hint_mask), 1).float()
 
 
-def volume_hints(label: np.ndarray, hint_mask: np.ndarray, label_manager: LabelManager) -> Tensor:
+def volume_hints(label: np.ndarray, hint_mask: np.ndarray, label_manager: LabelManager,
+                 listed: Sequence[bool] | None = None) -> Tensor:
     """Make the teacher's second input for a whole image, as :func:`hint_channels` does for batches.
 
     Args:
         label: Label map `(*spatial)`.
         hint_mask: Bool, `(*spatial)`: which voxels are hints.
         label_manager: nnU-Net's, with the classes or regions.
+        listed: For each head, whether the hints are for it. None: for all.
 
     Returns:
         `(heads + 1, *spatial)`, float32.
     """
     target = regions_of(torch.from_numpy(label)[None], label_manager)
     return hint_channels(target[None], torch.from_numpy(hint_mask)[None, None], label_manager.num_segmentation_heads,
-                         label_manager.has_regions)[0]
+                         label_manager.has_regions, None if listed is None else torch.tensor([listed]))[0]
 
 
 def regions_of(label: Tensor, label_manager: LabelManager) -> Tensor:
@@ -190,11 +207,13 @@ class HintSampler:
     def __call__(self, batch: dict) -> dict:
         """Add `hint_mask` (see :meth:`draw`) to a batch of the stratified loader, which holds `inside`."""
         target = batch["target"][0] if isinstance(batch["target"], list) else batch["target"]
-        # The random numbers are separate from nnU-Net's, but derived from them: the images equal those of a training
-        # without hints.
-        _, numbers, position, *_ = np.random.get_state()
-        rng = np.random.default_rng([*numbers[:8], position])
+        rng = rng_of_batch()
         return {**batch, "hint_mask": self.draw(batch["data"], target, batch["inside"], batch["num_full"], rng)}
+
+    @property
+    def has_seen_enough(self) -> bool:
+        """Whether the patterns of enough annotated images are kept."""
+        return self.images["annotated"] >= KEPT
 
     def observe_batches(self, loader: Iterator[dict]) -> None:
         """Draw batches until enough annotated images have been seen, and always the same ones.
@@ -205,9 +224,26 @@ class HintSampler:
         before = np.random.get_state()
         np.random.seed(12345)
         for _ in range(4 * KEPT):
-            if self.images["annotated"] < KEPT:
+            if not self.has_seen_enough:
                 self(next(loader))
         np.random.set_state(before)
+
+    def draw_volume(self, data: np.ndarray, target: Tensor, inside: np.ndarray, patch_size: Sequence[int],
+                    rng: np.random.Generator) -> tuple[Tensor, Tensor | None]:
+        """Simulate annotations of a whole, fully annotated image (see :meth:`simulate_volume`).
+
+        Args:
+            data: The image, `(channels, *spatial)`.
+            target: A label map `(1, 1, *spatial)`, or nnU-Net's regions `(1, R + 1, *spatial)`.
+            inside: Bool, `(*spatial)`: where the image is.
+            patch_size: That of the network.
+            rng: Source of random numbers.
+
+        Returns:
+            The hint mask, bool `(1, 1, *spatial)`; and for which heads the hints are, bool `(1, heads)`, None for all.
+        """
+        labels = class_map(target, self.regions)[0]
+        return torch.from_numpy(self.simulate_volume(data, labels, inside, patch_size, rng))[None, None], None
 
     def draw(self, data: Tensor, target: Tensor, inside: Tensor, num_full: int, rng: np.random.Generator) -> Tensor:
         """Draw the hint mask of a batch whose first `num_full` images are fully annotated.
@@ -310,6 +346,15 @@ class HintSampler:
         not_by_slices = self.images["annotated"] - self.images["by slices"]
         share_of_annotated = self.with_class["annotated"][label] / not_by_slices
         return share_of_annotated / (self.with_class["full"][label] / self.images["full"])
+
+
+def rng_of_batch() -> np.random.Generator:
+    """Random numbers for the hints of the next batch.
+
+    They are separate from nnU-Net's, but derived from them: the images equal those of a training without hints.
+    """
+    _, numbers, position, *_ = np.random.get_state()
+    return np.random.default_rng([*numbers[:8], position])
 
 
 # ---- what is annotated ----------------------------------------------------------------------------------------------

@@ -8,22 +8,26 @@ from nnunet_confkd.training.hints import hint_channels, regions_of
 from nnunet_confkd.training.network import unwrap
 
 
-def image_hints(label: torch.Tensor, hint_mask: torch.Tensor, label_manager) -> torch.Tensor:
+def image_hints(label: torch.Tensor, hint_mask: torch.Tensor, label_manager,
+                listed: torch.Tensor | None = None) -> torch.Tensor:
     """Make the teacher's hints of a whole image.
 
     Args:
         label: Label map, `(1, *spatial)`.
         hint_mask: Bool, `(1, *spatial)`: which voxels are hints.
         label_manager: nnU-Net's, with the classes or regions.
+        listed: Bool, `(1, heads)`: for which heads the hints are. None: for all.
 
     Returns:
         Of labels one channel for :class:`LabelHints`, `(1, *spatial)`: label + 1 where there is a hint, 0 elsewhere. Of
-        regions, which may overlap, the channels of `hint_channels`, `(regions + 1, *spatial)`.
+        regions, which may overlap, and of hints for some heads alone, which are sets of classes, the channels of
+        `hint_channels`, `(heads + 1, *spatial)`.
     """
-    if not label_manager.has_regions:
+    if not label_manager.has_regions and (listed is None or listed.all()):
         return torch.where(hint_mask, label.int() + 1, 0)
     target = regions_of(label, label_manager)[None]
-    return hint_channels(target, hint_mask[None], label_manager.num_segmentation_heads, True)[0]
+    return hint_channels(target, hint_mask[None], label_manager.num_segmentation_heads, label_manager.has_regions,
+                         listed)[0]
 
 
 class LabelHints(nn.Module):

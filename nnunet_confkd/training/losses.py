@@ -6,12 +6,15 @@
 |-------|---------|-----------------------------------------|---------------------------------------------------|
 | L_s   | teacher | fully annotated                         | supervised loss over all voxels                   |
 | L_w   | student | all                                     | supervised loss over the annotated voxels, with   |
-|       |         |                                         | the class-prior correction (class_prior.py)       |
+|       |         |                                         | the class-prior correction (class_prior.py), and  |
+|       |         |                                         | hidden classes merged with the background         |
 | L_kd  | student | all (or the fully annotated, or others) | mean over voxels of KL(p_teacher || p_student)    |
 | L_ent | student | partially annotated and unlabelled      | mean over voxels of the entropy H(p_student)      |
 
 Source: B. Liu, C. Desrosiers, I. Ben Ayed, J. Dolz, "Segmentation with mixed supervision: Confidence maximization
 helps knowledge distillation", Medical Image Analysis 2023, arXiv 2109.10902. docs/method.md lists the deviations.
+Classes that an image is not annotated for: G. Shi, L. Xiao, Y. Chen, S. K. Zhou, "Marginal loss and exclusion loss for
+partially supervised multi-organ segmentation", Medical Image Analysis 2021, arXiv 2007.03868 (the marginal loss).
 
 Layout: logits are `(B, C, *spatial)`, a label map is `(B, 1, *spatial)`. With *regions* (overlapping targets) each
 channel is a sigmoid head, the target is nnU-Net's `(B, C + 1, *spatial)`, whose last channel is the ignore mask, and
@@ -31,6 +34,7 @@ from nnunet_confkd.training.cutmix import Mix, mixed
 from nnunet_confkd.training.ranks import rank_factors
 
 TERMS = ("teacher", "student", "kl", "entropy")
+NEVER = -1e30  # a float32 logit of probability 0, with a gradient of 0; an infinite one would give NaN
 
 
 # ---- one quantity per voxel -----------------------------------------------------------------------------------------
@@ -121,6 +125,84 @@ def annotated_voxels(target: Tensor, ignore_label: int | None, regions: bool = F
     return ~target[:, -1:].bool() if regions else target != ignore_label
 
 
+def merge_unlisted(logits: Tensor, listed: Tensor | None, regions: bool = False) -> Tensor:
+    """Turn logits into those of the classes that each image is annotated for.
+
+    In an image that is not annotated for all classes, a voxel of value 0 is background or any class that is not listed.
+    The probability of this merged class is the sum over them: its logit is `logsumexp` over the logits of the
+    background and the classes that are not listed, and takes the place of the background's. The logits of the classes
+    that are not listed become `NEVER`. The normaliser of the softmax stays, so that the probabilities of the listed
+    classes do, too. With regions the logits of the heads that are not listed become `NEVER`.
+
+    Args:
+        logits: `(B, C, *spatial)`.
+        listed: Bool, `(B, C)`: for which heads each image is annotated, among them the background. None: all. On the
+            CPU, so that no device is waited for.
+        regions: Whether the channels are sigmoid heads.
+
+    Returns:
+        `(B, C, *spatial)`, in float32 if they were in half precision; `logits` itself if no image has hidden classes.
+
+    Raises:
+        ValueError: The shapes do not match.
+    """
+    images = _with_hidden(logits, listed)
+    if listed is None or not len(images):
+        return logits
+    logits, images = _full_precision(logits), images.to(logits.device)
+    rows = logits[images]
+    unlisted = _unlisted(listed, rows)[images]
+    merged = rows.masked_fill(unlisted, NEVER)
+    if not regions:
+        background = unlisted.clone()
+        background[:, 0] = True
+        total = torch.logsumexp(rows.masked_fill(~background, -torch.inf), 1, keepdim=True)
+        merged = torch.cat((total, merged[:, 1:]), 1)
+    return logits.index_copy(0, images, merged)
+
+
+def hide_unlisted(target: Tensor, listed: Tensor | None, regions: bool = False) -> Tensor:
+    """Turn a target into what an annotator of the listed classes alone would have annotated.
+
+    Args:
+        target: A label map `(B, 1, *spatial)`, or regions `(B, C, *spatial)` or `(B, C + 1, *spatial)`, whose last
+            channel is then the ignore mask.
+        listed: Bool, `(B, C)` as in :func:`merge_unlisted`.
+        regions: Whether `target` holds regions.
+
+    Returns:
+        A target of the same shape: labels that are not listed are 0, and regions that are not listed are empty.
+        `target` itself if no image has hidden classes.
+    """
+    images = _with_hidden(target, listed)
+    if listed is None or not len(images):
+        return target
+    images, heads = images.to(target.device), listed.shape[1]
+    rows = target[images]
+    unlisted = _unlisted(listed, rows)[images]
+    if regions:
+        hidden = torch.cat((rows[:, :heads].masked_fill(unlisted, 0), rows[:, heads:]), 1)
+    else:
+        labels = torch.arange(heads, device=rows.device, dtype=rows.dtype).view(1, -1, *[1] * (rows.ndim - 2))
+        hidden = torch.cat([row.masked_fill((row == labels[:, flags]).any(1, keepdim=True), 0)
+                            for row, flags in zip(rows.split(1), unlisted.flatten(1))])
+    return target.index_copy(0, images, hidden)
+
+
+def _with_hidden(tensor: Tensor, listed: Tensor | None) -> Tensor:
+    """The numbers of the images that are not annotated for all classes."""
+    if listed is None:
+        return torch.empty(0, dtype=torch.long)
+    if len(listed) != len(tensor):
+        raise ValueError(f"listed {tuple(listed.shape)} does not match {tuple(tensor.shape)}")
+    return (~listed.all(1)).nonzero()[:, 0]
+
+
+def _unlisted(listed: Tensor, like: Tensor) -> Tensor:
+    """Which heads are not listed, `(B, C, 1, ...)`, on the device of `like`."""
+    return (~listed).to(like.device, non_blocking=True).view(*listed.shape, *[1] * (like.ndim - 2))
+
+
 @torch.no_grad()
 def confidence(logits: Tensor, regions: bool = False) -> Tensor:
     """Mean over voxels of the largest probability: 1/C (regions: 1/2) if the prediction is undecided, 1 if certain.
@@ -152,16 +234,22 @@ def _zero_with_graph(tensor: Tensor) -> Tensor:
     return tensor.flatten()[:0].float().sum()
 
 
-def _shifted(logits: Tensor, num_full: int, shift: Tensor | None, mix: Mix | None) -> Tensor:
-    """Add a constant for each class, `(C,)`, to the logits of the voxels that are not of fully annotated images."""
+def _shifted(logits: Tensor, num_full: int, shift: Tensor | None, mix: Mix | None, listed: Tensor | None) -> Tensor:
+    """Add a constant for each class, `(C,)`, to the logits of the voxels that are not of fully annotated images.
+
+    Images with hidden classes are left out: annotated background is no fair sample of the merged background.
+    """
     if shift is None or num_full == len(logits):
         return logits
     shift = shift.view(1, -1, *[1] * (logits.ndim - 2))
-    if mix is None:
-        return torch.cat((logits[:num_full], logits[num_full:] + shift))
-    of_full = torch.zeros_like(logits[:, :1])
-    of_full[:num_full] = 1
-    return logits + (1 - mix(of_full)) * shift
+    if mix is not None:
+        of_full = torch.zeros_like(logits[:, :1])
+        of_full[:num_full] = 1
+        return logits + (1 - mix(of_full)) * shift
+    if listed is not None and len(_with_hidden(logits, listed)):
+        whole = listed[num_full:].all(1).to(shift.device, non_blocking=True)
+        shift = shift * whole.view(-1, *[1] * (logits.ndim - 1))
+    return torch.cat((logits[:num_full], logits[num_full:] + shift))
 
 
 def _mean(values: Tensor) -> Tensor:
@@ -175,7 +263,12 @@ class PartialSupervision(nn.Module):
     """nnU-Net's supervised loss over the annotated voxels of a batch: L_s on the teacher, L_w on the student.
 
     Images without any annotated voxel do not enter it. On one process the value equals nnU-Net's to the bit if every
-    image has annotated voxels.
+    image has annotated voxels and is annotated for all classes.
+
+    Classes that an image is not annotated for are merged with its background (:func:`merge_unlisted`): nnU-Net's
+    cross-entropy then is the marginal one. The Dice is the mean over the listed classes. In nnU-Net's mean a class that
+    no image of the batch lists (with a Dice of each image: that this image does not list) has a Dice of exactly 1, and
+    would weaken the gradient of the others.
 
     Args:
         loss: nnU-Net's compound loss of Dice and (binary) cross-entropy, which masks the ignore label itself.
@@ -191,12 +284,14 @@ class PartialSupervision(nn.Module):
         super().__init__()
         self.loss, self.ignore_label, self.regions, self.ddp = loss, ignore_label, regions, ddp
 
-    def forward(self, logits: Tensor, target: Tensor) -> Tensor:
+    def forward(self, logits: Tensor, target: Tensor, listed: Tensor | None = None) -> Tensor:
         """Compute the loss.
 
         Args:
             logits: `(B, C, *spatial)`.
             target: A label map `(B, 1, *spatial)`, or regions `(B, C + 1, *spatial)`.
+            listed: Bool, `(B, C)`, on the CPU: for which heads each image is annotated. None: all images for all heads.
+                On several ranks it must be None on all of them or on none.
 
         Returns:
             A scalar; zero, with a graph, if no voxel is annotated.
@@ -206,6 +301,9 @@ class PartialSupervision(nn.Module):
         """
         if logits.shape[0] != target.shape[0] or logits.shape[2:] != target.shape[2:]:
             raise ValueError(f"logits {tuple(logits.shape)} and target {tuple(target.shape)} do not match")
+        logits = merge_unlisted(logits, listed, self.regions)
+        if self.regions:  # labels that are not listed do not occur
+            target = hide_unlisted(target, listed, regions=True)
         annotated = annotated_voxels(target, self.ignore_label, self.regions)
         if not getattr(getattr(self.loss, "dc", None), "batch_dice", True):
             # In the mean of the images' Dice an image without annotation counts as perfect, which weakens the gradient
@@ -213,31 +311,67 @@ class PartialSupervision(nn.Module):
             images = annotated.flatten(1).any(1)
             if not images.all():
                 logits, target, annotated = logits[images], target[images], annotated[images]
+                listed = None if listed is None else listed[images.cpu()]
+        lists = None if listed is None or not hasattr(self.loss, "dc") else self._lists(annotated, listed)
         if self.ddp:
-            value = self._over_ranks(logits, target, annotated.sum())
+            value = self._over_ranks(logits, target, annotated.sum(), lists)
         else:
-            value = self.loss(logits, target) if annotated.any() else 0
+            factor = self._dice_factor(lists)
+            value = self._weighted(logits, target, 1.0, factor) + self._excess(factor) if annotated.any() else 0
         # nnU-Net's losses, too, return a plain 0 if there is nothing to learn from
         return value if torch.is_tensor(value) else _zero_with_graph(logits)
 
-    def _over_ranks(self, logits: Tensor, target: Tensor, num_voxels: Tensor) -> Tensor | int:
-        """The loss of this rank, scaled such that the mean over the ranks is the loss of all images."""
-        factors, (total, _) = rank_factors(torch.stack((num_voxels, num_voxels.new_tensor(logits.shape[0]))))
-        if total == 0:
-            return 0
-        voxel_factor, image_factor = factors.tolist()
-        loss = self.loss
-        weights = loss.weight_ce, loss.weight_dice
-        loss.weight_ce = weights[0] * voxel_factor
+    def _lists(self, annotated: Tensor, listed: Tensor) -> Tensor:
+        """How many images list each class of the Dice, and how many there are in all: `(classes + 1,)`."""
+        counted = torch.cat((listed if self.loss.dc.do_bg else listed[:, 1:], torch.ones_like(listed[:, :1])), 1)
+        return (annotated.flatten(1).any(1, keepdim=True) & counted.to(annotated.device)).sum(0)
+
+    def _dice_factor(self, lists: Tensor | None) -> float:
+        """What the mean over all classes must be multiplied by, to be that over the listed ones; 1 if all are listed.
+
+        Args:
+            lists: That of :meth:`_lists`, of all ranks together; None if no image has hidden classes.
+        """
+        if lists is None:
+            return 1.0
+        *numbers, images = lists.tolist()
+        if self.loss.dc.batch_dice:
+            return len(numbers) / max(1, sum(map(bool, numbers)))
+        return len(numbers) * images / max(1, sum(numbers))
+
+    def _excess(self, dice_factor: float) -> float:
+        """What the loss is too small by, because nnU-Net's mean counts a Dice of 1 for classes that are not listed."""
+        return self.loss.weight_dice * (dice_factor - 1) if dice_factor != 1 else 0.0
+
+    def _weighted(self, logits: Tensor, target: Tensor, ce_factor: float, dice_factor: float) -> Tensor | int:
+        """nnU-Net's loss with factors of its two weights."""
+        if ce_factor == dice_factor == 1:
+            return self.loss(logits, target)
+        weights = self.loss.weight_ce, self.loss.weight_dice
+        self.loss.weight_ce, self.loss.weight_dice = weights[0] * ce_factor, weights[1] * dice_factor
         try:
-            if loss.dc.batch_dice:
-                # nnU-Net gathers the sums of the Dice over the ranks, and equal shapes are needed for that. Folding the
-                # batch axis into space, (1, C, B, *spatial), keeps the sums. The Dice is that of all ranks already.
-                return loss(logits.transpose(0, 1)[None], target.transpose(0, 1)[None])
-            loss.weight_dice = weights[1] * image_factor
-            return loss(logits, target) if logits.shape[0] else 0
+            return self.loss(logits, target)
         finally:
-            loss.weight_ce, loss.weight_dice = weights
+            self.loss.weight_ce, self.loss.weight_dice = weights
+
+    def _over_ranks(self, logits: Tensor, target: Tensor, num_voxels: Tensor, lists: Tensor | None) -> Tensor | float:
+        """The loss of this rank, scaled such that the mean over the ranks is the loss of all images."""
+        counts = torch.stack((num_voxels, num_voxels.new_tensor(logits.shape[0])))
+        factors, totals = rank_factors(counts if lists is None else torch.cat((counts, lists)))
+        if totals[0] == 0:
+            return 0
+        voxel_factor, image_factor = factors[:2].tolist()
+        dice_factor = self._dice_factor(None if lists is None else totals[2:])
+        if self.loss.dc.batch_dice:
+            # nnU-Net gathers the sums of the Dice over the ranks, and equal shapes are needed for that. Folding the
+            # batch axis into space, (1, C, B, *spatial), keeps the sums. The Dice is that of all ranks already.
+            value = self._weighted(logits.transpose(0, 1)[None], target.transpose(0, 1)[None], voxel_factor,
+                                   dice_factor)
+        elif logits.shape[0]:
+            value = self._weighted(logits, target, voxel_factor, image_factor * dice_factor)
+        else:
+            value = _zero_with_graph(logits)
+        return value + self._excess(dice_factor)
 
 
 # ---- the joint objective --------------------------------------------------------------------------------------------
@@ -279,7 +413,8 @@ class ConfKDLoss(nn.Module):
         return getattr(self.supervised, "ddp", False)
 
     def forward(self, student, teacher, target, num_full: int, kl_ramp: float = 1.0,
-                prior_shift: Tensor | None = None, mix: Mix | None = None) -> tuple[Tensor, dict[str, Tensor]]:
+                prior_shift: Tensor | None = None, mix: Mix | None = None,
+                listed: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
         """Compute the loss of a batch.
 
         Args:
@@ -293,6 +428,8 @@ class ConfKDLoss(nn.Module):
                 not fully annotated (see :mod:`nnunet_confkd.training.class_prior`). None: no correction.
             mix: How the student's images were mixed (see :mod:`nnunet_confkd.training.cutmix`). The teacher's logits
                 and the target are those of the images as they were. None: not at all.
+            listed: Bool, `(B, C)`, on the CPU: for which heads each image is annotated, for L_s and L_w. None: all. It
+                cannot be combined with `mix`, whose images have several lists.
 
         Returns:
             The scalar to minimise, and the unweighted terms by name, detached scalars.
@@ -315,8 +452,8 @@ class ConfKDLoss(nn.Module):
         for i, resolution_weight in enumerate(self.resolution_weights):
             if resolution_weight == 0:
                 continue
-            shifted = _shifted(student[i], num_full, prior_shift, mix)
-            supervised = self._supervised_terms(shifted, teacher[i], target[i], num_full, weights, mix)
+            shifted = _shifted(student[i], num_full, prior_shift, mix, listed)
+            supervised = self._supervised_terms(shifted, teacher[i], target[i], num_full, weights, mix, listed)
             extra = {}
             if i == 0 or self.extra_resolutions == "all":
                 extra = self._extra_terms(student[i], teacher[i], num_full, weights, rank_factor, mix)
@@ -330,13 +467,14 @@ class ConfKDLoss(nn.Module):
         return total, {term: value.detach() for term, value in sums.items()}
 
     def _supervised_terms(self, student: Tensor, teacher: Tensor | None, target: Tensor, num_full: int,
-                          weights: dict[str, float], mix: Mix | None) -> dict[str, Tensor]:
+                          weights: dict[str, float], mix: Mix | None, listed: Tensor | None) -> dict[str, Tensor]:
         """L_s and L_w at one resolution."""
-        terms = {}
+        terms: dict[str, Tensor] = {}
+        lists = () if listed is None else (listed,)
         if weights["teacher"]:
-            terms["teacher"] = self.supervised(teacher[:num_full], target[:num_full])
+            terms["teacher"] = self.supervised(*(values[:num_full] for values in (teacher, target, *lists)))
         if weights["student"]:
-            terms["student"] = self.supervised(student, mixed(target, mix))
+            terms["student"] = self.supervised(student, mixed(target, mix), *lists)
         return terms
 
     def _extra_terms(self, student: Tensor, teacher: Tensor | None, num_full: int, weights: dict[str, float],

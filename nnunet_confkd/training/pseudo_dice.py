@@ -6,12 +6,13 @@ import torch
 from nnunetv2.training.loss.dice import get_tp_fp_fn_tn
 from torch import Tensor
 
-from nnunet_confkd.training.losses import annotated_voxels
+from nnunet_confkd.training.losses import annotated_voxels, hide_unlisted
 
 COUNTS = ("tp_hard", "fp_hard", "fn_hard")  # nnU-Net's names
 
 
-def hard_counts(logits: Tensor, target: Tensor, ignore_label: int | None, regions: bool) -> dict[str, np.ndarray]:
+def hard_counts(logits: Tensor, target: Tensor, ignore_label: int | None, regions: bool,
+                listed: Tensor | None = None) -> dict[str, np.ndarray]:
     """Count true positives, false positives and false negatives as nnU-Net does for its pseudo-Dice.
 
     Args:
@@ -19,6 +20,7 @@ def hard_counts(logits: Tensor, target: Tensor, ignore_label: int | None, region
         target: A label map `(B, 1, *spatial)`, or regions `(B, C + 1, *spatial)`; without ignore label `(B, C, ...)`.
         ignore_label: The data set's ignore label, or None. Ignored voxels do not count.
         regions: Whether the channels are sigmoid heads.
+        listed: Bool, `(B, C)`: for which heads each image is annotated. The others do not count. None: all.
 
     Returns:
         The counts by name, one for each region or each label except the background.
@@ -31,6 +33,9 @@ def hard_counts(logits: Tensor, target: Tensor, ignore_label: int | None, region
         predicted = logits > 0  # sigmoid > 0.5
     else:
         predicted = torch.zeros_like(logits, dtype=torch.bool).scatter_(1, logits.argmax(1, keepdim=True), True)
+    if listed is not None:
+        predicted = predicted & listed.to(predicted.device).view(*listed.shape, *[1] * (logits.ndim - 2))
+        target = hide_unlisted(target, listed, regions)
     axes = [0, *range(2, logits.ndim)]
     counts = get_tp_fp_fn_tn(predicted.float(), target, axes, None if mask is None else mask.float())
     first = 0 if regions else 1  # without the background

@@ -21,7 +21,7 @@ REMOVED: dict[str, Any] = {
     "entropy_ramp_start": 0.0, "entropy_ramp_end": 0.0}
 
 # Settings that came later, and what earlier trainings did. A model of theirs still loads.
-ADDED: dict[str, Any] = {"cutmix": 0.0, "prior_correction": 0.0, "teacher_width": 1.0}
+ADDED: dict[str, Any] = {"class_share": 0.0, "cutmix": 0.0, "prior_correction": 0.0, "teacher_width": 1.0}
 
 
 def without_removed(block: Mapping[str, Any]) -> dict[str, Any]:
@@ -94,6 +94,10 @@ class Settings:
     unlabelled_share: float = _setting("batches", 0.25, SHARES,
                                        "share of unlabelled images among the others in a batch, but at most their "
                                        "share of the cases; the rest is partially annotated")
+    class_share: float = _setting("batches", 0.5, SHARES,
+                                  "share of the draws in which first a class and then one of its cases is drawn, if "
+                                  "cases are annotated for different classes; in all other draws all cases are as "
+                                  "likely")
 
     epochs: int | None = _setting("run", None, COUNTS, "number of epochs; null: nnU-Net's 1000")
     iterations_per_epoch: int | None = _setting("run", None, COUNTS, "iterations per epoch; null: nnU-Net's 250")

@@ -24,6 +24,13 @@ from nnunetv2.utilities.default_n_proc_DA import get_allowed_n_proc_DA
 from nnunetv2.utilities.helpers import dummy_context
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
+from nnunet_confkd.data.annotated_classes import (
+    CLASSES_KEY,
+    Listed,
+    annotated_classes,
+    require_annotated,
+    teaching_cases,
+)
 from nnunet_confkd.data.patients import patients_of, split_full_cases
 from nnunet_confkd.data.supervision import (
     FULL,
@@ -40,7 +47,16 @@ from nnunet_confkd.data.supervision import (
 from nnunet_confkd.errors import InputError, TrainingError
 from nnunet_confkd.files import written_whole
 from nnunet_confkd.processes import terminable
-from nnunet_confkd.training.batches import StratifiedLoader, TrainingCases, label_padding, set_seed, start_augmenter
+from nnunet_confkd.training.batches import (
+    ListedClasses,
+    StratifiedLoader,
+    TrainingCases,
+    class_probabilities,
+    label_padding,
+    set_seed,
+    start_augmenter,
+)
+from nnunet_confkd.training.candidate_hints import CandidateHints
 from nnunet_confkd.training.checks import check_fold, check_plans, edited_after_planning, has_begun, warnings_of_split
 from nnunet_confkd.training.class_prior import ClassPrior
 from nnunet_confkd.training.curves import CURVES, plot_curves
@@ -67,7 +83,8 @@ class ConfKDTrainer(nnUNetTrainer):
 
     Raises:
         InputError: Before any training: settings are unknown or not allowed, the ignore label is not the highest, the
-            plans are those of another data set, no case is fully annotated, or the network is no U-Net.
+            plans are those of another data set, no case is fully annotated (but see "annotated_classes" in
+            docs/data.md), or the network is no U-Net.
     """
 
     fixed_settings: dict = {}
@@ -98,6 +115,8 @@ class ConfKDTrainer(nnUNetTrainer):
         if edited:
             self.print_to_log_file(f"WARNING: {edited}. This training has begun and goes on with the second.")
         self.kinds: dict[str, str] | None = None  # -> find_supervision
+        self.hidden: dict[str, Listed] = {}  # the cases that are not annotated for all classes; likewise
+        self.complete: list[str] = []  # the cases without ignored voxels; likewise
         self.iteration = 0  # training iterations done
         self.continued = False  # -> load_checkpoint
         self.divergence = Divergence(self.settings.max_nonfinite_steps)
@@ -158,10 +177,14 @@ class ConfKDTrainer(nnUNetTrainer):
         table = self.dataset_json.get(TABLE_KEY)
         with first_rank_first():  # it counts the voxels, and the others read its counts
             counts = annotation_counts(self.preprocessed_dataset_folder, cases, self.label_manager, cache)
-            kinds = decide_kinds(counts, self.label_manager, table)
-            self.print_to_log_file(f"Supervision of the data set: {summary(kinds)}")
+            hidden = annotated_classes(self.dataset_json, counts)
+            kinds = decide_kinds(counts, self.label_manager, table, hidden)
+            self.print_to_log_file(f"Supervision of the data set: {summary(kinds)}"
+                                   + (f"; {len(hidden)} not annotated for all classes" if hidden else ""))
             if self.local_rank == 0:
                 self._warn_of_lost_annotations(kinds, table or {})
+        self.hidden = {case: listed for case, listed in hidden.items() if kinds[case] == PARTIAL}
+        self.complete = [case for case, count in counts.items() if not count.get(self.label_manager.ignore_label, 0)]
         self.kinds = kinds
         return kinds
 
@@ -190,7 +213,8 @@ class ConfKDTrainer(nnUNetTrainer):
         kinds, pattern = self.find_supervision(), self.dataset_json.get("patient_pattern")
         if self.local_rank != 0 or isfile(file) or (pattern is None and set(kinds.values()) == {FULL}):
             return
-        require_full(kinds)
+        if not self.hidden:
+            require_full(kinds)
         splits = split_full_cases(kinds, patients_of(kinds, pattern))
         self.print_to_log_file(f"Writing {file}: {len(splits)} folds of the fully annotated cases; all others train in "
                                f"every fold.")
@@ -203,10 +227,11 @@ class ConfKDTrainer(nnUNetTrainer):
         if missing := sorted({*train, *val} - set(kinds)):
             raise InputError(f"splits_final.json names cases that are not preprocessed: {', '.join(missing)}")
         training = {case: kinds[case] for case in train}
-        require_full(training)
+        self._require_supervision(training)
         self.print_to_log_file(f"Training cases: {summary(training)}")
         command = f"confkd train {int(self.plans_manager.dataset_name[7:10])} {self.configuration_name} all"
-        for text in warnings_of_split(self.fold, train, val, kinds, self.dataset_json.get("patient_pattern"), command):
+        pattern = self.dataset_json.get("patient_pattern")
+        for text in warnings_of_split(self.fold, train, val, kinds, pattern, command, self.hidden):
             self.print_to_log_file(f"WARNING: {text}")
         if self.is_cascaded:
             check_first_stage(self)
@@ -215,11 +240,32 @@ class ConfKDTrainer(nnUNetTrainer):
         if self.local_rank == 0:
             changed = write_record(self.output_folder, {
                 "trainer": type(self).__name__, "settings": self.settings.as_dict(), "supervision": training,
-                "pseudo_dice_on": list(dataset_val.identifiers), "teacher_validated_with_hints": with_hints},
-                self.current_epoch if self.continued else None)
+                "pseudo_dice_on": list(dataset_val.identifiers), "teacher_validated_with_hints": with_hints,
+                **({CLASSES_KEY: {case: self.dataset_json[CLASSES_KEY][case] for case in train if case in self.hidden}}
+                   if self.hidden else {})}, self.current_epoch if self.continued else None)
             if changed:
                 self.print_to_log_file(f"WARNING: {changed}")
         return self._training_cases(dataset_tr), dataset_val
+
+    def _require_supervision(self, training: dict[str, str]) -> None:
+        """Raise InputError if the training cases do not suffice for this trainer."""
+        if self.hidden:
+            strata = self._strata(training)
+            require_annotated(training, self.hidden, self.dataset_json["labels"],
+                              teachers=FULL in strata.values() or not self.settings.weight_teacher)
+            if FULL in strata.values() and FULL not in training.values():
+                self.print_to_log_file(
+                    "No training case is fully annotated. The teacher learns from those that list more classes than "
+                    f"others: {', '.join(case for case, kind in strata.items() if kind == FULL)}")
+        else:
+            require_full(training)
+
+    def _strata(self, cases) -> dict[str, str]:
+        """The stratum of each case: its kind, and `FULL` if the teacher learns from it."""
+        kinds = {case: self.kinds[case] for case in cases}
+        if not (self.hidden and self.settings.weight_teacher):
+            return kinds
+        return kinds | dict.fromkeys(teaching_cases(kinds, self.hidden, self.complete), FULL)
 
     # ---- batches ----------------------------------------------------------------------------------------------------
 
@@ -238,24 +284,34 @@ class ConfKDTrainer(nnUNetTrainer):
     def _loader(self, cases, batch_size: int, initial_patch_size, transforms, loader_class=StratifiedLoader, **options):
         """A loader of batches with nnU-Net's options."""
         if loader_class is StratifiedLoader:
-            options |= dict(kinds=self.kinds, full_share=self.settings.full_share,
+            strata = self._strata(cases.identifiers)
+            options |= dict(kinds=strata, full_share=self.settings.full_share if FULL in strata.values() else 0,
                             unlabelled_share=self.settings.unlabelled_share)
+            if self.hidden:
+                options["probabilities"] = class_probabilities(strata, self.hidden, self.settings.class_share,
+                                                               self.label_manager.has_regions)
+                options["complete"] = [self._listed_classes, *options.get("complete", ())]
         return loader_class(cases, batch_size, initial_patch_size, self.configuration_manager.patch_size,
                             self.label_manager, transforms=transforms, sampling_probabilities=None, pad_sides=None,
                             oversample_foreground_percent=self.oversample_foreground_percent,
                             probabilistic_oversampling=self.probabilistic_oversampling, **options)
 
     def _with_padding(self, transforms):
-        """nnU-Net's transforms; in a data set with an ignore label the loader decides what the padding is."""
-        if self.label_manager.has_ignore_label:
+        """nnU-Net's transforms; in data sets with other than full labels the loader decides what the padding is."""
+        if self.label_manager.has_ignore_label or self.hidden:
             label_padding(transforms, self.label_manager.ignore_label)
         return transforms
 
     def _hint_sampler(self, **options) -> HintSampler:
         """A sampler that has not seen any batch."""
         channels = self.dataset_json["modality" if "modality" in self.dataset_json else "channel_names"]
-        return HintSampler(self.label_manager.ignore_label, self.label_manager.has_regions,
-                           image_channels=len(channels), **options)
+        sampler_class = CandidateHints if self.hidden else HintSampler
+        return sampler_class(self.label_manager.ignore_label, self.label_manager.has_regions,
+                             image_channels=len(channels), **options)
+
+    @property
+    def _listed_classes(self) -> ListedClasses:
+        return ListedClasses(self.hidden, self.label_manager.num_segmentation_heads)
 
     def _class_prior(self) -> ClassPrior:
         labels = self.label_manager
@@ -289,6 +345,7 @@ class ConfKDTrainer(nnUNetTrainer):
         """nnU-Net's method with a stratified loader: nnU-Net has no hook for the class of the loader."""
         if self.dataset_class is None:
             self.dataset_class = infer_dataset_class(self.preprocessed_dataset_folder)
+        dataset_tr, dataset_val = self.get_tr_and_val_datasets()
         patch_size = self.configuration_manager.patch_size
         deep_supervision_scales = self._get_deep_supervision_scales()
         (rotation_for_DA, do_dummy_2d_data_aug, initial_patch_size,
@@ -298,16 +355,17 @@ class ConfKDTrainer(nnUNetTrainer):
             use_mask_for_norm=self.configuration_manager.use_mask_for_norm, **self._label_options))
         val_transforms = self._with_padding(
             self.get_validation_transforms(deep_supervision_scales, **self._label_options))
-
-        dataset_tr, dataset_val = self.get_tr_and_val_datasets()
         complete: list = []
         if cutmix := self.settings.cutmix_for(self.kinds[case] for case in dataset_tr.identifiers):
+            if self.hidden:
+                raise InputError('confkd: cutmix is above 0, but some cases are not annotated for all classes '
+                                 '(dataset.json, "annotated_classes"), and cannot be mixed; set "cutmix": 0')
             self.print_to_log_file(f"CutMix in a share of {cutmix:g} of the iterations")
             complete.append(CutMix(cutmix))
         if any(self.kinds[case] == PARTIAL for case in dataset_tr.identifiers):
             if self.settings.uses_hints:
                 complete.append(self._hint_sampler())
-            if self.settings.prior_correction:
+            if self.settings.prior_correction and self.label_manager.has_ignore_label:
                 complete.append(self._class_prior())
         dl_tr = self._loader(dataset_tr, self.batch_size, initial_patch_size, tr_transforms, offset=self.local_rank,
                              complete=complete)
@@ -351,7 +409,7 @@ class ConfKDTrainer(nnUNetTrainer):
             shift = batch.get("prior_shift")
             loss, terms = self.loss(student, teacher, target, num_full, kl_ramp,
                                     None if shift is None else shift.to(self.device, non_blocking=True),
-                                    batch.get("mix"))
+                                    batch.get("mix"), batch.get("listed"))
         gradient = self._update_weights(loss)
 
         highest = student[0] if self.enable_deep_supervision else student
@@ -384,7 +442,8 @@ class ConfKDTrainer(nnUNetTrainer):
         if "hint_mask" not in batch:
             return None
         return hint_channels(target, batch["hint_mask"].to(self.device, non_blocking=True),
-                             self.label_manager.num_segmentation_heads, self.label_manager.has_regions)
+                             self.label_manager.num_segmentation_heads, self.label_manager.has_regions,
+                             batch.get("hint_listed"))
 
     def _forward(self, data: torch.Tensor, num_full: int, mix: Mix | None = None, **options):
         """The outputs of student and teacher; None for the teacher if the network has none."""
@@ -438,15 +497,17 @@ class ConfKDTrainer(nnUNetTrainer):
 
     def validation_step(self, batch: dict) -> dict:
         data, target = self._to_device(batch)
+        # nnU-Net's loader, which draws validation cases that are not fully annotated, does not tell their classes
+        listed = self._listed_classes(batch)["listed"] if self.hidden else None
         with self._autocast():
             highest_target = target[0] if self.enable_deep_supervision else target
             hints = self._hints(batch, highest_target) if self.two_branches else None
             student, teacher = self._forward(data, data.shape[0], hints=hints)
             if not self.enable_deep_supervision:
                 student, teacher, target = [student], [teacher], [target]
-            loss = sum(weight * self.loss.supervised(s, t)
+            loss = sum(weight * self.loss.supervised(s, t, listed)
                        for weight, s, t in zip(self.loss.resolution_weights, student, target) if weight)
-        labels = self.label_manager.ignore_label, self.label_manager.has_regions
+        labels = self.label_manager.ignore_label, self.label_manager.has_regions, listed
         result = {"loss": loss.cpu().numpy(), **hard_counts(student[0], highest_target, *labels)}
         if self.two_branches:
             result |= {f"teacher_{k}": v for k, v in hard_counts(teacher[0], highest_target, *labels).items()}

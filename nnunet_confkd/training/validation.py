@@ -31,7 +31,7 @@ from nnunet_confkd.data.supervision import FULL, OUTSIDE
 from nnunet_confkd.errors import InputError, TrainingError, some
 from nnunet_confkd.files import written_whole
 from nnunet_confkd.training.batches import label_outside
-from nnunet_confkd.training.hints import class_map, regions_of
+from nnunet_confkd.training.hints import regions_of
 from nnunet_confkd.training.label_hints import LabelHints, image_hints
 from nnunet_confkd.training.network import TwoBranchUNet, unwrap
 from nnunet_confkd.training.prediction_maps import StreamingExport
@@ -129,10 +129,10 @@ def simulated_hints(trainer, case: str, data: np.ndarray, seg: np.ndarray) -> to
     sampler = deepcopy(trainer.validation_hints)  # it learns from what it sees, and every case must come first
     labels = trainer.label_manager
     label = label_outside(torch.from_numpy(seg[0].astype(np.int16)), labels.ignore_label, full=True)[None]
-    mask = sampler.simulate_volume(data, class_map(regions_of(label, labels)[None], labels.has_regions)[0],
-                                   seg[0] != OUTSIDE, trainer.configuration_manager.patch_size,
-                                   np.random.default_rng(crc32(case.encode())))
-    return image_hints(label, torch.from_numpy(mask)[None], labels)
+    mask, listed = sampler.draw_volume(data, regions_of(label, labels)[None], seg[0] != OUTSIDE,
+                                       trainer.configuration_manager.patch_size,
+                                       np.random.default_rng(crc32(case.encode())))
+    return image_hints(label, mask[0], labels, listed)
 
 
 # ---- writing in other processes -------------------------------------------------------------------------------------

@@ -289,6 +289,74 @@ def test_hippocampus_keeps_points_in_three_planes(test_data, folders):
                 assert set(np.unique(weak[:, k])) - {3} == set(np.unique(full[:, k]))
 
 
+# ---- hidden classes -------------------------------------------------------------------------------------------------
+
+def test_hidden_classes_are_background_and_all_else_stays_annotated(source, folders):
+    target = _weaken(style=None, hide_classes=1, full=["2"], unlabelled=1)
+    assert target.name == "Dataset002_Source_hidden"
+    described = read_json(target / "dataset.json")
+    partial = {case for case, kind in described["supervision"].items() if kind == "partial"}
+    assert set(described["annotated_classes"]) == partial and described["weakened"]["hide_classes"] == 1
+    values = {"one": 1, "two": 2}
+    for case, listed in described["annotated_classes"].items():
+        full, weak = (read_voxels(folder / "labelsTr" / f"{case}.nii.gz") for folder in (source, target))
+        (name,) = listed
+        assert np.array_equal(weak, np.where(full == values[name], full, 0)) and (weak == values[name]).any()
+    # both cases of a patient alike, and the patients take turns
+    of = {case[:2]: tuple(listed) for case, listed in described["annotated_classes"].items()}
+    assert len(of) == 5 and sorted(map(list(of.values()).count, set(of.values()))) == [2, 3]
+    assert all(described["annotated_classes"][f"{patient}_b"] == list(listed) for patient, listed in of.items())
+
+
+def test_scribbles_of_some_classes_are_drawn_on_the_merged_background(source):
+    target = _weaken(style="scribbles", hide_classes=1, seed=3)
+    described = read_json(target / "dataset.json")
+    assert target.name == "Dataset002_Source_scribbles_hidden" and described["annotated_classes"]
+    for case, (name,) in described["annotated_classes"].items():
+        full, weak = (read_voxels(folder / "labelsTr" / f"{case}.nii.gz") for folder in (source, target))
+        merged = np.where(full == {"one": 1, "two": 2}[name], full, 0).astype(np.uint8)
+        expected = weaken(merged, "scribbles", 3, case_rng(case, "scribbles", 3), spacing=(5, 1.25, 0.75))
+        assert np.array_equal(weak, expected) and not np.array_equal(merged, full)
+
+
+def test_there_may_be_no_full_case_if_classes_are_hidden(source, folders):
+    target = _weaken(style=None, hide_classes=1, full=["0"])
+    described, split = read_json(target / "dataset.json"), _split(folders, target.name)
+    assert {described["supervision"][case] for case in split["train"]} == {"partial"}
+    assert {name for listed in described["annotated_classes"].values() for name in listed} == {"one", "two"}
+
+
+def test_hidden_regions_lose_the_values_that_are_in_no_other_region(source):
+    described = read_json(source / "dataset.json") | {"labels": {"background": 0, "whole": [1, 2], "two": [2]},
+                                                  "regions_class_order": [1, 2]}
+    (source / "dataset.json").write_text(json.dumps(described))
+    target = _weaken(style=None, hide_classes=1)
+    lists = read_json(target / "dataset.json")["annotated_classes"]
+    assert {listed[0] for listed in lists.values()} == {"whole", "two"}
+    for case, (name,) in lists.items():
+        full, weak = (read_voxels(folder / "labelsTr" / f"{case}.nii.gz") for folder in (source, target))
+        assert np.array_equal(weak, np.where(full == 2, 2, 0) if name == "two" else full)
+
+
+def test_patients_hide_the_same_classes_however_many_are_full(source):
+    first, second = (read_json(_weaken(style=None, hide_classes=1, full=[number], dataset_id=i, name=f"F{i}")
+                               / "dataset.json")["annotated_classes"] for i, number in ((2, "2"), (3, "3")))
+    assert len(second) < len(first) and all(first[case] == listed for case, listed in second.items())
+
+
+def test_a_source_with_hidden_classes_is_refused(source):
+    described = read_json(source / "dataset.json") | {"annotated_classes": {"p0_a": ["one"]}}
+    (source / "dataset.json").write_text(json.dumps(described))
+    with pytest.raises(InputError, match='dataset.json: has "annotated_classes", so its cases are not fully annotated'):
+        _weaken()
+
+
+def test_the_command_hides_classes(source, folders, capsys):
+    assert cli.main(["weaken", "--source", "1", "--id", "9", "--full", "0", "--hide-classes", "1"]) == 0
+    assert "20 training cases (4 full, 16 partial, 0 unlabelled)" in capsys.readouterr().out
+    assert len(read_json(folders / "raw" / "Dataset009_Source_hidden" / "dataset.json")["annotated_classes"]) == 16
+
+
 # ---- bad input ------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("options, pattern", [
@@ -305,6 +373,10 @@ def test_hippocampus_keeps_points_in_three_planes(test_data, folders):
     ({"style": "scrawl"}, "no style 'scrawl'"),
     ({"style": "slices", "fraction": 2.0}, "fraction must be above 0 and at most 1, got 2.0"),
     ({"style": "scribbles", "dimension": "3d"}, "scribbles are made slice by slice"),
+    ({"style": None}, "give a style .--style., or a number of classes to hide .--hide-classes."),
+    ({"hide_classes": 2}, "2 classes are to be hidden in each case; there are 2 .one, two., of which at least one"),
+    ({"hide_classes": -1}, "-1 classes are to be hidden"),
+    ({"style": "none", "hide_classes": 1}, "with the style none nothing is annotated"),
     ({"patient_pattern": r"q(\d)"}, "does not match these cases"),
     ({"patient_pattern": "p["}, "is no regular expression"),
 ])

@@ -18,7 +18,7 @@ ORDER = [{"cli"}, {"demo"}, {"report"}, {"evaluation", "nnunet_commands"}, {"inf
          {"colours", "device", "discovery", "files", "processes"}, {"errors"}, {""}]
 # Within `training`, the parts of the method do not know the trainer.
 PARTS = ("losses", "network", "hints", "settings", "batches", "recovery", "curves", "checks", "pseudo_dice", "ranks",
-         "record")
+         "record", "candidate_hints")
 
 
 def modules() -> dict[str, ast.Module]:

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 
 HIPPOCAMPUS = "Dataset004_Hippocampus"
+HIDDEN = "Dataset006_Hidden"
 
 
 @pytest.fixture
@@ -37,3 +38,50 @@ def threads_in_place_of_processes(request, monkeypatch):
     threads = SimpleNamespace(get_context=lambda method: SimpleNamespace(Pool=ThreadPool))
     for module in (evaluate_predictions, default_preprocessor):
         monkeypatch.setattr(module, "multiprocessing", threads)
+
+
+@pytest.fixture(scope="session")
+def hidden_classes(nnunet, test_data) -> dict[str, list[str]]:
+    """The cases, by role, of Dataset006_Hidden: real Hippocampus images with three classes, planned and preprocessed.
+
+    The posterior part is halved into "body" and "tail". A role is what its cases are annotated for: everything, the
+    classes in its name, or points of the tail alone.
+    """
+    from nnunet_confkd.data.case_files import Case
+    from nnunet_confkd.data.images import Volume
+    from nnunet_confkd.data.raw_format import Dataset, write_dataset
+    from nnunet_confkd.data.weaken import weakened
+    labels = {"background": 0, "anterior": 1, "body": 2, "tail": 3, "ignore": 4}
+    roles = {"full": 2, "validation": 1, "anterior": 2, "body tail": 2, "anterior body": 1, "anterior tail": 1,
+             "tail points": 1}
+    files = iter(sorted((test_data / "hippocampus" / "labelsTr").glob("*.nii.gz")))
+    cases, training, table = {}, [], {}
+    for role, number in roles.items():
+        for file in (next(files) for _ in range(number)):
+            image = test_data / "hippocampus" / "imagesTr" / file.name
+            case = Case(file.name.removesuffix(".nii.gz"), (Volume(image),),
+                        Volume(_in_three_classes(file, nnunet.folder / "three")))
+            if role not in ("full", "validation"):
+                table[case.name] = role.removesuffix(" points").split()
+                case = weakened(case, "partial", labels, "points" if "points" in role else None, 0, table[case.name])
+            cases.setdefault(role, []).append(case.name)
+            training.append(case)
+    write_dataset(Dataset(HIDDEN[11:], ["MRI"], labels, ".nii.gz", training, more={"annotated_classes": table}),
+                  int(HIDDEN[7:10]), processes=1)
+    training = [case for role in cases for case in cases[role] if role != "validation"]
+    nnunet.prepare(HIDDEN, ["2d", "3d_fullres"], {"train": sorted(training), "val": cases["validation"]})
+    return cases
+
+
+def _in_three_classes(file, folder):
+    """Write a label of Hippocampus with its second class halved, and return the new file."""
+    import numpy as np
+
+    from nnunet_confkd.data.images import read, write
+    folder.mkdir(exist_ok=True)
+    picture = read(file)
+    label = picture.voxels[0].astype(np.uint8)
+    middle = int(np.median(np.nonzero(label == 2)[1]))
+    label[:, middle:][label[:, middle:] == 2] = 3
+    write(folder / file.name, label, picture.geometry)
+    return folder / file.name

@@ -16,8 +16,10 @@ from nnunet_confkd.data.supervision import FULL, PARTIAL, UNLABELLED
 from nnunet_confkd.errors import InputError
 from nnunet_confkd.training.batches import (
     LabelPadding,
+    ListedClasses,
     StratifiedLoader,
     TrainingCases,
+    class_probabilities,
     full_images_per_batch,
     label_padding,
     real_hints,
@@ -333,3 +335,52 @@ def test_hidden_labels_are_ignored_everywhere():
     )
     _, seg, _, properties = data.load_case("f")
     assert (seg != IGNORE).all() and len(properties["class_locations"][1]) == 1
+
+
+# ---- classes that are annotated in some cases and not in others ------------------------------------------------------
+
+A, B = (True, True, False), (True, False, True)
+
+
+def test_batches_tell_for_which_heads_each_image_is_annotated():
+    batch = next(loader(4, complete=[ListedClasses({f"p{i}": A for i in range(9)}, 3)]))
+    assert batch["listed"].dtype == torch.bool and batch["listed"].shape == (4, 3)
+    assert [tuple(row.tolist()) for row in batch["listed"]] == [A if key[0] == "p" else (True,) * 3
+                                                                for key in batch["keys"]]
+
+
+def test_cases_of_a_rare_class_are_drawn_as_often_as_the_rule_says():
+    """95 of class A and 5 of class B: of the draws by class a half is of B, of the others one in 20."""
+    kinds = {f"p{i}": PARTIAL for i in range(100)} | {"f": FULL}
+    hidden = {f"p{i}": A if i < 95 else B for i in range(100)}
+    rare = [f"p{i}" for i in range(95, 100)]
+    for share, expected in ((0.0, 0.05), (0.5, 0.275), (1.0, 0.5)):
+        found = class_probabilities(kinds, hidden, share)
+        assert set(found) == set(hidden) and sum(found.values()) == pytest.approx(1)
+        assert sum(found[case] for case in rare) == pytest.approx(expected)
+    np.random.seed(0)
+    dl = loader(4, kinds=kinds, probabilities=class_probabilities(kinds, hidden, 0.5))
+    drawn = [case for _ in range(1000) for case in dl.get_indices() if case != "f"]
+    assert len(drawn) == 2000
+    assert np.mean([case in rare for case in drawn]) == pytest.approx(0.275, abs=0.05)  # five standard deviations
+
+
+def test_a_case_that_lists_a_common_class_alone_is_drawn_too():
+    found = class_probabilities({"a": PARTIAL, "b": PARTIAL}, {"a": A}, 1.0)
+    assert found == {"a": pytest.approx(0.25), "b": pytest.approx(0.75)}
+    regions = class_probabilities({"a": PARTIAL, "b": PARTIAL}, {"a": (True, False)}, 1.0, regions=True)
+    assert regions == found
+
+
+def test_where_all_cases_are_annotated_for_all_classes_the_draws_stay_as_they_are():
+    assert class_probabilities(KINDS, {}, 1.0) == {}
+    assert set(class_probabilities(KINDS | {"q": PARTIAL}, {"q": A}, 1.0)) == {f"p{i}" for i in range(9)} | {"q"}
+
+
+def test_without_full_cases_all_images_are_of_the_other_strata():
+    kinds = {f"p{i}": PARTIAL for i in range(3)} | {"u": UNLABELLED}
+    dl = loader(4, 0, kinds)
+    for _ in range(5):
+        batch = next(dl)
+        assert batch["num_full"] == 0 and len(batch["keys"]) == 4
+    assert full_images_per_batch(4, 0, others=True) == 0

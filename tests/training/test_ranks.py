@@ -19,7 +19,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from nnunet_confkd.training.hints import hint_channels
-from nnunet_confkd.training.losses import ConfKDLoss, PartialSupervision
+from nnunet_confkd.training.losses import ConfKDLoss, PartialSupervision, hide_unlisted
 from nnunet_confkd.training.network import TwoBranchUNet
 
 WORLD = 2
@@ -32,13 +32,30 @@ WEIGHTS = {"teacher": 1.0, "student": 0.7, "kl": 2.0, "entropy": 0.5}
 OBJECTIVES = {"default": {}, "papers": {"kl_images": "full", "extra_resolutions": "all"},
               "kl on others": {"kl_images": "partial"}}
 SHARES = (0.3, 0.0, 0.02, 0.1)  # annotated, of each image that is not fully annotated
-# nnU-Net plans batch Dice for 2-D, a Dice of each image for 3-D
-EXPERIMENTS = list(itertools.product(SPLITS, OBJECTIVES, (2, 3), (False, True)))  # the last: regions
-SHORT = [("uneven", "default", 2, False), ("uneven", "default", 3, True)]
+# nnU-Net plans batch Dice for 2-D, a Dice of each image for 3-D. The last two: regions, and hidden classes
+EXPERIMENTS = list(itertools.product(SPLITS, OBJECTIVES, (2, 3), (False, True), (False, True)))
+SHORT = [("uneven", "default", 2, False, False), ("uneven", "default", 3, True, False),
+         ("uneven", "default", 2, False, True), ("uneven", "default", 3, False, True),
+         ("uneven", "default", 3, True, True)]
 
 
-def joint_batch(split: str, ndim: int, regions: bool):
-    """Images, targets of two resolutions, and hints, of all ranks together; the fully annotated images come first."""
+def lists_of(number: int, ndim: int) -> torch.Tensor:
+    """The heads that the images of all ranks are annotated for. The background is head 0 of labels.
+
+    In 2-D no image with annotated voxels lists class 2, so that the Dice of the batch is that of class 1 alone. In 3-D
+    the images list all classes, all but 1, all but 2, and so on.
+    """
+    lists = torch.ones(number, CHANNELS, dtype=torch.bool)
+    if ndim == 2:
+        lists[:3, 2] = False
+    else:
+        lists[1::3, 1] = lists[2::3, 2] = False
+    return lists
+
+
+def joint_batch(split: str, ndim: int, regions: bool, hidden: bool = False):
+    """Images, targets of two resolutions, hints, the number of fully annotated images, which come first, and for which
+    heads each image is annotated (None: all of them for all), of all ranks together."""
     full, others = (sum(part[kind] for part in SPLITS[split]) for kind in (0, 1))
     random = torch.Generator().manual_seed(3)
     images, targets = torch.randn(full + others, 1, *ndim * [16], generator=random).double(), []
@@ -46,6 +63,8 @@ def joint_batch(split: str, ndim: int, regions: bool):
         labels = torch.randint(0, CHANNELS, (full + others, 1, *ndim * [side]), generator=random)
         for image, share in zip(labels[full:], SHARES):
             image[torch.rand(image.shape, generator=random) >= share] = IGNORE
+        if hidden:
+            labels = hide_unlisted(labels, lists_of(len(labels), ndim))
         if regions:  # one-hot, then the ignore mask
             ignored = labels == IGNORE
             labels = torch.cat([*((labels == c) for c in range(CHANNELS)), ignored], 1)
@@ -53,7 +72,8 @@ def joint_batch(split: str, ndim: int, regions: bool):
     hint_mask = torch.rand(images.shape, generator=random) < 0.2
     if not regions:
         hint_mask &= targets[0] != IGNORE
-    return images, targets, hint_channels(targets[0], hint_mask, CHANNELS, regions).double(), full
+    hints = hint_channels(targets[0], hint_mask, CHANNELS, regions).double()
+    return images, targets, hints, full, lists_of(len(images), ndim) if hidden else None
 
 
 def images_of_rank(split: str, rank: int) -> list[int]:
@@ -85,12 +105,13 @@ def objective_of(name: str, ndim: int, regions: bool, ddp: bool) -> ConfKDLoss:
                       regions=regions, **OBJECTIVES[name])
 
 
-def step(network, loss: ConfKDLoss, images, targets, hints, num_full: int):
+def step(network, loss: ConfKDLoss, images, targets, hints, num_full: int, listed):
     """Terms and gradients. Twice, as DDP complains in the second step of what was missing in the first."""
     others = loss.kl_images != "full"
     for _ in range(2):
         network.zero_grad()
-        total, terms = loss(*network(images, num_full, hints if others else None, others), targets, num_full)
+        total, terms = loss(*network(images, num_full, hints if others else None, others), targets, num_full,
+                            listed=listed)
         total.backward()
     gradients = {name.removeprefix("module."): p.grad for name, p in network.named_parameters()}
     return {"loss": total.detach(), **terms}, gradients
@@ -101,21 +122,22 @@ def work(rank: int, folder: Path, experiments: list) -> None:
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder / 'store'}", rank=rank, world_size=WORLD,
                                          timeout=timedelta(seconds=60))
     results = {}
-    for split, objective, ndim, regions in experiments:
+    for experiment in experiments:
+        split, objective, ndim, regions, hidden = experiment
         mine = images_of_rank(split, rank)
-        images, targets, hints, _ = joint_batch(split, ndim, regions)
+        images, targets, hints, _, listed = joint_batch(split, ndim, regions, hidden)
         network = DistributedDataParallel(network_of(ndim, seed=rank))  # starts all ranks from the first's weights
         loss = objective_of(objective, ndim, regions, ddp=True)
-        results[split, objective, ndim, regions] = step(network, loss, images[mine], [t[mine] for t in targets],
-                                                        hints[mine], SPLITS[split][rank][0])
+        results[experiment] = step(network, loss, images[mine], [t[mine] for t in targets], hints[mine],
+                                   SPLITS[split][rank][0], None if listed is None else listed[mine])
     torch.save(results, folder / f"rank{rank}.pt")
     torch.distributed.destroy_process_group()
 
 
 def compare(ranks: list[dict], experiment: tuple) -> None:
-    split, objective, ndim, regions = experiment
+    split, objective, ndim, regions, hidden = experiment
     loss = objective_of(objective, ndim, regions, ddp=False)
-    terms, gradients = step(network_of(ndim), loss, *joint_batch(split, ndim, regions))
+    terms, gradients = step(network_of(ndim), loss, *joint_batch(split, ndim, regions, hidden))
     largest = float(max(gradient.abs().max() for gradient in gradients.values()))
     assert largest > 1e-3
     for _, found in (results[experiment] for results in ranks):
@@ -129,7 +151,8 @@ def compare(ranks: list[dict], experiment: tuple) -> None:
 
 
 def test_the_gradients_of_two_ranks_are_those_of_one_process(run_ranks, tmp_path):
-    """Two of the experiments: ranks with unequal numbers of fully annotated images, one of them without any."""
+    """Some of the experiments: ranks with unequal numbers of fully annotated images, one of them without any, and with
+    unequal numbers of images that are not annotated for all classes."""
     ranks = run_ranks(__file__, tmp_path, "short")
     for experiment in SHORT:
         compare(ranks, experiment)
