@@ -485,7 +485,8 @@ def test_completion_shows_the_teacher_what_training_would_show_it(mixed):
         image, label = mixed.raw / "imagesTr" / f"{case}_0000.nii.gz", mixed.raw / "labelsTr" / f"{case}.nii.gz"
         predictor = SimpleNamespace(plans_manager=plans, configuration_manager=configuration, dataset_json=described)
         item, = _with_hints(predictor, [[str(image)]], [str(label)], ["out"])
-        shown = item["data"][1:]
+        hints = item["data"][None, 1:]
+        shown = hint_channels(hints - 1, hints > 0, 3)[0]  # as the network gets them, patch by patch
         seg = nnUNetDatasetBlosc2(str(folder), [case]).load_case(case)[1][:]
         assert (seg == -1).any() and shown.shape[1:] == seg.shape[1:]
         # the whole case, and some of its surroundings, as a patch of a training batch

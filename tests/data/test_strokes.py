@@ -167,7 +167,7 @@ def test_strokes_with_0_for_not_annotated_given_as_full_masks_are_named_by_check
     assert (
         re.search(
             r"no label holds the value 255, .*The labels hold 0: 9\d\.\d %, 1: 0\.\d+ %, 2: 0\.\d+ %; "
-            r".*If it is 0: --ignore-value 0$",
+            r"correct --ignore-value: if 0 is \*not annotated\*: --ignore-value 0$",
             error.strip(),
         )
         and "--full" not in error

@@ -386,7 +386,7 @@ def test_what_is_wrong_with_files_is_told_with_the_rest(source, refused, scribbl
     (source / "training" / "patient003" / "Info.cfg").unlink()
     refused(f"{source / 'training' / 'patient003' / 'Info.cfg'}: {NO_INFO}",
             f"{image}: cannot be read as an image; is it cut short, damaged, or of another format? Fetch or write it "
-            f"anew (Compressed file ended before the end-of-stream marker was reached)",
+            f"anew (the compressed data end too early)",
             f"{mask}: holds the values 5; a full label may hold 0, 1, 2, 3; correct the label, or name and map these "
             f"values",
             f"{scribble}: is on another grid than {source}/training/patient002/patient002_frame01.nii.gz: spacing "

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 
 HIPPOCAMPUS = "Dataset004_Hippocampus"
-HIDDEN = "Dataset006_Hidden"
+HIDDEN = "Dataset016_Hidden"
 
 
 @pytest.fixture
@@ -42,7 +42,7 @@ def threads_in_place_of_processes(request, monkeypatch):
 
 @pytest.fixture(scope="session")
 def hidden_classes(nnunet, test_data) -> dict[str, list[str]]:
-    """The cases, by role, of Dataset006_Hidden: real Hippocampus images with three classes, planned and preprocessed.
+    """The cases, by role, of Dataset016_Hidden: real Hippocampus images with three classes, planned and preprocessed.
 
     The posterior part is halved into "body" and "tail". A role is what its cases are annotated for: everything, the
     classes in its name, or points of the tail alone.

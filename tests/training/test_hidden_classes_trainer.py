@@ -11,7 +11,7 @@ import torch
 from nnunet_confkd.errors import InputError
 from nnunet_confkd.training.losses import TERMS
 
-HIDDEN = "Dataset006_Hidden"
+HIDDEN = "Dataset016_Hidden"
 SHORT = {"epochs": 1, "iterations_per_epoch": 3, "seed": 0, "kl_ramp_start": 0, "kl_ramp_end": 0}
 
 
