@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from types import SimpleNamespace
 
+from nnunet_confkd.data.annotated_classes import annotated_classes, require_annotated, teaching_cases
 from nnunet_confkd.data.check_cases import (
     CaseContent,
     CaseFiles,
@@ -202,16 +203,23 @@ def _decide_kinds(contents: dict[str, CaseContent], described: dict, report: Rep
     report.errors += [f"{report.folder}/dataset.json, \"{TABLE_KEY}\": there is no case {case}; remove it from the "
                       f"table"
                       for case in sorted(set(table) - set(contents))]
-    for case, content in contents.items():
-        if content.counts is None:
-            continue
+    counts = {case: content.counts for case, content in contents.items() if content.counts is not None}
+    hidden = _report_error(report, f"{report.folder}/", annotated_classes, described, counts) or {}
+    for case in counts:
         try:
-            kinds |= decide_kinds({case: content.counts}, labels, {case: table[case]} if case in table else {})
+            kinds |= decide_kinds({case: counts[case]}, labels, {case: table[case]} if case in table else {}, hidden)
         except InputError as error:
             report.errors.append(f"{report.folder}/{error}".replace("\n  ", " "))
-            kinds[case] = kind_of(content.counts, ignore)
+            kinds[case] = kind_of(counts[case], ignore)
     if contents and len(kinds) == len(contents):  # what a label that cannot be used was meant to be is not known
-        _report_error(report, "", require_full, kinds)
+        if hidden:
+            _report_error(report, "", require_annotated, kinds, hidden, described["labels"], True)
+            if not teaching_cases(kinds, hidden, [case for case in counts if not counts[case].get(ignore, 0)]):
+                report.warnings.append("no case can teach the others: none is annotated for all classes, and the lists "
+                                       "of some cannot be simulated on others. ConfKDTrainer would stop; train "
+                                       "without a teacher: -tr ConfKDTrainer_partialOnly")
+        else:
+            _report_error(report, "", require_full, kinds)
     return kinds
 
 

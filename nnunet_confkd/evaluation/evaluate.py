@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from nnunet_confkd.data.annotated_classes import CLASSES_KEY
 from nnunet_confkd.data.folders import find_dataset, preprocessed_folder, raw_folder
 from nnunet_confkd.data.images import ITK, Geometry, ending_of, read, spacing_file, values_in
 from nnunet_confkd.data.json_files import read_description
@@ -259,8 +260,10 @@ def evaluate_folders(truth: str | Path, prediction: str | Path, *, dataset: int 
         raise InputError(f"the tolerance must be a number of mm from 0, not {tolerance_mm!r}")
     files = _pairs(truth, prediction, subset, cases)
     known = classes = None
+    lists: dict[str, list[str]] = {}
     if dataset is not None:
-        classes, ignore_label, pattern_of_dataset = _described(dataset)
+        classes, ignore_label, pattern_of_dataset, lists = _described(dataset)
+        of_dataset = classes
         patient_pattern = patient_pattern or pattern_of_dataset
         known = frozenset({0, *(label for values in classes.values() for label in values)})
     patients = patients_by(patient_pattern, files)
@@ -275,6 +278,9 @@ def evaluate_folders(truth: str | Path, prediction: str | Path, *, dataset: int 
         classes = _add_absent(results)
         if not classes:
             raise InputError(f"{truth}: no file holds a label other than 0; nothing to measure")
+    for case in set(lists) & set(results):
+        _leave_out_unlisted(results[case], classes, {value for name in lists[case] for value in of_dataset[name]},
+                            None if labels else lists[case])
     return Evaluation(
         truth=truth, prediction=prediction, classes=classes, ignore_label=ignore_label,
         tolerance_mm=float(tolerance_mm),
@@ -301,6 +307,22 @@ def _evaluate(files: dict[str, tuple[Path, Path]], *, processes: int, **options)
     if problems := [problem for result in results.values() for problem in result.problems]:
         raise InputError("nothing was evaluated:\n  " + "\n  ".join(problems))
     return results
+
+
+def _leave_out_unlisted(result: Result, classes: dict[str, tuple[int, ...]], values: set[int],
+                        names: list[str] | None) -> None:
+    """Take a case out of the measures of classes that its ground truth is not annotated for.
+
+    Args:
+        result: Of the case.
+        classes: {class: labels}.
+        values: The labels of the classes that the case is annotated for.
+        names: The names of these classes. None: `classes` are no names of the data set, so the labels decide.
+    """
+    for name, labels in classes.items():
+        if not (values.issuperset(labels) if names is None else name in names):
+            result.measures[name] = dict.fromkeys(MEASURES, math.nan)
+            result.counts[name] = _confusion(0, 0, 0, result.annotated)
 
 
 def _add_absent(results: dict[str, Result]) -> dict[str, tuple[int, ...]]:
@@ -348,8 +370,8 @@ def _pairs(truth: Path, prediction: Path, subset: bool, cases: Collection[str] |
     return {case: (truths[case], file) for case, file in predictions.items()}
 
 
-def _described(dataset: int | str) -> tuple[dict[str, tuple[int, ...]], int | None, str | None]:
-    """Return {name: labels}, the ignore label and the patient pattern of a raw or preprocessed data set."""
+def _described(dataset: int | str) -> tuple[dict[str, tuple[int, ...]], int | None, str | None, dict[str, list[str]]]:
+    """Return {name: labels}, the ignore label, the patient pattern and the "annotated_classes" of a data set."""
     try:
         file = raw_folder() / find_dataset(dataset) / "dataset.json"
     except InputError as error:  # the raw data may be gone, and the preprocessed ones still there
@@ -364,7 +386,11 @@ def _described(dataset: int | str) -> tuple[dict[str, tuple[int, ...]], int | No
     labels = {name: tuple(values) if isinstance(values, list) else (values,)
               for name, values in described["labels"].items()}
     ignore = labels.pop("ignore", (None,))[0]
-    return {name: values for name, values in labels.items() if values != (0,)}, ignore, described.get("patient_pattern")
+    classes = {name: values for name, values in labels.items() if values != (0,)}
+    lists = described.get(CLASSES_KEY) or {}
+    if unknown := sorted({name for names in lists.values() for name in names} - set(classes)):
+        raise InputError(f'{file}: "{CLASSES_KEY}" names {", ".join(unknown)}, which "labels" do not have')
+    return classes, ignore, described.get("patient_pattern"), lists
 
 
 def _given_classes(labels: Sequence[str | int]) -> dict[str, tuple[int, ...]]:

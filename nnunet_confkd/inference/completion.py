@@ -16,6 +16,7 @@ from nnunetv2.utilities.label_handling.label_handling import LabelManager
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunet_confkd import __version__
+from nnunet_confkd.data.annotated_classes import CLASSES_KEY
 from nnunet_confkd.data.folders import find_dataset, folder_name, new_dataset, preprocessed_folder, raw_folder
 from nnunet_confkd.data.images import Picture, Volume, count_voxels, read
 from nnunet_confkd.data.json_files import read_description, read_folds, read_json, read_plans
@@ -286,6 +287,9 @@ def _check_cases(folder: Path, described: dict, dataset: Dataset,
         The voxels per label of each case, and the kind of each case.
     """
     check_labels(described)
+    if described.get(CLASSES_KEY):
+        raise InputError(f'{folder / "dataset.json"}: has "{CLASSES_KEY}". Classes that are not annotated cannot be '
+                         f'completed yet; predict these images instead: confkd predict')
     if "ignore" not in described["labels"]:
         raise InputError(f"{folder / 'dataset.json'}: the labels have no \"ignore\", so every voxel has a label "
                          f"already; there is nothing to complete")

@@ -19,6 +19,7 @@ from nnunetv2.utilities.label_handling.label_handling import determine_num_input
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunet_confkd import __version__
+from nnunet_confkd.data.annotated_classes import CLASSES_KEY
 from nnunet_confkd.data.json_files import read_description, read_plans
 from nnunet_confkd.data.supervision import KINDS, TABLE_KEY
 from nnunet_confkd.errors import InputError
@@ -63,7 +64,7 @@ def export(model: str | Path, output: str | Path | None = None, branch: str = "s
         raise InputError(f"{first}: is of the configuration {configuration}, which {model / 'plans.json'} does not "
                          f"have")
     stock_plans = _stock_plans(plans, trainer, branch)
-    stock_dataset_json = {key: value for key, value in dataset_json.items() if key != TABLE_KEY}
+    stock_dataset_json = {key: value for key, value in dataset_json.items() if key not in (TABLE_KEY, CLASSES_KEY)}
     table = dataset_json.get(TABLE_KEY) or {}
     checkpoints = [path for fold in folds for path in sorted(fold.glob("checkpoint_*.pth"))]
     origin = {"model": model.name, "trainer": trainer, "plans": plans["plans_name"], "configuration": configuration,

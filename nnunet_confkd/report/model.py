@@ -9,6 +9,7 @@ from nnunetv2.paths import nnUNet_preprocessed
 from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
+from nnunet_confkd.data.annotated_classes import CLASSES_KEY, annotated_classes
 from nnunet_confkd.data.json_files import read_description, read_json, read_plans, read_record, split_of_fold
 from nnunet_confkd.data.supervision import FULL, TABLE_KEY, annotation_counts, decide_kinds
 from nnunet_confkd.errors import InputError
@@ -175,9 +176,10 @@ class Model:
     def _decide_kinds(self, fold: Fold, cases: list[str], training: list[str]) -> None:
         """Find the kinds of a stock model's training cases, and exclude partially annotated validation cases."""
         kinds = {case: FULL for case in cases}
-        if self.label_manager.has_ignore_label:
+        if self.label_manager.has_ignore_label or self.dataset_json.get(CLASSES_KEY):
             counts = annotation_counts(self.data, cases, self.label_manager)
-            kinds = decide_kinds(counts, self.label_manager, self.dataset_json.get(TABLE_KEY))
+            kinds = decide_kinds(counts, self.label_manager, self.dataset_json.get(TABLE_KEY),
+                                 annotated_classes(self.dataset_json, counts))
         fold.training = {case: kinds[case] for case in training if case in kinds}
         full = [case for case in fold.validation if kinds.get(case) == FULL]
         if full and len(full) < len(fold.validation):

@@ -284,6 +284,35 @@ def test_other_cases_use_the_ignore_label_and_then_nothing_is_said(data):
 
 # ---- nothing can be examined ----------------------------------------------------------------------------------------
 
+def hide(data, *cases):
+    """Let cases be annotated for their first foreground class alone."""
+    first, second = [name for name in LABELS if name not in ("background", "ignore")]
+    for case in cases:
+        data.relabel(case, np.where(data.labels[case] == LABELS[second], 0, data.labels[case]).astype(np.uint8))
+    data.describe(annotated_classes={case: [first] for case in cases})
+    return second
+
+
+def test_cases_that_are_not_annotated_for_all_classes_are_partial(data, check):
+    hide(data, "p1_a")
+    assert check()["cases"]["p1_a"]["kind"] == "partial"
+
+
+def test_a_value_of_a_class_that_a_case_is_not_annotated_for_is_an_error(data, check):
+    second = hide(data, "p1_a")
+    data.relabel("p1_a", np.full(SHAPE, LABELS[second], np.uint8))
+    check([rf"dataset.json, .annotated_classes.:\n  p1_a: its label has \d+ voxels of value 2 \({second}\)"])
+
+
+def test_without_a_case_that_can_teach_the_others_there_is_a_warning(data, check):
+    full = [case for case, kind in KINDS.items() if kind == "full"]
+    hide(data, *full)
+    data.split([{"train": sorted(KINDS), "val": []}])
+    report = check_dataset(7, processes=1)
+    assert any("-tr ConfKDTrainer_partialOnly" in warning for warning in report.warnings)
+    assert not any("fully annotated" in error and "teacher" in error for error in report.errors)
+
+
 @pytest.mark.parametrize("argument, message", [("8", "no data set 8"), ("Dataset009_No", "no data set Dataset009_No")])
 def test_a_data_set_that_is_not_there_is_told(data, capsys, argument, message):
     assert cli.main(["check", "-d", argument]) == 1

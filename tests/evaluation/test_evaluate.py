@@ -153,6 +153,27 @@ def test_regions_and_the_ignore_label_come_from_the_data_set(folders, dataset):
     assert "data set 27 has no 4; it has 1, 2" in complaint(folders, dataset=regions, labels=[4])
 
 
+@pytest.mark.parametrize("labels, unlisted", [(None, "b"), ((1, 2), "2")])
+def test_a_class_counts_only_in_cases_that_are_annotated_for_it(folders, dataset, labels, unlisted):
+    """case1 is annotated for a alone: what is predicted of b there may be right."""
+    save(folders / "truth" / "case1.nii.gz", label_map(classes=(1, 0)))
+    options = {"dataset": dataset({"background": 0, "a": 1, "b": 2}, annotated_classes={"case1": ["a"]}),
+               "labels": labels}
+    evaluation = measured(folders, **options)
+    dice = {case: of[unlisted]["Dice"] for case, of in evaluation.cases.items()}
+    assert dice["case0"] == 1 and math.isnan(dice["case1"]) and dice["case2"] > 0
+    assert all(of["a" if labels is None else "1"]["Dice"] > 0 for of in evaluation.cases.values())
+    assert evaluation.counts["case1"][unlisted]["n_pred"] == 0
+    without = measured(folders, **options | {"dataset": dataset({"background": 0, "a": 1, "b": 2})})
+    assert without.cases["case1"][unlisted]["Dice"] == 0
+
+
+def test_unknown_annotated_classes_are_named(folders, dataset):
+    lists = {"case1": ["liver"]}
+    text = complaint(folders, dataset=dataset({"background": 0, "a": 1, "b": 2}, annotated_classes=lists))
+    assert '"annotated_classes" names liver' in text and "dataset.json" in text
+
+
 def test_labels_that_occur_are_measured_where_none_are_named(folders):
     evaluation = measured(folders)
     assert list(evaluation.classes) == ["1", "2"]
