@@ -605,6 +605,9 @@ def differences(before: dict, now: dict) -> list[str]:
             unused += ("extra_resolutions",)
         if not settings.get("weight_teacher"):
             unused += ("teacher_width",)
+        unused += ("class_share",)  # no table hides classes
+        if settings.get("cutmix", 0) is None:
+            settings["cutmix"] = 0.5 if spec["table"]["style"] == "none" and spec["row"]["labels"] == "mixed" else 0.0
         row = {key: value for key, value in spec["row"].items() if key not in ("title", "settings", "steps")}
         # what tables have got since the oldest results were obtained
         table = {"background": True, "draw": 0, "epoch": 50, "bfloat16": False} | spec["table"]
