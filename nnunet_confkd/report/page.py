@@ -250,10 +250,18 @@ def charts(group: str, items: list[Chart], wide: bool = False) -> str:
     return f'<div class="charts{" two" if wide else ""}">{figures}</div>'
 
 
-def class_legend(classes: list[str], weak: bool) -> str:
-    """Return the legend of the pictures. weak: whether they show partial annotations."""
+def class_legend(classes: list[str], seen: set[str], weak: bool) -> str:
+    """Return the legend of the pictures.
+
+    Args:
+        classes: All classes, which decide the styles.
+        seen: Those that are in a picture. The legend names no others.
+        weak: Whether the pictures show partial annotations.
+    """
     items = []
     for name, (colour, dashes) in class_styles(classes).items():
+        if name not in seen:
+            continue
         dash = "" if dashes == "-" else " ".join(f"{2 * d:g}" for d in dashes[1])
         items.append(f'<li><svg viewBox="0 0 34 16" aria-hidden="true"><path d="M3 8H31" stroke="{colour}" '
                      f'stroke-width="3" stroke-dasharray="{dash}"/></svg>{text(name)}</li>')

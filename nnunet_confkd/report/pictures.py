@@ -275,6 +275,11 @@ def class_styles(classes: list[str]) -> dict[str, tuple]:
     return {name: (COLOURS[i % len(COLOURS)], OUTLINES[i % len(OUTLINES)]) for i, name in enumerate(classes)}
 
 
+def classes_seen(cells: list[Cell]) -> set[str]:
+    """Return the classes of which a picture shows a voxel."""
+    return {name for cell in cells for name, mask in (cell.masks or {}).items() if mask.any()}
+
+
 def _draw_cell(axis: plt.Axes, cell: Cell) -> None:
     axis.axis("off")
     if cell.heat is not None:
@@ -332,8 +337,11 @@ def save_cells(title: str, cells: list[Cell], path: Path) -> None:
             _draw_cell(axis, cell)
             axis.set_title(cell.title)
         styles = class_styles(list(next((c.masks for c in cells if c.masks is not None), {})))
-        figure.legend(handles=[Line2D([], [], color=colour, linestyle=dashes, linewidth=2.5, label=_short(name))
-                               for name, (colour, dashes) in styles.items()], loc="outside lower center", ncols=6)
+        seen = classes_seen(cells)
+        handles = [Line2D([], [], color=colour, linestyle=dashes, linewidth=2.5, label=_short(name))
+                   for name, (colour, dashes) in styles.items() if name in seen]
+        figure.set_figheight(figure.get_figheight() + 0.22 * max(0, -(-len(handles) // 6) - 1))
+        figure.legend(handles=handles, loc="outside lower center", ncols=6)
         figure.suptitle(title, x=0.01, ha="left", fontsize=10.5, fontweight="bold")
         figure.get_layout_engine().set(h_pad=0.1)  # type: ignore[call-arg]  # of the constrained layout
         figure.savefig(path, dpi=100)

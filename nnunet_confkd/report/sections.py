@@ -25,10 +25,20 @@ from nnunet_confkd.report import page
 from nnunet_confkd.report.cases import SURE, Findings, Slice
 from nnunet_confkd.report.model import Fold, Model
 from nnunet_confkd.report.page import Fact, Html, Section, typeset
-from nnunet_confkd.report.pictures import Cell, Chart, box_chart, curve_charts, line_chart, save_cells, save_charts
+from nnunet_confkd.report.pictures import (
+    Cell,
+    Chart,
+    box_chart,
+    classes_seen,
+    curve_charts,
+    line_chart,
+    save_cells,
+    save_charts,
+)
 from nnunet_confkd.report.training import training_section
 
 COVERAGES = np.linspace(0.02, 1, 99)
+MOST_CLASSES = 20  # how many classes the charts of the accuracy show; more would make pictures as long as a wall
 
 
 def sections(folder: Path, model: Model, folds: list[Fold], found: Findings | None) -> list[Section]:
@@ -116,10 +126,23 @@ def _of_patients(found: Findings) -> str:
 
 # ---- accuracy -------------------------------------------------------------------------------------------------------
 
+def _drawn(model: Model, found: Findings) -> list[str]:
+    """Return the classes to draw: if there are many, those with the lowest and with the highest mean Dice."""
+    if len(model.classes) <= MOST_CLASSES:
+        return list(model.classes)
+    dice = {name: found.evaluations["student"].values(name, "Dice") for name in model.classes}
+    means = {name: np.nanmean(values) for name, values in dice.items() if np.isfinite(values).any()}
+    ordered = sorted(means, key=lambda name: means[name])
+    half = MOST_CLASSES // 2
+    return ordered if len(ordered) <= MOST_CLASSES else [*ordered[:half], *ordered[-half:]]
+
+
 def _measures(folder: Path, model: Model, found: Findings) -> str:
+    drawn = _drawn(model, found)
+
     def boxes(measure: str) -> dict[str, dict[str, list[float]]]:
         return {name: {branch: measures.values(name, measure).tolist()
-                       for branch, measures in found.evaluations.items()} for name in model.classes}
+                       for branch, measures in found.evaluations.items()} for name in drawn}
 
     charts = [box_chart("Dice", boxes("Dice"), found.names, (0, 1)),
               box_chart("HD95 [mm]", boxes("HD95_mm"), found.names)]
@@ -133,6 +156,11 @@ def _measures(folder: Path, model: Model, found: Findings) -> str:
             "in only one mask, Dice, IoU and NSD are 0 and the distances are undefined; the last column counts these "
             "cases. The boxes show the quartiles and the median, the whiskers reach to 1.5 times the box, and "
              "each mark is a case.")
+    if len(drawn) < len(model.classes):
+        half, student = MOST_CLASSES // 2, found.names["student"]
+        chosen = (f"the {half} with the lowest and the {half} with the highest mean Dice of the {student}"
+                  if len(drawn) == MOST_CLASSES else "those that occur in a case")
+        note = f"The charts show {len(drawn)} of the {len(model.classes)} classes: {chosen}. The table has all. {note}"
     head = ["class", *map(_measure_name, MEASURES), "no distance"]
     return "".join((page.charts("measures", charts, wide=True), page.table(head, _mean_rows(model, found), caption),
                     page.paragraph(note, "note"), _dice_of_cases(model, found)))
@@ -179,7 +207,7 @@ def _cases(folder: Path, model: Model, found: Findings) -> str:
         page.paragraph(f"The best, the median and the worst case by the mean Dice of the {found.names['student']}. The "
                        "pictures show the slice with most foreground in the ground truth and the predictions together, "
                        "on the grid of the preprocessed data."),
-        page.class_legend(list(model.classes), weak=False), _case_rows(folder, model, found, rows, weak=False)))
+        *_case_rows(folder, model, found, rows, weak=False)))
 
 
 def _partial_cases(folder: Path, model: Model, found: Findings) -> str:
@@ -187,13 +215,13 @@ def _partial_cases(folder: Path, model: Model, found: Findings) -> str:
         return ""
     return "".join((
         page.paragraph("Predictions of training images of which the training saw only the partial annotation."),
-        page.class_legend(list(model.classes), weak=True),
-        _case_rows(folder, model, found, {name: name for name in found.partial}, weak=True)))
+        *_case_rows(folder, model, found, {name: name for name in found.partial}, weak=True)))
 
 
-def _case_rows(folder: Path, model: Model, found: Findings, rows: dict[str, str], weak: bool) -> str:
-    """Return the pictures of cases, and write them as PNG. rows: {title: case}."""
-    parts = []
+def _case_rows(folder: Path, model: Model, found: Findings, rows: dict[str, str], weak: bool) -> list[str]:
+    """Return the legend and the pictures of cases, and write them as PNG. rows: {title: case}."""
+    parts: list[str] = []
+    seen: set[str] = set()
     for title, name in rows.items():
         content = found.slice(name)
         cells = _cells(model, found, name, content, weak)
@@ -201,7 +229,8 @@ def _case_rows(folder: Path, model: Model, found: Findings, rows: dict[str, str]
         parts.append(page.case_row(title, note, cells))
         number = len(list(folder.glob("case_*"))) + 1
         save_cells(f"{title}, {note.lower()}", cells, folder / _file_name(number, name))
-    return "".join(parts)
+        seen |= classes_seen(cells)
+    return [page.class_legend(list(model.classes), seen, weak), *parts]
 
 
 def _cells(model: Model, found: Findings, name: str, content: Slice, weak: bool) -> list[Cell]:

@@ -9,12 +9,18 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from copy import copy
+from functools import partial
 
 import numpy as np
 import torch
+from nnunetv2.preprocessing.resampling.default_resampling import (
+    determine_do_sep_z_and_axis,
+    resample_data_or_seg_to_shape,
+)
 
 MEASURED = ("confidence", "entropy")
 SLAB = 2 ** 18  # how many voxels are looked at at once: what fits a processor's cache
+THICK = (2, 1, 1)  # a spacing whose first axis nnU-Net takes for the one of thick slices
 
 
 def max_entropy(heads: int, regions: bool) -> float:
@@ -113,7 +119,7 @@ def _parts(shape: Sequence[int]) -> Iterator[slice]:
 
 
 def maps_of(logits: np.ndarray | torch.Tensor, labels, resample: Callable | None = None,
-            shape: Sequence[int] | None = None, **options) -> PredictionMaps:
+            shape: Sequence[int] | None = None, by_slices: bool = False, **options) -> PredictionMaps:
     """Make the maps of logits.
 
     Args:
@@ -121,13 +127,16 @@ def maps_of(logits: np.ndarray | torch.Tensor, labels, resample: Callable | None
         labels: nnU-Net's label manager.
         resample: Function that brings the logits of some heads `(heads, *spatial)` to another grid. None: they stay.
         shape: Of the other grid.
+        by_slices: Whether the function resamples each slice of the first axis on its own, so that a few are enough.
         **options: Those of :class:`PredictionMaps`, `measured` and `heads`.
     """
-    if resample is None or tuple(shape) == tuple(logits.shape[1:]):
-        maps = PredictionMaps(logits.shape[1:], labels, whole=False, **options)
+    unchanged = resample is None or tuple(shape) == tuple(logits.shape[1:])
+    if unchanged or by_slices:
+        maps = PredictionMaps(logits.shape[1:] if unchanged else shape, labels, whole=False, **options)
         for part in _parts(maps.shape):
             for head in range(len(logits)):
-                maps.add(head, logits[head][part], part)
+                voxels = logits[head:head + 1, part]
+                maps.add(head, (voxels if unchanged else resample(voxels))[0], part)
         return maps
     maps = PredictionMaps(shape, labels, **options)
     for head in range(len(logits)):
@@ -167,7 +176,7 @@ class StreamingExport:
     def segment(self, logits) -> np.ndarray:
         """Return the segmentation on the grid of the image after cropping."""
         self.maps = maps_of(logits, self.labels.labels, self.configuration.resample, self.configuration.shape,
-                            **self.options)
+                            self.configuration.by_slices, **self.options)
         return self.maps.segmentation
 
     def resampled(self, logits) -> np.ndarray:
@@ -209,8 +218,24 @@ class _Configuration:
 
     def resampling_fn_probabilities(self, logits, shape, *spacings):
         function = self.configuration_manager.resampling_fn_probabilities
-        self.shape, self.resample = tuple(shape), lambda heads: function(heads, shape, *spacings)
+        self.shape, self.by_slices = tuple(shape), _keeps_slices(function, logits.shape[1:], shape, *spacings)
+        if self.by_slices:
+            # as nnU-Net does with thick slices: half the time of all axes at once
+            self.resample = lambda heads: function(heads, (heads.shape[1], *shape[1:]), THICK, THICK,
+                                                   force_separate_z=True)
+        else:
+            self.resample = lambda heads: function(heads, shape, *spacings)
         return logits
+
+
+def _keeps_slices(function: Callable, old: Sequence[int], new: Sequence[int], old_spacing: Sequence[float],
+                  new_spacing: Sequence[float]) -> bool:
+    """Return whether resampling is linear within the slices of the first axis, whose number stays, as in 2-D plans."""
+    if not isinstance(function, partial) or function.func is not resample_data_or_seg_to_shape or len(old) != 3:
+        return False
+    options = {"order": 3, "is_seg": False, "force_separate_z": False} | function.keywords
+    thick, axis = determine_do_sep_z_and_axis(options["force_separate_z"], old_spacing, new_spacing)
+    return old[0] == new[0] and options["order"] <= 1 and not options["is_seg"] and not (thick and axis)
 
 
 class _Labels:

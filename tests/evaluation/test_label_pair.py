@@ -128,6 +128,25 @@ def test_an_object_deep_in_an_empty_image(monkeypatch):
     assert LabelPair(truth, prediction, {"0": (0,)}).counts("0")[1] == truth.size - 36
 
 
+@pytest.mark.parametrize("shape", [(12, 40, 50), (1, 60, 70), (300,)])
+@pytest.mark.parametrize("share", [0.3, 0.002])
+def test_voxels_far_from_the_other_surface(monkeypatch, shape, share):
+    """Many of them are measured by a distance transform, few by a tree, and both as whole masks are."""
+    transforms = []
+    monkeypatch.setattr(label_pair, "distance_transform_edt",
+                        lambda *args, **options: transforms.append(args) or ndimage.distance_transform_edt(
+                            *args, **options))
+    monkeypatch.setattr(label_pair, "SLAB", 100)
+    truth, prediction = np.zeros((2, *shape), np.uint8)
+    truth[..., :4] = 1
+    prediction[..., :3] = prediction[..., -1:] = 1
+    prediction |= (np.random.default_rng(0).random(shape) < share)
+    spacing = SPACING[-len(shape):]
+    assert_same(measure_case(truth, prediction, {"1": (1,)}, spacing),
+                measured_as_whole_images(truth, prediction, {"1": (1,)}, spacing))
+    assert len(transforms) == (share == 0.3 or len(shape) == 3)
+
+
 def test_maps_of_different_shapes_are_an_error():
     with pytest.raises(ValueError, match="shapes"):
         LabelPair(np.zeros((2, 3)), np.zeros((3, 2)), {"1": (1,)})

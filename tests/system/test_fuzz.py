@@ -717,7 +717,7 @@ def test_no_text_becomes_html(texts):
 
     def built(a, b, c, d, e, f):
         section = (page.table([a, b], [[c, (d, e)], [f, a]], b) + page.names([c, d]) + page.folded(e, page.title(f))
-                   + page.class_legend([a], True) + page.branch_key("student", b))
+                   + page.class_legend([a], {a}, True) + page.branch_key("student", b))
         return page.page(a, page.paragraph(b), [(a, b, c)], [("id", a, section)], page.paragraph(c))
 
     plain, odd = Tags(built(*"abcdef")), Tags(built(*texts))

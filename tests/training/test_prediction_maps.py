@@ -3,16 +3,19 @@ from __future__ import annotations
 
 import math
 import tracemalloc
+from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import scipy.special
 import scipy.stats
 import torch
+from nnunetv2.preprocessing.resampling.default_resampling import resample_data_or_seg_to_shape
 from nnunetv2.utilities.label_handling.label_handling import LabelManager
 
 from nnunet_confkd.training import prediction_maps
-from nnunet_confkd.training.prediction_maps import maps_of, max_entropy
+from nnunet_confkd.training.prediction_maps import StreamingExport, maps_of, max_entropy
 
 
 def manager(heads: int, regions: bool) -> LabelManager:
@@ -111,3 +114,25 @@ def test_no_array_of_the_size_of_the_logits_is_made(monkeypatch, regions):
         kept = maps.segmentation.nbytes + maps.entropy.nbytes + maps.confidence.nbytes
         largest = 4 * maps.segmentation.size if options and not regions else 0  # of all heads so far
         assert peak < kept + largest + 2 ** 18
+
+
+@pytest.mark.parametrize("slab", [1, 10 ** 6])
+@pytest.mark.parametrize("old, new, spacings, options, sliced", [
+    ((5, 9, 11), (5, 20, 17), ((1, 2, 2), (1, 1, 1)), {"order": 1, "force_separate_z": None}, True),
+    ((5, 20, 17), (5, 9, 11), ((5, 1, 1), (5, 2, 2)), {"order": 1, "force_separate_z": None}, True),  # thick slices
+    ((5, 9, 11), (5, 20, 17), ((1, 5, 2), (1, 2, 1)), {"order": 1, "force_separate_z": None}, False),  # of axis 1
+    ((5, 9, 11), (5, 20, 17), ((1, 2, 2), (1, 1, 1)), {"order": 3}, False),
+    ((5, 9, 11), (7, 20, 17), ((1, 2, 2), (1, 1, 1)), {"order": 1}, False)])
+def test_resampling_within_slices_is_nnunets_to_the_bit(monkeypatch, slab, old, new, spacings, options, sliced):
+    monkeypatch.setattr(prediction_maps, "SLAB", slab)
+    function, labels = partial(resample_data_or_seg_to_shape, is_seg=False, order_z=0, **options), manager(4, False)
+    logits = np.random.default_rng(0).normal(0, 4, (4, *old)).astype(np.float16)
+    export = StreamingExport(SimpleNamespace(get_label_manager=lambda _: labels),
+                             SimpleNamespace(resampling_fn_probabilities=function), {}, measured=("confidence",))
+    export.configuration.resampling_fn_probabilities(torch.from_numpy(logits), new, *spacings)
+    assert export.configuration.by_slices == sliced
+    expected = function(logits, new, *spacings)
+    np.testing.assert_array_equal(export.resampled(logits), expected)
+    np.testing.assert_array_equal(export.segment(torch.from_numpy(logits)), expected.argmax(0))
+    probabilities = scipy.special.softmax(expected.astype(float), 0)
+    np.testing.assert_allclose(export.maps.confidence, probabilities.max(0), atol=1e-6)
