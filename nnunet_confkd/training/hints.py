@@ -69,24 +69,6 @@ def hint_channels(target: Tensor, hint_mask: Tensor, num_heads: int, regions: bo
     return torch.cat((torch.where(background, merged, labels) & hint_mask, hint_mask), 1).float()
 
 
-def volume_hints(label: np.ndarray, hint_mask: np.ndarray, label_manager: LabelManager,
-                 listed: Sequence[bool] | None = None) -> Tensor:
-    """Make the teacher's second input for a whole image, as :func:`hint_channels` does for batches.
-
-    Args:
-        label: Label map `(*spatial)`.
-        hint_mask: Bool, `(*spatial)`: which voxels are hints.
-        label_manager: nnU-Net's, with the classes or regions.
-        listed: For each head, whether the hints are for it. None: for all.
-
-    Returns:
-        `(heads + 1, *spatial)`, float32.
-    """
-    target = regions_of(torch.from_numpy(label)[None], label_manager)
-    return hint_channels(target[None], torch.from_numpy(hint_mask)[None, None], label_manager.num_segmentation_heads,
-                         label_manager.has_regions, None if listed is None else torch.tensor([listed]))[0]
-
-
 def regions_of(label: Tensor, label_manager: LabelManager) -> Tensor:
     """Convert a label map `(1, *spatial)` to nnU-Net's regions `(R + 1, *spatial)` if the data set has regions."""
     if not label_manager.has_regions:

@@ -9,7 +9,8 @@ import torch
 from nnunetv2.utilities.label_handling.label_handling import LabelManager
 
 from nnunet_confkd.training.candidate_hints import CandidateHints
-from nnunet_confkd.training.hints import KEPT, NO_HINTS, hint_channels, volume_hints
+from nnunet_confkd.training.hints import KEPT, NO_HINTS, hint_channels
+from nnunet_confkd.training.label_hints import image_hints
 
 HEADS, IGNORE = 3, 3
 ONE, TWO, ALL = (True, True, False), (True, False, True), (True, True, True)
@@ -64,11 +65,11 @@ def test_where_all_classes_are_listed_the_channels_are_those_without_lists(regio
 
 
 def test_hints_of_a_whole_image_are_those_of_batches():
-    label = halves(1)[0, 0].numpy()
+    label, mask = halves(1)[0], torch.ones(1, 20, 20, dtype=torch.bool)
     manager = LabelManager({"background": 0, "a": 1, "b": 2, "ignore": IGNORE}, None)
-    expected = hint_channels(torch.from_numpy(label)[None, None], torch.ones(1, 1, 20, 20, dtype=torch.bool), HEADS,
-                             listed=torch.tensor([ONE]))[0]
-    assert torch.equal(volume_hints(label, np.ones(label.shape, bool), manager, ONE), expected)
+    listed = torch.tensor([ONE])
+    expected = hint_channels(label[None], mask[None], HEADS, listed=listed)[0]
+    assert torch.equal(image_hints(label, mask, manager, listed), expected)
 
 
 # ---- simulation -----------------------------------------------------------------------------------------------------

@@ -8,16 +8,8 @@ import pytest
 import torch
 from nnunetv2.utilities.label_handling.label_handling import LabelManager
 
-from nnunet_confkd.training.hints import (
-    KEPT,
-    NO_HINTS,
-    SAMPLE,
-    HintSampler,
-    Pattern,
-    class_map,
-    hint_channels,
-    volume_hints,
-)
+from nnunet_confkd.training.hints import KEPT, NO_HINTS, SAMPLE, HintSampler, Pattern, class_map, hint_channels
+from nnunet_confkd.training.label_hints import image_hints
 
 IGNORE = 3
 
@@ -406,12 +398,12 @@ def test_channels_tell_class_and_place_of_what_is_shown():
     mask = torch.tensor([[[[True, False, True, False]]]])
     expected = torch.tensor([[[[1, 0, 0, 0]], [[0, 0, 0, 0]], [[0, 0, 1, 0]], [[1, 0, 1, 0]]]]).float()
     assert torch.equal(hint_channels(target, mask, 3), expected)
-    assert torch.equal(volume_hints(target[0, 0].numpy(), mask[0, 0].numpy(), LabelManager(
-        {"background": 0, "a": 1, "b": 2, "ignore": 3}, None)), expected[0])
+    labels = LabelManager({"background": 0, "a": 1, "b": 2, "ignore": 3}, None)
+    assert torch.equal(image_hints(target[0], mask[0], labels), torch.tensor([[[1, 0, 3, 0]]]).int())
     expected = torch.tensor([[[[0, 0, 1, 0]], [[0, 0, 1, 0]], [[1, 0, 1, 0]]]]).float()
     assert torch.equal(hint_channels(regions_of(target), mask, 2, regions=True), expected)
-    assert torch.equal(volume_hints(target[0, 0].numpy(), mask[0, 0].numpy(), LabelManager(
-        {"background": 0, "a": (1, 2), "b": 2, "ignore": 3}, [1, 2])), expected[0])
+    labels = LabelManager({"background": 0, "a": (1, 2), "b": 2, "ignore": 3}, [1, 2])
+    assert torch.equal(image_hints(target[0], mask[0], labels), expected[0])
 
 
 @pytest.mark.parametrize("patch", ((8, 8), (8, 8, 8)), ids=("2-D network", "3-D network"))
