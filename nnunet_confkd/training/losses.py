@@ -435,8 +435,11 @@ class ConfKDLoss(nn.Module):
             The scalar to minimise, and the unweighted terms by name, detached scalars.
 
         Raises:
-            ValueError: A teacher is needed but missing, or the numbers of resolutions differ.
+            ValueError: A teacher is needed but missing, the numbers of resolutions differ, or `mix` and `listed` are both
+                given.
         """
+        if mix is not None and listed is not None:
+            raise ValueError("mixed images have several lists of classes: give either mix or listed")
         student, teacher, target = ([x] if torch.is_tensor(x) else x for x in (student, teacher, target))
         if teacher is None:
             if self.weights["teacher"] or self.weights["kl"]:

@@ -127,3 +127,9 @@ def test_the_class_prior_correction_moves_with_the_voxels(tensors):
     value = value_of(tensors, MIX, shift, student=1.0)
     assert torch.allclose(value, value_of((corrected, teacher, target), MIX, student=1.0))
     assert not torch.allclose(value, value_of(tensors, MIX, student=1.0))
+
+
+def test_mixed_images_have_no_list_of_classes(tensors):
+    loss = ConfKDLoss(SquaredError(), dict.fromkeys(TERMS, 0.0) | {"student": 1.0})
+    with pytest.raises(ValueError, match="give either mix or listed"):
+        loss(*tensors, 1, mix=MIX, listed=torch.ones(3, 2, dtype=torch.bool))
