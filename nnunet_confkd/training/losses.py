@@ -435,8 +435,8 @@ class ConfKDLoss(nn.Module):
             The scalar to minimise, and the unweighted terms by name, detached scalars.
 
         Raises:
-            ValueError: A teacher is needed but missing, the numbers of resolutions differ, or `mix` and `listed` are both
-                given.
+            ValueError: A teacher is needed but missing, the numbers of resolutions differ, or both `mix` and `listed`
+                are given.
         """
         if mix is not None and listed is not None:
             raise ValueError("mixed images have several lists of classes: give either mix or listed")
