@@ -309,6 +309,11 @@ def _evaluate(files: dict[str, tuple[Path, Path]], *, processes: int, **options)
     return results
 
 
+def _absent(result: Result) -> tuple[dict[str, float], dict[str, int]]:
+    """Return the measures and the counts of a class that a case does not have."""
+    return dict.fromkeys(MEASURES, math.nan), _confusion(0, 0, 0, result.annotated)
+
+
 def _leave_out_unlisted(result: Result, classes: dict[str, tuple[int, ...]], values: set[int],
                         names: list[str] | None) -> None:
     """Take a case out of the measures of classes that its ground truth is not annotated for.
@@ -321,8 +326,7 @@ def _leave_out_unlisted(result: Result, classes: dict[str, tuple[int, ...]], val
     """
     for name, labels in classes.items():
         if not (values.issuperset(labels) if names is None else name in names):
-            result.measures[name] = dict.fromkeys(MEASURES, math.nan)
-            result.counts[name] = _confusion(0, 0, 0, result.annotated)
+            result.measures[name], result.counts[name] = _absent(result)
 
 
 def _add_absent(results: dict[str, Result]) -> dict[str, tuple[int, ...]]:
@@ -330,7 +334,7 @@ def _add_absent(results: dict[str, Result]) -> dict[str, tuple[int, ...]]:
     occurring = set().union(*(result.occurring for result in results.values()))
     classes: dict[str, tuple[int, ...]] = {str(label): (label,) for label in sorted(occurring - {0})}
     for result in results.values():
-        absent = (dict.fromkeys(MEASURES, math.nan), _confusion(0, 0, 0, result.annotated))
+        absent = _absent(result)
         result.measures = {name: result.measures.get(name, absent[0]) for name in classes}
         result.counts = {name: result.counts.get(name, absent[1]) for name in classes}
     return classes
