@@ -304,11 +304,9 @@ def settings_of(row: Row) -> dict | None:
     """All settings of a row of ours, the defaults of today included."""
     from nnunet_confkd.trainers import confkd_trainers
 
-    from nnunet_confkd.training.settings import Settings
     if row.trainer == "nnUNetTrainer":
         return None
-    trainer = getattr(confkd_trainers, row.trainer)
-    settings = Settings.from_blocks(trainer.default_settings, row.settings, trainer.fixed_settings).as_dict()
+    settings = getattr(confkd_trainers, row.trainer).settings_of(row.settings).as_dict()
     del settings["max_nonfinite_steps"]  # no result depends on it
     return settings
 

@@ -225,8 +225,9 @@ def _network_to_train(args: argparse.Namespace):
     plans = PlansManager(read_plans(folder / f"{args.p}.json"))
     configuration = plans.get_configuration(args.configuration)
     trainer = recursive_find_trainer_class_by_name(args.tr)
-    configuration.configuration["confkd"] = (configuration.configuration.get("confkd", {})
-                                             | getattr(trainer, "fixed_settings", {}))
+    if hasattr(trainer, "settings_of"):  # one of ours
+        settings = trainer.settings_of(configuration.configuration.get("confkd", {}))
+        configuration.configuration["confkd"] = settings.as_dict()
     return trainer.build_network_architecture(
         plans, configuration, determine_num_input_channels(plans, configuration, description),
         plans.get_label_manager(description).num_segmentation_heads)

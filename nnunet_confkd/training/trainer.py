@@ -90,12 +90,17 @@ class ConfKDTrainer(nnUNetTrainer):
     fixed_settings: dict = {}
     default_settings: dict = {}
 
+    @classmethod
+    def settings_of(cls, block: dict) -> Settings:
+        """Return the settings with a `confkd` block of the plans; raise InputError if a setting is not allowed."""
+        return Settings.from_blocks(cls.default_settings, block, cls.fixed_settings)
+
     # nnU-Net inspects the signature: it cannot grow
     def __init__(self, plans: dict, configuration: str, fold: int, dataset_json: dict,
                  device: torch.device = torch.device('cuda')):
         # These checks come first, because nnU-Net's constructor makes folders.
         block = PlansManager(plans).get_configuration(configuration).configuration.get("confkd", {})
-        self.settings = Settings.from_blocks(self.default_settings, block, self.fixed_settings)
+        self.settings = self.settings_of(block)
         check_labels(dataset_json)
         if "file_ending" not in dataset_json:
             raise InputError('dataset.json: lacks "file_ending"')
