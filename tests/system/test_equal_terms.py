@@ -75,7 +75,7 @@ sys.path.insert(0, {str(ROOT / "benchmarks")!r})
 import equal_terms
 from dataclasses import replace
 stock = equal_terms.table_of
-equal_terms.table_of = lambda *args: replace(stock(*args), patients=(2, 2, 8), iterations=4, epoch=2, full=(3,))
+equal_terms.table_of = lambda *args: replace(stock(*args), patients=(2, 2, 8), iterations=4, epoch=1, full=(3,))
 equal_terms.__file__ = __file__
 if __name__ == "__main__":
     equal_terms.main()
@@ -89,4 +89,4 @@ if __name__ == "__main__":
     assert first.stdout.startswith("2 runs") and second.stdout.startswith("0 runs")
     assert "at equal cost" in second.stdout
     run = json.loads((tmp_path / "runs" / "erosion_foreground_1" / "confkd_cost_M3_s0.json").read_text())
-    assert run["spec"]["iterations"] == 2 and run["spec"]["table"]["bfloat16"]
+    assert run["spec"]["iterations"] == 3 and run["spec"]["table"]["bfloat16"]
