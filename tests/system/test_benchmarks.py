@@ -56,3 +56,16 @@ def test_generated_organs_are_as_many_as_are_asked_for(folders):
     assert 0.8 < (truth == prediction).mean() < 1
     image = volumes.ct(truth)
     assert image.dtype == np.int16 and np.std(image[truth == 1]) < np.std(image)
+
+
+@pytest.mark.slow
+def test_large_volumes_measures_every_step(folders, tmp_path):
+    import large_volumes
+    output = tmp_path / "result.json"
+    large_volumes.main(["--volume", "24", "64", "64", "--organs", "3", "12", "--validated", "16", "32", "32",
+                        "--output", str(output), "--work", str(tmp_path / "work")])
+    result = json.loads(output.read_text())
+    assert set(result["labels"]) == {"3", "12"} and set(result["labels"]["12"]) == {"evaluate", "check"}
+    assert set(result["predictions"]) == {"report", "entropy", "complete"}
+    table = large_volumes.table_of(result)
+    assert all(step in table for step in large_volumes.STEPS) and result["validation"]["command"]["peak_mib"] > 0
