@@ -63,7 +63,25 @@ ROWS: dict[str, Row] = {
     "wide_cost": Row("the same with a teacher as wide as the student, at equal cost",
                      settings={"teacher_width": 1.0}, steps=1 / COST_WIDE),
     "all": USUAL_ROWS["all"],
+    # the paper's claim that entropy and KL together gain
+    "entropy_0.01": Row("entropy of weight 0.01, no KL", settings={"weight_kl": 0.0, "weight_entropy": 0.01}),
+    "entropy_0.1": Row("entropy of weight 0.1, no KL", settings={"weight_kl": 0.0, "weight_entropy": 0.1}),
+    "entropy_0.3": Row("entropy of weight 0.3, no KL", settings={"weight_kl": 0.0, "weight_entropy": 0.3}),
+    "paper_kl": Row("the paper's KL, no entropy", "ConfKDTrainer_MedIA2023", settings={"weight_entropy": 0.0}),
+    "paper_0.01": Row("the paper's KL, entropy of weight 0.01", "ConfKDTrainer_MedIA2023",
+                      settings={"weight_entropy": 0.01}),
+    "paper_0.1": Row("the paper's KL, entropy of weight 0.1", "ConfKDTrainer_MedIA2023",
+                     settings={"weight_entropy": 0.1}),
+    "paper_0.3": Row("the paper's KL, entropy of weight 0.3", "ConfKDTrainer_MedIA2023",
+                     settings={"weight_entropy": 0.3}),
+    "hints_kl": Row("ConfKD without entropy", settings={"weight_entropy": 0.0}),
+    "hints_0.1": Row("ConfKD, entropy of weight 0.1", settings={"weight_entropy": 0.1}),
+    "hints_0.3": Row("ConfKD, entropy of weight 0.3", settings={"weight_entropy": 0.3}),
 }
+# Rows that are made once without bfloat16, to check that it changes nothing.
+FLOAT32 = "_float32"
+ROWS |= {name + FLOAT32: replace(ROWS[name], title=f"{ROWS[name].title}; float32")
+         for name in ("ignore", "confkd_cost")}
 
 
 def table_of(setting: str, draw: int) -> Table:
@@ -84,6 +102,7 @@ def specs_of(setting: str, draw: int, rows: list[str], seeds: list[int]) -> list
         for name in rows:
             row = ROWS[name]
             iterations = round(table.iterations * row.steps / table.epoch) * table.epoch
+            table = replace(table, bfloat16=not name.endswith(FLOAT32))
             specs.append(spec_of(table, name, 0 if row.labels == "all" else full, seed, "cpu", iterations,
                                  "validation", row))
     return specs
@@ -208,7 +227,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, help="a folder for data and trainings; used again after an interruption")
     parser.add_argument("--output", type=Path, default=OUTPUT)
     parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS))
-    parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS))
+    parser.add_argument("--rows", nargs="+", choices=ROWS, default=["ignore", "ignore_prior", "confkd_cost"])
     parser.add_argument("--draws", nargs="+", type=int, default=DRAWS)
     parser.add_argument("--seeds", nargs="+", type=int, default=SEEDS)
     parser.add_argument("--processes", type=int, default=2, help="trainings at once, of one thread each")
