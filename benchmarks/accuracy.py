@@ -10,8 +10,8 @@ and shuffled with `random.Random(0)`. The first patients are for testing, the ne
 training. Settings are chosen on the validation patients. The first M training patients are fully annotated.
 
 Each run writes one JSON file into `benchmarks/accuracy/TABLE/`. Trials are measured on the validation cases and go into
-`TABLE_validation/`. Runs that already have a file are skipped. `--report` writes the tables and the plot into docs/ and
-README.md (see accuracy_report.py).
+`TABLE_validation/`. Runs that already have a file are skipped. `--report` writes the tables and the plot into docs/
+(see accuracy_report.py).
 """
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The tables and the plot of accuracy.py's runs, written into docs/results.md and README.md."""
+"""The tables and the plot of accuracy.py's runs, written into docs/results.md."""
 from __future__ import annotations
 
 import json
@@ -15,7 +15,6 @@ from nnunet_confkd.evaluation.metrics import bootstrap_interval
 from nnunet_confkd.evaluation.tables import cases_text, mean_text, percent_text
 
 DOCS = Path(__file__).parent.parent / "docs"
-README = DOCS.parent / "README.md"
 RIVAL, LOWER, UPPER = "ignore", "full_only", "all"
 BRANCHES = {"confkd": ("student", "teacher")}  # of all other rows only what predicts is shown
 
@@ -289,9 +288,7 @@ def trials_of(tables: dict, rows: dict, folder: Path) -> str:
     return "\n".join(lines)
 
 
-def write_report(
-    tables: dict, rows: dict, trials: dict, folder: Path, docs: Path = DOCS, readme: Path = README
-) -> None:
+def write_report(tables: dict, rows: dict, trials: dict, folder: Path, docs: Path = DOCS) -> None:
     tried = trials_of(tables, {**rows, **trials}, folder)
     insert(docs / "results.md", "accuracy trials", tried)
     results = read_tables(tables, rows, folder)
@@ -307,8 +304,7 @@ def write_report(
         "accuracy tables",
         "![Dice over the number of fully labelled patients](accuracy.png)\n\n" + "\n".join(parts),
     )
-    for file in (docs / "results.md", readme):
-        insert(file, "accuracy table", short_table(tables, results))
+    insert(docs / "results.md", "accuracy table", short_table(tables, results))
 
 
 SUMMARY = {
@@ -335,7 +331,7 @@ INDEPENDENT = [
 
 
 def short_table(tables: dict, results: dict) -> str:
-    """Write the README's table: mean test Dice of the main rows, with the number of seeds in brackets.
+    """Write the first table: mean test Dice of the main rows, with the number of seeds in brackets.
 
     Each number of fully annotated patients has a line. Means include only seeds that ConfKD was run with, too.
     """

@@ -91,24 +91,21 @@ def test_report(modules, tmp_path):
     accuracy, report = modules
     fake_runs(accuracy, tmp_path / "runs" / "hippocampus", gain=0.05)
     fake_runs(accuracy, tmp_path / "runs" / "hippocampus_validation", gain=0.03)
-    for file, names in (("results.md", ("table", "tables", "trials")), ("README.md", ("table",))):
-        (tmp_path / file).write_text("before\n" + "".join(
-            f"<!-- accuracy {name} -->\nold\n<!-- end of accuracy {name} -->\n" for name in names) + "after\n")
-    report.write_report(accuracy.TABLES, accuracy.ROWS, accuracy.TRIALS, tmp_path / "runs", tmp_path,
-                        tmp_path / "README.md")
+    (tmp_path / "results.md").write_text("before\n" + "".join(
+        f"<!-- accuracy {name} -->\nold\n<!-- end of accuracy {name} -->\n" for name in ("table", "tables", "trials"))
+        + "after\n")
+    report.write_report(accuracy.TABLES, accuracy.ROWS, accuracy.TRIALS, tmp_path / "runs", tmp_path)
     text = (tmp_path / "results.md").read_text()
     line = next(line for line in text.splitlines() if line.startswith("| **ConfKD, student**"))
     assert "+0.050 [+0.050, +0.050]" in line and " 75 % " in line and text.endswith("after\n") and "old" not in text
     trials = text.split("<!-- accuracy trials -->")[1]
     assert trials.count("| ConfKD | 0.") == 1 and "| +0.030 [+0.030, +0.030] | 2 |" in trials
-    readme = (tmp_path / "README.md").read_text()
-    short = next(line for line in readme.splitlines() if line.startswith("| Hippocampus 2-D, points, 5 full | 0."))
-    assert "| +0.050 [+0.050, +0.050] |  |" in short and short in text
+    short = next(line for line in text.splitlines() if line.startswith("| Hippocampus 2-D, points, 5 full | 0."))
+    assert "| +0.050 [+0.050, +0.050] |  |" in short
     assert (tmp_path / "accuracy.png").stat().st_size > 10000
-    (tmp_path / "README.md").write_text("no marks")
+    (tmp_path / "results.md").write_text("no marks")
     with pytest.raises(SystemExit, match="lacks the lines"):
-        report.write_report(accuracy.TABLES, accuracy.ROWS, accuracy.TRIALS, tmp_path / "runs", tmp_path,
-                            tmp_path / "README.md")
+        report.write_report(accuracy.TABLES, accuracy.ROWS, accuracy.TRIALS, tmp_path / "runs", tmp_path)
 
 
 def test_the_short_table_counts_the_seeds_of_each_cell(modules, tmp_path):

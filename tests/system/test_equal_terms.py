@@ -48,11 +48,12 @@ def write_run(folder: Path, row: str, seed: int, dice: float) -> None:
 
 def test_the_report_pairs_draws_and_seeds(module, tmp_path):
     for seed in (0, 1):
-        write_run(tmp_path / "scribbles_0", "ignore", seed, 0.5)
+        write_run(tmp_path / "scribbles_0", "ignore_prior", seed, 0.5)
         write_run(tmp_path / "scribbles_0", "confkd", seed, 0.6)
     write_run(tmp_path / "scribbles_1", "confkd", 0, 0.0)  # without a rival: in the means, not in the gain
     lines = module.report(tmp_path).splitlines()
-    assert lines[0] == "**scribbles**" and "| IGNORE (`ignore`) | 0.500 | 0.700 | 10.0 | 10.0 |  |  | 2 |" in lines
+    assert lines[0] == "**scribbles**"
+    assert "| IGNORE_PRIOR (`ignore_prior`) | 0.500 | 0.700 | 10.0 | 10.0 |  |  | 2 |" in lines
     ours = next(line for line in lines if "(`confkd`)" in line)
     assert ours.startswith("| CONFKD (`confkd`) | 0.400 | 0.600 | ") and ours.count("+0.100 [+0.100, +0.100]") == 2
     assert ours.endswith("| 3 |")
@@ -64,6 +65,16 @@ def test_a_draw_changes_the_full_patients_and_no_other_role(module):
     first, again, other = (accuracy.choose_roles(cases, (5, 5, 20), draw=draw) for draw in (0, 0, 1))
     assert first == again and all(first[role] == other[role] for role in ("test", "validation"))
     assert sorted(first["train"]) == sorted(other["train"]) and first["train"][:3] != other["train"][:3]
+
+
+def test_the_short_table_compares_with_the_best_rival_in_the_same_draws_and_seeds(module, tmp_path):
+    for draw, seed, rivals, ours in ((0, 0, (0.4, 0.5), 0.7), (0, 1, (0.5, 0.5), 0.6), (1, 0, (0.9,), 0.1)):
+        write_run(tmp_path / f"points_5_{draw}", "confkd_cost", seed, ours)
+        for row, rival in zip(("ignore", "ignore_prior"), rivals):
+            write_run(tmp_path / f"points_5_{draw}", row, seed, rival)
+    write_run(tmp_path / "unlabelled_0", "confkd_cutmix_cost", 0, 0.4)  # without a rival
+    *_, line = module.short_table(tmp_path).splitlines()
+    assert line == "| Hippocampus, points | 5 |  | 0.700 | 0.850 | +0.150 [+0.100, +0.200] | 2 |"
 
 
 @pytest.mark.slow  # two trainings in fresh processes

@@ -135,11 +135,6 @@ def test_nnunet_is_pinned_and_torch_is_not():
     assert "torch>=2.6" in requirements  # no upper limit, no build
 
 
-def test_the_readme_holds_the_settings_table():
-    from nnunet_confkd.training.settings import settings_table
-    assert settings_table() in (ROOT / "README.md").read_text()
-
-
 # ---- the command line ----------------------------------------------------------------------------------------------
 
 def test_unknown_commands_and_help(capsys):
