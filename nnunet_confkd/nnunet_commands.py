@@ -56,6 +56,19 @@ def parser_of(entry_point: Callable, name: str) -> argparse.ArgumentParser:
     raise RuntimeError(f"{name} makes no parser: nnU-Net is of another version than was tested")
 
 
+def as_argv(parser: argparse.ArgumentParser, args: argparse.Namespace) -> list[str]:
+    """Return arguments that the parser, one of nnU-Net's, reads as `args`."""
+    words, options = [], []
+    for action in parser._actions:
+        value = getattr(args, action.dest, None)
+        if not action.option_strings:
+            words.append(str(value))
+        elif value is not None and value != action.default:
+            values = value if isinstance(value, (list, tuple)) else [value]
+            options += [action.option_strings[0], *(map(str, values) if action.nargs != 0 else ())]
+    return [*options, "--", *words] if words else options
+
+
 def with_options(argv: list[str], *options: str) -> list[str]:
     """Add options to the arguments. They win over earlier options of the same name."""
     end = argv.index("--") if "--" in argv else len(argv)
@@ -97,6 +110,38 @@ def check_training(args: argparse.Namespace) -> Path:
                          f"training first: confkd train {args.dataset_name_or_id} {args.configuration} {args.fold} "
                          f"-tr {args.tr} --c")
     return output
+
+
+def prepare_quick(args: argparse.Namespace) -> str:
+    """Add the small configuration of `--quick` to the plans, and name it in the arguments.
+
+    Args:
+        args: The arguments as nnU-Net parses them, with `tr` set.
+
+    Returns:
+        What the user should know of this training.
+
+    Raises:
+        InputError: Those of :func:`check_training`; or there is no quick form of the configuration or the trainer.
+    """
+    from nnunet_confkd.data.json_files import read_plans
+    from nnunet_confkd.data.small_configuration import add_quick_configuration, resolved
+
+    _require_variables("nnUNet_preprocessed", "nnUNet_results")
+    folder = Path(os.environ["nnUNet_preprocessed"]) / _dataset_name(args.dataset_name_or_id)
+    _require_preprocessed(folder, args.p, args.configuration)
+    trainer = _require_trainer(args.tr)
+    if not hasattr(trainer, "settings_of"):  # none of ours, which alone read the number of epochs from the plans
+        raise InputError(f"--quick: -tr {args.tr} cannot be shortened by it; use {DEFAULT_TRAINER} or a variant of it")
+    plans_file = folder / f"{args.p}.json"
+    usual, args.configuration = add_quick_configuration(plans_file, args.configuration, args.c or args.val)
+    quick = resolved(read_plans(plans_file), args.configuration)
+    settings = trainer.settings_of(quick["confkd"])
+    features = quick["architecture"]["arch_kwargs"]["features_per_stage"]
+    return (f"--quick: the configuration {args.configuration} is {usual} with a small network (up to {features[-1]} "
+            f"features), patches of {' x '.join(map(str, quick['patch_size']))} voxels, and {settings.epochs} epochs of "
+            f"{settings.iterations_per_epoch} iterations. This is for a first look. The accuracy is not that of a "
+            f"usual training: confkd train {args.dataset_name_or_id} {usual} {args.fold}")
 
 
 @contextmanager
@@ -201,12 +246,12 @@ def _require_fold(folder: Path, fold: str) -> None:
         raise InputError(f"there is no fold {fold}; use all, or 0 to {number - 1}, the folds of {splits}")
 
 
-def _require_trainer(name: str) -> None:
+def _require_trainer(name: str) -> type:
     from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
 
     try:
         with contextlib.redirect_stdout(io.StringIO()):
-            recursive_find_trainer_class_by_name(name)
+            return recursive_find_trainer_class_by_name(name)
     except RuntimeError as error:
         raise InputError(f"-tr {name}: there is no such trainer in nnU-Net or in the folders of nnUNet_extTrainer "
                          f"({os.environ.get('nnUNet_extTrainer', '')})") from error
@@ -305,6 +350,8 @@ TRAIN_HELP = f"""confkd train: nnUNetv2_train with the ConfKD trainers in reach.
   -tr                  default: {DEFAULT_TRAINER}
   -device              default: cuda where there is one, else cpu
   -pretrained_weights  takes stock nnU-Net checkpoints, too
+  --quick              a first look, in minutes on a CPU: a small network and a short training, as the
+                       configuration CONFIGURATION_quick. It is less accurate than a usual training
 All else is nnUNetv2_train's:
 """
 PREDICT_HELP = f"""confkd predict: nnUNetv2_predict (with -m FOLDER: nnUNetv2_predict_from_modelfolder)
@@ -334,8 +381,15 @@ def train(argv: list[str]) -> None:
         print(TRAIN_HELP)
         run_as(run_training_entry, name, argv)
         return
-    args = parser_of(run_training_entry, name).parse_args(argv)
+    own_parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    own_parser.add_argument("--quick", action="store_true")
+    own, argv = own_parser.parse_known_args(argv)
+    parser = parser_of(run_training_entry, name)
+    args = parser.parse_args(argv)
     args.tr = args.tr or DEFAULT_TRAINER
+    if own.quick:
+        print(prepare_quick(args))
+        argv = as_argv(parser, args)
     output = check_training(args)
     argv = with_options(argv, "-tr", args.tr, "-device", choose_device(args.device))
     with contextlib.ExitStack() as stack:

@@ -12,8 +12,9 @@ import SimpleITK as sitk
 import torch
 
 from nnunet_confkd import cli, nnunet_commands
+from nnunet_confkd.data import small_configuration
 from nnunet_confkd.errors import InputError
-from nnunet_confkd.nnunet_commands import explanation, no_leftovers, parser_of, with_options
+from nnunet_confkd.nnunet_commands import as_argv, explanation, no_leftovers, parser_of, with_options
 
 HIPPOCAMPUS = "Dataset004_Hippocampus"
 ONE_CHANNEL = {"channel_names": {"0": "MRI"}, "file_ending": ".nii.gz"}
@@ -61,6 +62,8 @@ def tree(folder) -> list[str]:
      "has no checkpoint_final.pth, so --val has nothing to validate; finish the training first: confkd train 4 2d 0 "
      "-tr ConfKDTrainer_5epochs --c"),
     (("4", "2d", "0", "--val", "--c"), "--c and --val exclude each other"),
+    (("4", "2d", "0", "--quick", "-tr", "nnUNetTrainer"), "--quick: -tr nnUNetTrainer cannot be shortened by it"),
+    (("4", "3d_lowres", "0", "--quick"), "has no configuration 3d_lowres; it has 2d, 3d_fullres"),
     (("4", "2d", "0", "-device", "gpu"), "-device gpu: must be cuda, cpu or mps"),
     (("4", "2d", "0", "-pretrained_weights", "no.pth"), "no.pth: there is no such checkpoint")])
 def test_a_mistake_of_train_is_one_sentence_and_leaves_nothing(nnunet, hippocampus, said, argv, expected):
@@ -175,6 +178,29 @@ def test_what_an_earlier_training_left_stays_after_a_failed_start(tmp_path):
     with pytest.raises(InputError):
         fail()  # it was there before
     assert (fold / "progress.png").is_file()
+
+
+def test_quick_trains_under_a_name_of_its_own_which_nnunet_predicts_with(nnunet, hippocampus, monkeypatch, tmp_path,
+                                                                         capsys, thread_pools):
+    from nnunetv2.inference.predict_from_raw_data import predict_entry_point
+
+    monkeypatch.setattr(small_configuration, "LENGTH", {"epochs": 1, "iterations_per_epoch": 2})
+    usual = nnunet.model(HIPPOCAMPUS, "2d")
+    before = tree(usual) if usual.exists() else None
+    assert cli.main(["train", "4", "2d", "0", "--quick", "-device", "cpu"]) == 0
+    out = capsys.readouterr().out
+    assert "the configuration 2d_quick is 2d with a small network" in out and "1 epochs of 2 iterations" in out
+    assert "The accuracy is not that of a usual training: confkd train 4 2d 0" in out
+    assert (tree(usual) if usual.exists() else None) == before
+    assert (nnunet.model(HIPPOCAMPUS, "2d_quick") / "fold_0" / "checkpoint_final.pth").is_file()
+    images = tmp_path / "images"
+    images.mkdir()
+    name = f"{hippocampus['test'][0]}_0000.nii.gz"
+    shutil.copyfile(nnunet.raw(HIPPOCAMPUS) / "imagesTs" / name, images / name)
+    nnunet_commands.run_as(predict_entry_point, "nnUNetv2_predict", [
+        "-i", str(images), "-o", str(tmp_path / "out"), "-d", "4", "-c", "2d_quick", "-f", "0", "-tr", "ConfKDTrainer",
+        "-device", "cpu", "-npp", "0", "-nps", "0", "--disable_tta"])
+    assert (tmp_path / "out" / f"{hippocampus['test'][0]}.nii.gz").is_file()
 
 
 # ---- prediction -----------------------------------------------------------------------------------------------------
@@ -315,6 +341,19 @@ def test_more_gpus_than_there_are_is_one_sentence(nnunet, hippocampus, machine, 
 
 
 # ---- arguments ------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("argv", [
+    ["27", "2d", "0"], ["2d", "2d", "all", "-p", "2d", "--npz", "--c"],
+    ["27", "3d_fullres", "1", "-num_gpus", "2", "--val", "-pretrained_weights", "a b.pth", "-device", "cpu"]])
+def test_parsed_arguments_can_be_written_as_arguments_again(argv):
+    from nnunetv2.run.run_training import run_training_entry
+
+    parser = parser_of(run_training_entry, "nnUNetv2_train")
+    args = parser.parse_args(argv)
+    assert parser.parse_args(as_argv(parser, args)) == args
+    args.configuration = "other"
+    assert parser.parse_args(as_argv(parser, args)).configuration == "other"
+
 
 @pytest.fixture
 def handed(monkeypatch, tmp_path):
