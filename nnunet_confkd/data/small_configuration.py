@@ -3,6 +3,7 @@ from __future__ import annotations
 
 from copy import deepcopy
 from pathlib import Path
+from typing import Any
 
 from nnunet_confkd.data.folders import WRITTEN_BY
 from nnunet_confkd.data.json_files import read_plans
@@ -10,10 +11,10 @@ from nnunet_confkd.errors import InputError
 from nnunet_confkd.files import write_json
 
 QUICK, MARK = "_quick", "confkd train --quick"
-LENGTH = {"epochs": 12, "iterations_per_epoch": 90}
-SIZES = {  # by the number of dimensions; some minutes on two CPU cores
-    2: dict(features=(16, 32, 64, 128), batch_size=8, max_patch=96),
-    3: dict(features=(8, 16, 32, 64), batch_size=2, max_patch=48)}
+# by the number of dimensions: a training takes some minutes on two CPU cores
+LENGTHS = {2: {"epochs": 12, "iterations_per_epoch": 90}, 3: {"epochs": 12, "iterations_per_epoch": 50}}
+SIZES: dict[int, dict[str, Any]] = {2: dict(features=(16, 32, 64, 128), batch_size=8, max_patch=96),
+                                    3: dict(features=(8, 16, 32, 64), batch_size=2, max_patch=48)}
 
 
 def add_small_configuration(plans_file: Path, name: str, base: str, confkd: dict | None = None, *,
@@ -93,9 +94,9 @@ def add_quick_configuration(plans_file: Path, configuration: str, keep: bool = F
                          f"3d_fullres")
     if before is not None and keep:
         return base, name
-    sizes = SIZES[len(parent["patch_size"])]
-    new = _small(parent, base, convolutions=2, **sizes)
-    new |= {"confkd": parent.get("confkd", {}) | LENGTH, WRITTEN_BY: MARK}
+    dimensions = len(parent["patch_size"])
+    new = _small(parent, base, convolutions=2, **SIZES[dimensions])
+    new |= {"confkd": parent.get("confkd", {}) | LENGTHS[dimensions], WRITTEN_BY: MARK}
     if new != before:
         plans["configurations"][name] = new
         write_json(plans_file, plans, indent=4)

@@ -11,7 +11,6 @@ import os
 import time
 from pathlib import Path
 
-from nnunet_confkd.data.small_configuration import add_small_configuration
 from nnunet_confkd.files import write_json
 
 DATASET_ID = 901
@@ -66,6 +65,7 @@ def run(folder: Path, data: Path | None, epochs: int, iterations: int, seed: int
     Returns:
         The mean Dice of "student" and "teacher".
     """
+    from nnunet_confkd.data.small_configuration import add_small_configuration
     from nnunet_confkd.device import choose_device
     from nnunet_confkd.discovery import make_findable
     from nnunet_confkd.nnunet_commands import predict
