@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from nnunet_confkd.errors import InputError
@@ -103,43 +103,27 @@ def prepare_for_cpu(argv: list[str]) -> None:
             os.environ.setdefault(variable, str(min(3, max(1, cores // 2))))
 
 
-def operations_per_second(dimensions: int) -> float:
-    """Measure how quickly the CPU computes convolutions, within less than a second.
+def seconds_per_pass(network, shape: Sequence[int], training: bool) -> float:
+    """Measure how long a network takes for a batch on the CPU: the fastest of some passes within a second, or of two.
 
     Args:
-        dimensions: 2 or 3.
+        network: A network of one input and one output.
+        shape: Of its input, `(B, C, *spatial)`.
+        training: Whether to compute backwards, too.
     """
     import torch
 
-    size = (8, 32, 96, 96) if dimensions == 2 else (1, 32, 32, 48, 48)
-    convolution = (torch.nn.Conv2d if dimensions == 2 else torch.nn.Conv3d)(32, 32, 3, padding=1)
-    before = torch.get_num_threads()
-    torch.set_num_threads(cpu_threads())
+    passes: list[float] = []
+    image, before = torch.rand(*shape), torch.get_num_threads()
+    torch.set_num_threads(cpu_threads(training))
     try:
-        with torch.inference_mode():
-            image = torch.rand(size)
-            convolution(image)
-            start, passes = time.perf_counter(), 0
-            while passes < 2 or time.perf_counter() - start < 0.3:
-                convolution(image)
-                passes += 1
-            seconds = (time.perf_counter() - start) / passes
+        with torch.set_grad_enabled(training):
+            while sum(passes) < 1 or len(passes) < 2 and passes[0] < 10:  # the first one is slower
+                start = time.perf_counter()
+                output = network(image)
+                if training:
+                    output.mean().backward()
+                passes.append(time.perf_counter() - start)
     finally:
         torch.set_num_threads(before)
-    return 2 * 32 * 32 * 3 ** dimensions * image[:, 0].numel() / seconds
-
-
-def count_operations(network, shape: tuple[int, ...]) -> int:
-    """Count the floating-point operations of a forward pass, without computing it.
-
-    Args:
-        network: A network, which is left on the "meta" device.
-        shape: Of its input, `(B, C, *spatial)`.
-    """
-    import torch
-    from torch.utils.flop_counter import FlopCounterMode
-
-    network = network.to("meta")
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        network(torch.empty(shape, device="meta"))
-    return counter.get_total_flops()
+    return min(passes)

@@ -284,7 +284,7 @@ def test_images_without_numbers_are_predicted_under_their_own_names(nnunet, hipp
         record = json.loads((tmp_path / output / "predict_from_raw_data_args.json").read_text())
         assert record["list_of_lists_or_source_folder"] == str(images)
     if not torch.cuda.is_available():  # the default device is said
-        assert capsys.readouterr().out.count("no CUDA device: running on the CPU\n") == 4
+        assert capsys.readouterr().out.count("no CUDA device: running on the CPU with") == 4
 
 
 # ---- devices ------------------------------------------------------------------------------------------------------

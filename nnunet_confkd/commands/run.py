@@ -210,9 +210,11 @@ def check_step(work: Work) -> Path:
 
 def plan_step(work: Work) -> Path:
     """Plan and preprocess."""
-    processes = str(work.args.processes)
-    work.call("plan", plan.main, ["-d", work.number, "-c", work.configuration, "-np", processes, "-npfp", processes])
-    return preprocessed_folder() / work.name / "nnUNetPlans.json"
+    processes, folder = str(work.args.processes), preprocessed_folder() / work.name
+    begun = (folder / "dataset_fingerprint.json").exists()  # nnU-Net does not write it whole
+    work.call("plan", plan.main, ["-d", work.number, "-c", work.configuration, "-np", processes, "-npfp", processes,
+                                  *(["--clean"] if begun else [])])
+    return folder / "nnUNetPlans.json"
 
 
 def train_step(work: Work) -> Path:

@@ -10,19 +10,21 @@ from nnunetv2.utilities.label_handling.label_handling import determine_num_input
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunet_confkd.data.json_files import read_description, read_plans
-from nnunet_confkd.device import count_operations, operations_per_second
+from nnunet_confkd.device import seconds_per_pass
 from nnunet_confkd.output import duration
 
-TRAINING = 3 * 1.2  # forward and backward passes of both branches, in forward passes of the student
+BRANCHES = 1.2  # a step of both branches, in steps of the student
 VALIDATION = 1.1  # nnU-Net's validation batches of each epoch
 STEP = 0.5  # of nnU-Net's sliding window, in patches
 
 
-def _operations(plans: PlansManager, configuration, described: dict, batch_size: int) -> int:
+def _seconds(plans: PlansManager, configuration, described: dict, training: bool) -> float:
+    """The time that the student takes for an image of the size of a patch, with the backward pass in a training."""
     channels = determine_num_input_channels(plans, configuration, described)
     heads = plans.get_label_manager(described).num_segmentation_heads
     network = nnUNetTrainer.build_network_architecture(plans, configuration, channels, heads, False)
-    return count_operations(network, (batch_size, channels, *configuration.patch_size))
+    images = configuration.batch_size if training else 1
+    return seconds_per_pass(network, (images, channels, *configuration.patch_size), training) / images
 
 
 def training_text(folder: Path, plans_name: str, name: str, epochs: int, iterations: int) -> str:
@@ -38,8 +40,7 @@ def training_text(folder: Path, plans_name: str, name: str, epochs: int, iterati
     plans = PlansManager(read_plans(folder / f"{plans_name}.json"))
     described = read_description(folder / "dataset.json")
     configuration = plans.get_configuration(name)
-    operations = _operations(plans, configuration, described, configuration.batch_size)
-    seconds = operations / operations_per_second(len(configuration.patch_size)) * TRAINING * VALIDATION
+    seconds = _seconds(plans, configuration, described, True) * configuration.batch_size * BRANCHES * VALIDATION
     return (f"{epochs} epochs are expected to take {duration(seconds * epochs * iterations)} (a rough guess; after an "
             f"epoch the time left is told)")
 
@@ -71,8 +72,8 @@ def prediction_text(model: Path, folds: int = 1, mirroring: bool = True) -> str 
         patch, size = configuration.patch_size, configuration.median_image_size_in_voxels
         if len(patch) == 2:
             size = [plans.plans["original_median_shape_after_transp"][0], *size]
-        operations = _operations(plans, configuration, described, 1)
+        seconds = _seconds(plans, configuration, described, False)
     except (ValueError, KeyError, RuntimeError, TypeError):  # the prediction itself tells what is wrong
         return None
     passes = windows(tuple(map(int, size)), tuple(patch)) * (2 ** len(patch) if mirroring else 1) * folds
-    return f"an image is expected to take {duration(operations * passes / operations_per_second(len(patch)))}"
+    return f"an image is expected to take {duration(seconds * passes)}"

@@ -2,8 +2,12 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import shutil
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -182,6 +186,51 @@ def test_the_whole_run_on_a_laptop_interrupted_twice(folders_of_a_laptop, quick,
         assert np.array_equal(read_voxels(Path("out", "predictions", file.name)), expected), rules
     assert (Path("out", "report", "report.html")).is_file()
     assert "The accuracy is not that of a usual training: leave out --quick" in out
+
+
+DRIVER = """
+import sys
+from nnunetv2.experiment_planning.dataset_fingerprint.fingerprint_extractor import DatasetFingerprintExtractor
+from nnunet_confkd import cli
+from nnunet_confkd.data import small_configuration
+
+if __name__ == "__main__":
+    DatasetFingerprintExtractor.num_foreground_voxels_for_intensitystats = property(
+        lambda self: 1e6, lambda self, value: None)
+    small_configuration.LENGTHS[2].update(epochs=3, iterations_per_epoch=2)
+    sys.exit(cli.main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.name == "nt", reason="signals are those of Unix")
+def test_real_signals_in_real_processes_lose_nothing(folders_of_a_laptop):
+    Path("driver.py").write_text(DRIVER)
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1", "nnUNet_def_n_proc": "1", "nnUNet_n_proc_DA": "1",
+                   "nnUNet_npp": "1", "nnUNet_nps": "1"}
+
+    def start() -> subprocess.Popen:
+        return subprocess.Popen([sys.executable, "driver.py", *shlex.split(RUN)[1:]], env=environment, text=True,
+                                stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)
+
+    for step, moment, number, status in (("plan", "Preprocessing...", signal.SIGINT, 130),
+                                         ("train", "Epoch 1", signal.SIGTERM, 143),
+                                         ("predict", "cases in the source folder", signal.SIGINT, 130)):
+        process, seen = start(), []
+        for line in process.stdout:
+            seen.append(line)
+            if moment in line:
+                os.killpg(process.pid, number)  # as a terminal, or SLURM, does
+                moment = "\0"
+        assert process.wait(timeout=60) == status, "".join(seen)
+        assert f" {step} was interrupted. The same command goes on" in "".join(seen), "".join(seen)
+    process = start()
+    out = process.communicate()[0]
+    assert process.returncode == 0, out
+    assert out.count(": done") == 4 and Path("out", "report", "report.html").is_file()
+    assert len(list(Path("out", "predictions").glob("*.nii.gz"))) == 2
+    left = [path.name for folder in ("nnUNet_raw", "nnUNet_preprocessed") for path in Path("out", folder).iterdir()]
+    assert left == ["Dataset100_Mixed"] * 2
 
 
 def largest(voxels: np.ndarray, labels: np.ndarray) -> np.ndarray:
