@@ -127,7 +127,7 @@ class Table:
 
     Attributes:
         patients: Numbers of patients for testing, validation and training.
-        small: Use a small plan for CPUs (:func:`nnunet_confkd.demo.demo.add_small_configuration`).
+        small: Use a small plan for CPUs (:func:`nnunet_confkd.data.small_configuration.add_small_configuration`).
         spacing: Target spacing in mm; None leaves the choice to nnU-Net.
         background: Whether weak labels that are made here annotate the background.
         draw: Which training patients are the first M, and the seed of weak labels that are made here.
@@ -317,7 +317,7 @@ def build_trainer(table: Table, spec: dict, dataset_id: int | None = None):
     from nnunetv2.run.run_training import get_trainer_from_args
     from nnunetv2.utilities.dataset_name_id_conversion import convert_id_to_dataset_name
 
-    from nnunet_confkd.demo.demo import add_small_configuration
+    from nnunet_confkd.data.small_configuration import add_small_configuration
     from nnunet_confkd.discovery import make_findable
     from nnunet_confkd.training.batches import set_seed
 

@@ -235,7 +235,8 @@ def not_finite(fold: Path, log: Path, case: Path) -> str:
 
 def prepare(folder: Path) -> Path:
     """Data, plans and a trainer that saves every epoch; the fold's folder."""
-    from nnunet_confkd.demo.demo import add_small_configuration, plan_and_preprocess
+    from nnunet_confkd.data.small_configuration import add_small_configuration
+    from nnunet_confkd.demo.demo import plan_and_preprocess
     from nnunet_confkd.demo.synthetic import generate_dataset
 
     roles = generate_dataset(

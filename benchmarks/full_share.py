@@ -59,8 +59,9 @@ def main() -> None:
     import torch
 
     from nnunet_confkd import __version__
+    from nnunet_confkd.data.small_configuration import add_small_configuration
     from nnunet_confkd.demo.data import import_dataset
-    from nnunet_confkd.demo.demo import add_small_configuration, plan_and_preprocess
+    from nnunet_confkd.demo.demo import plan_and_preprocess
 
     cases = import_dataset(Path(args.data), 901, DATASET[11:], seed=0, limits=LIMITS)
     plan_and_preprocess(901, ["2d"])

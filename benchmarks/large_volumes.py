@@ -149,7 +149,7 @@ def train_network(work: Work, shape: tuple[int, ...]) -> tuple[Path, dict[str, P
     """
     import numpy as np
 
-    from nnunet_confkd.demo.demo import add_small_configuration
+    from nnunet_confkd.data.small_configuration import add_small_configuration
     from nnunet_confkd.demo.synthetic import generate_dataset
     folders = set_folders(work.folder / "network")
     raw, preprocessed = folders["raw"] / DATASET, folders["preprocessed"] / DATASET
@@ -226,7 +226,7 @@ def measure_validation(work: Work, shape: tuple[int, ...], organs: int) -> dict[
     """Measure the final validation of a case by stock nnU-Net and by ConfKDTrainer, with random weights."""
     import numpy as np
 
-    from nnunet_confkd.demo.demo import add_small_configuration
+    from nnunet_confkd.data.small_configuration import add_small_configuration
     folders = set_folders(work.folder / "validation")
     raw, preprocessed = folders["raw"] / DATASET, folders["preprocessed"] / DATASET
     if not (raw / "dataset.json").is_file():

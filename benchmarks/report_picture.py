@@ -49,8 +49,9 @@ def train(data: Path, work: Path) -> None:
     import torch
     from nnunetv2.run.run_training import run_training
 
+    from nnunet_confkd.data.small_configuration import add_small_configuration
     from nnunet_confkd.demo.data import import_dataset
-    from nnunet_confkd.demo.demo import add_small_configuration, plan_and_preprocess
+    from nnunet_confkd.demo.demo import plan_and_preprocess
     from nnunet_confkd.discovery import make_findable
 
     source = work / "source"  # with the classes' names

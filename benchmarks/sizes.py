@@ -124,7 +124,7 @@ def measure(name: str, cases: int, folder: Path) -> dict[str, dict]:
     step("check", [*confkd, "check", "-d", str(ID), "--processes", "2"])
     step("plan", [*confkd, "plan", "-d", str(ID), "-c", "2d", "-np", "2", "-npfp", "2"])
     if CONFIGURATION not in json.loads((preprocessed / "nnUNetPlans.json").read_text())["configurations"]:
-        from nnunet_confkd.demo.demo import add_small_configuration
+        from nnunet_confkd.data.small_configuration import add_small_configuration
 
         add_small_configuration(
             preprocessed / "nnUNetPlans.json",

@@ -18,6 +18,7 @@ from unittest import mock
 from nnunet_confkd.trainers import confkd_trainers
 
 from nnunet_confkd import cli, nnunet_commands
+from nnunet_confkd.device import OPTION_HELP
 from nnunet_confkd.training.settings import Settings, settings_table
 
 FOLDER = Path(__file__).parent / "reference"
@@ -33,7 +34,7 @@ TRAINERS = (
 # defaults that depend on the machine
 OF_THE_MACHINE = {
     "processes": "default: as many as there are cores, 8 at most",
-    "device": "default: cuda where there is one, else cpu",
+    "device": OPTION_HELP,
 }
 
 

@@ -2,38 +2,61 @@
 from __future__ import annotations
 
 import io
-import os
 import sys
 import traceback
 from importlib import import_module
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 
 from nnunet_confkd import __version__
+from nnunet_confkd.device import prepare_for_cpu
 from nnunet_confkd.errors import InputError, TrainingError
+from nnunet_confkd.output import explained_output
 from nnunet_confkd.processes import terminable
 
-COMMANDS = {  # name: (module and function, text of the help)
-    "convert": ("dataset_conversion:main", "a public data set to nnU-Net's format"),
+COMMANDS = {  # name: (module and function, text of the help), in order of work
     "inspect": ("data.inspection:main", "what folders of images and labels hold, and the mix command that fits"),
     "mix": ("data.mix:main", "folders of full, partial and no labels to one data set"),
-    "weaken": ("data.weaken:main", "a fully labelled data set to a mixed one, for experiments"),
+    "convert": ("dataset_conversion:main", "a public data set to nnU-Net's format"),
+    "download": ("data.download:main", "a public data set, for a first try"),
     "check": ("data.check:main", "what is wrong with a data set, and which case is what"),
-    "plan": ("data.planning:main", "nnUNetv2_plan_and_preprocess that keeps every annotation"),
+    "run": ("commands.run:main", "all of mix, check, plan, train, predict and report, which can be interrupted"),
+    "plan": ("commands.plan:main", "nnUNetv2_plan_and_preprocess that keeps every annotation"),
     "train": ("nnunet_commands:train", "nnUNetv2_train with the ConfKD trainers"),
+    "trainer-dir": ("discovery:main", "the folder for nnUNet_extTrainer"),
     "predict": ("nnunet_commands:predict", "nnUNetv2_predict, with a choice of the branch, and entropy"),
     "evaluate": ("evaluation.evaluate:main",
                  "Dice, surface distances and more of predictions, and of two sets of them paired"),
-    "compare": ("evaluation.compare:main", "trained models side by side"),
-    "report": ("report.report:main", "a page of what a trained model does: figures, cases, calibration, curves"),
-    "complete": ("inference.completion:main", "the labels of partly labelled cases, completed by a model"),
-    "export": ("inference.export:main", "a trained model as a stock nnU-Net one"),
-    "trainer-dir": ("discovery:main", "the folder for nnUNet_extTrainer"),
-    "download": ("data.download:main", "a public data set, for a first try"),
+    "report": ("commands.report:main", "a page of what a trained model does: figures, cases, calibration, curves"),
+    "complete": ("commands.complete:main", "the labels of partly labelled cases, completed by a model"),
+    "export": ("commands.export:main", "a trained model as a stock nnU-Net one"),
+    "compare": ("commands.compare:main", "trained models side by side"),
+    "weaken": ("data.weaken:main", "a fully labelled data set to a mixed one, for experiments"),
     "demo": ("demo.demo:main", "the main job on generated or given data"),
 }
-USAGE = ("usage: confkd COMMAND ...   (confkd COMMAND --help tells more; confkd --version)\n\n"
-         + "\n".join(f"  {name:<13}{text}" for name, (_, text) in COMMANDS.items()))
+GROUPS = {  # title: the first of its commands
+    "your data": "inspect", "train": "plan", "use": "predict", "experiments": "compare"}
+
+
+def usage() -> str:
+    """Return the help of `confkd`, with the commands in groups."""
+    lines, titles = [], {first: title for title, first in GROUPS.items()}
+    for name, (_, text) in COMMANDS.items():
+        if name in titles:
+            lines += ["", f"{titles[name]}:"]
+        lines.append(f"  {name:<13}{text}")
+    return "usage: confkd COMMAND ...   (confkd COMMAND --help tells more; confkd --version)\n" + "\n".join(lines)
+
+
+def versions() -> str:
+    """Return the versions of what matters, without importing it, which would take seconds."""
+    found = {name: version(name) for name in ("nnunetv2", "torch")}
+    built = {"cuda": None}
+    if spec := find_spec("torch"):
+        exec((Path(spec.origin).parent / "version.py").read_text(encoding="utf-8"), built)
+    cuda = f"built for CUDA {built['cuda']}" if built["cuda"] else "built without CUDA"
+    return f"confkd {__version__}\nnnunetv2 {found['nnunetv2']}\ntorch {found['torch']} ({cuda})"
 
 
 def run(command: str, argv: list[str]) -> int:
@@ -50,16 +73,6 @@ def run(command: str, argv: list[str]) -> int:
     return getattr(import_module(f"nnunet_confkd.{module}"), function)(argv) or 0
 
 
-def _wait_without_spinning(argv: list[str]) -> None:
-    """Let PyTorch's threads sleep while they wait for each other, if the network runs on the CPU.
-
-    By default they spin, which slows small networks down several times if other processes use the cores, too. OpenMP
-    reads the variable when torch is imported. A value that the user has set stays.
-    """
-    if {"cpu", "-device=cpu"} & {*argv} or not Path("/dev/nvidiactl").exists():
-        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-
-
 def main(argv: list[str] | None = None) -> int:
     """Run the command line.
 
@@ -71,20 +84,20 @@ def main(argv: list[str] | None = None) -> int:
     """
     argv = sys.argv[1:] if argv is None else argv
     if argv == ["--version"]:
-        print(f"confkd {__version__} (nnunetv2 {version('nnunetv2')})")
+        print(versions())
         return 0
     if argv and argv[0] in ("-h", "--help"):
-        print(USAGE)
+        print(usage())
         return 0
     if not argv or argv[0] not in COMMANDS:
         unknown = f"confkd: there is no command '{argv[0]}'\n" if argv else ""
-        print(unknown + USAGE, file=sys.stderr)
+        print(unknown + usage(), file=sys.stderr)
         return 2
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # names of files may hold bytes that are no text
-    _wait_without_spinning(argv)
+    prepare_for_cpu(argv)
     try:
-        with terminable():
+        with terminable(), explained_output():
             return run(argv[0], argv[1:])
     except (InputError, TrainingError) as error:
         print(f"confkd {argv[0]}: {error}", file=sys.stderr)

@@ -6,54 +6,91 @@ sentence, with the command that helps.
 from __future__ import annotations
 
 import argparse
+import ast
 import contextlib
 import io
 import multiprocessing
 import os
 import re
+import shlex
 import shutil
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
+import nnunetv2
+
+from nnunet_confkd.device import OPTION_HELP, choose_device, cpu_threads
+from nnunet_confkd.discovery import make_findable
 from nnunet_confkd.errors import InputError
+from nnunet_confkd.training.names import BRANCHES
 
 DEFAULT_TRAINER = "ConfKDTrainer"
+ENTRY_POINTS = {
+    "nnUNetv2_train": ("nnunetv2.run.run_training", "run_training_entry"),
+    "nnUNetv2_predict": ("nnunetv2.inference.predict_from_raw_data", "predict_entry_point"),
+    "nnUNetv2_predict_from_modelfolder": ("nnunetv2.inference.predict_from_raw_data",
+                                          "predict_entry_point_modelfolder")}
 
 
 # ---- arguments ------------------------------------------------------------------------------------------------------
 
-class _ParserFound(BaseException):
-    """Carries a parser out of the function that makes it."""
+def parser_of(name: str) -> argparse.ArgumentParser:
+    """Get the parser of a command of nnU-Net, so that abbreviations and defaults are the same here and there.
 
-
-def parser_of(entry_point: Callable, name: str) -> argparse.ArgumentParser:
-    """Get the parser of a command of nnU-Net, so that abbreviations mean the same here and there.
+    nnU-Net's modules import torch, which takes seconds. So only those lines are run that make the parser.
 
     Args:
-        entry_point: The function that the command runs.
-        name: The command's name, for its messages.
+        name: The command's name, a key of `ENTRY_POINTS`.
 
     Returns:
         The parser, in which the device and the trainer are None by default.
 
     Raises:
-        RuntimeError: The command makes no parser.
+        RuntimeError: There are no such lines.
     """
-    def stop(parser, *_):
-        raise _ParserFound(parser)
+    module, function = ENTRY_POINTS[name]
+    source = Path(nnunetv2.__path__[0], *module.split(".")[1:]).with_suffix(".py").read_text(encoding="utf-8")
+    functions = {node.name: node for node in ast.parse(source).body if isinstance(node, ast.FunctionDef)}
+    lines = [node for node in getattr(functions.get(function), "body", ()) if _makes_parser(node)]
+    called = {node.id for line in lines for node in ast.walk(line) if isinstance(node, ast.Name)}
+    names: dict[str, Any] = {"argparse": argparse, "os": os}
+    helpers = [node for name, node in functions.items() if name in called]
+    exec(compile(ast.Module([*helpers, *lines], []), module, "exec"), names)
+    parser = names.get("parser")
+    if not isinstance(parser, argparse.ArgumentParser):
+        raise RuntimeError(f"{name} makes no parser: nnU-Net is of another version than was tested")
+    parser.prog = name
+    parser.set_defaults(device=None, tr=None)
+    return parser
 
-    with mock.patch.object(argparse.ArgumentParser, "parse_args", stop), mock.patch.object(sys, "argv", [name]), \
-            contextlib.redirect_stdout(io.StringIO()):
-        try:
-            entry_point()
-        except _ParserFound as found:
-            parser = found.args[0]
-            parser.set_defaults(device=None, tr=None)
-            return parser
-    raise RuntimeError(f"{name} makes no parser: nnU-Net is of another version than was tested")
+
+def _makes_parser(line: ast.stmt) -> bool:
+    call = line.value if isinstance(line, (ast.Assign, ast.Expr)) else None
+    return isinstance(call, ast.Call) and ast.unparse(call.func) in ("argparse.ArgumentParser", "parser.add_argument")
+
+
+def entry_point(name: str) -> Callable:
+    """Import the function that a command of nnU-Net runs."""
+    module, function = ENTRY_POINTS[name]
+    return getattr(import_module(module), function)
+
+
+def as_argv(parser: argparse.ArgumentParser, args: argparse.Namespace) -> list[str]:
+    """Return arguments that the parser, one of nnU-Net's, reads as `args`."""
+    words, options = [], []
+    for action in parser._actions:
+        value = getattr(args, action.dest, None)
+        if not action.option_strings:
+            words.append(str(value))
+        elif value is not None and value != action.default:
+            values = value if isinstance(value, (list, tuple)) else [value]
+            options += [action.option_strings[0], *(map(str, values) if action.nargs != 0 else ())]
+    return [*options, "--", *words] if words else options
 
 
 def with_options(argv: list[str], *options: str) -> list[str]:
@@ -99,6 +136,39 @@ def check_training(args: argparse.Namespace) -> Path:
     return output
 
 
+def prepare_quick(args: argparse.Namespace) -> str:
+    """Add the small configuration of `--quick` to the plans, and name it in the arguments.
+
+    Args:
+        args: The arguments as nnU-Net parses them, with `tr` set.
+
+    Returns:
+        What the user should know of this training.
+
+    Raises:
+        InputError: Those of :func:`check_training`; or there is no quick form of the configuration or the trainer.
+    """
+    from nnunet_confkd.data.json_files import read_plans
+    from nnunet_confkd.data.small_configuration import add_quick_configuration, resolved
+
+    _require_variables("nnUNet_preprocessed", "nnUNet_results")
+    folder = _preprocessed(args)
+    _require_preprocessed(folder, args.p, args.configuration)
+    trainer = _require_trainer(args.tr)
+    if not hasattr(trainer, "settings_of"):  # none of ours, which alone read the number of epochs from the plans
+        raise InputError(f"--quick: -tr {args.tr} cannot be shortened by it; use {DEFAULT_TRAINER} or a variant of it")
+    plans_file = folder / f"{args.p}.json"
+    usual, args.configuration = add_quick_configuration(plans_file, args.configuration, args.c or args.val)
+    quick = resolved(read_plans(plans_file), args.configuration)
+    settings = trainer.settings_of(quick["confkd"])
+    features = quick["architecture"]["arch_kwargs"]["features_per_stage"]
+    patch = " x ".join(map(str, quick["patch_size"]))
+    return (f"--quick: the configuration {args.configuration} is {usual} with a small network (up to {features[-1]} "
+            f"features), patches of {patch} voxels, and {settings.epochs} epochs of "
+            f"{settings.iterations_per_epoch} iterations. This is for a first look. The accuracy is not that of a "
+            f"usual training: confkd train {args.dataset_name_or_id} {usual} {args.fold}")
+
+
 @contextmanager
 def no_leftovers(output: Path) -> Iterator[None]:
     """Remove the folders that a training made, if it fails before the end of its first epoch.
@@ -119,6 +189,31 @@ def no_leftovers(output: Path) -> Iterator[None]:
                 if dataset not in existed:
                     dataset.rmdir()
         raise
+
+
+def after_training(args: argparse.Namespace, output: Path) -> str:
+    """Say where the model is, and which commands follow.
+
+    Args:
+        args: The arguments as nnU-Net parses them, with `tr` set.
+        output: The fold's folder.
+    """
+    from nnunet_confkd.data.json_files import number_of_folds
+
+    model, more = output.parent, f" -tr {args.tr}" if args.tr != DEFAULT_TRAINER else ""
+    more += f" -p {args.p}" if args.p != "nnUNetPlans" else ""
+    splits = Path(os.environ.get("nnUNet_preprocessed", ""), model.parent.name, "splits_final.json")
+    folds = ["all"] if args.fold == "all" else [str(fold) for fold in range(number_of_folds(splits))]
+    trained = [fold for fold in folds if (model / f"fold_{fold}" / "checkpoint_final.pth").is_file()]
+    missing = [fold for fold in folds if fold not in trained]
+    lines = [f"model: {model}",
+             f"next: confkd predict -d {args.dataset_name_or_id} -i IMAGES -o PREDICTIONS -c {args.configuration} "
+             f"-f {' '.join(trained or [args.fold])}{more}",
+             f"or: confkd report --model {shlex.quote(str(model))}"]
+    if trained and missing:
+        lines.append(f"or: confkd train {args.dataset_name_or_id} {args.configuration} {missing[0]}{more}, because the "
+                     f"mean of several folds predicts better (not trained yet: {', '.join(missing)})")
+    return "\n".join(lines)
 
 
 def _flag(name: str) -> str:
@@ -148,6 +243,11 @@ def _dataset_name(dataset: str) -> str:
     return found[0]
 
 
+def _preprocessed(args: argparse.Namespace) -> Path:
+    """Return the folder of the data set of a training in nnUNet_preprocessed."""
+    return Path(os.environ["nnUNet_preprocessed"]) / _dataset_name(args.dataset_name_or_id)
+
+
 def _no_dataset(name: str) -> InputError:
     names = sorted({found.name for folder in _nnunet_folders() for found in folder.glob("Dataset[0-9][0-9][0-9]_*")})
     there = f"there are: {', '.join(names)}" if names else "there is none at all"
@@ -162,8 +262,6 @@ def _nnunet_folders() -> list[Path]:
 
 def _require_preprocessed(folder: Path, plans_name: str, configuration: str) -> None:
     """Require plans and preprocessed cases; `folder` is that of the data set in nnUNet_preprocessed."""
-    from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
-
     from nnunet_confkd.data.json_files import read_plans
 
     file, plan = folder / f"{plans_name}.json", f"confkd plan -d {folder.name[7:10].lstrip('0')} -c {configuration}"
@@ -183,6 +281,8 @@ def _require_preprocessed(folder: Path, plans_name: str, configuration: str) -> 
         large = configuration in ("3d_lowres", "3d_cascade_fullres")
         raise InputError(f"{file}: has no configuration {configuration}; it has {', '.join(plans['configurations'])}"
                          + ("; nnU-Net plans 3d_lowres and the cascade only for large images" if large else ""))
+    from nnunetv2.utilities.plans_handling.plans_handler import PlansManager  # imports torch
+
     try:
         data = folder / PlansManager(plans).get_configuration(configuration).data_identifier
     except (RuntimeError, ValueError, KeyError) as error:  # what it inherits from
@@ -201,12 +301,12 @@ def _require_fold(folder: Path, fold: str) -> None:
         raise InputError(f"there is no fold {fold}; use all, or 0 to {number - 1}, the folds of {splits}")
 
 
-def _require_trainer(name: str) -> None:
+def _require_trainer(name: str) -> type:
     from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
 
     try:
         with contextlib.redirect_stdout(io.StringIO()):
-            recursive_find_trainer_class_by_name(name)
+            return recursive_find_trainer_class_by_name(name)
     except RuntimeError as error:
         raise InputError(f"-tr {name}: there is no such trainer in nnU-Net or in the folders of nnUNet_extTrainer "
                          f"({os.environ.get('nnUNet_extTrainer', '')})") from error
@@ -220,7 +320,7 @@ def _network_to_train(args: argparse.Namespace):
 
     from nnunet_confkd.data.json_files import read_description, read_plans
 
-    folder = Path(os.environ["nnUNet_preprocessed"]) / _dataset_name(args.dataset_name_or_id)
+    folder = _preprocessed(args)
     description = read_description(folder / "dataset.json")
     plans = PlansManager(read_plans(folder / f"{args.p}.json"))
     configuration = plans.get_configuration(args.configuration)
@@ -303,8 +403,10 @@ def _require_teacher(checkpoint: Path) -> None:
 
 TRAIN_HELP = f"""confkd train: nnUNetv2_train with the ConfKD trainers in reach.
   -tr                  default: {DEFAULT_TRAINER}
-  -device              default: cuda where there is one, else cpu
+  -device              {OPTION_HELP}
   -pretrained_weights  takes stock nnU-Net checkpoints, too
+  --quick              a first look, in minutes on a CPU: a small network and a short training, as the
+                       configuration CONFIGURATION_quick. It is less accurate than a usual training
 All else is nnUNetv2_train's:
 """
 PREDICT_HELP = f"""confkd predict: nnUNetv2_predict (with -m FOLDER: nnUNetv2_predict_from_modelfolder)
@@ -315,86 +417,95 @@ with the ConfKD trainers in reach.
   -i                               a folder of images, or an image; with a single channel the names need
                                    no _0000 at their end
   -tr                              default: {DEFAULT_TRAINER}
-  -device                          default: cuda where there is one, else cpu
+  -device                          {OPTION_HELP}
 All else is nnU-Net's:
 """
 
 
 def train(argv: list[str]) -> None:
     """Run `confkd train`."""
-    from nnunetv2.run.run_training import run_training_entry
-
-    from nnunet_confkd.device import choose_device
-    from nnunet_confkd.discovery import make_findable
-    from nnunet_confkd.inference.checkpoints import pretrained_for_both_branches
-
     name = "nnUNetv2_train"
-    make_findable()
+    parser = parser_of(name)
     if _wants_help(argv):
         print(TRAIN_HELP)
-        run_as(run_training_entry, name, argv)
+        parser.print_help()
         return
-    args = parser_of(run_training_entry, name).parse_args(argv)
+    own_parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    own_parser.add_argument("--quick", action="store_true")
+    own, argv = own_parser.parse_known_args(argv)
+    args = parser.parse_args(argv)
     args.tr = args.tr or DEFAULT_TRAINER
+    make_findable()
+    about = prepare_quick(args) if own.quick else None
+    if about:
+        print(about)
+        argv = as_argv(parser, args)
     output = check_training(args)
-    argv = with_options(argv, "-tr", args.tr, "-device", choose_device(args.device))
+
+    from nnunet_confkd.inference.checkpoints import pretrained_for_both_branches
+
+    device = choose_device(args.device, lambda: expected_training_time(args))
+    argv = with_options(argv, "-tr", args.tr, "-device", device)
     with contextlib.ExitStack() as stack:
         stack.enter_context(no_leftovers(output))
+        stack.enter_context(_threads(device, training=True))
         if args.pretrained_weights is not None:
             weights = stack.enter_context(pretrained_for_both_branches(args.pretrained_weights,
                                                                        lambda: _network_to_train(args)))
             argv = with_options(argv, "-pretrained_weights", weights)
-        run_as(run_training_entry, name, argv)
+        run_as(name, argv)
+    print("\n".join(filter(None, [about, after_training(args, output)])))
 
 
 def predict(argv: list[str]) -> None:
     """Run `confkd predict`."""
-    from nnunet_confkd.data.json_files import read_description
-    from nnunet_confkd.device import choose_device
-    from nnunet_confkd.discovery import make_findable
-    from nnunet_confkd.inference.inputs import name_source, readable_images
-    from nnunet_confkd.training.network import BRANCHES, predicting
-
-    make_findable()
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--branch", choices=BRANCHES, default="student")
     parser.add_argument("--save-entropy", action="store_true")
     own, argv = parser.parse_known_args(argv)
-    entry_point, name = _prediction_command(argv)
+    name = _prediction_command(argv)
     if _wants_help(argv):
         print(PREDICT_HELP)
-        run_as(entry_point, name, argv)
+        parser_of(name).print_help()
         return
-    args = parser_of(entry_point, name).parse_args(argv)
+    args = parser_of(name).parse_args(argv)
+    make_findable()
     if not hasattr(args, "m"):
         args.tr = args.tr or DEFAULT_TRAINER
         argv = with_options(argv, "-tr", args.tr)
     model = check_model(args)
     if own.branch != "student":
         _require_teacher(model / f"fold_{args.f[0]}" / args.chk)
-    device = choose_device(args.device)
+
+    from nnunet_confkd.data.json_files import read_description
+    from nnunet_confkd.inference.expected_time import prediction_text
+    from nnunet_confkd.inference.inputs import name_source, readable_images
+    from nnunet_confkd.training.network import predicting
+
+    device = choose_device(args.device, lambda: prediction_text(model, len(args.f), not args.disable_tta))
     source, described = Path(args.i), read_description(model / "dataset.json", ("file_ending",))
-    with (readable_images(source, described) as images, predicting(own.branch),
+    with (readable_images(source, described) as images, predicting(own.branch), _threads(device),
           _entropy_too() if own.save_entropy else contextlib.nullcontext()):
-        run_as(entry_point, name, with_options(argv, "-device", device, "-i", str(images)))
+        run_as(name, with_options(argv, "-device", device, "-i", str(images)))
     if images != source:
         name_source(Path(args.o), source)
     if own.save_entropy:
         from nnunet_confkd.inference.uncertainty import list_cases
 
         print("look at these cases first:", list_cases(Path(args.o)))
+    dataset = f" -d {args.d}" if hasattr(args, "d") else ""
+    print(f"predictions: {args.o}\nnext, where there is a ground truth: confkd evaluate --truth LABELS --prediction "
+          f"{shlex.quote(args.o)}{dataset}")
 
 
-def _prediction_command(argv: list[str]) -> tuple[Callable, str]:
+def _prediction_command(argv: list[str]) -> str:
     """Choose between nnU-Net's two commands: with -m the model is a folder, otherwise it has a data set and a name."""
-    from nnunetv2.inference.predict_from_raw_data import predict_entry_point, predict_entry_point_modelfolder
-
-    by_folder = predict_entry_point_modelfolder, "nnUNetv2_predict_from_modelfolder"
-    parser = parser_of(*by_folder)
+    by_folder = "nnUNetv2_predict_from_modelfolder"
+    parser = parser_of(by_folder)
     for action in parser._actions:
         action.required = False
     args = parser.parse_known_args([word for word in argv if word not in ("-h", "--help")])[0]
-    return by_folder if args.m is not None else (predict_entry_point, "nnUNetv2_predict")
+    return by_folder if args.m is not None else "nnUNetv2_predict"
 
 
 def _entropy_too() -> contextlib.AbstractContextManager:
@@ -406,17 +517,45 @@ def _entropy_too() -> contextlib.AbstractContextManager:
     return mock.patch.object(predict_from_raw_data, "nnUNetPredictor", EntropyPredictor)
 
 
-def run_as(entry_point: Callable, name: str, argv: list[str]) -> None:
-    """Call an entry point of nnU-Net as its command would.
+@contextmanager
+def _threads(device: str, training: bool = False) -> Iterator[None]:
+    """On the CPU, give the network as many threads as `cpu_threads` says; nnU-Net takes all cores of the machine."""
+    if device != "cpu":
+        yield
+        return
+    import torch
+
+    torch.set_num_threads(cpu_threads(training))
+    with mock.patch.object(torch, "set_num_threads"):
+        yield
+
+
+def expected_training_time(args: argparse.Namespace) -> str | None:
+    """Say how long a training is expected to take on the CPU; None if its number of epochs is not known."""
+    from nnunet_confkd.data.json_files import read_plans
+    from nnunet_confkd.data.small_configuration import resolved
+    from nnunet_confkd.inference.expected_time import training_text
+
+    trainer, folder = _require_trainer(args.tr), _preprocessed(args)
+    if args.val or args.c or not hasattr(trainer, "settings_of"):
+        return None
+    block = resolved(read_plans(folder / f"{args.p}.json"), args.configuration).get("confkd", {})
+    settings = trainer.settings_of(block)
+    return training_text(folder, args.p, args.configuration, settings.epochs or 1000,
+                         settings.iterations_per_epoch or 250)
+
+
+def run_as(name: str, argv: list[str]) -> None:
+    """Call the entry point of a command of nnU-Net as the command would.
 
     Args:
-        entry_point: The function that the command runs.
-        name: The command's name.
+        name: The command's name, a key of `ENTRY_POINTS`.
         argv: The command's arguments.
     """
+    function = entry_point(name)
     before, sys.argv, running = sys.argv, [name, *argv], multiprocessing.active_children()
     try:
-        entry_point()
+        function()
     except BaseException:
         for process in {*multiprocessing.active_children()} - {*running}:
             process.terminate()  # the ranks of a training on several GPUs, which Python would wait for

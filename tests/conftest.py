@@ -197,7 +197,7 @@ class Workspace:
 
     def configure(self, dataset: str, name: str, base: str, confkd: dict | None = None, **options) -> str:
         """Add a tiny configuration to the plans under a name of its own, and return this name."""
-        from nnunet_confkd.demo.demo import add_small_configuration
+        from nnunet_confkd.data.small_configuration import add_small_configuration
         add_small_configuration(self.preprocessed(dataset) / "nnUNetPlans.json", name, base, confkd, **TINY | options)
         return name
 

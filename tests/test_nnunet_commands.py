@@ -1,9 +1,9 @@
 """The ordinary mistakes of `confkd train` and `confkd predict`: one sentence each, with the command that helps."""
 from __future__ import annotations
 
+import argparse
 import json
 import shutil
-import sys
 import types
 
 import numpy as np
@@ -12,8 +12,9 @@ import SimpleITK as sitk
 import torch
 
 from nnunet_confkd import cli, nnunet_commands
+from nnunet_confkd.data import small_configuration
 from nnunet_confkd.errors import InputError
-from nnunet_confkd.nnunet_commands import explanation, no_leftovers, parser_of, with_options
+from nnunet_confkd.nnunet_commands import as_argv, explanation, no_leftovers, parser_of, with_options
 
 HIPPOCAMPUS = "Dataset004_Hippocampus"
 ONE_CHANNEL = {"channel_names": {"0": "MRI"}, "file_ending": ".nii.gz"}
@@ -61,6 +62,8 @@ def tree(folder) -> list[str]:
      "has no checkpoint_final.pth, so --val has nothing to validate; finish the training first: confkd train 4 2d 0 "
      "-tr ConfKDTrainer_5epochs --c"),
     (("4", "2d", "0", "--val", "--c"), "--c and --val exclude each other"),
+    (("4", "2d", "0", "--quick", "-tr", "nnUNetTrainer"), "--quick: -tr nnUNetTrainer cannot be shortened by it"),
+    (("4", "3d_lowres", "0", "--quick"), "has no configuration 3d_lowres; it has 2d, 3d_fullres"),
     (("4", "2d", "0", "-device", "gpu"), "-device gpu: must be cuda, cpu or mps"),
     (("4", "2d", "0", "-pretrained_weights", "no.pth"), "no.pth: there is no such checkpoint")])
 def test_a_mistake_of_train_is_one_sentence_and_leaves_nothing(nnunet, hippocampus, said, argv, expected):
@@ -177,6 +180,31 @@ def test_what_an_earlier_training_left_stays_after_a_failed_start(tmp_path):
     assert (fold / "progress.png").is_file()
 
 
+def test_quick_trains_under_a_name_of_its_own_which_nnunet_predicts_with(nnunet, hippocampus, monkeypatch, tmp_path,
+                                                                         capsys, thread_pools):
+    monkeypatch.setitem(small_configuration.LENGTHS, 2, {"epochs": 2, "iterations_per_epoch": 1})
+    usual = nnunet.model(HIPPOCAMPUS, "2d")
+    before = tree(usual) if usual.exists() else None
+    assert cli.main(["train", "4", "2d", "0", "--quick", "-device", "cpu"]) == 0
+    out = capsys.readouterr().out
+    assert "the configuration 2d_quick is 2d with a small network" in out and "2 epochs of 1 iterations" in out
+    assert "The accuracy is not that of a usual training: confkd train 4 2d 0" in out
+    assert out.count("Time left: about ") == 1 and " for 1 of 2 epochs, and then the validation" in out
+    assert f"model: {nnunet.model(HIPPOCAMPUS, '2d_quick')}\nnext: confkd predict -d 4 -i IMAGES -o PREDICTIONS -c " \
+           f"2d_quick -f 0\nor: confkd report --model " in out
+    assert not any(text in out for text in ("not found", "old nnU-Net", "network architecture", "np.float"))
+    assert (tree(usual) if usual.exists() else None) == before
+    assert (nnunet.model(HIPPOCAMPUS, "2d_quick") / "fold_0" / "checkpoint_final.pth").is_file()
+    images = tmp_path / "images"
+    images.mkdir()
+    name = f"{hippocampus['test'][0]}_0000.nii.gz"
+    shutil.copyfile(nnunet.raw(HIPPOCAMPUS) / "imagesTs" / name, images / name)
+    nnunet_commands.run_as("nnUNetv2_predict", [
+        "-i", str(images), "-o", str(tmp_path / "out"), "-d", "4", "-c", "2d_quick", "-f", "0", "-tr", "ConfKDTrainer",
+        "-device", "cpu", "-npp", "0", "-nps", "0", "--disable_tta"])
+    assert (tmp_path / "out" / f"{hippocampus['test'][0]}.nii.gz").is_file()
+
+
 # ---- prediction -----------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("argv, expected", [
@@ -256,7 +284,7 @@ def test_images_without_numbers_are_predicted_under_their_own_names(nnunet, hipp
         record = json.loads((tmp_path / output / "predict_from_raw_data_args.json").read_text())
         assert record["list_of_lists_or_source_folder"] == str(images)
     if not torch.cuda.is_available():  # the default device is said
-        assert capsys.readouterr().out.count("no CUDA device: running on the CPU\n") == 4
+        assert capsys.readouterr().out.count("no CUDA device: running on the CPU with") == 4
 
 
 # ---- devices ------------------------------------------------------------------------------------------------------
@@ -284,7 +312,9 @@ def test_cuda_where_there_is_none_is_one_sentence(nnunet, hippocampus_model, mac
 
 @pytest.mark.parametrize("cuda", (False, True))
 def test_every_command_chooses_the_same_device(nnunet, hippocampus_model, machine, monkeypatch, tmp_path, capsys, cuda):
-    from nnunet_confkd.inference import completion as complete
+    from nnunet_confkd.commands import complete
+    from nnunet_confkd.commands import report as report_command
+    from nnunet_confkd.inference import completion
     from nnunet_confkd.report import report
     machine(cuda)
     seen = []
@@ -296,13 +326,13 @@ def test_every_command_chooses_the_same_device(nnunet, hippocampus_model, machin
         seen.extend(str(value) for value in (*args, *kwargs.values()) if isinstance(value, torch.device))
         raise Chosen
 
-    monkeypatch.setattr(nnunet_commands, "run_as", lambda _, name, argv: seen.append(argv[argv.index("-device") + 1]))
+    monkeypatch.setattr(nnunet_commands, "run_as", lambda name, argv: seen.append(argv[argv.index("-device") + 1]))
     monkeypatch.setattr(report, "report", stop)
-    monkeypatch.setattr(complete, "_CompletingPredictor", stop)
+    monkeypatch.setattr(completion, "_CompletingPredictor", stop)
     nnunet_commands.train(["4", "2d_export", "0"])
     images = nnunet.raw(HIPPOCAMPUS) / "imagesTs"
     nnunet_commands.predict(["-i", str(images), "-o", str(tmp_path), "-d", "4", "-c", "2d_export", "-f", "0"])
-    for command, argv in ((report, []), (complete, ["-d", "4", "--id", "77"])):
+    for command, argv in ((report_command, []), (complete, ["-d", "4", "--id", "77"])):
         with pytest.raises(Chosen):
             command.main(["--model", str(hippocampus_model), *argv])
     assert seen == ["cuda" if cuda else "cpu"] * 4
@@ -316,6 +346,17 @@ def test_more_gpus_than_there_are_is_one_sentence(nnunet, hippocampus, machine, 
 
 # ---- arguments ------------------------------------------------------------------------------------------------------
 
+@pytest.mark.parametrize("argv", [
+    ["27", "2d", "0"], ["2d", "2d", "all", "-p", "2d", "--npz", "--c"],
+    ["27", "3d_fullres", "1", "-num_gpus", "2", "--val", "-pretrained_weights", "a b.pth", "-device", "cpu"]])
+def test_parsed_arguments_can_be_written_as_arguments_again(argv):
+    parser = parser_of("nnUNetv2_train")
+    args = parser.parse_args(argv)
+    assert parser.parse_args(as_argv(parser, args)) == args
+    args.configuration = "other"
+    assert parser.parse_args(as_argv(parser, args)).configuration == "other"
+
+
 @pytest.fixture
 def handed(monkeypatch, tmp_path):
     """Record what `confkd train` and `confkd predict` hand to nnU-Net, and how they parsed the arguments themselves."""
@@ -325,13 +366,14 @@ def handed(monkeypatch, tmp_path):
         seen.args = args
         return tmp_path
 
-    def run(entry_point, name, argv):
+    def run(name, argv):
         seen.command, seen.argv = name, argv
 
     monkeypatch.setattr(nnunet_commands, "check_training", remember)
     monkeypatch.setattr(nnunet_commands, "check_model", remember)
     monkeypatch.setattr("nnunet_confkd.data.json_files.read_description", lambda *_: ONE_CHANNEL)
     monkeypatch.setattr(nnunet_commands, "run_as", run)
+    monkeypatch.setattr(nnunet_commands, "expected_training_time", lambda args: None)
     (tmp_path / "a_0000.nii.gz").touch()
     return seen
 
@@ -343,8 +385,7 @@ def handed(monkeypatch, tmp_path):
 def test_abbreviations_mean_what_they_mean_to_nnunets_train(handed, argv, expected):
     nnunet_commands.train(argv)
     assert {name: getattr(handed.args, name) for name in expected} == expected
-    from nnunetv2.run.run_training import run_training_entry
-    theirs = parser_of(run_training_entry, "x").parse_args(handed.argv)  # after what we have added
+    theirs = parser_of("nnUNetv2_train").parse_args(handed.argv)  # after what we have added
     assert theirs.tr == handed.args.tr and theirs.device in ("cpu", "cuda") and theirs.dataset_name_or_id == "4"
 
 
@@ -378,8 +419,28 @@ def test_options_are_added_before_the_end_of_options():
     assert with_options(["a"], "-x") == ["a", "-x"]
 
 
-def test_a_command_without_a_parser_is_not_taken_for_one():
-    before = sys.argv[:]
+@pytest.mark.parametrize("name", nnunet_commands.ENTRY_POINTS)
+def test_the_parser_is_nnunets_own_although_nnunet_is_not_imported(name, monkeypatch):
+    class Found(Exception):
+        pass
+
+    def stop(parser):
+        raise Found(parser)
+
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", stop)
+    with pytest.raises(Found) as found:
+        nnunet_commands.entry_point(name)()
+    theirs, ours = found.value.args[0], parser_of(name)
+
+    def content(parser):
+        return [{key: value for key, value in vars(action).items() if key != "container"
+                 and not (key == "default" and action.dest in ("device", "tr"))} for action in parser._actions]
+
+    assert content(ours) == content(theirs) and len(ours._actions) > 10
+    assert ours.get_default("device") is None and ours.get_default("tr") is None and ours.prog == name
+
+
+def test_a_command_without_a_parser_is_not_taken_for_one(monkeypatch):
+    monkeypatch.setitem(nnunet_commands.ENTRY_POINTS, "x", ("nnunetv2.run.run_training", "find_free_network_port"))
     with pytest.raises(RuntimeError, match="of another version"):
-        parser_of(lambda: None, "nnUNetv2_train")
-    assert sys.argv == before
+        parser_of("x")

@@ -9,6 +9,7 @@ from pathlib import Path
 from nnunet_confkd.data.images import ENDINGS
 from nnunet_confkd.errors import InputError, shown
 
+CONFIGURATIONS = ("2d", "3d_fullres", "3d_lowres")  # that nnU-Net plans by default
 NEEDED = {  # of dataset.json, and what each must be
     "channel_names": 'the names of the channels, {"0": "T1", "1": ...}, numbered in order',
     "labels": 'names and values, {"background": 0, "one": 1, ...}, each a whole number or a list of them, "ignore" a '

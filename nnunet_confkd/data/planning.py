@@ -11,7 +11,6 @@ In both cases `confkd` blocks of settings in the plans survive when the data set
 """
 from __future__ import annotations
 
-import argparse
 import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -44,7 +43,7 @@ from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
 from nnunet_confkd.data.annotated_classes import annotated_classes
 from nnunet_confkd.data.folders import find_dataset, preprocessed_folder, raw_folder
 from nnunet_confkd.data.images import count_voxels, quiet
-from nnunet_confkd.data.json_files import read_description, read_json
+from nnunet_confkd.data.json_files import CONFIGURATIONS, read_description, read_json
 from nnunet_confkd.data.patients import patients_of, split_full_cases
 from nnunet_confkd.data.resampling import KeepAnnotations
 from nnunet_confkd.data.supervision import (
@@ -64,7 +63,6 @@ from nnunet_confkd.files import written_whole
 BLOCK = "confkd"  # the key of the trainer's settings in the plans
 # an entry of our fingerprints; a fingerprint without it counts ignored voxels as foreground
 MARKER, MARK = "foreground_intensities_of", "annotated voxels"
-CONFIGURATIONS = ("2d", "3d_fullres", "3d_lowres")
 PROCESSES = {"2d": 8, "3d_fullres": 4, "3d_lowres": 8}  # nnU-Net's defaults; 4 for any other
 THREADS = 8
 
@@ -81,7 +79,7 @@ def plan(datasets: Sequence[int | str], *, configurations: Sequence[str] = CONFI
     Args:
         datasets: Ids or names.
 
-    The keywords are nnU-Net's options, with its defaults (see :func:`main`).
+    The keywords are nnU-Net's options, with its defaults (see `confkd plan --help`).
 
     Returns:
         The name of the plans.
@@ -468,38 +466,3 @@ def write_split(name: str, labels: RawLabels) -> None:
     _replace_json(file, splits)
     print(f"{file}: written, {len(splits)} folds of the fully annotated cases; the others train in every fold "
           f"({summary(labels.kinds)}).")
-
-
-# ---- command line ---------------------------------------------------------------------------------------------------
-
-def main(argv: list[str]) -> None:
-    """Run `confkd plan`."""
-    parser = argparse.ArgumentParser(prog="confkd plan", description=(
-        "nnUNetv2_plan_and_preprocess, with all its options. Without an ignore label the result is the same. With one, "
-        "the intensity statistics are those of annotated foreground, resampling loses no annotation, a report is "
-        "printed, and splits_final.json is written."))
-    add = parser.add_argument
-    add("-d", dest="datasets", nargs="+", required=True, metavar="DATASET", help="ids or names of data sets in "
-                                                                                 "nnUNet_raw")
-    add("-fpe", dest="fingerprint_extractor", default="DatasetFingerprintExtractor", metavar="CLASS",
-        help="nnU-Net's class for the fingerprint")
-    add("-npfp", dest="fingerprint_processes", type=int, default=8, metavar="N", help="processes for the fingerprint")
-    add("--verify_dataset_integrity", dest="verify_integrity", action="store_true", help="run nnU-Net's check of the "
-                                                                                         "data set")
-    add("--no_pp", dest="no_preprocessing", action="store_true", help="fingerprint and planning only")
-    add("--clean", action="store_true", help="replace an existing fingerprint; needed if the data set has changed")
-    add("-pl", dest="planner", default="ExperimentPlanner", metavar="CLASS",
-        help="nnU-Net's planner; nnUNetPlannerResEncM, L or XL are its presets")
-    add("-gpu_memory_target", type=float, metavar="GB", help="default: the planner's own")
-    add("-preprocessor_name", default="DefaultPreprocessor", metavar="CLASS",
-        help="any other is used as it is, and may lose single annotated voxels")
-    add("-overwrite_target_spacing", type=float, nargs="+", metavar="MM",
-        help="three numbers, for 3d_fullres and its cascade")
-    add("-overwrite_plans_name", metavar="NAME", help="default: the planner's own")
-    add("-c", dest="configurations", nargs="+", default=list(CONFIGURATIONS), metavar="CONFIGURATION",
-        help="to preprocess; those that the plans lack are skipped")
-    add("-np", dest="processes", type=int, nargs="+", metavar="N", help="processes for preprocessing: one number, or "
-        "one for each configuration; default: 8 for 2d, 4 for 3d_fullres, 8 for 3d_lowres, 4 for any other")
-    add("--verbose", action="store_true")
-    add("--no_pbar", dest="no_progress_bar", action="store_true", help="no progress bars")
-    plan(**vars(parser.parse_args(argv)))

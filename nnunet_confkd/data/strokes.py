@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from statistics import median
 
 import numpy as np
-from scipy import ndimage
+import scipy  # its modules are loaded when they are used
 
 THIN = 0.2  # of the class's most solid mask: a mask below it is thin
 SOLID = 0.5  # of the same: a mask above it is one to compare volumes with
@@ -51,7 +51,7 @@ def shape_of(label: np.ndarray, spacing: Iterable[float]) -> Shape:
         label = label.astype(np.int32)
     if label.ndim == 2:
         label, spacing = label[None], [np.inf, *spacing]
-    boxes = ndimage.find_objects(label)
+    boxes = scipy.ndimage.find_objects(label)
     found = {value: box for value, box in enumerate(boxes, 1) if box is not None}
     if not found:
         return Shape(size, {}, {}, {}, None)

@@ -11,9 +11,8 @@ from collections.abc import Callable, Sequence
 from typing import Literal
 
 import numpy as np
-from scipy import ndimage
-from scipy.interpolate import BSpline
-from skimage.measure import find_contours
+import scipy  # its modules are loaded when they are used, and so are skimage's
+import skimage
 
 from nnunet_confkd.errors import InputError
 
@@ -148,7 +147,7 @@ def scribbles(label: np.ndarray, ignore_label: int, rng: np.random.Generator) ->
     """
     weak = nothing(label, ignore_label)
     for value in np.unique(label):
-        components, _ = ndimage.label(label == value, SQUARE)
+        components, _ = scipy.ndimage.label(label == value, SQUARE)
         # the component of a random pixel: odds proportional to the area
         component = components == rng.choice(components[components > 0])
         stroke = _thick(_interior_line(component, rng), label.shape) | _thick(_border_line(component, rng), label.shape)
@@ -166,7 +165,7 @@ def box(label: np.ndarray, ignore_label: int) -> np.ndarray:
         ignore_label: The value of voxels that are not annotated.
     """
     weak = np.full_like(label, BACKGROUND)
-    for inside in ndimage.find_objects((label != BACKGROUND).astype(np.uint8)):
+    for inside in scipy.ndimage.find_objects((label != BACKGROUND).astype(np.uint8)):
         weak[inside] = ignore_label
     return weak
 
@@ -241,13 +240,13 @@ def _depth(mask: np.ndarray) -> np.ndarray:
     """
     if mask.all():
         return np.full(mask.shape, np.iinfo(np.int32).max)
-    return ndimage.distance_transform_cdt(mask, "chessboard")
+    return scipy.ndimage.distance_transform_cdt(mask, "chessboard")
 
 
 def _interior_line(component: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """Return (N, 2) points of a clamped quadratic B-spline whose control points are four random pixels."""
     control = rng.choice(np.argwhere(component), 4)
-    spline = BSpline([0, 0, 0, 0.5, 1, 1, 1], control.astype(float), 2)
+    spline = scipy.interpolate.BSpline([0, 0, 0, 0.5, 1, 1, 1], control.astype(float), 2)
     # the derivative is at most 4 times the longest leg: steps of at most half a pixel leave no gap
     return spline(np.linspace(0, 1, 8 * np.ptp(control, axis=0).max() + 2))
 
@@ -279,7 +278,7 @@ def _outlines(mask: np.ndarray) -> list[tuple[np.ndarray, Mode]]:
     """
     outlines: list[tuple[np.ndarray, Mode]] = []
     # padded: the smallest array that find_contours takes is 2x2; a level above 1/2 lies nearer to the pixel inside
-    for line in find_contours(np.pad(mask, 1, mode="edge").astype(float), 0.75, fully_connected="high"):
+    for line in skimage.measure.find_contours(np.pad(mask, 1, mode="edge").astype(float), 0.75, fully_connected="high"):
         closed = (line[0] == line[-1]).all()
         line = (line - 1).clip(0, np.array(mask.shape) - 1)
         outlines.append((line[:-1], "wrap") if closed else (line, "clip"))
@@ -304,4 +303,4 @@ def _thick(line: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
     """Return the pixels of a slice that are at most one pixel, diagonally too, from the (N, 2) points of a line."""
     drawn = np.zeros(shape, dtype=bool)
     drawn[tuple(np.rint(line).astype(int).T)] = True
-    return ndimage.binary_dilation(drawn, SQUARE)
+    return scipy.ndimage.binary_dilation(drawn, SQUARE)

@@ -65,6 +65,7 @@ def run(folder: Path, data: Path | None, epochs: int, iterations: int, seed: int
     Returns:
         The mean Dice of "student" and "teacher".
     """
+    from nnunet_confkd.data.small_configuration import add_small_configuration
     from nnunet_confkd.device import choose_device
     from nnunet_confkd.discovery import make_findable
     from nnunet_confkd.nnunet_commands import predict
@@ -141,45 +142,6 @@ def plan_and_preprocess(dataset_id: int, configurations: list[str]) -> None:
 
     plan([dataset_id], configurations=configurations, verify_integrity=True,
          fingerprint_processes=default_num_processes, processes=[default_num_processes])
-
-
-def add_small_configuration(plans_file: Path, name: str, base: str, confkd: dict | None = None, *,
-                            features: tuple[int, ...] = (16, 32, 64, 128), batch_size: int = 8,
-                            max_patch: int = 96, convolutions: int = 2) -> dict:
-    """Add a configuration to a plans file that a CPU can train: `base` with a small U-Net, patch and batch.
-
-    The new configuration uses the preprocessed data of `base`.
-
-    Args:
-        plans_file: The plans file.
-        name: The name of the new configuration.
-        base: The configuration that it inherits from.
-        confkd: Its settings for ConfKDTrainer.
-        features: The number of channels per stage.
-        batch_size: The number of patches per batch.
-        max_patch: The largest size of a patch in voxels, rounded up to what the stages allow.
-        convolutions: The number of convolutions per stage.
-
-    Returns:
-        The configuration.
-    """
-    plans = json.loads(plans_file.read_text())
-    parent = plans["configurations"][base]
-    multiple = 2 ** (len(features) - 1)
-    patch = [min(max_patch, -(-size // multiple) * multiple) for size in parent["patch_size"]]
-    stages, dim = len(features), len(patch)
-    architecture = json.loads(json.dumps(parent["architecture"]))
-    architecture["arch_kwargs"].update({
-        "n_stages": stages, "features_per_stage": list(features), "kernel_sizes": [[3] * dim] * stages,
-        "strides": [[1] * dim] + [[2] * dim] * (stages - 1), "n_conv_per_stage_decoder": [convolutions] * (stages - 1)})
-    encoder = "n_blocks_per_stage" if "n_blocks_per_stage" in architecture["arch_kwargs"] else "n_conv_per_stage"
-    architecture["arch_kwargs"][encoder] = [convolutions] * stages
-    configuration = {"inherits_from": base, "patch_size": patch, "batch_size": batch_size, "architecture": architecture}
-    if confkd:
-        configuration["confkd"] = confkd
-    plans["configurations"][name] = configuration
-    write_json(plans_file, plans, indent=4)
-    return configuration
 
 
 def evaluate(truth: Path, prediction: Path) -> float:

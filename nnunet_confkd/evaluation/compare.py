@@ -1,7 +1,6 @@
 """Compare trained models, or seeds of one, by their validation cases: `confkd compare`."""
 from __future__ import annotations
 
-import argparse
 import json
 import math
 from dataclasses import dataclass, field
@@ -16,8 +15,6 @@ from nnunet_confkd.data.json_files import read_description, read_record, split_o
 from nnunet_confkd.errors import InputError
 from nnunet_confkd.evaluation.evaluate import (
     INTERVALS,
-    PATTERN_HELP,
-    TOLERANCE_HELP,
     Evaluation,
     evaluate_folders,
     patients_by,
@@ -35,7 +32,7 @@ from nnunet_confkd.evaluation.output import write_results
 from nnunet_confkd.evaluation.tables import aligned, cases_text, mean_text, p_value_text, without_nan
 from nnunet_confkd.inference.checkpoints import fold_folders
 from nnunet_confkd.processes import PROCESSES
-from nnunet_confkd.training.validation import VALIDATION_FOLDERS
+from nnunet_confkd.training.names import VALIDATION_FOLDERS
 
 TABLE_MEASURES = ("Dice", "HD95_mm", "ASSD_mm", "NSD")
 MADE_BY = "confkd compare"
@@ -319,21 +316,3 @@ def write(found: dict, output: str | Path) -> list[Path]:
         "comparison.json": json.dumps(without_nan(found), indent=1, allow_nan=False) + "\n",
         "comparison.txt": comparison_text(found) + "\n",
         "comparison.png": lambda file: plot(found, file)})
-
-
-def main(argv: list[str]) -> None:
-    """Run `confkd compare`."""
-    parser = argparse.ArgumentParser(prog="confkd compare", description=(
-        "Compare trained models, or seeds of one, in one table and one plot. The student and, if there is one, the "
-        "teacher are measured on the validation cases of all folds, as far as all models have them. Differences to the "
-        "first model are paired by case."))
-    parser.add_argument("models", nargs="+", metavar="MODEL", help="TRAINER__PLANS__CONFIGURATION under nnUNet_results")
-    parser.add_argument("--tolerance", type=float, default=TOLERANCE_MM, metavar="MM", help=TOLERANCE_HELP)
-    parser.add_argument("--patient-pattern", metavar="REGEX", help=PATTERN_HELP.format("the models"))
-    parser.add_argument("--output", metavar="FOLDER", help="write comparison.json, .txt and .png there")
-    parser.add_argument("--processes", type=int, default=PROCESSES)
-    args = parser.parse_args(argv)
-    found = compare_models(args.models, args.tolerance, args.patient_pattern, args.processes)
-    print(comparison_text(found))
-    if args.output:
-        print("\nwritten: " + ", ".join(map(str, write(found, args.output))))

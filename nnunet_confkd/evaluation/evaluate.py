@@ -526,3 +526,5 @@ def main(argv: list[str]) -> None:
     if other:
         print("\n" + comparison_text(comparison, evaluation, other))
     print("\nwritten: " + ", ".join(map(str, files)))
+    print("next: confkd report --model MODEL shows cases and curves of a trained model"
+          + ("" if other else "; confkd evaluate ... --against DIR compares with other predictions of these cases"))

@@ -10,8 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.ndimage import distance_transform_edt
-from scipy.spatial import KDTree
+import scipy  # its modules are loaded when they are used
 
 SLAB = 2 ** 20  # how many voxels of each map are looked at at once
 WIDEST = 2 ** 20  # the largest range of labels that a table translates
@@ -209,7 +208,8 @@ def _distances(from_index: np.ndarray, to_index: np.ndarray, shape: tuple[int, .
     apart = np.flatnonzero(~np.isin(from_index, to_index, assume_unique=True))  # all others are at distance 0
     if not len(apart):
         return found
-    tree = KDTree(_points(to_index, shape) * spacing, balanced_tree=False)  # quick to build, and as quick to ask
+    points = _points(to_index, shape) * spacing
+    tree = scipy.spatial.KDTree(points, balanced_tree=False)  # quick to build, and as quick to ask
     for reach in (NEAR * max(spacing), math.inf):
         for part in _parts(apart):
             found[part] = tree.query(_points(from_index[part], shape) * spacing, distance_upper_bound=reach)[0]
@@ -226,7 +226,8 @@ def _measure_by_transform(found: np.ndarray, apart: np.ndarray, from_index: np.n
     """Fill in `found[apart]` as :func:`_distances`. The time depends on the image, not on the number of places."""
     outside = np.ones(shape, bool)
     outside.reshape(-1)[to_index] = False
-    nearest = distance_transform_edt(outside, sampling=spacing, return_distances=False, return_indices=True)
+    nearest = scipy.ndimage.distance_transform_edt(outside, sampling=spacing, return_distances=False,
+                                                   return_indices=True)
     nearest = nearest.reshape(len(shape), -1)
     for part in _parts(apart):
         index = from_index[part]

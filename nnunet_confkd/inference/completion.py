@@ -1,8 +1,6 @@
 """The labels of partly labelled training cases, completed by a trained model, as a data set of its own."""
 from __future__ import annotations
 
-import argparse
-import json
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -21,7 +19,7 @@ from nnunet_confkd.data.folders import find_dataset, folder_name, new_dataset, p
 from nnunet_confkd.data.images import Picture, Volume, count_voxels, read
 from nnunet_confkd.data.json_files import read_description, read_folds, read_json, read_plans
 from nnunet_confkd.data.patients import patients_of, split_full_cases
-from nnunet_confkd.data.raw_format import Case, Dataset, raw_dataset, summary, write_into
+from nnunet_confkd.data.raw_format import Case, Dataset, raw_dataset, write_into
 from nnunet_confkd.data.resampling import KeepAnnotations
 from nnunet_confkd.data.supervision import OUTSIDE, PARTIAL, TABLE_KEY, check_labels, decide_kinds, kind_of
 from nnunet_confkd.device import choose_device
@@ -29,12 +27,13 @@ from nnunet_confkd.discovery import make_findable
 from nnunet_confkd.errors import InputError
 from nnunet_confkd.files import write_json
 from nnunet_confkd.inference.checkpoints import fold_folders, load_checkpoint, require_teacher
+from nnunet_confkd.inference.expected_time import prediction_text
 from nnunet_confkd.inference.prediction import ExportingPredictor, export_and_measure, normalised_entropy
 from nnunet_confkd.inference.uncertainty import case_score, map_ending, write_map, write_review_list
 from nnunet_confkd.processes import PROCESSES, parallel
 from nnunet_confkd.training.batches import real_hints
 from nnunet_confkd.training.label_hints import LabelHints, image_hints
-from nnunet_confkd.training.network import BRANCHES, has_teacher, predicting, unwrap
+from nnunet_confkd.training.network import has_teacher, predicting, unwrap
 
 KEY = "completed"  # in dataset.json: a list with one entry per run, because a completed data set can be completed again
 CONFIDENCE, PREDICTED, ENTROPY = "confidence", ".predicted", "entropy"
@@ -181,7 +180,8 @@ def _load_predictor(model: TrainedModel) -> tuple[_CompletingPredictor, list[str
     if plans.get_configuration(checkpoint["init_args"]["configuration"]).previous_stage_name is not None:
         raise InputError(f"{model.folder}: is the second stage of a cascade, which needs the predictions of the first; "
                          f"give a model of another configuration")
-    predictor = _CompletingPredictor(device=torch.device(choose_device(model.device)))
+    device = choose_device(model.device, lambda: prediction_text(model.folder, len(folds)))
+    predictor = _CompletingPredictor(device=torch.device(device))
     try:
         with predicting(model.branch):
             predictor.initialize_from_trained_model_folder(str(model.folder), folds, model.checkpoint)
@@ -415,38 +415,3 @@ def _require_annotations(completions: list[_Completion], processes: int) -> None
     if any(wrong):
         raise RuntimeError("labels were not written as they should be: "
                            + ", ".join(completion.case for completion, is_wrong in zip(completions, wrong) if is_wrong))
-
-
-def main(argv: list[str]) -> None:
-    """Run `confkd complete`."""
-    parser = argparse.ArgumentParser(prog="confkd complete", description=__doc__)
-    parser.add_argument("-d", required=True, metavar="ID",
-                        help="the data set whose labels are to be completed, id or name")
-    parser.add_argument("--model", required=True, type=Path, metavar="FOLDER",
-                        help="the trained model: TRAINER__PLANS__CONFIGURATION under nnUNet_results, or a stock one of "
-                             "the same labels")
-    parser.add_argument("--id", required=True, type=int, help="id of the data set to write")
-    parser.add_argument("--name", help="its name; default: that of the source and _completed")
-    parser.add_argument("--branch", choices=BRANCHES, default="student",
-                        help="the teacher is shown the annotations, where it was trained with hints (the default of "
-                             "ConfKDTrainer)")
-    parser.add_argument("--confidence", type=float, metavar="P",
-                        help="label only voxels whose winning probability is above P; the others stay ignored. "
-                             "Default: all")
-    parser.add_argument("--folds", nargs="+", metavar="F",
-                        help="folds whose mean predicts; default: all that are trained")
-    parser.add_argument("--checkpoint", default=CHECKPOINT, metavar="NAME")
-    parser.add_argument("-device", choices=("cuda", "cpu", "mps"), help="default: cuda where there is one, else cpu")
-    parser.add_argument("--processes", type=int, default=PROCESSES)
-    parser.add_argument("--link", action="store_true",
-                        help="hard links instead of copies of images: no space, but what writes to one writes to the "
-                             "other")
-    args = parser.parse_args(argv)
-    model = TrainedModel(args.model, args.branch, args.folds, args.checkpoint, args.device)
-    folder = complete(args.d, model, args.id, confidence=args.confidence, name=args.name, processes=args.processes,
-                      link=args.link)
-    described = json.loads((folder / "dataset.json").read_text(encoding="utf-8"))
-    cases = described[KEY][-1]["cases"]
-    filled, left = (sum(case[key] for case in cases.values()) for key in ("filled_voxels", "ignored_voxels"))
-    print(f"{len(cases)} labels completed: {filled} voxels labelled by the model, {left} still ignored\n"
-          f"review first: {folder / 'review_first.csv'}\n{summary(folder)}")

@@ -5,7 +5,6 @@ nnU-Net's built-in trainer builds from the plans.
 """
 from __future__ import annotations
 
-import argparse
 import json
 import shutil
 from copy import deepcopy
@@ -25,8 +24,8 @@ from nnunet_confkd.data.supervision import KINDS, TABLE_KEY
 from nnunet_confkd.errors import InputError
 from nnunet_confkd.files import new_folder, write_json
 from nnunet_confkd.inference.checkpoints import fold_folders, load_checkpoint
+from nnunet_confkd.training.names import VALIDATION_FOLDERS
 from nnunet_confkd.training.network import branch_weights, has_narrow_teacher, has_teacher
-from nnunet_confkd.training.validation import VALIDATION_FOLDERS
 
 ORIGIN_FILE = "confkd_export.json"
 STOCK_TRAINER = "nnUNetTrainer"
@@ -194,19 +193,3 @@ def _copy_cases(source: Path, target: Path, branch: str) -> None:
 def _copy_if_there(file: Path, folder: Path) -> None:
     if file.is_file():
         shutil.copyfile(file, folder / file.name)
-
-
-def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(prog="confkd export", description=(
-        "Write one branch of a trained ConfKD model as a model of stock nnU-Net, which needs no plugin."))
-    parser.add_argument("--model", required=True, metavar="FOLDER",
-                        help="the trained model: TRAINER__PLANS__CONFIGURATION under nnUNet_results")
-    where = parser.add_mutually_exclusive_group(required=True)
-    where.add_argument("--output", metavar="FOLDER", help="the folder to write; it must not exist")
-    where.add_argument("--install", action="store_true",
-                       help="place it under nnUNet_results, as nnUNetTrainer__PLANS__CONFIGURATION with a new plans "
-                            "name")
-    parser.add_argument("--branch", choices=("student", "teacher"), default="student")
-    args = parser.parse_args(argv)
-
-    print("written:", export(args.model, args.output, args.branch, args.install))

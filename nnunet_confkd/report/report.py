@@ -6,7 +6,6 @@ each case by both branches, with the checkpoint that the report names.
 """
 from __future__ import annotations
 
-import argparse
 import json
 import re
 import tempfile
@@ -15,7 +14,6 @@ from pathlib import Path
 
 import torch
 
-from nnunet_confkd.device import choose_device
 from nnunet_confkd.errors import InputError, some
 from nnunet_confkd.files import new_folder
 from nnunet_confkd.report import page
@@ -25,24 +23,6 @@ from nnunet_confkd.report.sections import about, footer, headline, sections
 
 PAGE = "report.html"
 FILES_LINE = re.compile(r"<!-- confkd report, files: (\[.*?\]) -->")
-
-
-def main(argv: list[str]) -> None:
-    """Run `confkd report`."""
-    parser = argparse.ArgumentParser(prog="confkd report", description=__doc__.split("\n")[0])
-    parser.add_argument("--model", required=True, type=Path, metavar="FOLDER",
-                        help="the trained model: TRAINER__PLANS__CONFIGURATION under nnUNet_results")
-    parser.add_argument("--fold", nargs="+", metavar="F", help="default: all that are trained")
-    parser.add_argument("--predictions", type=Path, metavar="DIR",
-                        help="segmentations of the same validation cases by something else (another model, an "
-                             "ensemble, postprocessing), to show beside those of the branches")
-    parser.add_argument("--output", type=Path, metavar="FOLDER",
-                        help="default: 'report' in the model's folder; an earlier report in it is replaced")
-    parser.add_argument("-chk", default="checkpoint_final.pth", metavar="NAME", help="default: checkpoint_final.pth")
-    parser.add_argument("-device", choices=("cpu", "cuda", "mps"), help="default: cuda where there is one, else cpu")
-    args = parser.parse_args(argv)
-    device = torch.device(choose_device(args.device))
-    print("written:", report(args.model, args.fold, args.predictions, args.output, args.chk, device))
 
 
 def report(model: str | Path, folds: list[str] | None = None, predictions: Path | None = None,

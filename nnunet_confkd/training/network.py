@@ -20,9 +20,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
 from nnunet_confkd.errors import InputError
+from nnunet_confkd.training.names import BRANCHES
 
 TEACHER_PREFIX = "teacher_decoder."
-BRANCHES = ("student", "teacher", "mean")
 
 _predicted_branch: ContextVar[str] = ContextVar("predicted_branch", default="student")
 

@@ -46,6 +46,7 @@ from nnunet_confkd.data.supervision import (
 )
 from nnunet_confkd.errors import InputError, TrainingError
 from nnunet_confkd.files import written_whole
+from nnunet_confkd.output import duration
 from nnunet_confkd.processes import terminable
 from nnunet_confkd.training.batches import (
     ListedClasses,
@@ -547,8 +548,23 @@ class ConfKDTrainer(nnUNetTrainer):
         with_hints = " (with simulated hints)" if self.validation_hints else ""
         self.print_to_log_file(f"Pseudo dice of the teacher{with_hints}", last("teacher_dice_per_class_or_region"))
         super().on_epoch_end()
+        curves = self.logger.local_logger.my_fantastic_logging
+        left = self.num_epochs - self.current_epoch
+        if left:
+            took = np.subtract(curves["epoch_end_timestamps"][-5:], curves["epoch_start_timestamps"][-5:])
+            self.print_to_log_file(f"Time left: {duration(left * np.median(took))} for {left} of {self.num_epochs} "
+                                   f"epochs, and then the validation")
         if self.local_rank == 0:
-            plot_curves(self.logger.local_logger.my_fantastic_logging, join(self.output_folder, "progress_confkd.png"))
+            plot_curves(curves, join(self.output_folder, "progress_confkd.png"))
+
+    def print_to_log_file(self, *args, **options):
+        """nnU-Net's method, with lists of numbers as Python prints them: 0.7, and not np.float32(0.7)."""
+        super().print_to_log_file(*(
+            [round(float(number), 4) if isinstance(number, np.floating) else number for number in value]
+            if isinstance(value, list) else value for value in args), **options)
+
+    def plot_network_architecture(self):
+        """Nothing: nnU-Net's drawing no longer works with any version of PyTorch that it takes, and only complains."""
 
     def perform_actual_validation(self, save_probabilities: bool = False):
         """nnU-Net's validation, of both branches (see :func:`nnunet_confkd.training.validation.validate`)."""

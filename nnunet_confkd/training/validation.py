@@ -33,11 +33,11 @@ from nnunet_confkd.files import written_whole
 from nnunet_confkd.training.batches import label_outside
 from nnunet_confkd.training.hints import regions_of
 from nnunet_confkd.training.label_hints import LabelHints, image_hints
+from nnunet_confkd.training.names import VALIDATION_FOLDERS
 from nnunet_confkd.training.network import TwoBranchUNet, unwrap
 from nnunet_confkd.training.prediction_maps import StreamingExport
 from nnunet_confkd.training.record import RECORD
 
-VALIDATION_FOLDERS = {"student": "validation", "teacher": "validation_teacher"}
 SEGMENTATION_ENDINGS = (".b2nd", ".npz")  # of nnU-Net's preprocessed segmentations
 
 

@@ -13,6 +13,7 @@ import tempfile
 from bisect import bisect_right
 from fractions import Fraction
 from multiprocessing.pool import ThreadPool
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -32,8 +33,9 @@ from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2
 from nnunetv2.utilities.label_handling.label_handling import LabelManager
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
+from nnunet_confkd.commands.plan import main, next_step
 from nnunet_confkd.data import planning
-from nnunet_confkd.data.planning import main, plan
+from nnunet_confkd.data.planning import plan
 from nnunet_confkd.data.resampling import KeepAnnotations, _KeepingConfiguration, keep_annotations
 from nnunet_confkd.data.supervision import decide_kinds
 from nnunet_confkd.errors import InputError
@@ -810,3 +812,20 @@ def test_the_default_numbers_of_processes_are_nnunets(planned, monkeypatch):
     monkeypatch.setattr(planning, "preprocessed_counts", lambda *arguments: {})
     main(["-d", "611", "-c", "2d", "3d_fullres", "mine", "3d_lowres", "--no_pbar"])
     assert calls == [(MIXED, "nnUNetPlans", ["2d", "3d_fullres", "mine", "3d_lowres"], [8, 4, 4, 8], False, False)]
+
+
+@pytest.mark.parametrize("configurations, name, labels, split, expected", [
+    (["2d", "3d_fullres"], "nnUNetPlans", {"a": 1, "ignore": 2}, True, "next: confkd train 7 3d_fullres 0   (with"),
+    (["2d"], "Mine", {"a": 1, "ignore": 2}, False, "next: confkd train 7 2d all -p Mine   (with --quick"),
+    (["3d_lowres"], "nnUNetPlans", {"a": 1}, False, "none of 3d_lowres is planned"),
+    (["2d"], "nnUNetPlans", {"a": 1}, False, "next: confkd train 7 2d 0   (")])
+def test_the_next_command_is_told(empty_workspace, configurations, name, labels, split, expected):
+    folder = Path(os.environ["nnUNet_preprocessed"]) / "Dataset007_A"
+    folder.mkdir(parents=True)
+    (folder / "dataset.json").write_text(json.dumps({"labels": labels}))
+    (folder / f"{name}.json").write_text(json.dumps({"plans_name": name, "dataset_name": folder.name,
+                                                     "configurations": {"2d": {}, "3d_fullres": {}}}))
+    if split:
+        (folder / "splits_final.json").touch()
+    assert expected in next_step(folder.name, name, configurations, False)
+    assert next_step(folder.name, name, configurations, True) == "next: confkd plan -d 7, without --no_pp"

@@ -17,7 +17,6 @@ from pathlib import Path
 
 import pytest
 from nnunetv2.experiment_planning.dataset_fingerprint.fingerprint_extractor import DatasetFingerprintExtractor
-from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 import nnunet_confkd
 from nnunet_confkd import cli
@@ -47,6 +46,9 @@ RUN_BY = {
     r"confkd weaken .*": "data/test_weaken.py::test_the_command",
     r"confkd check .*": "data/test_check.py::test_acdc_with_scribbles_is_right_and_counted_as_in_the_source",
     r"confkd plan .*": "data/test_planning.py::test_every_point_survives_preprocessing_and_is_found_by_patch_sampling",
+    r"confkd run .*": "system/test_walks.py::test_the_whole_run_on_a_laptop_interrupted_twice",
+    r"confkd train .* --quick":
+        "test_nnunet_commands.py::test_quick_trains_under_a_name_of_its_own_which_nnunet_predicts_with",
     r"confkd train .*":
         "system/test_scaling.py::test_a_task_of_the_array_trains_its_line_and_goes_on_when_submitted_again",
     # its function run_training
@@ -304,7 +306,7 @@ def test_make_would_run_all_tests_or_those_that_are_not_slow(tmp_path):
 def test_the_tutorial_up_to_the_training(tmp_path, monkeypatch, capsys, thread_pools):
     """The tutorial's snippets and commands run in its order, and print what it says. Other tests train."""
     monkeypatch.chdir(tmp_path)
-    first, second = (text for _, text in blocks(TUTORIAL, "python"))
+    first, = (text for _, text in blocks(TUTORIAL, "python"))
     of_page = [command for page, _, command in COMMANDS if page == "docs/tutorial.md"]
     exec(first, {})
     for folder, cases in (("full", 8), ("points", 12), ("unlabelled", 6), ("test", 6)):
@@ -330,13 +332,9 @@ def test_the_tutorial_up_to_the_training(tmp_path, monkeypatch, capsys, thread_p
     assert cli.main(shlex.split(plan)[1:] + ["-npfp", "1", "-np", "1", "--no_pbar"]) == 0
     out = capsys.readouterr().out
     assert all(line in out for line in seen[2].splitlines() if line != "...")
-    exec(second, {})
     preprocessed = tmp_path / "preprocessed" / "Dataset027_Hearts"
-    small = PlansManager(str(preprocessed / "nnUNetPlans.json")).get_configuration("2d_small")
-    assert small.configuration["confkd"] == {"epochs": 12, "iterations_per_epoch": 90, "seed": 0}
-    assert small.data_identifier == "nnUNetPlans_2d"
     assert len(list((preprocessed / "nnUNetPlans_2d").glob("*.b2nd"))) == 2 * 26
-    assert of_page[5].startswith("confkd train 27 2d_small 0")
+    assert of_page[5] == "confkd train 27 2d 0 --quick"
 
 
 # ---- a release -----------------------------------------------------------------------------------------------------

@@ -100,7 +100,8 @@ def entry_point():
     torch.multiprocessing.spawn(rank, (sys.argv[1],), nprocs=2)
 
 if __name__ == "__main__":
-    nnunet_commands.train = lambda argv: nnunet_commands.run_as(entry_point, "nnUNetv2_train", argv)
+    nnunet_commands.entry_point = lambda name: entry_point
+    nnunet_commands.train = lambda argv: nnunet_commands.run_as("nnUNetv2_train", argv)
     sys.exit(cli.main(["train", sys.argv[1]]))
 """
 

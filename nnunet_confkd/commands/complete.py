@@ -1,0 +1,49 @@
+"""`confkd complete`."""
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+from nnunet_confkd.device import OPTION_HELP
+from nnunet_confkd.processes import PROCESSES
+from nnunet_confkd.training.names import BRANCHES
+
+
+def main(argv: list[str]) -> None:
+    """Run `confkd complete`."""
+    parser = argparse.ArgumentParser(prog="confkd complete", description=(
+        "The labels of partly labelled training cases, completed by a trained model, as a data set of its own."))
+    parser.add_argument("-d", required=True, metavar="ID",
+                        help="the data set whose labels are to be completed, id or name")
+    parser.add_argument("--model", required=True, type=Path, metavar="FOLDER",
+                        help="the trained model: TRAINER__PLANS__CONFIGURATION under nnUNet_results, or a stock one of "
+                             "the same labels")
+    parser.add_argument("--id", required=True, type=int, help="id of the data set to write")
+    parser.add_argument("--name", help="its name; default: that of the source and _completed")
+    parser.add_argument("--branch", choices=BRANCHES, default="student",
+                        help="the teacher is shown the annotations, where it was trained with hints (the default of "
+                             "ConfKDTrainer)")
+    parser.add_argument("--confidence", type=float, metavar="P",
+                        help="label only voxels whose winning probability is above P; the others stay ignored. "
+                             "Default: all")
+    parser.add_argument("--folds", nargs="+", metavar="F",
+                        help="folds whose mean predicts; default: all that are trained")
+    parser.add_argument("--checkpoint", default="checkpoint_final.pth", metavar="NAME")
+    parser.add_argument("-device", choices=("cuda", "cpu", "mps"), help=OPTION_HELP)
+    parser.add_argument("--processes", type=int, default=PROCESSES)
+    parser.add_argument("--link", action="store_true",
+                        help="hard links instead of copies of images: no space, but what writes to one writes to the "
+                             "other")
+    args = parser.parse_args(argv)
+    from nnunet_confkd.data.raw_format import summary
+    from nnunet_confkd.inference.completion import KEY, TrainedModel, complete
+
+    model = TrainedModel(args.model, args.branch, args.folds, args.checkpoint, args.device)
+    folder = complete(args.d, model, args.id, confidence=args.confidence, name=args.name, processes=args.processes,
+                      link=args.link)
+    described = json.loads((folder / "dataset.json").read_text(encoding="utf-8"))
+    cases = described[KEY][-1]["cases"]
+    filled, left = (sum(case[key] for case in cases.values()) for key in ("filled_voxels", "ignored_voxels"))
+    print(f"{len(cases)} labels completed: {filled} voxels labelled by the model, {left} still ignored\n"
+          f"review first: {folder / 'review_first.csv'}\n{summary(folder)}")

@@ -1,0 +1,228 @@
+"""`confkd run`: it goes on where it was interrupted, refuses changed options, and prints the commands that it calls."""
+from __future__ import annotations
+
+import json
+import os
+import shlex
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from nnunet_confkd import cli, nnunet_commands
+from nnunet_confkd.commands import plan, report, run
+from nnunet_confkd.data import check, mix
+from nnunet_confkd.inference import validated_postprocessing
+
+OPTIONS = ["--images", "images", "--full-labels", "masks", "--partial-labels", "strokes", "--ignore-value", "0",
+           "--background-value", "2", "--labels", "background", "a liver", "--test", "test", "--output", "out"]
+NAMES = ["mix", "check", "plan", "train", "predict", "postprocess", "report"]
+
+
+class Steps:
+    """Stand-ins of the commands: they make what the commands make, and can be interrupted before or after that."""
+
+    def __init__(self, monkeypatch):
+        self.calls, self.interrupted, self.error, self.found = [], None, None, 0
+        for name, module in (("mix", mix), ("check", check), ("plan", plan), ("report", report)):
+            monkeypatch.setattr(module, "main", self.command(name))
+        for name in ("train", "predict"):
+            monkeypatch.setattr(nnunet_commands, name, self.command(name))
+        monkeypatch.setattr(validated_postprocessing, "determine", lambda model, folds, output: output.mkdir(
+            exist_ok=True))
+        monkeypatch.setattr(validated_postprocessing, "apply", lambda rules, raw, output: self.command("postprocess")([
+            str(output)]))
+        monkeypatch.setattr(validated_postprocessing, "described", lambda rules: "post-processing: none")
+        monkeypatch.setattr(run, "read", self.read)
+
+    def read(self, file):
+        if not file.read_bytes():
+            raise run.InputError(f"{file}: is broken")
+        return SimpleNamespace(voxels=np.zeros((1, 4, 4, 4)))
+
+    def command(self, name):
+        def call(argv):
+            self.calls.append((name, argv))
+            if self.interrupted == (name, "before"):
+                raise self.error
+            getattr(self, name)(argv)
+            if self.interrupted == (name, "after"):
+                raise self.error
+            return self.found if name == "check" else None
+        return call
+
+    def mix(self, argv):
+        folders = (os.environ[f"nnUNet_{name}"] for name in ("raw", "preprocessed"))
+        raw, preprocessed = (Path(folder) / "Dataset100_Mixed" for folder in folders)
+        (raw / "imagesTr").mkdir(parents=True)  # it must not be there
+        (raw / "imagesTr" / "a_0000.nii.gz").write_text("image")
+        (raw / "dataset.json").write_text("{}")
+        preprocessed.mkdir()
+        (preprocessed / "splits_final.json").write_text("[]")
+
+    def check(self, argv):
+        pass
+
+    def plan(self, argv):
+        (Path(os.environ["nnUNet_preprocessed"]) / "Dataset100_Mixed" / "nnUNetPlans.json").touch()
+
+    def train(self, argv):
+        model = Path(os.environ["nnUNet_results"]) / "Dataset100_Mixed" / "ConfKDTrainer__nnUNetPlans__3d_fullres"
+        fold = model / f"fold_{argv[2]}"
+        (fold / "validation").mkdir(parents=True, exist_ok=True)
+        description = {"labels": {"background": 0, "a": 1}, "channel_names": {"0": "x"}, "file_ending": ".nii.gz"}
+        (model / "dataset.json").write_text(json.dumps(description))
+        (fold / "checkpoint_latest.pth").touch()
+        if self.interrupted != ("train", "after"):
+            (fold / "checkpoint_final.pth").touch()
+            (fold / "validation" / "summary.json").touch()
+
+    def predict(self, argv):
+        folder = Path(argv[argv.index("-o") + 1])
+        folder.mkdir(exist_ok=True)
+        (folder / "whole.nii.gz").write_text("mask")
+        (folder / "half.nii.gz").write_text("" if self.interrupted == ("predict", "after") else "mask")
+
+    def postprocess(self, argv):
+        Path(argv[0]).mkdir()
+
+    def report(self, argv):
+        Path(argv[argv.index("--output") + 1]).mkdir()
+
+
+@pytest.fixture
+def steps(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    for name in run.VARIABLES:
+        monkeypatch.setenv(name, "x")
+        monkeypatch.delenv(name)
+    return Steps(monkeypatch)
+
+
+def test_it_does_the_steps_in_order_with_the_commands_that_it_prints(steps, capsys, tmp_path):
+    assert cli.main(["run", *OPTIONS, "-f", "0", "1", "-device", "cpu"]) == 0
+    out = capsys.readouterr().out
+    assert [name for name, _ in steps.calls] == ["mix", "check", "plan", "train", "train", "predict", "postprocess",
+                                                 "report"]
+    printed = [shlex.split(line)[2:] for line in out.splitlines() if line.startswith("$ confkd")]
+    assert printed[:2] == [["mix", "--images", "images", "--full-labels", "masks", "--partial-labels", "strokes",
+                            "--id", "100", "--labels", "background", "a liver", "--ignore-value", "0",
+                            "--background-value", "2"], ["check", "-d", "100"]]
+    assert [line[0] for line in printed] == [name for name, _ in steps.calls if name != "postprocess"]
+    assert [line[1:] for line in printed] == [argv for name, argv in steps.calls if name != "postprocess"]
+    assert printed[3] == ["train", "100", "3d_fullres", "0", "-device", "cpu"]
+    assert printed[5] == ["predict", "-d", "100", "-i", "test", "-o", f"{tmp_path}/out/predictions_raw", "-c",
+                          "3d_fullres", "-f", "0", "1", "-device", "cpu"]
+    assert "$ nnUNetv2_determine_postprocessing" in out and "$ nnUNetv2_apply_postprocessing" in out
+    assert f"predictions: {tmp_path}/out/predictions (not post-processed: {tmp_path}/out/predictions_raw)" in out
+    assert f"export nnUNet_raw={tmp_path}/out/nnUNet_raw" in out
+    steps.calls.clear()
+    assert cli.main(["run", *OPTIONS, "-f", "0", "1", "-device", "cpu"]) == 0 and steps.calls == []
+    assert capsys.readouterr().out.count(": done") == 7
+
+
+@pytest.mark.parametrize("error, status", [(KeyboardInterrupt(), 130), (SystemExit(143), 143)],
+                         ids=("Ctrl-C", "SIGTERM"))
+@pytest.mark.parametrize("moment", ("before", "after"))
+@pytest.mark.parametrize("name", NAMES)
+def test_it_goes_on_where_it_was_interrupted(steps, capsys, name, moment, error, status):
+    steps.interrupted, steps.error = (name, moment), error
+    with pytest.raises(SystemExit) as end:
+        cli.main(["run", *OPTIONS])
+    assert end.value.code == status
+    text = f"step [{NAMES.index(name) + 1}/7] {name} was interrupted. The same command goes on"
+    assert text in capsys.readouterr().err
+    before = [called for called, _ in steps.calls]
+    steps.calls.clear()
+    steps.interrupted = None
+    if (name, moment) == ("postprocess", "after"):
+        Path("out", "predictions").rmdir()  # the real one writes it at the very end, or not at all
+    if (name, moment) == ("report", "after"):
+        Path("out", "report").rmdir()
+    assert cli.main(["run", *OPTIONS]) == 0
+    again = [] if (name, moment) == ("mix", "after") else [name]  # the data set was complete
+    assert [called for called, _ in steps.calls] == again + NAMES[NAMES.index(name) + 1:]
+    assert before == NAMES[:NAMES.index(name) + 1]
+    called = dict(steps.calls)
+    if name == "train":
+        assert ("--c" in called["train"]) == (moment == "after")
+    if name == "predict":
+        assert ("--continue_prediction" in called["predict"]) == (moment == "after")
+
+
+def test_a_prediction_that_was_being_written_is_made_again(steps):
+    steps.interrupted, steps.error = ("predict", "after"), KeyboardInterrupt()
+    with pytest.raises(SystemExit):
+        cli.main(["run", *OPTIONS])
+    seen = []
+    steps.interrupted, steps.predict = None, lambda argv: seen.extend(
+        sorted(file.name for file in Path("out", "predictions_raw").iterdir()))
+    assert cli.main(["run", *OPTIONS]) == 0 and seen == ["whole.nii.gz"]
+
+
+@pytest.mark.parametrize("change, expected", [
+    (["--labels", "background", "kidney"], '--labels: ["background", "a liver"] then, ["background", "kidney"] now'),
+    (["--quick"], "--quick: false then, true now"), (["-c", "2d"], '-c: null then, "2d" now'),
+    (["-f", "1"], '-f: null then, ["1"] now'), (["--test", "other"], '--test: "test" then, "other" now'),
+    (["--id", "7"], "--id: null then, 7 now")])
+def test_a_changed_option_is_refused(steps, capsys, change, expected):
+    steps.interrupted, steps.error = ("plan", "before"), KeyboardInterrupt()
+    with pytest.raises(SystemExit):
+        cli.main(["run", *OPTIONS])
+    steps.interrupted = None
+    capsys.readouterr()
+    steps.calls.clear()
+    assert cli.main(["run", *OPTIONS, *change]) == 1
+    err = capsys.readouterr().err
+    assert "this run was begun with other options" in err and expected in err and steps.calls == []
+    assert cli.main(["run", *OPTIONS]) == 0
+
+
+def test_another_folder_or_other_folders_of_nnunets_are_refused(steps, capsys, monkeypatch, tmp_path):
+    assert cli.main(["run", *OPTIONS]) == 0
+    for name in run.VARIABLES:
+        monkeypatch.setenv(name, str(tmp_path / "elsewhere"))
+    assert cli.main(["run", *OPTIONS]) == 1
+    assert f'nnUNet_raw: "{tmp_path}/out/nnUNet_raw" then, "{tmp_path}/elsewhere" now' in capsys.readouterr().err
+    for name in run.VARIABLES:
+        monkeypatch.delenv(name)
+    (tmp_path / "sub").mkdir()
+    monkeypatch.chdir(tmp_path / "sub")
+    assert cli.main(["run", *OPTIONS[:-1], "../out"]) == 1
+    assert f'started in: "{tmp_path}" then' in capsys.readouterr().err
+
+
+def test_options_may_change_as_long_as_nothing_is_written(steps, capsys):
+    """Such as after an error of mix, which tells which option is wrong."""
+    steps.interrupted, steps.error = ("mix", "before"), run.InputError("masks: wrong values; use --ignore-value 3")
+    assert cli.main(["run", *OPTIONS]) == 1
+    assert "step [1/7] mix failed" in capsys.readouterr().err
+    steps.interrupted = None
+    assert cli.main(["run", *OPTIONS, "--ignore-value", "3"]) == 0
+
+
+def test_what_is_gone_and_what_is_not_ours_is_told(steps, capsys):
+    steps.found = 1
+    assert cli.main(["run", *OPTIONS]) == 1
+    assert "confkd check has found errors (above)" in capsys.readouterr().err
+    steps.found = 0
+    assert cli.main(["run", *OPTIONS]) == 0
+    Path("out", "predictions").rmdir()
+    assert cli.main(["run", *OPTIONS]) == 1
+    assert "out/predictions: was made by this run, and is gone" in capsys.readouterr().err
+    Path("full").mkdir()
+    Path("full", "thesis.txt").touch()
+    assert cli.main(["run", *OPTIONS[:-1], "full"]) == 1
+    assert "--output full: holds other files (thesis.txt)" in capsys.readouterr().err
+    assert cli.main(["run", *OPTIONS, "--overwrite"]) == 1
+    assert "are options of confkd mix alone" in capsys.readouterr().err
+
+
+def test_only_one_run_works_in_a_folder(steps, capsys):
+    from filelock import FileLock
+
+    Path("out").mkdir()
+    with FileLock(Path("out", run.LOCK)):
+        assert cli.main(["run", *OPTIONS]) == 1
+    assert "another confkd run is working there" in capsys.readouterr().err and steps.calls == []
