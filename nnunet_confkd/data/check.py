@@ -38,7 +38,7 @@ from nnunet_confkd.data.json_files import (
     read_folds,
     read_json,
 )
-from nnunet_confkd.data.patients import FOLDS, patients_of, single_patient_text, split_full_cases
+from nnunet_confkd.data.patients import FOLDS, patients_of, single_patient_text, split_full_cases, split_text
 from nnunet_confkd.data.raw_format import label_values, with_ignore
 from nnunet_confkd.data.strokes import suspects
 from nnunet_confkd.data.supervision import (
@@ -369,7 +369,9 @@ def _check_split(file: Path, cases: Iterable[str], kinds: dict[str, str], patien
         training = {case: kinds[case] for case in known_fold["train"] if case in kinds}
         if FULL in kinds.values() and len(training) == len(known_fold["train"]):
             _report_error(report, where, require_full, training)
-    weak = {case: k for k, fold in enumerate(folds) for case in fold["val"] if kinds.get(case, FULL) != FULL}
+    complete = report.complete_cases()
+    weak = {case: k for k, fold in enumerate(folds) for case in fold["val"]
+            if kinds.get(case, FULL) != FULL and case not in complete}
     if weak:
         report.errors.append(
             f"{file}, fold {some(sorted(set(weak.values())))}: validates on cases that are not fully annotated, where "
@@ -411,7 +413,7 @@ def _default_split(file: Path, kinds: dict[str, str], patients: dict[str, str], 
     from nnunetv2.utilities.crossval_split import generate_crossval_split
 
     folds: Folds = []
-    if FULL not in kinds.values():
+    if FULL not in kinds.values() and not any(case["classes"] for case in report.cases.values()):
         return folds
     if pattern is None and set(kinds.values()) == {FULL} and len(kinds) < 5:
         text = (f"nnU-Net would make five folds, and fail: there are only {len(kinds)} cases. Write a split, or train "
@@ -420,9 +422,10 @@ def _default_split(file: Path, kinds: dict[str, str], patients: dict[str, str], 
         folds, text = generate_crossval_split(sorted(kinds)), "nnU-Net will make five random folds of all cases"
     else:
         try:
-            folds = split_full_cases(kinds, patients_of(kinds, pattern))
-            text = (f"The trainer will write {len(folds)} folds of the fully annotated cases; all others train in "
-                    f"every fold")
+            lists = {name: case["classes"] for name, case in report.cases.items() if case["classes"]}
+            folds = split_full_cases(kinds, patients_of(kinds, pattern), lists=lists,
+                                     complete=report.complete_cases())
+            text = f"The trainer will write {split_text(folds, kinds)}"
         except InputError as error:
             text = str(error)
     shared = {patient for fold in folds for patient in _on_both_sides(patients, fold["train"], fold["val"])}

@@ -60,6 +60,10 @@ class Report:
         """Return the descriptions of the cases of a kind; for "all", of those whose kind is known."""
         return [case for case in self.cases.values() if case["kind"] == kind or kind == "all" and case["kind"]]
 
+    def complete_cases(self) -> set[str]:
+        """Return the cases without ignored voxels that are not annotated for all classes."""
+        return {name for name, case in self.cases.items() if case["classes"] and case["annotated"] == case["size"]}
+
     def text(self, all_cases: bool = False) -> str:
         """Return the text for people: the totals, a row for each case, then the warnings and errors.
 

@@ -130,6 +130,7 @@ def mixture(*, name: str = "Mixed", labels: list[str] | None = None, channels: l
         labels=with_ignore(names) if mixed else names, file_ending=ending, training=training,
         annotated_classes={files.name: list(source.listed) for source in sources if source.listed
                            for files in source.cases if files.name in cases},
+        complete={files.name for source in sources if source.kind == FULL for files in source.cases},
         validation=[case for case in held_back if case in cases],
         folds=1 if validation else FOLDS, patient_pattern=pattern, regions_class_order=known[0].regions,
         licence=description.get("licence", description.get("license", "unknown")),
@@ -235,7 +236,10 @@ def _channel_names(description: dict, training: list[Case]) -> list[str]:
 # ---- validation -----------------------------------------------------------------------------------------------------
 
 def _validation(training: list[Case], pattern: str | None, seed: int, wanted: list[str]) -> list[str]:
-    """Return the cases of the patients that are to validate. All cases of these patients must be fully annotated."""
+    """Return the cases of the patients that are to validate.
+
+    All cases of these patients must be fully annotated, or all voxels of patients that are named for some classes.
+    """
     try:
         patients = patients_of([case.name for case in training], pattern)
     except InputError:

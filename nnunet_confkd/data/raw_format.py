@@ -39,6 +39,7 @@ class Dataset:
         folds: At most how many folds splits_final.json gets.
         test: Cases that are written to imagesTs and labelsTs.
         annotated_classes: As in dataset.json: {case: the classes that it is annotated for}, if they are not all.
+        complete: The cases without ignored voxels among those in `annotated_classes`.
         regions_class_order: As in dataset.json.
         patient_pattern: A regular expression whose first group in the name of a case is the patient. None: each case is
             a patient of its own.
@@ -59,6 +60,7 @@ class Dataset:
     folds: int = FOLDS
     test: list[Case] = field(default_factory=list)
     annotated_classes: dict[str, list[str]] = field(default_factory=dict)
+    complete: set[str] = field(default_factory=set)
     regions_class_order: list[int] | None = None
     patient_pattern: str | None = None
     patients: dict[str, str] | None = None
@@ -163,10 +165,11 @@ def require_no_problems(problems: list[str]) -> None:
 
 
 def folds_of(dataset: Dataset) -> list[dict[str, list[str]]]:
-    """Return the folds of splits_final.json. Raises InputError if there are too few fully annotated patients."""
+    """Return the folds of splits_final.json. Raises InputError if there are too few patients that can validate."""
     patients = dataset.patients or patients_of(dataset.kinds, dataset.patient_pattern)
     held_back = {patients[case] for case in dataset.validation}
-    return split_full_cases(dataset.kinds, patients, held_back, dataset.folds)
+    return split_full_cases(dataset.kinds, patients, held_back, dataset.folds, dataset.annotated_classes,
+                            dataset.complete)
 
 
 def _dataset_json(dataset: Dataset) -> dict:
@@ -203,6 +206,10 @@ def summary(folder: Path) -> str:
 def _folds_text(folds: list[dict[str, list[str]]], kinds: dict[str, str], patients: dict[str, str], noun: str) -> str:
     """Say what the folds train and validate on. `noun` is "patients", or "cases" if each case is a patient."""
     full = set(patients.values()) - {patients[case] for case, kind in kinds.items() if kind != FULL}
+    if not full.issuperset(patients[case] for fold in folds for case in fold["val"]):
+        sizes = number_range(len({patients[case] for case in fold["val"]}) for fold in folds)
+        return (f"{len(folds)} fold{'s' if len(folds) > 1 else ''}: each validates on {sizes} {noun} that are not "
+                f"annotated for all classes, each for its own classes; all other cases train")
     training = [full & {patients[case] for case in fold["train"]} for fold in folds]
     validating = [{patients[case] for case in fold["val"]} for fold in folds]
     held_back = len(full - set().union(*training))
@@ -261,7 +268,7 @@ def _validation_problems(dataset: Dataset) -> list[str]:
         return [str(error)]
     patients = dataset.patients or patients
     problems = [f"{name}: is to validate, but its label is {kinds.get(name, 'not there')}"
-                for name in dataset.validation if kinds.get(name) != FULL]
+                for name in dataset.validation if kinds.get(name) != FULL and name not in dataset.complete]
     held_back = {patients.get(name) for name in dataset.validation}
     both = {patient for name, patient in patients.items() if patient in held_back and name not in dataset.validation}
     return problems + [f"patient {patient}: has cases for training and for validation" for patient in sorted(both)]

@@ -153,6 +153,7 @@ def weak_dataset(folder: Path, name: str, kinds: dict[str, str], style: str | No
     dataset.training = [weakened(full[case], kind, dataset.labels, style, seed, lists.get(case), **options)
                         for case, kind in kinds.items()]
     dataset.annotated_classes = dict(lists)
+    dataset.complete = set() if style else set(lists)
     return dataset
 
 
