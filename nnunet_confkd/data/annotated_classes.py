@@ -99,6 +99,22 @@ def _listed(names: Iterable[str], labels: Mapping, heads: Mapping) -> Listed:
     return tuple(head in listed or (head == 0 and not has_regions) for head in range(number))
 
 
+def unlisted_classes(described: Mapping, where: str) -> dict[str, set[str]]:
+    """Return {case: classes that it is not annotated for} of the cases in "annotated_classes".
+
+    Args:
+        described: The content of dataset.json, whose form has been checked.
+        where: The file, for messages.
+
+    Raises:
+        InputError: The entry names a class that does not exist.
+    """
+    classes, lists = set(heads_of(described["labels"])), described.get(CLASSES_KEY) or {}
+    if unknown := sorted({name for names in lists.values() for name in names} - classes):
+        raise InputError(f'{where}: "{CLASSES_KEY}" names {some(unknown)}, which "labels" do not have')
+    return {case: classes.difference(names) for case, names in lists.items() if classes.difference(names)}
+
+
 def classes_without_cases(names: Iterable[str], kinds: Mapping[str, str], hidden: Mapping[str, Listed],
                           heads: Mapping) -> list[str]:
     """Find the classes that no case is annotated for.

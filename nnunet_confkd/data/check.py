@@ -11,7 +11,14 @@ from collections.abc import Iterable
 from pathlib import Path
 from types import SimpleNamespace
 
-from nnunet_confkd.data.annotated_classes import annotated_classes, require_annotated, teaching_cases
+from nnunet_confkd.data.annotated_classes import (
+    CLASSES_KEY,
+    Listed,
+    annotated_classes,
+    heads_of,
+    require_annotated,
+    teaching_cases,
+)
 from nnunet_confkd.data.check_cases import (
     CaseContent,
     CaseFiles,
@@ -31,7 +38,7 @@ from nnunet_confkd.data.json_files import (
     read_folds,
     read_json,
 )
-from nnunet_confkd.data.patients import patients_of, single_patient_text, split_full_cases
+from nnunet_confkd.data.patients import FOLDS, patients_of, single_patient_text, split_full_cases, split_text
 from nnunet_confkd.data.raw_format import label_values, with_ignore
 from nnunet_confkd.data.strokes import suspects
 from nnunet_confkd.data.supervision import (
@@ -48,6 +55,7 @@ from nnunet_confkd.errors import InputError, shown, some
 from nnunet_confkd.processes import PROCESSES, parallel
 
 Folds = list[dict[str, list[str]]]  # of splits_final.json
+FEW = FOLDS  # a class that fewer cases are annotated for does not validate in every fold
 
 
 def check_dataset(dataset: int | str, processes: int = PROCESSES, patient_pattern: str | None = None) -> Report:
@@ -92,9 +100,10 @@ def check_dataset(dataset: int | str, processes: int = PROCESSES, patient_patter
         report.errors.append(f"{folder / 'dataset.json'}: \"numTraining\" is {described['numTraining']}, but there are "
                              f"{counted(len(training), 'training case')}; correct it")
 
-    kinds = _decide_kinds(contents, described, report)
+    kinds, hidden = _decide_kinds(contents, described, report)
     patients = _find_patients(training, patient_pattern or described.get("patient_pattern"), report)
     _describe_cases(contents, kinds, described.get("supervision"), patients, report)
+    _describe_classes(hidden, report)
     if splits_file.is_file():
         written = folds = _check_split(splits_file, training, kinds, patients, report)
     else:
@@ -191,8 +200,12 @@ def _test_files(folder: Path, ending: str, report: Report, test_report: Report) 
     return test
 
 
-def _decide_kinds(contents: dict[str, CaseContent], described: dict, report: Report) -> dict[str, str]:
-    """Return {case: kind} of the cases whose labels can be used, by the trainer's own rules."""
+def _decide_kinds(contents: dict[str, CaseContent], described: dict,
+                  report: Report) -> tuple[dict[str, str], dict[str, Listed]]:
+    """Return {case: kind} of the cases whose labels can be used, by the trainer's own rules.
+
+    Also return {case: for each head whether it is listed} of the cases that are not annotated for all classes.
+    """
     ignore, table = described["labels"].get("ignore"), described.get(TABLE_KEY, {})
     labels = SimpleNamespace(ignore_label=ignore, has_ignore_label=ignore is not None)  # what the rules ask nnU-Net for
     kinds = {}
@@ -220,7 +233,7 @@ def _decide_kinds(contents: dict[str, CaseContent], described: dict, report: Rep
                                        "without a teacher: -tr ConfKDTrainer_partialOnly")
         else:
             _report_error(report, "", require_full, kinds)
-    return kinds
+    return kinds, {case: listed for case, listed in hidden.items() if kinds[case] == PARTIAL}
 
 
 def _find_patients(cases: Iterable[str], pattern: str | None, report: Report) -> dict[str, str]:
@@ -242,7 +255,7 @@ def _describe_cases(contents: dict[str, CaseContent], kinds: dict[str, str], tab
         if kind == UNLABELLED:
             annotated, hidden, voxels = 0, annotated, dict.fromkeys(classes, 0)
         report.cases[case] = {"kind": kind, "declared": table.get(case) if table.get(case) in KINDS else None,
-                              "patient": patients.get(case), "hidden": hidden,
+                              "patient": patients.get(case), "hidden": hidden, "classes": None,
                               **_with_shares(content.size, annotated, voxels)}
     for kind in (*KINDS, "all"):
         cases = report.of_kind(kind)
@@ -257,6 +270,31 @@ def _with_shares(size: int, annotated: int | None, voxels: dict[str, int | None]
 
     return {"size": size, "annotated": annotated, "annotated_share": share(annotated),
             "voxels": voxels, "share": {name: share(count) for name, count in voxels.items()}}
+
+
+def _describe_classes(hidden: dict[str, Listed], report: Report) -> None:
+    """Fill in the report's `classes` and the lists of the cases, and warn of classes that are rare or never occur.
+
+    `hidden` are the cases that are not annotated for all classes.
+    """
+    heads = heads_of(report.labels)
+    for case, listed in hidden.items():
+        report.cases[case]["classes"] = [name for name, (head, _) in heads.items() if listed[head]]
+    lists = {case: tuple(found["classes"] or heads) for case, found in report.cases.items()
+             if found["kind"] not in (None, UNLABELLED)}
+    for name in heads:
+        annotated = [case for case, names in lists.items() if name in names]
+        present = [case for case in annotated if report.cases[case]["voxels"][name]]
+        report.classes[name] = {"annotated": len(annotated), "present": len(present)}
+        if len(annotated) < min(FEW, len(lists)):
+            report.warnings.append(f"class {name}: only {counted(len(annotated), 'case')} of {len(lists)} "
+                                   f"{'is' if len(annotated) == 1 else 'are'} annotated for it; annotate it in more")
+        for names in dict.fromkeys(lists[case] for case in annotated if case in hidden):
+            same = [case for case in annotated if lists[case] == names]
+            if len(same) > 1 and not set(same) & set(present):
+                report.warnings.append(f"class {name}: {len(same)} cases list it in \"{CLASSES_KEY}\", and none of "
+                                       f"them holds it: {some(same, 5)}. If it is not annotated there, take it out of "
+                                       f"their lists: training takes it for absent")
 
 
 def _check_strokes(contents: dict[str, CaseContent], kinds: dict[str, str], report: Report) -> None:
@@ -331,7 +369,9 @@ def _check_split(file: Path, cases: Iterable[str], kinds: dict[str, str], patien
         training = {case: kinds[case] for case in known_fold["train"] if case in kinds}
         if FULL in kinds.values() and len(training) == len(known_fold["train"]):
             _report_error(report, where, require_full, training)
-    weak = {case: k for k, fold in enumerate(folds) for case in fold["val"] if kinds.get(case, FULL) != FULL}
+    complete = report.complete_cases()
+    weak = {case: k for k, fold in enumerate(folds) for case in fold["val"]
+            if kinds.get(case, FULL) != FULL and case not in complete}
     if weak:
         report.errors.append(
             f"{file}, fold {some(sorted(set(weak.values())))}: validates on cases that are not fully annotated, where "
@@ -373,7 +413,7 @@ def _default_split(file: Path, kinds: dict[str, str], patients: dict[str, str], 
     from nnunetv2.utilities.crossval_split import generate_crossval_split
 
     folds: Folds = []
-    if FULL not in kinds.values():
+    if FULL not in kinds.values() and not any(case["classes"] for case in report.cases.values()):
         return folds
     if pattern is None and set(kinds.values()) == {FULL} and len(kinds) < 5:
         text = (f"nnU-Net would make five folds, and fail: there are only {len(kinds)} cases. Write a split, or train "
@@ -382,9 +422,10 @@ def _default_split(file: Path, kinds: dict[str, str], patients: dict[str, str], 
         folds, text = generate_crossval_split(sorted(kinds)), "nnU-Net will make five random folds of all cases"
     else:
         try:
-            folds = split_full_cases(kinds, patients_of(kinds, pattern))
-            text = (f"The trainer will write {len(folds)} folds of the fully annotated cases; all others train in "
-                    f"every fold")
+            lists = {name: case["classes"] for name, case in report.cases.items() if case["classes"]}
+            folds = split_full_cases(kinds, patients_of(kinds, pattern), lists=lists,
+                                     complete=report.complete_cases())
+            text = f"The trainer will write {split_text(folds, kinds)}"
         except InputError as error:
             text = str(error)
     shared = {patient for fold in folds for patient in _on_both_sides(patients, fold["train"], fold["val"])}

@@ -30,9 +30,12 @@ class Report:
             pattern), "size" (voxels of the image), "annotated" (annotated voxels), "voxels" ({class: annotated
             voxels}), "annotated_share" and "share" (the same over "size"), and "hidden": annotated voxels in the label
             file that training does not see, because the case is declared unlabelled. Numbers are null if the kind is.
-            If the labels are regions, the classes are these, under their names; they overlap.
+            "classes" are those that a case lists in dataset.json's "annotated_classes"; null if it is annotated for
+            all. If the labels are regions, the classes are these, under their names; they overlap.
         totals: {kind, or "all": {"cases": number of cases, and "size", "annotated", "voxels", "annotated_share",
             "share" as above, of all of them together}}. A share of no voxels is null.
+        classes: {class: {"annotated": cases that are annotated for it, "present": how many of them hold it}}.
+            Unlabelled cases are annotated for none.
         split: {"file": splits_final.json or null, "folds": [{"train": {kind: cases}, "val": {kind: cases}}], "unused":
             cases that no fold trains or validates on}.
         test: {"cases": number in imagesTs, "labelled": how many of them have a label in labelsTs}.
@@ -45,6 +48,7 @@ class Report:
     warnings: list[str] = field(default_factory=list)
     cases: dict[str, dict] = field(default_factory=dict)
     totals: dict[str, dict] = field(default_factory=dict)
+    classes: dict[str, dict[str, int]] = field(default_factory=dict)
     split: dict = field(default_factory=lambda: {"file": None, "folds": [], "unused": []})
     test: dict[str, int] = field(default_factory=lambda: {"cases": 0, "labelled": 0})
 
@@ -56,6 +60,10 @@ class Report:
         """Return the descriptions of the cases of a kind; for "all", of those whose kind is known."""
         return [case for case in self.cases.values() if case["kind"] == kind or kind == "all" and case["kind"]]
 
+    def complete_cases(self) -> set[str]:
+        """Return the cases without ignored voxels that are not annotated for all classes."""
+        return {name for name, case in self.cases.items() if case["classes"] and case["annotated"] == case["size"]}
+
     def text(self, all_cases: bool = False) -> str:
         """Return the text for people: the totals, a row for each case, then the warnings and errors.
 
@@ -65,6 +73,8 @@ class Report:
         if self.cases:
             summarised = len(self.cases) > ROWS and not all_cases
             blocks.append(_aligned(self._total_rows(summarised)))
+            if any(case["classes"] for case in self.cases.values()):
+                blocks.append(self._class_table())
             blocks.append(f"{len(self.cases)} cases: --all has a row for each" if summarised else self._case_tables())
         for title, texts in (("WARNINGS", self.warnings), ("ERRORS", self.errors)):
             if texts:
@@ -114,6 +124,13 @@ class Report:
                 rows.append([f"{word} annotated case", *(percent(function(values)) for values in shares)])
         return rows
 
+    def _class_table(self) -> str:
+        lacking = sum(case["classes"] is not None for case in self.cases.values())
+        rows = [["number of cases", "annotated for it", "of these with it"],
+                *([name, str(found["annotated"]), str(found["present"])] for name, found in self.classes.items())]
+        return "\n".join([_wrapped(f"{counted(lacking, 'case')} not annotated for all classes: background there may "
+                                   f"be any class that is not listed"), _aligned(rows)])
+
     def _case_tables(self) -> str:
         """Return a table with a row for each case. Classes that do not fit into the width follow in further tables."""
         cases = self.cases.values()
@@ -122,12 +139,17 @@ class Report:
                  ["annotated", *(percent(case["annotated_share"]) for case in cases)]]
         tables = []
         for name in self.totals["all"]["voxels"]:
-            column = [name, *(f"{case['voxels'][name]:,}" if case["kind"] else "-" for case in cases)]
+            column = [name, *(f"{case['voxels'][name]:,}" if _is_annotated_for(case, name) else "-" for case in cases)]
             if sum(2 + max(map(len, c)) for c in [*block, column]) - 2 > WIDTH and len(block) > 1:
                 tables.append(block)
                 block = [names]
             block.append(column)
         return "\n\n".join(_aligned(list(zip(*block))) for block in [*tables, block])
+
+
+def _is_annotated_for(case: dict, name: str) -> bool:
+    """Whether a case with this description is annotated for a class, or for the background."""
+    return case["kind"] is not None and (case["classes"] is None or name == "background" or name in case["classes"])
 
 
 def counted(count: int, noun: str) -> str:

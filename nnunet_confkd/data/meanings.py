@@ -40,6 +40,9 @@ class Labels:
         ignore: The value of "ignore" in the given dataset.json; None if it has none.
         regions: nnU-Net's order of regions; None if the labels are no regions.
         by_name: A label that is named by its segment, as in --labels, so that it has no value.
+        source: The name of the source whose labels are written like this (--source); empty: those of all sources are.
+        listed: The classes that this source is annotated for; None: all.
+        partly: Whether voxels of this source may be not annotated.
     """
     names: Mapping[str, int | list[int]]
     full: Meaning
@@ -47,6 +50,25 @@ class Labels:
     ignore: int | None
     regions: list[int] | None = None
     by_name: str = ""
+    source: str = ""
+    listed: tuple[str, ...] | None = None
+    partly: bool = False
+
+    @property
+    def option(self) -> str:
+        """The option that says what the labels mean."""
+        return f"--classes of {self.source}" if self.source else "--labels"
+
+    @property
+    def ignore_option(self) -> str:
+        """The option for the value of voxels that are not annotated."""
+        return f"ignore=VALUE in {self.option}" if self.source else "--ignore-value"
+
+    def options(self, ignore: str | None, background: str | None) -> str:
+        """Return what to type so that these values mean "not annotated" and the background."""
+        words = ("ignore=", "background=") if self.source else ("--ignore-value ", "--background-value ")
+        text = " ".join(f"{word}{value}" for word, value in zip(words, (ignore, background)) if value is not None)
+        return f"{self.option}: {text}" if self.source else text
 
     @property
     def ignored(self) -> int:
@@ -152,8 +174,8 @@ def _labels_of_options(texts: list[str]) -> dict[str, Any]:
 
 def missing_ignore_value(contents: Mapping[Path, Content], labels: Labels) -> InputError:
     """Return the error that --ignore-value is missing, with what the partial labels hold."""
-    return InputError(f"--ignore-value is missing: which value do the partial labels have where nothing is annotated? "
-                      f"{_held_text(contents, labels)}")
+    return InputError(f"{labels.ignore_option} is missing: which value do the partial labels have where nothing is "
+                      f"annotated? {_held_text(contents, labels)}")
 
 
 def ignore_value_problem(contents: Mapping[Path, Content], labels: Labels, ignore_value: int) -> str | None:
@@ -170,26 +192,25 @@ def _held_text(contents: Mapping[Path, Content], labels: Labels) -> str:
     if not held:
         return "The labels hold nothing."
     likely = max(held, key=held.__getitem__)
-    options = f"--ignore-value {likely:g}"
+    background = None
     if likely == labels.background:
         others = [value for value in sorted(held) if value not in labels.full.values]
-        if others:
-            options += f" --background-value {others[0]:g}"
+        background = f"{others[0]:g}" if others else None
     elif likely in labels.full.values:
         return f"The labels hold {shares_text(held)}; which of them means \"not annotated\"?"
-    text = f"The labels hold {shares_text(held)}; correct --ignore-value: if {likely:g} is *not annotated*: {options}"
-    if "--background-value" in options:
-        text += f", where {options.split()[-1]} marks the strokes in the background"
-    return text
+    text = (f"The labels hold {shares_text(held)}; correct {labels.ignore_option}: if {likely:g} is *not annotated*: "
+            f"{labels.options(f'{likely:g}', background)}")
+    return text + (f", where {background} marks the strokes in the background" if background else "")
 
 
-def value_problems(contents: Mapping[Path, Content], kind: str, meaning: Meaning) -> dict[Path, str]:
+def value_problems(contents: Mapping[Path, Content], kind: str, meaning: Meaning, labels: Labels) -> dict[Path, str]:
     """Find values and segments without a meaning, with the options that give them one.
 
     Args:
         contents: {label: what it holds} of one source.
         kind: Of the source.
         meaning: Of its labels.
+        labels: Those of the data set.
 
     Returns:
         {label: what is wrong}. All labels that hold the same strange values have the same text.
@@ -208,29 +229,35 @@ def value_problems(contents: Mapping[Path, Content], kind: str, meaning: Meaning
         held = together(contents[file] for file in files)
         text = f"{files[0]}: holds" if len(files) == 1 else f"{len(files)} labels hold"
         if named:
-            text += f" the segments {some(map(repr, found))}, which --labels does not name. {_segment_advice(found)}"
+            text += (f" the segments {some(map(repr, found))}, which {labels.option} does not name. "
+                     f"{_segment_advice(found, labels)}")
         else:
             text += (f" the values {some(f'{value:g}' for value in found)}; a {kind} label may hold "
-                     f"{some(sorted(meaning.values))}. {_value_advice(found, kind, held)}")
+                     f"{some(sorted(meaning.values))}. {_value_advice(found, kind, held, labels)}")
         text += f" All that is held: {shares_text(held)}" + ("" if len(files) == 1 else f"; in {some(files, 3)}")
         problems.update(dict.fromkeys(files, text))
     return problems
 
 
-def _segment_advice(found: list[str]) -> str:
+def _segment_advice(found: list[str], labels: Labels) -> str:
+    if labels.source:
+        return (f"Name them: --classes ... 'NAME={found[0]}'; or say that they are background: "
+                f"'background={found[0]}'.")
     names = " ".join(re.sub(r"[^A-Za-z0-9]+", "_", name) for name in found)
     return (f"Name them: --labels background {names}; or say which label they are, as in --labels ... "
             f"'NAME={found[0]}'.")
 
 
-def _value_advice(found: list, kind: str, held: Mapping) -> str:
+def _value_advice(found: list, kind: str, held: Mapping, labels: Labels) -> str:
     first, most = f"{found[0]:g}", max(held, key=held.__getitem__)
+    name = f"name it: --{'classes' if labels.source else 'labels'} ... NAME={first}."
+    if labels.source:
+        all_background = ",".join(f"{value:g}" for value in sorted({labels.background, *found}))
+        name += f" If it is a class that you do not need, it can be background: background={all_background}."
     if kind == FULL:
-        background = "" if most in found else f" --background-value {first}"
-        return (f"If {first} is a class, name it: --labels ... NAME={first}. If {most:g} is *not annotated*, these are "
-                f"partial labels: --ignore-value {most:g}{background}.")
-    return (f"If {first} marks strokes in the background: --background-value {first}. If it is a class, name it: "
-            f"--labels ... NAME={first}.")
+        options = labels.options(f"{most:g}", None if most in found else first)
+        return f"If {first} is a class, {name} If {most:g} is *not annotated*, these are partial labels: {options}."
+    return f"If {first} marks strokes in the background: {labels.options(None, first)}. If it is a class, {name}"
 
 
 def only_in_strokes(full: Mapping[Path, Content], partial: Mapping[Path, Content], labels: Labels) -> list[str]:

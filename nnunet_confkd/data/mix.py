@@ -1,22 +1,31 @@
-"""Make one data set from images with complete masks, with partial masks, and without masks."""
+"""Make one data set from images with complete masks, with partial masks, with masks of some classes, and without masks.
+"""
 from __future__ import annotations
 
 import argparse
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 from nnunet_confkd.data import dicom, meanings
 from nnunet_confkd.data.case_files import Case
+from nnunet_confkd.data.class_sources import labels_of_sources
 from nnunet_confkd.data.folders import WRITTEN_BY, folder_name, preprocessed_folder, raw_folder, require_free_id
 from nnunet_confkd.data.grids import Fitting
 from nnunet_confkd.data.images import ENDINGS, ITK, Volume, ending_of
 from nnunet_confkd.data.meanings import Labels
 from nnunet_confkd.data.patients import FOLDS, patients_of
-from nnunet_confkd.data.raw_format import Dataset, require_no_problems, summary, with_ignore, write_dataset
+from nnunet_confkd.data.raw_format import (
+    Dataset,
+    name_problem,
+    require_no_problems,
+    summary,
+    with_ignore,
+    write_dataset,
+)
 from nnunet_confkd.data.segments import has_segments, read_as_label, segment_names
-from nnunet_confkd.data.sources import CaseFiles, Layout, Source, found, table
+from nnunet_confkd.data.sources import CaseFiles, Layout, NamedFolder, Source, found, prefix_pattern, table
 from nnunet_confkd.data.supervision import FULL, PARTIAL, UNLABELLED
 from nnunet_confkd.data.survey import Content, survey
 from nnunet_confkd.errors import InputError, some
@@ -42,7 +51,7 @@ def mix(full: Path | None, dataset_id: int, *, processes: int = PROCESSES, link:
     """Write folders of images and labels as one data set of nnU-Net.
 
     Args:
-        full: As in :class:`nnunet_confkd.data.sources.Layout`; None if `images` are given.
+        full: As in :class:`nnunet_confkd.data.sources.Layout`; None if `images` or `named` are given.
         dataset_id: The 27 in Dataset027_NAME.
         processes: How many processes read labels and write cases.
         link: Whether images become hard links instead of copies.
@@ -91,56 +100,82 @@ def mixture(*, name: str = "Mixed", labels: list[str] | None = None, channels: l
     layout = Layout(**places)
     if layout.full is not None and not layout.full.is_dir():
         raise InputError(f"{layout.full}: there is no such folder")
-    description = meanings.described(layout.description_folder)
-    known = meanings.labels_of(layout.description_folder, labels, description)
+    if layout.named and (labels or ignore_value is not None or background_value is not None):
+        raise InputError("--labels, --ignore-value and --background-value are those of all sources; with --source, "
+                         "each has its own: --classes NAME=VALUE ... background=VALUE ignore=VALUE")
+    description = _described(layout)
+    known = (labels_of_sources(layout.named) if layout.named else
+             [meanings.labels_of(layout.description_folder, labels, description)] * 2)
     sources, problems, notes = found(layout)
-    if not any(source.kind == FULL and source.cases for source in sources) and not problems:
+    for source, of_source in zip((source for source in sources if source.kind != UNLABELLED), known):
+        source.known = of_source
+    if not any(source.cases for source in sources if source.kind == FULL) and not problems:
         raise InputError(f"{layout.roots[0]}: holds no images with labels")
+    for source in sources:
+        if source.known is not None and source.known.partly:
+            source.kind = PARTIAL
     contents = survey([label for source in sources for label in source.labels if segment_names(label) is None],
                       processes)
-    values = _interpret(sources, contents, known, known.ignore if ignore_value is None else ignore_value,
-                        background_value)
+    values = _interpret(sources, contents, ignore_value, background_value)
+    pattern = prefix_pattern(sources, patient_pattern)
     training = [_case(source, files, resample_labels) for source in sources for files in source.cases]
-    held_back = [] if validation is None else _validation(training, patient_pattern, seed, validation)
+    held_back = [] if validation is None else _validation(training, pattern, seed, validation)
     training = [case for case in training if case.label is None or case.label.file not in values]
-    names, wrong = {case.name for case in training}, list(dict.fromkeys(values.values()))
+    cases, wrong = {case.name for case in training}, list(dict.fromkeys(values.values()))
     ending = _common_ending(training, problems)
     mixed = any(source.kind != FULL for source in sources)
+    names = known[0].names
     dataset = Dataset(
         name=name, channel_names=channels or _channel_names(description, training),
-        labels=with_ignore(known.names) if mixed else known.names, file_ending=ending, training=training,
-        validation=[case for case in held_back if case in names],
-        folds=1 if validation else FOLDS, patient_pattern=patient_pattern, regions_class_order=known.regions,
+        labels=with_ignore(names) if mixed else names, file_ending=ending, training=training,
+        annotated_classes={files.name: list(source.listed) for source in sources if source.listed
+                           for files in source.cases if files.name in cases},
+        complete={files.name for source in sources if source.kind == FULL for files in source.cases},
+        validation=[case for case in held_back if case in cases],
+        folds=1 if validation else FOLDS, patient_pattern=pattern, regions_class_order=known[0].regions,
         licence=description.get("licence", description.get("license", "unknown")),
         reference=description.get("reference", ""), roots=layout.roots, problems=[*problems, *wrong],
         more={WRITTEN_BY: "confkd mix"})
-    return Mixture(sources, dataset, [*notes, *_notes(sources, contents, known)])
+    return Mixture(sources, dataset, [*notes, *_notes(sources, contents, known[0])])
 
 
-def _interpret(sources: list[Source], contents: dict[Path, Content], known: Labels, ignore_value: int | None,
+def _described(layout: Layout) -> dict:
+    """Return the dataset.json of the complete masks. Of several, the first counts; licence and reference are joined."""
+    several = [meanings.described(named.folder) for named in layout.named]
+    if not several:
+        return meanings.described(layout.description_folder)
+    texts = {key: [str(text) for one in several for text in (one.get(key) or one.get(other),) if text]
+             for key, other in (("licence", "license"), ("reference", ""))}
+    joined = {key: "; ".join(dict.fromkeys(found)) for key, found in texts.items() if found}
+    return {key: value for one in reversed(several) for key, value in one.items()} | joined
+
+
+def _interpret(sources: list[Source], contents: dict[Path, Content], ignore_value: int | None,
                background_value: int | None) -> dict[Path, str]:
     """Give each source the meaning of its labels. Return {label that holds anything else: what is wrong}."""
     problems: dict[Path, str] = {}
     for source in sources:
-        if source.kind == UNLABELLED:
+        known = source.known
+        if known is None:
             continue
+        ignored = known.ignore if ignore_value is None else ignore_value
         held = {label: contents[label] for label in source.labels if label in contents}
         plain = {label: content for label, content in held.items() if not content.named and not content.problem}
         valued = next((label for label in source.labels if not has_segments(label)), None)
         if not known.full.segments and any(map(has_segments, source.labels)):
             raise InputError(f"{source.labels[0]}: has segments, but the labels are regions, which have values only")
-        if source.kind == PARTIAL and valued is not None and ignore_value is None:
+        if source.kind == PARTIAL and valued is not None and ignored is None:
             raise meanings.missing_ignore_value(plain, known)
-        source.meaning = known.full if source.kind == FULL else known.partial(ignore_value if valued else None,
+        source.meaning = known.full if source.kind == FULL else known.partial(ignored if valued else None,
                                                                              background_value)
         if valued and known.by_name:
-            raise InputError(f"--labels: {known.by_name!r} names a segment, but {valued} holds values; give NAME=VALUE "
-                             f"with whole numbers")
+            raise InputError(f"{known.option}: {known.by_name!r} names a segment, but {valued} holds values; give "
+                             f"NAME=VALUE with whole numbers")
         if source.labels and source.kind == FULL:
             _require_files_of_classes(source, known)
-        missing = source.kind == PARTIAL and meanings.ignore_value_problem(plain, known, ignore_value)
+        missing = source.kind == PARTIAL and meanings.ignore_value_problem(plain, known, ignored)
         problems |= dict.fromkeys(plain, missing) if missing else meanings.value_problems(
-            held, source.kind, source.meaning)
+            held, source.kind, source.meaning, known)
     return problems
 
 
@@ -148,15 +183,16 @@ def _require_files_of_classes(source: Source, known: Labels) -> None:
     """Raise InputError if a class has a file in none of the folders with one file for each class."""
     names = {label: segment_names(label) for label in source.labels}
     held = {name.casefold() for several in names.values() for name in several or []}
-    background = next(iter(known.full.segments), None)
-    missing = [name for name in known.full.segments if name not in held and name != background]
+    missing = [name for name, number in known.full.segments.items() if number and name not in held]
     if held and missing and all(several is not None for several in names.values()):
         folder = source.labels[0]
-        raise InputError(f"{folder}: has no file of {some(missing)}; correct --labels, it holds "
+        raise InputError(f"{folder}: has no file of {some(missing)}; correct {known.option}, it holds "
                          f"{some(names[folder], 150)}")
 
 
 def _notes(sources: list[Source], contents: dict[Path, Content], known: Labels) -> list[str]:
+    if known.source:
+        return ["labels: " + ", ".join(f"{name} {value}" for name, value in known.names.items())]
     full, strokes = ({label: contents[label] for source in sources if source.kind == kind for label in source.labels
                       if label in contents} for kind in (FULL, PARTIAL))
     return meanings.only_in_strokes(full, strokes, known)
@@ -166,19 +202,22 @@ def _case(source: Source, files: CaseFiles, resample: bool) -> Case:
     images = tuple(Volume(file, reader=dicom.read_series if file.is_dir() else None) for file in files.images)
     if files.label is None:
         return Case(files.name, images, None, source.kind)
-    meaning, label, values = source.meaning, Volume(files.label), source.meaning.values
+    kind, meaning, label, values = source.kind_of_cases, source.meaning, Volume(files.label), source.meaning.values
     named = has_segments(files.label)
     if named:
         reader = partial(read_as_label, values=meaning.segments, outside=meaning.outside)
         label = Volume(files.label, reader=reader)
         values = {value: value for value in (*meaning.segments.values(), meaning.outside)}
-    return Case(files.name, images, label, source.kind, dict(values), Fitting(meaning.outside, named, resample))
+    return Case(files.name, images, label, kind, dict(values), Fitting(meaning.outside, named, resample))
 
 
 def _common_ending(training: list[Case], problems: list[str]) -> str:
-    """Return the ending that most fully annotated images have. It is a problem if other images cannot get it."""
+    """Return the ending that most fully annotated images have, or most images if there are none.
+
+    It is a problem if other images cannot get it.
+    """
     endings = [(case, ending_of(case.images[0].file) or ".nii.gz") for case in training]
-    of_full = [ending for case, ending in endings if case.kind == FULL]
+    of_full = [ending for case, ending in endings if case.kind == FULL] or [ending for _, ending in endings]
     ending = max(sorted(set(of_full)), key=of_full.count) if of_full else ".nii.gz"
     problems += [f"{case.images[0].file}: cannot be converted to {ending}, the format of the other images"
                  for case, other in endings if other != ending and not {ending, other} <= set(ITK)]
@@ -197,7 +236,10 @@ def _channel_names(description: dict, training: list[Case]) -> list[str]:
 # ---- validation -----------------------------------------------------------------------------------------------------
 
 def _validation(training: list[Case], pattern: str | None, seed: int, wanted: list[str]) -> list[str]:
-    """Return the cases of the patients that are to validate. All cases of these patients must be fully annotated."""
+    """Return the cases of the patients that are to validate.
+
+    All cases of these patients must be fully annotated, or all voxels of patients that are named for some classes.
+    """
     try:
         patients = patients_of([case.name for case in training], pattern)
     except InputError:
@@ -219,6 +261,24 @@ def _validation(training: list[Case], pattern: str | None, seed: int, wanted: li
     return [case.name for case in training if patients[case.name] in chosen]
 
 
+# ---- command line ---------------------------------------------------------------------------------------------------
+
+class _AddSource(argparse.Action):
+    def __call__(self, parser, namespace, values, option_string=None):
+        name, _, folder = values.partition("=")
+        reason = name_problem(name)
+        if reason or not folder:
+            parser.error(f"{option_string} {values}: give NAME=FOLDER" + (f"; the name {reason}" if reason else ""))
+        namespace.named = [*namespace.named, NamedFolder(name, Path(folder))]
+
+
+class _AddClasses(argparse.Action):
+    def __call__(self, parser, namespace, values, option_string=None):
+        if not namespace.named or namespace.named[-1].classes is not None:
+            parser.error(f"{option_string} {' '.join(values)}: comes after the --source whose classes these are, once")
+        namespace.named = [*namespace.named[:-1], replace(namespace.named[-1], classes=values)]
+
+
 def arguments() -> argparse.ArgumentParser:
     """Return the parser of `confkd mix`."""
     parser = argparse.ArgumentParser(prog="confkd mix", description=__doc__, epilog=(
@@ -237,6 +297,14 @@ def arguments() -> argparse.ArgumentParser:
     folders.add_argument("--full", type=Path, metavar="DIR")
     folders.add_argument("--partial", type=Path, metavar="DIR")
     folders.add_argument("--unlabelled", type=Path, metavar="DIR", help="images, in it or in its folder images")
+    sources = parser.add_argument_group("or a folder for each source, whose labels have classes and "
+                                        "values of their own")
+    sources.add_argument("--source", dest="named", action=_AddSource, default=[], metavar="NAME=FOLDER",
+                         help="a folder as that of --full; once for each source")
+    sources.add_argument("--classes", nargs="+", action=_AddClasses, default=argparse.SUPPRESS, metavar="NAME[=VALUE]",
+                         help="the classes of the --source before, with the values 1, 2, ... or those given, or "
+                         "NAME=SEGMENT; also background=VALUE,VALUE (default: 0) and ignore=VALUE (not annotated); "
+                         "default: those in its dataset.json")
     patterns = parser.add_argument_group("or a folder for each patient, within these folders")
     patterns.add_argument("--pattern", nargs="+", metavar="PATTERN", help="of the images, one for each channel, as in "
                           "'{case}/T1.nii.gz'")

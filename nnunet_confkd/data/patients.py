@@ -4,9 +4,10 @@ from __future__ import annotations
 import argparse
 import random
 import re
-from collections.abc import Iterable, Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 
-from nnunet_confkd.data.supervision import FULL
+from nnunet_confkd.data.supervision import FULL, UNLABELLED
 from nnunet_confkd.errors import InputError, some
 
 VALIDATION_SHARE = 0.2  # of the patients, in experiments without a split
@@ -98,44 +99,101 @@ def _is_number(full: list[str]) -> bool:
 
 
 def split_full_cases(kinds: Mapping[str, str], patients: Mapping[str, str] | None = None,
-                     held_back: Iterable[str] | None = None, folds: int = FOLDS) -> list[dict[str, list[str]]]:
-    """Make the folds of splits_final.json, which validate on fully annotated patients only.
+                     held_back: Iterable[str] | None = None, folds: int = FOLDS,
+                     lists: Mapping[str, Sequence[str]] | None = None,
+                     complete: Iterable[str] = ()) -> list[dict[str, list[str]]]:
+    """Make the folds of splits_final.json, which validate on fully annotated patients if there are enough of them.
 
     They are nnU-Net's seeded cross-validation over the patients all of whose cases are fully annotated. All other cases
     train in every fold. A validation on partial labels would measure the annotated voxels only, and a patient on both
     sides nothing at all.
 
+    If fewer than `FOLDS` patients are fully annotated, and the voxels of others are all annotated, though not for all
+    classes, these others validate, each for its own classes. The fully annotated ones train in every fold then.
+
     Args:
         kinds: {case: kind} of all training cases.
         patients: {case: patient}; None: each case is a patient of its own.
         held_back: Patients that validate and never train. Each fold validates on a part of them, and trains on all
-            patients that are not held back. None: all fully annotated patients take their turn.
+            patients that are not held back. None: all that can validate take their turn.
         folds: At most how many folds. One fold validates on all patients that are held back; without such patients
             there are at least two.
+        lists: {case: the classes that it is annotated for}, of the cases that are not annotated for all.
+        complete: Cases without ignored voxels.
 
     Returns:
         The folds, at most one for each patient to validate.
 
     Raises:
-        InputError: Fewer than two patients are fully annotated, and none is held back.
+        InputError: Fewer than two patients can validate, and none is held back.
     """
-    patients = patients or {case: case for case in kinds}
+    patients, lists = patients or {case: case for case in kinds}, lists or {}
     full = {patients[case] for case in kinds} - {patients[case] for case, kind in kinds.items() if kind != FULL}
+    dense_cases = set(lists).intersection(complete)
+    dense = {patients[case] for case in dense_cases} - {patients[case] for case in kinds if case not in dense_cases}
     held_back = set(held_back or ())
-    validating = sorted(full & held_back if held_back else full)
-    if len(full) < 2 or not validating:
+    if held_back:
+        validating = sorted((full | dense) & held_back)
+    elif len(full) < FOLDS and (parts := _parts_by_class(kinds, patients, lists, dense, folds)):
+        return _folds(kinds, patients, parts)
+    else:
+        validating = sorted(full)
+    if len(full | dense if held_back else full) < 2 or not validating:
         raise InputError("fewer than two patients are fully annotated in all of their cases, so none can be spared for "
                          "validation. Train on fold 'all' (confkd train ID CONFIGURATION all), or annotate another "
                          "patient completely.")
     number = min(folds if held_back else max(folds, 2), len(validating))
     if number == 1:
-        parts = [validating]
+        parts = [set(validating)]
     else:
         from nnunetv2.utilities.crossval_split import generate_crossval_split
 
-        parts = [fold["val"] for fold in generate_crossval_split(validating, seed=12345, n_splits=number)]
+        parts = [set(fold["val"]) for fold in generate_crossval_split(validating, seed=12345, n_splits=number)]
+    return _folds(kinds, patients, parts, held_back)
+
+
+def _folds(kinds: Mapping[str, str], patients: Mapping[str, str], parts: Iterable[set[str]],
+           held_back: Iterable[str] = ()) -> list[dict[str, list[str]]]:
+    """Return folds that validate on these parts of the patients."""
     return [{"train": sorted(case for case in kinds if patients[case] not in {*part, *held_back}),
-             "val": sorted(case for case in kinds if patients[case] in part)} for part in map(set, parts)]
+             "val": sorted(case for case in kinds if patients[case] in part)} for part in parts]
+
+
+def _parts_by_class(kinds: Mapping[str, str], patients: Mapping[str, str], lists: Mapping[str, Sequence[str]],
+                    dense: set[str], folds: int) -> list[set[str]]:
+    """Divide `dense` patients, whose voxels are all annotated for some classes, into parts that validate in turn.
+
+    The patients with the same classes follow each other, shuffled, and are dealt to the parts one by one, so that each
+    part has about equally many of them. There are at most as many parts as patients of the most frequent class. A
+    patient without whom no training case would be annotated for one of its classes does not validate.
+
+    Returns:
+        The parts; none if fewer than two parts have patients.
+    """
+    classes_of = {patient: frozenset(name for case, names in lists.items() if patients[case] == patient
+                                     for name in names) for patient in sorted(dense)}
+    count = Counter(name for classes in classes_of.values() for name in classes)
+    number = min(max(folds, 2), max(count.values(), default=0))
+    chance, order = random.Random(12345), []
+    for classes in dict.fromkeys(classes_of.values()):
+        members = [patient for patient in classes_of if classes_of[patient] == classes]
+        order += chance.sample(members, len(members))
+    parts = [set(order[k::number]) for k in range(number)]
+    for part in parts:
+        for name in sorted(count):
+            if not any(patients[case] not in part and kind != UNLABELLED and name in lists.get(case, count)
+                       for case, kind in kinds.items()):
+                part.discard(min(patient for patient in part if name in classes_of[patient]))
+    parts = [part for part in parts if part]
+    return parts if len(parts) > 1 else []
+
+
+def split_text(folds: Sequence[Mapping[str, Iterable[str]]], kinds: Mapping[str, str]) -> str:
+    """Say which cases the folds of :func:`split_full_cases` validate on."""
+    by_class = any(kinds[case] != FULL for fold in folds for case in fold["val"])
+    validating = "cases that are not annotated for all classes, each for its own" if by_class else \
+        "the fully annotated cases"
+    return f"{len(folds)} folds of {validating}; all others train in every fold"
 
 
 def single_patient_text(folds: Mapping[str, Mapping[str, Iterable[str]]], kinds: Mapping[str, str],
@@ -158,12 +216,16 @@ def single_patient_text(folds: Mapping[str, Mapping[str, Iterable[str]]], kinds:
     if not single:
         return None
     full = named(kinds) - named(case for case, kind in kinds.items() if kind != FULL)
+    validating = set().union(*(named(fold["val"]) for fold in folds.values()))
+    by_class = not validating <= full
+    if by_class:
+        full = validating
     lost = [len(full - named(fold["train"])) for fold in single]
     shares = number_range(round(100 * number / len(full)) for number in lost) if full else "0"
     names = some(name for name, fold in folds.items() if fold in single)
     text = (f"{names}: the validation is on a single patient, so the pseudo-Dice and the choice of checkpoint_best are "
-            f"mostly noise, and {number_range(lost)} of {len(full)} fully annotated patients ({shares} %) do not "
-            f"train. ")
+            f"mostly noise, and {number_range(lost)} of {len(full)} {'validating' if by_class else 'fully annotated'} "
+            f"patients ({shares} %) do not train. ")
     if any(full - named(fold["train"]) - named(fold["val"]) for fold in single):
         return text + ("Others are held back for other folds: with --folds 1, the command that wrote the data set "
                        "makes one fold of them")

@@ -7,6 +7,8 @@ Without an ignore label these are nnU-Net's own steps and results. With one,
 - the default split validates on fully annotated cases only;
 - a report compares the annotations before and after.
 
+Data sets whose cases are annotated for different classes get the split and the report also without an ignore label.
+
 In both cases `confkd` blocks of settings in the plans survive when the data set is planned again.
 """
 from __future__ import annotations
@@ -16,7 +18,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -40,15 +42,16 @@ from nnunetv2.utilities.label_handling.label_handling import LabelManager
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
 
-from nnunet_confkd.data.annotated_classes import annotated_classes
+from nnunet_confkd.data.annotated_classes import CLASSES_KEY, annotated_classes
 from nnunet_confkd.data.folders import find_dataset, preprocessed_folder, raw_folder
 from nnunet_confkd.data.images import count_voxels, quiet
 from nnunet_confkd.data.json_files import CONFIGURATIONS, read_description, read_json
-from nnunet_confkd.data.patients import patients_of, split_full_cases
+from nnunet_confkd.data.patients import patients_of, split_full_cases, split_text
 from nnunet_confkd.data.resampling import KeepAnnotations
 from nnunet_confkd.data.supervision import (
     FULL,
     OUTSIDE,
+    PARTIAL,
     TABLE_KEY,
     UNLABELLED,
     annotation_counts,
@@ -63,6 +66,7 @@ from nnunet_confkd.files import written_whole
 BLOCK = "confkd"  # the key of the trainer's settings in the plans
 # an entry of our fingerprints; a fingerprint without it counts ignored voxels as foreground
 MARKER, MARK = "foreground_intensities_of", "annotated voxels"
+LACKING = "lack classes"  # heads the columns of cases that are not annotated for all classes
 PROCESSES = {"2d": 8, "3d_fullres": 4, "3d_lowres": 8}  # nnU-Net's defaults; 4 for any other
 THREADS = 8
 
@@ -102,12 +106,13 @@ def plan(datasets: Sequence[int | str], *, configurations: Sequence[str] = CONFI
     _find_class("preprocessing", preprocessor_name, "-preprocessor_name")
     described = {name: _dataset_json(name) for name in names}
     labels = {name: read_raw_labels(name, content) for name, content in described.items()
-              if "ignore" in content["labels"]}
+              if "ignore" in content["labels"] or content.get(CLASSES_KEY)}
+    corrected = [name for name, of_name in labels.items() if of_name.manager.has_ignore_label]
 
     bar = not no_progress_bar
     print("Fingerprint extraction...")
     for name in names:
-        if name not in labels:
+        if name not in corrected:
             extract_fingerprints([_id(name)], fingerprint_extractor, fingerprint_processes, verify_integrity, clean,
                                  verbose, bar)
             continue
@@ -125,7 +130,7 @@ def plan(datasets: Sequence[int | str], *, configurations: Sequence[str] = CONFI
     if not no_preprocessing:
         print("Preprocessing...")
         for name in names:
-            if name in labels:
+            if name in corrected:
                 preprocess_keeping_annotations(name, plans_name, configurations, processes, verbose, bar)
             else:
                 preprocess([_id(name)], plans_name, configurations, processes, verbose, bar)
@@ -192,7 +197,7 @@ def _about(folder: Path) -> Iterator[None]:
 
 @dataclass
 class RawLabels:
-    """The training labels of a data set with an ignore label.
+    """The training labels of a data set with an ignore label, or with cases that are not annotated for all classes.
 
     Attributes:
         files: {case: label file}.
@@ -201,6 +206,7 @@ class RawLabels:
         patients: {case: patient}.
         reader: nnU-Net's reader for the files.
         manager: nnU-Net's label manager of the data set.
+        lists: {case: the classes that it is annotated for}, of the cases that are not annotated for all.
     """
     files: dict[str, str]
     counts: dict[str, dict[int, int]]
@@ -208,6 +214,7 @@ class RawLabels:
     patients: dict[str, str]
     reader: type[BaseReaderWriter]
     manager: LabelManager
+    lists: dict[str, list[str]] = field(default_factory=dict)
 
 
 def read_raw_labels(name: str, described: dict) -> RawLabels:
@@ -233,7 +240,7 @@ def read_raw_labels(name: str, described: dict) -> RawLabels:
             reader = determine_reader_writer_from_dataset_json(described, example, verbose=False)
     except (OSError, LookupError, RuntimeError, AssertionError) as error:
         raise InputError(f"{folder}: the training cases cannot be read ({error}); confkd check tells more") from error
-    values = [*map(int, manager.all_labels), int(manager.ignore_label)]
+    values = [int(value) for value in (*manager.all_labels, manager.ignore_label) if value is not None]
 
     def count(case: str) -> Any:  # the counts, or what is wrong
         file = cases[case]["label"]
@@ -253,14 +260,15 @@ def read_raw_labels(name: str, described: dict) -> RawLabels:
     problems = [found for found in counts.values() if isinstance(found, str)]
     if problems:
         raise InputError(f"{folder}: {len(problems)} labels are wrong; correct them:\n  " + "\n  ".join(problems))
-    if not any(c[value] for c in counts.values() for value in values[:-1] if value > 0):
+    if not any(c[value] for c in counts.values() for value in map(int, manager.all_labels) if value > 0):
         raise InputError(f"{folder}: none of the {len(cases)} labels has an annotated voxel of any foreground class, "
                          f"so there is nothing to learn; annotate some, or correct \"ignore\" in dataset.json")
     with _about(folder):
         hidden = annotated_classes(described, counts)
         kinds = decide_kinds(counts, manager, described.get(TABLE_KEY), hidden)
         patients = patients_of(cases, described.get("patient_pattern"))
-    return RawLabels({case: files["label"] for case, files in cases.items()}, counts, kinds, patients, reader, manager)
+    return RawLabels({case: files["label"] for case, files in cases.items()}, counts, kinds, patients, reader, manager,
+                     {case: described[CLASSES_KEY][case] for case in hidden if kinds[case] == PARTIAL})
 
 
 # ---- fingerprint ----------------------------------------------------------------------------------------------------
@@ -423,8 +431,9 @@ def report(name: str, configuration: str, labels: RawLabels, after: dict[str, di
     """
     ignore = labels.manager.ignore_label
     kinds = {case: kind_of(counts, ignore) for case, counts in labels.counts.items()}
-    groups = {"not fully annotated": [case for case in kinds if kinds[case] != FULL],
-              "fully annotated": [case for case in kinds if kinds[case] == FULL]}
+    groups = {LACKING: [case for case in kinds if case in labels.lists],
+              "not fully annotated": [case for case in kinds if kinds[case] != FULL and case not in labels.lists],
+              "fully annotated": [case for case in kinds if kinds[case] == FULL and case not in labels.lists]}
     groups = {title: cases for title, cases in groups.items() if cases}
     heading = [text for title, cases in groups.items() for text in (f"{len(cases)} {title}:", "")]
     rows = [["", *heading], ["", *["before", "after"] * len(groups)]]
@@ -438,6 +447,8 @@ def report(name: str, configuration: str, labels: RawLabels, after: dict[str, di
     lines = [f"{name}, {configuration}: annotated voxels per class, before and after preprocessing"]
     lines += [("  " + row[0].ljust(width) + "".join(f"{cell:>24}" for cell in row[1:])).rstrip() for row in rows]
 
+    if LACKING in groups:
+        lines.append("  The background of cases that lack classes may be any class that they do not list.")
     left = {case: kind_of(counts, ignore) for case, counts in after.items()}
     lost = [case for case in kinds if kinds[case] != UNLABELLED == left[case]]
     filled = [case for case in kinds if kinds[case] != FULL == left[case]]
@@ -459,10 +470,10 @@ def write_split(name: str, labels: RawLabels) -> None:
         print(f"{file}: is there already, and stays as it is.")
         return
     try:
-        splits = split_full_cases(labels.kinds, labels.patients)
+        complete = [case for case, counts in labels.counts.items() if not counts.get(labels.manager.ignore_label)]
+        splits = split_full_cases(labels.kinds, labels.patients, lists=labels.lists, complete=complete)
     except InputError as error:
         print(f"{file}: was not written ({summary(labels.kinds)}): {error}")
         return
     _replace_json(file, splits)
-    print(f"{file}: written, {len(splits)} folds of the fully annotated cases; the others train in every fold "
-          f"({summary(labels.kinds)}).")
+    print(f"{file}: written, {split_text(splits, labels.kinds)} ({summary(labels.kinds)}).")

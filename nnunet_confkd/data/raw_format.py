@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from nnunet_confkd.data.annotated_classes import CLASSES_KEY
 from nnunet_confkd.data.case_files import Case, Target, write_case
 from nnunet_confkd.data.folders import WRITTEN_BY, folder_name, new_dataset, preprocessed_folder, raw_folder
 from nnunet_confkd.data.images import Volume
@@ -37,6 +38,8 @@ class Dataset:
             patient validates in one fold and trains in the others.
         folds: At most how many folds splits_final.json gets.
         test: Cases that are written to imagesTs and labelsTs.
+        annotated_classes: As in dataset.json: {case: the classes that it is annotated for}, if they are not all.
+        complete: The cases without ignored voxels among those in `annotated_classes`.
         regions_class_order: As in dataset.json.
         patient_pattern: A regular expression whose first group in the name of a case is the patient. None: each case is
             a patient of its own.
@@ -56,6 +59,8 @@ class Dataset:
     validation: list[str] = field(default_factory=list)
     folds: int = FOLDS
     test: list[Case] = field(default_factory=list)
+    annotated_classes: dict[str, list[str]] = field(default_factory=dict)
+    complete: set[str] = field(default_factory=set)
     regions_class_order: list[int] | None = None
     patient_pattern: str | None = None
     patients: dict[str, str] | None = None
@@ -160,10 +165,11 @@ def require_no_problems(problems: list[str]) -> None:
 
 
 def folds_of(dataset: Dataset) -> list[dict[str, list[str]]]:
-    """Return the folds of splits_final.json. Raises InputError if there are too few fully annotated patients."""
+    """Return the folds of splits_final.json. Raises InputError if there are too few patients that can validate."""
     patients = dataset.patients or patients_of(dataset.kinds, dataset.patient_pattern)
     held_back = {patients[case] for case in dataset.validation}
-    return split_full_cases(dataset.kinds, patients, held_back, dataset.folds)
+    return split_full_cases(dataset.kinds, patients, held_back, dataset.folds, dataset.annotated_classes,
+                            dataset.complete)
 
 
 def _dataset_json(dataset: Dataset) -> dict:
@@ -172,6 +178,8 @@ def _dataset_json(dataset: Dataset) -> dict:
         "numTraining": len(dataset.training), "file_ending": dataset.file_ending, "name": dataset.name,
         "licence": dataset.licence, "reference": dataset.reference,
         "supervision": dict(sorted(dataset.kinds.items()))}
+    if dataset.annotated_classes:
+        described[CLASSES_KEY] = dict(sorted(dataset.annotated_classes.items()))
     if dataset.regions_class_order is not None:
         described["regions_class_order"] = dataset.regions_class_order
     if dataset.patient_pattern is not None:
@@ -198,6 +206,10 @@ def summary(folder: Path) -> str:
 def _folds_text(folds: list[dict[str, list[str]]], kinds: dict[str, str], patients: dict[str, str], noun: str) -> str:
     """Say what the folds train and validate on. `noun` is "patients", or "cases" if each case is a patient."""
     full = set(patients.values()) - {patients[case] for case, kind in kinds.items() if kind != FULL}
+    if not full.issuperset(patients[case] for fold in folds for case in fold["val"]):
+        sizes = number_range(len({patients[case] for case in fold["val"]}) for fold in folds)
+        return (f"{len(folds)} fold{'s' if len(folds) > 1 else ''}: each validates on {sizes} {noun} that are not "
+                f"annotated for all classes, each for its own classes; all other cases train")
     training = [full & {patients[case] for case in fold["train"]} for fold in folds]
     validating = [{patients[case] for case in fold["val"]} for fold in folds]
     held_back = len(full - set().union(*training))
@@ -242,7 +254,8 @@ def _problems_of_the_whole(dataset: Dataset) -> list[str]:
                             f"{first.images[0].file}, too; rename one")
     problems += [f"{case.images[0].file}: has no label; add it, or leave the image out" for case in dataset.training
                  if case.label is None and case.kind != UNLABELLED]
-    if any(case.kind != FULL for case in cases) and "ignore" not in dataset.labels:
+    needing = [case for case in cases if case.kind != FULL and case.name not in dataset.annotated_classes]
+    if needing and "ignore" not in dataset.labels:
         problems.append("there are partial or unlabelled cases, but the labels have no \"ignore\"")
     return problems + _validation_problems(dataset)
 
@@ -255,7 +268,7 @@ def _validation_problems(dataset: Dataset) -> list[str]:
         return [str(error)]
     patients = dataset.patients or patients
     problems = [f"{name}: is to validate, but its label is {kinds.get(name, 'not there')}"
-                for name in dataset.validation if kinds.get(name) != FULL]
+                for name in dataset.validation if kinds.get(name) != FULL and name not in dataset.complete]
     held_back = {patients.get(name) for name in dataset.validation}
     both = {patient for name, patient in patients.items() if patient in held_back and name not in dataset.validation}
     return problems + [f"patient {patient}: has cases for training and for validation" for patient in sorted(both)]
@@ -267,14 +280,14 @@ def raw_dataset(folder: Path, name: str) -> Dataset:
     """Return a data set in nnU-Net's raw format under a new name. Its training cases are taken for fully annotated."""
     described, cases = read_raw(folder)
     known = ("labels", "channel_names", "file_ending", "regions_class_order", "licence", "reference", "dataset", "name",
-             "numTraining", "supervision", "patient_pattern", WRITTEN_BY)
+             "numTraining", "supervision", "patient_pattern", CLASSES_KEY, WRITTEN_BY)
     return Dataset(
         name=name, channel_names=list(described["channel_names"].values()), labels=described["labels"],
         file_ending=described["file_ending"], test=_test_cases(folder, described["file_ending"]),
         training=[Case(case, tuple(Volume(f) for f in images), Volume(label))
                   for case, (images, label) in cases.items()],
-        regions_class_order=described.get("regions_class_order"), licence=described.get("licence", "unknown"),
-        reference=described.get("reference", ""),
+        annotated_classes=described.get(CLASSES_KEY) or {}, regions_class_order=described.get("regions_class_order"),
+        licence=described.get("licence", "unknown"), reference=described.get("reference", ""),
         more={key: value for key, value in described.items() if key not in known})
 
 

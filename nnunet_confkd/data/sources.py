@@ -3,13 +3,15 @@ from __future__ import annotations
 
 import filecmp
 import os
+import re
+from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from nnunet_confkd.data.images import ENDINGS
 from nnunet_confkd.data.listing import listed
-from nnunet_confkd.data.meanings import Meaning
+from nnunet_confkd.data.meanings import Labels, Meaning
 from nnunet_confkd.data.names import Named, cases_of, looks_like_label, matched
 from nnunet_confkd.data.supervision import FULL, PARTIAL, UNLABELLED
 from nnunet_confkd.errors import InputError, some
@@ -37,23 +39,58 @@ class Source:
     """Files that were annotated alike.
 
     Attributes:
-        kind: "full", "partial" or "unlabelled".
+        kind: "full" (each voxel of each label has a meaning), "partial" or "unlabelled".
         cases: The files.
         meaning: What the labels mean; None for unlabelled images.
+        name: Of a source that was given by name; else empty.
+        prefixed: Whether the names of the cases begin with it.
+        known: The labels of the data set, and how this source writes them; None for unlabelled images.
     """
     kind: str
     cases: list[CaseFiles]
     meaning: Meaning | None = None
+    name: str = ""
+    prefixed: bool = False
+    known: Labels | None = None
 
     @property
     def labels(self) -> list[Path]:
         """The labels of the cases."""
         return [case.label for case in self.cases if case.label is not None]
 
+    @property
+    def listed(self) -> tuple[str, ...] | None:
+        """The classes that the cases are annotated for; None: all, or the images are unlabelled."""
+        return None if self.kind == UNLABELLED or self.known is None else self.known.listed
+
+    @property
+    def kind_of_cases(self) -> str:
+        """The kind of the cases. Those that are not annotated for all classes are partially annotated."""
+        return PARTIAL if self.listed else self.kind
+
+    @property
+    def title(self) -> str:
+        """The kind, and the classes if they are not all."""
+        return f"{self.kind}: {', '.join(self.listed)}" if self.listed else self.kind
+
+
+@dataclass(frozen=True)
+class NamedFolder:
+    """A source that was given by name, because its labels have values or classes of their own.
+
+    Attributes:
+        name: The name, which becomes the prefix of names of cases if two sources share one.
+        folder: Holds `images` and `labels` (or `imagesTr` and `labelsTr`).
+        classes: As in --classes: NAME, NAME=VALUE, NAME=VALUE,VALUE or NAME=SEGMENT. None: those of its dataset.json.
+    """
+    name: str
+    folder: Path
+    classes: list[str] | None = None
+
 
 @dataclass
 class Layout:
-    """What the options say about where the files are. Either `full` or `images` must be given.
+    """What the options say about where the files are. One of `full`, `images` and `named` must be given.
 
     Attributes:
         full: Holds `images` and `labels` (or `imagesTr` and `labelsTr`).
@@ -64,6 +101,7 @@ class Layout:
         partial_labels: The same of partial masks.
         pattern: One pattern with {case} for each channel, for the folders that hold images.
         label_pattern: The same for the folders that hold labels.
+        named: Sources that have values and classes of their own. `unlabelled` may be given, too.
     """
     full: Path | None = None
     partial: Path | None = None
@@ -73,6 +111,7 @@ class Layout:
     partial_labels: list = field(default_factory=list)
     pattern: list[str] | None = None
     label_pattern: str | None = None
+    named: list[NamedFolder] = field(default_factory=list)
 
     @property
     def label_patterns(self) -> list[str] | None:
@@ -82,17 +121,20 @@ class Layout:
     @property
     def description_folder(self) -> Path:
         """The folder whose dataset.json describes the data."""
+        if self.named:
+            return self.named[0].folder
         places = self.full_labels or self.images
         return self.full if self.full is not None else Path(places[0]) if places else Path()
 
     @property
     def roots(self) -> tuple[Path, ...]:
         """The folders that were given."""
-        if self.full is not None:
-            return tuple(Path(folder) for folder in (self.full, self.partial, self.unlabelled) if folder is not None)
+        if self.full is not None or self.named:
+            folders = (*(named.folder for named in self.named), self.full, self.partial, self.unlabelled)
+            return tuple(Path(folder) for folder in folders if folder is not None)
         places = [str(place) for place in (*self.images, *self.full_labels, *self.partial_labels)]
-        folders = [place if Path(place).is_dir() else _fixed_part(place) for place in places]
-        return tuple(Path(folder) for folder in dict.fromkeys(folders))
+        given = [place if Path(place).is_dir() else _fixed_part(place) for place in places]
+        return tuple(Path(folder) for folder in dict.fromkeys(given))
 
 
 def _fixed_part(place: str) -> str:
@@ -114,6 +156,12 @@ def found(layout: Layout) -> tuple[list[Source], list[str], list[str]]:
     Raises:
         InputError: A folder is missing, or holds nothing.
     """
+    if layout.named:
+        if layout.full is not None or layout.partial is not None or layout.images or layout.full_labels \
+                or layout.partial_labels:
+            raise InputError("give either --source, or --images with its labels, or --full and --partial; only "
+                             "--unlabelled goes with --source")
+        return _in_named_folders(layout)
     if layout.full is not None and layout.images:
         raise InputError("give either --full, --partial and --unlabelled, or --images with --full-labels and "
                          "--partial-labels")
@@ -168,21 +216,32 @@ def _labels(layout: Layout, places: list) -> list[Named]:
 # ---- a folder for each kind ------------------------------------------------------------------------------------------
 
 def _in_three_folders(layout: Layout) -> tuple[list[Source], list[str], list[str]]:
-    sources, problems, notes = [], [], []
+    sources, problems = [], []
     for kind, folder in ((FULL, layout.full), (PARTIAL, layout.partial), (UNLABELLED, layout.unlabelled)):
         if folder is not None:
             source, wrong = _of_one_kind(Path(folder), kind, layout)
             sources.append(source)
             problems += wrong
-    labelled = {case.name: case for source in sources if source.kind != UNLABELLED for case in source.cases}
+    return sources, problems, _leave_out_labelled(sources)
+
+
+def _leave_out_labelled(sources: list[Source]) -> list[str]:
+    """Take the images of labelled cases from the unlabelled ones. Return a note that says so."""
+    notes = []
+    labelled: dict[str, list[CaseFiles]] = {}
+    for source in sources:
+        if source.kind != UNLABELLED:
+            for case in source.cases:
+                labelled.setdefault(case.name, []).append(case)
     for source in sources:
         if source.kind == UNLABELLED:
-            twice = [case for case in source.cases if case.name in labelled and _same(case, labelled[case.name])]
+            twice = [case for case in source.cases
+                     if any(_same(case, other) for other in labelled.get(case.name, []))]
             source.cases = [case for case in source.cases if case not in twice]
             if twice:
                 notes.append(f"note: {len(twice)} unlabelled images are left out, because they are the images of "
                              f"labelled cases: {some(case.name for case in twice)}")
-    return sources, problems, notes
+    return notes
 
 
 def _same(one: CaseFiles, other: CaseFiles) -> bool:
@@ -190,6 +249,57 @@ def _same(one: CaseFiles, other: CaseFiles) -> bool:
     pairs = list(zip(one.images, other.images))
     return len(one.images) == len(other.images) and all(
         a.is_file() and b.is_file() and filecmp.cmp(a, b, shallow=False) for a, b in pairs)
+
+
+# ---- a folder for each source ---------------------------------------------------------------------------------------
+
+def _in_named_folders(layout: Layout) -> tuple[list[Source], list[str], list[str]]:
+    names = [named.name for named in layout.named]
+    again = sorted({name for name in names if [*map(str.lower, names), UNLABELLED].count(name.lower()) > 1})
+    if again:
+        raise InputError(f"--source: there are two sources of the name {some(again)}; give each another name")
+    sources, problems = [], []
+    given = [(named.name, named.folder, FULL) for named in layout.named]
+    if layout.unlabelled is not None:
+        given.append((UNLABELLED, layout.unlabelled, UNLABELLED))
+    for name, folder, kind in given:
+        source, wrong = _of_one_kind(Path(folder), kind, layout)
+        source.name = name
+        sources.append(source)
+        problems += wrong
+    return sources, problems, [*_leave_out_labelled(sources), *_with_prefixes(sources)]
+
+
+def _with_prefixes(sources: list[Source]) -> list[str]:
+    """Put the names of the sources before those of all cases, if two sources share a name. Return a note on it."""
+    count = Counter(name for source in sources for name in {case.name.lower() for case in source.cases})
+    shared = list(dict.fromkeys(case.name for source in sources for case in source.cases
+                                if count[case.name.lower()] > 1))
+    if not shared:
+        return []
+    for source in sources:
+        source.prefixed = True
+        source.cases = [replace(case, name=f"{source.name}_{case.name}") for case in source.cases]
+    return [f"note: {len(shared)} names are in several sources ({some(shared, 3)}), so the name of each case begins "
+            f"with that of its source. Cases of one name count as one patient, unless --patient-pattern says otherwise"]
+
+
+def prefix_pattern(sources: Iterable[Source], pattern: str | None) -> str | None:
+    """Return the patient pattern for the names that sources have given to their cases.
+
+    Args:
+        sources: Those of :func:`found`.
+        pattern: A patient pattern for the names in the folders; None: each case is a patient. Cases of the same name in
+            several sources are cases of the same patient then.
+    """
+    prefixes = [re.escape(source.name) for source in sources if source.prefixed]
+    if not prefixes:
+        return pattern
+    try:
+        grouped = pattern if pattern is not None and re.compile(pattern).groups else f"({pattern or '.+'})"
+    except re.error:
+        return pattern  # patients_of says what is wrong with it
+    return f"(?:{'|'.join(prefixes)})_(?:{grouped})"
 
 
 def _of_one_kind(folder: Path, kind: str, layout: Layout) -> tuple[Source, list[str]]:
@@ -232,10 +342,10 @@ def table(sources: Iterable[Source], whole: bool = False) -> str:
     rows = [("case", "kind", "images", "label")]
     for source in sources:
         shown = source.cases if whole else source.cases[:ROWS]
-        rows += [(case.name, source.kind, some((_relative(path, common) for path in case.images), 2),
+        rows += [(case.name, source.title, some((_relative(path, common) for path in case.images), 2),
                   _relative(case.label, common) if case.label else "-") for case in shown]
         if len(shown) < len(source.cases):
-            rows.append((f"... and {len(source.cases) - len(shown)} more", source.kind, "", ""))
+            rows.append((f"... and {len(source.cases) - len(shown)} more", source.title, "", ""))
     widths = [max(len(row[column]) for row in rows) for column in range(4)]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
     return "\n".join([f"in {common}:", *lines])

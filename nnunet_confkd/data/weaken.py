@@ -142,7 +142,7 @@ def weak_dataset(folder: Path, name: str, kinds: dict[str, str], style: str | No
         InputError: The data set is itself not annotated for all classes, or the options are wrong.
     """
     dataset, lists = raw_dataset(folder, name), lists or {}
-    if dataset.more.get(CLASSES_KEY):
+    if dataset.annotated_classes:
         raise InputError(f"{folder / 'dataset.json'}: has \"{CLASSES_KEY}\", so its cases are not fully annotated, and "
                          f"what is hidden in them cannot be weakened. Choose a fully annotated data set")
     dataset.labels = with_ignore(dataset.labels)
@@ -152,8 +152,8 @@ def weak_dataset(folder: Path, name: str, kinds: dict[str, str], style: str | No
     full = {case.name: case for case in dataset.training}
     dataset.training = [weakened(full[case], kind, dataset.labels, style, seed, lists.get(case), **options)
                         for case, kind in kinds.items()]
-    if lists:
-        dataset.more[CLASSES_KEY] = dict(sorted(lists.items()))
+    dataset.annotated_classes = dict(lists)
+    dataset.complete = set() if style else set(lists)
     return dataset
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from nnunet_confkd.colours import BRANCH_COLOURS
+from nnunet_confkd.data.annotated_classes import unlisted_classes
 from nnunet_confkd.data.folders import preprocessed_folder
 from nnunet_confkd.data.json_files import read_description, read_record, split_of_fold
 from nnunet_confkd.errors import InputError
@@ -48,10 +49,18 @@ class Validation:
         classes: The names of the classes or regions.
         cases: {branch: {case: {class: {measure: value}}}}.
         notes: What the reader must know about the choice of the cases, a sentence each.
+        unlisted: {case: classes that it is not annotated for}. Their measures are NaN.
     """
     classes: list[str]
     cases: dict[str, dict[str, dict[str, dict[str, float]]]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    unlisted: dict[str, set[str]] = field(default_factory=dict)
+
+    def leave_out(self, unlisted: dict[str, set[str]]) -> None:
+        """Take cases out of the measures of classes that they are not annotated for, `unlisted`."""
+        for cases in self.cases.values():
+            for case in cases.keys() & unlisted.keys():
+                cases[case] |= {name: dict.fromkeys(MEASURES, math.nan) for name in unlisted[case]}
 
 
 def validation_of(model: str | Path, tolerance_mm: float = TOLERANCE_MM, processes: int = PROCESSES) -> Validation:
@@ -60,7 +69,8 @@ def validation_of(model: str | Path, tolerance_mm: float = TOLERANCE_MM, process
     Only cases count that the training validated and that are fully annotated. `confkd.json` in the fold's folder names
     them; for a stock model, `splits_final.json` in nnUNet_preprocessed does. If neither is there, every prediction in
     the validation folder counts. If no case of a model is fully annotated, all of them count. A case that several folds
-    validate counts with the mean of its measures.
+    validate counts with the mean of its measures. A class counts only in cases that are annotated for it
+    (dataset.json's "annotated_classes").
 
     Args:
         model: The folder TRAINER__PLANS__CONFIGURATION. The ground truth is in `gt_segmentations` of the preprocessed
@@ -81,7 +91,7 @@ def validation_of(model: str | Path, tolerance_mm: float = TOLERANCE_MM, process
     described = read_description(model / "dataset.json", ["labels", "file_ending"])
     texts = {name: ",".join(map(str, values)) if isinstance(values, (list, tuple)) else str(values)
              for name, values in described["labels"].items() if name != "ignore" and values != 0}
-    found = Validation(list(texts))
+    found = Validation(list(texts), unlisted=unlisted_classes(described, str(model / "dataset.json")))
     several: dict[str, dict[str, list[dict]]] = {}  # {branch: {case: measures of each fold}}
     partly: set[str] = set()
     for fold in folds:
@@ -101,6 +111,7 @@ def validation_of(model: str | Path, tolerance_mm: float = TOLERANCE_MM, process
     excluded = _partly_annotated({case for of_branch in several.values() for case in of_branch}, partly, found.notes)
     found.cases = {branch: {case: _mean(measures) for case, measures in of_branch.items() if case not in excluded}
                    for branch, of_branch in several.items()}
+    found.leave_out(found.unlisted)
     return found
 
 
@@ -179,7 +190,7 @@ def compare_models(models: list[str | Path], tolerance_mm: float = TOLERANCE_MM,
     Returns:
         `rows`, one for each model and branch: statistics of each class and of the foreground (a case's mean over its
         classes) over the common cases, and the paired difference of the Dice to the first row; `patients` of the common
-        cases; `notes`.
+        cases; `not_annotated`, the classes that a common case is not annotated for; `notes`.
 
     Raises:
         InputError: A model cannot be read. Two models do not segment the same classes, have no case in common, or name
@@ -187,8 +198,12 @@ def compare_models(models: list[str | Path], tolerance_mm: float = TOLERANCE_MM,
     """
     rows: list[dict[str, Any]] = []
     notes, patterns = [], set()
-    for name, model in zip(_short_names([Path(model) for model in models]), models):
-        validation = validation_of(model, tolerance_mm, processes)
+    validations = [validation_of(model, tolerance_mm, processes) for model in models]
+    unlisted: dict[str, set[str]] = {}
+    for validation in validations:
+        unlisted |= {case: names | unlisted.get(case, set()) for case, names in validation.unlisted.items()}
+    for name, model, validation in zip(_short_names([Path(model) for model in models]), models, validations):
+        validation.leave_out(unlisted)  # a class counts in a case only if it does in all rows
         notes += [f"{name}, {note}" for note in validation.notes]
         patterns.add(read_description(Path(model) / "dataset.json", ["labels"]).get("patient_pattern"))
         if rows and validation.classes != rows[0]["classes"]:
@@ -206,7 +221,8 @@ def compare_models(models: list[str | Path], tolerance_mm: float = TOLERANCE_MM,
                         f"{len(common)} that all of them have")
     patients = patients_by(patient_pattern or _common_pattern(patterns - {None}), common)
     _add_statistics(rows, common, patients)
-    return {"made_by": MADE_BY, "tolerance_mm": tolerance_mm, "notes": notes, "patients": patients, "rows": rows}
+    return {"made_by": MADE_BY, "tolerance_mm": tolerance_mm, "notes": notes, "patients": patients, "rows": rows,
+            "not_annotated": {case: sorted(unlisted[case]) for case in common if case in unlisted}}
 
 
 def _foreground(classes: list[str], cases: dict[str, dict]) -> dict[str, dict[str, float]]:
@@ -268,7 +284,22 @@ def comparison_text(found: dict) -> str:
     title = ("Validation cases, each with the mean over its classes. Means over the "
              f"{cases_text(len(patients), len(set(patients.values())))}, that all rows have in common, {INTERVALS}. "
              "Differences are paired by case and tested by patient (Wilcoxon).")
-    return "\n".join([title, "", *aligned(rows), *(f"WARNING: {note}." for note in found["notes"])])
+    return "\n".join([title, "", *aligned(rows), *_classes_text(found),
+                      *(f"WARNING: {note}." for note in found["notes"])])
+
+
+def _classes_text(found: dict) -> list[str]:
+    """Return a table of the Dice of each class, with n, if some of the cases are not annotated for all classes."""
+    rows, lacking = found["rows"], found["not_annotated"]
+    classes = rows[0]["classes"]
+    if not lacking:
+        return []
+    table = [["model", "branch", *(text for name in classes for text in (name, "n"))]]
+    for row in rows:
+        dice = [row["statistics"][name]["Dice"] for name in classes]
+        table.append([row["name"], row["branch"], *(text for of in dice for text in (mean_text(of), str(of["n"])))])
+    return ["", f"Dice of each class. {len(lacking)} of the {len(found['patients'])} cases are not annotated for all "
+            f"classes, and count for their own only; n is the number of cases that count.", "", *aligned(table)]
 
 
 def plot(found: dict, file: Path) -> None:

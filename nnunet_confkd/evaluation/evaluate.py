@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from nnunet_confkd.data.annotated_classes import CLASSES_KEY
+from nnunet_confkd.data.annotated_classes import unlisted_classes
 from nnunet_confkd.data.folders import find_dataset, preprocessed_folder, raw_folder
 from nnunet_confkd.data.images import ITK, Geometry, ending_of, read, spacing_file, values_in
 from nnunet_confkd.data.json_files import read_description
@@ -391,9 +391,8 @@ def _described(dataset: int | str) -> tuple[dict[str, tuple[int, ...]], int | No
               for name, values in described["labels"].items()}
     ignore = labels.pop("ignore", (None,))[0]
     classes = {name: values for name, values in labels.items() if values != (0,)}
-    lists = described.get(CLASSES_KEY) or {}
-    if unknown := sorted({name for names in lists.values() for name in names} - set(classes)):
-        raise InputError(f'{file}: "{CLASSES_KEY}" names {", ".join(unknown)}, which "labels" do not have')
+    lists = {case: [name for name in classes if name not in lacking]
+             for case, lacking in unlisted_classes(described, str(file)).items()}
     return classes, ignore, described.get("patient_pattern"), lists
 
 

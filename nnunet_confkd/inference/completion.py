@@ -1,9 +1,13 @@
-"""The labels of partly labelled training cases, completed by a trained model, as a data set of its own."""
+"""The labels of partly labelled training cases, completed by a trained model, as a data set of its own.
+
+Both ignored voxels and classes that a case is not annotated for ("annotated_classes") are completed.
+"""
 from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +18,12 @@ from nnunetv2.utilities.label_handling.label_handling import LabelManager
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunet_confkd import __version__
-from nnunet_confkd.data.annotated_classes import CLASSES_KEY
+from nnunet_confkd.data.annotated_classes import CLASSES_KEY, Listed, annotated_classes, heads_of
 from nnunet_confkd.data.folders import find_dataset, folder_name, new_dataset, preprocessed_folder, raw_folder
 from nnunet_confkd.data.images import Picture, Volume, count_voxels, read
 from nnunet_confkd.data.json_files import read_description, read_folds, read_json, read_plans
 from nnunet_confkd.data.patients import patients_of, split_full_cases
-from nnunet_confkd.data.raw_format import Case, Dataset, raw_dataset, write_into
+from nnunet_confkd.data.raw_format import Case, Dataset, raw_dataset, with_ignore, write_into
 from nnunet_confkd.data.resampling import KeepAnnotations
 from nnunet_confkd.data.supervision import OUTSIDE, PARTIAL, TABLE_KEY, check_labels, decide_kinds, kind_of
 from nnunet_confkd.device import choose_device
@@ -28,10 +32,12 @@ from nnunet_confkd.errors import InputError
 from nnunet_confkd.files import write_json
 from nnunet_confkd.inference.checkpoints import fold_folders, load_checkpoint, require_teacher
 from nnunet_confkd.inference.expected_time import prediction_text
-from nnunet_confkd.inference.prediction import ExportingPredictor, export_and_measure, normalised_entropy
+from nnunet_confkd.inference.known_labels import KnownLabel, export_as_known
+from nnunet_confkd.inference.prediction import ExportingPredictor, normalised_entropy
 from nnunet_confkd.inference.uncertainty import case_score, map_ending, write_map, write_review_list
 from nnunet_confkd.processes import PROCESSES, parallel
 from nnunet_confkd.training.batches import real_hints
+from nnunet_confkd.training.hints import hint_channels
 from nnunet_confkd.training.label_hints import LabelHints, image_hints
 from nnunet_confkd.training.network import has_teacher, predicting, unwrap
 
@@ -64,9 +70,10 @@ class TrainedModel:
 
 def complete(source: int | str, model: TrainedModel, dataset_id: int, *, confidence: float | None = None,
              name: str | None = None, processes: int = PROCESSES, link: bool = False) -> Path:
-    """Write a copy of a data set in which a model has labelled the ignored voxels.
+    """Write a copy of a data set in which a model has labelled the ignored voxels and the classes that cases lack.
 
-    Annotated voxels stay as they are, and so do cases without ignored voxels. Beside the labels, the new data set has a
+    Annotated voxels stay as they are, and so do complete cases. A voxel of value 0 in a case that is not annotated for
+    all classes becomes background or one of the other classes. Beside the labels, the new data set has a
     folder `confidence` (the largest probability of each voxel), `review_first.csv` and `review_first.json`. Its
     `dataset.json` says under "completed" what was predicted and by which model.
 
@@ -103,13 +110,15 @@ def complete(source: int | str, model: TrainedModel, dataset_id: int, *, confide
              "hints": hints, "folds": folds, "checkpoint": model.checkpoint, "confidence": confidence,
              "nnunet_confkd": __version__, "note": NOTE}
     with new_dataset(dataset_id, dataset.name) as (target, preprocessed):
-        counts, kinds = _check_cases(folder, described, dataset, processes)
-        ignore = described["labels"]["ignore"]
-        incomplete = [case for case in dataset.training if counts[case.name][ignore]]
-        splits = _splits(source, kinds, dataset.patient_pattern)
-        _predict(predictor, incomplete, target / PREDICTED, processes, hints)
+        known, kinds, hidden = _check_cases(folder, described, dataset, processes)
+        incomplete = [case for case in dataset.training if case.name in known]
+        splits = _splits(source, kinds, dataset.patient_pattern, known)
+        _predict(predictor, incomplete, target / PREDICTED, processes, _Shown(known, hidden, hints))
 
-        completions = [_Completion(case.name, case.label.file, target, dataset.file_ending, ignore, confidence)
+        if confidence is not None:
+            dataset.labels = with_ignore(dataset.labels)  # for voxels of which the model is not that sure
+        ignore: Any = dataset.labels.get("ignore")
+        completions = [_Completion(case.name, known[case.name], target, dataset.file_ending, ignore, confidence)
                        for case in incomplete]
         rows = [{**row, "kind_before": kinds[row["case"]]} for row in
                 parallel(_Completion.review, [(c,) for c in completions], processes, "judging predictions")]
@@ -119,7 +128,9 @@ def complete(source: int | str, model: TrainedModel, dataset_id: int, *, confide
         dataset.more[KEY] = [*dataset.more.get(KEY, []), {**about, "cases": cases}]
         write_into(target, preprocessed, dataset, processes, link)
         _require_annotations(completions, processes)
-        if splits is not None:
+        if splits is None:
+            (preprocessed / "splits_final.json").unlink(missing_ok=True)  # no fold may validate on predicted labels
+        else:
             write_json(preprocessed / "splits_final.json", splits)
         write_review_list(target, rows, about)
         shutil.rmtree(target / PREDICTED)
@@ -133,26 +144,33 @@ def _replace_labels(dataset: Dataset, kinds: dict[str, str], completions: list[_
     for case in dataset.training:
         if case.name in completed:
             completion, row = completed[case.name]
-            training.append(replace(case, kind=row["kind"], label=Volume(completion.label, reader=completion.fill)))
+            training.append(replace(case, kind=row["kind"], label=Volume(case.label.file, reader=completion.fill)))
         else:
             training.append(replace(case, kind=kinds[case.name]))
-    dataset.training = training
+    dataset.training, dataset.annotated_classes = training, {}
     dataset.test = [replace(case, values={value: value for value in dataset.values}) for case in dataset.test]
 
 
 # ---- the model ------------------------------------------------------------------------------------------------------
 
 class _CompletingPredictor(ExportingPredictor):
-    """nnU-Net's predictor that writes the confidence and the entropy beside the segmentation."""
+    """nnU-Net's predictor that writes the confidence and the entropy beside the segmentation.
+
+    Attributes:
+        known: {case: what is known of it}.
+    """
+
+    known: dict[str, KnownLabel]
 
     def exporter(self):
-        return _export
+        return partial(_export, self.known)
 
 
-def _export(logits, properties, configuration_manager, plans_manager, dataset_json, output, *args, **kwargs) -> None:
+def _export(known, logits, properties, configuration_manager, plans_manager, dataset_json, output, *args,
+            **kwargs) -> None:
     """Write segmentation, entropy and confidence; `output` is `TARGET/.predicted/CASE`."""
-    _, maps = export_and_measure(logits, properties, configuration_manager, plans_manager, dataset_json, output,
-                                 *args, **kwargs)
+    _, maps = export_as_known(known[Path(output).name], logits, properties, configuration_manager, plans_manager,
+                              dataset_json, output, *args, **kwargs)
     del logits
     labels, output = plans_manager.get_label_manager(dataset_json), Path(output)
     name, writer = f"{output.name}{map_ending(dataset_json['file_ending'])}", plans_manager.image_reader_writer_class()
@@ -182,6 +200,7 @@ def _load_predictor(model: TrainedModel) -> tuple[_CompletingPredictor, list[str
                          f"give a model of another configuration")
     device = choose_device(model.device, lambda: prediction_text(model.folder, len(folds)))
     predictor = _CompletingPredictor(device=torch.device(device))
+    predictor.known = {}
     try:
         with predicting(model.branch):
             predictor.initialize_from_trained_model_folder(str(model.folder), folds, model.checkpoint)
@@ -241,19 +260,34 @@ def _uses_hints(model: Path, folds: list[str]) -> bool:
     return all(found)
 
 
-def _predict(predictor: _CompletingPredictor, cases: list[Case], folder: Path, processes: int, hints: bool) -> None:
-    """Predict the cases into the folder, with their annotations as the teacher's hints if `hints` is set."""
+@dataclass(frozen=True)
+class _Shown:
+    """What is known of the cases, and whether the teacher is shown it.
+
+    Attributes:
+        known: {case: what is known of it}.
+        hidden: {case: for each head whether the case is annotated for it}, of cases that lack some.
+        hints: Whether the teacher gets the annotations as its hints.
+    """
+    known: dict[str, KnownLabel]
+    hidden: dict[str, Listed]
+    hints: bool
+
+
+def _predict(predictor: _CompletingPredictor, cases: list[Case], folder: Path, processes: int, shown: _Shown) -> None:
+    """Predict the cases into the folder."""
     sources = [[str(volume.file) for volume in case.images] for case in cases]
     outputs = [str(folder / case.name) for case in cases]
     number = max(1, min(processes, EXPORT_PROCESSES, len(cases)))
     folder.mkdir()
-    if hints:
+    predictor.known = shown.known
+    if shown.hints:
         network: Any = unwrap(predictor.network)
         network.hints_in_input = True
-        if not predictor.label_manager.has_regions:
+        if not predictor.label_manager.has_regions and not shown.hidden:  # hints of classes, one channel for all
             predictor.network = LabelHints(predictor.network, predictor.label_manager.num_segmentation_heads)
         labels = [str(case.label.file) for case in cases]
-        predictor.predict_from_data_iterator(_with_hints(predictor, sources, labels, outputs),
+        predictor.predict_from_data_iterator(_with_hints(predictor, sources, labels, outputs, shown.hidden),
                                              num_processes_segmentation_export=number)
     elif processes <= 1:
         predictor.predict_from_files_sequential(sources, outputs)
@@ -263,7 +297,7 @@ def _predict(predictor: _CompletingPredictor, cases: list[Case], folder: Path, p
 
 
 def _with_hints(predictor: _CompletingPredictor, sources: list[list[str]], labels: list[str],
-                outputs: list[str]) -> Iterator[dict]:
+                outputs: list[str], hidden: dict[str, Listed]) -> Iterator[dict]:
     """Yield the preprocessed cases for nnU-Net's predictor; the hints are further channels of the data."""
     plans, configuration, described = predictor.plans_manager, predictor.configuration_manager, predictor.dataset_json
     manager = plans.get_label_manager(described)
@@ -271,8 +305,12 @@ def _with_hints(predictor: _CompletingPredictor, sources: list[list[str]], label
         # as `confkd plan` preprocesses the training cases, so that no annotation is lost
         data, seg, properties = KeepAnnotations(verbose=False).run_case(images, label, plans, configuration, described)
         properties.pop("class_locations", None)
-        label, mask = map(torch.from_numpy, real_hints(seg, manager.ignore_label))
-        hints = image_hints(label, mask, manager)
+        target, mask = map(torch.from_numpy, real_hints(seg, manager.ignore_label))
+        if hidden:
+            listed = hidden.get(Path(output).name, (True,) * manager.num_segmentation_heads)
+            hints = hint_channels(target[None], mask[None], len(listed), listed=torch.tensor(listed)[None])[0]
+        else:
+            hints = image_hints(target, mask, manager)
         yield {"data": torch.cat((torch.from_numpy(data).float(), hints.float())), "data_properties": properties,
                "ofile": output}
 
@@ -280,17 +318,19 @@ def _with_hints(predictor: _CompletingPredictor, sources: list[list[str]], label
 # ---- the data -------------------------------------------------------------------------------------------------------
 
 def _check_cases(folder: Path, described: dict, dataset: Dataset,
-                 processes: int) -> tuple[dict[str, dict[int, int]], dict[str, str]]:
+                 processes: int) -> tuple[dict[str, KnownLabel], dict[str, str], dict[str, Listed]]:
     """Read all training cases, so that all problems are found before the prediction.
 
     Returns:
-        The voxels per label of each case, and the kind of each case.
+        What is known of each case that is to be completed; the kind of each case; and for each head whether a case is
+        annotated for it, of cases that lack some.
     """
     check_labels(described)
-    if described.get(CLASSES_KEY):
-        raise InputError(f'{folder / "dataset.json"}: has "{CLASSES_KEY}". Classes that are not annotated cannot be '
-                         f'completed yet; predict these images instead: confkd predict')
-    if "ignore" not in described["labels"]:
+    labels = LabelManager(described["labels"], described.get("regions_class_order"))
+    if described.get(CLASSES_KEY) and labels.has_regions:
+        raise InputError(f'{folder / "dataset.json"}: has "{CLASSES_KEY}" and regions. Regions that are not annotated '
+                         f'cannot be completed; predict these images instead: confkd predict')
+    if not labels.has_ignore_label and not described.get(CLASSES_KEY):
         raise InputError(f"{folder / 'dataset.json'}: the labels have no \"ignore\", so every voxel has a label "
                          f"already; there is nothing to complete")
     allowed = sorted(dataset.values)
@@ -306,11 +346,16 @@ def _check_cases(folder: Path, described: dict, dataset: Dataset,
     if problems:
         raise InputError(f"{folder}: {len(problems)} problems; nothing was written:\n  " + "\n  ".join(problems))
     counts = {case.name: count for case, (_, count) in zip(dataset.training, checked)}
-    labels = LabelManager(described["labels"], described.get("regions_class_order"))
-    kinds = decide_kinds(counts, labels, described.get(TABLE_KEY))
-    if not any(count[described["labels"]["ignore"]] for count in counts.values()):
-        raise InputError(f"{folder}: no training case has an ignored voxel; there is nothing to complete")
-    return counts, kinds
+    hidden = annotated_classes(described, counts)
+    kinds = decide_kinds(counts, labels, described.get(TABLE_KEY), hidden)
+    values = sorted(head for head, _ in heads_of(described["labels"]).values())
+    listed = {case: tuple(value for value in values if of_case[value]) for case, of_case in hidden.items()}
+    known = {case.name: KnownLabel(case.label.file, labels.ignore_label, listed.get(case.name))
+             for case in dataset.training if case.name in hidden or counts[case.name].get(labels.ignore_label)}
+    if not known:
+        raise InputError(f"{folder}: no training case has an ignored voxel or lacks classes; there is nothing to "
+                         f"complete")
+    return known, kinds, hidden
 
 
 def _check_case(case: Case, allowed: list[int], channels: int) -> tuple[list[str], dict[int, int]]:
@@ -334,19 +379,22 @@ def _check_case(case: Case, allowed: list[int], channels: int) -> tuple[list[str
     return problems, counts
 
 
-def _splits(source: str, kinds: dict[str, str], pattern: str | None) -> list[dict] | None:
-    """Return the folds of the source, or else folds that validate on its fully annotated cases, or None if too few."""
+def _splits(source: str, kinds: dict[str, str], pattern: str | None, known: dict[str, KnownLabel]) -> list[dict] | None:
+    """Return the folds of the source if they validate on none of the completed cases, which are `known`.
+
+    Otherwise, return folds that validate on the cases that were fully annotated before, or None if they are too few.
+    """
     file = preprocessed_folder() / source / "splits_final.json"
-    if not file.is_file():
-        try:
-            return split_full_cases(kinds, patients_of(kinds, pattern))
-        except InputError:
-            return None
-    splits = read_folds(file)
+    splits = read_folds(file) if file.is_file() else []
     unknown = sorted({case for fold in splits for case in [*fold["train"], *fold["val"]]} - set(kinds))
     if unknown:
         raise InputError(f"{file}: names cases that {source} does not have: {', '.join(unknown[:10])}")
-    return splits
+    if splits and not any(case in known and known[case].listed for fold in splits for case in fold["val"]):
+        return splits
+    try:
+        return split_full_cases(kinds, patients_of(kinds, pattern))
+    except InputError:
+        return None
 
 
 # ---- one case -------------------------------------------------------------------------------------------------------
@@ -357,50 +405,54 @@ class _Completion:
 
     Attributes:
         case: The name of the case.
-        label: The label file of the source.
+        known: The label of the source.
         target: The raw folder that is being written.
         file_ending: That of the data set.
-        ignore: The value of ignored voxels.
+        ignore: The value of ignored voxels; None: all voxels are filled.
         threshold: Only voxels with a confidence above it are filled. None: all.
     """
     case: str
-    label: Path
+    known: KnownLabel
     target: Path
     file_ending: str
-    ignore: int
+    ignore: int | None
     threshold: float | None
 
     def fill(self, file: Path) -> Picture:
-        """Read the label `file` and fill its ignored voxels."""
+        """Read the label `file` and fill what is missing; what the model is not sure of becomes ignored."""
         picture = read(file)
-        label = picture.voxels[0].astype(np.uint8 if self.ignore < 256 else np.uint16)
-        fill = label == self.ignore
+        label, filled = picture.voxels[0], self._prediction(picture.voxels[0].shape)
         if self.threshold is not None:
-            fill &= self._map(CONFIDENCE, label.shape) > self.threshold
-        return Picture(np.where(fill, self._prediction(label.shape).astype(label.dtype), label)[None], picture.geometry)
+            filled = np.where(self._map(CONFIDENCE, label.shape) > self.threshold, filled, self.ignore)
+        filled = np.where(self.known.missing(label), filled, label)
+        return Picture(filled.astype(np.uint16 if (self.ignore or filled.max()) > 255 else np.uint8)[None],
+                       picture.geometry)
 
     def review(self) -> dict:
         """Compute the row of the case in the review list."""
-        label = read(self.label).voxels[0]
+        label = read(self.known.file).voxels[0]
         predicted, confidence = self._prediction(label.shape), self._map(CONFIDENCE, label.shape)
         entropy = self._map(f"{PREDICTED}/{ENTROPY}", label.shape)
-        ignored = label == self.ignore
-        left = int((ignored & (confidence <= self.threshold)).sum()) if self.threshold is not None else 0
-        annotated = int((~ignored).sum())
-        agreement = float(np.mean(predicted == label, where=~ignored)) if annotated else None
-        return {"case": self.case, **case_score(entropy, predicted, ignored),
-                "kind": kind_of({self.ignore: left, OUTSIDE: label.size - left}, self.ignore),
-                "annotated_voxels": annotated, "filled_voxels": int(ignored.sum()) - left, "ignored_voxels": left,
-                "mean_confidence": float(confidence.mean(dtype=np.float64, where=ignored)),
+        missing = self.known.missing(label)
+        left = int((missing & (confidence <= self.threshold)).sum()) if self.threshold is not None else 0
+        annotated = int((~missing).sum())
+        agreement = float(np.mean(predicted == label, where=~missing)) if annotated else None
+        ignore = -2 if self.ignore is None else self.ignore
+        return {"case": self.case, **case_score(entropy, predicted, missing),
+                "kind": kind_of({ignore: left, OUTSIDE: label.size - left}, ignore),
+                "annotated_voxels": annotated, "filled_voxels": int(missing.sum()) - left, "ignored_voxels": left,
+                "mean_confidence": float(confidence.mean(dtype=np.float64, where=missing)),
                 "agreement_with_annotations": agreement}
 
     def is_wrong(self) -> bool:
         """Read back what was written: whether an annotation has changed, or a voxel that had to be filled was not."""
-        before = read(self.label).voxels[0]
+        before = read(self.known.file).voxels[0]
         after = read(self.target / "labelsTr" / f"{self.case}{self.file_ending}").voxels[0]
-        annotated = before != self.ignore
+        annotated = ~self.known.missing(before)
         kept = np.array_equal(before[annotated], after[annotated])
-        return not kept or (self.threshold is None and bool((after == self.ignore).any()))
+        wrongly_filled = np.isin(after[self.known.open_to_others(before)], self.known.listed or ()).any()
+        left = self.threshold is None and self.ignore is not None and bool((after == self.ignore).any())
+        return not kept or left or bool(wrongly_filled)
 
     def _prediction(self, shape: tuple[int, ...]) -> np.ndarray:
         return read(self.target / PREDICTED / f"{self.case}{self.file_ending}").voxels[0].reshape(shape)

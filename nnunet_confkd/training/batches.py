@@ -85,18 +85,20 @@ def label_outside(label: torch.Tensor, ignore_label: int | None, full: bool) -> 
     return torch.where(label == OUTSIDE, 0 if full or ignore_label is None else ignore_label, label)
 
 
-def real_hints(label: np.ndarray, ignore_label: int) -> tuple[np.ndarray, np.ndarray]:
+def real_hints(label: np.ndarray, ignore_label: int | None) -> tuple[np.ndarray, np.ndarray]:
     """Find the hints of an image that is not fully annotated: its annotated voxels.
 
     The training loader does the same with patches.
 
     Args:
         label: Preprocessed label map of any shape.
-        ignore_label: The data set's ignore label.
+        ignore_label: The data set's ignore label; None: all voxels of the image are annotated.
 
     Returns:
         The label map without -1, and the mask of the hints.
     """
+    if ignore_label is None:
+        return np.maximum(label, 0), label >= 0
     known = label_outside(torch.from_numpy(label), ignore_label, full=False).numpy()
     return known, known != ignore_label
 

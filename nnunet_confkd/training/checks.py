@@ -102,11 +102,14 @@ def warnings_of_split(fold: int | str, train: Iterable[str], val: Iterable[str],
         found.append("every training case is fully annotated. Nothing is left for the student to learn from partial "
                      "annotations; this is nnU-Net with self-distillation.")
     full = [case for case in val if kinds[case] == FULL]
-    if len(full) < len(val):
+    lacking = [case for case in val if case in hidden]
+    if len(full) < len(val) and (full or len(lacking) < len(val)):
         found.append(f"{len(val) - len(full)} validation case(s) are not fully annotated. "
                      + ("The pseudo-Dice is that of the others." if full else
                         "There is no other: the pseudo-Dice counts annotated voxels only."))
-    if lacking := [case for case in val if case in hidden]:
-        found.append(f"{len(lacking)} validation case(s) are not annotated for all classes. The pseudo-Dice leaves the "
-                     f"others out, but nnU-Net's validation/summary.json takes them for absent.")
+    if lacking:
+        found.append(f"{len(lacking)} validation case(s) are not annotated for all classes. In the pseudo-Dice and in "
+                     f"validation/summary.json they count for their own classes only. "
+                     f"nnUNetv2_find_best_configuration measures anew and takes the others for absent; choose by "
+                     f"confkd compare instead.")
     return found

@@ -31,7 +31,7 @@ from nnunet_confkd.data.annotated_classes import (
     require_annotated,
     teaching_cases,
 )
-from nnunet_confkd.data.patients import patients_of, split_full_cases
+from nnunet_confkd.data.patients import patients_of, split_full_cases, split_text
 from nnunet_confkd.data.supervision import (
     FULL,
     PARTIAL,
@@ -221,9 +221,9 @@ class ConfKDTrainer(nnUNetTrainer):
             return
         if not self.hidden:
             require_full(kinds)
-        splits = split_full_cases(kinds, patients_of(kinds, pattern))
-        self.print_to_log_file(f"Writing {file}: {len(splits)} folds of the fully annotated cases; all others train in "
-                               f"every fold.")
+        lists = {case: self.dataset_json[CLASSES_KEY][case] for case in self.hidden}
+        splits = split_full_cases(kinds, patients_of(kinds, pattern), lists=lists, complete=self.complete)
+        self.print_to_log_file(f"Writing {file}: {split_text(splits, kinds)}.")
         save_json(splits, file)
 
     def get_tr_and_val_datasets(self):

@@ -3,7 +3,8 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-from collections.abc import Iterable, Iterator
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
@@ -18,7 +19,11 @@ import torch
 import torch.distributed as dist
 from batchgenerators.utilities.file_and_folder_operations import isfile, join, maybe_mkdir_p
 from nnunetv2.configuration import default_num_processes
-from nnunetv2.evaluation.evaluate_predictions import compute_metrics_on_folder
+from nnunetv2.evaluation.evaluate_predictions import (
+    compute_metrics_on_folder,
+    label_or_region_to_key,
+    save_summary_json,
+)
 from nnunetv2.inference.export_prediction import export_prediction_from_logits, resample_and_save
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.inference.sliding_window_prediction import compute_gaussian
@@ -339,6 +344,9 @@ def _evaluate(trainer, branch: str, folder: str) -> None:
         trainer.plans_manager.image_reader_writer_class(), trainer.dataset_json["file_ending"],
         labels.foreground_regions if labels.has_regions else labels.foreground_labels, labels.ignore_label, chill=True,
         num_processes=default_num_processes)
+    if trainer.hidden:
+        leave_out_unlisted(metrics, unlisted_labels(trainer), trainer.dataset_json["file_ending"])
+        save_summary_json(metrics, join(folder, "summary.json"))
     prefix = "final_val" if branch == "student" else "final_val_teacher"
     for label, values in metrics["mean"].items():
         trainer.logger.log_summary(f"{prefix}/class_{label}_dice", values["Dice"])
@@ -348,6 +356,45 @@ def _evaluate(trainer, branch: str, folder: str) -> None:
         trainer.print_to_log_file("Validation complete")
     trainer.print_to_log_file(
         "Mean Validation Dice: " if branch == "student" else "Mean Validation Dice of the teacher: ", dice)
+
+
+def unlisted_labels(trainer) -> dict[str, list]:
+    """Return {case: labels or regions that it is not annotated for, as nnU-Net's metrics name them}."""
+    labels = trainer.label_manager
+    heads = dict(enumerate(labels.foreground_regions)) if labels.has_regions else {
+        label: label for label in labels.foreground_labels}
+    return {case: [name for head, name in heads.items() if not listed[head]]
+            for case, listed in trainer.hidden.items()}
+
+
+def leave_out_unlisted(metrics: dict, unlisted: Mapping[str, Sequence], file_ending: str) -> None:
+    """Take cases out of the metrics of classes that they are not annotated for.
+
+    nnU-Net takes these classes for absent. Their values become NaN, and the means are those of the other cases. The
+    entry "confkd_not_annotated" names them.
+
+    Args:
+        metrics: What nnU-Net's `compute_metrics_on_folder` returns. It is changed.
+        unlisted: Those of :func:`unlisted_labels`.
+        file_ending: Of the predictions.
+    """
+    found = {}
+    for entry in metrics["metric_per_case"]:
+        case = os.path.basename(entry["prediction_file"]).removesuffix(file_ending)
+        for label in unlisted.get(case, ()):
+            entry["metrics"][label] = dict.fromkeys(entry["metrics"][label], float("nan"))
+            found.setdefault(case, []).append(label)
+    if not found:
+        return
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # a class that no case is annotated for has no mean
+        for label, means in metrics["mean"].items():
+            for name in means:
+                means[name] = float(np.nanmean([entry["metrics"][label][name] for entry in metrics["metric_per_case"]]))
+        for name in metrics["foreground_mean"]:
+            metrics["foreground_mean"][name] = float(np.nanmean([means[name] for means in metrics["mean"].values()]))
+    metrics["confkd_not_annotated"] = {case: list(map(label_or_region_to_key, labels))
+                                       for case, labels in found.items()}
 
 
 # ---- cascades -------------------------------------------------------------------------------------------------------

@@ -153,7 +153,7 @@ def test_a_correct_data_set_has_the_right_kinds_and_counts_and_nothing_to_compla
     for case, label in data.labels.items():
         counts = counted(label)
         assert report["cases"][case] == {
-            "kind": KINDS[case], "declared": None, "patient": case[:2], "size": voxels, "hidden": 0,
+            "kind": KINDS[case], "declared": None, "patient": case[:2], "size": voxels, "hidden": 0, "classes": None,
             "annotated": sum(counts.values()), "annotated_share": pytest.approx((label != 3).mean()), "voxels": counts,
             "share": pytest.approx({name: (label == LABELS[name]).mean() for name in counts})}
     # five full cases; two partial ones
@@ -304,6 +304,37 @@ def test_a_value_of_a_class_that_a_case_is_not_annotated_for_is_an_error(data, c
     check([rf"dataset.json, .annotated_classes.:\n  p1_a: its label has \d+ voxels of value 2 \({second}\)"])
 
 
+def test_a_table_counts_the_cases_of_each_class(data, capsys):
+    hide(data, "p1_a", "p1_b")
+    report = check_dataset(7, processes=1).as_dict()
+    assert not any("annotated for it" in text for text in report["warnings"]), "five of seven are enough"
+    first, second = report["classes"].values()
+    labelled = [case for case, found in report["cases"].items() if found["kind"] != "unlabelled"]
+    assert first["annotated"] == len(labelled) == second["annotated"] + 2
+    names = list(report["classes"])
+    present = [sum(found["voxels"][name] > 0 for found in report["cases"].values()) for name in names]
+    assert [first["present"], second["present"]] == present
+    assert report["cases"]["p1_a"]["classes"] == names[:1] and report["cases"]["p2_a"]["classes"] is None
+    cli.main(["check", "-d", "7", "--processes", "1"])
+    shown = capsys.readouterr().out
+    assert "2 cases not annotated for all classes" in shown
+    assert re.search(rf"{names[1]} +{second['annotated']} +{second['present']}\n", shown)
+    assert re.search(r"p1_a +partial .* -\n", shown), "a class that is not listed has no number"
+    hide(data, "p1_a", "p1_b", "p2_a")
+    assert "class tumour: only 4 cases of 7 are annotated for it; annotate it in more" in check_dataset(7, 1).warnings
+
+
+def test_a_class_that_no_case_of_a_list_holds_is_a_warning(data):
+    first = next(name for name in LABELS if name not in ("background", "ignore"))
+    hide(data, "p1_a", "p1_b")
+    for case in ("p1_a", "p1_b"):
+        data.relabel(case, np.zeros(SHAPE, np.uint8))
+    report = check_dataset(7, processes=1)
+    assert any(f"class {first}: 2 cases list it" in text and "p1_a, p1_b" in text for text in report.warnings)
+    hide(data, "p1_a")
+    assert not any("list it" in text for text in check_dataset(7, processes=1).warnings), "one case may lack it"
+
+
 def test_without_a_case_that_can_teach_the_others_there_is_a_warning(data, check):
     full = [case for case, kind in KINDS.items() if kind == "full"]
     hide(data, *full)
@@ -417,7 +448,7 @@ def test_an_image_without_a_label_is_an_error(data, check):
     nothing = dict.fromkeys(("background", "organ", "tumour"))
     assert report["cases"]["p3_a"] == {
         "kind": None, "declared": None, "patient": "p3", "size": 120, "annotated": None, "annotated_share": None,
-        "voxels": nothing, "share": nothing, "hidden": 0}
+        "voxels": nothing, "share": nothing, "hidden": 0, "classes": None}
     assert report["totals"]["all"]["cases"] == 7
 
 
@@ -978,7 +1009,8 @@ def _report_of(cases, classes):
     names = [f"class_{k:02d}" for k in range(classes)]
     voxels, share = dict.fromkeys(names, 12345678), dict.fromkeys(names, 0.5)
     for k in range(cases):
-        report.cases[f"case_{k:03d}"] = {"kind": "partial", "annotated_share": k / 100, "voxels": voxels, "hidden": 0}
+        report.cases[f"case_{k:03d}"] = {"kind": "partial", "annotated_share": k / 100, "voxels": voxels, "hidden": 0,
+                                         "classes": None}
     total = {"cases": cases, "size": 10, "annotated": 5, "annotated_share": 0.5, "voxels": voxels, "share": share}
     report.totals = {kind: total if kind in ("partial", "all") else total | {"cases": 0}
                      for kind in ("full", "partial", "unlabelled", "all")}

@@ -107,3 +107,74 @@ def test_patients_are_never_split_and_those_with_partial_cases_only_train():
         assert sorted(split["train"] + split["val"]) == sorted(kinds)
     with pytest.raises(InputError, match="fewer than two patients"):
         split_full_cases({"p1_a": FULL, "p1_b": FULL}, {"p1_a": "p1", "p1_b": "p1"})
+
+
+# ---- classes that some cases lack ------------------------------------------------------------------------------------
+
+def hidden_set(**numbers):
+    """{case: list} of so many cases for each list of classes, whose names are joined by "_"."""
+    return {f"{classes}{k}": classes.split("_") for classes, number in numbers.items() for k in range(number)}
+
+
+def by_class(lists, kinds=None, **options):
+    kinds = {**dict.fromkeys(lists, PARTIAL), **(kinds or {})}
+    return split_full_cases(kinds, lists=lists, complete=options.pop("complete", lists), **options), set(kinds)
+
+
+def test_without_full_cases_each_fold_validates_on_each_list_of_classes():
+    lists = hidden_set(liver=11, kidney_spleen=5)
+    folds, cases = by_class(lists)
+    assert sorted(case for fold in folds for case in fold["val"]) == sorted(cases) and len(folds) == 5
+    for fold in folds:
+        assert set(fold["train"]) == cases - set(fold["val"])
+        livers = sum(case.startswith("liver") for case in fold["val"])
+        assert livers in (2, 3) and len(fold["val"]) - livers == 1
+    assert by_class(lists) == by_class(dict(reversed(lists.items()))), "the order of the cases does not matter"
+
+
+def test_no_fold_trains_without_a_class():
+    lists = hidden_set(liver=9, kidney=1, liver_spleen=1, spleen=1)
+    folds, cases = by_class(lists)
+    validating = {case for fold in folds for case in fold["val"]}
+    assert "kidney0" not in validating, "it is the only one"
+    assert {"liver_spleen0", "spleen0"} & validating
+    for fold in folds:
+        assert {name for case in fold["train"] for name in lists[case]} == {"liver", "kidney", "spleen"}
+    strokes = hidden_set(liver=9, kidney=1) | {"strokes": ["kidney"]}
+    folds, _ = by_class(strokes, complete=set(strokes) - {"strokes"})
+    assert "kidney0" in {case for fold in folds for case in fold["val"]}, "there are strokes to learn it from"
+    assert all("strokes" in fold["train"] for fold in folds)
+
+
+def test_there_are_no_more_folds_than_patients_of_the_most_frequent_class():
+    folds, _ = by_class(hidden_set(liver=2, kidney=2))
+    assert len(folds) == 2 and all({case[:-1] for case in fold["val"]} == {"liver", "kidney"} for fold in folds)
+    assert len(by_class(hidden_set(liver=20, kidney=2), folds=3)[0]) == 3
+    with pytest.raises(InputError, match="fewer than two patients"):
+        by_class(hidden_set(liver=1, kidney=1))
+
+
+def test_few_full_cases_always_train_and_five_alone_validate():
+    lists = hidden_set(liver=6)
+    folds, _ = by_class(lists, {f"full{k}": FULL for k in range(4)})
+    assert all({f"full{k}" for k in range(4)} <= set(fold["train"]) for fold in folds) and len(folds) == 5
+    folds, _ = by_class(lists, {f"full{k}": FULL for k in range(5)})
+    assert {case for fold in folds for case in fold["val"]} == {f"full{k}" for k in range(5)}
+    folds, _ = by_class(lists, {f"full{k}": FULL for k in range(2)}, complete=())
+    assert {case for fold in folds for case in fold["val"]} == {"full0", "full1"}, "the others have ignored voxels"
+
+
+def test_a_patient_of_several_sources_stays_on_one_side():
+    lists = {f"{source}_{k}": [source] for source in ("liver", "kidney") for k in range(6)}
+    patients = {case: case[-1] for case in lists}
+    folds, _ = by_class(lists, patients=patients)
+    assert all({patients[case] for case in fold["val"]}.isdisjoint(patients[case] for case in fold["train"])
+               for fold in folds)
+    folds, _ = by_class(lists, {"x_0": UNLABELLED}, patients=patients | {"x_0": "0"})
+    assert not any("x_0" in fold["val"] or "liver_0" in fold["val"] for fold in folds)
+
+
+def test_patients_that_are_held_back_may_lack_classes():
+    lists = hidden_set(liver=4, kidney=4)
+    folds, _ = by_class(lists, held_back={"liver0", "kidney0"}, folds=1)
+    assert [fold["val"] for fold in folds] == [["kidney0", "liver0"]] and len(folds[0]["train"]) == 6

@@ -634,6 +634,17 @@ def test_the_report_names_cases_that_become_full_and_the_regions_of_a_label():
                         "dataset.json's \"supervision\" says otherwise: p"]
 
 
+def test_cases_that_lack_classes_have_columns_of_their_own():
+    raw = {"l": {0: 5, 1: 2, 2: 0}, "f": {0: 7, 1: 1, 2: 3}}
+    labels = _raw_labels(raw, labels={"background": 0, "a": 1, "b": 2})
+    labels.lists = {"l": ["a"]}
+    text = planning.report("D", "2d", labels, raw).splitlines()
+    assert text[1].split() == ["1", "lack", "classes:", "1", "fully", "annotated:"]
+    numbers = [" ".join(line.split()[-4:]) for line in text[3:6]]
+    assert numbers == ["5 5 7 7", "2 2 1 1", "0 0 3 3"]
+    assert text[6:] == ["  The background of cases that lack classes may be any class that they do not list."]
+
+
 def test_the_trainer_finds_its_counts_and_would_write_the_same_split(nnunet, planned, monkeypatch):
     def load_case(*_):
         raise AssertionError("the label is read again")

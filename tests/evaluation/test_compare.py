@@ -64,6 +64,28 @@ def test_models_stand_side_by_side_with_both_branches(models, tmp_path, capsys):
     assert (tmp_path / "out" / "comparison.png").stat().st_size > 5000
 
 
+def test_a_class_counts_only_in_cases_that_are_annotated_for_it(models):
+    """Of the stock model, the part is far off in case 1, which is not annotated for it, and in case 2, which is."""
+    whole = compare_models(models, processes=1)
+    assert "Dice of each class" not in comparison_text(whole)
+    file = models[0] / "dataset.json"  # it counts for the other model, too: both rows need the same cases
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"annotated_classes": {"case1": ["whole"],
+                                                                                     "case2": ["whole", "part"]}}))
+    found = compare_models(models, processes=1)
+    for row, before in zip(found["rows"], whole["rows"]):
+        assert [row["statistics"][name]["Dice"]["n"] for name in ("whole", "part")] == [3, 2]
+        assert row["cases"]["case1"]["whole"] == before["cases"]["case1"]["whole"]
+        assert np.isnan(row["cases"]["case1"]["part"]["Dice"]) != np.isnan(before["cases"]["case1"]["part"]["Dice"])
+        assert row["foreground"]["case1"]["Dice"] == row["cases"]["case1"]["whole"]["Dice"]
+    assert found["not_annotated"] == {"case1": ["part"]}
+    text = comparison_text(found)
+    assert "Dice of each class. 1 of the 3 cases are not annotated" in text
+    assert [line.split()[-1] for line in text.split("Dice of each class")[1].splitlines()[3:6]] == ["2", "2", "2"]
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"annotated_classes": {"case1": ["liver"]}}))
+    with pytest.raises(InputError, match='dataset.json: "annotated_classes" names liver, which "labels" do not have'):
+        compare_models(models, processes=1)
+
+
 def record(fold, training, validation):
     """Write confkd.json as the trainer does."""
     content = {"supervision": dict.fromkeys(training, "full"), "pseudo_dice_on": validation}

@@ -274,8 +274,10 @@ def test_what_goes_to_other_processes_can_go_there(completed, model, monkeypatch
     monkeypatch.setattr(module, "parallel", pickling)
     folder = complete(6, model, 63, name="Pickled")
     assert _files(folder / "labelsTr") == _files(completed / "labelsTr")
-    exporter = module._CompletingPredictor(device=torch.device("cpu")).exporter()
-    assert pickle.loads(pickle.dumps(exporter)) is exporter
+    predictor = module._CompletingPredictor(device=torch.device("cpu"))
+    predictor.known = {"case": module.KnownLabel(Path("label"), 3, (1,))}
+    there = pickle.loads(pickle.dumps(predictor.exporter()))
+    assert there.func is module._export and there.args == (predictor.known,)
 
 
 def test_a_completed_data_set_is_completed_further_and_says_both(few, confident, model, no_network):
@@ -325,6 +327,99 @@ def test_regions_are_completed(nnunet, region_model):
     assert 0.5 <= confidence.min() < confidence.max() <= 1
 
 
+# ---- classes that cases lack -----------------------------------------------------------------------------------------
+
+@pytest.fixture
+def lacking(few, spoilt):
+    """A data set whose first weak case has no ignored voxel and lacks class 2, and whose second has both."""
+    first, second, _ = few.weak
+    _label(spoilt / "labelsTr" / f"{first}.nii.gz", lambda label: np.where(label == 1, 1, 0).astype(np.uint8))
+    _label(spoilt / "labelsTr" / f"{second}.nii.gz", lambda label: np.where(label == 2, 0, label).astype(np.uint8))
+    name, _ = (name for name, value in few.described["labels"].items() if value in (1, 2))
+    _described(spoilt, annotated_classes={first: [name], second: [name]},
+               supervision=few.kinds | {first: "partial"})
+    return spoilt
+
+
+def test_missing_classes_are_filled_and_annotated_ones_kept(few, lacking, model, predicted, threads):
+    before = _files(lacking)
+    folder = complete(7, model, 62, name="Lacking")
+    assert _files(lacking) == before
+    described = read_json(folder / "dataset.json")
+    assert "annotated_classes" not in described and set(described["supervision"].values()) == {"full"}
+    for case in few.weak[:2]:
+        label, after = (read_voxels(f / "labelsTr" / f"{case}.nii.gz") for f in (lacking, folder))
+        labels, p = predicted["student"][case]
+        # among the background and the class that is lacking
+        expected = np.select([label == 0, label == IGNORE], [np.where(p[2] > p[0], 2, 0), labels], label)
+        np.testing.assert_array_equal(after, expected)
+        assert (after[label == 0] == 2).any() and not (after[label == 0] == 1).any()
+        assert (labels[label == 0] == 1).any(), "the model alone would say otherwise somewhere"
+        confidence = read_voxels(folder / "confidence" / f"{case}.nii.gz")
+        share = np.maximum(p[0], p[2]) / (p[0] + p[2])
+        np.testing.assert_allclose(confidence, np.where(label == 0, share, p.max(0)), atol=1e-4)
+    row = described["completed"][-1]["cases"][few.weak[0]]
+    label = read_voxels(lacking / "labelsTr" / f"{few.weak[0]}.nii.gz")
+    assert row["filled_voxels"] == (label == 0).sum() and row["annotated_voxels"] == (label == 1).sum()
+    with open(folder / "review_first.csv") as file:
+        agreement = {of["case"]: float(of["agreement_with_annotations"] or 0) for of in csv.DictReader(file)}
+    expected = (predicted["student"][few.weak[0]][0] == 1)[label == 1].mean()
+    assert agreement[few.weak[0]] == pytest.approx(expected, abs=1e-4)
+
+
+def test_what_the_model_is_not_sure_of_becomes_ignored(few, lacking, model, threads):
+    def change(label):
+        return np.where(label == IGNORE, 0, label).astype(np.uint8)
+
+    for file in (lacking / "labelsTr").iterdir():
+        _label(file, change)
+    labels = {name: value for name, value in few.described["labels"].items() if name != "ignore"}
+    _described(lacking, labels=labels, supervision={})
+    folder = complete(7, model, 65, name="Sure", confidence=0.6)
+    assert read_json(folder / "dataset.json")["labels"] == {**labels, "ignore": IGNORE}
+    for case in few.weak[:2]:
+        label, after = (read_voxels(f / "labelsTr" / f"{case}.nii.gz") for f in (lacking, folder))
+        confidence = read_voxels(folder / "confidence" / f"{case}.nii.gz")
+        np.testing.assert_array_equal(after == IGNORE, (label == 0) & (confidence <= 0.6))
+        assert (after[label == 1] == 1).all() and 0 < (after == IGNORE).sum()
+
+
+def test_no_fold_validates_on_completed_labels(nnunet, few, lacking, model, no_network, monkeypatch):
+    """The folds of the source do, in cases that lack classes; three full cases validate instead."""
+    monkeypatch.setattr(module, "_require_annotations", lambda *_: None)  # the copied predictions are of other labels
+    file = nnunet.preprocessed("Dataset007_Spoilt") / "splits_final.json"
+    file.parent.mkdir()
+    try:
+        first = few.weak[0]
+        file.write_text(json.dumps([{"train": sorted(set(few.kinds) - {first}), "val": [first]}]))
+        complete(7, model, 66, name="Folds")
+    finally:
+        shutil.rmtree(file.parent)
+    folds = read_json(nnunet.preprocessed("Dataset066_Folds") / "splits_final.json")
+    assert {case for fold in folds for case in fold["val"]} == set(few.full)
+
+
+def test_the_teacher_is_shown_sets_of_classes(few, lacking, model):
+    predictor, _ = module._load_predictor(TrainedModel(model, "teacher", device="cpu"))
+    first, second, third = few.weak
+    sources = [[str(lacking / "imagesTr" / f"{case}_0000.nii.gz")] for case in (first, third)]
+    labels = [str(lacking / "labelsTr" / f"{case}.nii.gz") for case in (first, third)]
+    items = list(module._with_hints(predictor, sources, labels, [f"x/{first}", f"x/{third}"],
+                                    {first: (True, True, False), second: (True, True, False)}))
+    label, inside = read_voxels(Path(labels[0])), items[0]["data"][-1].numpy().astype(bool)
+    assert 0.99 < inside.mean() < 1, "a few voxels are empty, as the surroundings of an image"
+    for channel, voxels in zip(items[0]["data"][1:], (label == 0, label == 1, label == 0)):
+        np.testing.assert_array_equal(channel.numpy(), voxels & inside)
+    assert items[1]["data"].shape[0] == 5 and not items[1]["data"][1:].any(), "nothing is annotated there"
+
+
+def test_regions_that_are_not_annotated_are_not_completed(few, lacking, region_model, nnunet, no_prediction):
+    described = read_json(region_model / "dataset.json")
+    _described(lacking, labels=described["labels"], regions_class_order=described["regions_class_order"])
+    with pytest.raises(InputError, match="and regions. Regions that are not annotated cannot be completed"):
+        module._check_cases(lacking, read_json(lacking / "dataset.json"), module.raw_dataset(lacking, "x"), 1)
+
+
 # ---- hints ----------------------------------------------------------------------------------------------------------
 
 def test_the_teacher_is_shown_the_annotations(few, predicted, hinted_model, threads):
@@ -370,7 +465,7 @@ def test_hints_are_the_annotations_behind_the_channels(few, model, region_model,
     predictor, _ = module._load_predictor(TrainedModel(model, "teacher", device="cpu"))
     case = few.partial[0]
     image, label = few.raw / "imagesTr" / f"{case}_0000.nii.gz", few.raw / "labelsTr" / f"{case}.nii.gz"
-    item, = module._with_hints(predictor, [[str(image)]], [str(label)], ["out"])
+    item, = module._with_hints(predictor, [[str(image)]], [str(label)], ["out"], {})
     before = read_voxels(label)
     expected = [np.where(before == IGNORE, 0, before + 1)]  # one channel; the network makes more of it, patch by patch
     if regions:

@@ -12,7 +12,7 @@ from nnunetv2.evaluation.accumulate_cv_results import accumulate_cv_results
 from nnunetv2.inference.export_prediction import export_prediction_from_logits
 
 from nnunet_confkd.training.hints import hint_channels
-from nnunet_confkd.training.validation import CasePredictor, predict_cases, simulated_hints
+from nnunet_confkd.training.validation import CasePredictor, leave_out_unlisted, predict_cases, simulated_hints
 
 HIPPOCAMPUS = "Dataset004_Hippocampus"
 SHORT = {"epochs": 1, "iterations_per_epoch": 1}
@@ -144,3 +144,19 @@ def test_cases_of_a_former_split_are_moved_and_not_counted(nnunet, hippocampus, 
     assert "WARNING: 1 of the 2 validation cases were training cases of this network" in log
     assert f"(see {fold / 'confkd.json'}): {known}." in log
     shutil.rmtree(fold.parent)
+
+
+def test_the_summary_leaves_out_classes_that_a_case_is_not_annotated_for():
+    """The means are those over the cases that are annotated, which nnU-Net computes from these alone."""
+    def entry(case, *dice):
+        return {"prediction_file": f"/x/{case}.nii.gz",
+                "metrics": {label: {"Dice": value, "FP": 9} for label, value in zip((1, (2, 3), 4), dice)}}
+
+    cases = [entry("a", 0.8, 0, 0.0), entry("b", 0.0, 0.5, 0.0), entry("c.d", 0.6, 0.7, 0.0)]
+    metrics = {"metric_per_case": cases, "mean": {label: {"Dice": 0, "FP": 0} for label in (1, (2, 3), 4)},
+               "foreground_mean": {"Dice": 0, "FP": 0}}
+    leave_out_unlisted(metrics, {"a": [(2, 3), 4], "b": [1, 4], "c.d": [4], "e": [1]}, ".nii.gz")
+    assert metrics["mean"][1]["Dice"] == pytest.approx(0.7) and metrics["mean"][2, 3]["Dice"] == pytest.approx(0.6)
+    assert np.isnan(metrics["mean"][4]["Dice"]) and metrics["foreground_mean"]["Dice"] == pytest.approx(0.65)
+    assert np.isnan(cases[0]["metrics"][2, 3]["FP"]) and cases[0]["metrics"][1] == {"Dice": 0.8, "FP": 9}
+    assert metrics["confkd_not_annotated"] == {"a": ["(2, 3)", "4"], "b": ["1", "4"], "c.d": ["4"]}

@@ -1,0 +1,238 @@
+"""Sources that annotate different classes with values of their own: `confkd mix --source NAME=FOLDER --classes ...`."""
+from __future__ import annotations
+
+import re
+from functools import partial
+
+import numpy as np
+import pytest
+from image_files import file_states, read_json, read_voxels, write_image
+
+from nnunet_confkd import cli
+from nnunet_confkd.data.annotated_classes import annotated_classes
+from nnunet_confkd.data.class_sources import labels_of_sources
+from nnunet_confkd.data.mix import mix
+from nnunet_confkd.data.patients import patients_of
+from nnunet_confkd.data.sources import NamedFolder
+from nnunet_confkd.errors import InputError
+
+_write = partial(write_image, spacing=(1.0, 2.0, 3.0))
+
+
+def make_source(folder, names, values, seed=0):
+    """Write a case for each name, whose label holds these values. Return the folder."""
+    rng = np.random.default_rng(seed)
+    for name in names:
+        image = rng.normal(size=(3, 5, 4)).astype(np.float32)
+        _write(folder / "images" / f"{name}.nii.gz", image)
+        _write(folder / "labels" / f"{name}.nii.gz", rng.choice(values, image.shape).astype(np.uint8))
+    return folder
+
+
+@pytest.fixture
+def folders(tmp_path):
+    """A set in which 1 is the liver, and one in which 1 is the kidney and 2 the spleen."""
+    return {"abdomen": make_source(tmp_path / "A", ["a1", "a2", "a3"], [0, 1]),
+            "renal": make_source(tmp_path / "R", ["r1", "r2"], [0, 1, 2], seed=1)}
+
+
+CLASSES = {"abdomen": ["liver=1"], "renal": ["kidney", "spleen"]}
+
+
+def mixed(folders, classes=None, **options):
+    classes = CLASSES | (classes or {})
+    return mix(None, 7, named=[NamedFolder(name, folder, classes.get(name)) for name, folder in folders.items()],
+               processes=1, **options)
+
+
+def arguments(folders, *more):
+    texts = [["--source", f"{name}={folder}", "--classes", *CLASSES[name]] for name, folder in folders.items()]
+    return ["mix", *sum(texts, []), "--id", "7", "--processes", "1", *more]
+
+
+# ---- what is written ------------------------------------------------------------------------------------------------
+
+def test_the_union_of_the_classes_is_numbered_and_each_case_lists_its_own(folders, nnunet_folders, require_integrity):
+    before = {name: file_states(folder) for name, folder in folders.items()}
+    target = mixed(folders)
+    described = read_json(target / "dataset.json")
+    assert described["labels"] == {"background": 0, "liver": 1, "kidney": 2, "spleen": 3}, "no ignore label is needed"
+    assert described["annotated_classes"] == {**dict.fromkeys(["a1", "a2", "a3"], ["liver"]),
+                                              **dict.fromkeys(["r1", "r2"], ["kidney", "spleen"])}
+    assert set(described["supervision"].values()) == {"partial"}
+    for folder, numbers in ((folders["abdomen"], [0, 1]), (folders["renal"], [0, 2, 3])):
+        for file in (folder / "labels").iterdir():
+            assert np.array_equal(read_voxels(target / "labelsTr" / file.name), np.array(numbers)[read_voxels(file)])
+    counts = {case: dict(zip(*np.unique(read_voxels(target / "labelsTr" / f"{case}.nii.gz"), return_counts=True)))
+              for case in described["annotated_classes"]}
+    assert annotated_classes(described, counts)["r1"] == (True, False, True, True), "the trainer reads it"
+    assert {name: file_states(folder) for name, folder in folders.items()} == before
+    require_integrity(target)
+
+
+def test_a_source_of_all_classes_is_fully_annotated(folders, nnunet_folders, tmp_path):
+    folders["all"] = make_source(tmp_path / "F", ["f1", "f2"], [0, 1, 2, 3])
+    described = read_json(mixed(folders, {"all": ["spleen=1", "liver=2", "kidney=3"]}) / "dataset.json")
+    assert described["supervision"]["f1"] == "full" and "f1" not in described["annotated_classes"]
+
+
+def test_values_without_a_name_of_their_own_can_be_background_and_several_can_be_one_class(folders, nnunet_folders):
+    target = mixed(folders, {"renal": ["kidney=2", "background=0,1"], "abdomen": ["liver=0,1", "background=7"]})
+    label = read_voxels(folders["renal"] / "labels" / "r1.nii.gz")
+    assert np.array_equal(read_voxels(target / "labelsTr" / "r1.nii.gz"), np.where(label == 2, 2, 0))
+    assert (read_voxels(target / "labelsTr" / "a1.nii.gz") == 1).all()
+
+
+def test_strokes_of_some_classes(folders, nnunet_folders, tmp_path):
+    """0 is not annotated, 9 is background: the case lists its classes, and has ignored voxels as well."""
+    folders["strokes"] = make_source(tmp_path / "S", ["s1"], [0, 1, 9])
+    target = mixed(folders, {"strokes": ["kidney=1", "background=9", "ignore=0"]})
+    described = read_json(target / "dataset.json")
+    assert described["labels"]["ignore"] == 4 and described["annotated_classes"]["s1"] == ["kidney"]
+    label = read_voxels(folders["strokes"] / "labels" / "s1.nii.gz")
+    assert np.array_equal(read_voxels(target / "labelsTr" / "s1.nii.gz"), np.select([label == 0, label == 1], [4, 2]))
+    assert not (read_voxels(target / "labelsTr" / "a1.nii.gz") == 4).any(), "0 stays background elsewhere"
+
+
+def test_unlabelled_images_go_with_sources(folders, nnunet_folders, tmp_path):
+    image = read_voxels(folders["abdomen"] / "images" / "a1.nii.gz")
+    _write(tmp_path / "U" / "u1.nii.gz", image + 1)
+    (tmp_path / "U" / "a1.nii.gz").write_bytes((folders["abdomen"] / "images" / "a1.nii.gz").read_bytes())
+    target = mixed(folders, unlabelled=tmp_path / "U")
+    described = read_json(target / "dataset.json")
+    assert described["supervision"]["u1"] == "unlabelled" and len(described["supervision"]) == 6
+    assert (read_voxels(target / "labelsTr" / "u1.nii.gz") == described["labels"]["ignore"]).all()
+
+
+def test_names_of_classes_and_the_licence_come_from_each_dataset_json(folders, nnunet_folders):
+    for folder, labels, licence in ((folders["abdomen"], {"background": 0, "liver": 1}, "A"),
+                                    (folders["renal"], {"0": "background", "1": "kidney", "2": "liver"}, "B")):
+        (folder / "dataset.json").write_text(str({"labels": labels, "licence": licence}).replace("'", '"'))
+    described = read_json(mixed(folders, dict.fromkeys(folders)) / "dataset.json")
+    assert described["labels"] == {"background": 0, "liver": 1, "kidney": 2} and described["licence"] == "A; B"
+    assert "r1" not in described["annotated_classes"] and described["annotated_classes"]["a1"] == ["liver"]
+
+
+def test_segments_are_read_by_name(folders, nnunet_folders, tmp_path):
+    for name in ("Liver", "Gallbladder"):
+        mask = read_voxels(folders["abdomen"] / "labels" / "a1.nii.gz")
+        _write(tmp_path / "T" / "labels" / "t1" / f"{name}.nii.gz", mask if name == "Liver" else 1 - mask)
+    _write(tmp_path / "T" / "images" / "t1.nii.gz", mask.astype(np.float32))
+    folders["segments"] = tmp_path / "T"
+    target = mixed(folders, {"segments": ["liver"]})
+    assert np.array_equal(read_voxels(target / "labelsTr" / "t1.nii.gz"), mask)
+    assert read_json(target / "dataset.json")["annotated_classes"]["t1"] == ["liver"]
+
+
+# ---- names and patients ---------------------------------------------------------------------------------------------
+
+def test_names_in_two_sources_get_prefixes_and_count_as_one_patient(folders, nnunet_folders, tmp_path, capsys):
+    folders["full"] = make_source(tmp_path / "F", ["a1", "r2", "f1", "f2"], [0, 1, 2, 3])
+    described = read_json(mixed(folders, {"full": ["liver", "kidney", "spleen"]}) / "dataset.json")
+    cases = list(described["supervision"])
+    assert cases == ["abdomen_a1", "abdomen_a2", "abdomen_a3", "full_a1", "full_f1", "full_f2", "full_r2", "renal_r1",
+                     "renal_r2"]
+    patients = patients_of(cases, described["patient_pattern"])
+    assert patients["abdomen_a1"] == patients["full_a1"] == "a1" and len(set(patients.values())) == 7
+    splits = read_json(nnunet_folders / "preprocessed" / "Dataset007_Mixed" / "splits_final.json")
+    validating = {case for fold in splits for case in fold["val"]}
+    assert validating == {"full_f1", "full_f2"}, "other patients are fully annotated in some of their cases only"
+
+
+@pytest.mark.parametrize("pattern, patient", [(r"(a|r|f)\d", "a"), (r"a|r|f", "a"), (r"[arf]\d", "a1")])
+def test_a_patient_pattern_is_that_of_the_names_in_the_folders(folders, nnunet_folders, tmp_path, pattern, patient):
+    folders["full"] = make_source(tmp_path / "F", ["a1"], [0, 1, 2, 3])
+    described = read_json(mixed(folders, {"full": ["liver", "kidney", "spleen"]}, patient_pattern=pattern)
+                          / "dataset.json")
+    assert patients_of(described["supervision"], described["patient_pattern"])["abdomen_a1"] == patient
+    del folders["full"]
+    described = read_json(mixed(folders, patient_pattern=pattern, overwrite=True) / "dataset.json")
+    assert described["patient_pattern"] == pattern and "a1" in described["supervision"], "no prefix without need"
+
+
+def test_names_that_differ_in_case_alone_are_the_same(folders, nnunet_folders, tmp_path):
+    folders["upper"] = make_source(tmp_path / "U", ["A1"], [0, 1])
+    described = read_json(mixed(folders, {"upper": ["liver"]}) / "dataset.json")
+    assert {"upper_A1", "abdomen_a1"} <= set(described["supervision"])
+
+
+# ---- the command ----------------------------------------------------------------------------------------------------
+
+def test_the_command_shows_what_it_would_do_writes_and_overwrites(folders, nnunet_folders, capsys):
+    assert cli.main(arguments(folders, "--dry-run")) == 0
+    shown = capsys.readouterr().out
+    assert re.search(r"a1 +full: liver +A/images/a1.nii.gz +A/labels/a1.nii.gz", shown)
+    assert "labels: background 0, liver 1, kidney 2, spleen 3" in shown and not list((nnunet_folders / "raw").iterdir())
+    assert cli.main(arguments(folders)) == 0
+    assert cli.main(arguments(folders)) != 0
+    assert "is taken" in capsys.readouterr().err
+    (folders["abdomen"] / "images" / "a1.nii.gz").unlink()
+    (folders["abdomen"] / "labels" / "a1.nii.gz").unlink()
+    assert cli.main(arguments(folders, "--overwrite")) == 0
+    assert "a1" not in read_json(nnunet_folders / "raw" / "Dataset007_Mixed" / "dataset.json")["supervision"]
+
+
+@pytest.mark.parametrize("options, message", [
+    (["--classes", "liver"], "comes after the --source"),
+    (["--source", "a=b", "--classes", "x", "--classes", "y"], "comes after the --source whose classes these are, once"),
+    (["--source", "folder"], "give NAME=FOLDER"),
+    (["--source", "a/b=folder"], "holds a control character or one of")])
+def test_sources_that_are_written_wrongly(options, message, capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["mix", "--id", "7", *options])
+    assert message in capsys.readouterr().err
+
+
+# ---- bad input ------------------------------------------------------------------------------------------------------
+
+def test_values_that_no_class_has_are_told_for_all_sources_at_once(folders, nnunet_folders):
+    with pytest.raises(InputError) as error:
+        mixed(folders, {"renal": ["kidney"], "abdomen": ["liver=5"]})
+    text = str(error.value)
+    assert "2 labels hold the values 2; a full label may hold 0, 1." in text
+    assert "name it: --classes ... NAME=2. If it is a class that you do not need, it can be background: " \
+           "background=0,2." in text
+    assert "3 labels hold the values 1; a full label may hold 0, 5." in text and "--classes of abdomen: ignore=" in text
+    assert not list((nnunet_folders / "raw").iterdir())
+
+
+@pytest.mark.parametrize("classes, message", [
+    (["liver=1", "tumour=1"], "--classes of one: 1 means liver and tumour; give each value one meaning"),
+    (["liver=0"], "0 means liver and background"), (["liver", "liver"], "give names, each once"),
+    (["liver="], "give names, each once"), (["background=0"], "names no class"), ([], "names no class"),
+    (["liver", "ignore=1,2"], "ignore takes one whole number, got 1, 2"),
+    (["liver", "ignore=1"], "1 means liver and ignore"),
+    (["liver=Leber", "spleen=leber"], "leber means liver and spleen"),
+    (None, "dataset.json: has no labels; name the classes: --source one=")])
+def test_classes_that_contradict_each_other(tmp_path, classes, message):
+    with pytest.raises(InputError, match=re.escape(message)) as error:
+        labels_of_sources([NamedFolder("one", tmp_path, classes), NamedFolder("two", tmp_path, ["x=1", "y=1"])])
+    assert "--classes of two: 1 means x and y" in str(error.value), "all that is wrong is told"
+
+
+@pytest.mark.parametrize("content, message", [
+    ('{"labels": {"background": 0, "whole": [1, 2]}}', "must be whole numbers here, and no regions"),
+    ('{"labels": {"liver": 0, "background": 1}}', '"background" must be 0'),
+    ('{"labels": {"background": 0, "liver": 1}, "annotated_classes": {"a": ["liver"]}}', "make a source of each list")])
+def test_descriptions_that_do_not_fit(tmp_path, content, message):
+    (tmp_path / "dataset.json").write_text(content)
+    with pytest.raises(InputError, match=message):
+        labels_of_sources([NamedFolder("one", tmp_path)])
+
+
+def test_wrong_combinations_of_options(folders, nnunet_folders, tmp_path):
+    with pytest.raises(InputError, match="--labels, --ignore-value and --background-value are those of all sources"):
+        mixed(folders, ignore_value=3)
+    with pytest.raises(InputError, match="only --unlabelled goes with --source"):
+        mixed(folders, partial=folders["renal"])
+    with pytest.raises(InputError, match="two sources of the name Renal, renal; give each another"):
+        mixed(folders | {"Renal": folders["renal"]}, {"Renal": ["liver"]})
+    with pytest.raises(InputError, match="no such folder"):
+        mixed(folders | {"more": tmp_path / "none"}, {"more": ["liver"]})
+
+
+def test_an_ignore_value_that_no_label_holds(folders, nnunet_folders):
+    with pytest.raises(InputError, match="no label holds the value 4, which is said to mark what is not annotated"):
+        mixed(folders, {"renal": ["kidney", "spleen", "ignore=4"]})
+    with pytest.raises(InputError, match="ignore=VALUE in --classes of renal is missing"):
+        mixed(folders, {"renal": ["kidney", "spleen", "ignore"]})
