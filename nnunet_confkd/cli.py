@@ -4,6 +4,7 @@ from __future__ import annotations
 import io
 import sys
 import traceback
+import warnings
 from importlib import import_module
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -96,6 +97,7 @@ def main(argv: list[str] | None = None) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # names of files may hold bytes that are no text
     prepare_for_cpu(argv)
+    warnings.filterwarnings("ignore", "`torch.jit.* is deprecated", FutureWarning)  # of torch, about torch
     try:
         with terminable(), explained_output():
             return run(argv[0], argv[1:])

@@ -13,6 +13,8 @@ LINES: list[tuple[re.Pattern, str | None]] = [(re.compile(pattern), instead) for
     (r"Trainer '\w+' not found in nnunetv2\.training\.nnUNetTrainer\.", None),
     (r"Searching in external trainer paths from environment variable 'nnUNet_extTrainer'\.\.\.", None),
     (r"Searching in: .*", None),
+    (r"Inspecting module: \w+", None),
+    (r"Found class \w+ in \w+", None),
     (r"Searching for class \w+ in folder .* with current module .*", None),
     # the default plans are no error
     (r"INFO: You are using the old nnU-Net default plan(s|ner)\..*",

@@ -14,7 +14,9 @@ def test_lines_that_mislead_are_explained_or_left_out_and_all_others_stay(capsys
               "recommendations. Read more\n############################\n")
         print("Trainer 'ConfKDTrainer' not found in nnunetv2.training.nnUNetTrainer.\nSearching in external trainer "
               "paths from environment variable 'nnUNet_extTrainer'...")
-        print("Searching in: /somewhere\nUsing trainer 'ConfKDTrainer' from: /somewhere")
+        print("Searching in: /somewhere\n  Inspecting module: confkd_trainers")
+        print("Found class ConfKDTrainer in confkd_trainers")
+        print("Using trainer 'ConfKDTrainer' from: /somewhere")
         print("2026-01-02 03:04:05.678901: INFO: torch.compile disabled because device is CPU")
         print("in", "pieces", end="")
         sys.stdout.flush()

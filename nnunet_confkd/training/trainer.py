@@ -10,6 +10,7 @@ import warnings
 from contextlib import nullcontext
 from copy import deepcopy
 from functools import cached_property
+from time import time
 
 import numpy as np
 import torch
@@ -125,6 +126,7 @@ class ConfKDTrainer(nnUNetTrainer):
         self.complete: list[str] = []  # the cases without ignored voxels; likewise
         self.iteration = 0  # training iterations done
         self.continued = False  # -> load_checkpoint
+        self.first_epoch = 0  # of this process; -> on_train_start
         self.divergence = Divergence(self.settings.max_nonfinite_steps)
         self._add_missing_curves()
 
@@ -398,6 +400,7 @@ class ConfKDTrainer(nnUNetTrainer):
 
     def on_train_start(self):
         super().on_train_start()
+        self.first_epoch = self.current_epoch
         self.print_to_log_file(f"ConfKD settings: {self.settings}")
 
     def train_step(self, batch: dict) -> dict:
@@ -549,13 +552,14 @@ class ConfKDTrainer(nnUNetTrainer):
         self.print_to_log_file(f"Pseudo dice of the teacher{with_hints}", last("teacher_dice_per_class_or_region"))
         super().on_epoch_end()
         curves = self.logger.local_logger.my_fantastic_logging
-        left = self.num_epochs - self.current_epoch
-        if left:
-            took = np.subtract(curves["epoch_end_timestamps"][-5:], curves["epoch_start_timestamps"][-5:])
-            self.print_to_log_file(f"Time left: {duration(left * np.median(took))} for {left} of {self.num_epochs} "
-                                   f"epochs, and then the validation")
         if self.local_rank == 0:
             plot_curves(curves, join(self.output_folder, "progress_confkd.png"))
+        left = self.num_epochs - self.current_epoch
+        if left:
+            started = curves["epoch_start_timestamps"][self.first_epoch:][-5:]
+            took = np.median(np.diff([*started, time()]))  # nnU-Net's epoch time leaves out checkpoints and pictures
+            self.print_to_log_file(f"Time left: {duration(left * took)} for {left} of {self.num_epochs} epochs, and "
+                                   f"then the validation")
 
     def print_to_log_file(self, *args, **options):
         """nnU-Net's method, with lists of numbers as Python prints them: 0.7, and not np.float32(0.7)."""

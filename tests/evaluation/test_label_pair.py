@@ -132,10 +132,9 @@ def test_an_object_deep_in_an_empty_image(monkeypatch):
 @pytest.mark.parametrize("share", [0.3, 0.002])
 def test_voxels_far_from_the_other_surface(monkeypatch, shape, share):
     """Many of them are measured by a distance transform, few by a tree, and both as whole masks are."""
-    transforms = []
-    monkeypatch.setattr(label_pair, "distance_transform_edt",
-                        lambda *args, **options: transforms.append(args) or ndimage.distance_transform_edt(
-                            *args, **options))
+    transforms, transform = [], ndimage.distance_transform_edt
+    monkeypatch.setattr(ndimage, "distance_transform_edt",
+                        lambda *args, **options: transforms.append(args) or transform(*args, **options))
     monkeypatch.setattr(label_pair, "SLAB", 100)
     truth, prediction = np.zeros((2, *shape), np.uint8)
     truth[..., :4] = 1

@@ -189,12 +189,14 @@ def test_the_whole_run_on_a_laptop_interrupted_twice(folders_of_a_laptop, quick,
 
 
 DRIVER = """
+import signal
 import sys
 from nnunetv2.experiment_planning.dataset_fingerprint.fingerprint_extractor import DatasetFingerprintExtractor
 from nnunet_confkd import cli
 from nnunet_confkd.data import small_configuration
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # which jobs in the background ignore
     DatasetFingerprintExtractor.num_foreground_voxels_for_intensitystats = property(
         lambda self: 1e6, lambda self, value: None)
     small_configuration.LENGTHS[2].update(epochs=3, iterations_per_epoch=2)
@@ -222,7 +224,7 @@ def test_real_signals_in_real_processes_lose_nothing(folders_of_a_laptop):
             if moment in line:
                 os.killpg(process.pid, number)  # as a terminal, or SLURM, does
                 moment = "\0"
-        assert process.wait(timeout=60) == status, "".join(seen)
+        assert process.wait(timeout=300) == status, "".join(seen)
         assert f" {step} was interrupted. The same command goes on" in "".join(seen), "".join(seen)
     process = start()
     out = process.communicate()[0]
