@@ -25,7 +25,7 @@ def main(argv: list[str]) -> None:
                              "cardiac-like data set")
     parser.add_argument("--output", metavar="FOLDER", default="demo_output", help="each run makes a new folder in it")
     parser.add_argument("--epochs", type=int, default=12)
-    parser.add_argument("--iterations", type=int, default=90, help="iterations per epoch")
+    parser.add_argument("--iterations", type=int, default=200, help="iterations per epoch")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
 
@@ -87,7 +87,8 @@ def run(folder: Path, data: Path | None, epochs: int, iterations: int, seed: int
     training = sorted([*cases["full"], *cases["partial"], *cases["unlabelled"]])
     write_json(preprocessed / "splits_final.json", [{"train": training, "val": sorted(cases["validation"])}])
     add_small_configuration(preprocessed / f"{PLANS}.json", CONFIGURATION, "2d",
-                            {"epochs": epochs, "iterations_per_epoch": iterations, "seed": seed})
+                            {"epochs": epochs, "iterations_per_epoch": iterations, "seed": seed}, batch_size=4,
+                            convolutions=1)
 
     say(3, f"training: ConfKDTrainer, {epochs} epochs of {iterations} iterations")
     import torch
