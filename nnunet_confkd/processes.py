@@ -127,17 +127,26 @@ def terminable():
 # arrives just before a wait in C is missed. multiprocessing tells the workers of a pool only once to end: one that
 # misses it waits for ever, and the pool waits for it.
 _mask = threading.local()
+_HELD_BACK = {signal.SIGINT, signal.SIGTERM}
 
 
 def _before_fork() -> None:
-    """Hold SIGTERM back until the child handles it by default. Do nothing unless :func:`terminable` handles it now."""
+    """Hold SIGTERM back until the child handles it by default. Do nothing unless :func:`terminable` handles it now.
+
+    Ctrl-C is held back, too: Python ignores the exceptions of the functions that it calls around a fork.
+    """
     ours = signal.getsignal(signal.SIGTERM) is _stop
-    _mask.before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM}) if ours else None
+    _mask.before = signal.pthread_sigmask(signal.SIG_BLOCK, _HELD_BACK) if ours else None
 
 
 def _after_fork() -> None:
-    if getattr(_mask, "before", None) is not None:
-        signal.pthread_sigmask(signal.SIG_SETMASK, _mask.before)
+    before = getattr(_mask, "before", None)
+    if before is None:
+        return
+    for number in (signal.sigpending() & _HELD_BACK) - before:
+        signal.sigwait({number})
+        threading.Timer(0.05, os.kill, (os.getpid(), number)).start()  # when this function has ended
+    signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _after_fork_in_child() -> None:

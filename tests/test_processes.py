@@ -201,3 +201,29 @@ print("UNCHANGED")
 def test_forks_of_a_program_that_imports_the_package_are_as_they_were():
     done = subprocess.run([sys.executable, "-c", FORKS], capture_output=True, text=True, timeout=120)
     assert done.stdout.endswith("UNCHANGED\n"), done.stdout + done.stderr
+
+
+FORKING = """
+import os, signal, sys, time
+from nnunet_confkd.processes import terminable
+
+number = int(sys.argv[1])
+signal.signal(signal.SIGINT, signal.default_int_handler)
+os.register_at_fork(before=lambda: os.kill(os.getpid(), number))  # it arrives while Python prepares the fork
+try:
+    with terminable():
+        if os.fork() == 0:
+            os._exit(0)
+        time.sleep(30)
+        print("lost")
+except (KeyboardInterrupt, SystemExit) as end:
+    print(type(end).__name__)
+"""
+
+
+@forks
+@pytest.mark.parametrize("number, expected", [(signal.SIGINT, "KeyboardInterrupt"), (signal.SIGTERM, "SystemExit")])
+def test_a_signal_during_a_fork_is_not_lost(number, expected):
+    """Python ignores exceptions of the functions that it calls around a fork."""
+    found = subprocess.run([sys.executable, "-c", FORKING, str(int(number))], capture_output=True, text=True)
+    assert found.stdout == f"{expected}\n" and found.stderr == ""
