@@ -1,7 +1,6 @@
 """The sections of the report that come from predictions and curves: accuracy, cases, calibration, training curves."""
 from __future__ import annotations
 
-import re
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ from nnunet_confkd.report import page
 from nnunet_confkd.report.cases import SURE, Findings, Slice
 from nnunet_confkd.report.model import Fold, Model
 from nnunet_confkd.report.page import Fact, Html, Section, typeset
+from nnunet_confkd.report.page_folder import picture_name
 from nnunet_confkd.report.pictures import (
     Cell,
     Chart,
@@ -228,7 +228,7 @@ def _case_rows(folder: Path, model: Model, found: Findings, rows: dict[str, str]
         note = f"Slice {content.index + 1} of {content.count}"
         parts.append(page.case_row(title, note, cells))
         number = len(list(folder.glob("case_*"))) + 1
-        save_cells(f"{title}, {note.lower()}", cells, folder / _file_name(number, name))
+        save_cells(f"{title}, {note.lower()}", cells, folder / picture_name(number, name))
         seen |= classes_seen(cells)
     return [page.class_legend(list(model.classes), seen, weak), *parts]
 
@@ -251,11 +251,6 @@ def _cells(model: Model, found: Findings, name: str, content: Slice, weak: bool)
         score = "" if weak else f", Dice {_number(found.dice(branch)[name])}"
         cells.append(Cell(title + score, f"Segmentation by {title} {where}", masks=masks(segmentation), **options))
     return [*cells, Cell(f"{student}'s entropy", f"Entropy of the {student} {where}", heat=content.entropy, **options)]
-
-
-def _file_name(number: int, case: str) -> str:
-    """Return a unique name for a PNG file that is safe on every system, whatever the case is called."""
-    return f"case_{number:02d}_{re.sub(r'[^A-Za-z0-9._-]+', '_', case)[:60].strip('._')}.png"
 
 
 # ---- calibration ----------------------------------------------------------------------------------------------------
