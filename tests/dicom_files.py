@@ -49,6 +49,6 @@ def write_series(folder: Path, voxels=VOXELS, left_out=(), spacing=SPACING) -> l
         dataset.RescaleSlope, dataset.RescaleIntercept = 1, -1024
         dataset.PixelData = (voxels[number].astype(np.int32) + 1024).astype(np.uint16).tobytes()
         if number not in left_out:
-            dataset.save_as(folder / f"{number * 7 % 10}.dcm", enforce_file_format=True)  # the names have no order
+            dataset.save_as(folder / f"{number * 7 % 101}.dcm", enforce_file_format=True)  # the names have no order
         slices.append(dataset)
     return slices

@@ -68,6 +68,6 @@ def test_post_processing_is_applied_on_request(scans, hippocampus_model, nnunet,
                              str(hippocampus_model / "dataset.json"), 1, False)
     assert cli.main([*COMMAND, "-i", str(tmp_path / "scans" / "patient_2"), "-o", str(tmp_path / "out"),
                      "--postprocessing", str(folder)]) == 0
-    raw = tmp_path / "out" / "patient_2.nii.gz"
+    raw = tmp_path / "out" / "series.nii.gz"  # the folder in that of the patient
     assert "post-processed predictions: " in capsys.readouterr().out and raw.is_file()
     assert read_voxels(tmp_path / "out" / "postprocessed" / raw.name).shape == scans["patient_2"].shape
