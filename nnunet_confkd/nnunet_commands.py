@@ -414,8 +414,12 @@ with the ConfKD trainers in reach.
   --branch {{student,teacher,mean}}  which branch predicts (default: student; mean: of the logits)
   --save-entropy                   also write the entropy of each voxel, and a list of the cases
                                    to look at first, to the folder uncertainty of -o
+  --postprocessing [FOLDER]        also write post-processed predictions to the folder postprocessed of -o.
+                                   FOLDER holds nnU-Net's postprocessing.json; default: that of the model
+  --preview                        also write pictures of each case and a page of them to the folder
+                                   preview of -o; with --save-entropy the most uncertain cases come first
   -i                               a folder of images, or an image; with a single channel the names need
-                                   no _0000 at their end
+                                   no _0000 at their end. Or a folder of a DICOM series, or of such folders
   -tr                              default: {DEFAULT_TRAINER}
   -device                          {OPTION_HELP}
 All else is nnU-Net's:
@@ -457,11 +461,18 @@ def train(argv: list[str]) -> None:
     print("\n".join(filter(None, [about, after_training(args, output)])))
 
 
-def predict(argv: list[str]) -> None:
-    """Run `confkd predict`."""
+def predict(argv: list[str], afterwards: Callable[[Any], object] = lambda predicted: None) -> None:
+    """Run `confkd predict`.
+
+    Args:
+        argv: The arguments.
+        afterwards: What to do with the :class:`nnunet_confkd.inference.inputs.Predicted`, while the images still have
+            the names that nnU-Net needs.
+    """
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--branch", choices=BRANCHES, default="student")
     parser.add_argument("--save-entropy", action="store_true")
+    parser.add_argument("--postprocessing", nargs="?", const="", metavar="FOLDER")
     own, argv = parser.parse_known_args(argv)
     name = _prediction_command(argv)
     if _wants_help(argv):
@@ -478,15 +489,19 @@ def predict(argv: list[str]) -> None:
         _require_teacher(model / f"fold_{args.f[0]}" / args.chk)
 
     from nnunet_confkd.data.json_files import read_description
+    from nnunet_confkd.inference import postprocessing
     from nnunet_confkd.inference.expected_time import prediction_text
-    from nnunet_confkd.inference.inputs import name_source, readable_images
+    from nnunet_confkd.inference.inputs import Predicted, name_source, readable_images
     from nnunet_confkd.training.network import predicting
 
+    found = postprocessing.required(model, args.f, own.postprocessing)
     device = choose_device(args.device, lambda: prediction_text(model, len(args.f), not args.disable_tta))
-    source, described = Path(args.i), read_description(model / "dataset.json", ("file_ending",))
+    source, described = Path(args.i), read_description(model / "dataset.json", ("file_ending", "labels"))
     with (readable_images(source, described) as images, predicting(own.branch), _threads(device),
           _entropy_too() if own.save_entropy else contextlib.nullcontext()):
         run_as(name, with_options(argv, "-device", device, "-i", str(images)))
+        predicted = Predicted.of(images, model, Path(args.o), described)
+        afterwards(postprocessing.applied(found, predicted, own.postprocessing is not None))
     if images != source:
         name_source(Path(args.o), source)
     if own.save_entropy:

@@ -246,7 +246,8 @@ def test_the_second_stage_of_a_cascade_asks_for_the_first(hippocampus_model, pre
 
 @pytest.mark.parametrize("make, expected", [
     (lambda folder: None, "there is no such file or folder"),
-    (lambda folder: folder.mkdir(), "that ends with .nii.gz, as the model's training images do; it is empty"),
+    (lambda folder: folder.mkdir(),
+     "ends with .nii.gz, as the model's training images do, and no DICOM series; it is empty"),
     (lambda folder: (folder / "patient").mkdir(parents=True), "it holds folders only"),
     (lambda folder: (folder.mkdir(), (folder / "a.nrrd").touch(), (folder / "b.nii").touch()), "it has .nii, .nrrd"),
     (lambda folder: (folder.mkdir(), (folder / "a_0000.nii.gz").touch(), (folder / "b.nii.gz").touch()),

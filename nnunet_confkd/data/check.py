@@ -40,7 +40,7 @@ from nnunet_confkd.data.json_files import (
 )
 from nnunet_confkd.data.patients import FOLDS, patients_of, single_patient_text, split_full_cases, split_text
 from nnunet_confkd.data.raw_format import label_values, with_ignore
-from nnunet_confkd.data.strokes import suspects
+from nnunet_confkd.data.sanity import Folds, check_copies, warn_of_cases, warn_of_classes
 from nnunet_confkd.data.supervision import (
     FULL,
     KINDS,
@@ -54,7 +54,6 @@ from nnunet_confkd.data.supervision import (
 from nnunet_confkd.errors import InputError, shown, some
 from nnunet_confkd.processes import PROCESSES, parallel
 
-Folds = list[dict[str, list[str]]]  # of splits_final.json
 FEW = FOLDS  # a class that fewer cases are annotated for does not validate in every fold
 
 
@@ -113,9 +112,9 @@ def check_dataset(dataset: int | str, processes: int = PROCESSES, patient_patter
                                  f"confkd train {int(name[7:10])} CONFIGURATION all")
     if single:
         report.warnings.append(single)
-    _check_strokes(contents, kinds, report)
-    _check_classes(folds, splits_file.is_file(), report)
-    _check_copies(contents, test_contents, written, report)
+    warn_of_cases(training, contents, kinds, report)
+    warn_of_classes(training, folds, splits_file.is_file(), report)
+    check_copies(training, contents, test_contents, patients, written, report)
     _check_planned(described, report)
     report.warnings += [f"test: {text}" for text in (*test_report.errors, *test_report.warnings)]
     return report
@@ -295,62 +294,6 @@ def _describe_classes(hidden: dict[str, Listed], report: Report) -> None:
                 report.warnings.append(f"class {name}: {len(same)} cases list it in \"{CLASSES_KEY}\", and none of "
                                        f"them holds it: {some(same, 5)}. If it is not annotated there, take it out of "
                                        f"their lists: training takes it for absent")
-
-
-def _check_strokes(contents: dict[str, CaseContent], kinds: dict[str, str], report: Report) -> None:
-    """Warn of cases that are taken for fully annotated though their labels look like strokes."""
-    shapes = {case: content.shape for case, content in contents.items()
-              if kinds.get(case) == FULL and content.shape is not None}
-    strokes = suspects(shapes)
-    if strokes:
-        listed = some((f"{case} ({reason})" for case, reason in strokes.items()), 5)
-        report.warnings.append(
-            f"{len(strokes)} of {len(shapes)} fully annotated cases look like strokes and not like complete masks: "
-            f"{listed}. Look at them. Where 0 means \"not annotated\", training would take it for background: give "
-            f"such cases to confkd mix as --partial, with --ignore-value 0 and the --background-value of the strokes "
-            f"in the background")
-
-
-def _check_classes(folds: Folds, written: bool, report: Report) -> None:
-    """Warn of classes that the teacher cannot learn, or that the student cannot learn from partial labels.
-
-    `written` says whether the folds are those of splits_final.json. Otherwise the trainer will write them.
-    """
-    cases, totals = report.cases, report.totals
-    parts = {"": list(cases), **{str(k): fold["train"] for k, fold in enumerate(folds)}}  # "": all cases
-    full = {part: [cases[case] for case in names if cases[case]["kind"] == FULL] for part, names in parts.items()}
-    for name in totals["all"]["voxels"]:
-        without = [part for part, of_part in full.items() if of_part and not any(c["voxels"][name] for c in of_part)]
-        if without and name != "background":
-            of_folds = f" of fold {some(without)}" + ("" if written else " that the trainer will write")
-            report.warnings.append(
-                f"class {name}: annotated in no fully annotated training case{'' if without[0] == '' else of_folds}; "
-                f"the teacher cannot learn it, and what it teaches speaks against the class. Annotate it completely in "
-                f"one of them")
-        if totals[PARTIAL]["cases"] and not totals[PARTIAL]["voxels"][name]:
-            what = "what is background" if name == "background" else "it"
-            report.warnings.append(f"class {name}: annotated nowhere among the partial cases; the student learns "
-                                   f"{what} from the full ones alone")
-
-
-def _check_copies(contents: dict[str, CaseContent], test_contents: dict[str, CaseContent], folds: Folds,
-                  report: Report) -> None:
-    """Warn of equal images. They are an error if a fold trains on one and validates on the other."""
-    groups: dict[str, tuple[list[str], list[str]]] = {}  # (training cases, test cases) of the same image
-    for is_test, results in enumerate((contents, test_contents)):
-        for case, content in results.items():
-            if content.digest is not None:
-                groups.setdefault(content.digest, ([], []))[is_test].append(case)
-    for training, test in groups.values():
-        apart = [k for k, fold in enumerate(folds) if all(set(training) & set(fold[side]) for side in ("train", "val"))]
-        if len(training) > 1 and apart:
-            report.errors.append(f"the images of {', '.join(training)} are identical, and fold {some(apart)} trains "
-                                 f"and validates on them; keep them on one side, or remove all but one")
-        elif len(training) > 1:
-            report.warnings.append(f"the images of {', '.join(training)} are identical; is one a copy by mistake?")
-        if len(test) > 1 or test and training:
-            report.warnings.append(f"test: the images of {', '.join(test)} (test)" + (
-                f" and {', '.join(training)} (training)" if training else "") + " are identical")
 
 
 # ---- the split ------------------------------------------------------------------------------------------------------

@@ -46,6 +46,7 @@ class CaseContent:
         channels: The number of channels; None if an image cannot be read.
         digest: Of all the voxels, equal for equal images; None if the images are constant.
         shape: Of a label that has no ignored voxel. It may be strokes all the same.
+        grid: Of the first image that can be read.
     """
     errors: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
@@ -54,6 +55,7 @@ class CaseContent:
     channels: int | None = 0
     digest: str | None = None
     shape: Shape | None = None
+    grid: Geometry | None = None
 
 
 # ---- finding --------------------------------------------------------------------------------------------------------
@@ -141,15 +143,14 @@ def examine_case(files: CaseFiles, values: list[int], ignore: int | None) -> Cas
         ignore: The value of "ignore"; None if the data set has no such label.
     """
     content = CaseContent()
-    grid = _examine_images(files, content)
+    _examine_images(files, content)
     if files.label is not None:
-        _examine_label(files, grid, values, ignore, content)
+        _examine_label(files, values, ignore, content)
     return content
 
 
-def _examine_images(files: CaseFiles, content: CaseContent) -> Geometry | None:
-    """Return the grid of the first image; None if no image can be read."""
-    grid, constant = None, True
+def _examine_images(files: CaseFiles, content: CaseContent) -> None:
+    constant = True
     digest = hashlib.sha256(usedforsecurity=False)  # the quickest where the processor has instructions for it
     for file in files.images:
         try:
@@ -167,16 +168,15 @@ def _examine_images(files: CaseFiles, content: CaseContent) -> Geometry | None:
         flat = [lowest for lowest, highest in ranges if lowest == highest]
         content.warnings += [f"{file}: is empty, {value:g} everywhere" for value in flat]
         constant &= len(flat) == len(voxels)
-        grid = grid or picture.geometry
+        content.grid = content.grid or picture.geometry
         content.errors += [f"{file}: is on another grid than {files.images[0]}: {difference}"
-                           for difference in picture.geometry.differences(grid)]
+                           for difference in picture.geometry.differences(content.grid)]
         content.size = content.size or int(np.prod(voxels.shape[1:]))
         if content.channels is not None:
             content.channels += len(voxels)
         del picture, voxels  # before the next file is read
     if content.channels and not constant:
         content.digest = digest.hexdigest()
-    return grid
 
 
 def _scan(voxels: np.ndarray, digest) -> tuple[int, list[tuple[float, float]]]:
@@ -199,8 +199,7 @@ def _scan(voxels: np.ndarray, digest) -> tuple[int, list[tuple[float, float]]]:
     return bad, ranges
 
 
-def _examine_label(files: CaseFiles, grid: Geometry | None, values: list[int], ignore: int | None,
-                   content: CaseContent) -> None:
+def _examine_label(files: CaseFiles, values: list[int], ignore: int | None, content: CaseContent) -> None:
     try:
         picture = read(files.label)
     except InputError as error:
@@ -210,9 +209,9 @@ def _examine_label(files: CaseFiles, grid: Geometry | None, values: list[int], i
     content.size = content.size or label.size
     if len(picture.voxels) > 1:
         problems.append(f"{files.label}: holds {len(picture.voxels)} channels; a label has one")
-    if grid is not None:
+    if content.grid is not None:
         problems += [f"{files.label}: is on another grid than {files.images[0]}: {difference}; bring it to the image's"
-                     for difference in picture.geometry.differences(grid)]
+                     for difference in picture.geometry.differences(content.grid)]
     counts = count_voxels(label, values)
     if sum(counts.values()) != label.size:
         problems += _value_problems(files.label, label, values)

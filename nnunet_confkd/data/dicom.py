@@ -1,6 +1,7 @@
 """Read DICOM: series of images by SimpleITK, segmentations (DICOM SEG) by highdicom, which is an optional extra."""
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -23,9 +24,27 @@ def is_dicom_file(file: Path) -> bool:
 
 
 def is_dicom_folder(folder: Path) -> bool:
-    """Whether the first file of a folder that is not hidden is DICOM."""
-    files = (file for file in sorted(folder.iterdir()) if not file.name.startswith(".") and file.is_file())
+    """Whether the first file of a folder that is not hidden is DICOM. A DICOMDIR only lists other files."""
+    files = (file for file in sorted(folder.iterdir())
+             if not file.name.startswith(".") and file.name != "DICOMDIR" and file.is_file())
     return is_dicom_file(next(files, folder))
+
+
+def series_folders(folder: Path) -> dict[str, Path]:
+    """Find the series of images in a folder, however deep they lie.
+
+    Returns:
+        {name: folder of a series}, empty if there are none. The name is that of the folder, if it is a series itself;
+        that of the folder in it, such as one for each patient, where this holds one series; else it has all names
+        between, joined by "_".
+    """
+    if is_dicom_folder(folder):
+        return {folder.resolve().name: folder}
+    found = [inner for inner in sorted(folder.rglob("*"))
+             if inner.is_dir() and is_dicom_folder(inner) and not is_segmentation(inner)]
+    tops = Counter(inner.relative_to(folder).parts[0] for inner in found)
+    parts = {inner: inner.relative_to(folder).parts for inner in found}
+    return {names[0] if tops[names[0]] == 1 else "_".join(names): inner for inner, names in parts.items()}
 
 
 def read_series(folder: Path) -> Picture:

@@ -202,6 +202,10 @@ def count_voxels(label: np.ndarray, values: Iterable[int]) -> dict[int, int]:
     counts, flat = np.zeros(highest - lowest + 1, np.int64), np.asarray(label).reshape(-1)
     for start in range(0, flat.size, 2 ** 20):  # a part at a time: np.bincount makes 8 bytes of every voxel
         part = flat[start:start + 2 ** 20]
+        if part.dtype == np.uint8 and lowest >= 0:
+            found = np.bincount(part, minlength=highest + 1)
+            counts += found[lowest:highest + 1]
+            continue
         inside = part[(part >= lowest) & (part <= highest)]
         whole = inside.astype(np.int64)
         counts += np.bincount(whole[whole == inside] - lowest, minlength=len(counts))

@@ -17,6 +17,7 @@ SMALL = 0.5  # of the median volume of solid masks
 FILLED = 0.2  # of its bounding box: a small object fills more than a stroke
 FOREGROUND = 0.02  # of the image: strokes cover less
 SLAB = 2 ** 20  # how many voxels are looked at at once
+SAMPLED = 2 ** 21  # how many voxels tell the centers of the classes
 FLAT = 2.0  # slices that are so many times as thick as pixels are wide have been annotated one by one
 
 
@@ -31,12 +32,14 @@ class Shape:
         inner: {axis: {class: share of its voxels that an erosion with a 3x3 square across this axis leaves}}.
         every_nth: Distance of the annotated slices, where no two of them are neighbours and they lie at equal
             distances.
+        centers: {class: mean index of its voxels along each axis}. Of large labels a part of the voxels counts.
     """
     size: int
     volumes: dict[int, int]
     filled: dict[int, float]
     inner: dict[int, dict[int, float]]
     every_nth: int | None
+    centers: dict[int, tuple[float, ...]]
 
 
 def shape_of(label: np.ndarray, spacing: Iterable[float]) -> Shape:
@@ -46,7 +49,7 @@ def shape_of(label: np.ndarray, spacing: Iterable[float]) -> Shape:
         label: Whole numbers from 0 on, of two or three dimensions; 0 is background.
         spacing: Of the array's axes, in mm.
     """
-    size, spacing = label.size, list(spacing)
+    size, dimensions, spacing = label.size, label.ndim, list(spacing)
     if not np.can_cast(label.dtype, np.int32):
         label = label.astype(np.int32)
     if label.ndim == 2:
@@ -54,7 +57,7 @@ def shape_of(label: np.ndarray, spacing: Iterable[float]) -> Shape:
     boxes = scipy.ndimage.find_objects(label)
     found = {value: box for value, box in enumerate(boxes, 1) if box is not None}
     if not found:
-        return Shape(size, {}, {}, {}, None)
+        return Shape(size, {}, {}, {}, None, {})
     whole = tuple(slice(min(box[axis].start for box in found.values()), max(box[axis].stop for box in found.values()))
                   for axis in range(3))
     flat = max(spacing) >= FLAT * min(spacing)
@@ -74,7 +77,19 @@ def shape_of(label: np.ndarray, spacing: Iterable[float]) -> Shape:
     filled = {value: volumes[value] / np.prod([side.stop - side.start for side in box]) for value, box in found.items()}
     inner = {axis: {value: counts[value] / volume for value, volume in volumes.items()}
              for axis, counts in left.items()}
-    return Shape(size, volumes, filled, inner, _every_nth(occupied))
+    return Shape(size, volumes, filled, inner, _every_nth(occupied), _centers(label, found, dimensions))
+
+
+def _centers(label: np.ndarray, boxes: Mapping[int, tuple[slice, ...]], dimensions: int) -> dict[int, tuple]:
+    step = int(np.ceil((label.size / SAMPLED) ** (1 / 3)))
+    sample = label[::step, ::step, ::step]
+    places = np.nonzero(sample)
+    values = sample[places]
+    counts = np.bincount(values, minlength=max(boxes) + 1)
+    sums = np.stack([np.bincount(values, indices, len(counts)) for indices in places])
+    centers = {value: step * sums[:, value] / counts[value] if counts[value] else
+               np.array([(side.start + side.stop - 1) / 2 for side in box]) for value, box in boxes.items()}
+    return {value: tuple(center[-dimensions:].tolist()) for value, center in centers.items()}
 
 
 def _slabs(label: np.ndarray) -> Iterator[tuple[slice, np.ndarray]]:

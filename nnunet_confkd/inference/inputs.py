@@ -7,9 +7,11 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
-from nnunet_confkd.data.images import parts, spacing_file
+from nnunet_confkd.data.dicom import is_dicom_file, read_series, series_folders
+from nnunet_confkd.data.images import ITK, parts, spacing_file, write
 from nnunet_confkd.errors import InputError
 from nnunet_confkd.files import write_json
 
@@ -19,26 +21,35 @@ def readable_images(source: Path, described: dict) -> Iterator[Path]:
     """Yield a folder whose images have the names that nnU-Net needs: CASE_0000, CASE_0001, ... for the channels.
 
     A folder with such names is yielded as it is. A single image, or images without these numbers, are linked into a
-    temporary folder. The predictions then have the names of the images.
+    temporary folder. The predictions then have the names of the images. DICOM series are written there, in the file
+    format of the model's data set; the predictions then have the names of their folders.
 
     Args:
-        source: An image or a folder of images.
+        source: An image, a folder of images, a folder of one DICOM series, or a folder of such folders.
         described: The model's dataset.json.
 
     Raises:
-        InputError: There is no such file or folder, it has no images of the model's file ending, or the names cannot
-            be understood.
+        InputError: There is no such file or folder, it has no images of the model's file ending and no DICOM series,
+            or the names or the series cannot be understood.
     """
     ending = described["file_ending"]
     channels = list(described.get("channel_names", described.get("modality", {"0": "image"})).values())
     if not source.exists():
         raise InputError(f"-i {source}: there is no such file or folder")
+    series = {} if _has_images(source, ending) else _series(source, ending, channels)
+    if series:
+        with tempfile.TemporaryDirectory(prefix="confkd_images_") as folder:
+            for case, inner in series.items():
+                picture = read_series(inner)
+                write(Path(folder) / f"{case}_0000{ending}", picture.voxels[0], picture.geometry)
+            yield Path(folder)
+        return
     inside = [source] if source.is_file() else sorted(source.iterdir())
     images = [file for file in inside if file.name.endswith(ending) and not file.is_dir()]
     files = [file for file in images if not file.name.startswith(".")]  # nnU-Net would take the others for images
     if not files:
-        raise InputError(f"-i {source}: has no image that ends with {ending}, as the model's training images do; it "
-                         + _endings(inside))
+        raise InputError(f"-i {source}: has no image that ends with {ending}, as the model's training images do, and "
+                         "no DICOM series; it " + _endings(inside))
     cases, plain = _cases_of(files, ending, len(channels))
     expected = ", ".join(f"CASE_{i:04d}{ending} ({name})" for i, name in enumerate(channels))
     if plain and (cases or len(channels) > 1):
@@ -59,6 +70,60 @@ def readable_images(source: Path, described: dict) -> Iterator[Path]:
             for number, file in enumerate(channel_files):
                 _link(file, Path(folder) / f"{case}_{number:04d}{ending}")
         yield Path(folder)
+
+
+def cases_of(images: Path, ending: str) -> dict[str, Path]:
+    """Return {case: the image of its first channel} of a folder that :func:`readable_images` has yielded."""
+    found = ((re.fullmatch(r"(.+)_0000", file.name[:-len(ending)]), file) for file in sorted(images.iterdir())
+             if file.name.endswith(ending) and not file.name.startswith("."))
+    return {match[1]: file for match, file in found if match}
+
+
+@dataclass(frozen=True)
+class Predicted:
+    """What `confkd predict` has predicted.
+
+    Attributes:
+        images: {case: the image of its first channel}.
+        segmentations: {case: its segmentation}, of those that are there.
+        output: The folder of the predictions.
+        model: The folder of the model.
+        described: Its dataset.json.
+    """
+    images: dict[str, Path]
+    segmentations: dict[str, Path]
+    output: Path
+    model: Path
+    described: dict
+
+    @classmethod
+    def of(cls, images: Path, model: Path, output: Path, described: dict) -> Predicted:
+        """Find the files of a prediction. images: a folder of images with nnU-Net's names."""
+        cases = cases_of(images, described["file_ending"])
+        files = {case: output / f"{case}{described['file_ending']}" for case in cases}
+        return cls(cases, {case: file for case, file in files.items() if file.is_file()}, output, model, described)
+
+
+def _has_images(source: Path, ending: str) -> bool:
+    files = [source] if source.is_file() else source.iterdir()
+    return any(file.name.endswith(ending) and not file.name.startswith(".") and file.is_file() for file in files)
+
+
+def _series(source: Path, ending: str, channels: list[str]) -> dict[str, Path]:
+    """Find DICOM series; {} if there are none."""
+    if source.is_file():
+        if is_dicom_file(source):
+            raise InputError(f"-i {source}: is one file of DICOM; give the folder of its series: -i {source.parent}")
+        return {}
+    series = series_folders(source)
+    if series and len(channels) > 1:
+        raise InputError(f"-i {source}: holds DICOM series, and the model needs {len(channels)} channels, "
+                         f"{', '.join(channels)}, of which a series is one. Convert them to CASE_0000{ending}, "
+                         f"CASE_0001{ending} and so on, on one grid")
+    if series and not ending.lower().endswith(ITK):
+        raise InputError(f"-i {source}: holds DICOM series, and the model's images end with {ending}, which does not "
+                         f"keep where the voxels lie; convert them to {ending} yourself")
+    return series
 
 
 def _endings(files: list[Path]) -> str:

@@ -250,13 +250,14 @@ def charts(group: str, items: list[Chart], wide: bool = False) -> str:
     return f'<div class="charts{" two" if wide else ""}">{figures}</div>'
 
 
-def class_legend(classes: list[str], seen: set[str], weak: bool) -> str:
+def class_legend(classes: list[str], seen: set[str], weak: bool, entropy: bool = True) -> str:
     """Return the legend of the pictures.
 
     Args:
         classes: All classes, which decide the styles.
         seen: Those that are in a picture. The legend names no others.
         weak: Whether the pictures show partial annotations.
+        entropy: Whether they show entropy.
     """
     items = []
     for name, (colour, dashes) in class_styles(classes).items():
@@ -269,8 +270,9 @@ def class_legend(classes: list[str], seen: set[str], weak: bool) -> str:
         items.append('<li><svg viewBox="0 0 34 16" aria-hidden="true"><path d="M3 8H31" stroke="#fff" '
                      'stroke-width="1.5"/></svg>'
                      "annotated as background; what has no outline is not annotated</li>")
-    items.append(f'<li><i style="background:{ENTROPY_SCALE}"></i>entropy, from 0 (sure) to 1 (the highest possible '
-                 "value)</li>")
+    if entropy:
+        items.append(f'<li><i style="background:{ENTROPY_SCALE}"></i>entropy, from 0 (sure) to 1 (the highest possible '
+                     "value)</li>")
     return f'<ul class="legend">{"".join(items)}</ul>'
 
 

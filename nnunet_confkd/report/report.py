@@ -6,23 +6,21 @@ each case by both branches, with the checkpoint that the report names.
 """
 from __future__ import annotations
 
-import json
-import re
 import tempfile
 from contextlib import ExitStack
 from pathlib import Path
 
 import torch
 
-from nnunet_confkd.errors import InputError, some
+from nnunet_confkd.errors import InputError
 from nnunet_confkd.files import new_folder
 from nnunet_confkd.report import page
 from nnunet_confkd.report.cases import Findings
 from nnunet_confkd.report.model import Fold, Model
+from nnunet_confkd.report.page_folder import require_replaceable, write_page
 from nnunet_confkd.report.sections import about, footer, headline, sections
 
 PAGE = "report.html"
-FILES_LINE = re.compile(r"<!-- confkd report, files: (\[.*?\]) -->")
 
 
 def report(model: str | Path, folds: list[str] | None = None, predictions: Path | None = None,
@@ -50,7 +48,7 @@ def report(model: str | Path, folds: list[str] | None = None, predictions: Path 
     """
     trained_model = Model(model, folds, checkpoint)
     output = trained_model.folder / "report" if output is None else Path(output)
-    _require_replaceable(output)
+    require_replaceable(output, PAGE, "report", "Choose another folder (--output)")
     with ExitStack() as stack:
         try:
             folder = stack.enter_context(new_folder(output, replace=True))
@@ -68,28 +66,6 @@ def report(model: str | Path, folds: list[str] | None = None, predictions: Path 
     return output / PAGE
 
 
-def _require_replaceable(output: Path) -> None:
-    """Raise InputError if the output is a file, or a folder with files that are not of an earlier report."""
-    if not output.is_dir():
-        if output.exists():
-            raise InputError(f"{output}: cannot be written (it is a file). Choose another folder (--output).")
-        return
-    own = _own_files(output)
-    foreign = sorted(entry.name for entry in output.iterdir() if entry.name not in own)
-    if foreign:
-        raise InputError(f"{output}: holds files that are not of a report ({some(foreign, 5)}). Choose another folder; "
-                         "nothing was written.")
-
-
-def _own_files(folder: Path) -> set[str]:
-    """Return the files of an earlier report, which its page lists."""
-    try:
-        found = FILES_LINE.search((folder / PAGE).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError):
-        return set()
-    return {PAGE, *json.loads(found.group(1))} if found else set()
-
-
 def _why_missing(model: Model) -> str:
     return model.missing_data or "it is not known which cases they are"
 
@@ -102,6 +78,4 @@ def write(folder: Path, model: Model, folds: list[Fold], found: Findings | None)
     title, facts = headline(model, folds, found)
     lead = page.paragraph(about(model, folds), "about") + "".join(page.paragraph(note, "notice") for note in notes)
     html = page.page(title, lead, facts, sections(folder, model, folds, found), footer())
-    files = sorted(file.name for file in folder.iterdir())
-    # the next report into this folder may replace these files, and no others
-    (folder / PAGE).write_text(f"{html}<!-- confkd report, files: {json.dumps(files)} -->\n", encoding="utf-8")
+    write_page(folder, PAGE, "report", html)

@@ -1,7 +1,6 @@
 """The sections of the report that come from predictions and curves: accuracy, cases, calibration, training curves."""
 from __future__ import annotations
 
-import re
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ from nnunet_confkd.report import page
 from nnunet_confkd.report.cases import SURE, Findings, Slice
 from nnunet_confkd.report.model import Fold, Model
 from nnunet_confkd.report.page import Fact, Html, Section, typeset
+from nnunet_confkd.report.page_folder import picture_name
 from nnunet_confkd.report.pictures import (
     Cell,
     Chart,
@@ -38,6 +38,8 @@ from nnunet_confkd.report.pictures import (
 from nnunet_confkd.report.training import training_section
 
 COVERAGES = np.linspace(0.02, 1, 99)
+TOO_FEW = "There are fewer than five patients, too few for box plots, p-values and reliability curves."
+FEWEST = 5  # of fewer patients no boxes, p-values and reliability curves are shown
 MOST_CLASSES = 20  # how many classes the charts of the accuracy show; more would make pictures as long as a wall
 
 
@@ -75,8 +77,9 @@ def headline(model: Model, folds: list[Fold], found: Findings | None) -> tuple[s
     facts = [Fact(f"{found.names[branch]}, mean Dice", _number(m["mean"]), _interval(m)) for branch, m in means.items()]
     for other in (branch for branch in found.names if branch != "student"):
         difference = paired_statistics(dice["student"], dice[other], found.patients)
+        p_value = "" if _too_few(found) else _p_value(difference["p"])
         facts.append(Fact(f"{found.names['student']} minus {found.names[other]}, paired",
-                          _number(difference["mean"], signed=True), _interval(difference) + _p_value(difference["p"])))
+                          _number(difference["mean"], signed=True), _interval(difference) + p_value))
     scores = [_number(means[branch]["mean"]) for branch in found.branches]
     if len(scores) > 1:
         scores = [f"{found.names[branch]} {score}" for branch, score in zip(found.branches, scores)]
@@ -118,6 +121,10 @@ def _p_value(p: float) -> str:
     return "; Wilcoxon " + typeset("p " + ("" if p < 0.001 else "= ") + p_value_text(p))
 
 
+def _too_few(found: Findings) -> bool:
+    return len(set(found.patients)) < FEWEST
+
+
 def _of_patients(found: Findings) -> str:
     """Say of how many patients the cases are, if some patients have several."""
     number = len(set(found.patients))
@@ -138,15 +145,18 @@ def _drawn(model: Model, found: Findings) -> list[str]:
 
 
 def _measures(folder: Path, model: Model, found: Findings) -> str:
-    drawn = _drawn(model, found)
+    drawn = [] if _too_few(found) else _drawn(model, found)
 
     def boxes(measure: str) -> dict[str, dict[str, list[float]]]:
         return {name: {branch: measures.values(name, measure).tolist()
                        for branch, measures in found.evaluations.items()} for name in drawn}
 
-    charts = [box_chart("Dice", boxes("Dice"), found.names, (0, 1)),
-              box_chart("HD95 [mm]", boxes("HD95_mm"), found.names)]
-    save_charts(charts, folder / "measures.png")
+    charts = ""
+    if not _too_few(found):
+        boxes_of = [box_chart("Dice", boxes("Dice"), found.names, (0, 1)),
+                    box_chart("HD95 [mm]", boxes("HD95_mm"), found.names)]
+        save_charts(boxes_of, folder / "measures.png")
+        charts = page.charts("measures", boxes_of, wide=True)
     caption = (f"Mean over the {len(found.cases)} cases{_of_patients(found)}. Below each mean are its "
                f"{typeset('95 %')} interval (bootstrap over the patients) and the number n of cases for which the "
                "measure is defined.")
@@ -154,15 +164,15 @@ def _measures(folder: Path, model: Model, found: Findings) -> str:
             f"HD95 and ASSD: distances between the surfaces. NSD: share of the surfaces within {TOLERANCE_MM:g} mm. "
             "Volume: predicted minus true volume. Classes absent from both masks are excluded. If a class is present "
             "in only one mask, Dice, IoU and NSD are 0 and the distances are undefined; the last column counts these "
-            "cases. The boxes show the quartiles and the median, the whiskers reach to 1.5 times the box, and "
-             "each mark is a case.")
-    if len(drawn) < len(model.classes):
+            "cases. " + (TOO_FEW if _too_few(found) else "The boxes show the quartiles and the median, the whiskers "
+                         "reach to 1.5 times the box, and each mark is a case."))
+    if not _too_few(found) and len(drawn) < len(model.classes):
         half, student = MOST_CLASSES // 2, found.names["student"]
         chosen = (f"the {half} with the lowest and the {half} with the highest mean Dice of the {student}"
                   if len(drawn) == MOST_CLASSES else "those that occur in a case")
         note = f"The charts show {len(drawn)} of the {len(model.classes)} classes: {chosen}. The table has all. {note}"
     head = ["class", *map(_measure_name, MEASURES), "no distance"]
-    return "".join((page.charts("measures", charts, wide=True), page.table(head, _mean_rows(model, found), caption),
+    return "".join((charts, page.table(head, _mean_rows(model, found), caption),
                     page.paragraph(note, "note"), _dice_of_cases(model, found)))
 
 
@@ -228,7 +238,7 @@ def _case_rows(folder: Path, model: Model, found: Findings, rows: dict[str, str]
         note = f"Slice {content.index + 1} of {content.count}"
         parts.append(page.case_row(title, note, cells))
         number = len(list(folder.glob("case_*"))) + 1
-        save_cells(f"{title}, {note.lower()}", cells, folder / _file_name(number, name))
+        save_cells(f"{title}, {note.lower()}", cells, folder / picture_name(number, name))
         seen |= classes_seen(cells)
     return [page.class_legend(list(model.classes), seen, weak), *parts]
 
@@ -253,11 +263,6 @@ def _cells(model: Model, found: Findings, name: str, content: Slice, weak: bool)
     return [*cells, Cell(f"{student}'s entropy", f"Entropy of the {student} {where}", heat=content.entropy, **options)]
 
 
-def _file_name(number: int, case: str) -> str:
-    """Return a unique name for a PNG file that is safe on every system, whatever the case is called."""
-    return f"case_{number:02d}_{re.sub(r'[^A-Za-z0-9._-]+', '_', case)[:60].strip('._')}.png"
-
-
 # ---- calibration ----------------------------------------------------------------------------------------------------
 
 def _calibration(folder: Path, found: Findings) -> str:
@@ -265,23 +270,29 @@ def _calibration(folder: Path, found: Findings) -> str:
     counts = {branch: found.calibration[branch].in_question for branch in names}
     if not counts["student"].count.any():  # the voxels in question are the same for each branch
         return page.paragraph("No foreground is predicted anywhere, and no voxel is in question.")
-    charts = _calibration_charts(names, counts)
-    save_charts(charts, folder / "calibration.png")
+    charts, note = "", _charts_in_words(names, not _too_few(found))
+    if not _too_few(found):
+        curves = _calibration_charts(names, counts)
+        save_charts(curves, folder / "calibration.png")
+        charts = page.charts("calibration", curves, wide=True)
     rows = [_calibration_row(_of_branch(title, branch, name), counts_of_branch[branch])
             for title, counts_of_branch in (("all voxels", {b: found.calibration[b].all for b in names}),
                                             ("in question", counts)) for branch, name in names.items()]
-    note = (f"On the diagonal a network is calibrated: of the voxels with a confidence of {typeset('80 %')}, "
-            f"{typeset('80 %')} are correct. Below it, the network is overconfident. The charts count the voxels in "
-            f"question: {'a branch' if len(names) > 1 else 'the network'} predicts them as foreground, or with a "
-            f"confidence below {_percent(SURE, 0)}. All other voxels are background that hardly any network gets "
-            "wrong, so with them every network looks calibrated.")
     number = "number, over the regions" if found.model.label_manager.has_regions else "number"
     head = ["voxels", number, "ECE", "mean confidence", "correct", "overconfidence", "AURC", "E-AURC"]
     caption = ("ECE: expected calibration error, 15 bins. AURC: area under the risk-coverage curve. E-AURC: AURC minus "
                "the smallest one that the same number of errors allows.")
     return "".join((*map(page.paragraph, _calibration_in_words(found, names, counts)),
-                    page.charts("calibration", charts, wide=True), page.paragraph(note, "note"),
-                    page.table(head, rows, caption)))
+                    charts, page.paragraph(note, "note"), page.table(head, rows, caption)))
+
+
+def _charts_in_words(names: dict[str, str], drawn: bool) -> str:
+    charts = (f"On the diagonal a network is calibrated: of the voxels with a confidence of {typeset('80 %')}, "
+              f"{typeset('80 %')} are correct. Below it, the network is overconfident. The charts count the voxels in "
+              "question." if drawn else TOO_FEW)
+    return (f"{charts} Voxels are in question if {'a branch' if len(names) > 1 else 'the network'} predicts them as "
+            f"foreground, or with a confidence below {_percent(SURE, 0)}. All other voxels are background that hardly "
+            "any network gets wrong, so with them every network looks calibrated.")
 
 
 def _calibration_row(title: Html, counts: Counts) -> list:

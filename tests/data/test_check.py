@@ -671,16 +671,10 @@ def test_a_class_that_no_full_case_has_is_a_warning_with_and_without_a_split(dat
     for case, kind in KINDS.items():
         if kind == "full":
             data.relabel(case, np.where(data.labels[case] == 2, 1, data.labels[case]))
-    check([], [r"^class tumour: annotated in no fully annotated training case; the teacher cannot learn it"])
+    message = r"^class tumour: annotated in no fully annotated training case, but in 2 partial cases .*; the teacher"
+    check([], [message])
     data.split_file.unlink()
-    check(
-        [],
-        [
-            NO_SPLIT,
-            SINGLE,
-            r"^class tumour: annotated in no fully annotated training case; the teacher cannot learn it",
-        ],
-    )
+    check([], [NO_SPLIT, SINGLE, message])
 
 
 @pytest.mark.parametrize("value, name, message", [
@@ -689,7 +683,7 @@ def test_a_class_that_no_full_case_has_is_a_warning_with_and_without_a_split(dat
 def test_a_class_that_no_partial_case_has_is_a_warning(data, check, value, name, message):
     for case in ("p3_a", "p3_b"):
         data.relabel(case, np.where(data.labels[case] == value, 3, data.labels[case]))
-    check([], [rf"^class {name}: annotated nowhere among the partial cases; {message}$"])
+    check([], [rf"^class {name}: annotated nowhere among the partial cases; {message}\. If they show it, "])
 
 
 def test_full_cases_without_background_are_no_reason_to_warn(data, check):
@@ -710,7 +704,7 @@ def test_identical_images_are_a_warning_however_they_are_stored(data, check):
         array = sitk.GetArrayFromImage(sitk.ReadImage(str(data.image("p1_a", channel))))
         write(data.image("p3_a", channel), array.astype(np.int16))
     assert data.image("p3_a").read_bytes() != data.image("p1_a").read_bytes()
-    check([], [r"^the images of p1_a, p3_a are identical; is one a copy by mistake"])
+    check([], [r"^the images of p1_a, p3_a are identical, though of several patients .*Is one a copy by mistake"])
 
 
 def test_images_that_share_one_channel_are_not_identical(data, check):
@@ -728,9 +722,9 @@ def test_empty_images_are_not_called_identical(data, check):
 def test_identical_images_to_train_and_to_validate_are_an_error(data, check):
     for channel in range(2):
         shutil.copyfile(data.image("p1_a", channel), data.image("p2_b", channel))
-    check([r"the images of p1_a, p2_b are identical, and fold 0 trains and validates on them"])
+    check([r"the images of p1_a, p2_b are identical .*, and fold 0 trains and validates on them"])
     data.split_file.unlink()
-    check([], [NO_SPLIT, SINGLE, r"p1_a, p2_b are identical; is one a copy"])
+    check([], [NO_SPLIT, SINGLE, r"p1_a, p2_b are identical, though .* Is one a copy"])
 
 
 # ---- the split ------------------------------------------------------------------------------------------------------

@@ -6,54 +6,19 @@ from pathlib import Path
 
 import highdicom
 import numpy as np
-import pydicom
 import pytest
 import SimpleITK as sitk
+from dicom_files import ORIGIN, SHAPE, SIDE, SPACING, VOXELS, write_series
 from image_files import read_voxels
 from pydicom.sr.codedict import codes
-from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, generate_uid
+from pydicom.uid import generate_uid
 
-from nnunet_confkd.data.dicom import is_dicom_folder, read_segments, read_series
+from nnunet_confkd.data.dicom import is_dicom_folder, read_segments, read_series, series_folders
 from nnunet_confkd.data.mix import mix
 from nnunet_confkd.errors import InputError
 
-SHAPE, SPACING, ORIGIN = (6, 8, 10), (0.5, 1.5, 3.0), (-20.0, 7.0, 100.0)  # (z, y, x), and x, y, z
-SIDE = (0, 0, 1, 1, 0, 0, 0, 1, 0)  # sagittal: rows of cosines, whose columns are the axes of the voxels
-VOXELS = np.random.default_rng(0).integers(-1000, 1000, SHAPE).astype(np.int16)
 LIVER, TUMOUR = np.zeros((2, *SHAPE), bool)
 LIVER[1:5, 1:7, 1:6], TUMOUR[2:4, 1:7, 6:9] = True, True
-
-
-def _series(folder: Path, voxels=VOXELS, left_out=(), series=None) -> list[pydicom.Dataset]:
-    """Write a CT series, slice by slice."""
-    folder.mkdir(parents=True, exist_ok=True)
-    axes = np.reshape(SIDE, (3, 3))
-    series, frame, study, slices = series or generate_uid(), generate_uid(), generate_uid(), []
-    for number in range(len(voxels)):
-        dataset = pydicom.Dataset()
-        dataset.file_meta = pydicom.dataset.FileMetaDataset()
-        dataset.file_meta.TransferSyntaxUID, dataset.file_meta.MediaStorageSOPClassUID = (ExplicitVRLittleEndian,
-                                                                                         CTImageStorage)
-        dataset.file_meta.MediaStorageSOPInstanceUID = dataset.SOPInstanceUID = generate_uid()
-        dataset.SOPClassUID, dataset.Modality, dataset.SeriesDescription = CTImageStorage, "CT", "portal venous"
-        dataset.StudyInstanceUID, dataset.SeriesInstanceUID, dataset.FrameOfReferenceUID = study, series, frame
-        dataset.PatientID = dataset.PatientName = dataset.StudyID = dataset.AccessionNumber = "p^"
-        dataset.PatientBirthDate = dataset.PatientSex = dataset.StudyDate = dataset.StudyTime = ""
-        dataset.ReferringPhysicianName = dataset.Manufacturer = dataset.PositionReferenceIndicator = ""
-        dataset.SeriesNumber, dataset.InstanceNumber = 1, number + 1
-        dataset.ImagePositionPatient = list(np.add(ORIGIN, axes @ [0, 0, number * SPACING[2]]))
-        dataset.ImageOrientationPatient = [*axes[:, 0].tolist(), *axes[:, 1].tolist()]
-        dataset.PixelSpacing, dataset.SliceThickness = [SPACING[1], SPACING[0]], SPACING[2]
-        dataset.Rows, dataset.Columns = voxels.shape[1:]
-        dataset.SamplesPerPixel, dataset.PhotometricInterpretation = 1, "MONOCHROME2"
-        dataset.BitsAllocated = dataset.BitsStored = 16
-        dataset.HighBit, dataset.PixelRepresentation = 15, 0
-        dataset.RescaleSlope, dataset.RescaleIntercept = 1, -1024
-        dataset.PixelData = (voxels[number].astype(np.int32) + 1024).astype(np.uint16).tobytes()
-        if number not in left_out:
-            dataset.save_as(folder / f"{number * 7 % 10}.dcm", enforce_file_format=True)  # the names have no order
-        slices.append(dataset)
-    return slices
 
 
 def _seg(file: Path, slices, segments: dict[str, np.ndarray], kind="BINARY") -> Path:
@@ -74,7 +39,7 @@ def _seg(file: Path, slices, segments: dict[str, np.ndarray], kind="BINARY") -> 
 # ---- series ----------------------------------------------------------------------------------------------------------
 
 def test_a_series_is_read_in_its_order_and_place(tmp_path):
-    _series(tmp_path / "p")
+    write_series(tmp_path / "p")
     picture = read_series(tmp_path / "p")
     assert np.array_equal(picture.voxels[0], VOXELS) and is_dicom_folder(tmp_path / "p")
     assert np.allclose(picture.geometry.spacing, SPACING) and np.allclose(picture.geometry.origin, ORIGIN)
@@ -82,23 +47,35 @@ def test_a_series_is_read_in_its_order_and_place(tmp_path):
 
 
 def test_a_missing_slice_is_noticed(tmp_path):
-    _series(tmp_path / "p", left_out=(2,))
+    write_series(tmp_path / "p", left_out=(2,))
     with pytest.raises(InputError, match="p: its slices are 3 to 6 mm apart; are some missing"):
         read_series(tmp_path / "p")
 
 
 def test_two_series_in_a_folder_are_named(tmp_path):
-    _series(tmp_path / "p")
+    write_series(tmp_path / "p")
     for file in (tmp_path / "p").iterdir():
         file.rename(file.with_name(f"first{file.name}"))
-    _series(tmp_path / "p", VOXELS[:4])
+    write_series(tmp_path / "p", VOXELS[:4])
     with pytest.raises(InputError, match=r"p: holds several DICOM series: portal venous \(\d files\)"):
         read_series(tmp_path / "p")
 
 
 def test_a_segmentation_beside_a_series_is_no_second_series(tmp_path):
-    _seg(tmp_path / "p" / "seg.dcm", _series(tmp_path / "p"), {"liver": LIVER})
+    _seg(tmp_path / "p" / "seg.dcm", write_series(tmp_path / "p"), {"liver": LIVER})
     assert np.array_equal(read_series(tmp_path / "p").voxels[0], VOXELS)
+
+
+def test_series_are_found_however_deep_they_lie(tmp_path):
+    for folder in ("p1", "p2/study/ct", "p3/a", "p3/b"):
+        write_series(tmp_path / "all" / folder, VOXELS[:2])
+    (tmp_path / "all" / "DICOMDIR").write_bytes(bytes(128) + b"DICM")
+    _seg(tmp_path / "all" / "p4" / "seg.dcm", write_series(tmp_path / "x"), {"liver": LIVER})
+    (tmp_path / "all" / "p5").mkdir()
+    found = {name: folder.relative_to(tmp_path / "all").as_posix()
+             for name, folder in series_folders(tmp_path / "all").items()}
+    assert found == {"p1": "p1", "p2": "p2/study/ct", "p3_a": "p3/a", "p3_b": "p3/b"}
+    assert series_folders(tmp_path / "all" / "p1") == {"p1": tmp_path / "all" / "p1"}
 
 
 def test_a_folder_of_other_files_is_no_series(tmp_path):
@@ -111,7 +88,7 @@ def test_a_folder_of_other_files_is_no_series(tmp_path):
 # ---- segmentations ---------------------------------------------------------------------------------------------------
 
 def test_segments_are_read_by_name_where_they_lie(tmp_path):
-    file = _seg(tmp_path / "seg.dcm", _series(tmp_path / "p"), {"liver": LIVER, "tumour": TUMOUR})
+    file = _seg(tmp_path / "seg.dcm", write_series(tmp_path / "p"), {"liver": LIVER, "tumour": TUMOUR})
     masks, geometry = read_segments(file)
     first = round(np.linalg.norm(np.subtract(geometry.origin, ORIGIN)) / SPACING[2])
     for name, mask in (("liver", LIVER), ("tumour", TUMOUR)):
@@ -120,13 +97,13 @@ def test_segments_are_read_by_name_where_they_lie(tmp_path):
 
 
 def test_a_fractional_segmentation_is_refused(tmp_path):
-    file = _seg(tmp_path / "seg.dcm", _series(tmp_path / "p"), {"liver": LIVER}, "FRACTIONAL")
+    file = _seg(tmp_path / "seg.dcm", write_series(tmp_path / "p"), {"liver": LIVER}, "FRACTIONAL")
     with pytest.raises(InputError, match="fractional"):
         read_segments(file)
 
 
 def test_an_image_is_no_segmentation(tmp_path):
-    _series(tmp_path / "p")
+    write_series(tmp_path / "p")
     with pytest.raises(InputError, match="is DICOM of the kind CT; a label is a DICOM SEG"):
         read_segments(tmp_path / "p" / "0.dcm")
 
@@ -148,7 +125,7 @@ def test_without_highdicom_the_extra_is_named(tmp_path, monkeypatch):
 def test_series_and_segmentations_become_a_data_set(tmp_path, nnunet_folders, require_integrity, place):
     both = {"liver": LIVER, "tumour": TUMOUR}
     for case, segments in (("a", both), ("b", dict(reversed(both.items()))), ("c", None)):
-        slices = _series(tmp_path / "images" / case)
+        slices = write_series(tmp_path / "images" / case)
         if segments:
             _seg(tmp_path / place.format(case), slices, segments)
     target = mix(None, 7, images=[tmp_path / "images"], full_labels=[tmp_path / "segs"], processes=1,

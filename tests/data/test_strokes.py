@@ -226,3 +226,15 @@ def test_a_shape_needs_less_memory_than_a_mask(monkeypatch):
     finally:
         tracemalloc.stop()
     assert peak < label.nbytes
+
+
+def test_the_centers_of_large_labels_come_from_a_part_of_the_voxels(monkeypatch):
+    label = organs(0)
+    label[0, 1, 1] = 3  # in no part but the whole
+    exact = shape_of(label, SPACING).centers
+    assert exact[1] == pytest.approx(tuple(np.argwhere(label == 1).mean(0))) and exact[3] == (0, 1, 1)
+    monkeypatch.setattr(strokes_module, "SAMPLED", label.size // 8)
+    coarse = shape_of(label, SPACING).centers
+    assert coarse != exact and coarse[3] == exact[3]
+    assert all(np.abs(np.subtract(coarse[value], exact[value])).max() < 1 for value in exact)
+    assert shape_of(label[4], SPACING[1:]).centers[1] == pytest.approx(tuple(np.argwhere(label[4] == 1).mean(0)))

@@ -1,10 +1,13 @@
 """Images under the names that nnU-Net needs."""
 from __future__ import annotations
 
+import numpy as np
 import pytest
+import SimpleITK as sitk
+from dicom_files import VOXELS, write_series
 
 from nnunet_confkd.errors import InputError
-from nnunet_confkd.inference.inputs import readable_images
+from nnunet_confkd.inference.inputs import cases_of, readable_images
 
 ONE_CHANNEL = {"channel_names": {"0": "MRI"}, "file_ending": ".nii.gz"}
 TWO_CHANNELS = {"channel_names": {"0": "T1", "1": "T2"}, "file_ending": ".nii.gz"}
@@ -57,3 +60,47 @@ def test_where_links_are_not_permitted_images_are_copied_with_what_belongs_to_th
     (tmp_path / "b.raw").write_bytes(b"x")
     with readable_images(tmp_path / "b.nrrd", ONE_CHANNEL | {"file_ending": ".nrrd"}) as images:
         assert sorted(file.name for file in images.iterdir()) == ["b.raw", "b_0000.nrrd"]
+
+
+# ---- DICOM ----------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("ending", [".nii.gz", ".nrrd"])
+def test_series_become_images_of_the_model_s_format_on_their_grid(tmp_path, ending):
+    for case in ("p1", "p2"):
+        write_series(tmp_path / "in" / case)
+    series = sitk.ImageSeriesReader()
+    series.SetFileNames(series.GetGDCMSeriesFileNames(str(tmp_path / "in" / "p1")))
+    grid = series.Execute()
+    for source, names in ((tmp_path / "in", ["p1", "p2"]), (tmp_path / "in" / "p2", ["p2"])):
+        with readable_images(source, ONE_CHANNEL | {"file_ending": ending}) as images:
+            assert sorted(file.name for file in images.iterdir()) == [f"{name}_0000{ending}" for name in names]
+            for file in cases_of(images, ending).values():
+                image = sitk.ReadImage(str(file))
+                assert np.array_equal(sitk.GetArrayFromImage(image), VOXELS)
+                for method in ("GetOrigin", "GetSpacing", "GetDirection"):
+                    assert np.allclose(getattr(image, method)(), getattr(grid, method)(), atol=1e-5)
+        assert not images.exists()
+
+
+def test_images_beside_dicom_are_the_images(tmp_path):
+    write_series(tmp_path / "in" / "p1", VOXELS[:2])
+    (tmp_path / "in" / "a.nii.gz").touch()
+    with readable_images(tmp_path / "in", ONE_CHANNEL) as images:
+        assert list(cases_of(images, ".nii.gz")) == ["a"]
+
+
+@pytest.mark.parametrize("source, described, expected", [
+    ("in", TWO_CHANNELS, r"holds DICOM series, and the model needs 2 channels, T1, T2, of which a series is one"),
+    ("in", ONE_CHANNEL | {"file_ending": ".png"}, r"holds DICOM series, and the model's images end with \.png"),
+    ("in/p1/0.dcm", ONE_CHANNEL, r"0\.dcm: is one file of DICOM; give the folder of its series: -i .*in/p1$")])
+def test_series_that_do_not_fit_the_model_are_one_sentence(tmp_path, source, described, expected):
+    write_series(tmp_path / "in" / "p1", VOXELS[:2])
+    with pytest.raises(InputError, match=expected), readable_images(tmp_path / source, described):
+        pass
+
+
+def test_a_series_that_lacks_slices_is_named(tmp_path):
+    write_series(tmp_path / "in" / "p1", left_out=(2,))
+    with pytest.raises(InputError, match="p1: its slices are 3 to 6 mm apart"), readable_images(
+            tmp_path / "in", ONE_CHANNEL):
+        pass

@@ -17,6 +17,7 @@ from nnunet_confkd import cli
 from nnunet_confkd.errors import InputError
 from nnunet_confkd.evaluation.metrics import MEASURES, measure_case, statistics
 from nnunet_confkd.inference.export import export
+from nnunet_confkd.report import sections
 from nnunet_confkd.report.report import PAGE, report
 from nnunet_confkd.training.settings import Settings
 
@@ -27,9 +28,11 @@ BRANCHES = ("student", "teacher")
 
 @pytest.fixture(scope="module")
 def written(small, tmp_path_factory) -> Path:
-    """The small model's report, by the command: the page."""
+    """The small model's report, by the command: the page. It has all parts, also those of five cases and more."""
     output = tmp_path_factory.mktemp("page") / "out"
-    assert cli.main(["report", "--model", str(small), "--output", str(output), "-device", "cpu"]) == 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sections, "FEWEST", 1)
+        assert cli.main(["report", "--model", str(small), "--output", str(output), "-device", "cpu"]) == 0
     return output / PAGE
 
 
@@ -213,6 +216,7 @@ def test_what_is_counted_is_what_nnunet_exports(predicted, originals):
 def test_hostile_names_of_cases_classes_and_folders_are_escaped(
         small, hippocampus, nnunet, truths, read_page, restrict, edit_json, tmp_path, monkeypatch):
     """The pictures are drawn for real: the names are in them, too."""
+    monkeypatch.setattr(sections, "FEWEST", 1)
     source, base = nnunet.preprocessed(HIPPOCAMPUS), tmp_path / "preprocessed" / HIPPOCAMPUS
     for folder in (PLANS_2D, "gt_segmentations"):
         (base / folder).mkdir(parents=True)
@@ -316,6 +320,16 @@ def test_intervals_are_by_patient_and_training_cases_are_called_that(
     assert "fold_0: 1 of its 2 validation cases are training cases as well" in page.text
     assert "Fold 0 was continued with other settings after epoch 1" in page.by_section["training"]
     assert f"weight_kl 0.125 (then {record['settings']['weight_kl']})" in page.by_section["training"]
+
+
+def test_what_two_cases_cannot_show_is_left_out(small, read_page, quick, tmp_path):
+    page = read_page(report(small, output=tmp_path / "out"))
+    assert "Wilcoxon" not in page.text and "On the diagonal" not in page.text
+    for section in ("measures", "calibration"):
+        assert "fewer than five patients, too few for box plots, p-values" in page.by_section[section]
+        assert not (tmp_path / "out" / f"{section}.png").exists() and page.rows[section]
+    assert not any(image.get("id", "").startswith(("measures", "calibration")) for image in page.all("svg"))
+    assert "Voxels are in question if a branch predicts" in page.by_section["calibration"]
 
 
 def test_figures_of_training_cases_alone_are_in_the_headline(

@@ -11,13 +11,14 @@ from nnunet_confkd.report import page, pictures, sections
 from nnunet_confkd.report.pictures import Cell
 
 
-def measures_of(dice: dict[str, float]):
-    """A model with these classes, and what was found in one case."""
+def measures_of(dice: dict[str, float], patients=5):
+    """A model with these classes, and what was found in a case of each patient."""
     model = SimpleNamespace(classes={name: (i,) for i, name in enumerate(dice, 1)})
     case = {name: dict.fromkeys(MEASURES, np.nan) | {"Dice": value, "HD95_mm": 1.0} for name, value in dice.items()}
-    evaluation = CaseMeasures(classes=model.classes, cases={"case": case})
-    found = SimpleNamespace(evaluations={"student": evaluation}, names={"student": "network"}, cases=["case"],
-                            patients=["case"])
+    cases = {f"case{k}": case for k in range(patients)}
+    evaluation = CaseMeasures(classes=model.classes, cases=cases)
+    found = SimpleNamespace(evaluations={"student": evaluation}, names={"student": "network"}, cases=list(cases),
+                            patients=list(cases))
     return model, found
 
 
@@ -37,6 +38,13 @@ def test_the_charts_show_some_of_many_classes_and_the_page_says_which(quick, mon
         assert chart.height < 15  # inches
         assert [name for name in dice if f" {name}," in chart.alt] == sorted(expected, key=list(dice).index)
     assert all(f">{name}<" in html for name in dice)  # the table has all classes
+
+
+@pytest.mark.parametrize("patients, drawn", [(4, False), (5, True)])
+def test_boxes_of_fewer_than_five_patients_are_left_out_and_the_table_stays(quick, tmp_path, patients, drawn):
+    html = sections._measures(tmp_path, *measures_of({"organ": 0.5, "other": 0.7}, patients))
+    assert (tmp_path / "measures.png").exists() == ("<svg id=" in html) == ("The boxes show" in html) == drawn
+    assert ("fewer than five patients" in html) != drawn and ">organ<" in html and "The charts show" not in html
 
 
 def test_few_classes_are_all_drawn(quick, monkeypatch, tmp_path):

@@ -1,0 +1,192 @@
+"""nnU-Net's post-processing of a trained model: find it, say what it does, and apply it to predictions.
+
+nnU-Net writes it twice, as postprocessing.pkl and as postprocessing.json. The latter is read here, because a pickle can
+execute anything.
+"""
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from nnunetv2.postprocessing.remove_connected_components import (
+    load_postprocess_save,
+    remove_all_but_largest_component_from_segmentation,
+)
+from nnunetv2.utilities.file_path_utilities import folds_tuple_to_string
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+
+from nnunet_confkd.data.json_files import read_json, read_plans
+from nnunet_confkd.errors import InputError, shown
+from nnunet_confkd.files import written_whole
+from nnunet_confkd.inference.inputs import Predicted
+from nnunet_confkd.processes import PROCESSES, parallel
+
+FILE, FOLDER = "postprocessing.json", "postprocessed"
+FUNCTION = remove_all_but_largest_component_from_segmentation
+
+HOW_TO = (
+    "nnUNetv2_find_best_configuration determines one on the validation cases of all folds; of one fold: "
+    "nnUNetv2_determine_postprocessing -i {model}/fold_0/validation -ref nnUNet_raw/DATASET/labelsTr -plans_json "
+    "{model}/plans.json -dataset_json {model}/dataset.json --remove_postprocessed")
+
+
+@dataclass(frozen=True)
+class PostProcessing:
+    """What nnU-Net has determined.
+
+    Attributes:
+        file: Its postprocessing.json.
+        steps: For each step the labels whose union is reduced to its largest component.
+        dice: The mean Dice of the validation cases without and with it; None if the file does not tell.
+    """
+    file: Path
+    steps: tuple[tuple[int, ...], ...]
+    dice: tuple[float, float] | None
+
+    def text(self, labels: dict) -> str:
+        """Say what it does. labels: as in dataset.json."""
+        if not self.steps:
+            return "post-processing does not help on the validation cases, so none is applied"
+        names = {(value,) if isinstance(value, int) else tuple(value): name for name, value in labels.items()}
+        whole = tuple(sorted({label for values in names for label in values} - {0, labels.get("ignore")}))
+        parts = [f"of {names.get(step) or ('the whole foreground' if step == whole else f'the labels {step}')}"
+                 for step in self.steps]
+        gain = f" (mean Dice of the validation cases {self.dice[0]:.3f}, and {self.dice[1]:.3f} with it)" \
+            if self.dice else ""
+        return f"post-processing keeps the largest component {', '.join(parts)} alone{gain}"
+
+
+def find(model: Path, folds: Iterable[int | str]) -> PostProcessing | None:
+    """Find what nnUNetv2_find_best_configuration or nnUNetv2_determine_postprocessing has written for a model.
+
+    Args:
+        model: TRAINER__PLANS__CONFIGURATION.
+        folds: The folds that predict. The post-processing of these folds is preferred.
+
+    Returns:
+        The post-processing, or None if there is none. See :func:`read` for the errors.
+    """
+    folds = [int(fold) if str(fold).isdigit() else str(fold) for fold in folds]
+    places = [model / f"crossval_results_folds_{folds_tuple_to_string(tuple(folds))}", model]
+    if len(folds) == 1:
+        places.append(model / f"fold_{folds[0]}" / "validation")
+    places += sorted(model.glob("crossval_results_folds_*"))
+    for place in places:
+        if (place / FILE).is_file() or (place / "postprocessing.pkl").is_file():
+            return read(place)
+    return None
+
+
+def read(folder: Path) -> PostProcessing:
+    """Read the post-processing in a folder.
+
+    Raises:
+        InputError: There is no such file, or it holds another function than nnU-Net's.
+    """
+    file = folder / FILE
+    if not file.is_file():
+        raise InputError(f"{file}: is not there; nnU-Net writes it beside postprocessing.pkl, which is not opened, "
+                         f"because it can execute anything. Copy it, too, or determine the post-processing anew")
+    content = read_json(file)
+    functions, options = content.get("postprocessing_fns"), content.get("postprocessing_kwargs")
+    try:
+        steps = tuple(_labels(**one) for one in options)
+        right = len(steps) == len(functions) and all(name == FUNCTION.__name__ for name in functions)
+    except (TypeError, ValueError):
+        right = False
+    if not right:
+        raise InputError(f"{file}: must hold calls of {FUNCTION.__name__} with labels, as nnU-Net writes it; got "
+                         f"{shown(functions)} with {shown(options)}")
+    try:
+        before, after = (float(content[key]["foreground_mean"]["Dice"]) for key in ("input_folder", "postprocessed"))
+    except (KeyError, TypeError, ValueError):
+        return PostProcessing(file, steps, None)
+    return PostProcessing(file, steps, (before, after))
+
+
+def _labels(labels_or_regions) -> tuple[int, ...]:
+    """Return the labels of a step. The list of all labels, a label, and the labels of a region mean the same here."""
+    labels = labels_or_regions if isinstance(labels_or_regions, list) else [labels_or_regions]
+    if not all(isinstance(label, int) for label in labels):
+        raise ValueError(labels)
+    return tuple(labels)
+
+
+def apply(found: PostProcessing, model: Path, output: Path, files: Iterable[Path]) -> Path:
+    """Write post-processed segmentations. The raw ones stay.
+
+    Args:
+        found: The post-processing.
+        model: The model, whose plans name the reader and writer.
+        output: The folder of the predictions.
+        files: The segmentations in it.
+
+    Returns:
+        The folder `postprocessed` in `output`.
+    """
+    target = output / FOLDER
+    target.mkdir(exist_ok=True)
+    reader = PlansManager(read_plans(model / "plans.json")).image_reader_writer_class
+    parallel(_apply_to_file, [(file, target / file.name, reader, found.steps) for file in files], PROCESSES,
+             "post-processing")
+    return target
+
+
+def _apply_to_file(file: Path, target: Path, reader: type, steps: tuple[tuple[int, ...], ...]) -> None:
+    with written_whole(target) as aside:
+        load_postprocess_save(str(file), str(aside), reader(), [FUNCTION] * len(steps),
+                              [{"labels_or_regions": list(step)} for step in steps])
+
+
+def required(model: Path, folds: Iterable[int | str], asked: str | None) -> PostProcessing | None:
+    """Find the post-processing of a model, before it predicts.
+
+    Args:
+        model: Its folder.
+        folds: Those that predict.
+        asked: The value of --postprocessing: a folder, "" for that of the model, or None if it is not to be applied.
+
+    Returns:
+        The post-processing, or None if there is none.
+
+    Raises:
+        InputError: One is asked for, and there is none, or it cannot be read.
+    """
+    if asked:
+        return read(Path(asked))
+    try:
+        found = find(model, folds)
+    except InputError:
+        if asked is None:
+            return None
+        raise
+    if found is None and asked is not None:
+        raise InputError(f"--postprocessing: there is none for {model}. {HOW_TO.format(model=model)}")
+    return found
+
+
+def applied(found: PostProcessing | None, predicted: Predicted, asked: bool) -> Predicted:
+    """Apply the post-processing if it is asked for, else mention it.
+
+    Args:
+        found: The post-processing of the model; None if there is none.
+        predicted: The raw predictions.
+        asked: Whether to apply it.
+
+    Returns:
+        The predictions, with the post-processed segmentations where there are any.
+    """
+    if found is None:
+        print("these predictions are raw, and the model has no post-processing, which often removes false positives. "
+              f"{HOW_TO.format(model=predicted.model)}. Then add --postprocessing here")
+        return predicted
+    text = f"{found.text(predicted.described['labels'])} ({found.file})"
+    if not asked:
+        print(f"these predictions are raw. {text[0].upper()}{text[1:]}"
+              + (": add --postprocessing to apply it" if found.steps else ""))
+        return predicted
+    folder = apply(found, predicted.model, predicted.output, predicted.segmentations.values())
+    print(f"post-processed predictions: {folder}; {text}")
+    return replace(predicted, segmentations={case: folder / file.name for case, file in
+                                             predicted.segmentations.items()})
