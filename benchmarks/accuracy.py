@@ -45,7 +45,8 @@ class Row:
     """One row of a table.
 
     Attributes:
-        labels: "all" (all training cases, fully annotated), "full" (only the first M patients) or "mixed".
+        labels: "all" (all training cases, fully annotated), "full" (only the first M patients) or "mixed". Others are
+            those of annotated_classes.py.
         steps: Share of the table's iterations.
         time_of: Train for as long as this row takes, not for as many iterations.
     """
@@ -184,8 +185,6 @@ def prepare(table: Table, data: Path, scribbles: Path | None, work: Path) -> Non
     In the data set with all labels, fold 0 trains on all patients and each further fold on the first M of them. The
     data sets are kept in `work` and used again.
     """
-    from nnunet_confkd.dataset_conversion import acdc, msd
-
     from nnunet_confkd.data.folders import preprocessed_folder
     from nnunet_confkd.data.images import Volume
     from nnunet_confkd.data.raw_format import raw_dataset, with_ignore, write_dataset
@@ -204,13 +203,7 @@ def prepare(table: Table, data: Path, scribbles: Path | None, work: Path) -> Non
                 f"another --work"
             )
         return
-    if table.data == "acdc":
-        source = acdc.convert(data, FULL_ID, link=True)
-    else:
-        source = msd.convert(data, FULL_ID, labels=["background", "anterior", "posterior"], channels=["MRI"],
-                             name="Hippocampus", link=True)
-    cases = {case.name: case for case in raw_dataset(source, "source").training}
-    roles = choose_roles(cases, table.patients, acdc.TWINS if table.data == "acdc" else (), table.draw)
+    source, cases, roles = converted(table, data)
     held_back = roles["test"] + roles["validation"]
 
     def first(count: int) -> list[str]:
@@ -242,6 +235,21 @@ def prepare(table: Table, data: Path, scribbles: Path | None, work: Path) -> Non
     planned(table, [FULL_ID, *(FULL_ID + count for count in table.full)])
     (work / "roles.json").write_text(json.dumps(roles))
     done.write_text(json.dumps(asked))
+
+
+def converted(table: Table, data: Path) -> tuple[Path, dict, dict[str, list[str]]]:
+    """Write the data set with all labels. Return its raw folder, {case: case} of it, and the cases of each role."""
+    from nnunet_confkd.dataset_conversion import acdc, msd
+
+    from nnunet_confkd.data.raw_format import raw_dataset
+
+    if table.data == "acdc":
+        source = acdc.convert(data, FULL_ID, link=True)
+    else:
+        source = msd.convert(data, FULL_ID, labels=["background", "anterior", "posterior"], channels=["MRI"],
+                             name="Hippocampus", link=True)
+    cases = {case.name: case for case in raw_dataset(source, "source").training}
+    return source, cases, choose_roles(cases, table.patients, acdc.TWINS if table.data == "acdc" else (), table.draw)
 
 
 def planned(table: Table, ids: list[int]) -> None:
@@ -363,7 +371,7 @@ def run_in_bfloat16(network) -> None:
     network.forward = forward
 
 
-def run(spec: dict, work: Path, output: Path, teacher: bool = True) -> str:
+def run(spec: dict, work: Path, output: Path, teacher: bool = True, dataset_id: int | None = None) -> str:
     """Train, predict the validation or test cases, and write the run's JSON file; a training that was cut off goes on
     from its last checkpoint. Returns a line to print.
 
@@ -372,6 +380,7 @@ def run(spec: dict, work: Path, output: Path, teacher: bool = True) -> str:
         work: The folder of the data and trainings.
         output: The folder of the JSON file.
         teacher: Whether the teacher is measured, too, which takes as long as the student.
+        dataset_id: Of another data set than the row's.
     """
     from importlib.metadata import version
 
@@ -383,7 +392,7 @@ def run(spec: dict, work: Path, output: Path, teacher: bool = True) -> str:
     if spec["device"] == "cpu":
         torch.set_num_threads(1)
     start = time.time()
-    trainer = build_trainer(table, spec)
+    trainer = build_trainer(table, spec, dataset_id)
     latest, made_with = (Path(trainer.output_folder) / name for name in ("checkpoint_latest.pth", "spec.json"))
     resumed = latest.is_file() and made_with.is_file() and json.loads(made_with.read_text()) == spec
     made_with.write_text(json.dumps(spec))
@@ -603,7 +612,8 @@ def differences(before: dict, now: dict) -> list[str]:
             unused += ("extra_resolutions",)
         if not settings.get("weight_teacher"):
             unused += ("teacher_width",)
-        unused += ("class_share",)  # no table hides classes
+        if spec["row"]["labels"] != "listed":
+            unused += ("class_share",)  # no other row hides classes
         if settings.get("cutmix", 0) is None:
             settings["cutmix"] = 0.5 if spec["table"]["style"] == "none" and spec["row"]["labels"] == "mixed" else 0.0
         row = {key: value for key, value in spec["row"].items() if key not in ("title", "settings", "steps")}

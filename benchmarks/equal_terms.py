@@ -14,6 +14,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -123,18 +124,25 @@ def prepare_data(setting: str, draw: int, data: Path, work: Path) -> None:
     prepare(table, data / table.data, data / "acdc_scribbles" if table.style == "scribbles" else None, work)
 
 
-def measure_all(args) -> None:
-    """Prepare the data and run what is missing, each step in a process of its own with its nnU-Net folders."""
+def measure_all(args, script: str | None = None, specs: Callable = specs_of, folder: Callable = work_folder) -> None:
+    """Prepare the data and run what is missing, each step in a process of its own with its nnU-Net folders.
+
+    Args:
+        args: Those of the command line.
+        script: The script that each process runs; default: this one.
+        specs: Gives the runs of a setting, as :func:`specs_of`.
+        folder: Gives the folder of the data of a setting, as :func:`work_folder`.
+    """
     def child(work: Path, *options: str) -> None:
         variables = os.environ | environment(work, "cpu")
         with open(work / "log.txt", "a") as log:
-            subprocess.run([sys.executable, __file__, "--work", str(work), *options], check=True, stdout=log,
+            subprocess.run([sys.executable, script or __file__, "--work", str(work), *options], check=True, stdout=log,
                            stderr=log, env=variables)
 
     def train(job: tuple[str, int, dict]) -> bool:
         setting, draw, spec = job
         try:
-            child(work_folder(args.work, setting, draw), "--run", json.dumps(spec), "--output",
+            child(folder(args.work, setting, draw), "--run", json.dumps(spec), "--output",
                   str(args.output / f"{setting}_{draw}"))
         except subprocess.CalledProcessError:
             print(f"FAILED: {setting} {draw} {run_name(spec)}", flush=True)
@@ -145,13 +153,13 @@ def measure_all(args) -> None:
     jobs = []
     for setting in args.settings:
         for draw in args.draws:
-            child(work_folder(args.work, setting, draw), "--prepare", setting, str(draw), "--data", str(args.data))
+            child(folder(args.work, setting, draw), "--prepare", setting, str(draw), "--data", str(args.data))
     for seed in args.seeds:  # all settings once before any a second time
         for draw in args.draws:
             for setting in args.settings:
                 output = args.output / f"{setting}_{draw}"
                 output.mkdir(parents=True, exist_ok=True)
-                missing = still_to_do(specs_of(setting, draw, args.rows, [seed]), output)
+                missing = still_to_do(specs(setting, draw, args.rows, [seed]), output)
                 jobs += [(setting, draw, spec) for spec in missing]
     print(f"{len(jobs)} runs", flush=True)
     with ThreadPoolExecutor(args.processes) as pool:
@@ -227,25 +235,31 @@ def short_table(folder: Path) -> str:
     return "\n".join(lines)
 
 
-def report(folder: Path) -> str:
-    """One table for each setting: means over draws and seeds, and gains over the rival in the same draws and seeds."""
+def report(folder: Path, rivals: Mapping[str, str] = RIVALS, rows: Iterable[str] = ROWS) -> str:
+    """One table for each setting: means over draws and seeds, and gains over the rival in the same draws and seeds.
+
+    Args:
+        folder: Of the runs.
+        rivals: {setting: row that the others are compared with}, in the order of the tables.
+        rows: Their order.
+    """
     runs = read_all(folder)
     lines = []
-    for setting in SETTINGS:
+    for setting in rivals:
         of_setting = runs_of(runs, setting)
         if not of_setting:
             continue
         lines += [f"**{setting}**", "", "| row | Dice raw | Dice after | HD95 raw, mm | HD95 after, mm | gain raw | "
                   "gain after | runs |", "|" + "---|" * 8]
-        for row in dict.fromkeys([*ROWS, *(key[1] for key in of_setting)]):
+        for row in dict.fromkeys([*rows, *(key[1] for key in of_setting)]):
             chosen = {(draw, seed): run for (draw, name, seed), run in of_setting.items() if name == row}
             if not chosen:
                 continue
             means = [np.mean([np.nanmean(np.nanmean(run[metric], 0)) for run in chosen.values()])
                      for metric in ("dice", "dice_pp", "hd95_mm", "hd95_mm_pp")]
-            rival = {(draw, seed): run for (draw, name, seed), run in of_setting.items() if name == RIVALS[setting]}
+            rival = {(draw, seed): run for (draw, name, seed), run in of_setting.items() if name == rivals[setting]}
             first = next(iter(chosen.values()))
-            gains = ["" if row == RIVALS[setting] else gain_text(paired_gain(
+            gains = ["" if row == rivals[setting] else gain_text(paired_gain(
                 *({key: run[metric] for key, run in of.items()} for of in (chosen, rival)), first["patients"]))
                 for metric in ("dice", "dice_pp")]
             title = first["title"]

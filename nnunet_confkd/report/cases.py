@@ -23,7 +23,7 @@ from nnunet_confkd.discovery import make_findable
 from nnunet_confkd.errors import InputError
 from nnunet_confkd.evaluation.calibration import Counts, count
 from nnunet_confkd.evaluation.evaluate import has_spacing
-from nnunet_confkd.evaluation.metrics import FOREGROUND, CaseMeasures, measure_case
+from nnunet_confkd.evaluation.metrics import FOREGROUND, MEASURES, CaseMeasures, measure_case
 from nnunet_confkd.inference.prediction import normalised_entropy
 from nnunet_confkd.report.model import Fold, Model
 from nnunet_confkd.training.prediction_maps import PredictionMaps, StreamingExport, maps_of
@@ -321,11 +321,12 @@ class Findings:
         spacing = list(properties["spacing"])
         planar = spacing[0] == 999  # nnU-Net's readers give an image without a third axis this spacing
         first = 1 if planar else 0
+        unlisted = {of: dict.fromkeys(MEASURES, math.nan) for of in self.model.unlisted.get(case, ())}
         for branch, segmentation in segmentations.items():
             true, predicted = (truth[0][0], segmentation[0]) if planar else (truth[0], segmentation)
             self.evaluations[branch].cases[name] = measure_case(
                 true, predicted, self.model.classes, spacing[first:] if has_spacing(truth_file) else None,
-                self.model.label_manager.ignore_label)
+                self.model.label_manager.ignore_label) | unlisted
         self._count(truth[0], prediction.originals)
         self._keep(name, content)
 

@@ -9,7 +9,7 @@ from nnunetv2.paths import nnUNet_preprocessed
 from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
-from nnunet_confkd.data.annotated_classes import CLASSES_KEY, annotated_classes
+from nnunet_confkd.data.annotated_classes import CLASSES_KEY, annotated_classes, unlisted_classes
 from nnunet_confkd.data.json_files import read_description, read_json, read_plans, read_record, split_of_fold
 from nnunet_confkd.data.supervision import FULL, TABLE_KEY, annotation_counts, decide_kinds
 from nnunet_confkd.errors import InputError
@@ -134,6 +134,11 @@ class Model:
         return {str(name): labels(value) for name, value in self.dataset_json["labels"].items()
                 if name != "ignore" and labels(value) != (0,)}
 
+    @property
+    def unlisted(self) -> dict[str, set[str]]:
+        """{case: classes that it is not annotated for}. Raises InputError."""
+        return unlisted_classes(self.dataset_json, str(self.folder / "dataset.json"))
+
     def read_fold(self, folder: Path) -> Fold:
         """Read the record, the curves and the cases of a fold. Raises InputError."""
         checkpoint = load_checkpoint(folder / self.checkpoint_name)
@@ -148,6 +153,10 @@ class Model:
         if fold.trained_on:
             fold.notes.append(f"{folder.name}: {len(fold.trained_on)} of its {len(fold.validation)} validation cases "
                               "are training cases as well, so their figures say nothing about new cases.")
+        if lacking := self.unlisted.keys() & set(fold.validation or ()):
+            fold.notes.append(f"{folder.name}: {len(lacking)} of its {len(fold.validation)} validation cases are not "
+                              "annotated for all classes. They count for their own classes only, but the calibration "
+                              "takes the others for absent.")
         return fold
 
     def _find_cases(self, folder: Path, fold: Fold) -> None:

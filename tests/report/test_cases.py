@@ -158,3 +158,18 @@ def test_the_best_the_median_and_the_worst_case_are_examples(dice, expected):
 def test_cases_are_spread_evenly():
     assert _spread(list("abcdefg"), 3) == ["a", "d", "g"]
     assert _spread(["a", "b"], 3) == ["a", "b"] and _spread([], 3) == []
+
+
+def test_a_class_that_a_case_is_not_annotated_for_has_no_measures(predicted, small, monkeypatch):
+    case, found = next(iter(predicted.items()))
+    model = Model(small, None, "checkpoint_final.pth")
+    first, second = model.classes
+    model.dataset_json = model.dataset_json | {"annotated_classes": {case: [first]}}
+    again = Prediction(model, found.data, found.seg, found.logits, found.properties)
+    result = findings(model=model, predictions=None, evaluations={
+        branch: CaseMeasures(classes=model.classes) for branch in BRANCHES},
+        calibration={branch: Calibration() for branch in BRANCHES}, _keep=lambda *_: None)
+    result._measure(case, case, again)
+    for branch in BRANCHES:
+        measures = result.evaluations[branch].cases[case]
+        assert not np.isnan(measures[first]["Dice"]) and all(np.isnan(measures[second][name]) for name in MEASURES)
