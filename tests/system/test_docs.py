@@ -51,6 +51,8 @@ RUN_BY = {
     r"confkd run .*": "system/test_walks.py::test_the_whole_run_on_a_laptop_interrupted_twice",
     r"confkd train .* --quick":
         "test_nnunet_commands.py::test_quick_trains_under_a_name_of_its_own_which_nnunet_predicts_with",
+    # its function determine_postprocessing
+    r"nnUNetv2_determine_postprocessing .*": "system/test_dicom_walk.py::test_post_processing_is_applied_on_request",
     r"confkd train .*":
         "system/test_scaling.py::test_a_task_of_the_array_trains_its_line_and_goes_on_when_submitted_again",
     # its function run_training

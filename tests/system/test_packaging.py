@@ -161,7 +161,8 @@ def test_threads_on_the_cpu_wait_without_spinning(tmp_path, given, spins):
      ["-device", "cpu"])])
 def test_arguments_are_handed_on_and_defaults_are_added(monkeypatch, tmp_path, command, name, given, handed):
     seen = []
-    model = {"file_ending": ".nii.gz", "modality": {"0": "CT"}}  # nnU-Net also takes this older name of the channels
+    # nnU-Net also takes this older name of the channels
+    model = {"file_ending": ".nii.gz", "modality": {"0": "CT"}, "labels": {"background": 0, "organ": 1}}
     (tmp_path / "dataset.json").write_text(json.dumps(model))
     (tmp_path / "a_0000.nii.gz").touch()
     for check in ("check_training", "check_model"):
