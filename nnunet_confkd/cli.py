@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import io
+import re
 import sys
 import traceback
 import warnings
@@ -53,12 +54,11 @@ def usage() -> str:
 
 def versions() -> str:
     """Return the versions of what matters, without importing it, which would take seconds."""
-    found = {name: version(name) for name in ("nnunetv2", "torch")}
-    built = {"cuda": None}
-    if spec := find_spec("torch"):
-        exec((Path(spec.origin).parent / "version.py").read_text(encoding="utf-8"), built)
-    cuda = f"built for CUDA {built['cuda']}" if built["cuda"] else "built without CUDA"
-    return f"confkd {__version__}\nnnunetv2 {found['nnunetv2']}\ntorch {found['torch']} ({cuda})"
+    spec = find_spec("torch")
+    source = Path(spec.origin).with_name("version.py").read_text(encoding="utf-8") if spec and spec.origin else ""
+    found = re.search(r"^cuda\b.*= ['\"]([\d.]+)['\"]", source, re.MULTILINE)
+    cuda = f"built for CUDA {found[1]}" if found else "built without CUDA"
+    return f"confkd {__version__}\nnnunetv2 {version('nnunetv2')}\ntorch {version('torch')} ({cuda})"
 
 
 def run(command: str, argv: list[str]) -> int:

@@ -20,7 +20,7 @@ from nnunet_confkd.data.json_files import read_description, read_json
 from nnunet_confkd.data.small_configuration import QUICK
 from nnunet_confkd.device import OPTION_HELP
 from nnunet_confkd.errors import InputError, shown
-from nnunet_confkd.files import write_json
+from nnunet_confkd.files import new_folder, write_json
 
 RECORD, LOCK = "run.json", ".confkd_run.lock"
 VARIABLES = ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")
@@ -250,7 +250,7 @@ def predict_step(work: Work) -> Path:
 
 def postprocess_step(work: Work) -> Path:
     """Determine nnU-Net's post-processing on the validation cases, and apply it to the predictions."""
-    from nnunet_confkd.inference import validated_postprocessing as postprocessing
+    from nnunet_confkd.inference import postprocessing
 
     raw, rules, target = (work.output / name for name in ("predictions_raw", "postprocessing", "predictions"))
     if work.record["folds"] == ["all"]:
@@ -259,11 +259,15 @@ def postprocess_step(work: Work) -> Path:
     truth = raw_folder() / work.name / "labelsTr"
     print("\n" + "\n".join("$ " + shlex.join(map(str, command)) for command in (
         ["nnUNetv2_determine_postprocessing", "-i", rules, "-ref", truth, "--remove_postprocessed"],
-        ["nnUNetv2_apply_postprocessing", "-i", raw, "-o", target, "-pp_pkl_file", rules / postprocessing.RULES]))
+        ["nnUNetv2_apply_postprocessing", "-i", raw, "-o", target, "-pp_pkl_file", rules / "postprocessing.pkl"]))
         + f"\n({rules} holds the validation cases of all folds that were trained)\n", flush=True)
-    postprocessing.determine(work.model, work.record["folds"], rules)
-    postprocessing.apply(rules, raw, target)
-    print(postprocessing.described(rules))
+    found = postprocessing.determine(work.model, work.record["folds"], rules)
+    described = read_description(work.model / "dataset.json", ("file_ending", "labels"))
+    with new_folder(target, replace=True) as folder:
+        postprocessing.apply(found, work.model, folder, raw.glob(f"*{described['file_ending']}"))
+        for name in ("dataset.json", "plans.json"):
+            (folder / name).write_bytes((raw / name).read_bytes())
+    print(found.text(described["labels"]))
     return target
 
 

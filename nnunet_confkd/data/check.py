@@ -95,10 +95,7 @@ def check_dataset(dataset: int | str, processes: int = PROCESSES, patient_patter
     contents, test_contents = dict(zip(training, results)), dict(zip(test, results[len(training):]))
     report_cases(training, contents, report)
     report_cases(test, test_contents, test_report)
-    if described.get("numTraining") != len(training) and is_whole(described.get("numTraining")):
-        report.errors.append(f"{folder / 'dataset.json'}: \"numTraining\" is {described['numTraining']}, but there are "
-                             f"{counted(len(training), 'training case')}; correct it")
-
+    _check_number(described.get("numTraining"), len(training), report)
     kinds, hidden = _decide_kinds(contents, described, report)
     patients = _find_patients(training, patient_pattern or described.get("patient_pattern"), report)
     _describe_cases(contents, kinds, described.get("supervision"), patients, report)
@@ -121,6 +118,12 @@ def check_dataset(dataset: int | str, processes: int = PROCESSES, patient_patter
 
 
 # ---- dataset.json ---------------------------------------------------------------------------------------------------
+
+def _check_number(told, found: int, report: Report) -> None:
+    if told != found and is_whole(told):
+        report.errors.append(f"{report.folder}/dataset.json: \"numTraining\" is {told}, but there are "
+                             f"{counted(found, 'training case')}; correct it")
+
 
 def _check_description(described: dict, report: Report) -> bool:
     """Report what is wrong in dataset.json. Return whether it is too much to examine the files."""

@@ -9,16 +9,20 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from nnunetv2.configuration import default_num_processes
+from nnunetv2.evaluation.accumulate_cv_results import accumulate_cv_results
 from nnunetv2.postprocessing.remove_connected_components import (
+    determine_postprocessing,
     load_postprocess_save,
     remove_all_but_largest_component_from_segmentation,
 )
 from nnunetv2.utilities.file_path_utilities import folds_tuple_to_string
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
+from nnunet_confkd.data.folders import raw_folder
 from nnunet_confkd.data.json_files import read_json, read_plans
 from nnunet_confkd.errors import InputError, shown
-from nnunet_confkd.files import written_whole
+from nnunet_confkd.files import new_folder, written_whole
 from nnunet_confkd.inference.inputs import Predicted
 from nnunet_confkd.processes import PROCESSES, parallel
 
@@ -113,24 +117,36 @@ def _labels(labels_or_regions) -> tuple[int, ...]:
     return tuple(labels)
 
 
-def apply(found: PostProcessing, model: Path, output: Path, files: Iterable[Path]) -> Path:
+def determine(model: Path, folds: list[str], output: Path) -> PostProcessing:
+    """Determine the post-processing of a model, as nnUNetv2_determine_postprocessing does.
+
+    Args:
+        model: The folder of the trained model.
+        folds: The folds whose validation cases count.
+        output: A folder to write. It gets these cases, `postprocessing.pkl` and `postprocessing.json`, completely or
+            not at all.
+    """
+    with new_folder(output, replace=True) as folder:
+        accumulate_cv_results(str(model), str(folder), folds, default_num_processes)  # type: ignore[arg-type]
+        truth = raw_folder() / model.parent.name / "labelsTr"
+        determine_postprocessing(str(folder), str(truth), str(model / "plans.json"), str(model / "dataset.json"),
+                                 default_num_processes, keep_postprocessed_files=False)
+    return read(output)
+
+
+def apply(found: PostProcessing, model: Path, target: Path, files: Iterable[Path]) -> None:
     """Write post-processed segmentations. The raw ones stay.
 
     Args:
         found: The post-processing.
         model: The model, whose plans name the reader and writer.
-        output: The folder of the predictions.
-        files: The segmentations in it.
-
-    Returns:
-        The folder `postprocessed` in `output`.
+        target: The folder to write to, which may exist.
+        files: The raw segmentations.
     """
-    target = output / FOLDER
     target.mkdir(exist_ok=True)
     reader = PlansManager(read_plans(model / "plans.json")).image_reader_writer_class
     parallel(_apply_to_file, [(file, target / file.name, reader, found.steps) for file in files], PROCESSES,
              "post-processing")
-    return target
 
 
 def _apply_to_file(file: Path, target: Path, reader: type, steps: tuple[tuple[int, ...], ...]) -> None:
@@ -186,7 +202,8 @@ def applied(found: PostProcessing | None, predicted: Predicted, asked: bool) -> 
         print(f"these predictions are raw. {text[0].upper()}{text[1:]}"
               + (": add --postprocessing to apply it" if found.steps else ""))
         return predicted
-    folder = apply(found, predicted.model, predicted.output, predicted.segmentations.values())
+    folder = predicted.output / FOLDER
+    apply(found, predicted.model, folder, predicted.segmentations.values())
     print(f"post-processed predictions: {folder}; {text}")
     return replace(predicted, segmentations={case: folder / file.name for case, file in
                                              predicted.segmentations.items()})

@@ -486,7 +486,7 @@ def test_completion_shows_the_teacher_what_training_would_show_it(mixed):
     for case in (case for case, kind in mixed.kinds.items() if kind == "partial"):
         image, label = mixed.raw / "imagesTr" / f"{case}_0000.nii.gz", mixed.raw / "labelsTr" / f"{case}.nii.gz"
         predictor = SimpleNamespace(plans_manager=plans, configuration_manager=configuration, dataset_json=described)
-        item, = _with_hints(predictor, [[str(image)]], [str(label)], ["out"])
+        item, = _with_hints(predictor, [[str(image)]], [str(label)], ["out"], {})
         hints = item["data"][None, 1:]
         shown = hint_channels(hints - 1, hints > 0, 3)[0]  # as the network gets them, patch by patch
         seg = nnUNetDatasetBlosc2(str(folder), [case]).load_case(case)[1][:]

@@ -216,6 +216,7 @@ def test_a_part_at_a_time_the_shape_is_that_of_the_whole(monkeypatch, slab, spac
 
 def test_a_shape_needs_less_memory_than_a_mask(monkeypatch):
     monkeypatch.setattr(strokes_module, "SLAB", 2 ** 16)
+    monkeypatch.setattr(strokes_module, "SAMPLED", 2 ** 14)
     label = np.zeros((150, 150, 150), np.uint8)
     for value in range(1, 118):
         label[value:value + 30, 5:140, 7:130] = value

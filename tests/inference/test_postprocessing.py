@@ -63,7 +63,8 @@ def test_what_nnunet_has_determined_is_applied_as_nnunet_does(validated, model, 
     output = tmp_path / "out"
     write_image(output / "a.nii.gz", blobs(1)[1])
     (output / "notes.nii.gz").write_text("not of this prediction")
-    folder = postprocessing.apply(found, model, output, [output / "a.nii.gz"])
+    folder = output / postprocessing.FOLDER
+    postprocessing.apply(found, model, folder, [output / "a.nii.gz"])
 
     functions, options = pickle.loads((validated / "postprocessing.pkl").read_bytes())
     (output / "notes.nii.gz").unlink()
@@ -101,7 +102,8 @@ def test_a_region_is_one_component(model, tmp_path, monkeypatch):
     write_image(tmp_path / "a.nii.gz", voxels)
     found = postprocessing.find(model, ["all"])
     assert "of both alone" in found.text({"background": 0, "both": [1, 2], "one": 1, "other": 3})
-    folder = postprocessing.apply(found, model, tmp_path, [tmp_path / "a.nii.gz"])
+    folder = tmp_path / postprocessing.FOLDER
+    postprocessing.apply(found, model, folder, [tmp_path / "a.nii.gz"])
     assert np.array_equal(read_voxels(folder / "a.nii.gz"), blobs(0)[0])
 
 

@@ -14,7 +14,7 @@ from image_files import read_json, read_voxels
 from nnunetv2.experiment_planning.dataset_fingerprint.fingerprint_extractor import DatasetFingerprintExtractor
 
 from nnunet_confkd import cli
-from nnunet_confkd.demo.demo import add_small_configuration
+from nnunet_confkd.data.small_configuration import add_small_configuration
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "organs.md"
 MORE = {  # so that a CPU runs the commands within a minute

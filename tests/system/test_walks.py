@@ -177,7 +177,7 @@ def test_the_whole_run_on_a_laptop_interrupted_twice(folders_of_a_laptop, quick,
     for fold in ("fold_0", "fold_1"):
         assert (model / fold / "checkpoint_final.pth").is_file()
     rules = read_json(Path("out", "postprocessing", "postprocessing.json"))
-    assert "post-processing: " in out and len(list(Path("out", "postprocessing").glob("*.nii.gz"))) == 2
+    assert "post-processing " in out and len(list(Path("out", "postprocessing").glob("*.nii.gz"))) == 2
     for file in sorted(Path("test").iterdir()):
         expected = read_voxels(Path("out", "predictions_raw", file.name))
         for options in rules["postprocessing_kwargs"]:
