@@ -23,14 +23,16 @@ in float32, also inside autocast.
 """
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nnunet_confkd.training.cutmix import Mix, mixed
+from nnunet_confkd.training.gradients import full_precision, mean_in_parts, sum_term_by_term
 from nnunet_confkd.training.ranks import rank_factors
 
 TERMS = ("teacher", "student", "kl", "entropy")
@@ -57,7 +59,7 @@ def entropy(logits: Tensor, regions: bool = False) -> Tensor:
         ValueError: There are no spatial axes.
     """
     _check_logits(logits, "logits")
-    logits = _full_precision(logits)
+    logits = full_precision(logits)
     if regions:
         return -(torch.sigmoid(logits) * F.logsigmoid(logits) + torch.sigmoid(-logits) * F.logsigmoid(-logits)).sum(1)
     log_p = F.log_softmax(logits, 1)
@@ -84,7 +86,7 @@ def kl_divergence(p_logits: Tensor, q_logits: Tensor, regions: bool = False) -> 
     _check_logits(p_logits, "p_logits")
     if p_logits.shape != q_logits.shape:
         raise ValueError(f"p_logits {tuple(p_logits.shape)} and q_logits {tuple(q_logits.shape)} differ in shape")
-    p_logits, q_logits = _full_precision(p_logits), _full_precision(q_logits)
+    p_logits, q_logits = full_precision(p_logits), full_precision(q_logits)
     if regions:
         inside = torch.sigmoid(p_logits) * (F.logsigmoid(p_logits) - F.logsigmoid(q_logits))
         outside = torch.sigmoid(-p_logits) * (F.logsigmoid(-p_logits) - F.logsigmoid(-q_logits))
@@ -149,7 +151,7 @@ def merge_unlisted(logits: Tensor, listed: Tensor | None, regions: bool = False)
     images = _with_hidden(logits, listed)
     if listed is None or not len(images):
         return logits
-    logits, images = _full_precision(logits), images.to(logits.device)
+    logits, images = full_precision(logits), images.to(logits.device)
     rows = logits[images]
     unlisted = _unlisted(listed, rows)[images]
     merged = rows.masked_fill(unlisted, NEVER)
@@ -224,11 +226,6 @@ def _check_logits(logits: Tensor, name: str) -> None:
         raise ValueError(f"{name} must be (B, C, *spatial), got shape {tuple(logits.shape)}")
 
 
-def _full_precision(logits: Tensor) -> Tensor:
-    """Convert half precision (autocast) to float32; float32 and float64 stay."""
-    return logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
-
-
 def _zero_with_graph(tensor: Tensor) -> Tensor:
     """A float32 zero that depends on `tensor`: the sum of nothing, so that no inf or NaN in it can reach the zero."""
     return tensor.flatten()[:0].float().sum()
@@ -250,11 +247,6 @@ def _shifted(logits: Tensor, num_full: int, shift: Tensor | None, mix: Mix | Non
         whole = listed[num_full:].all(1).to(shift.device, non_blocking=True)
         shift = shift * whole.view(-1, *[1] * (logits.ndim - 1))
     return torch.cat((logits[:num_full], logits[num_full:] + shift))
-
-
-def _mean(values: Tensor) -> Tensor:
-    """Mean over all voxels, `(B, *spatial)` -> scalar; zero, with a graph, if there is no image."""
-    return values.mean() if values.numel() else _zero_with_graph(values)
 
 
 # ---- supervised loss ------------------------------------------------------------------------------------------------
@@ -376,6 +368,17 @@ class PartialSupervision(nn.Module):
 
 # ---- the joint objective --------------------------------------------------------------------------------------------
 
+class _Batch(NamedTuple):
+    """What the terms of a batch need at each resolution; see :meth:`ConfKDLoss.forward`."""
+
+    num_full: int
+    weights: dict[str, float]  # of the terms, with the ramp
+    rank_factors: dict[str, float | Tensor]
+    prior_shift: Tensor | None
+    mix: Mix | None
+    listed: Tensor | None
+
+
 class ConfKDLoss(nn.Module):
     """The joint objective over a batch whose first images are fully annotated.
 
@@ -448,51 +451,57 @@ class ConfKDLoss(nn.Module):
         if not len(student) == len(teacher) == len(target) == len(self.resolution_weights):
             raise ValueError(f"{len(student)} student outputs, {len(teacher)} teacher outputs and {len(target)} "
                              f"targets for {len(self.resolution_weights)} resolution weights")
-        weights = self.weights | {"kl": self.weights["kl"] * kl_ramp}
-        rank_factor = self._rank_factors(student[0], num_full)
+        batch = _Batch(num_full, self.weights | {"kl": self.weights["kl"] * kl_ramp},
+                       self._rank_factors(student[0], num_full), prior_shift, mix, listed)
         total: Any = 0.0
-        sums = {term: _zero_with_graph(student[0]) for term in TERMS}
-        for i, resolution_weight in enumerate(self.resolution_weights):
-            if resolution_weight == 0:
-                continue
-            shifted = _shifted(student[i], num_full, prior_shift, mix, listed)
-            supervised = self._supervised_terms(shifted, teacher[i], target[i], num_full, weights, mix, listed)
-            extra = {}
-            if i == 0 or self.extra_resolutions == "all":
-                extra = self._extra_terms(student[i], teacher[i], num_full, weights, rank_factor, mix)
-            for term, value in (supervised | extra).items():
-                share = 1.0 if term in extra and self.extra_resolutions == "highest" else resolution_weight
-                total = total + share * weights[term] * value
+        sums = {term: torch.zeros((), device=student[0].device) for term in TERMS}
+
+        def weighted(i: int, *logits: Tensor) -> Iterator[Tensor]:
+            for term, share, value in self._terms(i, logits, teacher[i], target[i], batch):
                 sums[term] = sums[term] + share * value.detach()
-        if self.ddp and not (weights["student"] and weights["teacher"]):
+                yield share * batch.weights[term] * value
+
+        for i, resolution_weight in enumerate(self.resolution_weights):
+            if resolution_weight:
+                taught = () if teacher[i] is None else (teacher[i][:num_full],)
+                total = total + sum_term_by_term(partial(weighted, i), student[i], *taught)
+        if self.ddp and not (batch.weights["student"] and batch.weights["teacher"]):
             # DDP fails on parameters without gradient, such as those of a decoder whose terms all have weight 0.
             total = total + sum(_zero_with_graph(output) for output in (*student, *teacher) if output is not None)
-        return total, {term: value.detach() for term, value in sums.items()}
+        return total, sums
 
-    def _supervised_terms(self, student: Tensor, teacher: Tensor | None, target: Tensor, num_full: int,
-                          weights: dict[str, float], mix: Mix | None, listed: Tensor | None) -> dict[str, Tensor]:
-        """L_s and L_w at one resolution."""
-        terms: dict[str, Tensor] = {}
-        lists = () if listed is None else (listed,)
-        if weights["teacher"]:
-            terms["teacher"] = self.supervised(*(values[:num_full] for values in (teacher, target, *lists)))
+    def _terms(self, i: int, logits: tuple[Tensor, ...], teacher: Tensor | None, target: Tensor,
+               batch: _Batch) -> Iterator[tuple[str, float, Tensor]]:
+        """Yield name, share and value of each term at the resolution i. L_w, which needs most memory, comes first.
+
+        Args:
+            i: Number of the resolution.
+            logits: The student's, and the teacher's of the fully annotated images.
+            teacher: The teacher's of all images.
+            target: That of the resolution.
+            batch: What is the same at all resolutions.
+        """
+        student, weights, full = logits[0], batch.weights, slice(batch.num_full)
+        lists = () if batch.listed is None else (batch.listed,)
         if weights["student"]:
-            terms["student"] = self.supervised(student, mixed(target, mix), *lists)
-        return terms
-
-    def _extra_terms(self, student: Tensor, teacher: Tensor | None, num_full: int, weights: dict[str, float],
-                     rank_factor: dict[str, float | Tensor], mix: Mix | None) -> dict[str, Tensor]:
-        """L_kd and L_ent at one resolution."""
-        images = {"full": slice(num_full), "partial": slice(num_full, None), "all": slice(None)}
-        terms = {}
+            yield "student", self.resolution_weights[i], self.supervised(
+                _shifted(student, batch.num_full, batch.prior_shift, batch.mix, batch.listed),
+                mixed(target, batch.mix), *lists)
+        if weights["teacher"]:
+            yield "teacher", self.resolution_weights[i], self.supervised(
+                logits[1], *(values[full] for values in (target, *lists)))
+        if i > 0 and self.extra_resolutions == "highest":
+            return
+        share = 1.0 if self.extra_resolutions == "highest" else self.resolution_weights[i]
+        images = {"full": full, "partial": slice(batch.num_full, None), "all": slice(None)}
         if weights["kl"]:
             chosen = images[self.kl_images]
-            teacher = mixed(teacher.detach(), mix)
-            terms["kl"] = rank_factor[self.kl_images] * _mean(
-                distillation(teacher[chosen], student[chosen], self.regions))
+            yield "kl", share, batch.rank_factors[self.kl_images] * mean_in_parts(
+                lambda *pair: distillation(*pair, self.regions), mixed(teacher.detach(), batch.mix)[chosen],
+                student[chosen])
         if weights["entropy"]:
-            terms["entropy"] = rank_factor["partial"] * _mean(entropy(student[images["partial"]], self.regions))
-        return terms
+            yield "entropy", share, batch.rank_factors["partial"] * mean_in_parts(
+                lambda part: entropy(part, self.regions), student[images["partial"]])
 
     def _rank_factors(self, logits: Tensor, num_full: int) -> dict[str, float | Tensor]:
         """Factors of this rank's means over the "full", "partial" and "all" images; 1 without DDP."""
