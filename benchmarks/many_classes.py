@@ -5,10 +5,11 @@
 Both trainers run in one process on the same plan and the same batch, and everything is measured by turns (A B A B), as
 in step_time.py. In the rows with hidden classes each image lists a random half of the classes.
 
-*Memory* is the peak of what a step allocates: activations, what the losses need, and gradients, without weights,
-momentum and the batch (PyTorch's profiler; on a GPU its allocator, with weights, momentum and batches of all trainers). *Extra terms* are what our losses, hints and logged values
-cost beyond stock's loss, forward and backward, as a share of our step; `L_s`, the teacher's own supervised loss, stands
-beside them. The table goes into docs/performance.md, and the figures into many_classes.json beside this file.
+*Memory* is the peak of what a step allocates: activations, what the losses need, and gradients. Weights, momentum and
+the batch are not counted (PyTorch's profiler; on a GPU its allocator, with weights, momentum and batch). *Extra terms*
+are what our losses and hints cost beyond stock's loss, forward and backward, as a share of our step. `L_s` is the
+teacher's own supervised loss. Times on the CPU are processor times, because another process that takes the processor
+then does no harm. The table goes into docs/performance.md, and the figures into many_classes.json beside this file.
 """
 from __future__ import annotations
 
@@ -17,6 +18,7 @@ import json
 import os
 import platform
 import tempfile
+import time
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -103,11 +105,12 @@ def measure(case: Case, device: str, repetitions: int, folder: Path) -> dict:
     trainers[HIDDEN] = trainers["confkd"]
     batch = batch_of(case, trainers["stock"]._get_deep_supervision_scales(), device)
     batches = {"stock": batch, "confkd": batch, HIDDEN: with_lists(batch, case.classes)}
+    clock = time.perf_counter if device == "cuda" else time.process_time
     steps = {name: lambda t=t, b=batches[name]: t.train_step(b) for name, t in trainers.items()}
     found = {"case": f"{len(case.patch)}-D", "classes": case.classes - 1, "patch": case.patch, "batch": case.batch,
-             "repetitions": repetitions, "step": by_turns(steps, device, repetitions, warm_up=1),
+             "repetitions": repetitions, "step": by_turns(steps, device, repetitions, warm_up=1, clock=clock),
              "peak_mib": {name: round(peak_of(step, trainers[name], device), 1) for name, step in steps.items()},
-             "loss": by_turns(losses_of(trainers, batches), device, repetitions, warm_up=1)}
+             "loss": by_turns(losses_of(trainers, batches), device, repetitions, warm_up=1, clock=clock)}
     found["parts_ms"] = parts_of(trainers["confkd"], batch, device, 2)
     print(json.dumps(found), flush=True)
     return found
@@ -153,8 +156,8 @@ def main(arguments: list[str] | None = None) -> None:
         runs = [measure(case, args.device, args.repetitions, folder) for i, case in enumerate(cases_of(args.device))
                 if not args.only or i in args.only]
     machine = (torch.cuda.get_device_name() if args.device == "cuda" else
-               f"{platform.machine()} CPU, {args.threads} thread(s) of {os.cpu_count()} cores, float32; the load of the "
-               f"machine at the end was {os.getloadavg()[0]:.1f}")
+               f"{platform.machine()} CPU, {args.threads} thread(s) of {os.cpu_count()} cores, float32; the machine's "
+               f"load at the end was {os.getloadavg()[0]:.1f}")
     file.write_text(json.dumps({"machine": machine, "runs": runs}, indent=1))
     if not args.output:
         insert(ROOT / "docs" / "performance.md", "many classes", f"{machine}.\n\n{table_of(runs)}")

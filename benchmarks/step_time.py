@@ -21,6 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -116,7 +117,7 @@ def batch_of(case: Case, scales, device: str) -> dict:
         target = torch.randint(0, case.classes, (case.batch, 1, *size), generator=generator, dtype=torch.int16)
         target[num_full:][torch.rand(target[num_full:].shape, generator=generator) > 0.01] = case.classes
         targets.append(target.to(device))
-    shown = torch.rand(targets[0].shape, generator=generator) < 0.01
+    shown = (torch.rand(targets[0].shape, generator=generator) < 0.01) & (targets[0].cpu() != case.classes)
     return {
         "data": data.to(device),
         "target": targets if scales else targets[0],
@@ -133,7 +134,8 @@ def synchronise(device: str) -> None:
         torch.cuda.synchronize()
 
 
-def by_turns(steps: dict, device: str, repetitions: int, warm_up: int = 3) -> dict[str, dict]:
+def by_turns(steps: dict, device: str, repetitions: int, warm_up: int = 3,
+             clock: Callable[[], float] = time.perf_counter) -> dict[str, dict]:
     """Call functions by turns (A B A B).
 
     Returns:
@@ -144,11 +146,11 @@ def by_turns(steps: dict, device: str, repetitions: int, warm_up: int = 3) -> di
     for turn in range(warm_up + repetitions):
         for name, step in steps.items():
             synchronise(device)
-            start = time.perf_counter()
+            start = clock()
             step()
             synchronise(device)
             if turn >= warm_up:
-                seconds[name].append(time.perf_counter() - start)
+                seconds[name].append(clock() - start)
     found, first = {}, next(iter(seconds.values()))
     for name, values in seconds.items():
         low, median, high = (round(1000 * q, 3) for q in statistics.quantiles(values, n=4))
@@ -195,7 +197,7 @@ def parts_of(trainer, batch: dict, device: str, repetitions: int) -> dict[str, f
         with trainer._autocast():
             skips = timed("encoder", lambda: network.encoder(batch["data"]))
             student = timed("student's decoder", lambda: network.decoder(skips))
-            hints = timed("hints as channels", lambda: trainer._hints(batch, batch["target"][0]))
+            hints = timed("hints", lambda: trainer._hints(batch, batch["target"][0]))
             teacher = timed("teacher's decoder", lambda: network.run_teacher(skips, hints, student, num_full, True))
             with torch.no_grad():
                 narrowed = network.narrowed(skips)

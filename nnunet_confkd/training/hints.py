@@ -22,7 +22,8 @@ from nnunetv2.utilities.label_handling.label_handling import LabelManager
 from scipy import ndimage
 from torch import Tensor
 
-from nnunet_confkd.training.losses import annotated_voxels
+from nnunet_confkd.training.losses import annotated_voxels, hide_unlisted
+from nnunet_confkd.training.network import HintMap
 
 NO_HINTS = 0.2  # share of the fully annotated images without hints: the teacher must also predict without any
 KEPT = 16  # number of patterns kept for each class, and of slice profiles
@@ -67,6 +68,39 @@ def hint_channels(target: Tensor, hint_mask: Tensor, num_heads: int, regions: bo
     background[:, 0] = True
     merged = (labels & background).any(1, keepdim=True)
     return torch.cat((torch.where(background, merged, labels) & hint_mask, hint_mask), 1).float()
+
+
+def hint_map(target: Tensor, hint_mask: Tensor, listed: Tensor | None = None) -> HintMap:
+    """Make the teacher's second input of labels: what :func:`hint_channels` makes, in less memory.
+
+    Args:
+        target: A label map `(B, 1, *spatial)`.
+        hint_mask: Bool, `(B, 1, *spatial)`: which voxels are hints.
+        listed: Bool, `(B, num_heads)`, on the CPU: for which heads the hints of each image are. None: all.
+    """
+    labels = torch.where(hint_mask, hide_unlisted(target, listed) + 1, 0)
+    return HintMap(labels, None if listed is None else listed.to(target.device, non_blocking=True))
+
+
+def image_hints(label: Tensor, hint_mask: Tensor, label_manager: LabelManager, listed: Tensor | None = None) -> Tensor:
+    """Make the teacher's hints of a whole image, which follow the channels of the image in predictions.
+
+    Args:
+        label: Label map, `(1, *spatial)`.
+        hint_mask: Bool, `(1, *spatial)`: which voxels are hints.
+        label_manager: nnU-Net's, with the classes or regions.
+        listed: Bool, `(1, heads)`: for which heads the hints are. None: for all.
+
+    Returns:
+        Of labels one channel, those of a :class:`HintMap`, `(1, *spatial)`: label + 1 where there is a hint, 0
+        elsewhere. Of regions, which may overlap, and of hints for some heads alone, which are sets of classes, the
+        channels of :func:`hint_channels`, `(heads + 1, *spatial)`.
+    """
+    if not label_manager.has_regions and (listed is None or listed.all()):
+        return torch.where(hint_mask, label.int() + 1, 0)
+    target = regions_of(label, label_manager)[None]
+    return hint_channels(target, hint_mask[None], label_manager.num_segmentation_heads, label_manager.has_regions,
+                         listed)[0]
 
 
 def regions_of(label: Tensor, label_manager: LabelManager) -> Tensor:

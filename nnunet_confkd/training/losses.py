@@ -29,7 +29,9 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from nnunetv2.training.loss.compound_losses import DC_and_CE_loss
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from nnunet_confkd.training.cutmix import Mix, mixed
 from nnunet_confkd.training.gradients import full_precision, mean_in_parts, sum_term_by_term
@@ -148,19 +150,44 @@ def merge_unlisted(logits: Tensor, listed: Tensor | None, regions: bool = False)
     Raises:
         ValueError: The shapes do not match.
     """
-    images = _with_hidden(logits, listed)
-    if listed is None or not len(images):
+    if listed is None or not len(images := _with_hidden(logits, listed)):
         return logits
-    logits, images = full_precision(logits), images.to(logits.device)
-    rows = logits[images]
-    unlisted = _unlisted(listed, rows)[images]
-    merged = rows.masked_fill(unlisted, NEVER)
-    if not regions:
-        background = unlisted.clone()
-        background[:, 0] = True
-        total = torch.logsumexp(rows.masked_fill(~background, -torch.inf), 1, keepdim=True)
-        merged = torch.cat((total, merged[:, 1:]), 1)
-    return logits.index_copy(0, images, merged)
+    # Numbers of the images with hidden classes, and their heads that are not listed
+    hidden = [(int(image), (~listed[image]).nonzero()[:, 0].to(logits.device, non_blocking=True)) for image in images]
+    return _MergeUnlisted.apply(full_precision(logits), hidden, regions)
+
+
+class _MergeUnlisted(torch.autograd.Function):
+    """:func:`merge_unlisted`, image by image; beside the result it keeps one logit of each voxel."""
+
+    @staticmethod
+    def forward(ctx, logits: Tensor, hidden: list[tuple[int, Tensor]], regions: bool) -> Tensor:
+        merged = logits.clone()
+        for image, unlisted in hidden:
+            merged[image, unlisted] = NEVER
+            if not regions:
+                merged[image, 0] = torch.logsumexp(logits[image, _with_background(unlisted)], 0)
+        ctx.hidden, ctx.regions = hidden, regions
+        ctx.save_for_backward(logits, merged[:, :1].clone())
+        return merged
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, arriving: Tensor):
+        logits, merged = ctx.saved_tensors
+        gradient = arriving.clone()
+        for image, unlisted in ctx.hidden:
+            if ctx.regions:
+                gradient[image, unlisted] = 0
+            else:  # the derivative of logsumexp is the softmax
+                heads = _with_background(unlisted)
+                gradient[image, heads] = (logits[image, heads] - merged[image]).exp_().mul_(arriving[image, :1])
+        return gradient, None, None
+
+
+def _with_background(unlisted: Tensor) -> Tensor:
+    """The heads that are merged: the background, number 0, and those that are not listed."""
+    return F.pad(unlisted, (1, 0))
 
 
 def hide_unlisted(target: Tensor, listed: Tensor | None, regions: bool = False) -> Tensor:
@@ -185,9 +212,10 @@ def hide_unlisted(target: Tensor, listed: Tensor | None, regions: bool = False) 
     if regions:
         hidden = torch.cat((rows[:, :heads].masked_fill(unlisted, 0), rows[:, heads:]), 1)
     else:
-        labels = torch.arange(heads, device=rows.device, dtype=rows.dtype).view(1, -1, *[1] * (rows.ndim - 2))
-        hidden = torch.cat([row.masked_fill((row == labels[:, flags]).any(1, keepdim=True), 0)
-                            for row, flags in zip(rows.split(1), unlisted.flatten(1))])
+        stays = (~unlisted).flatten(1)
+        stays[:, 0] = True
+        of_class = rows.long().clamp(0, heads - 1).flatten(1)
+        hidden = torch.where(stays.gather(1, of_class).view_as(rows) | (rows >= heads) | (rows < 0), rows, 0)
     return target.index_copy(0, images, hidden)
 
 
@@ -291,27 +319,64 @@ class PartialSupervision(nn.Module):
         Raises:
             ValueError: The logits and the target differ in the number of images or in their spatial shape.
         """
+        return torch.stack(list(self.parts(logits, target, listed))).sum()
+
+    def parts(self, logits: Tensor, target: Tensor, listed: Tensor | None = None) -> Iterator[Tensor]:
+        """Yield the Dice, then the cross-entropy, of which :meth:`forward` is the sum.
+
+        One after the other they need less memory. With regions, whose loss computes both in any case, there is one
+        part. The arguments are those of :meth:`forward`.
+        """
         if logits.shape[0] != target.shape[0] or logits.shape[2:] != target.shape[2:]:
             raise ValueError(f"logits {tuple(logits.shape)} and target {tuple(target.shape)} do not match")
-        logits = merge_unlisted(logits, listed, self.regions)
         if self.regions:  # labels that are not listed do not occur
             target = hide_unlisted(target, listed, regions=True)
-        annotated = annotated_voxels(target, self.ignore_label, self.regions)
+        annotated, of_images, images = annotated_voxels(target, self.ignore_label, self.regions), listed, None
         if not getattr(getattr(self.loss, "dc", None), "batch_dice", True):
             # In the mean of the images' Dice an image without annotation counts as perfect, which weakens the gradient
             # of the others.
             images = annotated.flatten(1).any(1)
-            if not images.all():
-                logits, target, annotated = logits[images], target[images], annotated[images]
-                listed = None if listed is None else listed[images.cpu()]
-        lists = None if listed is None or not hasattr(self.loss, "dc") else self._lists(annotated, listed)
-        if self.ddp:
-            value = self._over_ranks(logits, target, annotated.sum(), lists)
+            if images.all():
+                images = None
+            else:
+                target, annotated = target[images], annotated[images]
+                of_images = None if listed is None else listed[images.cpu()]
+        lists = None if listed is None or not hasattr(self.loss, "dc") else self._lists(annotated, of_images)
+        factors, excess = self._factors(annotated, lists)
+        if factors is None:
+            yield _zero_with_graph(logits)
+            return
+        for chosen in ((0, 1), (1, 0)) if isinstance(self.loss, DC_and_CE_loss) else ((1, 1),):
+            # Each part has a graph of its own.
+            merged = merge_unlisted(logits, listed, self.regions)
+            value = self._weighted(merged if images is None else merged[images], target,
+                                   *(factor * share for factor, share in zip(factors, chosen)))
+            # nnU-Net's losses return a plain 0 if there is nothing to learn from
+            yield value if torch.is_tensor(value) else _zero_with_graph(logits)
+        if excess:
+            yield torch.full((), excess, device=logits.device)
+
+    def _factors(self, annotated: Tensor, lists: Tensor | None) -> tuple[tuple[float, float] | None, float]:
+        """Factors of cross-entropy and Dice, None if no voxel is annotated; and what the loss is too small by.
+
+        With several ranks the mean of their losses, with these factors, is the loss of all images. nnU-Net's mean
+        counts a Dice of 1 for classes that are not listed.
+        """
+        if not self.ddp:
+            voxel_factor, image_factor, dice_factor = 1.0, 1.0, self._dice_factor(lists)
+            nothing = not annotated.any()
         else:
-            factor = self._dice_factor(lists)
-            value = self._weighted(logits, target, 1.0, factor) + self._excess(factor) if annotated.any() else 0
-        # nnU-Net's losses, too, return a plain 0 if there is nothing to learn from
-        return value if torch.is_tensor(value) else _zero_with_graph(logits)
+            number = annotated.sum()
+            counts = torch.stack((number, number.new_tensor(len(annotated))))
+            found, totals = rank_factors(counts if lists is None else torch.cat((counts, lists)))
+            nothing, (voxel_factor, image_factor) = totals[0] == 0, found[:2].tolist()
+            dice_factor = self._dice_factor(None if lists is None else totals[2:])
+            if self.loss.dc.batch_dice:
+                image_factor = 1.0  # the Dice is that of all ranks already
+        if nothing:
+            return None, 0.0
+        excess = self.loss.weight_dice * (dice_factor - 1) if dice_factor != 1 else 0.0
+        return (voxel_factor, image_factor * dice_factor), excess
 
     def _lists(self, annotated: Tensor, listed: Tensor) -> Tensor:
         """How many images list each class of the Dice, and how many there are in all: `(classes + 1,)`."""
@@ -331,12 +396,14 @@ class PartialSupervision(nn.Module):
             return len(numbers) / max(1, sum(map(bool, numbers)))
         return len(numbers) * images / max(1, sum(numbers))
 
-    def _excess(self, dice_factor: float) -> float:
-        """What the loss is too small by, because nnU-Net's mean counts a Dice of 1 for classes that are not listed."""
-        return self.loss.weight_dice * (dice_factor - 1) if dice_factor != 1 else 0.0
-
     def _weighted(self, logits: Tensor, target: Tensor, ce_factor: float, dice_factor: float) -> Tensor | int:
         """nnU-Net's loss with factors of its two weights."""
+        if self.ddp and self.loss.dc.batch_dice:
+            # nnU-Net gathers the sums of the Dice over the ranks, and equal shapes are needed for that. Folding the
+            # batch axis into space, (1, C, B, *spatial), keeps the sums.
+            logits, target = logits.transpose(0, 1)[None], target.transpose(0, 1)[None]
+        elif not len(logits):
+            return 0
         if ce_factor == dice_factor == 1:
             return self.loss(logits, target)
         weights = self.loss.weight_ce, self.loss.weight_dice
@@ -345,26 +412,6 @@ class PartialSupervision(nn.Module):
             return self.loss(logits, target)
         finally:
             self.loss.weight_ce, self.loss.weight_dice = weights
-
-    def _over_ranks(self, logits: Tensor, target: Tensor, num_voxels: Tensor, lists: Tensor | None) -> Tensor | float:
-        """The loss of this rank, scaled such that the mean over the ranks is the loss of all images."""
-        counts = torch.stack((num_voxels, num_voxels.new_tensor(logits.shape[0])))
-        factors, totals = rank_factors(counts if lists is None else torch.cat((counts, lists)))
-        if totals[0] == 0:
-            return 0
-        voxel_factor, image_factor = factors[:2].tolist()
-        dice_factor = self._dice_factor(None if lists is None else totals[2:])
-        if self.loss.dc.batch_dice:
-            # nnU-Net gathers the sums of the Dice over the ranks, and equal shapes are needed for that. Folding the
-            # batch axis into space, (1, C, B, *spatial), keeps the sums. The Dice is that of all ranks already.
-            value = self._weighted(logits.transpose(0, 1)[None], target.transpose(0, 1)[None], voxel_factor,
-                                   dice_factor)
-        elif logits.shape[0]:
-            value = self._weighted(logits, target, voxel_factor, image_factor * dice_factor)
-        else:
-            value = _zero_with_graph(logits)
-        return value + self._excess(dice_factor)
-
 
 # ---- the joint objective --------------------------------------------------------------------------------------------
 
@@ -484,12 +531,12 @@ class ConfKDLoss(nn.Module):
         student, weights, full = logits[0], batch.weights, slice(batch.num_full)
         lists = () if batch.listed is None else (batch.listed,)
         if weights["student"]:
-            yield "student", self.resolution_weights[i], self.supervised(
-                _shifted(student, batch.num_full, batch.prior_shift, batch.mix, batch.listed),
-                mixed(target, batch.mix), *lists)
+            for value in self._supervised(_shifted(student, batch.num_full, batch.prior_shift, batch.mix, batch.listed),
+                                          mixed(target, batch.mix), *lists):
+                yield "student", self.resolution_weights[i], value
         if weights["teacher"]:
-            yield "teacher", self.resolution_weights[i], self.supervised(
-                logits[1], *(values[full] for values in (target, *lists)))
+            for value in self._supervised(logits[1], *(values[full] for values in (target, *lists))):
+                yield "teacher", self.resolution_weights[i], value
         if i > 0 and self.extra_resolutions == "highest":
             return
         share = 1.0 if self.extra_resolutions == "highest" else self.resolution_weights[i]
@@ -502,6 +549,13 @@ class ConfKDLoss(nn.Module):
         if weights["entropy"]:
             yield "entropy", share, batch.rank_factors["partial"] * mean_in_parts(
                 lambda part: entropy(part, self.regions), student[images["partial"]])
+
+    def _supervised(self, *args: Tensor) -> Iterator[Tensor]:
+        """The supervised loss, in parts if it has some."""
+        if hasattr(self.supervised, "parts"):
+            yield from self.supervised.parts(*args)
+        else:
+            yield self.supervised(*args)
 
     def _rank_factors(self, logits: Tensor, num_full: int) -> dict[str, float | Tensor]:
         """Factors of this rank's means over the "full", "partial" and "all" images; 1 without DDP."""
