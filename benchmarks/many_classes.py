@@ -22,7 +22,7 @@ import time
 from contextlib import contextmanager
 from pathlib import Path
 
-from step_time import PLAIN, ROOT, WHOLE_KL, Case, batch_of, build, by_turns, insert, parts_of
+from step_time import PLAIN, ROOT, WHOLE_KL, Case, batch_of, build, by_turns, insert
 
 CLASSES = (4, 25, 117)  # without the background
 HIDDEN = "hidden classes"
@@ -76,6 +76,10 @@ def terms_alone(loss, *terms: str):
 
 def losses_of(trainers: dict, batches: dict) -> dict:
     """{name: a function} that computes a loss and its gradient, on outputs that are cut from the networks."""
+    import torch
+
+    from nnunet_confkd.training.network import unwrap
+
     ours, batch = trainers["confkd"], batches["confkd"]
     student, teacher = ours.network(batch["data"], batch["num_full"], None, True)
     student, teacher = ([output.detach().requires_grad_() for output in outputs] for outputs in (student, teacher))
@@ -88,9 +92,17 @@ def losses_of(trainers: dict, batches: dict) -> dict:
         with terms_alone(trainers[name].loss, *chosen):
             trainers[name].loss(student, teacher, batch["target"], batch["num_full"], **options)[0].backward()
 
+    network = unwrap(ours.network)
+    features = [skip.detach() for skip in network.narrowed(network.encoder(batch["data"]))]
+    arriving = [torch.ones_like(skip) for skip in features]
+
+    def hints():
+        hinted = network.teacher_decoder.hints(features, ours._hints(batch, batch["target"][0]))
+        torch.autograd.backward(hinted, arriving)
+
     everything = "teacher", "student", "kl", "entropy"
     calls = {"stock": stock, "L_w": lambda: terms("confkd", "student"),
-             "L_w and L_s": lambda: terms("confkd", "student", "teacher")}
+             "L_w and L_s": lambda: terms("confkd", "student", "teacher"), "hints": hints}
     return calls | {name: lambda name=name: terms(name, *everything) for name in batches if name != "stock"}
 
 
@@ -111,7 +123,6 @@ def measure(case: Case, device: str, repetitions: int, folder: Path) -> dict:
              "repetitions": repetitions, "step": by_turns(steps, device, repetitions, warm_up=1, clock=clock),
              "peak_mib": {name: round(peak_of(step, trainers[name], device), 1) for name, step in steps.items()},
              "loss": by_turns(losses_of(trainers, batches), device, repetitions, warm_up=1, clock=clock)}
-    found["parts_ms"] = parts_of(trainers["confkd"], batch, device, 2)
     print(json.dumps(found), flush=True)
     return found
 
@@ -122,11 +133,9 @@ def table_of(runs: list[dict]) -> str:
     for run in runs:
         step, peak = run["step"], run["peak_mib"]
         loss = {name: times["median_ms"] for name, times in run["loss"].items()}
-        parts = run["parts_ms"]
-        hints = sum(parts[part] for part in parts if part.startswith("hints"))
-        shares = [(loss["confkd"] - loss["stock"] + hints) / step["confkd"]["median_ms"],
+        shares = [(loss["confkd"] + loss["hints"] - loss["stock"]) / step["confkd"]["median_ms"],
                   (loss["L_w and L_s"] - loss["L_w"]) / step["confkd"]["median_ms"],
-                  (loss[HIDDEN] - loss["stock"] + hints) / step[HIDDEN]["median_ms"]]
+                  (loss[HIDDEN] + loss["hints"] - loss["stock"]) / step[HIDDEN]["median_ms"]]
         cells = [f"{run['case']}, {run['batch']} x {'x'.join(map(str, run['patch']))}", str(run["classes"]),
                  f"{step['stock']['median_ms']:.0f} ms",
                  *("{1:.2f} ({0:.2f}-{2:.2f})".format(*step[name]["ratios"]) for name in ("confkd", HIDDEN)),
