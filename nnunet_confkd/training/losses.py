@@ -544,7 +544,7 @@ class ConfKDLoss(nn.Module):
         if weights["kl"]:
             chosen = images[self.kl_images]
             yield "kl", share, batch.rank_factors[self.kl_images] * mean_in_parts(
-                lambda *pair: distillation(*pair, self.regions), mixed(teacher.detach(), batch.mix)[chosen],
+                lambda p, q: distillation(p, q, self.regions), mixed(teacher.detach(), batch.mix)[chosen],
                 student[chosen])
         if weights["entropy"]:
             yield "entropy", share, batch.rank_factors["partial"] * mean_in_parts(
@@ -552,10 +552,11 @@ class ConfKDLoss(nn.Module):
 
     def _supervised(self, *args: Tensor) -> Iterator[Tensor]:
         """The supervised loss, in parts if it has some."""
-        if hasattr(self.supervised, "parts"):
-            yield from self.supervised.parts(*args)
+        supervised: Any = self.supervised
+        if hasattr(supervised, "parts"):
+            yield from supervised.parts(*args)
         else:
-            yield self.supervised(*args)
+            yield supervised(*args)
 
     def _rank_factors(self, logits: Tensor, num_full: int) -> dict[str, float | Tensor]:
         """Factors of this rank's means over the "full", "partial" and "all" images; 1 without DDP."""

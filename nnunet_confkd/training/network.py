@@ -307,6 +307,7 @@ class Hints(nn.Module):
             The features with hints. At a lower resolution a voxel has a hint if any voxel that it covers has it.
         """
         hinted = []
+        layer: Any
         for skip, layer in zip(skips, self.seg_layers):
             if isinstance(hints, HintMap) and hints.labels.shape[2:] == skip.shape[2:]:
                 hinted.append(skip + _look_up(layer.weight.to(skip.dtype), hints))
