@@ -124,7 +124,7 @@ def peak_bytes(call) -> int:
     return highest
 
 
-def test_the_objective_needs_no_more_memory_than_the_loss_of_the_student_alone(monkeypatch):
+def test_the_objective_needs_less_memory_than_nnunets_loss_of_the_student_alone(monkeypatch):
     monkeypatch.setattr(gradients, "PART", 2 ** 14)
     classes, shape = 40, (4, 40, 64, 64)
     dice = {"batch_dice": True, "smooth": 1e-5, "do_bg": False, "ddp": False}
@@ -136,4 +136,4 @@ def test_the_objective_needs_no_more_memory_than_the_loss_of_the_student_alone(m
     of_stock = peak_bytes(lambda: stock(student, target).backward()) / size
     of_ours = peak_bytes(lambda: loss(student, teacher, target, 2)[0].backward()) / size
     extra = peak_bytes(lambda: mean_in_parts(kl_divergence, teacher.detach(), student).backward()) / size
-    assert of_ours < 1.05 * of_stock and extra < 2.5
+    assert of_ours < 0.9 * of_stock and extra < 2.5
