@@ -21,6 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +29,7 @@ from unittest.mock import patch
 
 ROOT = Path(__file__).resolve().parent.parent
 PLAIN, RESENC = "PlainConvUNet", "ResidualEncoderUNet"
-CLASSES = 3  # background and two, and the label "ignore"
+CLASSES = 3  # background and two; the label "ignore" comes on top
 # "confkd" has hints and the full weight of the KL. "before the KL" has hints, while the weight of the KL is still 0.
 # "kl on full" is the papers' form, without hints.
 WHOLE_KL = {"kl_ramp_start": 0.0, "kl_ramp_end": 0.0}
@@ -46,6 +47,7 @@ class Case:
     batch: int
     features: tuple[int, ...]
     full_share: float
+    classes: int = CLASSES
 
     @property
     def name(self) -> str:
@@ -90,8 +92,8 @@ def build(case: Case, trainer_class, folder: Path, device: str, settings: dict |
                     "dropout_op": None, "dropout_op_kwargs": None,
                     "nonlin": "torch.nn.LeakyReLU", "nonlin_kwargs": {"inplace": True}},
                 "_kw_requires_import": ["conv_op", "norm_op", "dropout_op", "nonlin"]}}}}
-    dataset = {"labels": {"background": 0, "a": 1, "b": 2, "ignore": CLASSES}, "channel_names": {"0": "MRI"},
-               "file_ending": ".nii.gz", "numTraining": 1}
+    labels = {"background": 0, **{f"class {i}": i for i in range(1, case.classes)}, "ignore": case.classes}
+    dataset = {"labels": labels, "channel_names": {"0": "MRI"}, "file_ending": ".nii.gz", "numTraining": 1}
     preprocessed = folder / "preprocessed" / "Dataset999_Step"
     (preprocessed / "d").mkdir(parents=True, exist_ok=True)
     if not any((preprocessed / "d").iterdir()):
@@ -112,10 +114,10 @@ def batch_of(case: Case, scales, device: str) -> dict:
     targets = []
     for scale in scales or [[1.0] * len(case.patch)]:
         size = [round(n * s) for n, s in zip(case.patch, scale)]
-        target = torch.randint(0, CLASSES, (case.batch, 1, *size), generator=generator, dtype=torch.int16)
-        target[num_full:][torch.rand(target[num_full:].shape, generator=generator) > 0.01] = CLASSES
+        target = torch.randint(0, case.classes, (case.batch, 1, *size), generator=generator, dtype=torch.int16)
+        target[num_full:][torch.rand(target[num_full:].shape, generator=generator) > 0.01] = case.classes
         targets.append(target.to(device))
-    shown = torch.rand(targets[0].shape, generator=generator) < 0.01
+    shown = (torch.rand(targets[0].shape, generator=generator) < 0.01) & (targets[0].cpu() != case.classes)
     return {
         "data": data.to(device),
         "target": targets if scales else targets[0],
@@ -132,7 +134,8 @@ def synchronise(device: str) -> None:
         torch.cuda.synchronize()
 
 
-def by_turns(steps: dict, device: str, repetitions: int, warm_up: int = 3) -> dict[str, dict]:
+def by_turns(steps: dict, device: str, repetitions: int, warm_up: int = 3,
+             clock: Callable[[], float] = time.perf_counter) -> dict[str, dict]:
     """Call functions by turns (A B A B).
 
     Returns:
@@ -143,11 +146,11 @@ def by_turns(steps: dict, device: str, repetitions: int, warm_up: int = 3) -> di
     for turn in range(warm_up + repetitions):
         for name, step in steps.items():
             synchronise(device)
-            start = time.perf_counter()
+            start = clock()
             step()
             synchronise(device)
             if turn >= warm_up:
-                seconds[name].append(time.perf_counter() - start)
+                seconds[name].append(clock() - start)
     found, first = {}, next(iter(seconds.values()))
     for name, values in seconds.items():
         low, median, high = (round(1000 * q, 3) for q in statistics.quantiles(values, n=4))
@@ -194,7 +197,7 @@ def parts_of(trainer, batch: dict, device: str, repetitions: int) -> dict[str, f
         with trainer._autocast():
             skips = timed("encoder", lambda: network.encoder(batch["data"]))
             student = timed("student's decoder", lambda: network.decoder(skips))
-            hints = timed("hints as channels", lambda: trainer._hints(batch, batch["target"][0]))
+            hints = timed("hints", lambda: trainer._hints(batch, batch["target"][0]))
             teacher = timed("teacher's decoder", lambda: network.run_teacher(skips, hints, student, num_full, True))
             with torch.no_grad():
                 narrowed = network.narrowed(skips)

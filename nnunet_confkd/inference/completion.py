@@ -37,8 +37,7 @@ from nnunet_confkd.inference.prediction import ExportingPredictor, normalised_en
 from nnunet_confkd.inference.uncertainty import case_score, map_ending, write_map, write_review_list
 from nnunet_confkd.processes import PROCESSES, parallel
 from nnunet_confkd.training.batches import real_hints
-from nnunet_confkd.training.hints import hint_channels
-from nnunet_confkd.training.label_hints import LabelHints, image_hints
+from nnunet_confkd.training.hints import hint_channels, image_hints
 from nnunet_confkd.training.network import has_teacher, predicting, unwrap
 
 KEY = "completed"  # in dataset.json: a list with one entry per run, because a completed data set can be completed again
@@ -283,9 +282,9 @@ def _predict(predictor: _CompletingPredictor, cases: list[Case], folder: Path, p
     predictor.known = shown.known
     if shown.hints:
         network: Any = unwrap(predictor.network)
-        network.hints_in_input = True
-        if not predictor.label_manager.has_regions and not shown.hidden:  # hints of classes, one channel for all
-            predictor.network = LabelHints(predictor.network, predictor.label_manager.num_segmentation_heads)
+        manager = predictor.label_manager
+        sets = manager.has_regions or shown.hidden  # otherwise hints are labels, in one channel
+        network.hints_in_input = manager.num_segmentation_heads + 1 if sets else 1
         labels = [str(case.label.file) for case in cases]
         predictor.predict_from_data_iterator(_with_hints(predictor, sources, labels, outputs, shown.hidden),
                                              num_processes_segmentation_export=number)

@@ -22,7 +22,8 @@ from nnunetv2.utilities.label_handling.label_handling import LabelManager
 from scipy import ndimage
 from torch import Tensor
 
-from nnunet_confkd.training.losses import annotated_voxels
+from nnunet_confkd.training.losses import annotated_voxels, hide_unlisted
+from nnunet_confkd.training.network import HintMap
 
 NO_HINTS = 0.2  # share of the fully annotated images without hints: the teacher must also predict without any
 KEPT = 16  # number of patterns kept for each class, and of slice profiles
@@ -67,6 +68,39 @@ def hint_channels(target: Tensor, hint_mask: Tensor, num_heads: int, regions: bo
     background[:, 0] = True
     merged = (labels & background).any(1, keepdim=True)
     return torch.cat((torch.where(background, merged, labels) & hint_mask, hint_mask), 1).float()
+
+
+def hint_map(target: Tensor, hint_mask: Tensor, listed: Tensor | None = None) -> HintMap:
+    """Make the teacher's second input of labels: what :func:`hint_channels` makes, in less memory.
+
+    Args:
+        target: A label map `(B, 1, *spatial)`.
+        hint_mask: Bool, `(B, 1, *spatial)`: which voxels are hints.
+        listed: Bool, `(B, num_heads)`, on the CPU: for which heads the hints of each image are. None: all.
+    """
+    labels = torch.where(hint_mask, hide_unlisted(target, listed) + 1, 0)
+    return HintMap(labels, None if listed is None else listed.to(target.device, non_blocking=True))
+
+
+def image_hints(label: Tensor, hint_mask: Tensor, label_manager: LabelManager, listed: Tensor | None = None) -> Tensor:
+    """Make the teacher's hints of a whole image, which follow the channels of the image in predictions.
+
+    Args:
+        label: Label map, `(1, *spatial)`.
+        hint_mask: Bool, `(1, *spatial)`: which voxels are hints.
+        label_manager: nnU-Net's, with the classes or regions.
+        listed: Bool, `(1, heads)`: for which heads the hints are. None: for all.
+
+    Returns:
+        Of labels one channel, those of a :class:`HintMap`, `(1, *spatial)`: label + 1 where there is a hint, 0
+        elsewhere. Of regions, which may overlap, and of hints for some heads alone, which are sets of classes, the
+        channels of :func:`hint_channels`, `(heads + 1, *spatial)`.
+    """
+    if not label_manager.has_regions and (listed is None or listed.all()):
+        return torch.where(hint_mask, label.int() + 1, 0)
+    target = regions_of(label, label_manager)[None]
+    return hint_channels(target, hint_mask[None], label_manager.num_segmentation_heads, label_manager.has_regions,
+                         listed)[0]
 
 
 def regions_of(label: Tensor, label_manager: LabelManager) -> Tensor:
@@ -258,8 +292,8 @@ class HintSampler:
             annotated: Bool, `(*spatial)`: which voxels are annotated.
             inside: Bool, `(*spatial)`: where the image is.
         """
-        present = _values(labels[annotated])
-        if not len(present):
+        voxels, of_voxel = _voxels(annotated), labels[annotated]
+        if not len(voxels):
             return
         self.images["annotated"] += 1
         if _is_by_slices(labels, annotated, inside):
@@ -267,11 +301,12 @@ class HintSampler:
             if (profile := _slice_profile(annotated, inside)) is not None:
                 self.profiles.append(profile)
             return
-        self.with_class["annotated"].update(present)
-        for label in present:
-            voxels = _voxels(annotated & (labels == label))
-            self.patterns.setdefault(label, deque(maxlen=KEPT)).append(Pattern.of(voxels))
-            self.depth.setdefault(label, Depth()).add("real", _edge_strength(data, _sample(voxels)))
+        order = np.argsort(of_voxel, kind="stable")
+        present, starts = np.unique(of_voxel[order], return_index=True)
+        self.with_class["annotated"].update(present.tolist())
+        for label, chosen in zip(present.tolist(), np.split(voxels[order], starts[1:])):
+            self.patterns.setdefault(label, deque(maxlen=KEPT)).append(Pattern.of(chosen))
+            self.depth.setdefault(label, Depth()).add("real", _edge_strength(data, _sample(chosen)))
 
     def simulate(self, data: np.ndarray, labels: np.ndarray, inside: np.ndarray,
                  rng: np.random.Generator) -> np.ndarray:
@@ -283,19 +318,19 @@ class HintSampler:
         hints = np.zeros(labels.shape, bool)
         if not self.images["annotated"]:
             return hints
-        present = _values(labels[inside])
+        present = _boxes(labels, inside)
         self.images["full"] += 1
-        self.with_class["full"].update(present)
+        self.with_class["full"].update(list(present))
         if rng.random() < self.no_hints:
             return hints
         if rng.random() < self.images["by slices"] / self.images["annotated"]:
             if not self.profiles:
                 return hints
             return _by_profile(self.profiles[rng.integers(len(self.profiles))], inside, rng)
-        for label in present:
+        for label, box in present.items():
             if label in self.patterns and rng.random() < self._share_annotated(label):
                 pattern = self.patterns[label][rng.integers(len(self.patterns[label]))]
-                place = _Class((labels == label) & inside, inside, data, self.depth[label])
+                place = _Class((labels[box] == label) & inside[box], box, inside, data, self.depth[label])
                 hints[place.index(_place(pattern.voxels(), place, rng))] = True
         return hints
 
@@ -341,11 +376,15 @@ def rng_of_batch() -> np.random.Generator:
 
 # ---- what is annotated ----------------------------------------------------------------------------------------------
 
-def _values(labels: np.ndarray) -> list[int]:
-    """The values that occur, all of them from 0."""
-    if not labels.size:
-        return []
-    return (np.flatnonzero(np.bincount(labels)) if labels.max() < 2 ** 16 else np.unique(labels)).tolist()
+def _boxes(labels: np.ndarray, inside: np.ndarray) -> dict[int, tuple[slice, ...]]:
+    """The values that occur in the image, all of them from 0, in their order, and the bounding box of each."""
+    values = None
+    if labels.size and labels.max() >= 2 ** 15:
+        values, labels = np.unique(labels, return_inverse=True)
+        labels = labels.reshape(inside.shape)
+    numbered = np.where(inside, labels + 1, 0)
+    boxes = enumerate(ndimage.find_objects(numbered)) if labels.size else ()
+    return {number if values is None else int(values[number]): box for number, box in boxes if box is not None}
 
 
 def _voxels(mask: np.ndarray) -> np.ndarray:
@@ -408,21 +447,26 @@ class _Class:
     """One class in one image, where its hints are to be placed.
 
     Args:
-        mask: Bool, `(*spatial)`: where the class is.
+        mask: Bool, where the class is in its bounding box.
+        box: The bounding box.
         inside: Bool, `(*spatial)`: where the image is.
         data: The image, `(channels, *spatial)`.
         depth: How deep real annotations of the class lie.
     """
 
-    def __init__(self, mask: np.ndarray, inside: np.ndarray, data: np.ndarray, depth: Depth):
-        self.mask, self.inside, self.data, self.depth = mask, inside, data, depth
-        self.voxels = _voxels(mask)
-        self.mask_or_outside = mask | ~inside  # nobody knows where a class ends that the image cuts
+    def __init__(self, mask: np.ndarray, box: tuple[slice, ...], inside: np.ndarray, data: np.ndarray, depth: Depth):
+        self.mask, self.inside, self.data, self.depth = mask, None if inside.all() else inside, data, depth
+        self.corner, self.shape = np.array([side.start for side in box]), inside.shape
+        self.of_mask = np.flatnonzero(mask)
+        self.size = len(self.of_mask)
+
+    def voxels(self, chosen: np.ndarray | slice = slice(None)) -> np.ndarray:
+        """Some of the voxels of the class, `(n, dimensions)`, by their numbers."""
+        return np.stack(np.unravel_index(self.of_mask[chosen], self.mask.shape), 1) + self.corner
 
     def index(self, voxels: np.ndarray) -> tuple[np.ndarray, ...]:
         """Those of the voxels `(n, dimensions)` that lie in the class, as an index."""
-        voxels = voxels[((voxels >= 0) & (voxels < self.mask.shape)).all(-1)]
-        return tuple(voxels[self.mask[tuple(voxels.T)]].T)
+        return tuple(voxels[_look_up(self.mask, voxels - self.corner, False)].T)
 
     def fit(self, voxels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Compare a pattern with the class at several places.
@@ -434,14 +478,24 @@ class _Class:
             The share of the voxels in the class, of those in the image (a pattern that the end of the image cuts
             says nothing about the class); and the share in the image. `(places,)` each.
         """
-        kept = _look_up(self.inside, voxels, False).mean(1)
-        return _look_up(self.mask, voxels, False).mean(1) / np.maximum(kept, 1e-9), kept
+        kept = (~self._is_outside(voxels)).mean(1)
+        return _look_up(self.mask, voxels - self.corner, False).mean(1) / np.maximum(kept, 1e-9), kept
 
     def margin(self, voxels: np.ndarray) -> np.ndarray:
-        """How much of the surroundings of the voxels `(places, n, dimensions)` belongs to the class, `(places,)`."""
-        axes = np.eye(voxels.shape[-1], dtype=int)
-        steps = np.concatenate([sign * distance * axes for sign in (-1, 1) for distance in (1, 2, 4)])
-        return sum(_look_up(self.mask_or_outside, voxels + step, True).mean(1) for step in steps)
+        """How much of the surroundings of the voxels `(places, n, dimensions)` belongs to the class, `(places,)`.
+
+        Nobody knows where a class ends that the image cuts: what is outside counts as the class.
+        """
+        of_class, of_image = _Shifted(self.mask, voxels - self.corner), _Shifted(self.inside, voxels, self.shape)
+        steps = [(axis, sign * distance) for sign in (-1, 1) for distance in (1, 2, 4)
+                 for axis in range(voxels.shape[-1])]
+        return sum((of_class(*step) | ~of_image(*step)).mean(1) for step in steps)
+
+    def _is_outside(self, voxels: np.ndarray) -> np.ndarray:
+        """Which of the voxels `(..., dimensions)` do not lie in the image."""
+        if self.inside is None:
+            return _flat_index(self.shape, voxels) < 0
+        return ~_look_up(self.inside, voxels, False)
 
     def innermost(self, size: int, rng: np.random.Generator, touching: bool) -> np.ndarray:
         """The innermost voxels of the class; of equally deep ones those next to a random one.
@@ -455,16 +509,49 @@ class _Class:
         Returns:
             `(n, dimensions)`.
         """
-        size = max(1, min(size, 2 * len(self.voxels) // 3))
-        low, high = self.voxels.min(0), self.voxels.max(0) + 3
-        padded = np.pad(self.mask_or_outside, 1, mode="edge")
-        depth = ndimage.distance_transform_cdt(padded[tuple(map(slice, low, high))], "taxicab")
-        depth = depth[tuple((self.voxels - low + 1).T)]
+        size, voxels = max(1, min(size, 2 * self.size // 3)), self.voxels()
+        # The class and one voxel around it, where what is outside of the image counts as the class
+        low, high = self.corner - 1, self.corner + self.mask.shape + 1
+        around = tuple(slice(max(0, start), min(stop, n)) for start, stop, n in zip(low, high, self.shape))
+        solid = (np.zeros([side.stop - side.start for side in around], bool) if self.inside is None
+                 else ~self.inside[around])
+        inner = tuple(slice(start - side.start, start - side.start + n)
+                      for start, side, n in zip(self.corner, around, self.mask.shape))
+        solid[inner] |= self.mask
+        solid = np.pad(solid, [(side.start - start, stop - side.stop) for start, stop, side in zip(low, high, around)],
+                       mode="edge")
+        depth = ndimage.distance_transform_cdt(solid, "taxicab")[tuple((voxels - low).T)]
         deepest = np.flatnonzero(depth == depth.max())
-        distance = ((self.voxels - self.voxels[deepest[rng.integers(len(deepest))]]) ** 2).sum(1)
+        distance = ((voxels - voxels[deepest[rng.integers(len(deepest))]]) ** 2).sum(1)
         chosen = np.lexsort((distance, -depth))[:size]
         untouched = chosen[depth[chosen] > 1]
-        return self.voxels[untouched if not touching and 3 * len(untouched) >= size else chosen]
+        return voxels[untouched if not touching and 3 * len(untouched) >= size else chosen]
+
+
+class _Shifted:
+    """Looks up a mask at voxels that are shifted along one axis; False beyond the mask.
+
+    Args:
+        mask: Bool. None: true everywhere.
+        voxels: `(..., dimensions)`.
+        shape: That of the mask, if it is None.
+    """
+
+    def __init__(self, mask: np.ndarray | None, voxels: np.ndarray, shape: tuple[int, ...] = ()):
+        self.flat, self.shape = None if mask is None else mask.ravel(), shape if mask is None else mask.shape
+        self.axes = [np.ascontiguousarray(voxels[..., axis]) for axis in range(voxels.shape[-1])]
+        self.strides = [int(np.prod(self.shape[axis + 1:])) for axis in range(len(self.shape))]
+        self.place = sum(axis * stride for axis, stride in zip(self.axes, self.strides))
+        within = [(axis >= 0) & (axis < size) for axis, size in zip(self.axes, self.shape)]
+        self.others = [np.logical_and.reduce(within[:i] + within[i + 1:]) for i in range(len(within))]
+
+    def __call__(self, axis: int, distance: int) -> np.ndarray:
+        """The mask at the voxels, moved along an axis; bool of their shape."""
+        moved = self.axes[axis] + distance
+        found = self.others[axis] & (moved >= 0) & (moved < self.shape[axis])
+        if self.flat is not None:
+            found &= self.flat[np.where(found, self.place + distance * self.strides[axis], 0)]
+        return found
 
 
 def _place(voxels: np.ndarray, place: _Class, rng: np.random.Generator, whole: bool = True) -> np.ndarray:
@@ -479,7 +566,7 @@ def _place(voxels: np.ndarray, place: _Class, rng: np.random.Generator, whole: b
     Returns:
         `(n, dimensions)`; some of the voxels may lie outside of the class.
     """
-    shifts = (place.voxels[rng.integers(len(place.voxels), size=PLACES)]
+    shifts = (place.voxels(rng.integers(place.size, size=PLACES))
               - voxels[rng.integers(len(voxels), size=PLACES)])
     shifts = np.concatenate((shifts, np.zeros_like(shifts[:1])))
     moved = _sample(voxels) + shifts[:, None]
@@ -488,7 +575,7 @@ def _place(voxels: np.ndarray, place: _Class, rng: np.random.Generator, whole: b
     if len(good):
         anywhere = voxels + shifts[good[0]]
         deepest = voxels + shifts[good[place.margin(moved[good]).argmax()]]
-        if len(place.voxels) <= LARGE:
+        if place.size <= LARGE:
             innermost = place.innermost(len(voxels), rng, touching=False)
             deepest = max(deepest, innermost, key=lambda found: place.margin(_sample(found)[None])[0])
         place.depth.add("anywhere", _edge_strength(place.data, moved[good[0]]))
@@ -513,5 +600,15 @@ def _components(voxels: np.ndarray) -> list[np.ndarray]:
 
 def _look_up(mask: np.ndarray, voxels: np.ndarray, beyond: bool) -> np.ndarray:
     """The mask at the voxels `(..., dimensions)`; `beyond` for those that lie outside of the patch."""
-    in_patch = np.all((voxels >= 0) & (voxels < mask.shape), axis=-1)
-    return np.where(in_patch, mask[tuple(np.moveaxis(np.where(in_patch[..., None], voxels, 0), -1, 0))], beyond)
+    place = _flat_index(mask.shape, voxels)
+    return np.where(place < 0, beyond, mask.ravel()[place])
+
+
+def _flat_index(shape: tuple[int, ...], voxels: np.ndarray) -> np.ndarray:
+    """The number of each of the voxels `(..., dimensions)` in an array of this shape; -1 beyond it."""
+    place, within = 0, True
+    for axis, size in enumerate(shape):
+        coordinate = voxels[..., axis]
+        place = place * size + coordinate
+        within &= (coordinate >= 0) & (coordinate < size)
+    return np.where(within, place, -1)

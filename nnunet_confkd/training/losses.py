@@ -23,14 +23,18 @@ in float32, also inside autocast.
 """
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from nnunetv2.training.loss.compound_losses import DC_and_CE_loss
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from nnunet_confkd.training.cutmix import Mix, mixed
+from nnunet_confkd.training.gradients import full_precision, mean_in_parts, sum_term_by_term
 from nnunet_confkd.training.ranks import rank_factors
 
 TERMS = ("teacher", "student", "kl", "entropy")
@@ -57,7 +61,7 @@ def entropy(logits: Tensor, regions: bool = False) -> Tensor:
         ValueError: There are no spatial axes.
     """
     _check_logits(logits, "logits")
-    logits = _full_precision(logits)
+    logits = full_precision(logits)
     if regions:
         return -(torch.sigmoid(logits) * F.logsigmoid(logits) + torch.sigmoid(-logits) * F.logsigmoid(-logits)).sum(1)
     log_p = F.log_softmax(logits, 1)
@@ -84,7 +88,7 @@ def kl_divergence(p_logits: Tensor, q_logits: Tensor, regions: bool = False) -> 
     _check_logits(p_logits, "p_logits")
     if p_logits.shape != q_logits.shape:
         raise ValueError(f"p_logits {tuple(p_logits.shape)} and q_logits {tuple(q_logits.shape)} differ in shape")
-    p_logits, q_logits = _full_precision(p_logits), _full_precision(q_logits)
+    p_logits, q_logits = full_precision(p_logits), full_precision(q_logits)
     if regions:
         inside = torch.sigmoid(p_logits) * (F.logsigmoid(p_logits) - F.logsigmoid(q_logits))
         outside = torch.sigmoid(-p_logits) * (F.logsigmoid(-p_logits) - F.logsigmoid(-q_logits))
@@ -146,19 +150,44 @@ def merge_unlisted(logits: Tensor, listed: Tensor | None, regions: bool = False)
     Raises:
         ValueError: The shapes do not match.
     """
-    images = _with_hidden(logits, listed)
-    if listed is None or not len(images):
+    if listed is None or not len(images := _with_hidden(logits, listed)):
         return logits
-    logits, images = _full_precision(logits), images.to(logits.device)
-    rows = logits[images]
-    unlisted = _unlisted(listed, rows)[images]
-    merged = rows.masked_fill(unlisted, NEVER)
-    if not regions:
-        background = unlisted.clone()
-        background[:, 0] = True
-        total = torch.logsumexp(rows.masked_fill(~background, -torch.inf), 1, keepdim=True)
-        merged = torch.cat((total, merged[:, 1:]), 1)
-    return logits.index_copy(0, images, merged)
+    # Numbers of the images with hidden classes, and their heads that are not listed
+    hidden = [(int(image), (~listed[image]).nonzero()[:, 0].to(logits.device, non_blocking=True)) for image in images]
+    return _MergeUnlisted.apply(full_precision(logits), hidden, regions)
+
+
+class _MergeUnlisted(torch.autograd.Function):
+    """:func:`merge_unlisted`, image by image; beside the result it keeps one logit of each voxel."""
+
+    @staticmethod
+    def forward(ctx, logits: Tensor, hidden: list[tuple[int, Tensor]], regions: bool) -> Tensor:
+        merged = logits.clone()
+        for image, unlisted in hidden:
+            merged[image, unlisted] = NEVER
+            if not regions:
+                merged[image, 0] = torch.logsumexp(logits[image, _with_background(unlisted)], 0)
+        ctx.hidden, ctx.regions = hidden, regions
+        ctx.save_for_backward(logits, merged[:, :1].clone())
+        return merged
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, arriving: Tensor):
+        logits, merged = ctx.saved_tensors
+        gradient = arriving.clone()
+        for image, unlisted in ctx.hidden:
+            if ctx.regions:
+                gradient[image, unlisted] = 0
+            else:  # the derivative of logsumexp is the softmax
+                heads = _with_background(unlisted)
+                gradient[image, heads] = (logits[image, heads] - merged[image]).exp_().mul_(arriving[image, :1])
+        return gradient, None, None
+
+
+def _with_background(unlisted: Tensor) -> Tensor:
+    """The heads that are merged: the background, number 0, and those that are not listed."""
+    return F.pad(unlisted, (1, 0))
 
 
 def hide_unlisted(target: Tensor, listed: Tensor | None, regions: bool = False) -> Tensor:
@@ -183,9 +212,10 @@ def hide_unlisted(target: Tensor, listed: Tensor | None, regions: bool = False) 
     if regions:
         hidden = torch.cat((rows[:, :heads].masked_fill(unlisted, 0), rows[:, heads:]), 1)
     else:
-        labels = torch.arange(heads, device=rows.device, dtype=rows.dtype).view(1, -1, *[1] * (rows.ndim - 2))
-        hidden = torch.cat([row.masked_fill((row == labels[:, flags]).any(1, keepdim=True), 0)
-                            for row, flags in zip(rows.split(1), unlisted.flatten(1))])
+        stays = (~unlisted).flatten(1)
+        stays[:, 0] = True
+        of_class = rows.long().clamp(0, heads - 1).flatten(1)
+        hidden = torch.where(stays.gather(1, of_class).view_as(rows) | (rows >= heads) | (rows < 0), rows, 0)
     return target.index_copy(0, images, hidden)
 
 
@@ -224,11 +254,6 @@ def _check_logits(logits: Tensor, name: str) -> None:
         raise ValueError(f"{name} must be (B, C, *spatial), got shape {tuple(logits.shape)}")
 
 
-def _full_precision(logits: Tensor) -> Tensor:
-    """Convert half precision (autocast) to float32; float32 and float64 stay."""
-    return logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
-
-
 def _zero_with_graph(tensor: Tensor) -> Tensor:
     """A float32 zero that depends on `tensor`: the sum of nothing, so that no inf or NaN in it can reach the zero."""
     return tensor.flatten()[:0].float().sum()
@@ -250,11 +275,6 @@ def _shifted(logits: Tensor, num_full: int, shift: Tensor | None, mix: Mix | Non
         whole = listed[num_full:].all(1).to(shift.device, non_blocking=True)
         shift = shift * whole.view(-1, *[1] * (logits.ndim - 1))
     return torch.cat((logits[:num_full], logits[num_full:] + shift))
-
-
-def _mean(values: Tensor) -> Tensor:
-    """Mean over all voxels, `(B, *spatial)` -> scalar; zero, with a graph, if there is no image."""
-    return values.mean() if values.numel() else _zero_with_graph(values)
 
 
 # ---- supervised loss ------------------------------------------------------------------------------------------------
@@ -299,27 +319,64 @@ class PartialSupervision(nn.Module):
         Raises:
             ValueError: The logits and the target differ in the number of images or in their spatial shape.
         """
+        return torch.stack(list(self.parts(logits, target, listed))).sum()
+
+    def parts(self, logits: Tensor, target: Tensor, listed: Tensor | None = None) -> Iterator[Tensor]:
+        """Yield the Dice, then the cross-entropy, of which :meth:`forward` is the sum.
+
+        One after the other they need less memory. With regions, whose loss computes both in any case, there is one
+        part. The arguments are those of :meth:`forward`.
+        """
         if logits.shape[0] != target.shape[0] or logits.shape[2:] != target.shape[2:]:
             raise ValueError(f"logits {tuple(logits.shape)} and target {tuple(target.shape)} do not match")
-        logits = merge_unlisted(logits, listed, self.regions)
         if self.regions:  # labels that are not listed do not occur
             target = hide_unlisted(target, listed, regions=True)
-        annotated = annotated_voxels(target, self.ignore_label, self.regions)
+        annotated, of_images, images = annotated_voxels(target, self.ignore_label, self.regions), listed, None
         if not getattr(getattr(self.loss, "dc", None), "batch_dice", True):
             # In the mean of the images' Dice an image without annotation counts as perfect, which weakens the gradient
             # of the others.
             images = annotated.flatten(1).any(1)
-            if not images.all():
-                logits, target, annotated = logits[images], target[images], annotated[images]
-                listed = None if listed is None else listed[images.cpu()]
-        lists = None if listed is None or not hasattr(self.loss, "dc") else self._lists(annotated, listed)
-        if self.ddp:
-            value = self._over_ranks(logits, target, annotated.sum(), lists)
+            if images.all():
+                images = None
+            else:
+                target, annotated = target[images], annotated[images]
+                of_images = None if listed is None else listed[images.cpu()]
+        lists = None if listed is None or not hasattr(self.loss, "dc") else self._lists(annotated, of_images)
+        factors, excess = self._factors(annotated, lists)
+        if factors is None:
+            yield _zero_with_graph(logits)
+            return
+        for chosen in ((0, 1), (1, 0)) if isinstance(self.loss, DC_and_CE_loss) else ((1, 1),):
+            # Each part has a graph of its own.
+            merged = merge_unlisted(logits, listed, self.regions)
+            value = self._weighted(merged if images is None else merged[images], target,
+                                   *(factor * share for factor, share in zip(factors, chosen)))
+            # nnU-Net's losses return a plain 0 if there is nothing to learn from
+            yield value if torch.is_tensor(value) else _zero_with_graph(logits)
+        if excess:
+            yield torch.full((), excess, device=logits.device)
+
+    def _factors(self, annotated: Tensor, lists: Tensor | None) -> tuple[tuple[float, float] | None, float]:
+        """Factors of cross-entropy and Dice, None if no voxel is annotated; and what the loss is too small by.
+
+        With several ranks the mean of their losses, with these factors, is the loss of all images. nnU-Net's mean
+        counts a Dice of 1 for classes that are not listed.
+        """
+        if not self.ddp:
+            voxel_factor, image_factor, dice_factor = 1.0, 1.0, self._dice_factor(lists)
+            nothing = not annotated.any()
         else:
-            factor = self._dice_factor(lists)
-            value = self._weighted(logits, target, 1.0, factor) + self._excess(factor) if annotated.any() else 0
-        # nnU-Net's losses, too, return a plain 0 if there is nothing to learn from
-        return value if torch.is_tensor(value) else _zero_with_graph(logits)
+            number = annotated.sum()
+            counts = torch.stack((number, number.new_tensor(len(annotated))))
+            found, totals = rank_factors(counts if lists is None else torch.cat((counts, lists)))
+            nothing, (voxel_factor, image_factor) = totals[0] == 0, found[:2].tolist()
+            dice_factor = self._dice_factor(None if lists is None else totals[2:])
+            if self.loss.dc.batch_dice:
+                image_factor = 1.0  # the Dice is that of all ranks already
+        if nothing:
+            return None, 0.0
+        excess = self.loss.weight_dice * (dice_factor - 1) if dice_factor != 1 else 0.0
+        return (voxel_factor, image_factor * dice_factor), excess
 
     def _lists(self, annotated: Tensor, listed: Tensor) -> Tensor:
         """How many images list each class of the Dice, and how many there are in all: `(classes + 1,)`."""
@@ -339,12 +396,14 @@ class PartialSupervision(nn.Module):
             return len(numbers) / max(1, sum(map(bool, numbers)))
         return len(numbers) * images / max(1, sum(numbers))
 
-    def _excess(self, dice_factor: float) -> float:
-        """What the loss is too small by, because nnU-Net's mean counts a Dice of 1 for classes that are not listed."""
-        return self.loss.weight_dice * (dice_factor - 1) if dice_factor != 1 else 0.0
-
     def _weighted(self, logits: Tensor, target: Tensor, ce_factor: float, dice_factor: float) -> Tensor | int:
         """nnU-Net's loss with factors of its two weights."""
+        if self.ddp and self.loss.dc.batch_dice:
+            # nnU-Net gathers the sums of the Dice over the ranks, and equal shapes are needed for that. Folding the
+            # batch axis into space, (1, C, B, *spatial), keeps the sums.
+            logits, target = logits.transpose(0, 1)[None], target.transpose(0, 1)[None]
+        elif not len(logits):
+            return 0
         if ce_factor == dice_factor == 1:
             return self.loss(logits, target)
         weights = self.loss.weight_ce, self.loss.weight_dice
@@ -354,27 +413,18 @@ class PartialSupervision(nn.Module):
         finally:
             self.loss.weight_ce, self.loss.weight_dice = weights
 
-    def _over_ranks(self, logits: Tensor, target: Tensor, num_voxels: Tensor, lists: Tensor | None) -> Tensor | float:
-        """The loss of this rank, scaled such that the mean over the ranks is the loss of all images."""
-        counts = torch.stack((num_voxels, num_voxels.new_tensor(logits.shape[0])))
-        factors, totals = rank_factors(counts if lists is None else torch.cat((counts, lists)))
-        if totals[0] == 0:
-            return 0
-        voxel_factor, image_factor = factors[:2].tolist()
-        dice_factor = self._dice_factor(None if lists is None else totals[2:])
-        if self.loss.dc.batch_dice:
-            # nnU-Net gathers the sums of the Dice over the ranks, and equal shapes are needed for that. Folding the
-            # batch axis into space, (1, C, B, *spatial), keeps the sums. The Dice is that of all ranks already.
-            value = self._weighted(logits.transpose(0, 1)[None], target.transpose(0, 1)[None], voxel_factor,
-                                   dice_factor)
-        elif logits.shape[0]:
-            value = self._weighted(logits, target, voxel_factor, image_factor * dice_factor)
-        else:
-            value = _zero_with_graph(logits)
-        return value + self._excess(dice_factor)
-
-
 # ---- the joint objective --------------------------------------------------------------------------------------------
+
+class _Batch(NamedTuple):
+    """What the terms of a batch need at each resolution; see :meth:`ConfKDLoss.forward`."""
+
+    num_full: int
+    weights: dict[str, float]  # of the terms, with the ramp
+    rank_factors: dict[str, float | Tensor]
+    prior_shift: Tensor | None
+    mix: Mix | None
+    listed: Tensor | None
+
 
 class ConfKDLoss(nn.Module):
     """The joint objective over a batch whose first images are fully annotated.
@@ -448,51 +498,65 @@ class ConfKDLoss(nn.Module):
         if not len(student) == len(teacher) == len(target) == len(self.resolution_weights):
             raise ValueError(f"{len(student)} student outputs, {len(teacher)} teacher outputs and {len(target)} "
                              f"targets for {len(self.resolution_weights)} resolution weights")
-        weights = self.weights | {"kl": self.weights["kl"] * kl_ramp}
-        rank_factor = self._rank_factors(student[0], num_full)
+        batch = _Batch(num_full, self.weights | {"kl": self.weights["kl"] * kl_ramp},
+                       self._rank_factors(student[0], num_full), prior_shift, mix, listed)
         total: Any = 0.0
-        sums = {term: _zero_with_graph(student[0]) for term in TERMS}
-        for i, resolution_weight in enumerate(self.resolution_weights):
-            if resolution_weight == 0:
-                continue
-            shifted = _shifted(student[i], num_full, prior_shift, mix, listed)
-            supervised = self._supervised_terms(shifted, teacher[i], target[i], num_full, weights, mix, listed)
-            extra = {}
-            if i == 0 or self.extra_resolutions == "all":
-                extra = self._extra_terms(student[i], teacher[i], num_full, weights, rank_factor, mix)
-            for term, value in (supervised | extra).items():
-                share = 1.0 if term in extra and self.extra_resolutions == "highest" else resolution_weight
-                total = total + share * weights[term] * value
+        sums = {term: torch.zeros((), device=student[0].device) for term in TERMS}
+
+        def weighted(i: int, *logits: Tensor) -> Iterator[Tensor]:
+            for term, share, value in self._terms(i, logits, teacher[i], target[i], batch):
                 sums[term] = sums[term] + share * value.detach()
-        if self.ddp and not (weights["student"] and weights["teacher"]):
+                yield share * batch.weights[term] * value
+
+        for i, resolution_weight in enumerate(self.resolution_weights):
+            if resolution_weight:
+                taught = () if teacher[i] is None else (teacher[i][:num_full],)
+                total = total + sum_term_by_term(partial(weighted, i), student[i], *taught)
+        if self.ddp and not (batch.weights["student"] and batch.weights["teacher"]):
             # DDP fails on parameters without gradient, such as those of a decoder whose terms all have weight 0.
             total = total + sum(_zero_with_graph(output) for output in (*student, *teacher) if output is not None)
-        return total, {term: value.detach() for term, value in sums.items()}
+        return total, sums
 
-    def _supervised_terms(self, student: Tensor, teacher: Tensor | None, target: Tensor, num_full: int,
-                          weights: dict[str, float], mix: Mix | None, listed: Tensor | None) -> dict[str, Tensor]:
-        """L_s and L_w at one resolution."""
-        terms: dict[str, Tensor] = {}
-        lists = () if listed is None else (listed,)
-        if weights["teacher"]:
-            terms["teacher"] = self.supervised(*(values[:num_full] for values in (teacher, target, *lists)))
+    def _terms(self, i: int, logits: tuple[Tensor, ...], teacher: Tensor | None, target: Tensor,
+               batch: _Batch) -> Iterator[tuple[str, float, Tensor]]:
+        """Yield name, share and value of each term at the resolution i. L_w, which needs most memory, comes first.
+
+        Args:
+            i: Number of the resolution.
+            logits: The student's, and the teacher's of the fully annotated images.
+            teacher: The teacher's of all images.
+            target: That of the resolution.
+            batch: What is the same at all resolutions.
+        """
+        student, weights, full = logits[0], batch.weights, slice(batch.num_full)
+        lists = () if batch.listed is None else (batch.listed,)
         if weights["student"]:
-            terms["student"] = self.supervised(student, mixed(target, mix), *lists)
-        return terms
-
-    def _extra_terms(self, student: Tensor, teacher: Tensor | None, num_full: int, weights: dict[str, float],
-                     rank_factor: dict[str, float | Tensor], mix: Mix | None) -> dict[str, Tensor]:
-        """L_kd and L_ent at one resolution."""
-        images = {"full": slice(num_full), "partial": slice(num_full, None), "all": slice(None)}
-        terms = {}
+            for value in self._supervised(_shifted(student, batch.num_full, batch.prior_shift, batch.mix, batch.listed),
+                                          mixed(target, batch.mix), *lists):
+                yield "student", self.resolution_weights[i], value
+        if weights["teacher"]:
+            for value in self._supervised(logits[1], *(values[full] for values in (target, *lists))):
+                yield "teacher", self.resolution_weights[i], value
+        if i > 0 and self.extra_resolutions == "highest":
+            return
+        share = 1.0 if self.extra_resolutions == "highest" else self.resolution_weights[i]
+        images = {"full": full, "partial": slice(batch.num_full, None), "all": slice(None)}
         if weights["kl"]:
             chosen = images[self.kl_images]
-            teacher = mixed(teacher.detach(), mix)
-            terms["kl"] = rank_factor[self.kl_images] * _mean(
-                distillation(teacher[chosen], student[chosen], self.regions))
+            yield "kl", share, batch.rank_factors[self.kl_images] * mean_in_parts(
+                lambda p, q: distillation(p, q, self.regions), mixed(teacher.detach(), batch.mix)[chosen],
+                student[chosen])
         if weights["entropy"]:
-            terms["entropy"] = rank_factor["partial"] * _mean(entropy(student[images["partial"]], self.regions))
-        return terms
+            yield "entropy", share, batch.rank_factors["partial"] * mean_in_parts(
+                lambda part: entropy(part, self.regions), student[images["partial"]])
+
+    def _supervised(self, *args: Tensor) -> Iterator[Tensor]:
+        """The supervised loss, in parts if it has some."""
+        supervised: Any = self.supervised
+        if hasattr(supervised, "parts"):
+            yield from supervised.parts(*args)
+        else:
+            yield supervised(*args)
 
     def _rank_factors(self, logits: Tensor, num_full: int) -> dict[str, float | Tensor]:
         """Factors of this rank's means over the "full", "partial" and "all" images; 1 without DDP."""

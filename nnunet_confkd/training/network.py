@@ -9,7 +9,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from copy import deepcopy
-from typing import Any
+from math import prod
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -46,6 +47,50 @@ def predicting(branch: str) -> Iterator[None]:
         yield
     finally:
         _predicted_branch.reset(token)
+
+
+class HintMap(NamedTuple):
+    """The teacher's hints where each voxel has one label: the channels of `hint_channels` without their memory.
+
+    Attributes:
+        labels: Integers, `(B, 1, *spatial)`: label + 1 where there is a hint, 0 elsewhere. Labels for which an image is
+            not annotated do not occur: they are background.
+        listed: Bool, `(B, heads)`: for which heads the hints of each image are. The background then stands for all
+            others, too. None: all.
+    """
+
+    labels: Tensor
+    listed: Tensor | None = None
+
+    def of(self, images: slice) -> HintMap:
+        """Return the hints of some of the images."""
+        return HintMap(*(values if values is None else values[images] for values in self))
+
+    def channels(self, num_heads: int, ratio: Sequence[int]) -> Tensor:
+        """Make the channels of `hint_channels` at a lower resolution, without those of the highest.
+
+        Args:
+            num_heads: Number of classes with the background.
+            ratio: How many voxels a voxel of the lower resolution covers along each axis.
+
+        Returns:
+            `(B, heads + 1, *spatial)`, float32. A voxel has a hint if any voxel that it covers has it.
+        """
+        images, _, *sizes = self.labels.shape
+        coarse = [-(-size // step) for size, step in zip(sizes, ratio)]
+        place = torch.zeros((), dtype=torch.long, device=self.labels.device)
+        for size, number, step in zip(sizes, coarse, ratio):
+            place = place[..., None] * number + torch.arange(size, device=place.device) // step
+        labels = self.labels[:, 0].long() - 1
+        channel = torch.where(labels < 0, num_heads, labels)  # voxels without a hint share the last one, for now
+        # Equal places get equal values, so their order does not matter.
+        found = torch.zeros(images, (num_heads + 1) * prod(coarse), device=place.device).scatter_(
+            1, (channel * prod(coarse) + place).flatten(1), 1.0).view(images, num_heads + 1, *coarse)
+        found[:, num_heads] = found[:, :num_heads].amax(1)
+        if self.listed is not None:
+            unlisted = ~self.listed.view(*self.listed.shape, *[1] * len(sizes))
+            found[:, :num_heads] = torch.where(unlisted, found[:, :1], found[:, :num_heads])
+        return found
 
 
 class TwoBranchUNet(nn.Module):
@@ -91,23 +136,25 @@ class TwoBranchUNet(nn.Module):
         self.batch_norms = [module for module in self.teacher_decoder.modules()
                             if isinstance(module, _BatchNorm) and module.track_running_stats]
         self.branch = _predicted_branch.get()
-        self.hints_in_input = False
+        self.hints_in_input = 0
+        self.teach_resolutions = "all"
 
     def set_deep_supervision(self, enabled: bool) -> None:
         """Let both decoders return the logits of all resolutions, or of the highest alone."""
         for decoder in (self.decoder, self.teacher_decoder):
             decoder.deep_supervision = enabled
 
-    def forward(self, x: Tensor, num_full: int | None = None, hints: Tensor | None = None, teach_all: bool = False,
-                mixed: Tensor | None = None):
+    def forward(self, x: Tensor, num_full: int | None = None, hints: Tensor | HintMap | None = None,
+                teach_all: bool = False, mixed: Tensor | None = None):
         """Compute logits, or a list of logits, highest resolution first, with deep supervision.
 
         Args:
-            x: Images, `(B, C, *spatial)`. With `hints_in_input` the last channels are the hints, because nnU-Net's
-                predictor passes one tensor.
+            x: Images, `(B, C, *spatial)`. Because nnU-Net's predictor passes one tensor, the last `hints_in_input`
+                channels are the hints: one with the labels of a :class:`HintMap`, or the channels of `hint_channels`.
             num_full: In training the number of fully annotated images, which come first. None in predictions.
-            hints: The teacher's hints, `(B, heads + 1, *spatial)`. None: no hints.
-            teach_all: In training whether the teacher is also run on the other images, which do not update it.
+            hints: The teacher's hints, a :class:`HintMap` or `(B, heads + 1, *spatial)`. None: no hints.
+            teach_all: In training whether the teacher is also run on the other images, which do not update it. With
+                `teach_resolutions = "highest"` it is, on these, at the highest resolution alone.
             mixed: In training the images that the student sees instead, `(B, C, *spatial)`. The teacher then does not
                 update the encoder, which saves time. None: those that the teacher sees.
 
@@ -116,7 +163,8 @@ class TwoBranchUNet(nn.Module):
             student's on all images, and the teacher's on the fully annotated ones, with `teach_all` on all of them.
         """
         if self.hints_in_input:
-            x, hints = x.tensor_split([x.shape[1] - self.decoder.num_classes - 1], 1)
+            x, last = x.tensor_split([x.shape[1] - self.hints_in_input], 1)
+            hints = HintMap(last) if self.hints_in_input == 1 else last
         if num_full is None:
             skips = self.encoder(x)
             if self.branch == "student":
@@ -135,7 +183,8 @@ class TwoBranchUNet(nn.Module):
             skips = [*skips[:-1], skips[-1] + anchor]
         return student, self.run_teacher(skips, hints, student, num_full, teach_all)
 
-    def run_teacher(self, skips: list[Tensor], hints: Tensor | None, student, num_full: int, teach_all: bool):
+    def run_teacher(self, skips: list[Tensor], hints: Tensor | HintMap | None, student, num_full: int,
+                    teach_all: bool):
         """Compute the teacher's output in training.
 
         Args:
@@ -146,7 +195,9 @@ class TwoBranchUNet(nn.Module):
             num_full: See :meth:`forward`.
             teach_all: See :meth:`forward`.
         """
-        def part(images: slice) -> Tensor | None:
+        def part(images: slice) -> Tensor | HintMap | None:
+            if isinstance(hints, HintMap):
+                return hints.of(images)
             return None if hints is None else hints[images]
 
         if num_full > 0:
@@ -159,13 +210,17 @@ class TwoBranchUNet(nn.Module):
                        [logits[:0].detach() + anchor for logits in student])
         if not teach_all or num_full == len(skips[0]):
             return teacher
+        deep_supervision = self.teacher_decoder.deep_supervision
         with torch.no_grad(), _unchanged(self.batch_norms):
+            self.teacher_decoder.deep_supervision = deep_supervision and self.teach_resolutions == "all"
             others = self._teach([skip[num_full:].detach() for skip in skips], part(slice(num_full, None)))
+            self.teacher_decoder.deep_supervision = deep_supervision
         if torch.is_tensor(teacher):
             return torch.cat((teacher, others))
-        return [torch.cat(pair) for pair in zip(teacher, others)]
+        others = [others] if torch.is_tensor(others) else others
+        return [torch.cat(pair) for pair in zip(teacher, others)] + teacher[len(others):]
 
-    def _teach(self, skips: list[Tensor], hints: Tensor | None):
+    def _teach(self, skips: list[Tensor], hints: Tensor | HintMap | None):
         skips = self.narrowed(skips)
         return self.teacher_decoder(skips if hints is None else self.teacher_decoder.hints(skips, hints))
 
@@ -240,25 +295,50 @@ class Hints(nn.Module):
         super().__init__()
         self.seg_layers = nn.ModuleList(convolution(num_heads + 1, number, 1, bias=False) for number in channels)
 
-    def forward(self, skips: list[Tensor], hints: Tensor) -> list[Tensor]:
+    def forward(self, skips: list[Tensor], hints: Tensor | HintMap) -> list[Tensor]:
         """Add the hints to the features.
 
         Args:
             skips: The features, `(B, channels, *spatial)` each, highest resolution first.
-            hints: `(B, heads + 1, *spatial)`, see :func:`nnunet_confkd.training.hints.hint_channels`.
+            hints: `(B, heads + 1, *spatial)`, see :func:`nnunet_confkd.training.hints.hint_channels`, or the same as a
+                :class:`HintMap`, which needs less memory.
 
         Returns:
             The features with hints. At a lower resolution a voxel has a hint if any voxel that it covers has it.
         """
-        # Adaptive pooling of volumes has no kernel on Apple's MPS.
-        pool = F.max_pool2d if hints.ndim == 4 else F.max_pool3d
         hinted = []
+        layer: Any
         for skip, layer in zip(skips, self.seg_layers):
-            if hints.shape[2:] != skip.shape[2:]:
-                ratio = [-(-fine // coarse) for fine, coarse in zip(hints.shape[2:], skip.shape[2:])]
-                hints = pool(hints, ratio, ceil_mode=True)  # from resolution to resolution: the largest is read once
+            if isinstance(hints, HintMap) and hints.labels.shape[2:] == skip.shape[2:]:
+                hinted.append(skip + _look_up(layer.weight.to(skip.dtype), hints))
+                continue
+            of_hints = hints.labels if isinstance(hints, HintMap) else hints
+            ratio = [-(-fine // coarse) for fine, coarse in zip(of_hints.shape[2:], skip.shape[2:])]
+            if isinstance(hints, HintMap):
+                hints = hints.channels(layer.weight.shape[1] - 1, ratio).to(layer.weight.dtype)
+            elif any(step > 1 for step in ratio):
+                # From resolution to resolution: the largest is read once. Adaptive pooling of volumes has no kernel on
+                # Apple's MPS.
+                pool = F.max_pool2d if hints.ndim == 4 else F.max_pool3d
+                hints = pool(hints, ratio, ceil_mode=True)
             hinted.append(skip + layer(hints))
         return hinted
+
+
+def _look_up(weight: Tensor, hints: HintMap) -> Tensor:
+    """What a convolution with this weight, `(channels, heads + 1, 1, ...)`, makes of the hints' channels."""
+    vectors, of_hint = weight.flatten(1).T[None, :-1], weight.flatten(1)[:, -1]
+    if hints.listed is not None:
+        background = ~hints.listed
+        background[:, 0] = True
+        merged = background.to(weight.dtype) @ vectors[0]
+        vectors = torch.cat((merged[:, None], vectors[:, 1:].expand(len(merged), -1, -1)), 1)
+    labels = hints.labels[:, 0].long()
+    if len(vectors) > 1:  # each image has vectors of its own
+        first = vectors.shape[1] * torch.arange(len(vectors), device=labels.device).view(-1, *[1] * (labels.ndim - 1))
+        labels = torch.where(labels > 0, labels + first, 0)
+    vectors = F.pad((vectors + of_hint).flatten(0, 1), (0, 0, 1, 0))  # none, where there is no hint
+    return F.embedding(labels, vectors, padding_idx=0).movedim(-1, 1)
 
 
 def _combine(student, teacher, how: str):

@@ -63,9 +63,9 @@ from nnunet_confkd.training.checks import check_fold, check_plans, edited_after_
 from nnunet_confkd.training.class_prior import ClassPrior
 from nnunet_confkd.training.curves import CURVES, plot_curves
 from nnunet_confkd.training.cutmix import CutMix, Mix, mixed
-from nnunet_confkd.training.hints import HintSampler, hint_channels
+from nnunet_confkd.training.hints import HintSampler, hint_channels, hint_map
 from nnunet_confkd.training.losses import TERMS, ConfKDLoss, PartialSupervision, annotated_voxels, confidence
-from nnunet_confkd.training.network import TwoBranchUNet, check_unet, narrower, unwrap
+from nnunet_confkd.training.network import HintMap, TwoBranchUNet, check_unet, narrower, unwrap
 from nnunet_confkd.training.pseudo_dice import COUNTS, dice, hard_counts
 from nnunet_confkd.training.ranks import first_rank_first, gather
 from nnunet_confkd.training.record import write_record
@@ -145,9 +145,11 @@ class ConfKDTrainer(nnUNetTrainer):
                 plans_manager, configuration, num_input_channels, num_output_channels, enable_deep_supervision)
 
         # nnU-Net hands over the plans, and not the trainer: __init__ has put the settings into them.
-        width = Settings.from_blocks(configuration_manager.configuration.get("confkd", {})).teacher_width
-        unet = check_unet(build(configuration_manager))
-        return TwoBranchUNet(unet, build(narrower(configuration_manager, width)) if width < 1 else None)
+        settings = Settings.from_blocks(configuration_manager.configuration.get("confkd", {}))
+        unet, width = check_unet(build(configuration_manager)), settings.teacher_width
+        network = TwoBranchUNet(unet, build(narrower(configuration_manager, width)) if width < 1 else None)
+        network.teach_resolutions = settings.extra_resolutions
+        return network
 
     @property
     def two_branches(self) -> bool:
@@ -446,13 +448,14 @@ class ConfKDTrainer(nnUNetTrainer):
     def _autocast(self):
         return torch.autocast(self.device.type, enabled=True) if self.device.type == 'cuda' else dummy_context()
 
-    def _hints(self, batch: dict, target: torch.Tensor) -> torch.Tensor | None:
-        """The teacher's hints, `(B, heads + 1, *spatial)`, or None; target: at the highest resolution."""
+    def _hints(self, batch: dict, target: torch.Tensor) -> torch.Tensor | HintMap | None:
+        """The teacher's hints, as the network takes them, or None; target: at the highest resolution."""
         if "hint_mask" not in batch:
             return None
-        return hint_channels(target, batch["hint_mask"].to(self.device, non_blocking=True),
-                             self.label_manager.num_segmentation_heads, self.label_manager.has_regions,
-                             batch.get("hint_listed"))
+        mask, listed = batch["hint_mask"].to(self.device, non_blocking=True), batch.get("hint_listed")
+        if self.label_manager.has_regions:
+            return hint_channels(target, mask, self.label_manager.num_segmentation_heads, True, listed)
+        return hint_map(target, mask, listed)
 
     def _forward(self, data: torch.Tensor, num_full: int, mix: Mix | None = None, **options):
         """The outputs of student and teacher; None for the teacher if the network has none."""

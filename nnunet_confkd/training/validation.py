@@ -36,8 +36,7 @@ from nnunet_confkd.data.supervision import FULL, OUTSIDE
 from nnunet_confkd.errors import InputError, TrainingError, some
 from nnunet_confkd.files import written_whole
 from nnunet_confkd.training.batches import label_outside
-from nnunet_confkd.training.hints import regions_of
-from nnunet_confkd.training.label_hints import LabelHints, image_hints
+from nnunet_confkd.training.hints import image_hints, regions_of
 from nnunet_confkd.training.names import VALIDATION_FOLDERS
 from nnunet_confkd.training.network import TwoBranchUNet, unwrap
 from nnunet_confkd.training.prediction_maps import StreamingExport
@@ -77,20 +76,17 @@ class CasePredictor:
         self.predictor.label_manager = _Heads(self.heads * len(branches))
 
     @contextmanager
-    def _output_of_branches(self, hints: bool, as_labels: bool):
+    def _output_of_branches(self, hint_channels: int):
         module: Any = unwrap(self.trainer.network)
         if not isinstance(module, TwoBranchUNet):
             yield
             return
-        both = len(self.branches) > 1
-        before, module.branch, module.hints_in_input = module.branch, "both" if both else self.branches[0], hints
-        network = self.predictor.network
-        if as_labels:
-            self.predictor.network = LabelHints(network, self.heads)
+        before, module.hints_in_input = module.branch, hint_channels
+        module.branch = "both" if len(self.branches) > 1 else self.branches[0]
         try:
             yield
         finally:
-            module.branch, module.hints_in_input, self.predictor.network = before, False, network
+            module.branch, module.hints_in_input = before, 0
 
     def __call__(self, data: np.ndarray, seg_prev: np.ndarray | None,
                  hints: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
@@ -110,7 +106,7 @@ class CasePredictor:
         image = torch.from_numpy(np.require(data, requirements="W"))
         if hints is not None:
             image = torch.cat((image, hints.to(image.dtype)))
-        with self._output_of_branches(hints is not None, hints is not None and len(hints) == 1):
+        with self._output_of_branches(0 if hints is None else len(hints)):
             logits = self.predictor.predict_sliding_window_return_logits(image).cpu()
         return dict(zip(self.branches, logits.split(self.heads)))
 

@@ -13,7 +13,7 @@ from torch import nn
 from torch._dynamo.utils import counters
 
 from nnunet_confkd.training.losses import TERMS, ConfKDLoss, PartialSupervision
-from nnunet_confkd.training.network import TwoBranchUNet
+from nnunet_confkd.training.network import HintMap, TwoBranchUNet
 
 BATCH, CHANNELS, SIDE = 6, 3, 16
 IGNORE = CHANNELS
@@ -42,7 +42,7 @@ def objective_of(ndim: int, regions: bool, hints: bool) -> ConfKDLoss:
     stock.dc = compiled(stock.dc)
     return ConfKDLoss(PartialSupervision(stock, IGNORE, regions), dict.fromkeys(TERMS, 1.0), regions=regions,
                       resolution_weights=(4 / 7, 2 / 7, 1 / 7), kl_images="all" if hints else "full",
-                      extra_resolutions="all")
+                      extra_resolutions="highest")
 
 
 class Training:
@@ -50,7 +50,9 @@ class Training:
 
     def __init__(self, architecture, ndim: int, regions: bool, hints: bool):
         self.ndim, self.regions, self.hints = ndim, regions, hints
-        self.network, self.loss = compiled(network_of(architecture, ndim)), objective_of(ndim, regions, hints)
+        network = network_of(architecture, ndim)
+        network.teach_resolutions = "highest"
+        self.network, self.loss = compiled(network), objective_of(ndim, regions, hints)
 
     def batch(self, num_full: int):
         targets = []
@@ -63,7 +65,11 @@ class Training:
     def step(self, num_full: int) -> None:
         self.network.train()
         images, targets = self.batch(num_full)
-        hints = torch.zeros(BATCH, CHANNELS + 1, *images.shape[2:]) if self.hints else None
+        hints = None
+        if self.hints and self.regions:
+            hints = torch.zeros(BATCH, CHANNELS + 1, *images.shape[2:])
+        elif self.hints:
+            hints = HintMap(torch.randint(0, CHANNELS + 1, images.shape))
         self.loss(*self.network(images, num_full, hints, self.hints), targets, num_full)[0].backward()
 
     @torch.no_grad()
@@ -110,11 +116,13 @@ def test_compiled_gradients_are_those_of_the_plain_network(ndim):
     network = network_of(PlainConvUNet, ndim)
     images = torch.randn(BATCH, 1, *ndim * [SIDE])
     hints = (torch.rand(BATCH, CHANNELS + 1, *ndim * [SIDE]) < 0.1).float()
-    found = []
+    labels, found = torch.randint(0, CHANNELS + 1, images.shape), []
+    listed = torch.rand(BATCH, CHANNELS) < 0.5
     for called in (network, torch.compile(network, backend="aot_eager")):
         network.zero_grad()
-        student, teacher = called(images, 2, hints, True)
-        sum(output.square().mean() for output in (*student, *teacher)).backward()
+        for form in (hints, HintMap(labels), HintMap(labels, listed)):
+            student, teacher = called(images, 2, form, True)
+            sum(output.square().mean() for output in (*student, *teacher)).backward()
         found.append({name: p.grad.clone() for name, p in network.named_parameters()})
     plain, compiled_ones = found
     assert plain["teacher_decoder.hints.seg_layers.0.weight"].abs().max() > 0

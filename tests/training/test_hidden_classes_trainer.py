@@ -84,7 +84,8 @@ def test_the_teacher_sees_candidate_sets(nnunet, hidden_classes):
         batch = next(trainer.dataloader_train)
         hinted.clear()
         trainer.train_step(batch)
-        for image, listed in zip(torch.cat(hinted), batch["hint_listed"]):
+        images = torch.cat([hints.channels(4, [1, 1]) for hints in hinted])
+        for image, listed in zip(images, batch["hint_listed"]):
             candidates = image[:, image[-1].bool()].bool()  # (heads + 1, voxels)
             merged = candidates[0]
             assert (candidates[:4][listed][1:].sum(0) + merged == 1).all()  # a listed class or the merged background

@@ -8,8 +8,16 @@ import pytest
 import torch
 from nnunetv2.utilities.label_handling.label_handling import LabelManager
 
-from nnunet_confkd.training.hints import KEPT, NO_HINTS, SAMPLE, HintSampler, Pattern, class_map, hint_channels
-from nnunet_confkd.training.label_hints import image_hints
+from nnunet_confkd.training.hints import (
+    KEPT,
+    NO_HINTS,
+    SAMPLE,
+    HintSampler,
+    Pattern,
+    class_map,
+    hint_channels,
+    image_hints,
+)
 
 IGNORE = 3
 

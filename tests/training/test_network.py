@@ -15,8 +15,10 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from nnunet_confkd.errors import InputError
+from nnunet_confkd.training.hints import hint_channels, hint_map
 from nnunet_confkd.training.network import (
     TEACHER_PREFIX,
+    HintMap,
     TwoBranchUNet,
     add_teacher,
     branch_weights,
@@ -325,7 +327,7 @@ def test_no_hints_and_hints_of_zero_make_the_teacher_a_stock_decoder(architectur
 def test_for_predictions_hints_may_be_the_last_channels(architecture, ndim, stages, branch):
     network = two_branches(architecture, ndim, stages, False)
     student, teacher = network(images(ndim), BATCH, hints_at(ndim, 1))
-    network.branch, network.hints_in_input = branch, True
+    network.branch, network.hints_in_input = branch, CLASSES + 1
     expected = {"student": student, "teacher": teacher, "mean": (student + teacher) / 2}[branch]
     torch.testing.assert_close(network(torch.cat((images(ndim), hints_at(ndim, 1)), 1)), expected)
 
@@ -354,6 +356,18 @@ def test_images_that_are_not_full_do_not_update_the_teacher(deep_supervision, nu
         torch.testing.assert_close(result, expected)
     sum(x[num_full:].sum() for x in as_list(teacher)).backward()
     assert all(g is None or not g.any() for g in gradients(network))
+
+
+@pytest.mark.parametrize("num_full", (0, 1, BATCH))
+def test_images_that_are_not_full_may_be_taught_at_the_highest_resolution_alone(num_full):
+    network = two_branches()
+    everywhere = network(images(), num_full, hints_at(2, 2), teach_all=True)[1]
+    network.teach_resolutions = "highest"
+    highest, *others = network(images(), num_full, hints_at(2, 2), teach_all=True)[1]
+    assert equal([highest, *others], [everywhere[0], *(logits[:num_full] for logits in everywhere[1:])])
+    assert others and network.teacher_decoder.deep_supervision
+    network.set_deep_supervision(False)
+    assert equal(network(images(), num_full, hints_at(2, 2), teach_all=True)[1], everywhere[0])
 
 
 @pytest.mark.parametrize("ndim", (2, 3))
@@ -391,12 +405,68 @@ class Operators(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
+def labelled(sizes: tuple[int, ...], with_lists: bool):
+    """The hints of random labels as a map, and as a channel for each class."""
+    generator = torch.Generator().manual_seed(2)
+    labels = torch.randint(0, CLASSES + 1, (BATCH, 1, *sizes), generator=generator, dtype=torch.int16)
+    mask = (torch.rand(labels.shape, generator=generator) < 0.1) & (labels < CLASSES)
+    listed = torch.tensor([[True, False, False], [True, True, False], [True, True, True]]) if with_lists else None
+    return hint_map(labels, mask, listed), hint_channels(labels, mask, CLASSES, listed=listed)
+
+
+@pytest.mark.parametrize("sizes", ((16, 16), (15, 9), (8, 16, 12), (7, 6, 13)), ids=str)
+@pytest.mark.parametrize("with_lists", (False, True), ids=("all", "lists"))
+@pytest.mark.parametrize("narrow", (False, True))
+def test_a_map_of_hints_adds_what_their_channels_add(sizes, with_lists, narrow):
+    """And so do the gradients."""
+    network = two_branches(PlainConvUNet, len(sizes)).double()
+    if narrow:
+        network = TwoBranchUNet(stock(ndim=len(sizes)), stock(ndim=len(sizes), features=(4, 6, 8, 8))).double()
+    hints, channels = labelled(sizes, with_lists)
+    layers = network.teacher_decoder.hints
+    skips = [skip.detach().requires_grad_() for skip in network.narrowed(
+        network.encoder(torch.randn(BATCH, 1, *sizes, dtype=torch.float64)))]
+    leaves, found = [*skips, *layers.parameters()], []
+    for form in (hints, channels):
+        hinted = layers(skips, HintMap(form.labels, form.listed) if form is hints else form.double())
+        found.append([*hinted, *torch.autograd.grad(total(hinted), leaves)])
+    for result, expected in zip(*found, strict=True):
+        torch.testing.assert_close(result, expected)
+    assert all((hinted - skip).detach().abs().max() > 0.1 for hinted, skip in zip(found[0], skips))
+
+
+@pytest.mark.parametrize("sizes", ((16, 16), (15, 9), (8, 16, 12), (7, 6, 13)), ids=str)
+@pytest.mark.parametrize("with_lists", (False, True), ids=("all", "lists"))
+def test_a_map_of_hints_has_their_channels_at_lower_resolutions(sizes, with_lists):
+    hints, channels = labelled(sizes, with_lists)
+    pool = {2: torch.nn.functional.max_pool2d, 3: torch.nn.functional.max_pool3d}[len(sizes)]
+    for ratio in ([1, 2, 2], [2, 2, 2], [1, 1, 1], [3, 1, 4]):
+        ratio = ratio[-len(sizes):]
+        assert torch.equal(hints.channels(CLASSES, ratio), pool(channels, ratio, ceil_mode=True))
+
+
+@pytest.mark.parametrize("with_lists", (False, True), ids=("all", "lists"))
+@pytest.mark.parametrize("num_full", (0, 1, BATCH))
+def test_a_network_takes_its_hints_as_a_map_or_as_channels(num_full, with_lists):
+    network = two_branches().double()
+    hints, channels = labelled((16, 16), with_lists)
+    results = [network(images().double(), num_full, form, teach_all=True) for form in (hints, channels.double())]
+    for found, expected in zip(*results):
+        torch.testing.assert_close(found, expected)
+    if not with_lists:
+        network.set_deep_supervision(False)
+        network.branch, network.hints_in_input = "teacher", 1
+        torch.testing.assert_close(network(torch.cat((images().double(), hints.labels), 1)), results[1][1][0])
+
+
 # All of them have a kernel for Apple's MPS (or consist of such), also for volumes, in PyTorch's native_functions.yaml.
 # (`adaptive_max_pool3d` has none.)
 ON_EVERY_DEVICE = {
-    "add", "add_", "avg_pool2d", "avg_pool3d", "cat", "convolution", "detach", "empty", "leaky_relu_",
-    "max_pool2d_with_indices", "max_pool3d_with_indices", "native_batch_norm", "repeat", "select", "slice", "sum",
-    "view"}
+    "add", "add_", "amax", "arange", "avg_pool2d", "avg_pool3d", "bitwise_not", "cat", "constant_pad_nd",
+    "convolution", "copy_", "detach", "embedding", "empty", "expand", "fill_", "floor_divide", "gt", "leaky_relu_",
+    "lift_fresh", "lt", "max_pool2d_with_indices", "max_pool3d_with_indices", "mm", "mul", "native_batch_norm",
+    "permute", "repeat", "scalar_tensor", "scatter_", "select", "slice", "sub", "sum", "unsqueeze", "view", "where",
+    "zeros", "_to_copy"}
 
 
 @each_network
@@ -404,8 +474,10 @@ ON_EVERY_DEVICE = {
 def test_no_operator_lacks_a_kernel_on_some_device(architecture, ndim, stages, with_hints):
     network, x = two_branches(architecture, ndim, stages), images(ndim)
     hints = hints_at(ndim, 0) if with_hints else None
+    maps = [labelled(x.shape[2:], with_lists)[0] for with_lists in (False, True)] if with_hints else []
     with Operators() as operators:
-        network(x, 2, hints, teach_all=True)
+        for form in (hints, *maps):
+            network(x, 2, form, teach_all=True)
         network(x, 0, hints)
         network(x)
     assert "convolution" in operators.names and operators.names <= ON_EVERY_DEVICE, operators.names - ON_EVERY_DEVICE

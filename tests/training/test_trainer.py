@@ -108,13 +108,12 @@ def test_the_teacher_sees_the_annotations_of_all_images_and_teaches_on_them(nnun
         batch = next(trainer.dataloader_train)
         seen.clear()
         trainer.train_step(batch)
-        hints = torch.cat(seen)  # of the fully annotated images, then of the others
-        target, num_full, hint_mask = batch["target"][0], batch["num_full"], hints[:, -1:].bool()
+        hints = torch.cat([hints.labels for hints in seen])  # of the fully annotated images, then of the others
+        target, num_full, hint_mask = batch["target"][0], batch["num_full"], hints > 0
         assert torch.equal(hint_mask[num_full:], target[num_full:] != 3)
         assert 0 < hint_mask[:num_full].float().mean() < 0.05
         assert not (hint_mask & ~batch["inside"]).any()
-        labels = hints[:, :-1].argmax(1, keepdim=True)
-        assert torch.equal(labels[hint_mask], target[hint_mask].long())
+        assert torch.equal(hints[hint_mask] - 1, target[hint_mask])
         full_hinted += int(hint_mask[:num_full].flatten(1).any(1).sum())
     assert full_hinted > 8
 
@@ -175,7 +174,7 @@ def test_validation_batches_are_fully_annotated_and_count_as_nnunet_does(nnunet,
     for key in ("loss", "tp_hard", "fp_hard", "fn_hard"):
         np.testing.assert_array_equal(ours[key], theirs[key])
     # the teacher is validated as it is trained: with hints
-    assert len(seen) == 1 and torch.equal(seen[0][:, -1:].bool(), batch["hint_mask"]) and batch["hint_mask"].any()
+    assert len(seen) == 1 and torch.equal(seen[0].labels > 0, batch["hint_mask"]) and batch["hint_mask"].any()
 
 
 def test_partial_only_has_one_branch_and_nnunets_loss_to_the_bit(nnunet, started):
