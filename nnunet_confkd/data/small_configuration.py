@@ -12,9 +12,9 @@ from nnunet_confkd.files import write_json
 
 QUICK, MARK = "_quick", "confkd train --quick"
 # by the number of dimensions: a training takes some minutes on two CPU cores
-LENGTHS = {2: {"epochs": 12, "iterations_per_epoch": 90}, 3: {"epochs": 12, "iterations_per_epoch": 50}}
-SIZES: dict[int, dict[str, Any]] = {2: dict(features=(16, 32, 64, 128), batch_size=8, max_patch=96),
-                                    3: dict(features=(8, 16, 32, 64), batch_size=2, max_patch=48)}
+LENGTHS = {2: {"epochs": 12, "iterations_per_epoch": 200}, 3: {"epochs": 12, "iterations_per_epoch": 50}}
+SIZES: dict[int, dict[str, Any]] = {2: dict(features=(16, 32, 64, 128), batch_size=4, max_patch=96, convolutions=1),
+                                    3: dict(features=(8, 16, 32, 64), batch_size=2, max_patch=48, convolutions=2)}
 
 
 def add_small_configuration(plans_file: Path, name: str, base: str, confkd: dict | None = None, *,
@@ -95,7 +95,7 @@ def add_quick_configuration(plans_file: Path, configuration: str, keep: bool = F
     if before is not None and keep:
         return base, name
     dimensions = len(parent["patch_size"])
-    new = _small(parent, base, convolutions=2, **SIZES[dimensions])
+    new = _small(parent, base, **SIZES[dimensions])
     new |= {"confkd": parent.get("confkd", {}) | LENGTHS[dimensions], WRITTEN_BY: MARK}
     if new != before:
         plans["configurations"][name] = new

@@ -65,7 +65,7 @@ def run(folder: Path, data: Path | None, epochs: int, iterations: int, seed: int
     Returns:
         The mean Dice of "student" and "teacher".
     """
-    from nnunet_confkd.data.small_configuration import add_small_configuration
+    from nnunet_confkd.data.small_configuration import SIZES, add_small_configuration
     from nnunet_confkd.device import choose_device
     from nnunet_confkd.discovery import make_findable
     from nnunet_confkd.nnunet_commands import predict
@@ -87,8 +87,7 @@ def run(folder: Path, data: Path | None, epochs: int, iterations: int, seed: int
     training = sorted([*cases["full"], *cases["partial"], *cases["unlabelled"]])
     write_json(preprocessed / "splits_final.json", [{"train": training, "val": sorted(cases["validation"])}])
     add_small_configuration(preprocessed / f"{PLANS}.json", CONFIGURATION, "2d",
-                            {"epochs": epochs, "iterations_per_epoch": iterations, "seed": seed}, batch_size=4,
-                            convolutions=1)
+                            {"epochs": epochs, "iterations_per_epoch": iterations, "seed": seed}, **SIZES[2])
 
     say(3, f"training: ConfKDTrainer, {epochs} epochs of {iterations} iterations")
     import torch
