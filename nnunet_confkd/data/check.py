@@ -104,11 +104,9 @@ def check_dataset(dataset: int | str, processes: int = PROCESSES, patient_patter
     patients = _find_patients(training, patient_pattern or described.get("patient_pattern"), report)
     _describe_cases(contents, kinds, described.get("supervision"), patients, report)
     _describe_classes(hidden, report)
-    if splits_file.is_file():
-        written = folds = _check_split(splits_file, training, kinds, patients, report)
-    else:
-        written = []
-        folds = _default_split(splits_file, kinds, patients, described.get("patient_pattern"), report)
+    written = _check_split(splits_file, training, kinds, patients, report) if splits_file.is_file() else []
+    folds = written if splits_file.is_file() else _default_split(splits_file, kinds, patients,
+                                                                 described.get("patient_pattern"), report)
     single = single_patient_text({f"fold {k}": fold for k, fold in enumerate(folds)}, kinds, patients,
                                  f"confkd train {int(name[7:10])} CONFIGURATION all")
     if single:

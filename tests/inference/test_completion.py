@@ -343,7 +343,7 @@ def lacking(few, spoilt):
 
 def test_missing_classes_are_filled_and_annotated_ones_kept(few, lacking, model, predicted, threads):
     before = _files(lacking)
-    folder = complete(7, model, 62, name="Lacking")
+    folder = complete(7, model, 84, name="Lacking")
     assert _files(lacking) == before
     described = read_json(folder / "dataset.json")
     assert "annotated_classes" not in described and set(described["supervision"].values()) == {"full"}
@@ -375,7 +375,7 @@ def test_what_the_model_is_not_sure_of_becomes_ignored(few, lacking, model, thre
         _label(file, change)
     labels = {name: value for name, value in few.described["labels"].items() if name != "ignore"}
     _described(lacking, labels=labels, supervision={})
-    folder = complete(7, model, 65, name="Sure", confidence=0.6)
+    folder = complete(7, model, 85, name="Sure", confidence=0.6)
     assert read_json(folder / "dataset.json")["labels"] == {**labels, "ignore": IGNORE}
     for case in few.weak[:2]:
         label, after = (read_voxels(f / "labelsTr" / f"{case}.nii.gz") for f in (lacking, folder))
@@ -392,10 +392,10 @@ def test_no_fold_validates_on_completed_labels(nnunet, few, lacking, model, no_n
     try:
         first = few.weak[0]
         file.write_text(json.dumps([{"train": sorted(set(few.kinds) - {first}), "val": [first]}]))
-        complete(7, model, 66, name="Folds")
+        complete(7, model, 86, name="Folds")
     finally:
         shutil.rmtree(file.parent)
-    folds = read_json(nnunet.preprocessed("Dataset066_Folds") / "splits_final.json")
+    folds = read_json(nnunet.preprocessed("Dataset086_Folds") / "splits_final.json")
     assert {case for fold in folds for case in fold["val"]} == set(few.full)
 
 
