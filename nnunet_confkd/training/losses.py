@@ -332,17 +332,15 @@ class PartialSupervision(nn.Module):
         if self.regions:  # labels that are not listed do not occur
             target = hide_unlisted(target, listed, regions=True)
         annotated, of_images, images = annotated_voxels(target, self.ignore_label, self.regions), listed, None
-        if not getattr(getattr(self.loss, "dc", None), "batch_dice", True):
+        known = annotated.flatten(1).any(1).tolist()  # of each image; the only time that the device is waited for
+        if not getattr(getattr(self.loss, "dc", None), "batch_dice", True) and not all(known):
             # In the mean of the images' Dice an image without annotation counts as perfect, which weakens the gradient
             # of the others.
-            images = annotated.flatten(1).any(1)
-            if images.all():
-                images = None
-            else:
-                target, annotated = target[images], annotated[images]
-                of_images = None if listed is None else listed[images.cpu()]
+            images = torch.tensor(known, device=annotated.device)
+            target, annotated = target[images], annotated[images]
+            of_images = None if listed is None else listed[torch.tensor(known)]
         lists = None if listed is None or not hasattr(self.loss, "dc") else self._lists(annotated, of_images)
-        factors, excess = self._factors(annotated, lists)
+        factors, excess = self._factors(annotated, not any(known), lists)
         if factors is None:
             yield _zero_with_graph(logits)
             return
@@ -356,20 +354,22 @@ class PartialSupervision(nn.Module):
         if excess:
             yield torch.full((), excess, device=logits.device)
 
-    def _factors(self, annotated: Tensor, lists: Tensor | None) -> tuple[tuple[float, float] | None, float]:
+    def _factors(self, annotated: Tensor, nothing: bool,
+                 lists: Tensor | None) -> tuple[tuple[float, float] | None, float]:
         """Factors of cross-entropy and Dice, None if no voxel is annotated; and what the loss is too small by.
+
+        `nothing` says whether no voxel of this rank is annotated.
 
         With several ranks the mean of their losses, with these factors, is the loss of all images. nnU-Net's mean
         counts a Dice of 1 for classes that are not listed.
         """
         if not self.ddp:
             voxel_factor, image_factor, dice_factor = 1.0, 1.0, self._dice_factor(lists)
-            nothing = not annotated.any()
         else:
             number = annotated.sum()
             counts = torch.stack((number, number.new_tensor(len(annotated))))
             found, totals = rank_factors(counts if lists is None else torch.cat((counts, lists)))
-            nothing, (voxel_factor, image_factor) = totals[0] == 0, found[:2].tolist()
+            nothing, (voxel_factor, image_factor) = bool(totals[0] == 0), found[:2].tolist()
             dice_factor = self._dice_factor(None if lists is None else totals[2:])
             if self.loss.dc.batch_dice:
                 image_factor = 1.0  # the Dice is that of all ranks already
