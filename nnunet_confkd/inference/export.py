@@ -19,6 +19,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunet_confkd import __version__
 from nnunet_confkd.data.annotated_classes import CLASSES_KEY
+from nnunet_confkd.data.folders import WRITTEN_BY
 from nnunet_confkd.data.json_files import read_description, read_plans
 from nnunet_confkd.data.supervision import KINDS, TABLE_KEY
 from nnunet_confkd.errors import InputError
@@ -63,7 +64,8 @@ def export(model: str | Path, output: str | Path | None = None, branch: str = "s
         raise InputError(f"{first}: is of the configuration {configuration}, which {model / 'plans.json'} does not "
                          f"have")
     stock_plans = _stock_plans(plans, trainer, branch)
-    stock_dataset_json = {key: value for key, value in dataset_json.items() if key not in (TABLE_KEY, CLASSES_KEY)}
+    stock_dataset_json = {key: value for key, value in dataset_json.items()
+                          if key not in (TABLE_KEY, CLASSES_KEY, WRITTEN_BY)}
     table = dataset_json.get(TABLE_KEY) or {}
     checkpoints = [path for fold in folds for path in sorted(fold.glob("checkpoint_*.pth"))]
     origin = {"model": model.name, "trainer": trainer, "plans": plans["plans_name"], "configuration": configuration,
@@ -124,11 +126,12 @@ def _require_branch(path: Path, checkpoint: dict, branch: str) -> None:
 
 
 def _stock_plans(plans: dict, trainer: str, branch: str) -> dict:
-    """Return a copy of the plans under another name and without ConfKD's settings."""
+    """Return a copy of the plans under another name, without ConfKD's settings and the mark of `train --quick`."""
     plans = deepcopy(plans)
     plans["plans_name"] = f"{plans['plans_name']}_{trainer}" + ("" if branch == "student" else f"_{branch}")
     for configuration in plans["configurations"].values():
-        configuration.pop("confkd", None)
+        for key in ("confkd", WRITTEN_BY):
+            configuration.pop(key, None)
     return plans
 
 
