@@ -11,13 +11,12 @@ into benchmarks/README.md.
 """
 from __future__ import annotations
 
-import argparse
 import json
 from dataclasses import replace
 from pathlib import Path
 
 from accuracy import FULL_ID, TABLES, Row, Table, converted, patient_of, planned, run, spec_of
-from equal_terms import measure_all, report
+from equal_terms import measure_all, parsed, report
 from step_time import insert
 
 HERE = Path(__file__).resolve().parent
@@ -114,28 +113,13 @@ def prepare(setting: str, data: Path, work: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, help="folder that contains acdc/ and hippocampus/")
-    parser.add_argument("--work", type=Path, help="a folder for data and trainings; used again after an interruption")
-    parser.add_argument("--output", type=Path, default=OUTPUT)
-    parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS))
-    parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS))
-    parser.add_argument("--seeds", nargs="+", type=int, default=SEEDS)
-    parser.add_argument("--processes", type=int, default=2, help="trainings at once, of one thread each")
-    parser.add_argument("--report", action="store_true", help="only write the tables of what is there")
-    parser.add_argument("--prepare", nargs=2, help=argparse.SUPPRESS)
-    parser.add_argument("--run", help=argparse.SUPPRESS)
-    args = parser.parse_args()
+    args = parsed(__doc__, OUTPUT, SETTINGS, ROWS, draws=[0], seeds=SEEDS)
     if args.prepare:
         return prepare(args.prepare[0], args.data, args.work)
     if args.run:
         spec = json.loads(args.run)
         return print(run(spec, args.work, args.output, teacher=False, dataset_id=IDS[spec["row"]["labels"]]))
     if not args.report:
-        if not (args.data and args.work):
-            parser.error("name --data and --work; or --report")
-        args.data, args.work, args.output = args.data.resolve(), args.work.resolve(), args.output.resolve()
-        args.draws = [0]
         measure_all(args, __file__, specs_of, work_folder)
     text = report(args.output, dict.fromkeys(SETTINGS, RIVAL), ROWS)
     if args.output == OUTPUT:

@@ -269,28 +269,46 @@ def report(folder: Path, rivals: Mapping[str, str] = RIVALS, rows: Iterable[str]
     return "\n".join(lines).rstrip()
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parsed(text: str | None, output: Path, settings: dict, known_rows: dict, **defaults) -> argparse.Namespace:
+    """Parse the arguments of this script or of one like it; its paths are absolute.
+
+    Args:
+        text: What `--help` says.
+        output: The default folder of the JSON files.
+        settings: Those to choose from.
+        known_rows: Those to choose from.
+        defaults: Of "rows" and "seeds"; "draws" that cannot be chosen.
+    """
+    parser = argparse.ArgumentParser(description=text, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, help="folder that contains acdc/, acdc_scribbles/ and hippocampus/")
     parser.add_argument("--work", type=Path, help="a folder for data and trainings; used again after an interruption")
-    parser.add_argument("--output", type=Path, default=OUTPUT)
-    parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS))
-    parser.add_argument("--rows", nargs="+", choices=ROWS, default=["ignore", "ignore_prior", "confkd_cost"])
-    parser.add_argument("--draws", nargs="+", type=int, default=DRAWS)
+    parser.add_argument("--output", type=Path, default=output)
+    parser.add_argument("--settings", nargs="+", choices=settings, default=list(settings))
+    parser.add_argument("--rows", nargs="+", choices=known_rows, default=list(known_rows))
+    if "draws" not in defaults:
+        parser.add_argument("--draws", nargs="+", type=int, default=DRAWS)
     parser.add_argument("--seeds", nargs="+", type=int, default=SEEDS)
     parser.add_argument("--processes", type=int, default=2, help="trainings at once, of one thread each")
     parser.add_argument("--report", action="store_true", help="only write the tables of what is there")
     parser.add_argument("--prepare", nargs=2, help=argparse.SUPPRESS)
     parser.add_argument("--run", help=argparse.SUPPRESS)
+    parser.set_defaults(**defaults)
     args = parser.parse_args()
+    if not (args.prepare or args.run or args.report or args.data and args.work):
+        parser.error("name --data and --work; or --report")
+    for name in ("data", "work", "output"):
+        if getattr(args, name):
+            setattr(args, name, getattr(args, name).resolve())
+    return args
+
+
+def main() -> None:
+    args = parsed(__doc__, OUTPUT, SETTINGS, ROWS, rows=["ignore", "ignore_prior", "confkd_cost"])
     if args.prepare:
         return prepare_data(args.prepare[0], int(args.prepare[1]), args.data, args.work)
     if args.run:
         return print(run(json.loads(args.run), args.work, args.output, teacher=False))
     if not args.report:
-        if not (args.data and args.work):
-            parser.error("name --data and --work; or --report")
-        args.data, args.work, args.output = args.data.resolve(), args.work.resolve(), args.output.resolve()
         measure_all(args)
     text = report(args.output)
     if args.output == OUTPUT:
