@@ -66,12 +66,10 @@ def export(model: str | Path, output: str | Path | None = None, branch: str = "s
     stock_plans = _stock_plans(plans, trainer, branch)
     stock_dataset_json = {key: value for key, value in dataset_json.items()
                           if key not in (TABLE_KEY, CLASSES_KEY, WRITTEN_BY)}
-    table = dataset_json.get(TABLE_KEY) or {}
     checkpoints = [path for fold in folds for path in sorted(fold.glob("checkpoint_*.pth"))]
     origin = {"model": model.name, "trainer": trainer, "plans": plans["plans_name"], "configuration": configuration,
               "branch": branch, "settings": plans["configurations"][configuration].get("confkd"),
-              "nnunet_confkd": __version__,
-              "declared_supervision": {kind: sum(k == kind for k in table.values()) for kind in KINDS},
+              "nnunet_confkd": __version__, "declared_supervision": _kinds(dataset_json),
               "checkpoints": [path.relative_to(model).as_posix() for path in checkpoints]}
     output, plans_file = _targets(output, install, stock_plans, configuration)
 
@@ -93,6 +91,12 @@ def export(model: str | Path, output: str | Path | None = None, branch: str = "s
     if plans_file is not None and plans_file.parent.is_dir() and not plans_file.is_file():
         write_json(plans_file, stock_plans)
     return output
+
+
+def _kinds(dataset_json: dict) -> dict[str, int]:
+    """Return how many cases the description declares to be of each kind."""
+    table = dataset_json.get(TABLE_KEY) or {}
+    return {kind: sum(k == kind for k in table.values()) for kind in KINDS}
 
 
 def _targets(output: str | Path | None, install: bool, plans: dict, configuration: str) -> tuple[Path, Path | None]:
