@@ -6,7 +6,7 @@ The script builds the wheel from a copy of the checkout. For each combination of
 environment in a temporary folder, which takes minutes and about 6 GB. From that folder it runs
 tests/system/test_packaging.py and `confkd demo` with ten steps, and then removes the folder. It writes
 compatibility.json beside this file, which keeps earlier results of other versions, and the table into
-docs/compatibility.md.
+docs/reference/compatibility.md.
 """
 from __future__ import annotations
 
@@ -160,7 +160,7 @@ def main() -> None:
         from step_time import insert
 
         insert(
-            ROOT / "docs" / "compatibility.md",
+            ROOT / "docs" / "reference" / "compatibility.md",
             "compatibility",
             f"{platform.system()}, {platform.machine()}.\n\n{table_of(results)}",
         )

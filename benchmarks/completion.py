@@ -7,7 +7,7 @@ The script trains ConfKD as accuracy.py does for its table. Each branch then com
 fully annotated. All voxels of these cases, including the annotated ones, are compared with the full ground truth.
 With --retrain, stock nnU-Net is trained on the labels that the teacher completed, for as many iterations, and
 measured on the test patients. Each run adds an entry to completion.json beside this file, and the tables go into
-docs/complete.md.
+docs/how-to/complete.md.
 """
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ def main() -> None:
         "machine": f"{platform.machine()} CPU, {os.cpu_count()} cores",
     }
     OUTPUT.write_text(json.dumps(results))
-    insert(ROOT / "docs" / "complete.md", "completion", report(results))
+    insert(ROOT / "docs" / "how-to" / "complete.md", "completion", report(results))
 
 
 def report(results: dict) -> str:

@@ -6,7 +6,7 @@ The faults are kills at random moments, a full disk, broken files, dead workers,
 finite. The script runs whole trainings (`confkd train` in separate processes) of a tiny network on generated data.
 They save a checkpoint every epoch. A kill sends SIGKILL to the training and all of its processes at a random moment,
 every third time while a file is being saved. The training then continues with --c. The script writes faults.json
-beside this file, and the table into docs/faults.md.
+beside this file, and the table into docs/how-to/faults.md.
 """
 from __future__ import annotations
 
@@ -320,7 +320,7 @@ def main() -> None:
             f"| {r['fault']} | {'yes' if r['survived'] else '**no**'} | {r['what'].splitlines()[0]} |" for r in results
         )
         insert(
-            ROOT / "docs" / "faults.md",
+            ROOT / "docs" / "how-to" / "faults.md",
             "faults",
             f"{machine}.\n\n| fault | survived | what happens |\n|---|---|---|\n{rows}",
         )

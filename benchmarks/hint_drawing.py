@@ -5,7 +5,7 @@
 A batch has one fully annotated patch, whose hints are simulated, and one partially annotated one, which is observed.
 The organs are those of volumes.py. The annotations are strokes through each organ, or its eroded mask, or points. The
 sampler has seen some batches before. Times are processor times, medians of the batches, because another process that
-takes the processor then does no harm. The table goes into docs/performance.md.
+takes the processor then does no harm. The table goes into docs/explanation/performance.md.
 """
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def main(arguments: list[str] | None = None) -> None:
     (args.output or ROOT / "benchmarks" / "hint_drawing.json").write_text(
         json.dumps({"machine": machine, "runs": runs}, indent=1))
     if not args.output:
-        insert(ROOT / "docs" / "performance.md", "hint drawing",
+        insert(ROOT / "docs" / "explanation" / "performance.md", "hint drawing",
                f"{machine}; patches of {args.side} x {args.side} x {args.side} voxels.\n\n{table_of(runs)}")
     print(table_of(runs))
 

@@ -9,7 +9,8 @@ in step_time.py. In the rows with hidden classes each image lists a random half 
 the batch are not counted (PyTorch's profiler; on a GPU its allocator, with weights, momentum and batch). *Extra terms*
 are what our losses and hints cost beyond stock's loss, forward and backward, as a share of our step. `L_s` is the
 teacher's own supervised loss. Times on the CPU are processor times, because another process that takes the processor
-then does no harm. The table goes into docs/performance.md, and the figures into many_classes.json beside this file.
+then does no harm. The table goes into docs/explanation/performance.md, and the figures into many_classes.json beside
+this file.
 """
 from __future__ import annotations
 
@@ -169,7 +170,7 @@ def main(arguments: list[str] | None = None) -> None:
                f"load at the end was {os.getloadavg()[0]:.1f}")
     file.write_text(json.dumps({"machine": machine, "runs": runs}, indent=1))
     if not args.output:
-        insert(ROOT / "docs" / "performance.md", "many classes", f"{machine}.\n\n{table_of(runs)}")
+        insert(ROOT / "docs" / "explanation" / "performance.md", "many classes", f"{machine}.\n\n{table_of(runs)}")
     print(table_of(runs))
 
 

@@ -1,4 +1,6 @@
-"""The screenshot of the report in docs/report.md: a model trained on MSD Hippocampus, its report, and two views of it.
+"""The screenshot of the report in docs/how-to/report.md.
+
+A model is trained on MSD Hippocampus. The screenshot has two views of its report.
 
 The demo's small 2-D network is trained on the CPU for 40 epochs of 120 iterations. It has 5 fully annotated, 30
 point-labelled and 10 unlabelled training cases, and 20 validation cases. A model or report that is already in the work

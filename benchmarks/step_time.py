@@ -8,7 +8,7 @@ Both trainers run in one process with the same plan and the same batch in memory
 while slows down both. The bound beside it is the ratio of the networks' floating-point operations
 (`torch.utils.flop_counter`, forward and backward); no implementation can be cheaper. Predictions are measured with
 the student as trained and as exported. Peak memory is measured in separate processes. Each row is written into
-step_time_DEVICE.json beside this file as soon as it is measured, and the table into docs/performance.md.
+step_time_DEVICE.json beside this file as soon as it is measured, and the table into docs/explanation/performance.md.
 """
 from __future__ import annotations
 
@@ -440,7 +440,7 @@ def save(run: dict, described: dict, names: list[str], output: Path | None) -> N
     result = described | {"runs": sorted(runs, key=lambda run: (names.index(run["case"]), *_mode(run)[1:]))}
     file.write_text(json.dumps(result, indent=1))
     if not output:
-        insert(ROOT / "docs" / "performance.md", f"step time, {described['device']}",
+        insert(ROOT / "docs" / "explanation" / "performance.md", f"step time, {described['device']}",
                f"{described['machine']}; {described['versions']}.\n\n{table_of(result)}")
 
 

@@ -162,7 +162,7 @@ def settings() -> str:
             '{"3d_fullres_seed1": {"inherits_from": "3d_fullres", "confkd": {"seed": 1}}}\n```\n',
             "`nnUNetv2_train 27 3d_fullres_seed1 0 -tr ConfKDTrainer` then trains with it. Unknown keys and bad values "
             "are errors. What was used is in the fold's `confkd.json`. The terms L are those of "
-            "[the method](../method.md).\n",
+            "[the method](../explanation/method.md).\n",
             settings_table() + "\n",
             "Errors, too: `weight_teacher` and `weight_student` both 0; `weight_kl` above 0 and `weight_teacher` 0; "
             "a ramp that ends before it starts.\n",

@@ -12,7 +12,8 @@
 | L_ent | student | partially annotated and unlabelled      | mean over voxels of the entropy H(p_student)      |
 
 Source: B. Liu, C. Desrosiers, I. Ben Ayed, J. Dolz, "Segmentation with mixed supervision: Confidence maximization
-helps knowledge distillation", Medical Image Analysis 2023, arXiv 2109.10902. docs/method.md lists the deviations.
+helps knowledge distillation", Medical Image Analysis 2023, arXiv 2109.10902. The deviations are listed in
+docs/explanation/method.md.
 Classes that an image is not annotated for: G. Shi, L. Xiao, Y. Chen, S. K. Zhou, "Marginal loss and exclusion loss for
 partially supervised multi-organ segmentation", Medical Image Analysis 2021, arXiv 2007.03868 (the marginal loss).
 

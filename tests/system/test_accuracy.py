@@ -91,11 +91,13 @@ def test_report(modules, tmp_path):
     accuracy, report = modules
     fake_runs(accuracy, tmp_path / "runs" / "hippocampus", gain=0.05)
     fake_runs(accuracy, tmp_path / "runs" / "hippocampus_validation", gain=0.03)
-    (tmp_path / "results.md").write_text("before\n" + "".join(
+    page = tmp_path / "explanation" / "results.md"
+    page.parent.mkdir()
+    page.write_text("before\n" + "".join(
         f"<!-- accuracy {name} -->\nold\n<!-- end of accuracy {name} -->\n" for name in ("table", "tables", "trials"))
         + "after\n")
     report.write_report(accuracy.TABLES, accuracy.ROWS, accuracy.TRIALS, tmp_path / "runs", tmp_path)
-    text = (tmp_path / "results.md").read_text()
+    text = page.read_text()
     line = next(line for line in text.splitlines() if line.startswith("| **ConfKD, student**"))
     assert "+0.050 [+0.050, +0.050]" in line and " 75 % " in line and text.endswith("after\n") and "old" not in text
     trials = text.split("<!-- accuracy trials -->")[1]
@@ -103,7 +105,7 @@ def test_report(modules, tmp_path):
     short = next(line for line in text.splitlines() if line.startswith("| Hippocampus 2-D, points, 5 full | 0."))
     assert "| +0.050 [+0.050, +0.050] |  |" in short
     assert (tmp_path / "accuracy.png").stat().st_size > 10000
-    (tmp_path / "results.md").write_text("no marks")
+    page.write_text("no marks")
     with pytest.raises(SystemExit, match="lacks the lines"):
         report.write_report(accuracy.TABLES, accuracy.ROWS, accuracy.TRIALS, tmp_path / "runs", tmp_path)
 

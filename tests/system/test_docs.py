@@ -23,7 +23,7 @@ from nnunet_confkd import cli
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
-TUTORIAL = ROOT / "docs" / "tutorial.md"
+TUTORIAL = ROOT / "docs" / "tutorial" / "first_model.md"
 
 # Which test runs a command of the documentation. It does so with other paths, ids and lengths, and mostly in its own
 # process. A command that fits no entry must stand under a mark "not run" (see is_marked).
@@ -213,9 +213,41 @@ def test_the_reference_has_every_command_and_option():
 
 def test_every_page_is_in_the_navigation_and_the_other_way_round():
     # mkdocs need not be installed here: the names are enough
-    navigation = re.findall(r": ([\w/]+\.md)$", (ROOT / "mkdocs.yml").read_text(encoding="utf-8"), re.MULTILINE)
+    navigation = re.findall(r": ([\w/-]+\.md)$", (ROOT / "mkdocs.yml").read_text(encoding="utf-8"), re.MULTILINE)
     pages = [page.relative_to(ROOT / "docs").as_posix() for page in PAGES[1:]]
     assert sorted(navigation) == sorted(pages)
+
+
+KINDS = ("tutorial", "how-to", "reference", "explanation")
+
+
+def test_every_page_is_of_one_kind_and_stands_in_the_index():
+    index = (ROOT / "docs" / "index.md").read_text(encoding="utf-8")
+    linked = set(re.findall(r"\]\(([\w/-]+\.md)(?:#[\w-]+)?\)", index))
+    pages = {page.relative_to(ROOT / "docs").as_posix() for page in PAGES[1:]} - {"index.md"}
+    assert {page.split("/")[0] for page in pages} == set(KINDS)
+    assert linked == pages
+
+
+def inserted_tables() -> list[tuple[str, str]]:
+    """The (page, mark) of each call of `insert` in the benchmarks' scripts, and of each MARK that they look for."""
+    found = []
+    for script in sorted((ROOT / "benchmarks").glob("*.py")):
+        text = script.read_text(encoding="utf-8")
+        page = r'"([\w-]+)" / "(\w+\.md)"'
+        for folder, name, mark in re.findall(rf'insert\(\s*\w+(?: / "docs")? / {page},\s*f?"([^"{{]+)', text):
+            found.append((f"docs/{folder}/{name}", f"<!-- {mark}"))
+        for mark in re.findall(r'^MARK = "(.+)"$', text, re.MULTILINE):
+            (folder, name), = re.findall(rf'page = ROOT / "docs" / {page}', text)
+            found.append((f"docs/{folder}/{name}", mark))
+    return found
+
+
+def test_the_benchmarks_find_their_places_in_the_pages():
+    tables = inserted_tables()
+    assert len(tables) >= 15
+    for page, mark in tables:
+        assert (ROOT / page).read_text(encoding="utf-8").count(mark) >= 1, f"{page}: lacks {mark}"
 
 
 def test_modules_named_in_the_reference_exist():
@@ -311,7 +343,7 @@ def test_the_tutorial_up_to_the_training(tmp_path, monkeypatch, capsys, thread_p
     """The tutorial's snippets and commands run in its order, and print what it says. Other tests train."""
     monkeypatch.chdir(tmp_path)
     first, = (text for _, text in blocks(TUTORIAL, "python"))
-    of_page = [command for page, _, command in COMMANDS if page == "docs/tutorial.md"]
+    of_page = [command for page, _, command in COMMANDS if page == "docs/tutorial/first_model.md"]
     exec(first, {})
     for folder, cases in (("full", 8), ("points", 12), ("unlabelled", 6), ("test", 6)):
         assert len(list(Path(folder, "images").iterdir())) == cases

@@ -1,4 +1,4 @@
-"""The commands of docs/organs.md lead from two folders that annotate different organs to a model."""
+"""The commands of docs/how-to/organs.md lead from two folders that annotate different organs to a model."""
 from __future__ import annotations
 
 import json
@@ -16,7 +16,7 @@ from nnunetv2.experiment_planning.dataset_fingerprint.fingerprint_extractor impo
 from nnunet_confkd import cli
 from nnunet_confkd.data.small_configuration import add_small_configuration
 
-PAGE = Path(__file__).resolve().parents[2] / "docs" / "organs.md"
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "how-to" / "organs.md"
 MORE = {  # so that a CPU runs the commands within a minute
     "mix": ["--processes", "1"], "check": ["--processes", "1"], "compare": ["--processes", "1"],
     "plan": ["-npfp", "1", "-np", "1", "--no_pbar"], "train": ["-device", "cpu"],
