@@ -1,4 +1,4 @@
-"""The tables and the plot of accuracy.py's runs, written into docs/explanation/results.md."""
+"""The tables and the plot of accuracy.py's runs, written into docs/explanation."""
 from __future__ import annotations
 
 import json
@@ -290,7 +290,7 @@ def trials_of(tables: dict, rows: dict, folder: Path) -> str:
 
 def write_report(tables: dict, rows: dict, trials: dict, folder: Path, docs: Path = DOCS) -> None:
     tried = trials_of(tables, {**rows, **trials}, folder)
-    insert(docs / "explanation" / "results.md", "accuracy trials", tried)
+    insert(docs / "explanation" / "tried.md", "accuracy trials", tried)
     results = read_tables(tables, rows, folder)
     if not results and tried:
         return
@@ -300,7 +300,7 @@ def write_report(tables: dict, rows: dict, trials: dict, folder: Path, docs: Pat
     parts = [f"### {tables[name].title}\n\n{describe(tables[name], runs)}\n\n"
              f"{table_of(tables[name], rows, runs, RIVAL, LOWER, UPPER)}" for name, runs in results.items()]
     insert(
-        docs / "explanation" / "results.md",
+        docs / "explanation" / "accuracy.md",
         "accuracy tables",
         "![Dice over the number of fully labelled patients](../accuracy.png)\n\n" + "\n".join(parts),
     )

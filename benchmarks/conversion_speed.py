@@ -99,7 +99,7 @@ def main() -> None:
     lines += [
         f"| {name} | {value:.1f} | {f'{ours[name]:.0%}' if name in ours else ''} |" for name, value in median.items()
     ]
-    page = ROOT / "docs" / "explanation" / "results.md"
+    page = ROOT / "docs" / "explanation" / "data_performance.md"
     before, _, after = page.read_text().partition(MARK)
     page.write_text(before + MARK + "\n" + "\n".join(lines) + "\n" + "".join(after.split("\n\n", 1)[1:]))
     print("\n".join(lines))

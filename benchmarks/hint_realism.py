@@ -8,7 +8,7 @@ class has hints, how many voxels they have, how many of these touch another clas
 the patch, and how many lie in the padding. "Touch" needs the ground truth of the partially annotated images. The
 training never sees it.
 
-Writes hint_realism.json beside this file, and the table into docs/explanation/method.md.
+Writes hint_realism.json beside this file, and the table into docs/explanation/hints.md.
 """
 from __future__ import annotations
 
@@ -278,7 +278,7 @@ def write_table(results: dict) -> None:
     ]
     for name, found in results.items():
         rows += ["| " + " | ".join([name if i == 0 else "", *row]) + " |" for i, row in enumerate(cells(found))]
-    insert(ROOT / "docs" / "explanation" / "method.md", "hint realism", "\n".join(rows))
+    insert(ROOT / "docs" / "explanation" / "hints.md", "hint realism", "\n".join(rows))
 
 
 def main() -> None:

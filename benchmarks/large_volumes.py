@@ -14,7 +14,8 @@ The volumes are generated (volumes.py). The steps are:
 A bare read is a process that reads the files with SimpleITK, and nothing else. Times are those on a processor, because
 others may use the machine; the seconds that passed are in brackets. Memory is the proportional set size of a
 command and all of its processes (sizes.py). With --work, finished measurements are kept, and an interrupted run
-continues. The script writes large_volumes.json beside this file, and the table into docs/explanation/performance.md.
+continues. The script writes large_volumes.json beside this file, and the table into
+docs/explanation/data_performance.md.
 """
 from __future__ import annotations
 
@@ -322,7 +323,7 @@ def main(argv: list[str] | None = None) -> None:
     print(text)
     if not args.output:
         from step_time import insert
-        insert(ROOT / "docs" / "explanation" / "performance.md", "large volumes", text)
+        insert(ROOT / "docs" / "explanation" / "data_performance.md", "large volumes", text)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ The script generates tiny preprocessed cases, of which one in a hundred is fully
 `get_dataloaders` of stock nnU-Net, of ConfKDTrainer for the first time (which reads every label), and of
 ConfKDTrainer again (which finds its saved counts). Batches of both loaders are drawn by turns and augmented in this
 process. Batches of a few cases of real size are measured, too. The script writes many_cases.json beside this file,
-and the table into docs/explanation/performance.md.
+and the table into docs/explanation/data_performance.md.
 """
 from __future__ import annotations
 
@@ -132,7 +132,7 @@ def main() -> None:
     text = text.rstrip()
     print(text)
     if not args.output:
-        insert(ROOT / "docs" / "explanation" / "performance.md", "many cases", text)
+        insert(ROOT / "docs" / "explanation" / "data_performance.md", "many cases", text)
 
 
 if __name__ == "__main__":

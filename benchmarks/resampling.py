@@ -2,7 +2,7 @@
 
 The full masks of MSD Hippocampus (1 mm) are turned into weak labels and resampled to grids of scale 0.9, 0.8, 0.5 and
 2 in all three axes. An annotated voxel survives if the voxel of the new grid that contains its centre has its class.
-The script writes the table in docs/explanation/results.md.
+The script writes the table in docs/explanation/data_performance.md.
 
     python benchmarks/resampling.py --hippocampus .../hippocampus
 """
@@ -68,7 +68,7 @@ def main() -> None:
         f"| {name} | " + " | ".join(f"{100 * r['stock']:.3g} / {100 * r['ours']:.4g}" for r in of_style.values()) + " |"
         for name, of_style in result.items()
     ]
-    page = ROOT / "docs" / "explanation" / "results.md"
+    page = ROOT / "docs" / "explanation" / "data_performance.md"
     before, _, after = page.read_text().partition(MARK)
     page.write_text(before + MARK + "\n" + "\n".join(lines) + "\n\n" + after.split("\n\n", 1)[-1])
     print("\n".join(lines))

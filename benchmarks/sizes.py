@@ -6,7 +6,7 @@ The script generates data sets of small volumes. Half of their cases have point 
 fully annotated validation cases. On each data set the script plans, trains a tiny 2-D network for one epoch of five
 iterations, and measures the commands that read every case. Memory is the proportional set size of a command and all of
 its processes, sampled up to ten times a second. With --work, finished measurements are kept, and an interrupted run
-continues. The script writes sizes.json beside this file, and the table into docs/explanation/performance.md.
+continues. The script writes sizes.json beside this file, and the table into docs/explanation/data_performance.md.
 """
 from __future__ import annotations
 
@@ -197,7 +197,7 @@ def main() -> None:
     print(text)
     if not args.output:
         from step_time import insert
-        insert(ROOT / "docs" / "explanation" / "performance.md", "sizes", text)
+        insert(ROOT / "docs" / "explanation" / "data_performance.md", "sizes", text)
 
 
 if __name__ == "__main__":

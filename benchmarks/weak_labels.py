@@ -1,6 +1,6 @@
 """Show what each style of weak label looks like, and how many voxels it annotates.
 
-The script writes docs/weak_labels.png and the table in docs/how-to/data.md. The pictures show MSD Hippocampus
+The script writes docs/weak_labels.png and the table in docs/how-to/weaken.md. The pictures show MSD Hippocampus
 (CC BY-SA 4.0).
 ACDC's licence does not allow us to distribute pictures freely, so ACDC appears in the table only.
 
@@ -123,7 +123,7 @@ def main() -> None:
 
     case = list(hippocampus)[0]
     draw(args.hippocampus / "imagesTr" / f"{case}.nii.gz", hippocampus[case], ROOT / "docs" / "weak_labels.png")
-    page = ROOT / "docs" / "how-to" / "data.md"
+    page = ROOT / "docs" / "how-to" / "weaken.md"
     before, _, after = page.read_text().partition(MARK)
     rest = after.split("\n\n", 2)[-1] if after.lstrip().startswith("|") else after.lstrip("\n")
     page.write_text(f"{before}{MARK}\n{table(result)}\n\n{rest}")

@@ -119,8 +119,9 @@ def command_line() -> str:
     parts = [
         "# The command line\n",
         NOTE,
-        "`confkd COMMAND --help` tells the same. The exit status is 0, 1 for an error in what was given (its text says "
-        "what and where), 2 for wrong options.\n",
+        "At the end of this page you know every command and option. `confkd COMMAND --help` says the same.\n",
+        "The exit status is 0, or 1 for an error in what was given (its text says what and where), or 2 for wrong "
+        "options.\n",
         "| command | |\n|---|---|\n"
         + "".join(
             f"| [`confkd {name}`](#confkd-{name}) | {_cell(text)} |\n" for name, (_, text) in cli.COMMANDS.items()
@@ -156,23 +157,24 @@ def settings() -> str:
         [
             "# Settings\n",
             NOTE,
-            "In a `confkd` block of a configuration in the plans file, e.g. `nnUNetPlans.json`, which nnU-Net saves "
-            "with the model:\n",
+            "At the end of this page you know every setting of the trainers, its default, and where to write it.\n",
+            "Settings stand in a `confkd` block of a configuration in the plans file, e.g. `nnUNetPlans.json`. nnU-Net "
+            "saves this file with the model:\n",
             '```json\n"configurations": '
             '{"3d_fullres_seed1": {"inherits_from": "3d_fullres", "confkd": {"seed": 1}}}\n```\n',
             "`nnUNetv2_train 27 3d_fullres_seed1 0 -tr ConfKDTrainer` then trains with it. Unknown keys and bad values "
-            "are errors. What was used is in the fold's `confkd.json`. The terms L are those of "
+            "are errors. The fold's `confkd.json` holds what was used. The terms L are those of "
             "[the method](../explanation/method.md).\n",
             settings_table() + "\n",
-            "Errors, too: `weight_teacher` and `weight_student` both 0; `weight_kl` above 0 and `weight_teacher` 0; "
-            "a ramp that ends before it starts.\n",
+            "Further errors are `weight_teacher` and `weight_student` that are both 0, `weight_kl` above 0 with "
+            "`weight_teacher` 0, and a ramp that ends before it starts.\n",
             "## What the trainers fix\n",
-            "A variant's own settings win over the block: its name is what the results are filed under. The block can "
-            "change `prior_correction` of `ConfKDTrainer_partialOnly`.\n",
+            "A variant's own settings win over the block, because the results are filed under its name. One exception "
+            "is `prior_correction` of `ConfKDTrainer_partialOnly`, which the block can change.\n",
             "| trainer | differs from the defaults in |\n|---|---|\n" + variants,
-            "`ConfKDTrainer_partialOnly` builds nnU-Net's own network, of one branch. `ConfKDTrainer_1epoch`, "
-            "`_5epochs`, `_50epochs`, `_100epochs` and `_250epochs` are `ConfKDTrainer` of these lengths, which win "
-            "over `epochs`.\n",
+            "`ConfKDTrainer_partialOnly` builds nnU-Net's own network, which has one branch. `ConfKDTrainer_1epoch`, "
+            "`_5epochs`, `_50epochs`, `_100epochs` and `_250epochs` are `ConfKDTrainer` of these lengths. The length "
+            "in the name wins over `epochs`.\n",
         ]
     )
 

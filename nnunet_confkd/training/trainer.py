@@ -86,7 +86,7 @@ class ConfKDTrainer(nnUNetTrainer):
     Raises:
         InputError: Before any training: settings are unknown or not allowed, the ignore label is not the highest, the
             plans are those of another data set, no case is fully annotated (but see "annotated_classes" in
-            docs/how-to/data.md), or the network is no U-Net.
+            docs/reference/annotated_classes.md), or the network is no U-Net.
     """
 
     fixed_settings: dict = {}

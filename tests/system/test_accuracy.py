@@ -91,21 +91,22 @@ def test_report(modules, tmp_path):
     accuracy, report = modules
     fake_runs(accuracy, tmp_path / "runs" / "hippocampus", gain=0.05)
     fake_runs(accuracy, tmp_path / "runs" / "hippocampus_validation", gain=0.03)
-    page = tmp_path / "explanation" / "results.md"
-    page.parent.mkdir()
-    page.write_text("before\n" + "".join(
-        f"<!-- accuracy {name} -->\nold\n<!-- end of accuracy {name} -->\n" for name in ("table", "tables", "trials"))
-        + "after\n")
+    (tmp_path / "explanation").mkdir()
+    pages = {name: tmp_path / "explanation" / f"{page}.md"
+             for name, page in (("table", "results"), ("tables", "accuracy"), ("trials", "tried"))}
+    for name, page in pages.items():
+        page.write_text(f"before\n<!-- accuracy {name} -->\nold\n<!-- end of accuracy {name} -->\nafter\n")
     report.write_report(accuracy.TABLES, accuracy.ROWS, accuracy.TRIALS, tmp_path / "runs", tmp_path)
-    text = page.read_text()
-    line = next(line for line in text.splitlines() if line.startswith("| **ConfKD, student**"))
-    assert "+0.050 [+0.050, +0.050]" in line and " 75 % " in line and text.endswith("after\n") and "old" not in text
-    trials = text.split("<!-- accuracy trials -->")[1]
-    assert trials.count("| ConfKD | 0.") == 1 and "| +0.030 [+0.030, +0.030] | 2 |" in trials
-    short = next(line for line in text.splitlines() if line.startswith("| Hippocampus 2-D, points, 5 full | 0."))
+    text = {name: page.read_text() for name, page in pages.items()}
+    assert all(of_page.endswith("after\n") and "old" not in of_page for of_page in text.values())
+    line = next(line for line in text["tables"].splitlines() if line.startswith("| **ConfKD, student**"))
+    assert "+0.050 [+0.050, +0.050]" in line and " 75 % " in line
+    assert text["trials"].count("| ConfKD | 0.") == 1 and "| +0.030 [+0.030, +0.030] | 2 |" in text["trials"]
+    row = "| Hippocampus 2-D, points, 5 full | 0."
+    short = next(line for line in text["table"].splitlines() if line.startswith(row))
     assert "| +0.050 [+0.050, +0.050] |  |" in short
     assert (tmp_path / "accuracy.png").stat().st_size > 10000
-    page.write_text("no marks")
+    pages["trials"].write_text("no marks")
     with pytest.raises(SystemExit, match="lacks the lines"):
         report.write_report(accuracy.TABLES, accuracy.ROWS, accuracy.TRIALS, tmp_path / "runs", tmp_path)
 

@@ -177,6 +177,9 @@ def test_commands_in_the_text_name_options_that_exist(only_parsed, monkeypatch):
     assert not wrong, "\n".join(wrong)
 
 
+GENERATED = ("cli.md", "settings.md")
+
+
 # ---- the reference -------------------------------------------------------------------------------------------------
 
 def generator():
@@ -193,7 +196,7 @@ def parsers(name: str) -> list[argparse.ArgumentParser]:
                       for sub in action.choices.values())]
 
 
-@pytest.mark.parametrize("page", ["cli.md", "settings.md"])
+@pytest.mark.parametrize("page", GENERATED)
 def test_the_generated_reference_is_up_to_date(page):
     written = (ROOT / "docs" / "reference" / page).read_text(encoding="utf-8")
     assert written == generator().PAGES[page](), "python docs/generate_reference.py writes it anew"
@@ -227,6 +230,33 @@ def test_every_page_is_of_one_kind_and_stands_in_the_index():
     pages = {page.relative_to(ROOT / "docs").as_posix() for page in PAGES[1:]} - {"index.md"}
     assert {page.split("/")[0] for page in pages} == set(KINDS)
     assert linked == pages
+
+
+def faults_of_form(page: Path) -> list[str]:
+    """What is wrong with a page: it is too long, or does not begin with what the reader has at its end."""
+    text = page.read_text(encoding="utf-8")
+    start = re.sub("<!--.*?-->", "", text.split("\n", 1)[1], flags=re.DOTALL).strip()
+    faults = ["has more than 200 lines"] if text.count("\n") > 200 and page.name not in GENERATED else []
+    if not (text.startswith("# ") and re.match(r"At the end of this page (you|a) ", start)):
+        faults.append("does not begin with its title, and then with what the reader has at its end")
+    return faults
+
+
+def test_every_page_is_short_and_begins_with_what_the_reader_has_at_its_end():
+    wrong = [f"{page.relative_to(ROOT)}: {fault}" for page in PAGES[1:] for fault in faults_of_form(page)]
+    assert not wrong, "\n".join(wrong)
+
+
+def test_a_long_page_or_one_without_a_promise_is_found(tmp_path):
+    page = tmp_path / "a.md"
+    page.write_text("# Title\n\nAt the end of this page you know it.\n" + "a line\n" * 198)
+    assert faults_of_form(page) == ["has more than 200 lines"]
+    page.write_text("# Title\n\nThis page is about much.\n")
+    assert faults_of_form(page) == ["does not begin with its title, and then with what the reader has at its end"]
+
+
+def test_the_readme_fits_on_a_screen_or_two():
+    assert (ROOT / "README.md").read_text(encoding="utf-8").count("\n") < 110
 
 
 def inserted_tables() -> list[tuple[str, str]]:
@@ -285,7 +315,8 @@ def broken_links(page: Path) -> list[str]:
 
 
 def test_links_and_anchors_lead_somewhere():
-    assert [link for page in PAGES for link in broken_links(page)] == []
+    others = [ROOT / "CHANGELOG.md", ROOT / "benchmarks" / "README.md"]
+    assert [link for page in PAGES + others for link in broken_links(page)] == []
 
 
 def test_broken_links_are_found(tmp_path):
