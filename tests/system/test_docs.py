@@ -404,6 +404,29 @@ def test_the_tutorial_up_to_the_training(tmp_path, monkeypatch, capsys, thread_p
     assert of_page[5] == "confkd train 27 2d 0 --quick"
 
 
+# What the tutorial shows of the later steps, whose commands take too long here: (where it is printed, the constant part).
+PRINTED = [
+    ("nnunet_commands.py", "with a small network (up to "), ("device.py", "running on the CPU"),
+    ("inference/expected_time.py", "epochs are expected to take "),
+    ("inference/expected_time.py", "(a rough guess; after an epoch the time left is told)"),
+    ("training/trainer.py", "student's confidence"), ("training/trainer.py", "Pseudo dice of the teacher"),
+    ("training/trainer.py", "(with simulated hints)"), ("training/validation.py", "Mean Validation Dice of the teacher: "),
+    ("nnunet_commands.py", "next: confkd predict -d "), ("nnunet_commands.py", "or: confkd report --model "),
+    ("inference/postprocessing.py", "these predictions are raw, and the model has no post-processing"),
+    ("nnunet_commands.py", "look at these cases first:"),
+    ("nnunet_commands.py", "next, where there is a ground truth: confkd evaluate --truth LABELS --prediction "),
+    ("evaluation/tables.py", "each taken as one patient"), ("evaluation/evaluate.py", "written: "),
+    ("commands/report.py", "written:"), ("commands/export.py", "written:")]
+
+
+def test_the_later_outputs_in_the_tutorial_are_those_of_the_code():
+    shown = "".join(text for _, text in blocks(TUTORIAL, "text")[3:]) + "written: my_model"
+    for file, text in PRINTED:
+        source = (ROOT / "nnunet_confkd" / file).read_text(encoding="utf-8")
+        one_line = re.sub(r'"\s*f?"', "", source)  # texts that are continued on the next line
+        assert text in shown and text in one_line, f"{file}: {text}"
+
+
 # ---- a release -----------------------------------------------------------------------------------------------------
 
 def test_the_version_is_the_same_everywhere():
