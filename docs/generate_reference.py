@@ -124,11 +124,11 @@ def command_line() -> str:
         "options.\n",
         "| command | |\n|---|---|\n"
         + "".join(
-            f"| [`confkd {name}`](#confkd-{name}) | {_cell(text)} |\n" for name, (_, text) in cli.COMMANDS.items()
+            f"| [`confkd {name}`](#confkd-{name}) | {_cell(text)} |\n" for name, (_, text, _) in cli.COMMANDS.items()
         ),
     ]
     for name in cli.COMMANDS:
-        parts.append(f"## confkd {name}\n")
+        parts.append(f"## confkd {name}\n\nExample: `{cli.COMMANDS[name][2]}`\n")
         if name in OF_NNUNET:
             parts.append(f"```text\n{_words(name)}\n```\n")
             continue

@@ -17,26 +17,39 @@ from nnunet_confkd.errors import InputError, TrainingError
 from nnunet_confkd.output import explained_output
 from nnunet_confkd.processes import terminable
 
-COMMANDS = {  # name: (module and function, text of the help), in order of work
-    "inspect": ("data.inspection:main", "what folders of images and labels hold, and the mix command that fits"),
-    "mix": ("data.mix:main", "folders of full, partial and no labels to one data set"),
-    "convert": ("dataset_conversion:main", "a public data set to nnU-Net's format"),
-    "download": ("data.download:main", "a public data set, for a first try"),
-    "check": ("data.check:main", "what is wrong with a data set, and which case is what"),
-    "run": ("commands.run:main", "all of mix, check, plan, train, predict and report, which can be interrupted"),
-    "plan": ("commands.plan:main", "nnUNetv2_plan_and_preprocess that keeps every annotation"),
-    "train": ("nnunet_commands:train", "nnUNetv2_train with the ConfKD trainers"),
-    "trainer-dir": ("discovery:main", "the folder for nnUNet_extTrainer"),
+COMMANDS = {  # name: (module and function, text of the help, an example), in order of work
+    "inspect": ("data.inspection:main", "what folders of images and labels hold, and the mix command that fits",
+                "confkd inspect IMAGES MASKS STROKES"),
+    "mix": ("data.mix:main", "folders of full, partial and no labels to one data set",
+            "confkd mix --images IMAGES --full-labels MASKS --partial-labels STROKES --labels background liver "
+            "--ignore-value 0 --background-value 2 --id 27"),
+    "convert": ("dataset_conversion:main", "a public data set to nnU-Net's format",
+                "confkd convert acdc --source ACDC --id 27"),
+    "download": ("data.download:main", "a public data set, for a first try", "confkd download hippocampus"),
+    "check": ("data.check:main", "what is wrong with a data set, and which case is what", "confkd check -d 27"),
+    "run": ("commands.run:main", "all of mix, check, plan, train, predict and report, which can be interrupted",
+            "confkd run --images IMAGES --full-labels MASKS --partial-labels STROKES --labels background liver "
+            "--ignore-value 0 --background-value 2 --test NEW_IMAGES --output RESULTS"),
+    "plan": ("commands.plan:main", "nnUNetv2_plan_and_preprocess that keeps every annotation",
+             "confkd plan -d 27 -c 3d_fullres"),
+    "train": ("nnunet_commands:train", "nnUNetv2_train with the ConfKD trainers", "confkd train 27 3d_fullres 0"),
+    "trainer-dir": ("discovery:main", "the folder for nnUNet_extTrainer", "confkd trainer-dir"),
     "predict": ("report.preview:predict",
-                "nnUNetv2_predict, also of DICOM, with a choice of the branch, entropy, and pictures"),
+                "nnUNetv2_predict, also of DICOM, with a choice of the branch, entropy, and pictures",
+                "confkd predict -d 27 -i IMAGES -o PREDICTIONS -c 3d_fullres -f 0"),
     "evaluate": ("evaluation.evaluate:main",
-                 "Dice, surface distances and more of predictions, and of two sets of them paired"),
-    "report": ("commands.report:main", "a page of what a trained model does: figures, cases, calibration, curves"),
-    "complete": ("commands.complete:main", "the labels of partly labelled cases, completed by a model"),
-    "export": ("commands.export:main", "a trained model as a stock nnU-Net one"),
-    "compare": ("commands.compare:main", "trained models side by side"),
-    "weaken": ("data.weaken:main", "a fully labelled data set to a mixed one, for experiments"),
-    "demo": ("demo.demo:main", "the main job on generated or given data"),
+                 "Dice, surface distances and more of predictions, and of two sets of them paired",
+                 "confkd evaluate --truth LABELS --prediction PREDICTIONS -d 27"),
+    "report": ("commands.report:main", "a page of what a trained model does: figures, cases, calibration, curves",
+               "confkd report --model MODEL"),
+    "complete": ("commands.complete:main", "the labels of partly labelled cases, completed by a model",
+                 "confkd complete -d 27 --model MODEL --id 127"),
+    "export": ("commands.export:main", "a trained model as a stock nnU-Net one",
+               "confkd export --model MODEL --output STOCK_MODEL"),
+    "compare": ("commands.compare:main", "trained models side by side", "confkd compare MODEL OTHER_MODEL"),
+    "weaken": ("data.weaken:main", "a fully labelled data set to a mixed one, for experiments",
+               "confkd weaken --source 4 --id 104 --full 5 --style scribbles"),
+    "demo": ("demo.demo:main", "the main job on generated or given data", "confkd demo"),
 }
 GROUPS = {  # title: the first of its commands
     "your data": "inspect", "train": "plan", "use": "predict", "experiments": "compare"}
@@ -45,7 +58,7 @@ GROUPS = {  # title: the first of its commands
 def usage() -> str:
     """Return the help of `confkd`, with the commands in groups."""
     lines, titles = [], {first: title for title, first in GROUPS.items()}
-    for name, (_, text) in COMMANDS.items():
+    for name, (_, text, _) in COMMANDS.items():
         if name in titles:
             lines += ["", f"{titles[name]}:"]
         lines.append(f"  {name:<13}{text}")
@@ -59,6 +72,18 @@ def versions() -> str:
     found = re.search(r"^cuda\b.*= ['\"]([\d.]+)['\"]", source, re.MULTILINE)
     cuda = f"built for CUDA {found[1]}" if found else "built without CUDA"
     return f"confkd {__version__}\nnnunetv2 {version('nnunetv2')}\ntorch {version('torch')} ({cuda})"
+
+
+def example(argv: list[str]) -> str:
+    """Return the example that the help of a command begins with.
+
+    Args:
+        argv: The arguments, which begin with the name of a command.
+    """
+    command, *more = argv
+    if command == "convert" and more[0] in import_module("nnunet_confkd.dataset_conversion").CONVERTERS:
+        return f"confkd convert {more[0]} --source {more[0].upper()} --id 27"
+    return COMMANDS[command][2]
 
 
 def run(command: str, argv: list[str]) -> int:
@@ -99,6 +124,8 @@ def main(argv: list[str] | None = None) -> int:
         sys.stdout.reconfigure(errors="backslashreplace")  # names of files may hold bytes that are no text
     prepare_for_cpu(argv)
     warnings.filterwarnings("ignore", "`torch.jit.* is deprecated", FutureWarning)  # of torch, about torch
+    if {"-h", "--help"} & set(argv[1:]):
+        print(f"example: {example(argv)}\n")
     try:
         with terminable(), explained_output():
             return run(argv[0], argv[1:])

@@ -57,7 +57,7 @@ def test_every_command_is_in_the_usage_and_can_be_imported(capsys):
     assert not out and "there is no command 'explode'" in err
     assert cli.main(["--help"]) == 0
     usage = capsys.readouterr().out
-    for name, (target, text) in cli.COMMANDS.items():
+    for name, (target, text, _) in cli.COMMANDS.items():
         module, function = target.split(":")
         assert f"  {name} " in usage and text in usage
         assert callable(getattr(__import__(f"nnunet_confkd.{module}", fromlist=[function]), function))

@@ -3,6 +3,7 @@ reference is that of the code. A release holds what it should."""
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.util
 import os
 import re
@@ -16,6 +17,7 @@ from importlib.metadata import entry_points
 from pathlib import Path
 
 import pytest
+from nnunet_confkd.dataset_conversion import CONVERTERS
 from nnunetv2.experiment_planning.dataset_fingerprint.fingerprint_extractor import DatasetFingerprintExtractor
 
 import nnunet_confkd
@@ -155,6 +157,16 @@ def test_every_command_of_ours_and_of_nnunets_parses(only_parsed, monkeypatch):
     ours = [(page, command) for page, _, command in COMMANDS if command.startswith(("confkd ", "nnUNetv2_"))]
     refused = [f"{page}: {command}" for page, command in ours if not accepted(command, monkeypatch)]
     assert not refused and len(ours) > 30, "\n".join(refused)
+
+
+@pytest.mark.parametrize("words", [[name] for name in cli.COMMANDS] + [["convert", name] for name in CONVERTERS],
+                         ids=" ".join)
+def test_help_begins_with_an_example_that_the_parser_accepts(words, only_parsed, monkeypatch, capsys):
+    with contextlib.suppress(SystemExit):
+        cli.main([*words, "--help"])
+    first = capsys.readouterr().out.splitlines()[0]
+    assert first.startswith(f"example: confkd {' '.join(words)}")
+    assert accepted(first.removeprefix("example: "), monkeypatch)
 
 
 @pytest.mark.parametrize("command", [
@@ -404,13 +416,14 @@ def test_the_tutorial_up_to_the_training(tmp_path, monkeypatch, capsys, thread_p
     assert of_page[5] == "confkd train 27 2d 0 --quick"
 
 
-# What the tutorial shows of the later steps, whose commands take too long here: (where it is printed, the constant part).
+# What the tutorial shows of the later steps, whose commands take too long here: (its module, the constant part).
 PRINTED = [
     ("nnunet_commands.py", "with a small network (up to "), ("device.py", "running on the CPU"),
     ("inference/expected_time.py", "epochs are expected to take "),
     ("inference/expected_time.py", "(a rough guess; after an epoch the time left is told)"),
     ("training/trainer.py", "student's confidence"), ("training/trainer.py", "Pseudo dice of the teacher"),
-    ("training/trainer.py", "(with simulated hints)"), ("training/validation.py", "Mean Validation Dice of the teacher: "),
+    ("training/trainer.py", "(with simulated hints)"),
+    ("training/validation.py", "Mean Validation Dice of the teacher: "),
     ("nnunet_commands.py", "next: confkd predict -d "), ("nnunet_commands.py", "or: confkd report --model "),
     ("inference/postprocessing.py", "these predictions are raw, and the model has no post-processing"),
     ("nnunet_commands.py", "look at these cases first:"),
