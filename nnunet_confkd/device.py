@@ -25,6 +25,11 @@ def choose_device(asked: str | None = None, expected: Callable[[], str | None] =
 
     Raises:
         InputError: There is no such device on this machine.
+
+    Examples:
+        >>> choose_device("cpu")
+        running on the CPU...
+        'cpu'
     """
     import torch
 
@@ -68,7 +73,12 @@ def works(device: str) -> bool:
 # ---- the CPU --------------------------------------------------------------------------------------------------------
 
 def available_cores() -> int:
-    """Return how many cores this process may use, which is fewer than there are within most cluster jobs."""
+    """Return how many cores this process may use, which is fewer than there are within most cluster jobs.
+
+    Examples:
+        >>> available_cores() >= 1
+        True
+    """
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 

@@ -7,11 +7,24 @@ from collections.abc import Callable, Iterable
 
 
 class InputError(ValueError):
-    """The input does not allow what was asked for. The text names the file, what is wrong and what to do."""
+    """The input does not allow what was asked for. The text names the file, what is wrong and what to do.
+
+    Examples:
+        >>> try:
+        ...     raise InputError("case_1.nii.gz: has no label. Write one, or take the image out.")
+        ... except InputError as error:
+        ...     print(error)
+        case_1.nii.gz: has no label. Write one, or take the image out.
+    """
 
 
 class TrainingError(RuntimeError):
-    """A training cannot go on. The text says why, and which checkpoint it can continue from."""
+    """A training cannot go on. The text says why, and which checkpoint it can continue from.
+
+    Examples:
+        >>> isinstance(TrainingError("the loss is not finite; continue with --c"), RuntimeError)
+        True
+    """
 
 
 def shown(value, as_text: Callable = json.dumps, longest: int = 200) -> str:
@@ -24,7 +37,12 @@ def shown(value, as_text: Callable = json.dumps, longest: int = 200) -> str:
 
 
 def some(values: Iterable, limit: int = 10) -> str:
-    """Return the first `limit` values as text, and how many more there are."""
+    """Return the first `limit` values as text, and how many more there are.
+
+    Examples:
+        >>> some(["a", "b", "c"], limit=2)
+        'a, b and 1 more'
+    """
     values = [str(value) for value in values]
     return ", ".join(values[:limit]) + (f" and {len(values) - limit} more" if len(values) > limit else "")
 
@@ -35,6 +53,10 @@ def grouped(problems: Iterable[str], least: int = 5) -> list[str]:
     Args:
         problems: Texts, each of which begins with a file and a colon.
         least: How many equal problems become one line.
+
+    Examples:
+        >>> grouped(["a.png: is empty", "b.png: is empty"], least=2)
+        ['2 files: is empty (a.png, b.png)']
     """
     parts = [problem.partition(": ") for problem in problems]
     files: dict[str, list[str]] = {}

@@ -21,6 +21,14 @@ def written_whole(file: str | Path, sole_writer: bool = False) -> Iterator[Path]
         file: The file to write.
         sole_writer: Whether no other process writes this file at the same time. What killed processes have left of it
             is then removed.
+
+    Examples:
+        >>> from tempfile import TemporaryDirectory
+        >>> with TemporaryDirectory() as folder:
+        ...     with written_whole(Path(folder, "a.txt")) as new:
+        ...         _ = new.write_text("all of it")
+        ...     Path(folder, "a.txt").read_text()
+        'all of it'
     """
     file = Path(file)
     if sole_writer:
@@ -57,6 +65,13 @@ def write_json(file: str | Path, content, indent: int | None = 2) -> None:
 
     Raises:
         ValueError: A number is NaN or infinite, which JSON does not have.
+
+    Examples:
+        >>> from tempfile import TemporaryDirectory
+        >>> with TemporaryDirectory() as folder:
+        ...     write_json(Path(folder, "a.json"), {"seed": 1}, indent=None)
+        ...     Path(folder, "a.json").read_text().strip()
+        '{"seed": 1}'
     """
     write_text(file, json.dumps(content, indent=indent, allow_nan=False) + "\n")
 
@@ -73,6 +88,14 @@ def new_folder(target: str | Path, replace: bool = False) -> Iterator[Path]:
 
     Raises:
         FileExistsError: `target` exists and must not be replaced.
+
+    Examples:
+        >>> from tempfile import TemporaryDirectory
+        >>> with TemporaryDirectory() as folder:
+        ...     with new_folder(Path(folder, "result")) as new:
+        ...         _ = (new / "a.txt").write_text("all of it")
+        ...     [file.name for file in Path(folder).iterdir()]
+        ['result']
     """
     target = Path(target)
     aside, old = (target.with_name(f".{target.name}.{what}{os.getpid()}") for what in ("part", "old"))

@@ -72,7 +72,12 @@ def explained_output() -> Iterator[None]:
 
 
 def duration(seconds: float) -> str:
-    """Return a duration as text, rounded, as in "about 5 minutes"."""
+    """Return a duration as text, rounded, as in "about 5 minutes".
+
+    Examples:
+        >>> duration(310)
+        'about 5 minutes'
+    """
     for size, name in ((86400, "days"), (3600, "hours"), (60, "minutes")):
         if seconds >= 1.5 * size:
             number = seconds / size

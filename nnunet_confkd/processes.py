@@ -32,6 +32,10 @@ def parallel(function: Callable, tasks: list[tuple], processes: int, text: str) 
 
     Raises:
         InputError: A worker was killed. Errors of `function` are raised as they are.
+
+    Examples:
+        >>> parallel(max, [(1, 2), (4, 3)], processes=1, text="comparing")
+        [2, 4]
     """
     if processes <= 1 or len(tasks) <= 1:
         return [function(*task) for task in tqdm(tasks, text, disable=None)]

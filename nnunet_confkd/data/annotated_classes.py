@@ -27,6 +27,10 @@ def heads_of(labels: Mapping) -> dict[str, tuple[int, frozenset[int]]]:
 
     Returns:
         {class: (head, values in label files)}, without the background and "ignore". The heads are those of nnU-Net.
+
+    Examples:
+        >>> heads_of({"background": 0, "liver": 1, "spleen": 2, "ignore": 3})["spleen"]
+        (2, frozenset({2}))
     """
     values = {name: frozenset(map(int, value)) if isinstance(value, (list, tuple)) else frozenset((int(value),))
               for name, value in labels.items() if name != "ignore"}
@@ -50,6 +54,12 @@ def annotated_classes(described: Mapping, counts: Mapping[str, Mapping[int, int]
     Raises:
         InputError: The entry has another form, names a case or a class that does not exist, lists no class, or a label
             holds a class that is not listed. The text has all of it.
+
+    Examples:
+        >>> labels = {"background": 0, "liver": 1, "spleen": 2}
+        >>> described = {"labels": labels, "annotated_classes": {"case_1": ["liver"]}}
+        >>> annotated_classes(described, {"case_1": {0: 90, 1: 10}, "case_2": {0: 80, 1: 10, 2: 10}})
+        {'case_1': (True, True, False)}
     """
     table = described.get(CLASSES_KEY)
     if table is None:

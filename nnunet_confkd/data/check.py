@@ -65,15 +65,17 @@ def check_dataset(dataset: int | str, processes: int = PROCESSES, patient_patter
     Args:
         dataset: For example 27 or "Dataset027_ACDC".
         processes: How many processes read the cases.
-        patient_pattern: A regular expression whose first group in the name of a case is the patient. Default:
-            dataset.json's "patient_pattern"; without one, each case is a patient.
+        patient_pattern: Regular expression whose first group in a case's name is the patient. None: dataset.json's.
 
     Returns:
         What is wrong, and a description of each case.
 
     Raises:
-        InputError: Nothing can be checked: there is no such data set, dataset.json cannot be read, or nnU-Net's
-            variables are not set.
+        InputError: There is no such data set, dataset.json cannot be read, or nnU-Net's variables are not set.
+
+    Examples:
+        >>> check_dataset(27).errors  # doctest: +SKIP
+        []
     """
     name = find_dataset(dataset)
     if not re.fullmatch(r"Dataset\d{3}_.+", name):

@@ -39,6 +39,10 @@ class Report:
         split: {"file": splits_final.json or null, "folds": [{"train": {kind: cases}, "val": {kind: cases}}], "unused":
             cases that no fold trains or validates on}.
         test: {"cases": number in imagesTs, "labelled": how many of them have a label in labelsTs}.
+
+    Examples:
+        >>> Report("Dataset027_Hearts", "raw/Dataset027_Hearts", errors=["case_1: has no image"]).as_dict()["ok"]
+        False
     """
     dataset: str
     folder: str
@@ -153,7 +157,12 @@ def _is_annotated_for(case: dict, name: str) -> bool:
 
 
 def counted(count: int, noun: str) -> str:
-    """Return for example "1 case" or "2 cases"."""
+    """Return for example "1 case" or "2 cases".
+
+    Examples:
+        >>> counted(1, "case"), counted(2, "case")
+        ('1 case', '2 cases')
+    """
     return f"{count} {noun}{'' if count == 1 else 's'}"
 
 

@@ -51,6 +51,10 @@ def download(name: str, target: Path, source: Source | None = None) -> Path:
     Raises:
         InputError: The folder exists, the server cannot be reached, the archive is not the published one, or this
             Python cannot unpack archives safely.
+
+    Examples:
+        >>> download("hippocampus", Path("."))  # doctest: +SKIP
+        PosixPath('Task04_Hippocampus')
     """
     import pooch
 

@@ -63,6 +63,11 @@ def mix(full: Path | None, dataset_id: int, *, processes: int = PROCESSES, link:
 
     Raises:
         InputError: With all that is wrong with the folders.
+
+    Examples:
+        >>> mix(None, 27, images=["IMAGES"], full_labels=["MASKS"], partial_labels=["STROKES"],
+        ...     labels=["background", "liver"], ignore_value=0, background_value=2)  # doctest: +SKIP
+        PosixPath('raw/Dataset027_Mixed')
     """
     mixed = mixture(full=full, processes=processes, **options)
     return write_dataset(mixed.dataset, dataset_id, processes, link, overwrite)

@@ -92,6 +92,10 @@ def plan(datasets: Sequence[int | str], *, configurations: Sequence[str] = CONFI
         InputError: There is no such data set or class, numbers do not fit, labels cannot be read or hold values that
             dataset.json does not list, its "supervision" contradicts them, or no foreground is annotated. Nothing has
             been written then.
+
+    Examples:
+        >>> plan([27], configurations=["2d"])  # doctest: +SKIP
+        'nnUNetPlans'
     """
     names = [_find(dataset) for dataset in datasets]
     processes = list(processes or [PROCESSES.get(c, 4) for c in configurations])

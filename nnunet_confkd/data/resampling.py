@@ -23,6 +23,11 @@ def keep_annotations(seg: np.ndarray, resampled: np.ndarray, ignore_label: int) 
 
     Returns:
         A new array of the shape and type of `resampled`.
+
+    Examples:
+        >>> seg = np.array([9, 9, 1, 9, 9, 9])  # 9 is not annotated
+        >>> keep_annotations(seg, np.array([9, 9, 9]), 9)  # half as many pixels, among which the annotated one was lost
+        array([9, 1, 9])
     """
     kept = resampled.copy()
     annotated = seg != ignore_label

@@ -36,6 +36,9 @@ def add_small_configuration(plans_file: Path, name: str, base: str, confkd: dict
 
     Returns:
         The configuration.
+
+    Examples:
+        >>> add_small_configuration(Path("nnUNetPlans.json"), "2d_small", "2d", {"seed": 1})  # doctest: +SKIP
     """
     plans = read_plans(plans_file)
     configuration = _small(resolved(plans, base), base, features, batch_size, max_patch, convolutions)
@@ -61,7 +64,12 @@ def _small(parent: dict, base: str, features: tuple[int, ...], batch_size: int, 
 
 
 def resolved(plans: dict, configuration: str) -> dict:
-    """Return a configuration of the plans with what it inherits."""
+    """Return a configuration of the plans with what it inherits.
+
+    Examples:
+        >>> resolved(read_plans(Path("nnUNetPlans.json")), "2d_quick")["confkd"]["epochs"]  # doctest: +SKIP
+        12
+    """
     from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
     return PlansManager(deepcopy(plans)).get_configuration(configuration).configuration
@@ -81,6 +89,10 @@ def add_quick_configuration(plans_file: Path, configuration: str, keep: bool = F
     Raises:
         InputError: The usual configuration is the second stage of a cascade, or the plans have another configuration
             of the new name, which this function did not write.
+
+    Examples:
+        >>> add_quick_configuration(Path("nnUNetPlans.json"), "2d")  # doctest: +SKIP
+        ('2d', '2d_quick')
     """
     plans = read_plans(plans_file)
     content = plans["configurations"][configuration]

@@ -37,6 +37,10 @@ def kind_of(counts: dict[int, int], ignore_label: int | None) -> str:
     Args:
         counts: {label: voxels}, those of `ignore_label` and of `OUTSIDE` included.
         ignore_label: None if the data set has none.
+
+    Examples:
+        >>> kind_of({0: 90, 1: 10}, 2), kind_of({0: 5, 1: 5, 2: 90}, 2), kind_of({2: 100}, 2)
+        ('full', 'partial', 'unlabelled')
     """
     ignored = counts.get(ignore_label, 0)
     if not ignored:
@@ -180,7 +184,12 @@ def require_full(kinds: dict[str, str]) -> None:
 
 
 def summary(kinds: dict[str, str]) -> str:
-    """Return for example "3 full, 57 partial, 0 unlabelled"."""
+    """Return for example "3 full, 57 partial, 0 unlabelled".
+
+    Examples:
+        >>> summary({"case_1": "full", "case_2": "partial"})
+        '1 full, 1 partial, 0 unlabelled'
+    """
     return ", ".join(f"{sum(k == kind for k in kinds.values())} {kind}" for kind in KINDS)
 
 

@@ -27,7 +27,12 @@ STRAIGHT = 0.1
 
 
 def case_rng(case: str, style: str, seed: int) -> np.random.Generator:
-    """Return the random generator of one case. It depends on nothing but the three arguments."""
+    """Return the random generator of one case. It depends on nothing but the three arguments.
+
+    Examples:
+        >>> int(case_rng("case_1", "points", 0).integers(9)) == int(case_rng("case_1", "points", 0).integers(9))
+        True
+    """
     # not hash(), which differs between processes
     digest = hashlib.sha256(repr((str(case), str(style), int(seed))).encode()).digest()
     return np.random.default_rng(int.from_bytes(digest[:16], "big"))
@@ -59,6 +64,13 @@ def weaken(label: np.ndarray, style: str, ignore_label: int, rng: np.random.Gene
     Raises:
         InputError: The label is not 2-D or 3-D, not integer or not complete, or options are out of range or exclude
             each other. The text has all of it.
+
+    Examples:
+        >>> label = np.zeros((7, 7), dtype=np.uint8)
+        >>> label[1:6, 1:6] = 1
+        >>> weak = weaken(label, "points", 2, case_rng("case_1", "points", 0), radius=0)
+        >>> [int((weak == value).sum()) for value in (0, 1, 2)]  # one of background, one of the class
+        [1, 1, 47]
     """
     _check(label, style, ignore_label, fraction, dimension, slice_axis, spacing, background, radius)
     styles: dict[str, Callable[[np.ndarray], np.ndarray]] = {
@@ -97,6 +109,13 @@ def erosion(label: np.ndarray, ignore_label: int, *, times: int = 10) -> np.ndar
         label: Integers of any number of dimensions. The structuring element is 3 voxels wide in each (3x3, 3x3x3).
         ignore_label: The value of voxels that are not annotated.
         times: At most how many erosions.
+
+    Examples:
+        >>> label = np.zeros((7, 7), dtype=np.uint8)
+        >>> label[1:6, 1:6] = 1
+        >>> weak = erosion(label, 2, times=1)
+        >>> int((weak == 1).sum())  # 3 x 3 of the 5 x 5 voxels are left
+        9
     """
     weak = nothing(label, ignore_label)
     for value in np.unique(label):
@@ -113,6 +132,13 @@ def points(label: np.ndarray, ignore_label: int, rng: np.random.Generator, *, ra
         ignore_label: The value of voxels that are not annotated.
         rng: See :func:`case_rng`.
         radius: In voxels, whatever their size; 0 is a single voxel.
+
+    Examples:
+        >>> label = np.zeros((7, 7), dtype=np.uint8)
+        >>> label[1:6, 1:6] = 1
+        >>> weak = points(label, 2, case_rng("case_1", "points", 0), radius=0)
+        >>> int((weak == 1).sum()), int((weak == 0).sum())
+        (1, 1)
     """
     weak = nothing(label, ignore_label)
     for value in np.unique(label):
@@ -144,6 +170,13 @@ def scribbles(label: np.ndarray, ignore_label: int, rng: np.random.Generator) ->
         label: Integers, (Y, X).
         ignore_label: The value of voxels that are not annotated.
         rng: See :func:`case_rng`.
+
+    Examples:
+        >>> label = np.zeros((7, 7), dtype=np.uint8)
+        >>> label[1:6, 1:6] = 1
+        >>> weak = scribbles(label, 2, case_rng("case_1", "scribbles", 0))
+        >>> bool((weak[weak != 2] == label[weak != 2]).all())  # every annotated voxel has its true class
+        True
     """
     weak = nothing(label, ignore_label)
     for value in np.unique(label):
@@ -163,6 +196,13 @@ def box(label: np.ndarray, ignore_label: int) -> np.ndarray:
     Args:
         label: Integers of any number of dimensions.
         ignore_label: The value of voxels that are not annotated.
+
+    Examples:
+        >>> label = np.zeros((7, 7), dtype=np.uint8)
+        >>> label[1:6, 1:6] = 1
+        >>> weak = box(label, 2)
+        >>> int((weak == 0).sum()), int((weak == 2).sum())
+        (24, 25)
     """
     weak = np.full_like(label, BACKGROUND)
     for inside in scipy.ndimage.find_objects((label != BACKGROUND).astype(np.uint8)):
@@ -171,7 +211,12 @@ def box(label: np.ndarray, ignore_label: int) -> np.ndarray:
 
 
 def nothing(label: np.ndarray, ignore_label: int) -> np.ndarray:
-    """Annotate no voxel: return the label of an unlabelled image, of the label's shape and type."""
+    """Annotate no voxel: return the label of an unlabelled image, of the label's shape and type.
+
+    Examples:
+        >>> nothing(np.zeros((1, 3), dtype=np.uint8), 2)
+        array([[2, 2, 2]], dtype=uint8)
+    """
     return np.full_like(label, ignore_label)
 
 

@@ -66,6 +66,10 @@ def weaken_dataset(source: int | str, dataset_id: int, *, full: list[str], style
     Raises:
         InputError: There is no such data set, there are no such patients or validation cases, or some labels are not
             complete. The text has all of it.
+
+    Examples:
+        >>> weaken_dataset(4, 104, full=["5"], style="scribbles")  # doctest: +SKIP
+        PosixPath('raw/Dataset104_Hippocampus_scribbles')
     """
     found = find_dataset(source)
     folder = raw_folder() / found

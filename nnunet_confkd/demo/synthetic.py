@@ -41,6 +41,14 @@ def generate_dataset(folder: Path, *, num_full: int = 4, num_partial: int = 12, 
     Raises:
         FileExistsError: The folder exists.
         ValueError: dimensions is neither 2 nor 3.
+
+    Examples:
+        >>> from tempfile import TemporaryDirectory
+        >>> with TemporaryDirectory() as folder:
+        ...     cases = generate_dataset(Path(folder, "Dataset027_Hearts"), num_full=1, num_partial=1, num_unlabelled=0,
+        ...                              num_validation=0, num_test=1, dimensions=2)
+        >>> cases["full"], cases["test"]
+        (['heart_000'], ['heart_002'])
     """
     if dimensions not in (2, 3):
         raise ValueError(f"dimensions must be 2 or 3, got {dimensions}")
@@ -82,6 +90,11 @@ def generate_case(case: str, *, dimensions: int = 3, seed: int = 0
 
     Returns:
         The image `(Z, Y, X)`, int16; the full label `(Z, Y, X)`, uint8; the spacing (Z, Y, X) in mm.
+
+    Examples:
+        >>> image, label, spacing = generate_case("heart_000", dimensions=2)
+        >>> image.shape == label.shape, len(spacing), np.unique(label).tolist()
+        (True, 3, [0, 1, 2, 3])
     """
     rng = case_rng(case, f"synthetic {dimensions}d", seed)
     in_plane = rng.uniform(1.3, 1.5)

@@ -43,6 +43,11 @@ class Counts:
         confidence: Sum of the confidences, `(BINS,)`.
         fine_count: As `count`, in finer bins, `(FINE_BINS,)`.
         fine_correct: As `correct`, in finer bins, `(FINE_BINS,)`.
+
+    Examples:
+        >>> one = count(np.array([0.9, 0.6]), np.array([True, False]))
+        >>> int((one + one + Counts.none()).count.sum())
+        4
     """
     count: np.ndarray
     correct: np.ndarray
@@ -84,6 +89,12 @@ def count_case(probabilities: np.ndarray, truth: np.ndarray, *, ignore_label: in
 
     Raises:
         ValueError: The shapes do not match, or the ground truth holds other values.
+
+    Examples:
+        >>> probabilities = np.array([[0.9, 0.4], [0.1, 0.6]])  # two classes, two voxels
+        >>> counts = count_case(probabilities, np.array([0, 0]))
+        >>> int(counts.count.sum()), int(counts.correct.sum())
+        (2, 1)
     """
     probabilities, truth = np.asarray(probabilities), np.asarray(truth)
     heads = len(probabilities)
@@ -121,6 +132,10 @@ def count(confidence: np.ndarray, correct: np.ndarray) -> Counts:
 
     Raises:
         ValueError: A confidence is NaN or not from 0 to 1.
+
+    Examples:
+        >>> int(count(np.array([0.9, 0.6]), np.array([True, False])).correct.sum())
+        1
     """
     confidence, correct = np.asarray(confidence, np.float64).ravel(), np.asarray(correct, bool).ravel()
     if not ((confidence >= 0) & (confidence <= 1)).all():
@@ -144,6 +159,11 @@ def reliability_curve(counts: Counts) -> dict[str, np.ndarray]:
     Returns:
         `confidence` (mean) and `accuracy` of each bin, `(BINS,)`, NaN if the bin is empty; its `count`, and the `edges`
         of the bins, `(BINS + 1,)`.
+
+    Examples:
+        >>> curve = reliability_curve(count(np.full(10, 0.9), np.arange(10) < 8))  # 80 % right, 90 % sure
+        >>> round(float(np.nanmean(curve["accuracy"])), 3), round(float(np.nanmean(curve["confidence"])), 3)
+        (0.8, 0.9)
     """
     with np.errstate(invalid="ignore"):
         return {"edges": np.linspace(0, 1, BINS + 1), "count": counts.count,
@@ -154,6 +174,10 @@ def ece(counts: Counts) -> float:
     """Compute the expected calibration error: the mean over all predictions of |accuracy - confidence| of their bin.
 
     It is NaN if there is no prediction.
+
+    Examples:
+        >>> round(float(ece(count(np.full(10, 0.9), np.arange(10) < 8))), 3)  # 80 % right, 90 % sure
+        0.1
     """
     return float(_ece(counts.coarse)) if counts.count.any() else math.nan
 
@@ -177,6 +201,12 @@ def ece_difference(ours: Sequence[np.ndarray], theirs: Sequence[np.ndarray], pat
 
     Returns:
         The lower and the upper bound; NaN for fewer than two patients.
+
+    Examples:
+        >>> ours, theirs = (count(np.full(10, sure), np.arange(10) < 8).coarse for sure in (0.8, 0.9))
+        >>> low, high = ece_difference([ours] * 3, [theirs] * 3)
+        >>> round(low, 3), round(high, 3)
+        (-0.1, -0.1)
     """
     members = membership(range(len(ours)) if patients is None else patients)
     number = members.shape[1]
@@ -194,6 +224,10 @@ def overconfidence(counts: Counts) -> float:
     """Compute the mean confidence minus the accuracy, which is positive for an overconfident network.
 
     It is NaN if there is no prediction.
+
+    Examples:
+        >>> round(float(overconfidence(count(np.full(10, 0.9), np.arange(10) < 8))), 3)
+        0.1
     """
     total = counts.count.sum()
     return float((counts.confidence.sum() - counts.correct.sum()) / total) if total else math.nan
@@ -207,6 +241,11 @@ def risk_coverage_curve(counts: Counts) -> dict[str, np.ndarray]:
     Returns:
         `coverage`, the share of the predictions that are kept, the most confident ones first, and `risk`, the share of
         errors among them. The last coverage is 1, and its risk is the error rate.
+
+    Examples:
+        >>> curve = risk_coverage_curve(count(np.array([0.9, 0.6]), np.array([True, False])))
+        >>> curve["coverage"].tolist(), curve["risk"].tolist()
+        ([0.5, 1.0], [0.0, 0.5])
     """
     count, errors = _from_the_most_confident(counts)
     kept = count.cumsum()
@@ -219,6 +258,10 @@ def aurc(counts: Counts) -> float:
     Predictions in the same fine bin tie. Their contribution is the mean over all their orders, in closed form: with N
     predictions and E errors before the bin, and e errors among its m predictions, the k-th of them has the expected
     risk (E + k e / m) / (N + k). The area is NaN if there is no prediction.
+
+    Examples:
+        >>> float(aurc(count(np.array([0.9, 0.6]), np.array([True, False]))))  # the mean of the risks 0 and 1/2
+        0.25
     """
     count, errors = _from_the_most_confident(counts)
     if not len(count):
@@ -234,6 +277,10 @@ def smallest_aurc(counts: Counts) -> float:
     success.
 
     The AURC minus this one (E-AURC) compares networks with different error rates. It is NaN if there is no prediction.
+
+    Examples:
+        >>> float(smallest_aurc(count(np.array([0.6, 0.9]), np.array([True, False]))))  # as if the error were less sure
+        0.25
     """
     total, errors = int(counts.fine_count.sum()), int((counts.fine_count - counts.fine_correct).sum())
     right = total - errors

@@ -195,6 +195,9 @@ def compare_models(models: list[str | Path], tolerance_mm: float = TOLERANCE_MM,
     Raises:
         InputError: A model cannot be read. Two models do not segment the same classes, have no case in common, or name
             patients differently.
+
+    Examples:
+        >>> print(comparison_text(compare_models(["MODEL", "OTHER_MODEL"])))  # doctest: +SKIP
     """
     rows: list[dict[str, Any]] = []
     notes, patterns = [], set()

@@ -254,6 +254,10 @@ def evaluate_folders(truth: str | Path, prediction: str | Path, *, dataset: int 
     Raises:
         InputError: Folders or files are missing, cannot be read, lie on other grids or hold unknown labels, or the
             pattern does not match. All such problems are listed.
+
+    Examples:
+        >>> evaluation = evaluate_folders("labelsTs", "predictions", dataset=27)  # doctest: +SKIP
+        >>> print(evaluation.text())  # doctest: +SKIP
     """
     truth, prediction = Path(truth), Path(prediction)
     if not (isinstance(tolerance_mm, (int, float)) and 0 <= tolerance_mm < math.inf):
@@ -424,6 +428,12 @@ def compare(ours: Evaluation, theirs: Evaluation) -> dict[str, dict[str, dict[st
 
     Raises:
         InputError: The cases are not the same.
+
+    Examples:
+        >>> ours, theirs = (evaluate_folders("labelsTs", folder) for folder in ("ours", "theirs"))  # doctest: +SKIP
+        >>> found = compare(ours, theirs)  # doctest: +SKIP
+        >>> found["liver"]["Dice"]["p_holm"]  # doctest: +SKIP
+        0.03125
     """
     if set(ours.cases) != set(theirs.cases):
         differing = sorted(set(ours.cases) ^ set(theirs.cases))
@@ -473,6 +483,9 @@ def write(evaluation: Evaluation, output: str | Path, comparison: dict | None = 
     Raises:
         InputError: The folder holds files of these names that are not of an earlier evaluation, or cannot be written
             to.
+
+    Examples:
+        >>> write(evaluate_folders("labelsTs", "predictions", dataset=27), "predictions")  # doctest: +SKIP
     """
     content = evaluation.as_dict() | ({} if comparison is None else {"comparison": without_nan(comparison)})
     files: dict[str, Any] = {"metrics.json": json.dumps(content, indent=1, allow_nan=False) + "\n",

@@ -47,6 +47,14 @@ def measure_masks(truth: np.ndarray, prediction: np.ndarray, spacing: Sequence[f
 
     Returns:
         {measure: value}.
+
+    Examples:
+        >>> truth, prediction = np.zeros((2, 10, 10), dtype=bool)
+        >>> truth[2:8, 2:8] = True
+        >>> prediction[2:8, 3:9] = True  # the same square, moved by one pixel
+        >>> measured = measure_masks(truth, prediction, spacing=(1.5, 2.0))
+        >>> round(measured["Dice"], 3), float(measured["HD95_mm"])  # 2 * 30 / (36 + 36); a pixel is 2 mm wide
+        (0.833, 2.0)
     """
     return measure_case(truth, prediction, {"": (1,)}, spacing, tolerance_mm=tolerance_mm)[""]
 
@@ -63,6 +71,14 @@ def surface_distances(truth: np.ndarray, prediction: np.ndarray,
     Returns:
         Distances in mm from each surface voxel of the prediction to the nearest one of the ground truth, and the other
         way round.
+
+    Examples:
+        >>> truth, prediction = np.zeros((2, 10, 10), dtype=bool)
+        >>> truth[2:8, 2:8] = True
+        >>> prediction[2:8, 3:9] = True  # the same square, moved by one pixel
+        >>> to_truth, to_prediction = surface_distances(truth, prediction, spacing=(1.5, 2.0))
+        >>> float(to_truth.max()), len(to_truth)  # the outline of 6 x 6 pixels has 20
+        (2.0, 20)
     """
     return LabelPair(truth, prediction, {"": (1,)}).surface_distances("", spacing)
 
@@ -86,6 +102,12 @@ def measure_case(truth: np.ndarray, prediction: np.ndarray, classes: Mapping[str
 
     Returns:
         {class: {measure: value}}, see :func:`measure_masks`.
+
+    Examples:
+        >>> truth, prediction = np.array([[0, 1, 1, 2]]), np.array([[0, 1, 2, 2]])
+        >>> measured = measure_case(truth, prediction, {"liver": [1], "both": [1, 2]}, spacing=(1.0, 1.0))
+        >>> round(measured["liver"]["Dice"], 3), measured["both"]["Dice"]
+        (0.667, 1.0)
     """
     return measure_pair(LabelPair(truth, prediction, classes, ignore_label), spacing, tolerance_mm)
 
@@ -179,6 +201,11 @@ def statistics(values: Iterable[float], patients: Sequence[str] | None = None) -
     Returns:
         `mean` and `sd` (of a sample) over the cases; `n`, the number of cases; `patients`, the number of their
         patients; `ci_low` and `ci_high`, the 95 % interval of the mean (see :func:`bootstrap_interval`).
+
+    Examples:
+        >>> described = statistics([0.7, 0.8, 0.9, float("nan")])
+        >>> round(described["mean"], 3), described["n"]
+        (0.8, 3)
     """
     values = np.fromiter(values, float)
     defined = ~np.isnan(values)
@@ -253,6 +280,11 @@ def bootstrap_interval(values: np.ndarray, patients: Sequence[str] | None = None
 
     Returns:
         The lower and the upper bound; NaN for fewer than two patients.
+
+    Examples:
+        >>> low, high = bootstrap_interval(np.array([0.7, 0.8, 0.9, 0.6]), patients=["a", "a", "b", "b"])
+        >>> bool(low <= 0.75 <= high)
+        True
     """
     sums, counts = sums_by_patient(np.atleast_2d(values), patients)
     seeds, number = sums.shape
@@ -279,6 +311,11 @@ def paired_statistics(ours: Sequence[float] | np.ndarray, theirs: Sequence[float
     Returns:
         What :func:`statistics` returns, and `p`, the two-sided p value of Wilcoxon's signed-rank test of the patients'
         mean differences. It is 1 if all of them are zero, and NaN if there is no case.
+
+    Examples:
+        >>> described = paired_statistics([0.8, 0.9, 0.7], [0.7, 0.8, 0.6])
+        >>> round(described["mean"], 3), described["p"]  # the smallest p that three patients allow: 2 / 2 ** 3
+        (0.1, 0.25)
     """
     from scipy.stats import wilcoxon
     differences = np.subtract(ours, theirs)
@@ -290,7 +327,12 @@ def paired_statistics(ours: Sequence[float] | np.ndarray, theirs: Sequence[float
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """Correct p values for the number of tests (Holm 1979). A NaN stays NaN and does not count as a test."""
+    """Correct p values for the number of tests (Holm 1979). A NaN stays NaN and does not count as a test.
+
+    Examples:
+        >>> holm([0.01, 0.5, float("nan")])  # 2 tests: 2 * 0.01, then 1 * 0.5
+        [0.02, 0.5, nan]
+    """
     p_values = np.asarray(p_values, float)
     order = np.argsort(p_values)[:np.isfinite(p_values).sum()]  # NaN is sorted to the end
     corrected = np.full(len(p_values), math.nan)

@@ -36,6 +36,10 @@ def load_checkpoint(path: str | Path) -> dict:
 
     Raises:
         InputError: The file is missing or broken, is no checkpoint, or holds more than weights, numbers and text.
+
+    Examples:
+        >>> load_checkpoint("MODEL/fold_0/checkpoint_final.pth")["trainer_name"]  # doctest: +SKIP
+        'ConfKDTrainer'
     """
     path = Path(path)
     if not path.is_file():
@@ -104,6 +108,10 @@ def fold_folders(model: str | Path) -> list[Path]:
 
     Raises:
         InputError: The folder is missing or is no trained model.
+
+    Examples:
+        >>> fold_folders("MODEL")  # doctest: +SKIP
+        [PosixPath('MODEL/fold_0')]
     """
     model = Path(model)
     if not model.is_dir():

@@ -59,6 +59,10 @@ class TrainedModel:
         folds: The folds whose logits are averaged. None: all that have the checkpoint.
         checkpoint: The name of the checkpoint.
         device: "cuda", "cpu" or "mps". None: cuda where there is one.
+
+    Examples:
+        >>> TrainedModel(Path("MODEL"), branch="teacher").branch
+        'teacher'
     """
     folder: Path
     branch: str = "student"
@@ -92,6 +96,10 @@ def complete(source: int | str, model: TrainedModel, dataset_id: int, *, confide
         InputError: There is no such data set or nothing to complete; labels cannot be read or have other values; the
             model has no checkpoint, no teacher, or other labels or channels; the id is taken. All problems of the
             cases are listed at once.
+
+    Examples:
+        >>> complete(27, TrainedModel(Path("MODEL"), branch="teacher"), 127)  # doctest: +SKIP
+        PosixPath('raw/Dataset127_Hearts_completed')
     """
     if confidence is not None and not 0 <= confidence < 1:
         raise InputError(f"--confidence: a probability from 0 to below 1, not {confidence}")

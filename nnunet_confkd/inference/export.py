@@ -35,23 +35,25 @@ STOCK_TRAINER = "nnUNetTrainer"
 def export(model: str | Path, output: str | Path | None = None, branch: str = "student", install: bool = False) -> Path:
     """Write one branch of a trained ConfKD model as a model folder of stock nnU-Net, with all folds and checkpoints.
 
-    `confkd_export.json` in the new folder says where the model came from. A folder given as `output` can be passed on:
-    it holds neither names of cases nor segmentations of the validation.
+    `confkd_export.json` says where the model came from. A folder given as `output` has neither names of cases nor
+    segmentations of the validation.
 
     Args:
         model: The folder TRAINER__PLANS__CONFIGURATION under nnUNet_results.
         output: The folder to write, which must not exist.
         branch: "student" or "teacher".
-        install: Place the model under nnUNet_results instead, as nnUNetTrainer__PLANS__CONFIGURATION, where PLANS names
-            the plans and the trainer. The segmentations of the validation are copied, and the plans are written beside
-            those of the data set, because nnU-Net's own commands look for them there.
+        install: Place the model under nnUNet_results instead, with the segmentations of the validation, and the plans
+            beside those of the data set. PLANS in its name tells the plans and the trainer.
 
     Returns:
         The new folder.
 
     Raises:
-        InputError: There is no such model, a checkpoint has no teacher or a narrow one that is to be exported, or the
-            folder or the plans exist already.
+        InputError: There is no such model, it has no teacher that can be exported, or something exists already.
+
+    Examples:
+        >>> export("MODEL", "my_model")  # doctest: +SKIP
+        PosixPath('my_model')
     """
     model = Path(model)
     folds = fold_folders(model)

@@ -43,6 +43,10 @@ class PostProcessing:
         file: Its postprocessing.json.
         steps: For each step the labels whose union is reduced to its largest component.
         dice: The mean Dice of the validation cases without and with it; None if the file does not tell.
+
+    Examples:
+        >>> PostProcessing(Path("postprocessing.json"), ((1, 2, 3), (1,)), None).steps[0]  # first all of the foreground
+        (1, 2, 3)
     """
     file: Path
     steps: tuple[tuple[int, ...], ...]
@@ -70,6 +74,10 @@ def find(model: Path, folds: Iterable[int | str]) -> PostProcessing | None:
 
     Returns:
         The post-processing, or None if there is none. See :func:`read` for the errors.
+
+    Examples:
+        >>> find(Path("MODEL"), folds=[0]) is None  # doctest: +SKIP
+        True
     """
     folds = [int(fold) if str(fold).isdigit() else str(fold) for fold in folds]
     places = [model / f"crossval_results_folds_{folds_tuple_to_string(tuple(folds))}", model]

@@ -95,6 +95,11 @@ def case_score(normalised: np.ndarray, segmentation: np.ndarray, where: np.ndarr
         The "score" and the numbers that it is computed from. The score is the mean entropy of the voxels that are
         predicted as foreground or have an entropy of at least `IN_DOUBT`, so that large empty surroundings do not
         count. It is 0 if there are no such voxels.
+
+    Examples:
+        >>> scored = case_score(np.array([0.0, 0.2, 0.4]), np.array([0, 1, 1]))
+        >>> round(scored["score"], 3)  # the mean over the two foreground voxels
+        0.3
     """
     total = judged_total = 0.0
     voxels = foreground_voxels = judged_voxels = 0
@@ -188,6 +193,10 @@ def list_cases(output: Path) -> Path:
 
     Returns:
         The file `uncertainty/review_first.csv`.
+
+    Examples:
+        >>> list_cases(Path("predictions"))  # doctest: +SKIP
+        PosixPath('predictions/uncertainty/review_first.csv')
     """
     folder = output / FOLDER
     rows = [json.loads(file.read_text(encoding="utf-8")) for file in sorted((folder / SCORES).glob("*.json"))

@@ -45,6 +45,10 @@ def report(model: str | Path, folds: list[str] | None = None, predictions: Path 
     Raises:
         InputError: There is no such model, fold or checkpoint; the predictions do not match; or the output folder
             cannot be written or holds other files.
+
+    Examples:
+        >>> report("MODEL", folds=["0"])  # doctest: +SKIP
+        PosixPath('MODEL/report/report.html')
     """
     trained_model = Model(model, folds, checkpoint)
     output = trained_model.folder / "report" if output is None else Path(output)

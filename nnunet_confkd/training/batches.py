@@ -81,6 +81,10 @@ def label_outside(label: torch.Tensor, ignore_label: int | None, full: bool) -> 
 
     Returns:
         A new label map without -1.
+
+    Examples:
+        >>> label_outside(torch.tensor([-1, 0, 1]), ignore_label=2, full=False)
+        tensor([2, 0, 1])
     """
     return torch.where(label == OUTSIDE, 0 if full or ignore_label is None else ignore_label, label)
 
@@ -162,6 +166,10 @@ def full_images_per_batch(batch_size: int, share: float, others: bool) -> int:
 
     Returns:
         The rounded share, but at least one if there are any, and fewer than all if there are others.
+
+    Examples:
+        >>> full_images_per_batch(8, 0.5, others=True), full_images_per_batch(2, 0.1, others=True)
+        (4, 1)
     """
     if not others or not share:
         return batch_size if share else 0
@@ -184,6 +192,12 @@ def class_probabilities(kinds: Mapping[str, str], hidden: Mapping[str, Sequence[
 
     Returns:
         {case: probability within its stratum}, of the strata with such cases.
+
+    Examples:
+        >>> kinds = {"liver_1": "partial", "liver_2": "partial", "liver_3": "partial", "kidney_1": "partial"}
+        >>> hidden = {case: (True, case.startswith("liver"), case.startswith("kidney")) for case in kinds}
+        >>> float(class_probabilities(kinds, hidden, share=1.0)["kidney_1"])  # each class is drawn equally often
+        0.5
     """
     found: dict[str, float] = {}
     for kind in (PARTIAL, FULL):  # where nothing is annotated, nothing is listed

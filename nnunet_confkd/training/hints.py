@@ -54,6 +54,11 @@ def hint_channels(target: Tensor, hint_mask: Tensor, num_heads: int, regions: bo
 
     Returns:
         `(B, num_heads + 1, *spatial)`, float32, zero outside of the hints.
+
+    Examples:
+        >>> target, mask = torch.tensor([[[0, 1]]]), torch.tensor([[[False, True]]])
+        >>> hint_channels(target, mask, num_heads=2)[0].tolist()  # background, the class, and "this voxel is a hint"
+        [[0.0, 0.0], [0.0, 1.0], [0.0, 1.0]]
     """
     if regions:
         labels = target[:, :num_heads] != 0
@@ -121,6 +126,10 @@ def class_map(target: Tensor, regions: bool) -> np.ndarray:
 
     Returns:
         `(B, *spatial)`.
+
+    Examples:
+        >>> class_map(torch.tensor([[[0, 1]]]), regions=False)
+        array([[0, 1]])
     """
     if not regions:
         return target[:, 0].numpy()

@@ -60,6 +60,11 @@ def entropy(logits: Tensor, regions: bool = False) -> Tensor:
 
     Raises:
         ValueError: There are no spatial axes.
+
+    Examples:
+        >>> undecided = torch.zeros(1, 4, 1, 1)  # four classes, equally likely: log 4
+        >>> round(entropy(undecided).item(), 4)
+        1.3863
     """
     _check_logits(logits, "logits")
     logits = full_precision(logits)
@@ -85,6 +90,11 @@ def kl_divergence(p_logits: Tensor, q_logits: Tensor, regions: bool = False) -> 
 
     Raises:
         ValueError: The shapes differ, or there are no spatial axes.
+
+    Examples:
+        >>> p, q = torch.tensor([0.75, 0.25]).log().view(1, 2, 1, 1), torch.zeros(1, 2, 1, 1)
+        >>> round(kl_divergence(p, q).item(), 4)  # 0.75 log(0.75 / 0.5) + 0.25 log(0.25 / 0.5)
+        0.1308
     """
     _check_logits(p_logits, "p_logits")
     if p_logits.shape != q_logits.shape:
@@ -110,6 +120,11 @@ def distillation(teacher: Tensor, student: Tensor, regions: bool = False) -> Ten
 
     Returns:
         `(B, *spatial)`.
+
+    Examples:
+        >>> teacher, student = torch.randn(2, 1, 3, 8, 8, requires_grad=True).unbind()
+        >>> distillation(teacher, student).shape
+        torch.Size([1, 8, 8])
     """
     return kl_divergence(teacher.detach(), student, regions)
 
@@ -124,6 +139,10 @@ def annotated_voxels(target: Tensor, ignore_label: int | None, regions: bool = F
 
     Returns:
         Bool, `(B, 1, *spatial)`.
+
+    Examples:
+        >>> annotated_voxels(torch.tensor([[[0, 1, 2]]]), ignore_label=2)
+        tensor([[[ True,  True, False]]])
     """
     if ignore_label is None:
         return torch.ones_like(target[:, :1], dtype=torch.bool)
@@ -150,6 +169,12 @@ def merge_unlisted(logits: Tensor, listed: Tensor | None, regions: bool = False)
 
     Raises:
         ValueError: The shapes do not match.
+
+    Examples:
+        >>> logits = torch.zeros(1, 3, 1, 1)  # background and two classes, of which the first one is listed
+        >>> merged = merge_unlisted(logits, torch.tensor([[True, True, False]])).softmax(1)
+        >>> [round(p, 3) for p in merged.flatten().tolist()]
+        [0.667, 0.333, 0.0]
     """
     if listed is None or not len(images := _with_hidden(logits, listed)):
         return logits
@@ -203,6 +228,10 @@ def hide_unlisted(target: Tensor, listed: Tensor | None, regions: bool = False) 
     Returns:
         A target of the same shape: labels that are not listed are 0, and regions that are not listed are empty.
         `target` itself if no image has hidden classes.
+
+    Examples:
+        >>> hide_unlisted(torch.tensor([[[0, 1, 2]]]), torch.tensor([[True, True, False]]))
+        tensor([[[0, 1, 0]]])
     """
     images = _with_hidden(target, listed)
     if listed is None or not len(images):
@@ -244,6 +273,10 @@ def confidence(logits: Tensor, regions: bool = False) -> Tensor:
 
     Returns:
         A scalar without gradient.
+
+    Examples:
+        >>> confidence(torch.zeros(1, 4, 1, 1)).item()
+        0.25
     """
     if regions:
         return torch.sigmoid(logits.float().abs()).mean()
@@ -299,6 +332,13 @@ class PartialSupervision(nn.Module):
             ranks' images together, and every rank must call it. Ranks may have different numbers of images and of
             annotated voxels, also none. (nnU-Net's own cross-entropy is the mean of each rank, in which voxels weigh
             more if few are annotated.)
+
+    Examples:
+        >>> from nnunetv2.training.loss.compound_losses import DC_and_CE_loss
+        >>> loss = PartialSupervision(DC_and_CE_loss({}, {}, ignore_label=2), ignore_label=2)
+        >>> target = torch.full((1, 1, 4, 4), 2)  # nothing is annotated
+        >>> loss(torch.zeros(1, 2, 4, 4), target).item()
+        0.0
     """
 
     def __init__(self, loss: Any, ignore_label: int | None, regions: bool = False, ddp: bool = False):
@@ -445,6 +485,17 @@ class ConfKDLoss(nn.Module):
 
     Raises:
         ValueError: The weights are not those of the terms.
+
+    Examples:
+        >>> from nnunetv2.training.loss.compound_losses import DC_and_CE_loss
+        >>> supervised = PartialSupervision(DC_and_CE_loss({}, {}, ignore_label=2), ignore_label=2)
+        >>> loss = ConfKDLoss(supervised, {"teacher": 1.0, "student": 1.0, "kl": 3.0, "entropy": 0.01})
+        >>> student, teacher = torch.randn(2, 2, 2, 8, 8)
+        >>> target = torch.randint(0, 2, (2, 1, 8, 8))
+        >>> target[1] = 2  # the first image is fully annotated, the second is not
+        >>> total, terms = loss(student, teacher, target, num_full=1)
+        >>> sorted(terms)
+        ['entropy', 'kl', 'student', 'teacher']
     """
 
     def __init__(self, supervised: nn.Module, weights: dict[str, float], *,

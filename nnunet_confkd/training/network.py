@@ -39,6 +39,10 @@ def predicting(branch: str) -> Iterator[None]:
 
     Raises:
         ValueError: There is no such branch.
+
+    Examples:
+        >>> with predicting("teacher"):  # doctest: +SKIP
+        ...     predictor.initialize_from_trained_model_folder(model, use_folds=(0,))
     """
     if branch not in BRANCHES:
         raise ValueError(f"branch must be one of {BRANCHES}, got {branch!r}")
@@ -358,7 +362,12 @@ def unwrap(network: nn.Module) -> nn.Module:
 # ---- weights --------------------------------------------------------------------------------------------------------
 
 def has_teacher(weights: dict) -> bool:
-    """Whether a state dict is that of a two-branch network. Its names decide, because users derive other trainers."""
+    """Whether a state dict is that of a two-branch network. Its names decide, because users derive other trainers.
+
+    Examples:
+        >>> has_teacher({"encoder.weight": torch.zeros(1)})
+        False
+    """
     return any(name.startswith(TEACHER_PREFIX) for name in weights)
 
 

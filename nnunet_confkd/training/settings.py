@@ -60,6 +60,12 @@ class Settings:
 
     Raises:
         InputError: A value is not allowed. The text names the key, the value and what is allowed.
+
+    Examples:
+        >>> Settings(full_share=0.75).full_share
+        0.75
+        >>> [round(Settings().kl_ramp(progress), 3) for progress in (0.1, 0.35, 0.9)]  # rises from 20 to 50 %
+        [0.0, 0.5, 1.0]
     """
 
     weight_teacher: float = _setting("losses", 1.0, WEIGHTS, "weight of L_s, the teacher's supervised loss")
@@ -215,7 +221,12 @@ def _check(f, value, hint) -> None:
 
 
 def settings_table() -> str:
-    """Describe the settings in a Markdown table with a row for each group and each setting."""
+    """Describe the settings in a Markdown table with a row for each group and each setting.
+
+    Examples:
+        >>> "`weight_kl`" in settings_table()
+        True
+    """
     rows, group = ["| setting | default | allowed | meaning |", "|---|---|---|---|"], None
     for f in fields(Settings):
         if f.metadata["group"] != group:

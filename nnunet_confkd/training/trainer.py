@@ -87,6 +87,10 @@ class ConfKDTrainer(nnUNetTrainer):
         InputError: Before any training: settings are unknown or not allowed, the ignore label is not the highest, the
             plans are those of another data set, no case is fully annotated (but see "annotated_classes" in
             docs/reference/annotated_classes.md), or the network is no U-Net.
+
+    Examples:
+        >>> ConfKDTrainer.settings_of({"weight_kl": 1.0}).weight_kl
+        1.0
     """
 
     fixed_settings: dict = {}

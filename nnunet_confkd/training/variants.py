@@ -7,13 +7,23 @@ from nnunet_confkd.training.trainer import ConfKDTrainer
 
 
 class ConfKDTrainer_noEntropy(ConfKDTrainer):
-    """Ablation without L_ent."""
+    """Ablation without L_ent.
+
+    Examples:
+        >>> ConfKDTrainer_noEntropy.settings_of({}).weight_entropy
+        0.0
+    """
 
     fixed_settings = {"weight_entropy": 0.0}
 
 
 class ConfKDTrainer_noKL(ConfKDTrainer):
-    """Ablation without L_kd."""
+    """Ablation without L_kd.
+
+    Examples:
+        >>> ConfKDTrainer_noKL.settings_of({}).weight_kl
+        0.0
+    """
 
     fixed_settings = {"weight_kl": 0.0}
 
@@ -22,6 +32,10 @@ class ConfKDTrainer_partialOnly(ConfKDTrainer):
     """Fair baseline: nnU-Net's network of one branch and its loss with the ignore label, on the same batches.
 
     By default it has the class-prior correction, which helps it. ConfKD's teacher makes up for most of the difference.
+
+    Examples:
+        >>> ConfKDTrainer_partialOnly.settings_of({}).prior_correction
+        1.0
     """
 
     default_settings = {"prior_correction": 1.0}
@@ -31,7 +45,12 @@ class ConfKDTrainer_partialOnly(ConfKDTrainer):
 
 class ConfKDTrainer_MedIA2023(ConfKDTrainer):
     """The journal paper's objective with weights of order 1: the KL acts on fully annotated images alone; no hints, no
-    class-prior correction, no CutMix, and a teacher of the student's width."""
+    class-prior correction, no CutMix, and a teacher of the student's width.
+
+    Examples:
+        >>> ConfKDTrainer_MedIA2023.settings_of({}).kl_images
+        'full'
+    """
 
     fixed_settings = {"weight_kl": 1.0, "kl_images": "full", "kl_ramp_start": 0.0, "kl_ramp_end": 0.0,
                       "extra_resolutions": "all", "prior_correction": 0.0, "teacher_width": 1.0, "cutmix": 0.0}
