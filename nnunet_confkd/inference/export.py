@@ -35,15 +35,14 @@ STOCK_TRAINER = "nnUNetTrainer"
 def export(model: str | Path, output: str | Path | None = None, branch: str = "student", install: bool = False) -> Path:
     """Write one branch of a trained ConfKD model as a model folder of stock nnU-Net, with all folds and checkpoints.
 
-    `confkd_export.json` says where the model came from. A folder given as `output` has neither names of cases nor
-    segmentations of the validation.
+    `confkd_export.json` says where the model came from. A folder given as `output` holds nothing of single cases.
 
     Args:
         model: The folder TRAINER__PLANS__CONFIGURATION under nnUNet_results.
         output: The folder to write, which must not exist.
         branch: "student" or "teacher".
-        install: Place the model under nnUNet_results instead, with the segmentations of the validation, and the plans
-            beside those of the data set. PLANS in its name tells the plans and the trainer.
+        install: Place the model under nnUNet_results instead, with the validation's segmentations. Its plans go beside
+            those of the data set.
 
     Returns:
         The new folder.
