@@ -51,7 +51,9 @@ def folders(test_data, tmp_path, monkeypatch):
 
 
 def commands() -> list[list[str]]:
-    text = "\n".join(re.findall(r"```bash\n(.*?)\n```", PAGE.read_text(encoding="utf-8"), re.DOTALL))
+    """The commands of the numbered steps."""
+    steps, _, _ = PAGE.read_text(encoding="utf-8").partition("\n## The options of a source")
+    text = "\n".join(re.findall(r"```bash\n(.*?)\n```", steps, re.DOTALL))
     return [shlex.split(line)[1:] for line in text.splitlines()]
 
 
