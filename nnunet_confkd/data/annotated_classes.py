@@ -109,6 +109,28 @@ def _listed(names: Iterable[str], labels: Mapping, heads: Mapping) -> Listed:
     return tuple(head in listed or (head == 0 and not has_regions) for head in range(number))
 
 
+def possible_values(labels: Mapping, listed: Listed) -> dict[int, tuple[int, ...]]:
+    """Say which values a voxel can have in a complete label, in a case that is not annotated for all classes.
+
+    These are the values that belong to the same listed classes as the voxel's own, and do not belong to the others.
+
+    Args:
+        labels: Those of dataset.json.
+        listed: For each head whether the case is annotated for it.
+
+    Returns:
+        {value in the case's label: values in a complete one}, of the values that can become another one.
+    """
+    heads = heads_of(labels).values()
+
+    def of(value: int) -> tuple[bool, ...]:
+        return tuple(value in values for head, values in heads if listed[head])
+
+    values = sorted(frozenset({0}).union(*(values for _, values in heads)))
+    possible = {value: tuple(other for other in values if of(other) == of(value)) for value in values}
+    return {value: others for value, others in possible.items() if len(others) > 1}
+
+
 def unlisted_classes(described: Mapping, where: str) -> dict[str, set[str]]:
     """Return {case: classes that it is not annotated for} of the cases in "annotated_classes".
 

@@ -1,11 +1,18 @@
-"""The labels of sources that annotate different classes, each with values of its own, and their union."""
+"""The labels of sources that annotate different classes, each with values of its own, and their union.
+
+With regions there is no union: the regions are those in the dataset.json of one source, and the others are annotated
+for some of them. A region is annotated in a case if the label tells for each voxel whether it belongs to the region. A
+label is written with values that belong to the same annotated regions; whether they belong to others does not matter.
+"""
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 
-from nnunet_confkd.data.annotated_classes import CLASSES_KEY
-from nnunet_confkd.data.json_files import is_whole
+from nnunet_confkd.data.annotated_classes import CLASSES_KEY, heads_of
+from nnunet_confkd.data.json_files import NEEDED, is_whole, malformed
 from nnunet_confkd.data.meanings import Labels, Meaning, described
 from nnunet_confkd.data.sources import NamedFolder
 from nnunet_confkd.errors import InputError, shown, some
@@ -14,10 +21,30 @@ BACKGROUND, IGNORE = "background", "ignore"  # in --classes, these are no classe
 Meant = dict[str, list]  # {class, "background" or "ignore": values, and names of segments}
 
 
+@dataclass(frozen=True)
+class _Regions:
+    """The regions of a data set.
+
+    Attributes:
+        file: The dataset.json that describes them.
+        labels: Those in this file, without "ignore".
+        order: Its "regions_class_order".
+    """
+    file: Path
+    labels: dict[str, int | list[int]]
+    order: list[int]
+
+    @property
+    def values(self) -> dict[str, frozenset[int]]:
+        """{region: its values}."""
+        return {name: values for name, (_, values) in heads_of(self.labels).items()}
+
+
 def labels_of_sources(folders: Sequence[NamedFolder]) -> list[Labels]:
     """Return how each source writes the labels of the data set, which are the union of all their classes.
 
-    The classes get the values 1, 2, ... in the order in which they are named.
+    The classes get the values 1, 2, ... in the order in which they are named. Regions keep the values of the source
+    that describes most of them.
 
     Args:
         folders: The sources.
@@ -26,30 +53,80 @@ def labels_of_sources(folders: Sequence[NamedFolder]) -> list[Labels]:
         InputError: The classes of some sources are missing, or contradict each other. The text has all of it.
     """
     problems: list[str] = []
-    meant: list[Meant] = []
+    read: list[tuple[NamedFolder, Meant]] = []
+    spaces: list[_Regions] = []
     for folder in folders:
         try:
-            meant.append(_described_by(folder) if folder.classes is None else _given_by(folder.name, folder.classes))
+            meant, regions = _meant_by(folder)
+            read.append((folder, meant))
+            spaces += [regions] if regions else []
+        except InputError as error:
+            problems.append(str(error))
+    names = dict.fromkeys(name for _, meant in read for name in meant if name not in (BACKGROUND, IGNORE))
+    numbers = {name: number for number, name in enumerate([BACKGROUND, *names])}
+    space = max(spaces, key=lambda regions: len(regions.labels), default=None)
+    labels = []
+    for folder, meant in read:
+        try:
+            labels.append(_labels_of_regions(folder, meant, space) if space else _labels(folder, meant, numbers))
         except InputError as error:
             problems.append(str(error))
     if problems:
         raise InputError("\n".join(problems))
-    classes = dict.fromkeys(name for of_source in meant for name in of_source if name not in (BACKGROUND, IGNORE))
-    numbers = {name: number for number, name in enumerate([BACKGROUND, *classes])}
-    return [_labels(folder.name, of_source, numbers) for folder, of_source in zip(folders, meant)]
+    return labels
 
 
-def _labels(source: str, meant: Meant, numbers: Mapping[str, int]) -> Labels:
+def _where(folder: NamedFolder) -> str:
+    """Return what says the classes of a source."""
+    return str(folder.folder / "dataset.json") if folder.classes is None else f"--classes of {folder.name}"
+
+
+def _labels(folder: NamedFolder, meant: Meant, numbers: Mapping[str, int]) -> Labels:
+    _require_one_meaning(folder, meant)
     written = {name: numbers[name] for name in meant if name != IGNORE}
     values = {value: number for name, number in written.items() for value in meant[name] if is_whole(value)}
     named = {name: [value for value in meant[name] if isinstance(value, str)] for name in written}
     segments = {segment.casefold(): number for name, number in written.items() for segment in named[name] or [name]}
-    listed = tuple(name for name in written if name != BACKGROUND)
-    return Labels(
-        numbers, Meaning(values, segments, 0), next((value for value in meant[BACKGROUND] if is_whole(value)), 0),
-        next(iter(meant.get(IGNORE, ())), None), source=source, partly=IGNORE in meant,
-        by_name=next((f"{name}={value[0]}" for name, value in named.items() if value), ""),
-        listed=None if len(listed) == len(numbers) - 1 else listed)
+    return _written(folder, meant, Meaning(values, segments, 0), numbers, by_name=next(
+        (f"{name}={value[0]}" for name, value in named.items() if value), ""))
+
+
+def _written(folder: NamedFolder, meant: Meant, meaning: Meaning, names: Mapping, **more) -> Labels:
+    listed = tuple(name for name in meant if name not in (BACKGROUND, IGNORE))
+    return Labels(names, meaning, next((value for value in meant[BACKGROUND] if is_whole(value)), 0),
+                  next(iter(meant.get(IGNORE, ())), None), source=folder.name, partly=IGNORE in meant,
+                  listed=None if set(listed) == {*names} - {BACKGROUND} else listed, **more)
+
+
+def _labels_of_regions(folder: NamedFolder, meant: Meant, regions: _Regions) -> Labels:
+    """Return how a source writes the labels of a data set with regions, of which it may be annotated for some."""
+    where, heads = _where(folder), regions.values
+    own = {name: values for name, values in meant.items() if name not in (BACKGROUND, IGNORE)}
+    if unknown := sorted(set(own) - set(heads)):
+        raise InputError(f"{where}: {some(unknown)} is no region of {regions.file}, which has {some(heads)}")
+    if names := [value for values in meant.values() for value in values if isinstance(value, str)]:
+        raise InputError(f"{where}: {names[0]!r} names a segment, but the labels are regions, which have values only")
+    _require_one_meaning(folder, {**{name: meant.get(name, []) for name in (BACKGROUND, IGNORE)},
+                                  "regions": list({value for values in own.values() for value in values})})
+    places = [*regions.order, *sorted(frozenset().union(*heads.values()))]
+    values = dict.fromkeys(meant[BACKGROUND], 0)
+    for value in dict.fromkeys(value for values_of_one in own.values() for value in values_of_one):
+        held = {name for name in own if value in own[name]}
+        fits = [place for place in ([value, *places] if folder.classes is None else places)
+                if {name for name in own if place in heads[name]} == held]
+        if not fits:
+            raise InputError(f"{where}: {value} belongs to {some(sorted(held))} and not to "
+                             f"{some(sorted(set(own) - held)) or 'others'}; no value in {regions.file} does. Give all "
+                             f"values of a region: NAME=VALUE,VALUE")
+        values[value] = fits[0]
+    return _written(folder, meant, Meaning(values, {}, 0), regions.labels, regions=regions.order)
+
+
+def _meant_by(folder: NamedFolder) -> tuple[Meant, _Regions | None]:
+    """Return what the labels of a source mean, and the regions of the data set if the source describes them."""
+    if folder.classes is None:
+        return _described_by(folder)
+    return _given_by(folder.name, folder.classes), None
 
 
 def _given_by(source: str, texts: Sequence[str]) -> Meant:
@@ -72,11 +149,13 @@ def _given_by(source: str, texts: Sequence[str]) -> Meant:
                          f"segment is not annotated if ignore stands alone")
     if not meant.get(BACKGROUND):
         meant[BACKGROUND] = [] if 0 in ignored else [0]
-    return _without_contradictions(f"--classes of {source}", meant)
+    if not set(meant) - {BACKGROUND, IGNORE}:
+        raise InputError(f"--classes of {source}: names no class; at least one besides the background is needed")
+    return meant
 
 
-def _described_by(folder: NamedFolder) -> Meant:
-    """Return what the labels in a source's dataset.json say."""
+def _described_by(folder: NamedFolder) -> tuple[Meant, _Regions | None]:
+    """Return what the labels in a source's dataset.json say, and the regions if they are some."""
     content, file = described(folder.folder), folder.folder / "dataset.json"
     advice = f"; name the classes: --source {folder.name}={folder.folder} --classes NAME=VALUE ..."
     labels = content.get("labels")
@@ -87,21 +166,29 @@ def _described_by(folder: NamedFolder) -> Meant:
     if content.get(CLASSES_KEY):
         raise InputError(f"{file}: has \"{CLASSES_KEY}\", but all cases of a source are annotated for the same "
                          f"classes; make a source of each list of classes")
-    if not all(map(is_whole, labels.values())):
-        raise InputError(f"{file}: \"labels\" must be whole numbers here, and no regions; got {shown(labels)}{advice}")
+    if malformed({"labels": labels}).keys() & {"labels"}:
+        raise InputError(f"{file}: \"labels\" must be {NEEDED['labels']}; got {shown(labels)}{advice}")
     if labels.get(BACKGROUND, 0) != 0:
         raise InputError(f"{file}: \"background\" must be 0; got {shown(labels)}{advice}")
-    return _without_contradictions(str(file), {BACKGROUND: [0], **{name: [value] for name, value in labels.items()}})
-
-
-def _without_contradictions(where: str, meant: Meant) -> Meant:
-    """Return what is meant; raise InputError if no class is named, or a value has two meanings."""
+    meant = {name: list(value) if isinstance(value, list) else [value] for name, value in labels.items()}
+    meant = {BACKGROUND: [0], **meant}
     if not set(meant) - {BACKGROUND, IGNORE}:
-        raise InputError(f"{where}: names no class; at least one besides the background is needed")
+        raise InputError(f"{file}: names no class; at least one besides the background is needed")
+    if all(len(values) == 1 for values in meant.values()):
+        return meant, None
+    order = content.get("regions_class_order")
+    if not isinstance(order, list) or len(order) != len(set(meant) - {BACKGROUND, IGNORE}):
+        raise InputError(f"{file}: \"labels\" are regions, which need \"regions_class_order\", a list of one value for "
+                         f"each of them; got {shown(order)}")
+    return meant, _Regions(file, {name: value for name, value in labels.items() if name != IGNORE}, order)
+
+
+def _require_one_meaning(folder: NamedFolder, meant: Meant) -> None:
+    """Raise InputError if a value has two meanings."""
     first: dict = {}
     for name, values in meant.items():
         for value in values:
             key = value.casefold() if isinstance(value, str) else value
             if first.setdefault(key, name) != name:
-                raise InputError(f"{where}: {value} means {first[key]} and {name}; give each value one meaning")
-    return meant
+                raise InputError(f"{_where(folder)}: {value} means {first[key]} and {name}; give each value one "
+                                 f"meaning. Regions, which share values, need a source whose dataset.json has them")

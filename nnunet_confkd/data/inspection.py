@@ -7,8 +7,7 @@ import os
 import re
 import shlex
 from collections import Counter
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from nnunet_confkd.data.folders import require_free_id
@@ -26,25 +25,20 @@ from nnunet_confkd.data.measures import (
     tell_strokes_from_masks,
 )
 from nnunet_confkd.data.mix import arguments, mixture
+from nnunet_confkd.data.source_proposal import (
+    CALLED_BACKGROUND,
+    LabelPlace,
+    Proposal,
+    notes_on_equal_values,
+    places_of_labels,
+    propose_sources,
+)
 from nnunet_confkd.data.survey import shares_text
 from nnunet_confkd.errors import InputError, grouped, some
 from nnunet_confkd.processes import PROCESSES, parallel
 
-BACKGROUND = re.compile(r"(back ?ground|bg|hintergrund|fondo|fond)", re.IGNORECASE)
 FIRST_ID = 100  # of the data sets that are proposed; nnU-Net's own examples have lower ones
 AIR = -500  # intensities below are Hounsfield units
-
-
-@dataclass
-class Proposal:
-    """A command, and what is to be said of it.
-
-    Attributes:
-        words: The arguments of `confkd mix`.
-        notes: What was concluded, and what the user has to decide.
-    """
-    words: list[str] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
 
 
 def inspect(folders: Iterable[Path], processes: int = PROCESSES) -> list[Group]:
@@ -73,8 +67,26 @@ def inspect(folders: Iterable[Path], processes: int = PROCESSES) -> list[Group]:
     for group in groups:
         group.files = {path: next(measures) for path in group.files}
     groups = _joined_classes(groups)
-    tell_strokes_from_masks({path: measure for group in groups for path, measure in group.files.items()})
+    for alike in _with_common_classes(groups):
+        tell_strokes_from_masks({path: measure for group in alike for path, measure in group.files.items()})
     return groups
+
+
+def _with_common_classes(groups: list[Group]) -> Iterator[list[Group]]:
+    """Part groups, so that those of a part have a class in common with the group of the most solid labels in it.
+
+    The masks of a small organ would be taken for strokes beside those of another, large one.
+    """
+    rest = [group for group in groups if any(measure.kind == MASK for measure in group.files.values())]
+    while rest:
+        solid = max(rest, key=lambda group: max(sum(measure.core.values()) for measure in group.files.values()))
+        part = [group for group in rest if group is solid or _held(group) & _held(solid)]
+        rest = [group for group in rest if group not in part]
+        yield part
+
+
+def _held(group: Group) -> set:
+    return {value for measure in group.files.values() if measure.kind == MASK for value in measure.voxels} - {0}
 
 
 def _joined_classes(groups: list[Group]) -> list[Group]:
@@ -150,22 +162,29 @@ def propose(groups: list[Group]) -> Proposal:
                       for group in groups] for kind in (MASK, STROKES)}
     full = [(group, paths) for group, paths in by_kind[MASK] if paths]
     strokes = [(group, paths) for group, paths in by_kind[STROKES] if paths]
-    proposal = Proposal()
     if not images or not full:
-        proposal.notes.append("no command: " + ("no file looks like an image" if not images else
-                              "no label looks like a complete mask, and training needs at least one"))
-        return proposal
-    proposal.words += ["--images", *_places([(group, list(group.files)) for group in images])]
+        return Proposal(notes=["no command: " + ("no file looks like an image" if not images else
+                               "no label looks like a complete mask, and training needs at least one")])
+    places = places_of_labels(groups)
+    proposal = propose_sources(places, groups) or _of_equal_classes(images, full, strokes, places)
+    if min(measure.range[0] for group in images for measure in group.files.values() if measure.kind == IMAGE) < AIR:
+        for words in filter(None, (proposal.words, proposal.instead)):
+            words += ["--channels", "CT"]
+    unreadable = [path for group in groups for path, measure in group.files.items() if measure.kind == UNREADABLE]
+    if unreadable:
+        proposal.notes.append(f"note: {len(unreadable)} files cannot be read: {some(unreadable, 3)}")
+    return proposal
+
+
+def _of_equal_classes(images: list[Group], full: list, strokes: list, places: list[LabelPlace]) -> Proposal:
+    """Return the command of masks that are all annotated for the same classes."""
+    proposal = Proposal(["--images", *_places([(group, list(group.files)) for group in images])])
     proposal.words += ["--full-labels", *_places(full)]
     if strokes:
         proposal.words += ["--partial-labels", *_places(strokes)]
     masks, drawn = ([group.files[path] for group, paths in found for path in paths] for found in (full, strokes))
     _name_labels(proposal, masks, drawn)
-    if min(measure.range[0] for group in images for measure in group.files.values() if measure.kind == IMAGE) < AIR:
-        proposal.words += ["--channels", "CT"]
-    unreadable = [path for group in groups for path, measure in group.files.items() if measure.kind == UNREADABLE]
-    if unreadable:
-        proposal.notes.append(f"note: {len(unreadable)} files cannot be read: {some(unreadable, 3)}")
+    proposal.notes += notes_on_equal_values(places)
     return proposal
 
 
@@ -211,7 +230,7 @@ def _name_labels(proposal: Proposal, masks: list[Measure], strokes: list[Measure
 
 def _name_segments(proposal: Proposal, masks: list[Measure], strokes: list[Measure]) -> None:
     segments = list(dict.fromkeys(name for measure in masks + strokes for name in measure.drawn))
-    background = next((str(name) for name in segments if BACKGROUND.fullmatch(str(name))), None)
+    background = next((str(name) for name in segments if CALLED_BACKGROUND.fullmatch(str(name))), None)
     labels = [_label(background, "background") if background else "background"]
     labels += [_label(str(name)) for name in sorted(segments, key=str) if str(name) != background]
     proposal.words += ["--labels", *labels]
@@ -255,7 +274,7 @@ def missing_variables() -> str:
 
 def checked(words: list[str], groups: list[Group], processes: int) -> tuple[list[str], list[str], list[str]]:
     """Try what was proposed, without writing. Return the words, with what they lack, notes, and what is wrong."""
-    if "?" in words:
+    if {"?", "background=?"} & set(words):
         return words, [], []
     args = vars(arguments().parse_args([*words, "--id", "1", "--processes", str(processes)]))
     for key in ("id", "dry_run", "link", "overwrite"):
@@ -265,7 +284,9 @@ def checked(words: list[str], groups: list[Group], processes: int) -> tuple[list
     except InputError as error:
         return words, [], [str(error)]
     measures = {path: measure for group in groups for path, measure in group.files.items()}
-    notes = _patient_notes([case.name for case in mixed.dataset.training])
+    names = [case.name.removeprefix(f"{source.name}_" if source.prefixed else "")
+             for source in mixed.sources for case in source.cases]
+    notes = _patient_notes(list(dict.fromkeys(names)))
     other_grid = [case.label.file for case in mixed.dataset.training if case.label is not None
                   and not measures[case.label.file].named and _differs(measures, case)]
     if other_grid:
@@ -300,6 +321,9 @@ def main(argv: list[str]) -> None:
     print("\n".join(description(group) for group in groups) + "\n")
     proposal = propose(groups)
     words, notes, problems = checked(proposal.words, groups, args.processes) if proposal.words else ([], [], [])
+    if problems and proposal.instead:
+        other = checked(proposal.instead, groups, args.processes)
+        words, notes, problems = (words, notes, problems) if other[2] else other
     print("\n".join([*proposal.notes, *notes]))
     if words:
         print("\nThis command comes near, but would stop, because of:\n  " + "\n  ".join(grouped(problems)) + "\n"

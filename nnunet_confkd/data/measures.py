@@ -2,8 +2,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Set
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from statistics import median
 
@@ -120,7 +121,7 @@ def tell_strokes_from_masks(measures: Mapping[Path, Measure]) -> None:
     A label has strokes if only every n-th slice holds anything, or if it holds a value that marks what is not
     annotated: the most frequent one of several labels that hold 0 as well. It also has strokes if hardly any of its
     voxels are surrounded by their own class, compared with the labels that have most of such voxels. Only the classes
-    count that these hold.
+    count that it has in common with these.
 
     Args:
         measures: {path: what was measured} of all files that belong together. Those of images are left as they are.
@@ -132,15 +133,31 @@ def tell_strokes_from_masks(measures: Mapping[Path, Measure]) -> None:
         return
     ranked = sorted(labels, key=lambda measure: sum(measure.core.values()), reverse=True)
     largest = ranked[:max(1, len(ranked) // 8)]
-    classes = {value for measure in largest for value in measure.drawn}
-    core, share = (median(number(measure, classes) for measure in largest) for number in (_core, _core_share))
+    solid = _Solid(largest)
     for measure in labels:
+        classes, core, share = solid.compared_with(frozenset(measure.drawn))
         marked = not measure.named and bool(markers & set(measure.voxels))
         slim = _core(measure, classes) < CORE * core and _core_share(measure, classes) < SLIM * share
         little = sum(measure.drawn.values()) < FOREGROUND * sum(measure.voxels.values())
         thin = share < THIN and _core_share(measure, classes) < THIN and little
         if marked or measure.every_nth or slim or thin:
             measure.kind = STROKES
+
+
+class _Solid:
+    """The labels that have most voxels that are surrounded by their own class."""
+
+    def __init__(self, measures: list[Measure]):
+        self.measures = measures
+        self.classes = frozenset(value for measure in measures for value in measure.drawn)
+        self.compared_with = cache(self._compared_with)
+
+    def _compared_with(self, drawn: frozenset) -> tuple[frozenset, float, float]:
+        """Return the classes to compare a label by, and the usual core and share of core voxels of these classes."""
+        classes = drawn & self.classes or self.classes
+        holding = [measure for measure in self.measures if classes & set(measure.drawn)] or self.measures
+        core, share = (median(number(measure, classes) for measure in holding) for number in (_core, _core_share))
+        return classes, core, share
 
 
 def markers_of(labels: Iterable[Measure]) -> set[int]:
@@ -153,10 +170,10 @@ def markers_of(labels: Iterable[Measure]) -> set[int]:
     return {value for value, number in most.items() if value != 0 and number > little[value]}
 
 
-def _core(measure: Measure, classes: set) -> float:
+def _core(measure: Measure, classes: Set) -> float:
     return sum(core for value, core in measure.core.items() if value in classes)
 
 
-def _core_share(measure: Measure, classes: set) -> float:
+def _core_share(measure: Measure, classes: Set) -> float:
     drawn = sum(count for value, count in measure.drawn.items() if value in classes)
     return _core(measure, classes) / drawn if drawn else 0.0

@@ -305,7 +305,8 @@ def arguments() -> argparse.ArgumentParser:
     sources = parser.add_argument_group("or a folder for each source, whose labels have classes and "
                                         "values of their own")
     sources.add_argument("--source", dest="named", action=_AddSource, default=[], metavar="NAME=FOLDER",
-                         help="a folder as that of --full; once for each source")
+                         help="a folder as that of --full, or of labels alone if --images is given; once for each "
+                         "source")
     sources.add_argument("--classes", nargs="+", action=_AddClasses, default=argparse.SUPPRESS, metavar="NAME[=VALUE]",
                          help="the classes of the --source before, with the values 1, 2, ... or those given, or "
                          "NAME=SEGMENT; also background=VALUE,VALUE (default: 0) and ignore=VALUE (not annotated); "

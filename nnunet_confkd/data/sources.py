@@ -5,7 +5,7 @@ import filecmp
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Collection, Container, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -80,7 +80,8 @@ class NamedFolder:
 
     Attributes:
         name: The name, which becomes the prefix of names of cases if two sources share one.
-        folder: Holds `images` and `labels` (or `imagesTr` and `labelsTr`).
+        folder: Holds `images` and `labels` (or `imagesTr` and `labelsTr`). Where the images are given apart, it is a
+            folder, a file or a pattern of labels.
         classes: As in --classes: NAME, NAME=VALUE, NAME=VALUE,VALUE or NAME=SEGMENT. None: those of its dataset.json.
     """
     name: str
@@ -101,7 +102,7 @@ class Layout:
         partial_labels: The same of partial masks.
         pattern: One pattern with {case} for each channel, for the folders that hold images.
         label_pattern: The same for the folders that hold labels.
-        named: Sources that have values and classes of their own. `unlabelled` may be given, too.
+        named: Sources that have values and classes of their own. Either `unlabelled` or `images` may be given, too.
     """
     full: Path | None = None
     partial: Path | None = None
@@ -129,10 +130,11 @@ class Layout:
     @property
     def roots(self) -> tuple[Path, ...]:
         """The folders that were given."""
-        if self.full is not None or self.named:
+        if not self.images:
             folders = (*(named.folder for named in self.named), self.full, self.partial, self.unlabelled)
             return tuple(Path(folder) for folder in folders if folder is not None)
-        places = [str(place) for place in (*self.images, *self.full_labels, *self.partial_labels)]
+        places = [str(place) for place in (*self.images, *self.full_labels, *self.partial_labels,
+                                           *(named.folder for named in self.named))]
         given = [place if Path(place).is_dir() else _fixed_part(place) for place in places]
         return tuple(Path(folder) for folder in dict.fromkeys(given))
 
@@ -157,10 +159,10 @@ def found(layout: Layout) -> tuple[list[Source], list[str], list[str]]:
         InputError: A folder is missing, or holds nothing.
     """
     if layout.named:
-        if layout.full is not None or layout.partial is not None or layout.images or layout.full_labels \
-                or layout.partial_labels:
+        if layout.full is not None or layout.partial is not None or layout.full_labels or layout.partial_labels \
+                or layout.images and layout.unlabelled is not None:
             raise InputError("give either --source, or --images with its labels, or --full and --partial; only "
-                             "--unlabelled goes with --source")
+                             "--unlabelled or --images goes with --source")
         return _in_named_folders(layout)
     if layout.full is not None and layout.images:
         raise InputError("give either --full, --partial and --unlabelled, or --images with --full-labels and "
@@ -178,9 +180,7 @@ def _in_one_folder(layout: Layout) -> tuple[list[Source], list[str], list[str]]:
         raise InputError("--full-labels is missing: at least one image must be fully annotated")
     labels = {FULL: _labels(layout, layout.full_labels), PARTIAL: _labels(layout, layout.partial_labels)}
     paths = [named.path for kind in labels for named in labels[kind]]
-    images = [image for image in listed(layout.images, layout.pattern) if image.path not in paths]
-    if not images:
-        raise InputError(f"{some(layout.images)}: holds no images ({', '.join(ENDINGS)}, folders of DICOM slices)")
+    images = _images(layout, paths)
     problems = [f"{path}: is given as a full label and as a partial one; give patterns, as in --full-labels "
                 f"'masks/*_seg.nii.gz'" for path in dict.fromkeys(paths) if paths.count(path) > 1]
     cases = cases_of(images, [*labels[FULL], *labels[PARTIAL]])
@@ -195,8 +195,21 @@ def _in_one_folder(layout: Layout) -> tuple[list[Source], list[str], list[str]]:
         if named:
             sources.append(Source(kind, [CaseFiles(case, tuple(cases[case]), label.path)
                                          for case, label in fits.items()]))
-    rest = [CaseFiles(case, tuple(files)) for case, files in cases.items() if case not in label_of]
-    return [*sources, *([Source(UNLABELLED, rest)] if rest else [])], problems, []
+    return [*sources, *_rest(cases, label_of)], problems, []
+
+
+def _images(layout: Layout, labels: Collection[Path]) -> list[Named]:
+    """Find the images, in folders that may hold labels, too."""
+    images = [image for image in listed(layout.images, layout.pattern) if image.path not in labels]
+    if not images:
+        raise InputError(f"{some(layout.images)}: holds no images ({', '.join(ENDINGS)}, folders of DICOM slices)")
+    return images
+
+
+def _rest(cases: Mapping[str, list[Path]], labelled: Container[str]) -> list[Source]:
+    """Return a source of the cases without a label, if there are any."""
+    rest = [CaseFiles(case, tuple(files)) for case, files in cases.items() if case not in labelled]
+    return [Source(UNLABELLED, rest)] if rest else []
 
 
 def _labels(layout: Layout, places: list) -> list[Named]:
@@ -258,6 +271,9 @@ def _in_named_folders(layout: Layout) -> tuple[list[Source], list[str], list[str
     again = sorted({name for name in names if [*map(str.lower, names), UNLABELLED].count(name.lower()) > 1})
     if again:
         raise InputError(f"--source: there are two sources of the name {some(again)}; give each another name")
+    if layout.images:
+        sources, problems = _labels_in_named_folders(layout)
+        return sources, problems, _with_prefixes(sources)
     sources, problems = [], []
     given = [(named.name, named.folder, FULL) for named in layout.named]
     if layout.unlabelled is not None:
@@ -268,6 +284,21 @@ def _in_named_folders(layout: Layout) -> tuple[list[Source], list[str], list[str
         sources.append(source)
         problems += wrong
     return sources, problems, [*_leave_out_labelled(sources), *_with_prefixes(sources)]
+
+
+def _labels_in_named_folders(layout: Layout) -> tuple[list[Source], list[str]]:
+    """Find the cases of sources whose folders hold labels, of images that are given apart."""
+    labels = {named.name: _labels(layout, [named.folder]) for named in layout.named}
+    found_there = [label for of_source in labels.values() for label in of_source]
+    cases = cases_of(_images(layout, {label.path for label in found_there}), found_there)
+    sources, problems = [], []
+    for name, of_source in labels.items():
+        fits, wrong = matched(cases, of_source, some(layout.images))
+        problems += wrong
+        sources.append(Source(FULL, [CaseFiles(case, tuple(cases[case]), label.path) for case, label in fits.items()],
+                              name=name))
+    rest = _rest(cases, {case.name for source in sources for case in source.cases})
+    return [*sources, *(replace(source, name=UNLABELLED) for source in rest)], problems
 
 
 def _with_prefixes(sources: list[Source]) -> list[str]:

@@ -18,7 +18,7 @@ from nnunetv2.utilities.label_handling.label_handling import LabelManager
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunet_confkd import __version__
-from nnunet_confkd.data.annotated_classes import CLASSES_KEY, Listed, annotated_classes, heads_of
+from nnunet_confkd.data.annotated_classes import CLASSES_KEY, Listed, annotated_classes, possible_values
 from nnunet_confkd.data.folders import find_dataset, folder_name, new_dataset, preprocessed_folder, raw_folder
 from nnunet_confkd.data.images import Picture, Volume, count_voxels, read
 from nnunet_confkd.data.json_files import read_description, read_folds, read_json, read_plans
@@ -32,12 +32,12 @@ from nnunet_confkd.errors import InputError
 from nnunet_confkd.files import write_json
 from nnunet_confkd.inference.checkpoints import fold_folders, load_checkpoint, require_teacher
 from nnunet_confkd.inference.expected_time import prediction_text
-from nnunet_confkd.inference.known_labels import KnownLabel, export_as_known
+from nnunet_confkd.inference.known_labels import KnownLabel, export_as_known, require_possible
 from nnunet_confkd.inference.prediction import ExportingPredictor, normalised_entropy
 from nnunet_confkd.inference.uncertainty import case_score, map_ending, write_map, write_review_list
 from nnunet_confkd.processes import PROCESSES, parallel
 from nnunet_confkd.training.batches import real_hints
-from nnunet_confkd.training.hints import hint_channels, image_hints
+from nnunet_confkd.training.hints import hint_channels, image_hints, regions_of
 from nnunet_confkd.training.network import has_teacher, predicting, unwrap
 
 KEY = "completed"  # in dataset.json: a list with one entry per run, because a completed data set can be completed again
@@ -76,7 +76,8 @@ def complete(source: int | str, model: TrainedModel, dataset_id: int, *, confide
     """Write a copy of a data set in which a model has labelled the ignored voxels and the classes that cases lack.
 
     Annotated voxels stay as they are, and so do complete cases. A voxel of value 0 in a case that is not annotated for
-    all classes becomes background or one of the other classes. Beside the labels, the new data set has a
+    all classes becomes background or one of the other classes. With regions, a voxel gets a value that belongs to the
+    same annotated regions as its own. Beside the labels, the new data set has a
     folder `confidence` (the largest probability of each voxel), `review_first.csv` and `review_first.json`. Its
     `dataset.json` says under "completed" what was predicted and by which model.
 
@@ -315,7 +316,8 @@ def _with_hints(predictor: _CompletingPredictor, sources: list[list[str]], label
         target, mask = map(torch.from_numpy, real_hints(seg, manager.ignore_label))
         if hidden:
             listed = hidden.get(Path(output).name, (True,) * manager.num_segmentation_heads)
-            hints = hint_channels(target[None], mask[None], len(listed), listed=torch.tensor(listed)[None])[0]
+            hints = hint_channels(regions_of(target, manager)[None], mask[None], len(listed), manager.has_regions,
+                                  torch.tensor(listed)[None])[0]
         else:
             hints = image_hints(target, mask, manager)
         yield {"data": torch.cat((torch.from_numpy(data).float(), hints.float())), "data_properties": properties,
@@ -334,9 +336,6 @@ def _check_cases(folder: Path, described: dict, dataset: Dataset,
     """
     check_labels(described)
     labels = LabelManager(described["labels"], described.get("regions_class_order"))
-    if described.get(CLASSES_KEY) and labels.has_regions:
-        raise InputError(f'{folder / "dataset.json"}: has "{CLASSES_KEY}" and regions. Regions that are not annotated '
-                         f'cannot be completed; predict these images instead: confkd predict')
     if not labels.has_ignore_label and not described.get(CLASSES_KEY):
         raise InputError(f"{folder / 'dataset.json'}: the labels have no \"ignore\", so every voxel has a label "
                          f"already; there is nothing to complete")
@@ -355,10 +354,11 @@ def _check_cases(folder: Path, described: dict, dataset: Dataset,
     counts = {case.name: count for case, (_, count) in zip(dataset.training, checked)}
     hidden = annotated_classes(described, counts)
     kinds = decide_kinds(counts, labels, described.get(TABLE_KEY), hidden)
-    values = sorted(head for head, _ in heads_of(described["labels"]).values())
-    listed = {case: tuple(value for value in values if of_case[value]) for case, of_case in hidden.items()}
-    known = {case.name: KnownLabel(case.label.file, labels.ignore_label, listed.get(case.name))
-             for case in dataset.training if case.name in hidden or counts[case.name].get(labels.ignore_label)}
+    possible = {case: possible_values(described["labels"], listed) for case, listed in hidden.items()}
+    for of_case in possible.values():
+        require_possible(labels, of_case)
+    known = {case.name: KnownLabel(case.label.file, labels.ignore_label, possible.get(case.name, {}))
+             for case in dataset.training if possible.get(case.name) or counts[case.name].get(labels.ignore_label)}
     if not known:
         raise InputError(f"{folder}: no training case has an ignored voxel or lacks classes; there is nothing to "
                          f"complete")
@@ -396,7 +396,7 @@ def _splits(source: str, kinds: dict[str, str], pattern: str | None, known: dict
     unknown = sorted({case for fold in splits for case in [*fold["train"], *fold["val"]]} - set(kinds))
     if unknown:
         raise InputError(f"{file}: names cases that {source} does not have: {', '.join(unknown[:10])}")
-    if splits and not any(case in known and known[case].listed for fold in splits for case in fold["val"]):
+    if splits and not any(case in known and known[case].possible for fold in splits for case in fold["val"]):
         return splits
     try:
         return split_full_cases(kinds, patients_of(kinds, pattern))
@@ -457,9 +457,9 @@ class _Completion:
         after = read(self.target / "labelsTr" / f"{self.case}{self.file_ending}").voxels[0]
         annotated = ~self.known.missing(before)
         kept = np.array_equal(before[annotated], after[annotated])
-        wrongly_filled = np.isin(after[self.known.open_to_others(before)], self.known.listed or ()).any()
+        unsure = (after == self.ignore) if self.threshold is not None else np.zeros(after.shape, bool)
         left = self.threshold is None and self.ignore is not None and bool((after == self.ignore).any())
-        return not kept or left or bool(wrongly_filled)
+        return not kept or left or not self.known.agrees(before[~unsure], after[~unsure])
 
     def _prediction(self, shape: tuple[int, ...]) -> np.ndarray:
         return read(self.target / PREDICTED / f"{self.case}{self.file_ending}").voxels[0].reshape(shape)

@@ -1,40 +1,79 @@
 """What is known of the voxels of a case whose label a model completes, and predictions that respect it."""
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import torch
+from nnunetv2.utilities.label_handling.label_handling import LabelManager
 
+from nnunet_confkd.errors import InputError, some
 from nnunet_confkd.inference.prediction import export_and_measure
 
-IMPOSSIBLE = -1e4  # the logit of a class that a voxel cannot have; its probability is 0 in any floating point type
+CERTAIN = 1e4  # a logit whose probability is 1 in any floating point type, and that of its negative 0
 
 
 @dataclass(frozen=True)
 class KnownLabel:
     """A label in which some voxels are to be completed. It is sent to other processes.
 
-    A voxel of the ignore label can have any class. In a case that is not annotated for all classes, a voxel of value 0
-    is background or has one of the other classes.
+    A voxel of the ignore label can have any class. In a case that is not annotated for all classes, other voxels can
+    have some: those that agree with what is annotated.
 
     Attributes:
         file: The label file.
         ignore: The ignore label; None if the data set has none.
-        listed: The values of the classes that the case is annotated for; None: it is for all.
+        possible: {value: values that its voxels can have}; see
+            :func:`nnunet_confkd.data.annotated_classes.possible_values`. Voxels of other values keep theirs.
     """
     file: Path
     ignore: int | None
-    listed: tuple[int, ...] | None = None
-
-    def open_to_others(self, label: np.ndarray) -> np.ndarray:
-        """Return which voxels are background or have a class that the case is not annotated for."""
-        return (label == 0) & (self.listed is not None)
+    possible: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
 
     def missing(self, label: np.ndarray) -> np.ndarray:
         """Return which voxels are to be completed."""
-        return self.open_to_others(label) | (label == (-1 if self.ignore is None else self.ignore))
+        return np.isin(label, [*self.possible, -1 if self.ignore is None else self.ignore])
+
+    def agrees(self, before: np.ndarray, after: np.ndarray) -> bool:
+        """Return whether the voxels that can have some values have one of these in a completed label."""
+        return all(np.isin(after[before == value], others).all() for value, others in self.possible.items())
+
+
+def require_possible(labels: LabelManager, possible: Mapping[int, tuple[int, ...]]) -> None:
+    """Check that nnU-Net's export of regions can write what agrees with the annotations.
+
+    nnU-Net writes for each voxel the value of the last region, in the order of the regions, that it belongs to.
+
+    Args:
+        labels: nnU-Net's label manager.
+        possible: As in :class:`KnownLabel`.
+
+    Raises:
+        InputError: A region that is predicted would get a value that contradicts the annotated ones.
+    """
+    if not labels.has_regions:
+        return
+    for values in set(possible.values()):
+        heads = _heads(labels, values)
+        order = labels.regions_class_order
+        certain = max((head for head, known in enumerate(heads) if known), default=-1)
+        written = [0 if certain < 0 else order[certain],
+                   *(order[head] for head in range(certain + 1, len(heads)) if heads[head] is None)]
+        if wrong := sorted(set(written) - set(values)):
+            raise InputError(f"a voxel that is known to have one of the values {some(values)} could get {some(wrong)} "
+                             f"by \"regions_class_order\". Regions that are not annotated can be completed only if any "
+                             f"two of them either do not overlap, or lie one in the other, the larger one first. "
+                             f"Predict these images instead: confkd predict")
+
+
+def _heads(labels: LabelManager, values: tuple[int, ...]) -> list[bool | None]:
+    """Return for each head whether all these values belong to it, none does (False), or only some do (None)."""
+    if not labels.has_regions:
+        return [None if head in values else False for head in range(labels.num_segmentation_heads)]
+    held = [{value in np.atleast_1d(region) for value in values} for region in labels.foreground_regions]
+    return [None if len(found) > 1 else found.pop() for found in held]
 
 
 def export_as_known(known: KnownLabel, logits, properties: dict, configuration_manager, plans_manager,
@@ -43,7 +82,8 @@ def export_as_known(known: KnownLabel, logits, properties: dict, configuration_m
     """Write a prediction as `export_and_measure` does, in which no voxel has a class that it is known not to have.
 
     Where the label says "background or one of the other classes", only these compete, so that their probabilities sum
-    to 1. Elsewhere all classes do.
+    to 1. With regions, those that the voxel is known to belong to, or not to, are certain. Elsewhere all classes
+    compete.
 
     Returns:
         The segmentation that was written, and the maps "entropy" and "confidence".
@@ -52,15 +92,24 @@ def export_as_known(known: KnownLabel, logits, properties: dict, configuration_m
         return export_and_measure(logits, properties, configuration_manager, plans_manager, dataset_json, output,
                                   *args, **kwargs)
 
-    if known.listed is None:
+    if not known.possible:
         return export(logits)
-    others = logits.clone() if isinstance(logits, torch.Tensor) else logits.copy()
-    others[list(known.listed)] = IMPOSSIBLE
-    of_others, maps_of_others = export(others)
-    del others
+    writer, labels = plans_manager.image_reader_writer_class(), plans_manager.get_label_manager(dataset_json)
+    label = writer.read_seg(str(known.file))[0][0]
+    parts = []
+    for values in sorted(set(known.possible.values())):
+        constrained = logits.clone() if isinstance(logits, torch.Tensor) else logits.copy()
+        for head, certain in enumerate(_heads(labels, values)):
+            if certain is not None:
+                constrained[head] = CERTAIN if certain else -CERTAIN
+        parts.append((values, *export(constrained)))
+        del constrained
     segmentation, maps = export(logits)
-    writer = plans_manager.image_reader_writer_class()
-    where = known.open_to_others(writer.read_seg(str(known.file))[0][0])
-    segmentation = np.where(where, of_others, segmentation)
+    for values, of_part, maps_of_part in parts:
+        where = np.isin(label, [value for value, others in known.possible.items() if others == values])
+        # what nnU-Net crops away is background, which may contradict the label
+        of_part = np.where(np.isin(of_part, values), of_part, label)
+        segmentation = np.where(where, of_part, segmentation)
+        maps = {name: np.where(where, maps_of_part[name], found) for name, found in maps.items()}
     writer.write_seg(segmentation, output + dataset_json["file_ending"], properties)
-    return segmentation, {name: np.where(where, maps_of_others[name], found) for name, found in maps.items()}
+    return segmentation, maps

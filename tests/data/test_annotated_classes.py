@@ -7,6 +7,7 @@ from nnunetv2.utilities.label_handling.label_handling import LabelManager
 from nnunet_confkd.data.annotated_classes import (
     annotated_classes,
     heads_of,
+    possible_values,
     require_annotated,
     teaching_cases,
 )
@@ -63,6 +64,13 @@ def test_a_case_with_hidden_classes_is_partially_annotated():
 def test_a_case_with_hidden_classes_cannot_be_declared_full():
     with pytest.raises(InputError, match='a: declared full, but "annotated_classes" lacks some of its classes'):
         decide_kinds(COUNTS, LabelManager(LABELS, None), {"a": FULL}, {"a"})
+
+
+def test_a_complete_label_agrees_with_the_listed_classes():
+    assert possible_values(LABELS, (True, True, False, False)) == {0: (0, 2, 3), 2: (0, 2, 3), 3: (0, 2, 3)}
+    assert possible_values(LABELS, (True, True, True, True)) == {}
+    assert possible_values(REGIONS, (True, False)) == {1: (1, 2), 2: (1, 2)}
+    assert possible_values(REGIONS, (False, True)) == {0: (0, 1), 1: (0, 1)}
 
 
 # ---- what is wrong --------------------------------------------------------------------------------------------------

@@ -124,6 +124,80 @@ def test_segments_are_read_by_name(folders, nnunet_folders, tmp_path):
     assert read_json(target / "dataset.json")["annotated_classes"]["t1"] == ["liver"]
 
 
+# ---- regions --------------------------------------------------------------------------------------------------------
+
+def region_source(folder, names, values=(0, 1, 2, 3)):
+    """Write cases with three regions, each in the one before; edema is 2, the rest of the core 1, what enhances 3."""
+    make_source(folder, names, list(values))
+    (folder / "dataset.json").write_text('{"labels": {"background": 0, "whole": [1, 2, 3], "core": [1, 3], "act": 3}, '
+                                         '"regions_class_order": [2, 1, 3]}')
+    return folder
+
+
+def test_regions_are_those_of_one_source_and_others_are_annotated_for_some(tmp_path, nnunet_folders, require_integrity):
+    folders = {"whole": make_source(tmp_path / "W", ["w1", "w2"], [0, 1]),
+               "nested": make_source(tmp_path / "N", ["n1"], [0, 1, 5]),
+               "core": make_source(tmp_path / "C", ["c1"], [0, 7]),
+               "full": region_source(tmp_path / "F", ["f1", "f2"])}
+    target = mixed(folders, {"whole": ["whole"], "nested": ["whole=1,5", "act=5"], "core": ["core=7"], "full": None})
+    described = read_json(target / "dataset.json")
+    assert described["labels"] == {"background": 0, "whole": [1, 2, 3], "core": [1, 3], "act": 3}
+    assert described["regions_class_order"] == [2, 1, 3]
+    assert described["annotated_classes"] == {"w1": ["whole"], "w2": ["whole"], "n1": ["whole", "act"], "c1": ["core"]}
+    assert {case for case, kind in described["supervision"].items() if kind == "full"} == {"f1", "f2"}
+    written = {"w1": {0: 0, 1: 2}, "n1": {0: 0, 1: 2, 5: 3}, "c1": {0: 0, 7: 1}, "f1": {0: 0, 1: 1, 2: 2, 3: 3}}
+    for (case, values), name in zip(written.items(), folders):
+        label = read_voxels(folders[name] / "labels" / f"{case}.nii.gz")
+        written_label = read_voxels(target / "labelsTr" / f"{case}.nii.gz")
+        assert np.array_equal(written_label, np.vectorize(values.get)(label)), case
+    counts = {case: dict(zip(*np.unique(read_voxels(target / "labelsTr" / f"{case}.nii.gz"), return_counts=True)))
+              for case in described["supervision"]}
+    assert annotated_classes(described, counts)["c1"] == (False, True, False), "the trainer reads it"
+
+
+def test_values_of_a_region_source_that_is_not_the_first_are_those_of_the_same_regions(tmp_path):
+    """In the other, which lacks a region, 1 and 2 stand for what 2 and 1 are in the first."""
+    full = region_source(tmp_path / "full", ["f1"])
+    other = make_source(tmp_path / "other", ["o1"], [0, 1, 2])
+    (other / "dataset.json").write_text('{"labels": {"background": 0, "whole": [1, 2], "core": [2]}, '
+                                        '"regions_class_order": [1, 2]}')
+    labels = labels_of_sources([NamedFolder("other", other), NamedFolder("full", full)])
+    assert dict(labels[0].full.values) == {0: 0, 1: 2, 2: 1} and labels[0].listed == ("whole", "core")
+    assert dict(labels[1].full.values) == {0: 0, 1: 1, 2: 2, 3: 3} and labels[1].listed is None
+
+
+# ---- images that lie apart ------------------------------------------------------------------------------------------
+
+def test_sources_may_be_labels_of_one_folder_of_images(folders, nnunet_folders, tmp_path, require_integrity):
+    """One image has no label, and another one has two."""
+    for folder in folders.values():
+        for file in (folder / "images").iterdir():
+            _write(tmp_path / "images" / file.name, read_voxels(file))
+    _write(tmp_path / "images" / "u1.nii.gz", read_voxels(file) + 1)
+    labels = {name: folder / "labels" for name, folder in folders.items()}
+    described = read_json(mixed(labels, images=[tmp_path / "images"]) / "dataset.json")
+    assert described["annotated_classes"] == {**dict.fromkeys(["a1", "a2", "a3"], ["liver"]),
+                                              **dict.fromkeys(["r1", "r2"], ["kidney", "spleen"])}
+    assert described["supervision"]["u1"] == "unlabelled" and len(described["supervision"]) == 6
+    label = labels["renal"] / "a1.nii.gz"
+    label.write_bytes((labels["renal"] / "r1.nii.gz").read_bytes())
+    target = mixed(labels, images=[tmp_path / "images"], overwrite=True)
+    described = read_json(target / "dataset.json")
+    assert described["annotated_classes"]["renal_a1"] == ["kidney", "spleen"]
+    assert patients_of(described["supervision"], described["patient_pattern"])["renal_a1"] == "a1"
+    assert np.array_equal(read_voxels(target / "labelsTr" / "renal_a1.nii.gz"),
+                          np.array([0, 2, 3])[read_voxels(label)])
+    assert described["supervision"]["unlabelled_u1"] == "unlabelled"
+
+
+def test_labels_of_no_image_are_told_for_all_sources(folders, nnunet_folders):
+    labels = {name: folder / "labels" for name, folder in folders.items()}
+    with pytest.raises(InputError, match="r1.nii.gz: has no image in"):
+        mixed(labels, images=[folders["abdomen"] / "images"])
+    with pytest.raises(InputError, match="only --unlabelled or --images goes with"):
+        mixed(labels, images=[folders["abdomen"] / "images"], unlabelled=folders["renal"])
+
+
 # ---- names and patients ---------------------------------------------------------------------------------------------
 
 def test_names_in_two_sources_get_prefixes_and_count_as_one_patient(folders, nnunet_folders, tmp_path, capsys):
@@ -211,7 +285,10 @@ def test_classes_that_contradict_each_other(tmp_path, classes, message):
 
 
 @pytest.mark.parametrize("content, message", [
-    ('{"labels": {"background": 0, "whole": [1, 2]}}', "must be whole numbers here, and no regions"),
+    ('{"labels": {"background": 0, "whole": [1, 2]}}', 'are regions, which need "regions_class_order"'),
+    ('{"labels": {"background": 0, "whole": [1, 2]}, "regions_class_order": [1, 2]}', "a list of one value for each"),
+    ('{"labels": {"background": 0, "liver": "one"}}', '"labels" must be names and values'),
+    ('{"labels": {"background": 0}}', "names no class; at least one besides the background"),
     ('{"labels": {"liver": 0, "background": 1}}', '"background" must be 0'),
     ('{"labels": {"background": 0, "liver": 1}, "annotated_classes": {"a": ["liver"]}}', "make a source of each list")])
 def test_descriptions_that_do_not_fit(tmp_path, content, message):
@@ -223,12 +300,24 @@ def test_descriptions_that_do_not_fit(tmp_path, content, message):
 def test_wrong_combinations_of_options(folders, nnunet_folders, tmp_path):
     with pytest.raises(InputError, match="--labels, --ignore-value and --background-value are those of all sources"):
         mixed(folders, ignore_value=3)
-    with pytest.raises(InputError, match="only --unlabelled goes with --source"):
+    with pytest.raises(InputError, match="only --unlabelled or --images goes with"):
         mixed(folders, partial=folders["renal"])
     with pytest.raises(InputError, match="two sources of the name Renal, renal; give each another"):
         mixed(folders | {"Renal": folders["renal"]}, {"Renal": ["liver"]})
     with pytest.raises(InputError, match="no such folder"):
         mixed(folders | {"more": tmp_path / "none"}, {"more": ["liver"]})
+
+
+@pytest.mark.parametrize("classes, message", [
+    (["whole=1", "tumour=2"], "--classes of flair: tumour is no region of {}/dataset.json, which has whole, core, act"),
+    (["whole", "core"], "--classes of flair: 2 belongs to core and not to whole; no value in {}/dataset.json does"),
+    (["whole=Lesion"], "'Lesion' names a segment, but the labels are regions, which have values only"),
+    (["whole=1,2", "core=2", "ignore=2"], "--classes of flair: 2 means ignore and regions"),
+    (["whole=0"], "0 means background and regions")])
+def test_regions_that_contradict_each_other(tmp_path, classes, message):
+    full = region_source(tmp_path / "full", ["f1"])
+    with pytest.raises(InputError, match=re.escape(message.format(full))):
+        labels_of_sources([NamedFolder("full", full), NamedFolder("flair", tmp_path, classes)])
 
 
 def test_an_ignore_value_that_no_label_holds(folders, nnunet_folders):

@@ -82,6 +82,18 @@ def test_every_third_slice_is_a_partial_label(tmp_path):
     assert _kinds(write_image(tmp_path / "m.nii.gz", label)) == [STROKES]
 
 
+def test_the_masks_of_a_small_organ_are_compared_with_those_of_the_same_organ(tmp_path):
+    """The other masks have a large, solid organ, too; beside it the small one looks like strokes."""
+    files = []
+    for number in range(4):
+        label = np.zeros(SHAPE, np.uint8)
+        label[1:4, 20:24, 2:26] = 2
+        if number < 2:
+            label[:, 1:15, 1:29] = 1
+        files.append(write_image(tmp_path / f"{number}.nii.gz", label))
+    assert _kinds(*files) == [MASK] * 4
+
+
 def test_strokes_alone_are_told_by_their_thickness(tmp_path):
     assert _kinds(_strokes(tmp_path / "a.nii.gz"), _strokes(tmp_path / "b.nii.gz")) == [STROKES, STROKES]
 

@@ -275,7 +275,7 @@ def test_what_goes_to_other_processes_can_go_there(completed, model, monkeypatch
     folder = complete(6, model, 63, name="Pickled")
     assert _files(folder / "labelsTr") == _files(completed / "labelsTr")
     predictor = module._CompletingPredictor(device=torch.device("cpu"))
-    predictor.known = {"case": module.KnownLabel(Path("label"), 3, (1,))}
+    predictor.known = {"case": module.KnownLabel(Path("label"), 3, {0: (0, 2)})}
     there = pickle.loads(pickle.dumps(predictor.exporter()))
     assert there.func is module._export and there.args == (predictor.known,)
 
@@ -413,11 +413,60 @@ def test_the_teacher_is_shown_sets_of_classes(few, lacking, model):
     assert items[1]["data"].shape[0] == 5 and not items[1]["data"][1:].any(), "nothing is annotated there"
 
 
-def test_regions_that_are_not_annotated_are_not_completed(few, lacking, region_model, nnunet, no_prediction):
+@pytest.fixture
+def lacking_regions(few, spoilt, region_model):
+    """Cases with regions: the first is annotated for the whole alone, and the second, partly, for the posterior one."""
+    first, second, _ = few.weak
+    _label(spoilt / "labelsTr" / f"{first}.nii.gz", lambda label: np.isin(label, (1, 2)).astype(np.uint8))
+    _label(spoilt / "labelsTr" / f"{second}.nii.gz", lambda label: np.where(label == 1, 0, label).astype(np.uint8))
     described = read_json(region_model / "dataset.json")
-    _described(lacking, labels=described["labels"], regions_class_order=described["regions_class_order"])
-    with pytest.raises(InputError, match="and regions. Regions that are not annotated cannot be completed"):
-        module._check_cases(lacking, read_json(lacking / "dataset.json"), module.raw_dataset(lacking, "x"), 1)
+    _described(spoilt, annotated_classes={first: ["whole"], second: ["posterior"]}, labels=described["labels"],
+               regions_class_order=described["regions_class_order"], supervision=few.kinds | {first: "partial"})
+    return spoilt
+
+
+def test_missing_regions_are_filled_and_annotated_ones_kept(few, lacking_regions, region_model, tmp_path, threads):
+    from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
+    folder = complete(7, region_model, 87, name="LackingRegions")
+    described = read_json(folder / "dataset.json")
+    assert "annotated_classes" not in described and set(described["supervision"].values()) == {"full"}
+    predictor = nnUNetPredictor(device=torch.device("cpu"), allow_tqdm=False)
+    predictor.initialize_from_trained_model_folder(str(region_model), [0])
+    predictor.predict_from_files_sequential(
+        [[str(folder / "imagesTr" / f"{case}_0000.nii.gz")] for case in few.weak[:2]],
+        [str(tmp_path / case) for case in few.weak[:2]], save_probabilities=True)
+    for case, own in zip(few.weak[:2], (0, 1)):
+        label, after = (read_voxels(f / "labelsTr" / f"{case}.nii.gz") for f in (lacking_regions, folder))
+        whole, posterior = np.load(tmp_path / f"{case}.npz")["probabilities"] > 0.5
+        alone = np.where(posterior, 2, whole)
+        filled = np.where(label, 1 + posterior, 0) if own == 0 else np.where(label == 2, 2, whole)
+        np.testing.assert_array_equal(after, np.where(label == IGNORE, alone, filled))
+        annotated = label != IGNORE
+        assert (filled != alone)[annotated].any() and (after != label)[annotated].any()
+    row = described["completed"][-1]["cases"][few.weak[1]]
+    assert row["annotated_voxels"] == (label == 2).sum() and row["filled_voxels"] == (label != 2).sum()
+
+
+def test_the_teacher_is_shown_which_regions_are_not_annotated(few, lacking_regions, region_model):
+    predictor, _ = module._load_predictor(TrainedModel(region_model, "teacher", device="cpu"))
+    first = few.weak[0]
+    file = lacking_regions / "labelsTr" / f"{first}.nii.gz"
+    (item,) = module._with_hints(predictor, [[str(lacking_regions / "imagesTr" / f"{first}_0000.nii.gz")]],
+                                 [str(file)], [f"x/{first}"], {first: (True, False)})
+    _, whole, posterior, inside = item["data"].numpy()
+    np.testing.assert_array_equal(whole, (read_voxels(file) == 1) * inside)
+    np.testing.assert_array_equal(posterior, 0.5 * inside)
+    assert inside.any()
+
+
+def test_regions_that_no_value_can_tell_are_not_completed(few, lacking_regions, no_prediction):
+    """Two regions overlap, and neither lies in the other: nnU-Net writes 2 for what is in both."""
+    _described(lacking_regions, labels={"background": 0, "whole": [1, 4], "posterior": [2, 4], "ignore": 5})
+    for file in (lacking_regions / "labelsTr").iterdir():
+        _label(file, lambda label: np.where(label == IGNORE, 5, label).astype(np.uint8))
+    with pytest.raises(InputError, match=r"known to have one of the values 1, 4 could get 2 by"):
+        module._check_cases(lacking_regions, read_json(lacking_regions / "dataset.json"),
+                            module.raw_dataset(lacking_regions, "x"), 1)
 
 
 # ---- hints ----------------------------------------------------------------------------------------------------------

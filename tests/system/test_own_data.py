@@ -1,6 +1,7 @@
 """Walks with what people have: inspect prints a command, and this command, as printed, writes the right data set."""
 from __future__ import annotations
 
+import json
 import shlex
 from pathlib import Path
 
@@ -148,3 +149,158 @@ def test_segments_of_slicer_whose_order_differs(hearts, tmp_path, nnunet_folders
         expected = np.where(mask == 1, sides, 0) if number < FULL else np.select(
             [strokes == 0, strokes == 2], [3, 0], sides)
         assert np.array_equal(written, expected), name
+
+
+# ---- folders that are annotated for different classes ----------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def hippocampi(test_data):
+    """The images and masks of 12 Hippocampus cases, as [(name, image, mask)]. The masks hold 0, 1 and 2."""
+    files = sorted((test_data / "hippocampus" / "labelsTr").glob("*.nii.gz"))[:12]
+    return [(file.name[:-7], sitk.ReadImage(str(file.parents[1] / "imagesTr" / file.name)), sitk.ReadImage(str(file)))
+            for file in files]
+
+
+def _printed(capsys, *folders: str) -> str:
+    assert cli.main(["inspect", *folders, "--processes", "1"]) == 0
+    return capsys.readouterr().out
+
+
+def _require_lists(folder: Path, hippocampi, values: dict[str, int]) -> None:
+    """Compare each label with what it was made of: the first half has class 1 in it, the second one class 2."""
+    described = read_json(folder / "dataset.json")
+    assert described["labels"] == {"background": 0, **values}
+    for number, (name, _, mask) in enumerate(hippocampi):
+        side, own = ("front", 1) if number < 6 else ("back", 2)
+        case = name if name in described["supervision"] else f"{side}_{name}"
+        (listed,) = described["annotated_classes"][case]
+        assert listed == list(values)[own - 1]
+        assert np.array_equal(read_voxels(folder / "labelsTr" / f"{case}.nii.gz"),
+                              np.where(sitk.GetArrayFromImage(mask) == own, values[listed], 0)), name
+
+
+SOURCES = {
+    "images and labels in each folder": ("{}/images", "{}/labels", ["back", "front"]),
+    "one folder of images": ("images", "labels_{}", ["images", "labels_front", "labels_back"]),
+    "all in one folder": ("images", "{}", ["."])}
+
+
+@pytest.mark.parametrize("layout", SOURCES)
+def test_folders_of_different_values_become_sources(hippocampi, tmp_path, nnunet_folders, capsys, monkeypatch, layout):
+    (tmp_path / "data").mkdir()
+    monkeypatch.chdir(tmp_path / "data")
+    images, labels, folders = SOURCES[layout]
+    for number, (name, image, mask) in enumerate(hippocampi):
+        side, own = ("front", 1) if number < 6 else ("back", 2)
+        _write(image, Path(f"{images.format(side)}/{name}.nii.gz"))
+        _write(_recoded(mask, {0: 0, own: own, 3 - own: 0}), Path(f"{labels.format(side)}/{name}.nii.gz"))
+    out = _printed(capsys, *folders)
+    assert "--classes class_1=1" in out and "--classes class_2=2" in out and "--source" in out
+    assert "front: taken to be not annotated for class_2" in out.replace("/labels:", ":")
+    assert ("--images" in out) == (layout != "images and labels in each folder")
+    assert _run_as_printed(out) == 0
+    order = ["class_2", "class_1"] if out.index("class_2=2") < out.index("class_1=1") else ["class_1", "class_2"]
+    _require_lists(nnunet_folders / "raw" / "Dataset100_Mixed", hippocampi,
+                   {name: order.index(name) + 1 for name in ("class_1", "class_2")})
+
+
+def test_the_names_in_two_data_sets_of_the_decathlon_are_taken(hippocampi, tmp_path, nnunet_folders, capsys,
+                                                               monkeypatch):
+    """Both have the values 0 and 1. The images of both have the same names, and there are images without a label."""
+    monkeypatch.chdir(tmp_path)
+    for number, (_, image, mask) in enumerate(hippocampi):
+        side, own = ("front", 1) if number < 6 else ("back", 2)
+        _write(image, Path(f"{side}/imagesTr/case_{number % 6}.nii.gz"))
+        _write(_recoded(mask, {0: 0, own: 1, 3 - own: 0}), Path(f"{side}/labelsTr/case_{number % 6}.nii.gz"))
+        Path(side, "dataset.json").write_text(json.dumps({
+            "name": side, "modality": {"0": "MRI"}, "labels": {"0": "background", "1": f"the {side}"}}))
+    _write(hippocampi[0][1] + 1, Path("more/u1.nii.gz"))
+    out = _printed(capsys, "front", "back", "more")
+    assert "--source front=front" in out and "--classes 'the front=1'" in out and "--unlabelled more" in out
+    assert _run_as_printed(out) == 0
+    described = read_json(nnunet_folders / "raw" / "Dataset100_Mixed" / "dataset.json")
+    assert described["labels"] == {"background": 0, "the front": 1, "the back": 2, "ignore": 3}
+    assert described["annotated_classes"]["front_case_0"] == ["the front"] and len(described["supervision"]) == 13
+    assert described["channel_names"] == {"0": "MRI"}
+
+
+def test_segments_of_slicer_that_some_folders_lack(hippocampi, tmp_path, nnunet_folders, capsys, monkeypatch):
+    """Each image has two labels, in two folders: it becomes two cases of one patient."""
+    monkeypatch.chdir(tmp_path)
+    for number, (name, image, mask) in enumerate(hippocampi):
+        _write(image, Path(f"images/{name}.nii.gz"))
+        side, segment, own = ("front", "Anterior", 1) if number < 6 else ("back", "Posterior part", 2)
+        _write_slicer(image, {segment: sitk.GetArrayFromImage(mask) == own}, Path(f"{side}/{name}.seg.nrrd"), 0)
+    name, image, mask = hippocampi[0]
+    _write_slicer(image, {"Posterior part": sitk.GetArrayFromImage(mask) == 2}, Path(f"back/{name}.seg.nrrd"), 0)
+    out = _printed(capsys, "images", "front", "back")
+    assert "--source front=front" in out and "--classes Anterior" in out
+    assert "--classes 'Posterior_part=Posterior part'" in out
+    assert _run_as_printed(out) == 0
+    folder = nnunet_folders / "raw" / "Dataset100_Mixed"
+    _require_lists(folder, hippocampi, {"Anterior": 1, "Posterior_part": 2})
+    described = read_json(folder / "dataset.json")
+    assert len(described["supervision"]) == 13 and "patient_pattern" in described
+
+
+@pytest.mark.parametrize("strokes, expected", [
+    ({0: 255, 1: 1, 2: 2, 3: 0}, "--classes class_1=1 class_2=2 ignore=255"),
+    ({0: 0, 1: 1, 2: 2, 3: 3}, "--classes class_1=1 class_2=2 background=3 ignore=0")])
+def test_strokes_beside_folders_of_different_values(hippocampi, tmp_path, nnunet_folders, capsys, monkeypatch, strokes,
+                                                    expected):
+    """Beside masks of one class there are strokes of both: 1 and 2 in the classes, and 3 in the background."""
+    monkeypatch.chdir(tmp_path)
+    for number, (name, image, mask) in enumerate(hippocampi):
+        _write(image, Path(f"images/{name}.nii.gz"))
+        drawn = np.zeros(mask.GetSize()[::-1], np.uint8)
+        voxels = sitk.GetArrayFromImage(mask).astype(int)
+        for value in (1, 2, 3):
+            row = np.argmax([(plane == value % 3).sum() for plane in voxels.swapaxes(0, 1)])
+            drawn[::4, row][voxels[::4, row] == value % 3] = value
+        drawn = sitk.GetImageFromArray(drawn)
+        drawn.CopyInformation(mask)
+        if number < 8:
+            own = 1 if number < 4 else 2
+            _write(_recoded(mask, {0: 0, own: own, 3 - own: 0}), Path(f"masks_{own}/{name}.nii.gz"))
+        else:
+            _write(_recoded(drawn, strokes), Path(f"strokes/{name}.nii.gz"))
+    out = _printed(capsys, "images", "masks_1", "masks_2", "strokes")
+    assert expected in out and "--classes class_1=1 \\\n" in out
+    assert _run_as_printed(out) == 0
+    folder = nnunet_folders / "raw" / "Dataset100_Mixed"
+    assert "annotated_classes" in read_json(folder / "dataset.json")
+    for number, (name, _, mask) in enumerate(hippocampi):
+        label, mask = read_voxels(folder / "labelsTr" / f"{name}.nii.gz"), sitk.GetArrayFromImage(mask)
+        known = np.where(mask == (1 if number < 4 else 2), mask, 0) if number < 8 else mask
+        assert (label == np.where(label == 3, 3, known)).all() and set(np.unique(label)) <= {0, 1, 2, 3}
+        assert (label == 3).any() == (number >= 8) and (label == 0).any()
+
+
+def test_folders_of_equal_values_stay_one_data_set_and_the_other_reading_is_told(hippocampi, tmp_path, nnunet_folders,
+                                                                                 capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for number, (name, image, mask) in enumerate(hippocampi):
+        side, own = ("front", 1) if number < 6 else ("back", 2)
+        _write(image, Path(f"images/{name}.nii.gz"))
+        _write(_recoded(mask, {0: 0, own: 1, 3 - own: 0}), Path(f"{side}/{name}.nii.gz"))
+    out = _printed(capsys, "images", "front", "back")
+    assert "--full-labels front back" in out
+    told = out[out.index("--source"):].split("\n")[0]
+    assert told == "--source front=front --classes front_1=1 --source back=back --classes back_1=1"
+    assert cli.main(["mix", "--images", "images", *shlex.split(told), "--id", "100", "--processes", "1"]) == 0
+    _require_lists(nnunet_folders / "raw" / "Dataset100_Mixed", hippocampi, {"front_1": 1, "back_1": 2})
+
+
+def test_masks_and_strokes_in_one_folder_beside_masks_of_other_classes(hippocampi, tmp_path, nnunet_folders, capsys,
+                                                                       monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for number, (name, image, mask) in enumerate(hippocampi):
+        side, own = ("front", 1) if number < 6 else ("back", 2)
+        _write(image, Path(f"images/{name}.nii.gz"))
+        voxels = sitk.GetArrayFromImage(mask)
+        if number == 0:
+            voxels[:, ::3], voxels[:, 1::3] = 0, 0  # every third slice of one axis
+        voxels = sitk.GetImageFromArray(np.where(voxels == own, own, 0).astype(np.uint8))
+        voxels.CopyInformation(mask)
+        _write(voxels, Path(f"{side}/{name}.nii.gz"))
+    assert "no command: front holds both masks and strokes" in _printed(capsys, "images", "front", "back")

@@ -1,0 +1,252 @@
+"""The `confkd mix --source` command that fits folders whose labels are annotated for different classes."""
+from __future__ import annotations
+
+import re
+import shlex
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+from nnunet_confkd.data.class_sources import BACKGROUND, IGNORE
+from nnunet_confkd.data.groups import Group
+from nnunet_confkd.data.images import ENDINGS
+from nnunet_confkd.data.json_files import is_whole
+from nnunet_confkd.data.listing import CASE
+from nnunet_confkd.data.meanings import described
+from nnunet_confkd.data.measures import IMAGE, MASK, STROKES, Measure, markers_of
+from nnunet_confkd.data.sources import IMAGES, LABELS
+from nnunet_confkd.data.supervision import UNLABELLED
+from nnunet_confkd.errors import InputError, some
+
+CALLED_BACKGROUND = re.compile(r"(back ?ground|bg|hintergrund|fondo|fond)", re.IGNORECASE)
+
+
+@dataclass
+class LabelPlace:
+    """The labels of one place that have the same kind.
+
+    Attributes:
+        group: The files of the place.
+        strokes: Whether the labels are stroke-like.
+        classes: {value, or name of a segment: name of the class} of the classes that the labels are annotated for.
+        background: The value or the segment of the background; None: 0, or what lies in no segment. "?": it cannot be
+            told.
+        ignore: The value of voxels that are not annotated.
+        name: The name of the source.
+        regions: Whether a dataset.json beside says that the classes are regions.
+    """
+    group: Group
+    strokes: bool
+    classes: dict
+    background: int | str | None = None
+    ignore: int | None = None
+    name: str = ""
+    regions: bool = False
+
+    @property
+    def measures(self) -> list[Measure]:
+        """What was measured of the labels."""
+        kind = STROKES if self.strokes else MASK
+        return [measure for measure in self.group.files.values() if measure.kind == kind]
+
+    @property
+    def named(self) -> bool:
+        """Whether the labels have segments."""
+        return any(measure.named for measure in self.measures)
+
+    @property
+    def words(self) -> list[str]:
+        """The words after --classes."""
+        words = [f"{name}={value}" if is_whole(value) or name.casefold() != value.casefold() else name
+                 for value, name in self.classes.items()]
+        if self.background is not None:
+            words.append(BACKGROUND if self.background == BACKGROUND else f"{BACKGROUND}={self.background}")
+        if self.strokes:
+            words.append(IGNORE if self.named else f"{IGNORE}={self.ignore}")
+        return words
+
+
+@dataclass
+class Proposal:
+    """A command, and what is to be said of it.
+
+    Attributes:
+        words: The arguments of `confkd mix`. None: there is no command.
+        instead: Other arguments, for the case that these do not fit.
+        notes: What was concluded, and what the user has to decide.
+    """
+    words: list[str] = field(default_factory=list)
+    instead: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+def propose_sources(places: Sequence[LabelPlace], groups: Iterable[Group]) -> Proposal | None:
+    """Return the command for folders that are annotated for different classes; None if all masks are for the same.
+
+    Args:
+        places: Those of :func:`places_of_labels`.
+        groups: The files, of which some are images.
+    """
+    if len({frozenset(place.classes.values()) for place in places if not place.strokes}) < 2:
+        return None
+    together = {place.group.place for place in places if sum(place.group is other.group for other in places) > 1}
+    if together:
+        return Proposal(notes=[f"no command: {some(sorted(together))} holds both masks and strokes, and the masks of "
+                               f"other folders are annotated for other classes; move the strokes to a folder of their "
+                               f"own, and inspect again"])
+    images = [group for group in groups if any(measure.kind == IMAGE for measure in group.files.values())]
+    in_folders, apart = _words_of_folders(places, images), _words_of_places(places, images)
+    return Proposal(in_folders or apart, apart if in_folders else [], _notes(places))
+
+
+# ---- what the labels are annotated for ------------------------------------------------------------------------------
+
+def places_of_labels(groups: Iterable[Group]) -> list[LabelPlace]:
+    """Find the places of masks, then those of strokes, and what they are annotated for."""
+    found = []
+    for group in groups:
+        for kind in (MASK, STROKES):
+            if any(measure.kind == kind for measure in group.files.values()):
+                found.append(LabelPlace(group, kind == STROKES, {}))
+    found.sort(key=lambda place: place.strokes)
+    values: set[int] = set()
+    for place in found:
+        if place.named:
+            _name_segments(place)
+        elif place.strokes:
+            _name_strokes(place, values)
+        else:
+            values |= _name_values(place)
+    _name_sources(found)
+    return found
+
+
+def _name_segments(place: LabelPlace) -> None:
+    names = sorted({str(name) for measure in place.measures for name in measure.drawn})
+    place.background = next((name for name in names if CALLED_BACKGROUND.fullmatch(name)), None)
+    place.classes = {name: re.sub(r"[^A-Za-z0-9]+", "_", name).strip("_") for name in names
+                     if name != place.background}
+
+
+def _name_values(place: LabelPlace) -> set[int]:
+    """Name the classes of masks by the dataset.json beside them, or by their values. Return the values that occur."""
+    held = sorted({value for measure in place.measures for value in measure.voxels}, key=lambda v: (v != 0, v))
+    names = _described_names(place, held)
+    if names is None:
+        names = {value: f"class_{value}" for value in held[1:]}
+        place.background = held[0] or None
+    place.classes = names
+    return set(held)
+
+
+def _name_strokes(place: LabelPlace, masks: set[int]) -> None:
+    """Tell the value that is not annotated, and the classes; `masks` are the values of all masks."""
+    held: Counter = Counter()
+    for measure in place.measures:
+        held.update(measure.voxels)
+    place.ignore = next(iter(markers_of(place.measures)), max(held, key=held.__getitem__))
+    others = sorted(set(held) - masks - {place.ignore})
+    if place.ignore == 0 and others:
+        place.background = others[0] if len(others) == 1 else "?"
+    place.classes = {value: f"class_{value}" for value in sorted(set(held) - {0, place.ignore, place.background})}
+
+
+def _described_names(place: LabelPlace, held: Iterable[int]) -> dict | None:
+    """Return {value: name} of the dataset.json beside the labels; None if there is none, or if it does not fit."""
+    group = place.group
+    folder = group.root.parent if group.flat and group.root.name in LABELS else group.root
+    try:
+        labels = described(folder).get("labels") or {}
+    except InputError:
+        return None
+    if all(str(key).isdigit() and isinstance(name, str) for key, name in labels.items()):  # MSD: value to name
+        labels = {name: int(value) for value, name in labels.items()}
+    labels = {name: value for name, value in labels.items() if name != IGNORE and value != 0}
+    place.regions = any(isinstance(value, list) for value in labels.values())
+    values = {number for value in labels.values() for number in (value if isinstance(value, list) else [value])}
+    if not values or not set(held) - {0} <= values:
+        place.regions = False
+        return None
+    return {",".join(map(str, value)) if isinstance(value, list) else value: name for name, value in labels.items()}
+
+
+def _name_sources(places: Iterable[LabelPlace]) -> None:
+    """Name the sources after their folders."""
+    taken = {UNLABELLED}
+    for place in places:
+        group = place.group
+        root = group.root.resolve()
+        text = root.parent.name if root.name in LABELS else root.name
+        if not (group.flat and group.alone):
+            text = re.sub("|".join(re.escape(ending) for ending in (*ENDINGS, CASE)), "", group.pattern) or text
+        text = re.sub(r"[^A-Za-z0-9]+", "_", text).strip("_") or "source"
+        for name in (text, f"{root.parent.name}_{text}", *(f"{text}_{number}" for number in range(2, 1000))):
+            if name.lower() not in taken and re.fullmatch(r"\w+(?<!_seg)", name):
+                place.name = name
+                taken.add(name.lower())
+                break
+
+
+# ---- the options ----------------------------------------------------------------------------------------------------
+
+def _words_of_places(places: Iterable[LabelPlace], images: Iterable[Group]) -> list[str]:
+    """Return the options of images that lie apart from the labels."""
+    words = ["--images", *(group.place for group in images)]
+    for place in places:
+        words += ["--source", f"{place.name}={place.group.place}", "--classes", *place.words]
+    return words
+
+
+def _words_of_folders(places: Sequence[LabelPlace], images: Iterable[Group]) -> list[str]:
+    """Return the options of folders that hold images and labels each; none if that is not how the files lie."""
+    rest = {group.root: group for group in images if group.flat and group.alone}
+    words = []
+    for place in places:
+        root = place.group.root
+        beside = next((root.parent / name for name in IMAGES if root.parent / name in rest), None)
+        if not (place.group.flat and place.group.alone and root.name in LABELS and beside):
+            return []
+        del rest[beside]
+        words += ["--source", f"{place.name}={root.parent}"]
+        words += [] if place.regions else ["--classes", *place.words]
+    if len(rest) > 1 or any(not (group.flat and group.alone) for group in images):
+        return []
+    return words + [word for folder in rest for word in ("--unlabelled", str(folder))]
+
+
+def _notes(places: Iterable[LabelPlace]) -> list[str]:
+    """Say what was concluded."""
+    places = list(places)
+    classes = dict.fromkeys(name for place in places for name in place.classes.values())
+    notes = []
+    for place in places:
+        lacking = [name for name in classes if name not in place.classes.values()]
+        if lacking:
+            notes.append(f"{place.group.place}: taken to be not annotated for {some(lacking)}. If some of these were "
+                         f"looked for there, add them to --classes of {place.name}")
+        if place.strokes and not place.named:
+            notes.append(f"{place.group.place}: {place.ignore} = not annotated, which is most of what it holds")
+        if place.background == "?":
+            notes.append(f"{place.group.place}: which of {some(place.classes)} marks strokes in the background? Put it "
+                         f"in the place of the question mark, and take it out of the classes")
+    if any(re.fullmatch(r"class_-?\d+", name) for name in classes):
+        notes.append("a value is taken for the same class in all folders; where it is another one, give it another "
+                     "name")
+    return notes
+
+
+def notes_on_equal_values(places: Sequence[LabelPlace]) -> list[str]:
+    """Say that folders whose masks have the same values are taken for folders with the same classes.
+
+    Args:
+        places: Those of :func:`places_of_labels`, whose masks are all annotated for the same classes.
+    """
+    if len(places) < 2 or any(place.strokes or place.named or set(place.classes.values()) != {
+            f"class_{value}" for value in place.classes} for place in places):
+        return []
+    words = [word for place in places for word in (
+        "--source", f"{place.name}={place.group.place}", "--classes",
+        *(f"{place.name}_{value}={value}" for value in place.classes))]
+    return [f"note: {some(place.group.place for place in places)} hold the same values, which are taken for the same "
+            f"classes. If they are different ones, put this in the place of --full-labels and --labels: "
+            f"{shlex.join(words)}"]
