@@ -4,7 +4,6 @@ from __future__ import annotations
 import argparse
 import itertools
 import os
-import re
 import shlex
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -26,12 +25,14 @@ from nnunet_confkd.data.measures import (
 )
 from nnunet_confkd.data.mix import arguments, mixture
 from nnunet_confkd.data.source_proposal import (
-    CALLED_BACKGROUND,
     LabelPlace,
     Proposal,
+    background_of,
     notes_on_equal_values,
     places_of_labels,
+    plain_name,
     propose_sources,
+    word_of,
 )
 from nnunet_confkd.data.survey import shares_text
 from nnunet_confkd.errors import InputError, grouped, some
@@ -229,19 +230,14 @@ def _name_labels(proposal: Proposal, masks: list[Measure], strokes: list[Measure
 
 
 def _name_segments(proposal: Proposal, masks: list[Measure], strokes: list[Measure]) -> None:
-    segments = list(dict.fromkeys(name for measure in masks + strokes for name in measure.drawn))
-    background = next((str(name) for name in segments if CALLED_BACKGROUND.fullmatch(str(name))), None)
-    labels = [_label(background, "background") if background else "background"]
-    labels += [_label(str(name)) for name in sorted(segments, key=str) if str(name) != background]
+    segments = list(dict.fromkeys(str(name) for measure in masks + strokes for name in measure.drawn))
+    background = background_of(segments)
+    labels = [word_of("background", background) if background else "background"]
+    labels += [word_of(plain_name(name), name) for name in sorted(segments) if name != background]
     proposal.words += ["--labels", *labels]
     if strokes and background is None:
         proposal.notes.append("no segment is called background; in the stroke-like labels, a segment of this name "
                               "would help")
-
-
-def _label(segment: str, name: str = "") -> str:
-    name = name or re.sub(r"[^A-Za-z0-9]+", "_", segment).strip("_")
-    return name if name.casefold() == segment.casefold() else f"{name}={segment}"
 
 
 def free_id() -> int:

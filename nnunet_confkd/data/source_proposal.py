@@ -21,6 +21,21 @@ from nnunet_confkd.errors import InputError, some
 CALLED_BACKGROUND = re.compile(r"(back ?ground|bg|hintergrund|fondo|fond)", re.IGNORECASE)
 
 
+def plain_name(text: str) -> str:
+    """Return a name for a class or a source: letters and digits, and underscores for all else between them."""
+    return re.sub(r"[^A-Za-z0-9]+", "_", text).strip("_")
+
+
+def background_of(segments: Iterable[str]) -> str | None:
+    """Return the first segment that is called background; None if none is."""
+    return next((name for name in segments if CALLED_BACKGROUND.fullmatch(name)), None)
+
+
+def word_of(name: str, segment: str) -> str:
+    """Return the word of `confkd mix` for a class and its segment. The segment is left out if it has the same name."""
+    return name if name.casefold() == segment.casefold() else f"{name}={segment}"
+
+
 @dataclass
 class LabelPlace:
     """The labels of one place that have the same kind.
@@ -57,7 +72,7 @@ class LabelPlace:
     @property
     def words(self) -> list[str]:
         """The words after --classes."""
-        words = [f"{name}={value}" if is_whole(value) or name.casefold() != value.casefold() else name
+        words = [f"{name}={value}" if is_whole(value) else word_of(name, value)
                  for value, name in self.classes.items()]
         if self.background is not None:
             words.append(BACKGROUND if self.background == BACKGROUND else f"{BACKGROUND}={self.background}")
@@ -123,9 +138,8 @@ def places_of_labels(groups: Iterable[Group]) -> list[LabelPlace]:
 
 def _name_segments(place: LabelPlace) -> None:
     names = sorted({str(name) for measure in place.measures for name in measure.drawn})
-    place.background = next((name for name in names if CALLED_BACKGROUND.fullmatch(name)), None)
-    place.classes = {name: re.sub(r"[^A-Za-z0-9]+", "_", name).strip("_") for name in names
-                     if name != place.background}
+    place.background = background_of(names)
+    place.classes = {name: plain_name(name) for name in names if name != place.background}
 
 
 def _name_values(place: LabelPlace) -> set[int]:
@@ -179,7 +193,7 @@ def _name_sources(places: Iterable[LabelPlace]) -> None:
         text = root.parent.name if root.name in LABELS else root.name
         if not (group.flat and group.alone):
             text = re.sub("|".join(re.escape(ending) for ending in (*ENDINGS, CASE)), "", group.pattern) or text
-        text = re.sub(r"[^A-Za-z0-9]+", "_", text).strip("_") or "source"
+        text = plain_name(text) or "source"
         for name in (text, f"{root.parent.name}_{text}", *(f"{text}_{number}" for number in range(2, 1000))):
             if name.lower() not in taken and re.fullmatch(r"\w+(?<!_seg)", name):
                 place.name = name

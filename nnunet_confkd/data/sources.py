@@ -206,10 +206,10 @@ def _images(layout: Layout, labels: Collection[Path]) -> list[Named]:
     return images
 
 
-def _rest(cases: Mapping[str, list[Path]], labelled: Container[str]) -> list[Source]:
+def _rest(cases: Mapping[str, list[Path]], labelled: Container[str], name: str = "") -> list[Source]:
     """Return a source of the cases without a label, if there are any."""
     rest = [CaseFiles(case, tuple(files)) for case, files in cases.items() if case not in labelled]
-    return [Source(UNLABELLED, rest)] if rest else []
+    return [Source(UNLABELLED, rest, name=name)] if rest else []
 
 
 def _labels(layout: Layout, places: list) -> list[Named]:
@@ -297,8 +297,8 @@ def _labels_in_named_folders(layout: Layout) -> tuple[list[Source], list[str]]:
         problems += wrong
         sources.append(Source(FULL, [CaseFiles(case, tuple(cases[case]), label.path) for case, label in fits.items()],
                               name=name))
-    rest = _rest(cases, {case.name for source in sources for case in source.cases})
-    return [*sources, *(replace(source, name=UNLABELLED) for source in rest)], problems
+    labelled = {case.name for source in sources for case in source.cases}
+    return [*sources, *_rest(cases, labelled, UNLABELLED)], problems
 
 
 def _with_prefixes(sources: list[Source]) -> list[str]:

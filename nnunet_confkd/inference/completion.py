@@ -37,7 +37,7 @@ from nnunet_confkd.inference.prediction import ExportingPredictor, normalised_en
 from nnunet_confkd.inference.uncertainty import case_score, map_ending, write_map, write_review_list
 from nnunet_confkd.processes import PROCESSES, parallel
 from nnunet_confkd.training.batches import real_hints
-from nnunet_confkd.training.hints import hint_channels, image_hints, regions_of
+from nnunet_confkd.training.hints import image_hints
 from nnunet_confkd.training.network import has_teacher, predicting, unwrap
 
 KEY = "completed"  # in dataset.json: a list with one entry per run, because a completed data set can be completed again
@@ -314,12 +314,11 @@ def _with_hints(predictor: _CompletingPredictor, sources: list[list[str]], label
         data, seg, properties = KeepAnnotations(verbose=False).run_case(images, label, plans, configuration, described)
         properties.pop("class_locations", None)
         target, mask = map(torch.from_numpy, real_hints(seg, manager.ignore_label))
-        if hidden:
-            listed = hidden.get(Path(output).name, (True,) * manager.num_segmentation_heads)
-            hints = hint_channels(regions_of(target, manager)[None], mask[None], len(listed), manager.has_regions,
-                                  torch.tensor(listed)[None])[0]
-        else:
-            hints = image_hints(target, mask, manager)
+        listed = None
+        if hidden:  # all cases then have sets of classes as hints, and the same number of channels
+            of_case = hidden.get(Path(output).name, (True,) * manager.num_segmentation_heads)
+            listed = torch.tensor(of_case)[None]
+        hints = image_hints(target, mask, manager, listed)
         yield {"data": torch.cat((torch.from_numpy(data).float(), hints.float())), "data_properties": properties,
                "ofile": output}
 

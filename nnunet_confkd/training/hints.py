@@ -94,14 +94,14 @@ def image_hints(label: Tensor, hint_mask: Tensor, label_manager: LabelManager, l
         label: Label map, `(1, *spatial)`.
         hint_mask: Bool, `(1, *spatial)`: which voxels are hints.
         label_manager: nnU-Net's, with the classes or regions.
-        listed: Bool, `(1, heads)`: for which heads the hints are. None: for all.
+        listed: Bool, `(1, heads)`: for which heads the hints are, which are sets of classes then. None: for all.
 
     Returns:
         Of labels one channel, those of a :class:`HintMap`, `(1, *spatial)`: label + 1 where there is a hint, 0
-        elsewhere. Of regions, which may overlap, and of hints for some heads alone, which are sets of classes, the
-        channels of :func:`hint_channels`, `(heads + 1, *spatial)`.
+        elsewhere. Of regions, which may overlap, and of sets of classes, the channels of :func:`hint_channels`,
+        `(heads + 1, *spatial)`.
     """
-    if not label_manager.has_regions and (listed is None or listed.all()):
+    if not label_manager.has_regions and listed is None:
         return torch.where(hint_mask, label.int() + 1, 0)
     target = regions_of(label, label_manager)[None]
     return hint_channels(target, hint_mask[None], label_manager.num_segmentation_heads, label_manager.has_regions,

@@ -133,7 +133,7 @@ def simulated_hints(trainer, case: str, data: np.ndarray, seg: np.ndarray) -> to
     mask, listed = sampler.draw_volume(data, regions_of(label, labels)[None], seg[0] != OUTSIDE,
                                        trainer.configuration_manager.patch_size,
                                        np.random.default_rng(crc32(case.encode())))
-    return image_hints(label, mask[0], labels, listed)
+    return image_hints(label, mask[0], labels, None if listed is None or listed.all() else listed)
 
 
 # ---- writing in other processes -------------------------------------------------------------------------------------

@@ -427,7 +427,8 @@ PRINTED = [
 
 
 def test_the_later_outputs_in_the_tutorial_are_those_of_the_code():
-    shown = "".join(text for _, text in blocks(TUTORIAL, "text")[3:]) + "written: my_model"
+    shown = "".join(text for _, text in blocks(TUTORIAL, "text")[3:])
+    shown += "\n".join(re.findall(r"It prints `([^`\n]+)`", TUTORIAL.read_text(encoding="utf-8")))
     for file, text in PRINTED:
         source = (ROOT / "nnunet_confkd" / file).read_text(encoding="utf-8")
         one_line = re.sub(r'"\s*f?"', "", source)  # texts that are continued on the next line

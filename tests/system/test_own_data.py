@@ -161,6 +161,12 @@ def hippocampi(test_data):
             for file in files]
 
 
+def _by_side(hippocampi):
+    """Yield (side, its class, name, image, mask): the first half is the front, class 1, and the rest the back, 2."""
+    for number, case in enumerate(hippocampi):
+        yield (*(("front", 1) if number < 6 else ("back", 2)), *case)
+
+
 def _printed(capsys, *folders: str) -> str:
     assert cli.main(["inspect", *folders, "--processes", "1"]) == 0
     return capsys.readouterr().out
@@ -170,8 +176,7 @@ def _require_lists(folder: Path, hippocampi, values: dict[str, int]) -> None:
     """Compare each label with what it was made of: the first half has class 1 in it, the second one class 2."""
     described = read_json(folder / "dataset.json")
     assert described["labels"] == {"background": 0, **values}
-    for number, (name, _, mask) in enumerate(hippocampi):
-        side, own = ("front", 1) if number < 6 else ("back", 2)
+    for side, own, name, _, mask in _by_side(hippocampi):
         case = name if name in described["supervision"] else f"{side}_{name}"
         (listed,) = described["annotated_classes"][case]
         assert listed == list(values)[own - 1]
@@ -190,8 +195,7 @@ def test_folders_of_different_values_become_sources(hippocampi, tmp_path, nnunet
     (tmp_path / "data").mkdir()
     monkeypatch.chdir(tmp_path / "data")
     images, labels, folders = SOURCES[layout]
-    for number, (name, image, mask) in enumerate(hippocampi):
-        side, own = ("front", 1) if number < 6 else ("back", 2)
+    for side, own, name, image, mask in _by_side(hippocampi):
         _write(image, Path(f"{images.format(side)}/{name}.nii.gz"))
         _write(_recoded(mask, {0: 0, own: own, 3 - own: 0}), Path(f"{labels.format(side)}/{name}.nii.gz"))
     out = _printed(capsys, *folders)
@@ -208,8 +212,7 @@ def test_the_names_in_two_data_sets_of_the_decathlon_are_taken(hippocampi, tmp_p
                                                                monkeypatch):
     """Both have the values 0 and 1. The images of both have the same names, and there are images without a label."""
     monkeypatch.chdir(tmp_path)
-    for number, (_, image, mask) in enumerate(hippocampi):
-        side, own = ("front", 1) if number < 6 else ("back", 2)
+    for number, (side, own, _, image, mask) in enumerate(_by_side(hippocampi)):
         _write(image, Path(f"{side}/imagesTr/case_{number % 6}.nii.gz"))
         _write(_recoded(mask, {0: 0, own: 1, 3 - own: 0}), Path(f"{side}/labelsTr/case_{number % 6}.nii.gz"))
         Path(side, "dataset.json").write_text(json.dumps({
@@ -227,9 +230,9 @@ def test_the_names_in_two_data_sets_of_the_decathlon_are_taken(hippocampi, tmp_p
 def test_segments_of_slicer_that_some_folders_lack(hippocampi, tmp_path, nnunet_folders, capsys, monkeypatch):
     """Each image has two labels, in two folders: it becomes two cases of one patient."""
     monkeypatch.chdir(tmp_path)
-    for number, (name, image, mask) in enumerate(hippocampi):
+    for side, own, name, image, mask in _by_side(hippocampi):
         _write(image, Path(f"images/{name}.nii.gz"))
-        side, segment, own = ("front", "Anterior", 1) if number < 6 else ("back", "Posterior part", 2)
+        segment = {"front": "Anterior", "back": "Posterior part"}[side]
         _write_slicer(image, {segment: sitk.GetArrayFromImage(mask) == own}, Path(f"{side}/{name}.seg.nrrd"), 0)
     name, image, mask = hippocampi[0]
     _write_slicer(image, {"Posterior part": sitk.GetArrayFromImage(mask) == 2}, Path(f"back/{name}.seg.nrrd"), 0)
@@ -279,8 +282,7 @@ def test_strokes_beside_folders_of_different_values(hippocampi, tmp_path, nnunet
 def test_folders_of_equal_values_stay_one_data_set_and_the_other_reading_is_told(hippocampi, tmp_path, nnunet_folders,
                                                                                  capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for number, (name, image, mask) in enumerate(hippocampi):
-        side, own = ("front", 1) if number < 6 else ("back", 2)
+    for side, own, name, image, mask in _by_side(hippocampi):
         _write(image, Path(f"images/{name}.nii.gz"))
         _write(_recoded(mask, {0: 0, own: 1, 3 - own: 0}), Path(f"{side}/{name}.nii.gz"))
     out = _printed(capsys, "images", "front", "back")
@@ -294,11 +296,10 @@ def test_folders_of_equal_values_stay_one_data_set_and_the_other_reading_is_told
 def test_masks_and_strokes_in_one_folder_beside_masks_of_other_classes(hippocampi, tmp_path, nnunet_folders, capsys,
                                                                        monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for number, (name, image, mask) in enumerate(hippocampi):
-        side, own = ("front", 1) if number < 6 else ("back", 2)
+    for side, own, name, image, mask in _by_side(hippocampi):
         _write(image, Path(f"images/{name}.nii.gz"))
         voxels = sitk.GetArrayFromImage(mask)
-        if number == 0:
+        if name == hippocampi[0][0]:
             voxels[:, ::3], voxels[:, 1::3] = 0, 0  # every third slice of one axis
         voxels = sitk.GetImageFromArray(np.where(voxels == own, own, 0).astype(np.uint8))
         voxels.CopyInformation(mask)
