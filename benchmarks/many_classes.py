@@ -1,6 +1,7 @@
 """What does a training step cost with many classes, in time and memory, against stock nnU-Net?
 
     python benchmarks/many_classes.py
+    python benchmarks/many_classes.py --classes 4 25      # these rows are measured anew, and the others stay
 
 Both trainers run in one process on the same plan and the same batch, and everything is measured by turns (A B A B), as
 in step_time.py. In the rows with hidden classes each image lists a random half of the classes.
@@ -20,6 +21,7 @@ import os
 import platform
 import tempfile
 import time
+from collections.abc import Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -29,12 +31,12 @@ CLASSES = (4, 25, 117)  # without the background
 HIDDEN = "hidden classes"
 
 
-def cases_of(device: str) -> list[Case]:
+def cases_of(device: str, classes: Sequence[int] = CLASSES) -> list[Case]:
     """Plans of nnU-Net's widths, whose patches are small on the CPU."""
     wide = (32, 64, 128, 256, 320, 320)
     sizes = ({2: ((96, 96), 4, wide[:4]), 3: ((16, 32, 32), 4, wide[:3])} if device == "cpu" else
              {2: ((256, 256), 32, wide), 3: ((64, 128, 128), 2, wide)})
-    return [Case(PLAIN, *sizes[d], 0.5, number + 1) for d in (2, 3) for number in CLASSES]
+    return [Case(PLAIN, *sizes[d], 0.5, number + 1) for d in (2, 3) for number in classes]
 
 
 def with_lists(batch: dict, classes: int) -> dict:
@@ -146,12 +148,23 @@ def table_of(runs: list[dict]) -> str:
     return "\n".join(lines)
 
 
+def renewed(runs: list[dict], file: Path) -> list[dict]:
+    """The rows of the file, of which those that were measured again are replaced."""
+    new = {_row(run) for run in runs}
+    old = json.loads(file.read_text())["runs"] if file.is_file() else []
+    return sorted([*runs, *(run for run in old if _row(run) not in new)], key=_row)
+
+
+def _row(run: dict) -> tuple:
+    return run["case"], run["classes"], run["machine"].split(",")[0]
+
+
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--threads", type=int, default=1, help="of torch, on the CPU")
     parser.add_argument("--repetitions", type=int, default=6)
-    parser.add_argument("--only", type=int, nargs="+", metavar="N", help="numbers of the rows, from 0")
+    parser.add_argument("--classes", type=int, nargs="+", default=CLASSES, metavar="N", help="of these rows")
     parser.add_argument("--output", type=Path, help="JSON file; then docs/ is left alone")
     args = parser.parse_args(arguments)
     os.environ["OMP_NUM_THREADS"] = str(args.threads)
@@ -163,14 +176,15 @@ def main(arguments: list[str] | None = None) -> None:
         folder = Path(temporary)
         for name in ("raw", "preprocessed", "results"):
             os.environ[f"nnUNet_{name}"] = str(folder / name)
-        runs = [measure(case, args.device, args.repetitions, folder) for i, case in enumerate(cases_of(args.device))
-                if not args.only or i in args.only]
+        runs = [measure(case, args.device, args.repetitions, folder) for case in cases_of(args.device, args.classes)]
     machine = (torch.cuda.get_device_name() if args.device == "cuda" else
                f"{platform.machine()} CPU, {args.threads} thread(s) of {os.cpu_count()} cores, float32; the machine's "
                f"load at the end was {os.getloadavg()[0]:.1f}")
-    file.write_text(json.dumps({"machine": machine, "runs": runs}, indent=1))
+    runs = renewed([run | {"machine": machine} for run in runs], file)
+    file.write_text(json.dumps({"runs": runs}, indent=1))
     if not args.output:
-        insert(ROOT / "docs" / "explanation" / "performance.md", "many classes", f"{machine}.\n\n{table_of(runs)}")
+        machines = "; ".join(dict.fromkeys(run["machine"] for run in runs))
+        insert(ROOT / "docs" / "explanation" / "performance.md", "many classes", f"{machines}.\n\n{table_of(runs)}")
     print(table_of(runs))
 
 

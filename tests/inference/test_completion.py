@@ -437,12 +437,16 @@ def test_missing_regions_are_filled_and_annotated_ones_kept(few, lacking_regions
         [str(tmp_path / case) for case in few.weak[:2]], save_probabilities=True)
     for case, own in zip(few.weak[:2], (0, 1)):
         label, after = (read_voxels(f / "labelsTr" / f"{case}.nii.gz") for f in (lacking_regions, folder))
-        whole, posterior = np.load(tmp_path / f"{case}.npz")["probabilities"] > 0.5
+        p = np.load(tmp_path / f"{case}.npz")["probabilities"]
+        whole, posterior = p > 0.5
         alone = np.where(posterior, 2, whole)
         filled = np.where(label, 1 + posterior, 0) if own == 0 else np.where(label == 2, 2, whole)
         np.testing.assert_array_equal(after, np.where(label == IGNORE, alone, filled))
         annotated = label != IGNORE
         assert (filled != alone)[annotated].any() and (after != label)[annotated].any()
+        known, other = (label == 1, p[1]) if own == 0 else (label == 0, p[0])
+        confidence = read_voxels(folder / "confidence" / f"{case}.nii.gz")
+        np.testing.assert_allclose(confidence[known], np.maximum(other, 1 - other)[known], atol=1e-4)
     row = described["completed"][-1]["cases"][few.weak[1]]
     assert row["annotated_voxels"] == (label == 2).sum() and row["filled_voxels"] == (label != 2).sum()
 

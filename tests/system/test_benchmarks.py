@@ -42,6 +42,24 @@ def test_step_time_measures_steps_parts_and_predictions(folders, network):
     assert step_time.peak_memory(case, "cpu", "confkd", folders) > 0
 
 
+def test_many_classes_measures_the_rows_that_are_asked_for_and_keeps_the_others(folders, monkeypatch):
+    import many_classes
+    sizes = [(many_classes.PLAIN, (16, 16), 4, (4, 8, 8), 0.5), (many_classes.PLAIN, (8, 8, 8), 4, (4, 8, 8), 0.5)]
+    assert [case.classes - 1 for case in many_classes.cases_of("cpu")] == 2 * list(many_classes.CLASSES)
+    monkeypatch.setattr(many_classes, "cases_of", lambda device, classes: [
+        many_classes.Case(*size, number + 1) for size in sizes for number in classes])
+    output = folders / "rows.json"
+    for classes in (["2", "3"], ["3"]):
+        many_classes.main(["--classes", *classes, "--repetitions", "1", "--output", str(output)])
+    runs = json.loads(output.read_text())["runs"]
+    assert [(run["case"], run["classes"]) for run in runs] == [("2-D", 2), ("2-D", 3), ("3-D", 2), ("3-D", 3)]
+    for run in runs:
+        assert set(run["step"]) == set(run["peak_mib"]) == {"stock", "confkd", many_classes.HIDDEN}
+        assert min(run["peak_mib"].values()) > 0 and run["loss"]["hints"]["median_ms"] > 0
+    head, _, *rows = many_classes.table_of(runs).splitlines()
+    assert len(rows) == 4 and all(row.count("|") == head.count("|") for row in rows)
+
+
 def test_many_cases_measures_starts_and_batches(folders, capsys):
     import many_cases
     seconds, batches = many_cases.measure(many_cases.TINY, (4, 16, 16), 20, 5, 2, folders)
