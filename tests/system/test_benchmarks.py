@@ -50,7 +50,7 @@ def test_many_classes_measures_the_rows_that_are_asked_for_and_keeps_the_others(
         many_classes.Case(*size, number + 1) for size in sizes for number in classes])
     output = folders / "rows.json"
     for classes in (["2", "3"], ["3"]):
-        many_classes.main(["--classes", *classes, "--repetitions", "1", "--output", str(output)])
+        many_classes.main(["--classes", *classes, "--repetitions", "2", "--output", str(output)])
     runs = json.loads(output.read_text())["runs"]
     assert [(run["case"], run["classes"]) for run in runs] == [("2-D", 2), ("2-D", 3), ("3-D", 2), ("3-D", 3)]
     for run in runs:
