@@ -13,6 +13,7 @@ import SimpleITK as sitk
 import torch
 
 from nnunet_confkd import cli, nnunet_commands
+from nnunet_confkd.data.annotated_classes import CLASSES_KEY
 from nnunet_confkd.data.folders import WRITTEN_BY
 from nnunet_confkd.errors import InputError
 from nnunet_confkd.inference.checkpoints import pretrained_for_both_branches
@@ -110,12 +111,14 @@ def test_nothing_in_the_exported_files_needs_or_names_the_plugin(hippocampus_mod
         for key in entry:
             part = part[key]
         part[WRITTEN_BY] = "confkd"  # as train --quick and mix leave it
+        if file == "dataset.json":
+            part[CLASSES_KEY] = {}
         (trained / file).write_text(json.dumps(content))
     model = export(trained, tmp_path / "model")
     plans = json.loads((model / "plans.json").read_text())
     assert plans["plans_name"] == "nnUNetPlans_ConfKDTrainer"
     assert "confkd" not in json.dumps(plans["configurations"])
-    assert not {"supervision", WRITTEN_BY} & set(json.loads((model / "dataset.json").read_text()))
+    assert not {"supervision", CLASSES_KEY, WRITTEN_BY} & set(json.loads((model / "dataset.json").read_text()))
     checkpoint = torch.load(model / "fold_0" / "checkpoint_final.pth", weights_only=False)
     assert checkpoint["trainer_name"] == "nnUNetTrainer"
     assert not any(name.startswith("teacher_decoder.") for name in checkpoint["network_weights"])
