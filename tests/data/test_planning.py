@@ -332,6 +332,22 @@ def test_intensity_statistics_are_those_of_annotated_foreground(mixed):
     assert plans["foreground_intensity_properties_per_channel"]["0"] == found
 
 
+def test_intensity_statistics_of_a_case_that_lacks_a_class_are_those_of_the_classes_it_lists(empty_workspace):
+    """Such a case has the missing class inside its background, which does not count."""
+    raw = empty_workspace / MIXED
+    cases = make_dataset(raw, ["full", "full"], {"background": 0, "a": 1, "b": 2}, annotated_classes={"c01": ["b"]})
+    image, label = cases["c01"]
+    write_image(raw / "labelsTr" / "c01.nii.gz", np.where(label == 1, 0, label).astype(np.uint8))
+    with threads():
+        run("-d", MIXED, "-c", "2d", "--no_pp")
+    fingerprint = read_json(empty_workspace.parent / "preprocessed" / MIXED / "dataset_fingerprint.json")
+    found = fingerprint["foreground_intensity_properties_per_channel"]["0"]
+    full, listed = cases["c00"][0][cases["c00"][1] > 0], image[label == 2]
+    assert found["mean"] == pytest.approx((full.mean() + listed.mean()) / 2, abs=0.1)
+    assert abs(listed.mean() - image[label > 0].mean()) > 10, "class a would have changed it"
+    assert found["max"] == max(full.max(), listed.max())
+
+
 def test_nothing_else_in_the_fingerprint_differs_from_nnunets(mixed):
     ours = read_json(mixed.preprocessed / "dataset_fingerprint.json")
     assert ours.pop("foreground_intensities_of") == "annotated voxels"

@@ -217,12 +217,24 @@ def test_a_wrong_list_stops_before_the_training_and_names_case_and_class(own, hi
 
 # ---- a whole run ----------------------------------------------------------------------------------------------------
 
-def test_a_whole_run_is_validated_and_recorded(nnunet, hidden_classes):
-    configuration = nnunet.configure(HIDDEN, "run", "2d", SHORT, max_patch=56, batch_size=6, features=(2, 4, 4))
-    fold = nnunet.train(HIDDEN, configuration)
+@pytest.mark.parametrize("base, with_lacking", [("2d", False), ("3d_fullres", False), ("3d_fullres", True)])
+def test_a_whole_run_is_validated_and_recorded(own, hidden_classes, base, with_lacking):
+    """The final validation is on a fully annotated case, or also on one that lists a single class."""
+    lacking = hidden_classes["anterior"][1]
+    if with_lacking:
+        split(own, {**hidden_classes, "anterior": hidden_classes["anterior"][:1],
+                    "validation": [*hidden_classes["validation"], lacking]},
+              *(role for role in hidden_classes if role != "validation"))
+    fold = own.train(HIDDEN, own.configure(HIDDEN, "run", base, SHORT, max_patch=56, batch_size=6, features=(2, 4, 4)))
     record = json.loads((fold / "confkd.json").read_text())
     assert record["annotated_classes"][hidden_classes["anterior"][0]] == ["anterior"]
-    assert record["supervision"][hidden_classes["anterior"][0]] == "partial" and record["teacher_validated_with_hints"]
-    assert len(record["annotated_classes"]) == 7
+    assert record["supervision"][hidden_classes["anterior"][0]] == "partial"
+    assert len(record["annotated_classes"]) == (6 if with_lacking else 7)
+    assert record["teacher_validated_with_hints"] != with_lacking
+    expected = {hidden_classes["validation"][0]: ["1", "2", "3"], **({lacking: ["1"]} if with_lacking else {})}
     for branch in ("validation", "validation_teacher"):
-        assert len(json.loads((fold / branch / "summary.json").read_text())["metric_per_case"]) == 1
+        summary = json.loads((fold / branch / "summary.json").read_text())
+        counted = {entry["prediction_file"].rpartition("/")[2].removesuffix(".nii.gz"):
+                   [value for value, metrics in entry["metrics"].items() if not np.isnan(metrics["TP"])]
+                   for entry in summary["metric_per_case"]}
+        assert counted == expected, branch
