@@ -4,6 +4,7 @@ from __future__ import annotations
 import json
 import re
 import shlex
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -96,3 +97,46 @@ def test_the_commands_of_the_page_lead_to_a_model(folders, nnunet, thread_pools,
                          for folder in (raw, raw.with_name("Dataset108_Organs_completed")))
         value = described["labels"][listed[0]]
         assert np.array_equal(before == value, after == value)
+
+
+def test_regions_lead_from_two_sources_to_a_model(folders, test_data, nnunet, thread_pools, capsys):
+    """One folder has the whole hippocampus and its hind part, as regions; the other one has the whole alone."""
+    files = sorted(Path().glob("*/images/*.nii.gz"))
+    for number, file in enumerate(files[:8]):
+        folder = Path("NESTED" if number < 4 else "WHOLE")
+        for kind in ("images", "labels"):
+            (folder / kind).mkdir(parents=True, exist_ok=True)
+        shutil.copy(file, folder / "images")
+        label = sitk.ReadImage(str(test_data / "hippocampus" / "labelsTr" / file.name))
+        sitk.WriteImage(label if number < 4 else label > 0, str(folder / "labels" / file.name))
+    Path("NESTED", "dataset.json").write_text(json.dumps(
+        {"labels": {"background": 0, "whole": [1, 2], "hind": 2}, "regions_class_order": [1, 2]}))
+
+    def run(line: str) -> str:
+        assert cli.main([*line.split(), *MORE[line.split()[0]]]) == 0, line
+        return capsys.readouterr().out
+
+    run("mix --source nested=NESTED --source whole=WHOLE --classes whole=1 --id 9 --name Regions")
+    assert re.search(r"whole +8 +8\nhind +4 +4\n", run("check -d 9"))
+    run("plan -d 9 -c 2d")
+    preprocessed = folders / "nnUNet_preprocessed" / "Dataset009_Regions"
+    add_small_configuration(preprocessed / "nnUNetPlans.json", "2d_small", "2d",
+                            {"epochs": 1, "iterations_per_epoch": 2, "seed": 0}, **TINY)
+    run("train 9 2d_small 0")
+    model = folders / "nnUNet_results" / "Dataset009_Regions" / "ConfKDTrainer__nnUNetPlans__2d_small"
+    summary = json.loads((model / "fold_0" / "validation" / "summary.json").read_text())
+    assert set(summary["mean"]) == {"(1, 2)", "2"}
+    assert "hind" in run(f"compare {model}")
+    run("predict -d 9 -i IMAGES -o predictions -c 2d_small -f 0")
+    for file in Path("predictions").glob("*.nii.gz"):
+        assert set(np.unique(read_voxels(file))) <= {0, 1, 2}
+    run(f"complete -d 9 --model {model} --id 109")
+    raw = folders / "nnUNet_raw"
+    before, after = ({file.name: read_voxels(file) for file in (raw / name / "labelsTr").iterdir()}
+                     for name in ("Dataset009_Regions", "Dataset109_Regions_completed"))
+    assert len(before) == 8
+    for name, label in before.items():
+        if (Path("NESTED") / "images" / name).exists():
+            assert np.array_equal(label, after[name])
+        else:
+            assert np.array_equal(label > 0, after[name] > 0), "the whole stays; which of it is hind is completed"
