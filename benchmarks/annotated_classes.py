@@ -38,7 +38,11 @@ ROWS: dict[str, Row] = {
     "ignored": Row("what is not listed is ignored", "ConfKDTrainer_partialOnly", "ignored",
                    settings={"prior_correction": 0.0}),
     "marginal": Row("the marginal loss", "ConfKDTrainer_partialOnly", "listed"),
+    "marginal_quarter": Row("the marginal loss, a quarter of each batch annotated for all classes",
+                            "ConfKDTrainer_partialOnly", "listed", settings={"full_share": 0.25}),
     "hints": Row("the marginal loss with hints", labels="listed"),
+    "hints_quarter": Row("the marginal loss with hints, a quarter of each batch annotated for all classes",
+                         labels="listed", settings={"full_share": 0.25}),
     "all": Row("everything annotated, stock nnU-Net", "nnUNetTrainer", "all"),
 }
 IDS = {labels: FULL_ID + number for number, labels in enumerate(("all", "naive", "ignored", "listed"))}
@@ -60,9 +64,9 @@ def row_of(setting: str, name: str) -> Row | None:
     Without cases that are annotated for all classes, there is no teacher, and our trainers refuse to ignore what is not
     listed, because nothing would tell them the background.
     """
-    if SETTINGS[setting][1] or name not in ("ignored", "hints"):
+    if SETTINGS[setting][1] or name in ("naive", "marginal", "all"):
         return ROWS[name]
-    return None if name == "hints" else replace(ROWS[name], trainer="nnUNetTrainer", settings={})
+    return None if name != "ignored" else replace(ROWS[name], trainer="nnUNetTrainer", settings={})
 
 
 def specs_of(setting: str, draw: int, rows: list[str], seeds: list[int]) -> list[dict]:
