@@ -26,7 +26,7 @@ def test_without_full_cases_there_is_no_row_with_hints(module):
     names = {setting: [spec["name"] for spec in module.specs_of(setting, 0, list(module.ROWS), [0])]
              for setting in module.SETTINGS}
     assert names["acdc_3"] == list(module.ROWS)
-    assert names["acdc"] == names["hippocampus"] == [name for name in module.ROWS if name != "hints"]
+    assert names["acdc"] == names["hippocampus"] == ["naive", "ignored", "marginal", "all"]
     trainers = [spec["row"]["trainer"] for setting in ("acdc", "acdc_3")
                 for spec in module.specs_of(setting, 0, ["ignored"], [0])]
     assert trainers == ["nnUNetTrainer", "ConfKDTrainer_partialOnly"]
