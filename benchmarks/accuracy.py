@@ -23,6 +23,7 @@ import random
 import shutil
 import sys
 import time
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field, replace
 from multiprocessing import get_context
@@ -38,6 +39,7 @@ OUTPUT = Path(__file__).parent / "accuracy"
 FULL_ID = 900  # the data set with all labels; the one with M full patients is FULL_ID + M
 FAR_MM = 5.0  # false positives further than this from the target are "far"
 SPLIT_SEED = 0
+FOLDS = 5
 
 
 @dataclass(frozen=True)
@@ -131,7 +133,10 @@ class Table:
         small: Use a small plan for CPUs (:func:`nnunet_confkd.data.small_configuration.add_small_configuration`).
         spacing: Target spacing in mm; None leaves the choice to nnU-Net.
         background: Whether weak labels that are made here annotate the background.
+        fraction: Share of the slices that weak labels annotate; None: the style's own.
         draw: Which training patients are the first M, and the seed of weak labels that are made here.
+        fold: Which of five groups of patients is for testing, and the next one for validation. None: the published
+            rule.
         epoch: Iterations per epoch.
         bfloat16: Run the network in bfloat16 autocast; the losses stay in float32.
     """
@@ -148,7 +153,9 @@ class Table:
     full: tuple[int, ...] = (3, 5, 10)
     seeds: tuple[int, ...] = (0, 1, 2)
     background: bool = True
+    fraction: float | None = None
     draw: int = 0
+    fold: int | None = None
     epoch: int = 50
     bfloat16: bool = False
 
@@ -195,7 +202,8 @@ def prepare(table: Table, data: Path, scribbles: Path | None, work: Path) -> Non
     asked = json.loads(json.dumps({**asdict(table), "data": str(data), "scribbles": str(scribbles)}))
     if done.is_file():
         before = json.loads(done.read_text())
-        changed = [k for k in ("style", "background", "draw", "patients", "configuration", "spacing", "data")
+        changed = [k for k in ("style", "background", "fraction", "draw", "fold", "patients", "configuration",
+                               "spacing", "data")
                    if before.get(k, asked[k]) != asked[k]]
         if changed or not set(table.full) <= set(before["full"]):
             raise SystemExit(
@@ -226,8 +234,8 @@ def prepare(table: Table, data: Path, scribbles: Path | None, work: Path) -> Non
                 case = replace(case, label=Volume(scribbles / f"{name}_scribble.nii.gz"), kind=PARTIAL)
             elif name not in kept:
                 kind = UNLABELLED if table.style == "none" else PARTIAL
-                options = {} if table.background else {"background": False}
-                case = weakened(case, kind, dataset.labels, table.style, SPLIT_SEED + table.draw, **options)
+                case = weakened(case, kind, dataset.labels, table.style, SPLIT_SEED + table.draw,
+                                background=table.background, fraction=table.fraction)
             dataset.training.append(case if name not in kept else replace(case, kind=FULL))
         dataset.validation = held_back
         folder = write_dataset(dataset, FULL_ID + count, link=True)
@@ -249,7 +257,8 @@ def converted(table: Table, data: Path) -> tuple[Path, dict, dict[str, list[str]
         source = msd.convert(data, FULL_ID, labels=["background", "anterior", "posterior"], channels=["MRI"],
                              name="Hippocampus", link=True)
     cases = {case.name: case for case in raw_dataset(source, "source").training}
-    return source, cases, choose_roles(cases, table.patients, acdc.TWINS if table.data == "acdc" else (), table.draw)
+    twins = acdc.TWINS if table.data == "acdc" else ()
+    return source, cases, choose_roles(cases, table.patients, twins, table.draw, table.fold)
 
 
 def planned(table: Table, ids: list[int]) -> None:
@@ -273,16 +282,23 @@ def patient_of(case: str) -> str:
 
 
 def choose_roles(
-    cases, sizes: tuple[int, int, int], twins: tuple[str, ...] = (), draw: int = 0
+    cases, sizes: tuple[int, int, int], twins: tuple[str, ...] = (), draw: int = 0, fold: int | None = None
 ) -> dict[str, list[str]]:
     """The published rule: see the head of this file. Patients that are one and the same (`twins`) share a role.
 
-    A draw other than 0 shuffles the patients for training once more.
+    A draw other than 0 shuffles the patients for training once more. With a fold, the shuffled patients are dealt to
+    five groups. Group `fold` is for testing, the next one for validation, and the others are shuffled once more.
     """
     cases, same = sorted(cases), {twin: twins[0] for twin in twins}
     patients = sorted({same.get(patient_of(case), patient_of(case)) for case in cases})
     random.Random(SPLIT_SEED).shuffle(patients)
     test, validation, train = sizes
+    if fold is not None:
+        rest = [patient for i, patient in enumerate(patients) if (i - fold) % FOLDS > 1]
+        random.Random(100 + fold).shuffle(rest)
+        patients = [*patients[fold::FOLDS][:test], *patients[(fold + 1) % FOLDS::FOLDS][:validation], *rest]
+        test, validation = (min(size, len(patients[start % FOLDS::FOLDS]))
+                            for size, start in ((test, fold), (validation, fold + 1)))
     if test + validation + train > len(patients) + len(twins):
         raise SystemExit(f"{test} + {validation} + {train} patients are needed, there are {len(patients)}")
     groups = {"test": patients[:test], "validation": patients[test:test + validation],
@@ -371,7 +387,8 @@ def run_in_bfloat16(network) -> None:
     network.forward = forward
 
 
-def run(spec: dict, work: Path, output: Path, teacher: bool = True, dataset_id: int | None = None) -> str:
+def run(spec: dict, work: Path, output: Path, teacher: bool = True, dataset_id: int | None = None,
+        measured: Callable[..., dict] | None = None) -> str:
     """Train, predict the validation or test cases, and write the run's JSON file; a training that was cut off goes on
     from its last checkpoint. Returns a line to print.
 
@@ -381,6 +398,8 @@ def run(spec: dict, work: Path, output: Path, teacher: bool = True, dataset_id: 
         output: The folder of the JSON file.
         teacher: Whether the teacher is measured, too, which takes as long as the student.
         dataset_id: Of another data set than the row's.
+        measured: Called with the trainer, {role: cases} and the run's name, in place of :func:`predict_and_measure`.
+            It returns what the JSON file gets: "cases", {case: {branch: {class: metrics}}}, and more.
     """
     from importlib.metadata import version
 
@@ -404,7 +423,8 @@ def run(spec: dict, work: Path, output: Path, teacher: bool = True, dataset_id: 
     trainer.run_training()
     seconds = time.time() - start
     roles = json.loads((work / "roles.json").read_text())
-    cases = predict_and_measure(trainer, roles[spec["on"]], teacher)
+    found = (measured(trainer, roles, run_name(spec)) if measured else
+             {"cases": predict_and_measure(trainer, roles[spec["on"]], teacher)})
     curves = trainer.logger.local_logger.my_fantastic_logging
     result = {
         "spec": spec,
@@ -425,8 +445,9 @@ def run(spec: dict, work: Path, output: Path, teacher: bool = True, dataset_id: 
             for key, values in curves.items()
             if key in ("train_losses", "val_losses", "ema_fg_dice") or key.startswith("loss_")
         },
-        "cases": cases,
+        **found,
     }
+    cases = found["cases"]
     file = output / f"{run_name(spec)}.json"
     write_text(file, json.dumps(result))
     shutil.rmtree(Path(trainer.output_folder).parent)  # checkpoints of dozens of runs would fill the disk
@@ -444,12 +465,29 @@ def run_name(spec: dict) -> str:
 
 
 def predict_and_measure(trainer, cases: list[str], teacher: bool = True) -> dict:
-    """Predict cases as the final validation does, and measure the predictions in the space of the raw labels.
-
-    A teacher that was trained with hints gets simulated hints. Without `teacher` only the student is measured.
+    """Measure predictions in the space of the raw labels.
 
     Returns:
         {case: {branch: {class: metrics, "entropy": nats}}}
+    """
+    measured: dict[str, dict] = {}
+    classes = trainer.label_manager.foreground_labels
+    for case, branch, truth, labels, probabilities, spacing in predictions(trainer, cases, teacher):
+        found = measured.setdefault(case, {})[branch] = measure(truth, labels, probabilities, spacing, classes)
+        if branch == "student":
+            for c, values in measure_post_processed(truth, labels, spacing, classes).items():
+                found[c] |= values
+    return measured
+
+
+def predictions(trainer, cases: list[str], teacher: bool = True) -> Iterator[tuple]:
+    """Predict cases as the final validation does.
+
+    A teacher that was trained with hints gets simulated hints. Without `teacher` only the student predicts.
+
+    Yields:
+        For each case and branch: the case, the branch, the ground truth and the predicted labels, `(z, y, x)` each, the
+        probabilities, `(C, z, y, x)`, and the spacing in mm.
     """
     from nnunetv2.inference.export_prediction import convert_predicted_logits_to_segmentation_with_correct_shape
 
@@ -461,27 +499,15 @@ def predict_and_measure(trainer, cases: list[str], teacher: bool = True) -> dict
     predict = CasePredictor(trainer, ["student", "teacher"] if both else ["student"])
     dataset = trainer.dataset_class(trainer.preprocessed_dataset_folder, cases)
     reader = trainer.plans_manager.image_reader_writer_class()
-    measured = {}
+    folder, ending = Path(trainer.preprocessed_dataset_folder_base), trainer.dataset_json["file_ending"]
     for case in cases:
         data, seg, _, properties = dataset.load_case(case)
         hints = simulated_hints(trainer, case, data[:], seg[:]) if len(predict.branches) > 1 else None
-        truth = (
-            Path(trainer.preprocessed_dataset_folder_base)
-            / "gt_segmentations"
-            / (case + trainer.dataset_json["file_ending"])
-        )
-        truth = reader.read_seg(str(truth))[0][0]
-        measured[case] = {}
+        truth = reader.read_seg(str(folder / "gt_segmentations" / (case + ending)))[0][0]
         for branch, logits in predict(data[:], None, hints).items():
             labels, probabilities = convert_predicted_logits_to_segmentation_with_correct_shape(
                 logits, trainer.plans_manager, trainer.configuration_manager, trainer.label_manager, properties, True)
-            measured[case][branch] = measure(truth, labels, probabilities, properties["spacing"],
-                                             trainer.label_manager.foreground_labels)
-            if branch == "student":
-                for c, values in measure_post_processed(truth, labels, properties["spacing"],
-                                                        trainer.label_manager.foreground_labels).items():
-                    measured[case][branch][c] |= values
-    return measured
+            yield case, branch, truth, labels, probabilities, properties["spacing"]
 
 
 def measure(truth: np.ndarray, labels: np.ndarray, probabilities: np.ndarray, spacing, classes) -> dict:
@@ -520,25 +546,28 @@ def measure_post_processed(truth: np.ndarray, labels: np.ndarray, spacing, class
     or of neither, whatever is better on the validation cases. The report makes this choice, so all of them are
     measured.
     """
-    from nnunetv2.postprocessing.remove_connected_components import (
-        remove_all_but_largest_component_from_segmentation as largest,
-    )
-
     from nnunet_confkd.evaluation.metrics import measure_masks
 
     millilitres = float(np.prod(spacing)) / 1000
     found = {str(c): {"predicted_ml": round(float((labels == c).sum()) * millilitres, 3),
                       "truth_ml": round(float((truth == c).sum()) * millilitres, 3)} for c in classes}
-    foreground = largest(labels, tuple(classes))
-    for c in classes:
-        for name, prediction in (
-            ("foreground", foreground),
-            ("class", largest(labels, c)),
-            ("both", largest(foreground, c)),
-        ):
-            of = measure_masks(truth == c, prediction == c, spacing)
-            found[str(c)] |= {f"dice_{name}": round(of["Dice"], 5), f"hd95_mm_{name}": round(of["HD95_mm"], 3)}
+    for how, masks in largest_components(labels, classes).items():
+        for c in classes:
+            of = measure_masks(truth == c, masks[c], spacing)
+            found[str(c)] |= {f"dice_{how}": round(of["Dice"], 5), f"hd95_mm_{how}": round(of["HD95_mm"], 3)}
     return found
+
+
+def largest_components(labels: np.ndarray, classes) -> dict[str, dict[int, np.ndarray]]:
+    """The masks of the classes after each post-processing of nnU-Net: {what is kept: {class: mask}}."""
+    from nnunetv2.postprocessing.remove_connected_components import (
+        remove_all_but_largest_component_from_segmentation as largest,
+    )
+
+    foreground = largest(labels, tuple(classes))
+    return {"foreground": {c: foreground == c for c in classes},
+            "class": {c: largest(labels, c) == c for c in classes},
+            "both": {c: largest(foreground, c) == c for c in classes}}
 
 
 # ---- all runs of a table --------------------------------------------------------------------------------------------
@@ -618,7 +647,8 @@ def differences(before: dict, now: dict) -> list[str]:
             settings["cutmix"] = 0.5 if spec["table"]["style"] == "none" and spec["row"]["labels"] == "mixed" else 0.0
         row = {key: value for key, value in spec["row"].items() if key not in ("title", "settings", "steps")}
         # what tables have got since the oldest results were obtained
-        table = {"background": True, "draw": 0, "epoch": 50, "bfloat16": False} | spec["table"]
+        table = {"background": True, "fraction": None, "draw": 0, "fold": None, "epoch": 50,
+                 "bfloat16": False} | spec["table"]
         settings = {key: value for key, value in settings.items() if not key.startswith(unused)}
         return {**spec, "table": table, "row": row, "settings": settings}
 

@@ -38,6 +38,8 @@ SETTINGS: dict[str, tuple[Table, int]] = {
     "points_10": (replace(TABLES["hippocampus"], full=(5, 10)), 10),
 }
 DRAWS, SEEDS = (0, 1), (0, 1)
+# largest components that are kept: none, of the foreground, of each class, or of the foreground and then each class
+HOW = ("", "_foreground", "_class", "_both")
 # what a row is compared with
 RIVALS = dict.fromkeys(SETTINGS, "ignore_prior") | {"unlabelled": "full_only", "points_10": "full_only"}
 # The rows of the README's table: rivals, of which the best counts, and the trainer's defaults. CutMix is one of them
@@ -185,15 +187,22 @@ def post_processed(student: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     Args:
         student: Values of :func:`accuracy.measure_post_processed` by name, `(cases, classes)` each.
     """
-    def means(how: str) -> np.ndarray:
-        return np.nanmean(student[f"dice{how}"], 0)
-
-    raw, foreground = means(""), means("_foreground")
-    keep_foreground = foreground.mean() > raw.mean() and (foreground >= raw).all()
-    base, both = ("_foreground", "_both") if keep_foreground else ("", "_class")
-    per_class = means(both) > means(base)
+    foreground, per_class = choice_of({how: np.nanmean(student[f"dice{how}"], 0) for how in HOW})
+    base, both = ("_foreground", "_both") if foreground else ("", "_class")
     return {metric: np.where(per_class, student[metric + both], student[metric + base])
             for metric in ("dice", "hd95_mm")}
+
+
+def choice_of(means: Mapping[str, np.ndarray]) -> tuple[bool, np.ndarray]:
+    """Choose whether to keep the largest component of the foreground, and of which classes, `(classes,)`.
+
+    Args:
+        means: The mean Dice of each class, `(classes,)`, by what was kept: one of `HOW`.
+    """
+    raw, foreground = means[""], means["_foreground"]
+    keep_foreground = bool(foreground.mean() > raw.mean() and (foreground >= raw).all())
+    base, both = ("_foreground", "_both") if keep_foreground else ("", "_class")
+    return keep_foreground, means[both] > means[base]
 
 
 def values_of_run(content: dict) -> dict:
@@ -284,7 +293,7 @@ def parsed(text: str | None, output: Path, settings: dict, known_rows: dict, **d
         output: The default folder of the JSON files.
         settings: Those to choose from.
         known_rows: Those to choose from.
-        defaults: Of "rows" and "seeds"; "draws" that cannot be chosen.
+        defaults: Of "rows", "seeds" and "draws". A single draw leaves nothing to choose.
     """
     parser = argparse.ArgumentParser(description=text, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, help="folder that contains acdc/, acdc_scribbles/ and hippocampus/")
@@ -292,7 +301,7 @@ def parsed(text: str | None, output: Path, settings: dict, known_rows: dict, **d
     parser.add_argument("--output", type=Path, default=output)
     parser.add_argument("--settings", nargs="+", choices=settings, default=list(settings))
     parser.add_argument("--rows", nargs="+", choices=known_rows, default=list(known_rows))
-    if "draws" not in defaults:
+    if len(defaults.get("draws", DRAWS)) > 1:
         parser.add_argument("--draws", nargs="+", type=int, default=DRAWS)
     parser.add_argument("--seeds", nargs="+", type=int, default=SEEDS)
     parser.add_argument("--processes", type=int, default=2, help="trainings at once, of one thread each")

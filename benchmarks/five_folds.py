@@ -1,0 +1,284 @@
+"""Every patient of ACDC and Hippocampus is tested once: the final tables, raw and after post-processing.
+
+    python benchmarks/five_folds.py --data .../shared/data --work FOLDER --settings scribbles
+    python benchmarks/five_folds.py --report
+
+The protocol is in benchmarks/README.md. Each run writes one JSON file into benchmarks/five_folds/SETTING_FOLD/, and
+runs that have one are skipped. The predictions of the test cases stay in FOLDER/SETTING_FOLD/predictions/, compressed.
+So a new measure needs no new training. `--report` writes the tables into benchmarks/README.md.
+"""
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from accuracy import FOLDS, TABLES, Row, Table, largest_components, predictions, prepare, run, spec_of
+from accuracy_report import patients_in, read_runs
+from equal_terms import HOW, choice_of, measure_all, parsed
+from equal_terms import ROWS as EQUAL_ROWS
+from step_time import insert
+
+HERE = Path(__file__).resolve().parent
+OUTPUT = HERE / "five_folds"
+TOLERANCE_MM = 2.0  # of the NSD
+LONGER = 3  # times as many iterations in the rows "_long"
+METRICS = {"dice": "Dice", "hd95_mm": "HD95_mm", "nsd": "NSD"}  # the name in a JSON file: that of evaluation.metrics
+
+# name: the table. `full` are the numbers of fully annotated patients.
+SETTINGS: dict[str, Table] = {
+    "scribbles": replace(TABLES["acdc_small"], full=(3, 1, 7)),
+    "erosion_foreground": replace(TABLES["acdc_small_erosion"], background=False),
+    "erosion": TABLES["acdc_small_erosion"],
+    "unlabelled": TABLES["acdc_small_none"],
+    "points": replace(TABLES["hippocampus"], full=(5, 3, 10)),
+    "points_sparse": replace(TABLES["hippocampus"], full=(5,), fraction=0.25),
+    "points_3d": TABLES["hippocampus_small_3d"],
+}
+# Rows that do not depend on the weak labels are run in the first of these settings alone.
+SAME_IMAGES = (("scribbles", "erosion_foreground", "erosion", "unlabelled"), ("points", "points_sparse"))
+
+ROWS: dict[str, Row] = {
+    "full_only": EQUAL_ROWS["full_only"],
+    "full_cutmix": EQUAL_ROWS["full_cutmix"],
+    "ignore_uniform": EQUAL_ROWS["ignore_uniform"],
+    "ignore": EQUAL_ROWS["ignore"],
+    "ignore_prior": EQUAL_ROWS["ignore_prior"],
+    "paper": Row("the paper's objective", "ConfKDTrainer_MedIA2023"),
+    "kl": EQUAL_ROWS["kl"],
+    "confkd": EQUAL_ROWS["confkd"],
+    "confkd_cost": EQUAL_ROWS["confkd_cost"],
+    "confkd_cutmix_cost": replace(EQUAL_ROWS["confkd_cutmix_cost"], settings={}),
+    "all": EQUAL_ROWS["all"],
+}
+LONG = ("full_only", "ignore_prior", "confkd_cost", "all")
+ROWS |= {f"{name}_long": replace(ROWS[name], title=f"{ROWS[name].title}; {LONGER} times as long",
+                                 steps=LONGER * ROWS[name].steps) for name in LONG}
+# What all rows of a table are compared with, in the rows of the same length.
+RIVAL = {"unlabelled": "full_only"}
+USUAL = ("full_only", "ignore_prior", "confkd_cost", "all")
+ROWS_OF = dict.fromkeys(SETTINGS, USUAL) | {
+    "scribbles": tuple(name for name in ROWS if name != "confkd_cutmix_cost"),
+    "erosion_foreground": tuple(name for name in ROWS if "cutmix" not in name),
+    "unlabelled": ("full_only", "full_cutmix", "confkd_cutmix_cost", "all")}
+
+
+def table_of(setting: str, fold: int) -> Table:
+    """The table of a setting, with long epochs and bfloat16, as in equal_terms.py."""
+    return replace(SETTINGS[setting], fold=fold, epoch=250, bfloat16=True)
+
+
+def work_folder(root: Path, setting: str, fold: int) -> Path:
+    """The folder of the preprocessed data."""
+    return root / f"{setting}_{fold}"
+
+
+def home_of(setting: str, row: str) -> str:
+    """The setting in which a row is run: that of the setting, unless it does not depend on weak labels."""
+    if ROWS[row].labels == "mixed":
+        return setting
+    return next((same[0] for same in SAME_IMAGES if setting in same), setting)
+
+
+def specs_of(setting: str, fold: int, rows: Iterable[str], seeds: list[int]) -> list[dict]:
+    """The runs of some rows. Rows that are compared with fewer full patients are run for the first number alone."""
+    table, specs = table_of(setting, fold), []
+    for seed in seeds:
+        for name in rows:
+            if name not in ROWS_OF[setting] or home_of(setting, name) != setting:
+                continue
+            row = ROWS[name]
+            numbers = (0,) if row.labels == "all" else table.full if name in USUAL else table.full[:1]
+            iterations = round(table.iterations * row.steps / table.epoch) * table.epoch
+            specs += [spec_of(table, name, full, seed, "cpu", iterations, "test", row) for full in numbers]
+    return specs
+
+
+# ---- one run --------------------------------------------------------------------------------------------------------
+
+def measured(trainer, roles: dict[str, list[str]], name: str, folder: Path) -> dict:
+    """Choose the post-processing on the validation cases, and measure the test cases before and after it.
+
+    Args:
+        trainer: After its training.
+        roles: {role: cases}
+        name: Of the run.
+        folder: Where the predictions of the test cases are written.
+
+    Returns:
+        "post_processing": what was chosen. "cases": {case: {"student": {class: metrics}}}; names with "_pp" are after
+        post-processing.
+    """
+    classes = trainer.label_manager.foreground_labels
+    chosen = choose_post_processing(predictions(trainer, roles["validation"], teacher=False), classes)
+    cases, kept = {}, {}
+    for case, _, truth, labels, _, spacing in predictions(trainer, roles["test"], teacher=False):
+        kept[case] = labels.astype(np.uint8)
+        cases[case] = {"student": measure_both(truth, labels, spacing, classes, *chosen)}
+    folder.mkdir(exist_ok=True)
+    np.savez_compressed(folder / f"{name}.npz", **kept)
+    return {"post_processing": {"foreground": chosen[0], "classes": [c for c, keep in zip(classes, chosen[1]) if keep]},
+            "cases": cases}
+
+
+def choose_post_processing(predicted: Iterable[tuple], classes) -> tuple[bool, np.ndarray]:
+    """As nnU-Net does. predicted: as of :func:`accuracy.predictions`. Returns :func:`equal_terms.choice_of`."""
+    dice: dict[str, list] = {how: [] for how in HOW}
+    for _, _, truth, labels, _, _ in predicted:
+        masks = {"": {c: labels == c for c in classes}} | {
+            f"_{how}": of for how, of in largest_components(labels, classes).items()}
+        for how in HOW:
+            dice[how].append([dice_of(truth == c, masks[how][c]) for c in classes])
+    return choice_of({how: np.nanmean(values, 0) for how, values in dice.items()})
+
+
+def dice_of(truth: np.ndarray, mask: np.ndarray) -> float:
+    """Two masks' Dice; NaN if both are empty."""
+    size = int(truth.sum()) + int(mask.sum())
+    return 2 * int((truth & mask).sum()) / size if size else float("nan")
+
+
+def measure_both(truth: np.ndarray, labels: np.ndarray, spacing, classes, foreground: bool, per_class) -> dict:
+    """{class: metrics} before and after post-processing; see :func:`measured`."""
+    from nnunet_confkd.evaluation.metrics import measure_masks
+
+    components = largest_components(labels, classes)
+    found = {}
+    for c, keep in zip(classes, per_class):
+        after = components["both" if foreground else "class"][c] if keep else (
+            components["foreground"][c] if foreground else labels == c)
+        found[str(c)] = {}
+        for ending, mask in (("", labels == c), ("_pp", after)):
+            of = measure_masks(truth == c, mask, spacing, tolerance_mm=TOLERANCE_MM)
+            found[str(c)] |= {name + ending: round(of[key], 4) for name, key in METRICS.items()}
+    return found
+
+
+# ---- report ---------------------------------------------------------------------------------------------------------
+
+def interval(differences: list[np.ndarray], draws: int = 4000, seed: int = 0) -> tuple[float, float]:
+    """The 95 % interval of a mean difference, by a bootstrap that draws folds and then patients in each of them.
+
+    Args:
+        differences: One array for each fold, one value for each of its patients.
+        draws: The number of draws.
+        seed: Of the random numbers.
+    """
+    rng = np.random.default_rng(seed)
+    folds = rng.integers(len(differences), size=(draws, len(differences)))
+    sums, counts = np.zeros(folds.shape), np.zeros(folds.shape)
+    for fold, values in enumerate(differences):
+        places = folds == fold
+        drawn = rng.integers(len(values), size=(int(places.sum()), len(values)))
+        sums[places], counts[places] = values[drawn].sum(1), len(values)
+    low, high = np.percentile(sums.sum(1) / counts.sum(1), (2.5, 97.5))
+    return float(low), float(high)
+
+
+def coverage(fold_sd: float, patient_sd: float, patients: int = 20, repetitions: int = 400) -> float:
+    """How often :func:`interval` holds the true mean, if folds and patients differ by normal distributions."""
+    rng = np.random.default_rng(0)
+    hits = 0
+    for repetition in range(repetitions):
+        values = [rng.normal(0, fold_sd) + rng.normal(0, patient_sd, patients) for _ in range(FOLDS)]
+        low, high = interval(values, draws=500, seed=repetition)
+        hits += low <= 0 <= high
+    return hits / repetitions
+
+
+def by_patient(values: np.ndarray, patients: list[str]) -> np.ndarray:
+    """The mean of each patient's cases, in the order of their names."""
+    names = np.array(patients)
+    return np.array([np.nanmean(values[names == name]) for name in sorted(set(patients))])
+
+
+def gain(ours: dict[int, dict], rival: dict[int, dict], metric: str) -> tuple[list[np.ndarray], float] | None:
+    """Differences by fold and patient, and their mean; None without a common fold."""
+    folds = sorted(set(ours) & set(rival))
+    if not folds:
+        return None
+    differences = [by_patient(np.nanmean(ours[f][metric], 1) - np.nanmean(rival[f][metric], 1), ours[f]["patients"])
+                   for f in folds]
+    return differences, float(np.concatenate(differences).mean())
+
+
+def values_of_run(content: dict) -> dict:
+    """The metrics of each case and class, `(cases, classes)`, and the patient of each case."""
+    cases = [case["student"] for case in content["cases"].values()]
+    found = {name + ending: np.array([[of[name + ending] for of in case.values()] for case in cases], float)
+             for name in METRICS for ending in ("", "_pp")}
+    return {**found, "patients": patients_in({None: content}), "title": content["spec"]["row"]["title"]}
+
+
+def read_all(folder: Path) -> dict[tuple[str, str, int], dict[int, dict]]:
+    """{(setting, row, number of full patients): {fold: run}}; the row with all labels has 0 full patients."""
+    found: dict = {}
+    for inside in sorted(folder.glob("*/")):
+        setting, fold = inside.name.rsplit("_", 1)
+        for (row, full, _), content in read_runs(inside).items():
+            found.setdefault((setting, row, full), {})[int(fold)] = values_of_run(content)
+    return found
+
+
+def report(folder: Path) -> str:
+    """One table for each setting and number of fully annotated patients, on test patients."""
+    runs, lines = read_all(folder), []
+    for setting, table in SETTINGS.items():
+        for full in table.full:
+            shown = {}
+            for row in ROWS_OF[setting]:
+                of = runs.get((home_of(setting, row), row, 0 if ROWS[row].labels == "all" else full))
+                if of:
+                    shown[row] = of
+            if not any(ROWS[row].labels == "mixed" for row in shown):
+                continue
+            lines += [f"**{setting}, {full} fully annotated patients**", "",
+                      "| row | Dice raw | Dice after | of each class | HD95 raw, mm | HD95 after, mm | NSD after | "
+                      "gain raw | gain after | folds |", "|" + "---|" * 10]
+            lines += [line_of(setting, row, shown) for row in shown] + [""]
+    return "\n".join(lines).rstrip()
+
+
+def line_of(setting: str, row: str, shown: dict[str, dict[int, dict]]) -> str:
+    """A line of a table."""
+    folds = shown[row]
+
+    def mean(metric: str, axis: int | None = None) -> np.ndarray:
+        of_classes = np.nanmean(np.concatenate([run[metric] for run in folds.values()]), 0)
+        return of_classes if axis else of_classes.mean()
+
+    rival = RIVAL.get(setting, "ignore_prior") + ("_long" if row.endswith("_long") else "")
+    gains = []
+    for metric in ("dice", "dice_pp"):
+        found = None if row == rival else gain(folds, shown.get(rival, {}), metric)
+        gains.append("" if found is None else
+                     "{:+.3f} [{:+.3f}, {:+.3f}]".format(found[1], *interval(found[0])))
+    classes = " / ".join(f"{value:.3f}" for value in mean("dice_pp", 1))
+    title = next(iter(folds.values()))["title"]
+    return (f"| {title} (`{row}`) | {mean('dice'):.3f} | {mean('dice_pp'):.3f} | {classes} | {mean('hd95_mm'):.1f} | "
+            f"{mean('hd95_mm_pp'):.1f} | {mean('nsd_pp'):.3f} | {gains[0]} | {gains[1]} | {len(folds)} |")
+
+
+def main() -> None:
+    args = parsed(__doc__, OUTPUT, SETTINGS, ROWS, draws=list(range(FOLDS)), seeds=[0])
+    if args.prepare:
+        table = table_of(args.prepare[0], int(args.prepare[1]))
+        return prepare(table, args.data / table.data,
+                       args.data / "acdc_scribbles" if table.style == "scribbles" else None, args.work)
+    if args.run:
+        return print(run(json.loads(args.run), args.work, args.output,
+                         measured=partial(measured, folder=args.work / "predictions")))
+    if not args.report:
+        measure_all(args, __file__, specs_of, work_folder)
+    text = report(args.output)
+    if args.output == OUTPUT:
+        insert(HERE / "README.md", "five folds", text)
+    else:
+        print(text)
+
+
+if __name__ == "__main__":
+    main()

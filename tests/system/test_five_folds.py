@@ -1,0 +1,123 @@
+"""benchmarks/five_folds.py: folds, post-processing, intervals, the report, and a run from real data to its table."""
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def module():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(ROOT / "benchmarks"))
+        import five_folds
+        yield five_folds
+
+
+def test_every_patient_is_tested_once_and_has_one_role_in_each_fold(module):
+    import accuracy
+    cases = [f"patient{i:03d}_frame{j:02d}" for i in range(1, 101) for j in (1, 9)]
+    twins = ("patient007", "patient050")
+    folds = [accuracy.choose_roles(cases, (20, 20, 60), twins, fold=fold) for fold in range(module.FOLDS)]
+    assert sorted(case for roles in folds for case in roles["test"]) == cases
+    for number, roles in enumerate(folds):
+        assert sorted(case for of in roles.values() for case in of) == cases
+        assert roles["validation"] == folds[(number + 1) % module.FOLDS]["test"]
+        role_of = {accuracy.patient_of(case): role for role, of in roles.items() for case in of}
+        assert role_of[twins[0]] == role_of[twins[1]]
+    assert folds[0]["train"][:6] != folds[2]["train"][:6]
+
+
+def test_rows_that_do_not_depend_on_weak_labels_are_run_once(module):
+    names = {setting: [(spec["name"], spec["full"]) for spec in module.specs_of(setting, 0, module.ROWS, [0])]
+             for setting in module.SETTINGS}
+    assert ("all", 0) in names["scribbles"] and ("full_only", 7) in names["scribbles"]
+    assert names["erosion"] == [("ignore_prior", 3), ("confkd_cost", 3)]
+    assert names["unlabelled"] == [("confkd_cutmix_cost", 3)] and ("paper", 1) not in names["scribbles"]
+    assert ("full_cutmix", 3) in names["scribbles"], "the unlabelled setting compares with it"
+    long = {spec["name"]: spec["iterations"] for spec in module.specs_of("scribbles", 0, module.ROWS, [0])}
+    assert long["all_long"] == 3 * long["all"]
+
+
+def test_post_processing_is_chosen_on_validation_cases_and_applied_to_others(module):
+    truth = np.zeros((2, 6, 20), np.uint8)
+    truth[:, 1:5, 1:5], truth[:, 1:5, 5:9] = 1, 2
+    island = truth.copy()
+    island[:, 1:3, 15:17] = 1
+    chosen = module.choose_post_processing([("a", "student", truth, island, None, (1, 1, 1))], [1, 2])
+    assert chosen[0] and not chosen[1].any(), "the largest component of the foreground suffices"
+    found = module.measure_both(truth, island, (1.0, 1.0, 1.0), [1, 2], *chosen)
+    assert found["1"]["dice"] == pytest.approx(64 / 72, abs=1e-4) and found["1"]["dice_pp"] == 1
+    assert found["1"]["hd95_mm"] > 3 and found["1"]["hd95_mm_pp"] == 0 and found["2"]["dice"] == 1
+    raw = module.measure_both(truth, island, (1.0, 1.0, 1.0), [1, 2], False, [False, False])
+    assert raw["1"]["dice_pp"] == raw["1"]["dice"]
+
+
+def test_the_interval_follows_the_differences_of_folds(module):
+    same = [np.full(20, 0.1)] * 5
+    assert module.interval(same) == pytest.approx((0.1, 0.1))
+    rng = np.random.default_rng(0)
+    patients = [rng.normal(0, 0.05, 20) for _ in range(5)]
+    narrow = module.interval(patients)
+    wide = module.interval([values + shift for values, shift in zip(patients, (-0.1, -0.05, 0, 0.05, 0.1))])
+    assert narrow[0] < np.mean(patients) < narrow[1] and wide[1] - wide[0] > 2 * (narrow[1] - narrow[0])
+    assert module.coverage(0.0, 0.1, repetitions=100) > 0.85
+
+
+def write_run(folder: Path, row: str, full: int, dice: float, patients: range) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    of_class = {f"{name}{ending}": value for ending in ("", "_pp")
+                for name, value in (("dice", dice), ("hd95_mm", 10.0), ("nsd", 0.5))}
+    cases = {f"patient{i:03}_frame{j:02}": {"student": {"1": of_class}} for i in patients for j in (1, 9)}
+    (folder / f"{row}_M{full}_s0.json").write_text(json.dumps(
+        {"spec": {"name": row, "full": full, "seed": 0, "row": {"title": row.upper()}}, "cases": cases}))
+
+
+def test_the_report_pairs_folds_and_takes_common_rows_from_their_setting(module, tmp_path):
+    for fold in (0, 1):
+        patients = range(10 * fold, 10 * fold + 10)
+        write_run(tmp_path / f"erosion_{fold}", "ignore_prior", 3, 0.5, patients)
+        write_run(tmp_path / f"erosion_{fold}", "confkd_cost", 3, 0.6 + 0.1 * fold, patients)
+        write_run(tmp_path / f"scribbles_{fold}", "all", 0, 0.9, patients)
+    lines = module.report(tmp_path).splitlines()
+    assert lines[0] == "**erosion, 3 fully annotated patients**"
+    expected = "| ALL (`all`) | 0.900 | 0.900 | 0.900 | 10.0 | 10.0 | 0.500 | +0.400 [+0.400, +0.400] |"
+    assert any(line.startswith(expected) for line in lines)
+    ours = next(line for line in lines if "(`confkd_cost`)" in line)
+    assert "+0.150 [+0.100, +0.200]" in ours and ours.endswith("| 2 |")
+
+
+@pytest.mark.slow  # three trainings in fresh processes
+def test_a_run_from_real_data_to_the_table(module, test_data, tmp_path):
+    script = tmp_path / "short.py"
+    script.write_text(f"""
+import sys
+sys.path.insert(0, {str(ROOT / "benchmarks")!r})
+import five_folds
+from dataclasses import replace
+stock = five_folds.table_of
+five_folds.table_of = lambda *args: replace(stock(*args), patients=(2, 2, 8), iterations=4, epoch=1, full=(3,))
+five_folds.__file__ = __file__
+if __name__ == "__main__":
+    five_folds.main()
+""")
+    command = [sys.executable, str(script), "--data", str(test_data), "--work", str(tmp_path / "work"), "--output",
+               str(tmp_path / "runs"), "--settings", "scribbles", "--draws", "1", "--rows", "all", "ignore_prior",
+               "confkd_cost"]
+    first, second = (subprocess.run(command, capture_output=True, text=True, timeout=600, env=os.environ)
+                     for _ in range(2))
+    assert first.returncode == 0, first.stdout[-2000:] + first.stderr[-2000:]
+    assert first.stdout.startswith("3 runs") and second.stdout.startswith("0 runs")
+    assert "**scribbles, 3 fully annotated patients**" in second.stdout and "at equal cost" in second.stdout
+    run = json.loads((tmp_path / "runs" / "scribbles_1" / "confkd_cost_M3_s0.json").read_text())
+    roles = json.loads((tmp_path / "work" / "scribbles_1" / "roles.json").read_text())
+    assert sorted(run["cases"]) == sorted(roles["test"]) and run["spec"]["table"]["fold"] == 1
+    with np.load(tmp_path / "work" / "scribbles_1" / "predictions" / "confkd_cost_M3_s0.npz") as predictions:
+        assert sorted(predictions) == sorted(roles["test"])
