@@ -120,7 +120,8 @@ def measured(trainer, roles: dict[str, list[str]], name: str, folder: Path) -> d
         cases[case] = {"student": measure_both(truth, labels, spacing, classes, *chosen)}
     folder.mkdir(exist_ok=True)
     np.savez_compressed(folder / f"{name}.npz", **kept)
-    return {"post_processing": {"foreground": chosen[0], "classes": [c for c, keep in zip(classes, chosen[1]) if keep]},
+    kept_of = [int(c) for c, keep in zip(classes, chosen[1]) if keep]
+    return {"post_processing": {"foreground": chosen[0], "classes": kept_of},
             "cases": cases}
 
 
