@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import argparse
 
+from nnunet_confkd.data.annotated_classes import CLASSES_KEY
 from nnunet_confkd.data.folders import find_dataset, preprocessed_folder
 from nnunet_confkd.data.json_files import CONFIGURATIONS, read_json, read_plans
 
@@ -60,8 +61,11 @@ def next_step(name: str, plans_name: str, configurations: list[str], only_planne
         return f"next: confkd plan -d {number}, without --no_pp" if only_planned else (
             f"{name}: none of {', '.join(configurations)} is planned, because the images are 2-D or small; next: "
             f"confkd plan -d {number} -c 2d")
-    mixed = "ignore" in read_json(folder / "dataset.json").get("labels", {})
+    described = read_json(folder / "dataset.json")
+    mixed = "ignore" in described.get("labels", {})
     fold = "all" if mixed and not (folder / "splits_final.json").is_file() else "0"
     plans = "" if plans_name == "nnUNetPlans" else f" -p {plans_name}"
+    # such cases need no teacher, and often there is none (docs/how-to/organs.md)
+    plans += " -tr ConfKDTrainer_partialOnly" if described.get(CLASSES_KEY) else ""
     configuration = "3d_fullres" if "3d_fullres" in there else there[0]
     return (f"next: confkd train {number} {configuration} {fold}{plans}   (with --quick for a first look)")
