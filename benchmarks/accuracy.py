@@ -186,11 +186,12 @@ TABLES = {
 
 # ---- data -----------------------------------------------------------------------------------------------------------
 
-def prepare(table: Table, data: Path, scribbles: Path | None, work: Path) -> None:
+def prepare(table: Table, data: Path, scribbles: Path | None, work: Path,
+            roles: dict[str, list[str]] | None = None) -> None:
     """Preprocess the data sets of a table: one with all labels, and one for each number M of full patients.
 
     In the data set with all labels, fold 0 trains on all patients and each further fold on the first M of them. The
-    data sets are kept in `work` and used again.
+    data sets are kept in `work` and used again. `roles` holds patients, in place of those of :func:`choose_roles`.
     """
     from nnunet_confkd.data.folders import preprocessed_folder
     from nnunet_confkd.data.images import Volume
@@ -211,7 +212,7 @@ def prepare(table: Table, data: Path, scribbles: Path | None, work: Path) -> Non
                 f"another --work"
             )
         return
-    source, cases, roles = converted(table, data)
+    source, cases, roles = converted(table, data, roles)
     held_back = roles["test"] + roles["validation"]
 
     def first(count: int) -> list[str]:
@@ -245,8 +246,12 @@ def prepare(table: Table, data: Path, scribbles: Path | None, work: Path) -> Non
     done.write_text(json.dumps(asked))
 
 
-def converted(table: Table, data: Path) -> tuple[Path, dict, dict[str, list[str]]]:
-    """Write the data set with all labels. Return its raw folder, {case: case} of it, and the cases of each role."""
+def converted(table: Table, data: Path, patients: dict[str, list[str]] | None = None
+              ) -> tuple[Path, dict, dict[str, list[str]]]:
+    """Write the data set with all labels. Return its raw folder, {case: case} of it, and the cases of each role.
+
+    patients: Those of each role, in place of :func:`choose_roles`.
+    """
     from nnunet_confkd.dataset_conversion import acdc, msd
 
     from nnunet_confkd.data.raw_format import raw_dataset
@@ -257,6 +262,9 @@ def converted(table: Table, data: Path) -> tuple[Path, dict, dict[str, list[str]
         source = msd.convert(data, FULL_ID, labels=["background", "anterior", "posterior"], channels=["MRI"],
                              name="Hippocampus", link=True)
     cases = {case.name: case for case in raw_dataset(source, "source").training}
+    if patients is not None:
+        return source, cases, {role: [case for name in names for case in sorted(cases) if patient_of(case) == name]
+                               for role, names in patients.items()}
     twins = acdc.TWINS if table.data == "acdc" else ()
     return source, cases, choose_roles(cases, table.patients, twins, table.draw, table.fold)
 
@@ -366,7 +374,7 @@ def build_trainer(table: Table, spec: dict, dataset_id: int | None = None):
         set_seed(spec["seed"])  # stock rows, too, start from the seed
         trainer = get_trainer_from_args(dataset, configuration, fold, row.trainer, device=torch.device(spec["device"]))
     trainer.num_epochs, trainer.num_iterations_per_epoch, trainer.num_val_iterations_per_epoch = epochs, table.epoch, 4
-    trainer.save_every = max(1, epochs // 10)
+    trainer.save_every = max(1, min(5, epochs // 10))
     return trainer
 
 
