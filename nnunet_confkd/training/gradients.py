@@ -14,14 +14,17 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-PART = 2 ** 20  # number of logits that are looked at at a time
+# Number of logits that are looked at at a time: few, so that they stay in the cache of a processor; but each part costs
+# a GPU some launches of kernels.
+PART, PART_OF_GPU = 2 ** 18, 2 ** 22
 
 
 def sum_term_by_term(terms: Callable[..., Iterator[Tensor]], *logits: Tensor) -> Tensor:
     """Sum the terms of a loss; what a term needs for its gradient is freed before the next term is computed.
 
     Args:
-        terms: Called with the logits, cut from their graph and in full precision. Yields scalars.
+        terms: Called with the logits, cut from their graph and in full precision. Yields scalars. A term may also add
+            its gradient to the `grad` of the logits itself, and yield its value without a graph.
         logits: What the terms are computed of.
 
     Returns:
@@ -30,42 +33,12 @@ def sum_term_by_term(terms: Callable[..., Iterator[Tensor]], *logits: Tensor) ->
     return _SumTermByTerm.apply(terms, *logits)
 
 
-def mean_in_parts(per_voxel: Callable[..., Tensor], *logits: Tensor) -> Tensor:
-    """Average a quantity of each voxel, part by part of the image, so that no temporary has the size of the logits.
-
-    Args:
-        per_voxel: Turns logits `(B, C, *spatial)` into values `(B, *spatial)`.
-        logits: Its arguments, all of the same shape.
-
-    Returns:
-        A scalar, with a gradient for all logits that require one; zero if there is no image. It has no second
-        derivative.
-
-    Raises:
-        ValueError: The shapes differ.
-    """
-    shapes = [tuple(x.shape) for x in logits]
-    if len(set(shapes)) > 1:
-        raise ValueError(f"logits differ in shape: {', '.join(map(str, shapes))}")
-    return _MeanInParts.apply(per_voxel, *logits)
-
-
 def full_precision(logits: Tensor) -> Tensor:
     """Convert half precision (autocast) to float32; float32 and float64 stay."""
     return logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
 
 
-class _KeptGradient(torch.autograd.Function):
-    """A scalar whose gradient is computed in `forward`: in full precision, because half would lose small values."""
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, arriving: Tensor):
-        return None, *(None if gradient is None else (arriving * gradient).to(dtype)
-                       for gradient, dtype in zip(ctx.saved_tensors, ctx.dtypes))
-
-
-class _SumTermByTerm(_KeptGradient):
+class _SumTermByTerm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, terms, *logits):
         leaves = [full_precision(x.detach()).requires_grad_(needed)
@@ -80,36 +53,28 @@ class _SumTermByTerm(_KeptGradient):
         ctx.save_for_backward(*(leaf.grad for leaf in leaves))
         return total
 
-
-class _MeanInParts(_KeptGradient):
     @staticmethod
-    def forward(ctx, per_voxel, *logits):
-        total = full_precision(logits[0][:0]).new_zeros(())
-        gradients = [total.new_zeros(x.shape) if needed else None
-                     for x, needed in zip(logits, ctx.needs_input_grad[1:])]
-        number = max(1, logits[0].numel() // logits[0].shape[1])
-        for part in _parts(logits[0].shape):
-            pieces = [full_precision(x.detach()[part]).requires_grad_(needed)
-                      for x, needed in zip(logits, ctx.needs_input_grad[1:])]
-            with torch.enable_grad():
-                value = per_voxel(*pieces).sum() / number
-            total += value.detach()
-            if value.requires_grad:
-                value.backward()
-                for gradient, piece in zip(gradients, pieces):
-                    if piece.grad is not None:
-                        gradient[part] = piece.grad
-        ctx.dtypes = [x.dtype for x in logits]
-        ctx.save_for_backward(*gradients)
-        return total
+    @once_differentiable
+    def backward(ctx, arriving: Tensor):
+        # In full precision, because half would lose small values.
+        return None, *(None if gradient is None else (arriving * gradient).to(dtype)
+                       for gradient, dtype in zip(ctx.saved_tensors, ctx.dtypes))
 
 
-def _parts(shape: torch.Size) -> list[tuple[slice, ...]]:
-    """Indices that divide `(B, C, *spatial)` into parts of about `PART` elements: images, or slabs of one image."""
-    images, channels, first, *others = shape
+def parts_of(logits: Tensor) -> list[tuple[slice, ...]]:
+    """Divide logits into parts, so that what is computed of each of them has not the size of the logits.
+
+    Args:
+        logits: `(B, C, *spatial)`.
+
+    Returns:
+        Indices of parts of about `PART` elements: images, or slabs of one image.
+    """
+    images, channels, first, *others = logits.shape
+    limit = PART if logits.device.type == "cpu" else PART_OF_GPU
     slab = channels * prod(others)
-    if slab * first <= PART:
-        step = PART // max(1, slab * first)
+    if slab * first <= limit:
+        step = limit // max(1, slab * first)
         return [(slice(i, i + step),) for i in range(0, images, step)]
-    step = max(1, PART // slab)
+    step = max(1, limit // slab)
     return [(slice(i, i + 1), slice(None), slice(j, j + step)) for i in range(images) for j in range(0, first, step)]

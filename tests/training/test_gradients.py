@@ -7,8 +7,15 @@ from nnunetv2.training.loss.compound_losses import DC_and_CE_loss
 from nnunetv2.training.loss.dice import MemoryEfficientSoftDiceLoss
 
 from nnunet_confkd.training import gradients
-from nnunet_confkd.training.gradients import mean_in_parts, sum_term_by_term
-from nnunet_confkd.training.losses import TERMS, ConfKDLoss, PartialSupervision, entropy, kl_divergence
+from nnunet_confkd.training.gradients import sum_term_by_term
+from nnunet_confkd.training.losses import (
+    TERMS,
+    ConfKDLoss,
+    PartialSupervision,
+    add_kl_and_entropy,
+    entropy,
+    kl_divergence,
+)
 
 SPATIAL = {1: (7,), 2: (7, 5), 3: (7, 3, 4)}
 each_dimension = pytest.mark.parametrize("ndim", SPATIAL, ids=("1d", "2d", "3d"))
@@ -25,50 +32,59 @@ def with_gradients(value: torch.Tensor, *logits: torch.Tensor) -> list[torch.Ten
     return [value.detach(), *torch.autograd.grad(3 * value, logits)]
 
 
+# Factors of the gradients, also as a rank's factors are given
+each_choice = pytest.mark.parametrize("factors", ({"kl": 0.3}, {"entropy": torch.tensor(0.7)},
+                                                  {"kl": torch.tensor(0.3), "entropy": 0.7}),
+                                      ids=("kl", "entropy", "both"))
+
+
+def plain(student, teacher, factors, regions=False) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    """The sums and the gradient by the formulas of each voxel and PyTorch's gradients."""
+    student = student.detach().clone().requires_grad_()
+    sums = {"kl": kl_divergence(teacher, student, regions).sum(), "entropy": entropy(student, regions).sum()}
+    gradient, = torch.autograd.grad(sum(factor * sums[term] for term, factor in factors.items()), student)
+    return {term: sums[term].detach() for term in factors}, gradient
+
+
 @each_size
 @each_head
 @each_dimension
+@each_choice
 @pytest.mark.parametrize("dtype", (torch.float64, torch.float32), ids=str)
-def test_the_mean_in_parts_is_the_mean(monkeypatch, ndim, regions, part, dtype):
+def test_kl_and_entropy_in_one_pass_are_those_of_the_formulas(monkeypatch, ndim, regions, part, dtype, factors):
     monkeypatch.setattr(gradients, "PART", part)
-    p, q = (random_logits(3, 4, *SPATIAL[ndim], seed=s, dtype=dtype).requires_grad_() for s in (0, 1))
-    for quantity, logits in ((entropy, (p,)), (kl_divergence, (p, q))):
-        found = mean_in_parts(lambda *of_part: quantity(*of_part, regions), *logits)
-        expected = quantity(*logits, regions).mean()
-        torch.testing.assert_close(with_gradients(found, *logits), with_gradients(expected, *logits))
+    student, teacher = (random_logits(3, 4, *SPATIAL[ndim], seed=s, dtype=dtype) for s in (0, 1))
+    gradient = torch.ones_like(student)
+    found = add_kl_and_entropy(gradient, student, teacher, factors, regions)
+    expected, of_formulas = plain(student, teacher, factors, regions)
+    torch.testing.assert_close((found, gradient - 1), (expected, of_formulas),
+                               **({"rtol": 1e-4, "atol": 1e-6} if dtype == torch.float32 else {}))
+    torch.testing.assert_close(add_kl_and_entropy(None, student, teacher, factors, regions), found)
 
 
-@each_size
 @each_head
-def test_the_gradient_of_the_mean_is_that_of_finite_differences(monkeypatch, regions, part):
-    monkeypatch.setattr(gradients, "PART", part)
-    p, q = (random_logits(2, 3, 2, 2, seed=s).requires_grad_() for s in (0, 1))
-    assert torch.autograd.gradcheck(lambda *x: mean_in_parts(lambda *y: kl_divergence(*y, regions), *x), (p, q))
-    assert torch.autograd.gradcheck(lambda x: mean_in_parts(lambda y: entropy(y, regions), x), (p,))
+def test_the_gradient_of_the_objective_is_that_of_finite_differences(monkeypatch, regions):
+    monkeypatch.setattr(gradients, "PART", 20)
+    loss = ConfKDLoss(None, {"teacher": 0, "student": 0, "kl": 0.3, "entropy": 0.7}, regions=regions)
+    student, teacher = (random_logits(3, 3, 2, 2, seed=s) for s in (0, 1))
+    assert torch.autograd.gradcheck(lambda x: loss(x, teacher, torch.zeros(3, 1, 2, 2), 2)[0],
+                                    (student.requires_grad_(),))
 
 
-def test_logits_that_need_no_gradient_get_none():
-    p, q = (random_logits(2, 3, 4, 4, seed=s).requires_grad_(s == 1) for s in (0, 1))
-    mean_in_parts(kl_divergence, p, q).backward()
-    assert p.grad is None and q.grad.any()
+def test_the_kl_and_the_entropy_do_not_update_the_teacher_and_no_gradient_is_computed_where_none_is_needed():
+    loss = ConfKDLoss(None, {"teacher": 0, "student": 0, "kl": 0.3, "entropy": 0.7})
+    student, teacher = (random_logits(3, 3, 2, 2, seed=s).requires_grad_() for s in (0, 1))
+    loss(student, teacher, torch.zeros(3, 1, 2, 2), 2)[0].backward()
+    assert teacher.grad is None and student.grad.any()
     with torch.no_grad():
-        assert not mean_in_parts(kl_divergence, p, q).requires_grad
-    # one that the quantity does not depend on has a gradient of zero
-    p.requires_grad_()
-    mean_in_parts(lambda x, y: kl_divergence(x.detach(), y), p, q).backward()
-    assert not p.grad.any()
+        assert not loss(student, teacher, torch.zeros(3, 1, 2, 2), 2)[0].requires_grad
 
 
-def test_no_image_has_a_mean_of_zero_with_a_graph():
-    empty = torch.zeros(0, 3, 4, 4, requires_grad=True)
-    value = mean_in_parts(entropy, empty)
-    value.backward()
-    assert value.item() == 0 and empty.grad.shape == empty.shape
-
-
-def test_other_shapes_are_refused():
-    with pytest.raises(ValueError, match=r"\(2, 3, 4\).*\(1, 3, 4\)"):
-        mean_in_parts(kl_divergence, torch.zeros(2, 3, 4), torch.zeros(1, 3, 4))
+@pytest.mark.parametrize("teacher", (None, torch.zeros(1, 3, 4)), ids=("missing", "of another shape"))
+def test_a_teacher_that_does_not_fit_is_refused(teacher):
+    with pytest.raises(ValueError, match=r"\(2, 3, 4\).*(None|\(1, 3, 4\))"):
+        add_kl_and_entropy(None, torch.zeros(2, 3, 4), teacher, {"kl": 1.0})
+    assert set(add_kl_and_entropy(None, torch.zeros(2, 3, 4), teacher, {"entropy": 1.0})) == {"entropy"}
 
 
 @pytest.mark.parametrize("dtype", (torch.float16, torch.bfloat16), ids=str)
@@ -76,26 +92,27 @@ def test_half_precision_is_computed_in_float32(dtype):
     """A gradient of 1e-9 is zero in float16: the scale of the loss must reach it before it is rounded."""
     logits = [random_logits(1, 3, 8, 8, seed=s).to(dtype).requires_grad_() for s in (0, 1)]
     single = [x.detach().float().requires_grad_() for x in logits]
-    for function, expected in (
-            (lambda *x: mean_in_parts(kl_divergence, *x), kl_divergence(*single).mean()),
-            (lambda *x: sum_term_by_term(lambda *y: iter([1e-9 * entropy(y[0]).sum(), 1e-9 * y[1].sum()]), *x),
-             1e-9 * (entropy(single[0]).sum() + single[1].sum()))):
-        with torch.autocast("cpu", torch.bfloat16):
-            found = function(*logits)
-        torch.testing.assert_close(found, expected)
-        exact = torch.autograd.grad(2.0 ** 16 * expected, single)
-        for gradient, of_single in zip(torch.autograd.grad(2.0 ** 16 * found, logits), exact):
-            assert gradient.dtype == dtype and gradient.any()
-            torch.testing.assert_close(gradient, of_single.to(dtype))
+    sums = add_kl_and_entropy(None, logits[0].detach(), logits[1].detach(), {"kl": 1, "entropy": 1})
+    torch.testing.assert_close(sums, plain(single[0], single[1].detach(), sums)[0])
+    with torch.autocast("cpu", torch.bfloat16):
+        found = sum_term_by_term(lambda *y: iter([1e-9 * entropy(y[0]).sum(), 1e-9 * y[1].sum()]), *logits)
+    expected = 1e-9 * (entropy(single[0]).sum() + single[1].sum())
+    torch.testing.assert_close(found, expected)
+    exact = torch.autograd.grad(2.0 ** 16 * expected, single)
+    for gradient, of_single in zip(torch.autograd.grad(2.0 ** 16 * found, logits), exact):
+        assert gradient.dtype == dtype and gradient.any()
+        torch.testing.assert_close(gradient, of_single.to(dtype))
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.float16, torch.bfloat16), ids=str)
 @each_head
 def test_huge_logits_stay_finite(regions, dtype):
     huge = torch.tensor([1e4, -1e4, -1e4], dtype=dtype).reshape(1, 3, 1, 1)
-    p, q = huge.clone().requires_grad_(), (-huge).requires_grad_()
-    value = mean_in_parts(lambda *x: kl_divergence(*x, regions) + entropy(x[0], regions), p, q)
-    assert all(torch.isfinite(x).all() for x in with_gradients(value, p, q))
+    for student, teacher in ((huge, -huge), (-huge, huge)):
+        gradient = torch.zeros(huge.shape)
+        sums = add_kl_and_entropy(gradient, student, teacher, {"kl": 1.0, "entropy": 1.0}, regions)
+        assert all(torch.isfinite(x).all() for x in (gradient, *sums.values()))
+        assert gradient.abs().max() == 1 and sums["kl"] >= 1e4  # certain, and wrong
 
 
 def test_a_sum_term_by_term_is_the_sum():
@@ -135,5 +152,6 @@ def test_the_objective_needs_less_memory_than_nnunets_loss_of_the_student_alone(
     size = student.nbytes
     of_stock = peak_bytes(lambda: stock(student, target).backward()) / size
     of_ours = peak_bytes(lambda: loss(student, teacher, target, 2)[0].backward()) / size
-    extra = peak_bytes(lambda: mean_in_parts(kl_divergence, teacher.detach(), student).backward()) / size
-    assert of_ours < 0.9 * of_stock and extra < 2.5
+    gradient = torch.zeros_like(student)
+    extra = peak_bytes(lambda: add_kl_and_entropy(gradient, student, teacher, {"kl": 1, "entropy": 1})) / size
+    assert of_ours < 0.9 * of_stock and extra < 0.2
