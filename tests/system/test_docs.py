@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tarfile
 import unicodedata
-from importlib.metadata import entry_points
+from importlib.metadata import distribution, entry_points
 from pathlib import Path
 
 import pytest
@@ -315,7 +315,8 @@ def broken_links(page: Path) -> list[str]:
             continue
         path, _, anchor = link.partition("#")
         target = page.parent / path if path else page
-        if not target.is_file() or (anchor and anchor not in anchors(target)):
+        outside = page in PAGES[1:] and not target.resolve().is_relative_to(ROOT / "docs")  # of the site
+        if outside or not target.is_file() or (anchor and anchor not in anchors(target)):
             broken.append(f"{page.relative_to(ROOT) if page.is_relative_to(ROOT) else page.name}: {link}")
     return broken
 
@@ -355,8 +356,8 @@ def test_the_line_for_the_shell_keeps_what_the_variable_holds():
 
 def dry_run(target: str, *variables: str) -> str:
     """The commands that make would run."""
-    if shutil.which("make") is None:
-        pytest.skip("there is no make")
+    if os.name == "nt" or shutil.which("make") is None:
+        pytest.skip("the Makefile is for Unix, with make")
     environment = {k: v for k, v in os.environ.items() if not k.startswith("MAKE")}  # set by a make that runs pytest
     said = subprocess.run(["make", "-n", target, *variables], cwd=ROOT, capture_output=True, text=True, env=environment)
     assert said.returncode == 0, said.stderr
@@ -438,9 +439,17 @@ def test_the_later_outputs_in_the_tutorial_are_those_of_the_code():
 # ---- a release -----------------------------------------------------------------------------------------------------
 
 def test_the_version_is_the_same_everywhere():
-    version = nnunet_confkd.__version__
-    assert re.search(r"^version: (.+)$", (ROOT / "CITATION.cff").read_text(), re.MULTILINE)[1] == version
-    assert re.search(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)[1] == version
+    citation, changelog = (ROOT / "CITATION.cff").read_text(), (ROOT / "CHANGELOG.md").read_text()
+    version, date = re.search(r"^version: (.+)\ndate-released: (.+)$", citation, re.MULTILINE).groups()
+    assert version == nnunet_confkd.__version__
+    assert re.search(r"^## (.+)$", changelog, re.MULTILINE)[1] in (f"{version} ({date})", f"{version} (unreleased)")
+
+
+def test_every_dependency_stands_among_the_licences():
+    listed = (ROOT / "docs" / "reference" / "third_party.md").read_text(encoding="utf-8")
+    needed = {re.match(r"[\w-]+", requirement)[0] for requirement in distribution("nnunet-confkd").requires}
+    assert {"nnunetv2", "filelock", "slicerio", "mkdocstrings"} <= needed
+    assert [name for name in needed if not re.search(rf"^\| {name}( \(|\ \|)", listed, re.MULTILINE)] == []
 
 
 def test_the_sdist_holds_the_package_and_neither_tests_nor_data(tmp_path):
@@ -460,3 +469,14 @@ def test_the_sdist_holds_the_package_and_neither_tests_nor_data(tmp_path):
     assert {Path(name).suffix for name in ours if "/" in name} <= {".py", ".typed", ""}
     for folder in ("nnunet_confkd", "trainers", "dataset_conversion"):
         assert {f"{folder}/{file.name}" for file in (ROOT / folder).glob("*.py")} <= names
+
+
+def test_the_workflow_names_files_that_exist_and_pins_its_tools():
+    # without a parser of YAML, which is not among the dependencies of the tests
+    workflow = (ROOT / ".github" / "workflows" / "ci.yml").read_text(encoding="utf-8")
+    paths = re.findall(r"\btests/[\w/.]+", workflow)
+    assert len(paths) == 3 and all((ROOT / path).is_file() for path in paths)
+    tools = re.findall(r"\b(ruff|mypy|mkdocs|mkdocs-material|mkdocstrings|mkdocstrings-python|build|twine)==[\d.]+",
+                       workflow)
+    assert len(tools) == 8
+    assert not re.search(r"pip install [^\n]*\b(ruff|mypy|mkdocs[\w-]*|build|twine)(?![\w=-])", workflow)
