@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import argparse
 
+from nnunet_confkd.data.annotated_classes import CLASSES_KEY, unlisted_classes
 from nnunet_confkd.data.folders import find_dataset, preprocessed_folder
 from nnunet_confkd.data.json_files import CONFIGURATIONS, read_json, read_plans
 
@@ -60,8 +61,20 @@ def next_step(name: str, plans_name: str, configurations: list[str], only_planne
         return f"next: confkd plan -d {number}, without --no_pp" if only_planned else (
             f"{name}: none of {', '.join(configurations)} is planned, because the images are 2-D or small; next: "
             f"confkd plan -d {number} -c 2d")
-    mixed = "ignore" in read_json(folder / "dataset.json").get("labels", {})
+    described = read_json(folder / "dataset.json")
+    mixed = "ignore" in described.get("labels", {})
     fold = "all" if mixed and not (folder / "splits_final.json").is_file() else "0"
     plans = "" if plans_name == "nnUNetPlans" else f" -p {plans_name}"
     configuration = "3d_fullres" if "3d_fullres" in there else there[0]
-    return (f"next: confkd train {number} {configuration} {fold}{plans}   (with --quick for a first look)")
+    trainer = "" if can_have_a_teacher(described) else " -tr ConfKDTrainer_partialOnly"
+    return f"next: confkd train {number} {configuration} {fold}{plans}{trainer}   (with --quick for a first look)"
+
+
+def can_have_a_teacher(described: dict) -> bool:
+    """Say whether some case may teach the others: it is not listed as lacking classes, or lists more than another."""
+    unlisted = unlisted_classes(described, "dataset.json") if described.get(CLASSES_KEY) else {}
+    if not unlisted or len(unlisted) < described["numTraining"]:
+        return True
+    lists = [frozenset(classes) for classes in unlisted.values()]
+    teachers = [own for own in lists if any(own < other for other in lists)]
+    return bool(teachers) and not frozenset.intersection(*teachers)

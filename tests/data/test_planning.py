@@ -33,7 +33,7 @@ from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2
 from nnunetv2.utilities.label_handling.label_handling import LabelManager
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
-from nnunet_confkd.commands.plan import main, next_step
+from nnunet_confkd.commands.plan import can_have_a_teacher, main, next_step
 from nnunet_confkd.data import planning
 from nnunet_confkd.data.planning import plan
 from nnunet_confkd.data.resampling import KeepAnnotations, _KeepingConfiguration, keep_annotations
@@ -823,6 +823,16 @@ def test_the_default_numbers_of_processes_are_nnunets(planned, monkeypatch):
     monkeypatch.setattr(planning, "preprocessed_counts", lambda *arguments: {})
     main(["-d", "611", "-c", "2d", "3d_fullres", "mine", "3d_lowres", "--no_pbar"])
     assert calls == [(MIXED, "nnUNetPlans", ["2d", "3d_fullres", "mine", "3d_lowres"], [8, 4, 4, 8], False, False)]
+
+
+@pytest.mark.parametrize("lists, possible", [
+    ({}, True), ({"x": ["a"]}, True),  # y is annotated for all classes
+    ({"x": ["a"], "y": ["b"]}, False), ({"x": ["a", "b"], "y": ["b"]}, False),  # nobody teaches c
+    ({"x": ["a"], "y": ["b"], "z": ["a", "b"]}, False), ({"x": ["a", "b"], "y": ["b"], "z": ["b", "c"]}, True),
+    ({"x": ["a"], "y": ["a", "b", "c"]}, True)])
+def test_a_data_set_in_which_no_case_lists_more_than_others_trains_without_a_teacher(lists, possible):
+    described = {"labels": {"background": 0, "a": 1, "b": 2, "c": 3}, "numTraining": max(len(lists), 2)}
+    assert can_have_a_teacher(described | {"annotated_classes": lists}) == possible
 
 
 @pytest.mark.parametrize("configurations, name, labels, split, expected", [
