@@ -203,8 +203,8 @@ def applied(found: PostProcessing | None, predicted: Predicted, asked: bool) -> 
         The predictions, with the post-processed segmentations where there are any.
     """
     if found is None and predicted.described.get(CLASSES_KEY):
-        print("these predictions are raw. nnU-Net cannot determine a post-processing here, because it takes classes that "
-              "a case is not annotated for as absent")
+        print("these predictions are raw. nnU-Net cannot determine a post-processing here, because it takes "
+              "classes that a case is not annotated for as absent")
         return predicted
     if found is None:
         print("these predictions are raw, and the model has no post-processing, which often removes false positives. "
