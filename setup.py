@@ -1,14 +1,11 @@
 """The package map; all other metadata is in pyproject.toml."""
-from setuptools import setup
-
-ROOMS = ["data", "demo", "evaluation", "inference", "report", "training"]
+from setuptools import find_packages, setup
 
 if __name__ == "__main__":
     setup(
         package_data={"nnunet_confkd": ["py.typed"]},
         packages=[
-            "nnunet_confkd",
-            *(f"nnunet_confkd.{room}" for room in ROOMS),
+            *find_packages(include=["nnunet_confkd", "nnunet_confkd.*"]),
             "nnunet_confkd.trainers",
             "nnunet_confkd.dataset_conversion",
         ],

@@ -145,20 +145,27 @@ def describe(table, runs: dict) -> str:
     versions = ", ".join(f"{package} {' and '.join(of)}" for package, of in found.items())
     test, validation, train = table.patients
     patients = patients_in(runs)
-    return (
-        f"{train} patients train, {test} test (the figures: {cases_text(len(patients), len(set(patients)))}), "
-        f"{validation} validate; {table.iterations} iterations"
-        + (f" of batches of {table.batch_size}" if table.batch_size else "")
-        + (
-            f", a small plan (features 16 to 128, one convolution a stage, patches up to {table.max_patch} voxels wide)"
-            if table.small
-            else ""
+    seconds = sum(run["seconds"] for run in runs.values())
+    sentences = [
+        f"{train} patients train, {validation} validate and {test} test. The figures are of "
+        f"{cases_text(len(patients), len(set(patients)))}",
+        f"Trainings have {table.iterations} iterations"
+        + (f" of batches of {table.batch_size}" if table.batch_size else ""),
+    ]
+    if table.small:
+        sentences.append(
+            f"The plan is small: features 16 to 128, one convolution per stage, patches up to {table.max_patch} voxels "
+            f"wide"
         )
-        + (f", resampled to {' x '.join(f'{mm:g}' for mm in table.spacing)} mm" if table.spacing else "")
-        + f"; {len(runs)} runs, {sum(run['seconds'] for run in runs.values()) / 3600:.1f} hours summed "
-        f"over them; {', '.join(machines)}; {versions}. Far: more than 5 mm from the class. Intervals: 95 %, paired "
-        f"bootstrap over patients, each with all of their cases, and seeds."
-    )
+    if table.spacing:
+        sentences.append(f"Images are resampled to {' x '.join(f'{mm:g}' for mm in table.spacing)} mm")
+    sentences += [
+        f"{len(runs)} runs took {seconds / 3600:.1f} hours in sum ({', '.join(machines)})",
+        f"Versions: {versions}",
+        "*Far* is more than 5 mm from the class",
+        "Intervals are of 95 %, by a paired bootstrap over seeds and over patients, each with all of their cases",
+    ]
+    return ". ".join(sentences) + "."
 
 
 FLOOR = 0.42  # of the plot; what lies below stands at its foot, with its figure

@@ -77,7 +77,7 @@ def _value(action: argparse.Action) -> str:
 def _meaning(action: argparse.Action, exclusive: set[str]) -> str:
     """The help, with a default that it does not tell itself."""
     text = (action.help or OF_THE_MACHINE.get(action.dest, "")).strip()
-    given = action.default is not None and action.nargs != 0 and action.option_strings
+    given = action.default not in (None, []) and action.nargs != 0 and action.option_strings
     if given and "default" not in text:
         default = " ".join(map(str, action.default)) if isinstance(action.default, (list, tuple)) else action.default
         text += f"{'; ' if text else ''}default: {default}"
@@ -94,7 +94,7 @@ def options_table(parser: argparse.ArgumentParser) -> str:
     }
     rows = ["| option | |", "|---|---|"]
     for action in parser._actions:
-        if isinstance(action, (argparse._HelpAction, argparse._SubParsersAction)):
+        if isinstance(action, (argparse._HelpAction, argparse._SubParsersAction)) or action.help == argparse.SUPPRESS:
             continue
         options = ", ".join(_code(option + _value(action)) for option in action.option_strings)
         name = options or _code(_value(action).strip())

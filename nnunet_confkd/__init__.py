@@ -2,7 +2,7 @@
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 
 def _require_nnunet() -> None:

@@ -166,7 +166,8 @@ def prepare_quick(args: argparse.Namespace) -> str:
     return (f"--quick: the configuration {args.configuration} is {usual} with a small network (up to {features[-1]} "
             f"features), patches of {patch} voxels, and {settings.epochs} epochs of "
             f"{settings.iterations_per_epoch} iterations. This is for a first look. The accuracy is not that of a "
-            f"usual training: confkd train {args.dataset_name_or_id} {usual} {args.fold}")
+            f"usual training: confkd train {args.dataset_name_or_id} {usual} {args.fold}"
+            + ("" if args.tr == DEFAULT_TRAINER else f" -tr {args.tr}"))
 
 
 @contextmanager

@@ -88,6 +88,32 @@ def pytest_collection_modifyitems(config, items):
         items[:] = [item for item in items if item not in cuda]
 
 
+NO_RIGHT_TO_LINK = 1314  # Windows: ERROR_PRIVILEGE_NOT_HELD
+
+
+def skipped_without_the_right_to_link(error: OSError):
+    """Skip a test that Windows does not let make symbolic links; raise all other errors."""
+    if getattr(error, "winerror", None) == NO_RIGHT_TO_LINK:
+        pytest.skip("Windows lets this user make no symbolic links: run as administrator, or in developer mode")
+    raise error
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_setup(item):
+    try:
+        return (yield)
+    except OSError as error:
+        skipped_without_the_right_to_link(error)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item):
+    try:
+        return (yield)
+    except OSError as error:
+        skipped_without_the_right_to_link(error)
+
+
 # ---- what all tests share ------------------------------------------------------------------------------------------
 
 @pytest.fixture(scope="session")

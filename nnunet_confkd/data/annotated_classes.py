@@ -207,6 +207,6 @@ def require_annotated(kinds: Mapping[str, str], hidden: Mapping[str, Listed], la
                          f"case that is, or remove the class from the labels and preprocess again.")
     if not teachers:
         raise InputError(
-            f"none of the {len(kinds)} training cases is fully annotated ({summary(dict(kinds))}), and the lists of "
-            f"classes of some cases cannot be simulated on others that list more, for every class. So there is no "
+            f"none of the {len(kinds)} training cases is fully annotated ({summary(dict(kinds))}), and those with "
+            f"more classes than others do not cover all classes. So there is no "
             f"teacher. Train without one (-tr ConfKDTrainer_partialOnly), or annotate one case for all classes.")

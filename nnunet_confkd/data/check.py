@@ -232,9 +232,9 @@ def _decide_kinds(contents: dict[str, CaseContent], described: dict,
         if hidden:
             _report_error(report, "", require_annotated, kinds, hidden, described["labels"], True)
             if not teaching_cases(kinds, hidden, [case for case in counts if not counts[case].get(ignore, 0)]):
-                report.warnings.append("no case can teach the others: none is annotated for all classes, and the lists "
-                                       "of some cannot be simulated on others. ConfKDTrainer would stop; train "
-                                       "without a teacher: -tr ConfKDTrainer_partialOnly")
+                report.warnings.append("no case can teach the others: none is annotated for all classes, and those "
+                                       "with more classes than others do not cover all. ConfKDTrainer would stop; "
+                                       "train without a teacher: -tr ConfKDTrainer_partialOnly")
         else:
             _report_error(report, "", require_full, kinds)
     return kinds, {case: listed for case, listed in hidden.items() if kinds[case] == PARTIAL}

@@ -28,9 +28,9 @@ from nnunet_confkd.data.source_proposal import (
     LabelPlace,
     Proposal,
     background_of,
-    notes_on_equal_values,
     places_of_labels,
     plain_name,
+    proposal_of_other_classes,
     propose_sources,
     word_of,
 )
@@ -169,7 +169,7 @@ def propose(groups: list[Group]) -> Proposal:
     places = places_of_labels(groups)
     proposal = propose_sources(places, groups) or _of_equal_classes(images, full, strokes, places)
     if min(measure.range[0] for group in images for measure in group.files.values() if measure.kind == IMAGE) < AIR:
-        for words in filter(None, (proposal.words, proposal.instead)):
+        for words in filter(None, (proposal.words, proposal.instead, proposal.otherwise)):
             words += ["--channels", "CT"]
     unreadable = [path for group in groups for path, measure in group.files.items() if measure.kind == UNREADABLE]
     if unreadable:
@@ -185,7 +185,7 @@ def _of_equal_classes(images: list[Group], full: list, strokes: list, places: li
         proposal.words += ["--partial-labels", *_places(strokes)]
     masks, drawn = ([group.files[path] for group, paths in found for path in paths] for found in (full, strokes))
     _name_labels(proposal, masks, drawn)
-    proposal.notes += notes_on_equal_values(places)
+    proposal.otherwise = proposal_of_other_classes(places, images)
     return proposal
 
 
@@ -325,3 +325,6 @@ def main(argv: list[str]) -> None:
         print("\nThis command comes near, but would stop, because of:\n  " + "\n  ".join(grouped(problems)) + "\n"
               if problems else "\nGive the classes names, and check what is said above. The command:\n")
         print("\n".join(filter(None, [missing_variables(), command_text([*words, "--id", str(free_id())])])))
+    if proposal.otherwise:
+        print("\nIt takes equal values for the same classes. If the folders are annotated for different organs, the "
+              "command is instead:\n\n" + command_text([*proposal.otherwise, "--id", str(free_id())]))

@@ -7,6 +7,7 @@ import random
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from nnunet_confkd.data import dicom, meanings
 from nnunet_confkd.data.case_files import Case
@@ -47,7 +48,7 @@ class Mixture:
 
 
 def mix(full: Path | None, dataset_id: int, *, processes: int = PROCESSES, link: bool = False, overwrite: bool = False,
-        **options) -> Path:
+        **options: Any) -> Path:
     """Write folders of images and labels as one data set of nnU-Net.
 
     Args:
@@ -299,8 +300,8 @@ def arguments() -> argparse.ArgumentParser:
                                                                                           "slices")
     folders = parser.add_argument_group("or a folder for each kind, which holds images and labels (or imagesTr and "
                                         "labelsTr)")
-    folders.add_argument("--full", type=Path, metavar="DIR")
-    folders.add_argument("--partial", type=Path, metavar="DIR")
+    folders.add_argument("--full", type=Path, metavar="DIR", help="images and their complete masks")
+    folders.add_argument("--partial", type=Path, metavar="DIR", help="images and their partial masks")
     folders.add_argument("--unlabelled", type=Path, metavar="DIR", help="images, in it or in its folder images")
     sources = parser.add_argument_group("or a folder for each source, whose labels have classes and "
                                         "values of their own")

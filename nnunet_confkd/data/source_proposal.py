@@ -2,10 +2,9 @@
 from __future__ import annotations
 
 import re
-import shlex
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from nnunet_confkd.data.class_sources import BACKGROUND, IGNORE
 from nnunet_confkd.data.groups import Group
@@ -88,10 +87,12 @@ class Proposal:
     Attributes:
         words: The arguments of `confkd mix`. None: there is no command.
         instead: Other arguments, for the case that these do not fit.
+        otherwise: Other arguments, for the case that equal values mean different classes.
         notes: What was concluded, and what the user has to decide.
     """
     words: list[str] = field(default_factory=list)
     instead: list[str] = field(default_factory=list)
+    otherwise: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
 
@@ -249,18 +250,18 @@ def _notes(places: Iterable[LabelPlace]) -> list[str]:
     return notes
 
 
-def notes_on_equal_values(places: Sequence[LabelPlace]) -> list[str]:
-    """Say that folders whose masks have the same values are taken for folders with the same classes.
+def proposal_of_other_classes(places: Sequence[LabelPlace], images: Sequence[Group]) -> list[str]:
+    """Return the arguments for the case that folders whose masks have the same values are of different organs.
 
     Args:
         places: Those of :func:`places_of_labels`, whose masks are all annotated for the same classes.
+        images: The groups that hold images.
+
+    Returns:
+        The arguments of `confkd mix`; none if there is one such folder, or if names tell the classes.
     """
     if len(places) < 2 or any(place.strokes or place.named or set(place.classes.values()) != {
             f"class_{value}" for value in place.classes} for place in places):
         return []
-    words = [word for place in places for word in (
-        "--source", f"{place.name}={place.group.place}", "--classes",
-        *(f"{place.name}_{value}={value}" for value in place.classes))]
-    return [f"note: {some(place.group.place for place in places)} hold the same values, which are taken for the same "
-            f"classes. If they are different ones, put this in the place of --full-labels and --labels: "
-            f"{shlex.join(words)}"]
+    places = [replace(place, classes={value: f"{place.name}_{value}" for value in place.classes}) for place in places]
+    return _words_of_folders(places, images) or _words_of_places(places, images)

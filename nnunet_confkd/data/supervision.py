@@ -111,7 +111,7 @@ def _stamp(folder: Path, case: str) -> list[int]:
 
 def _read_cache(cache: str | Path | None, labels: list[int]) -> dict:
     try:
-        content = json.loads(Path(cache).read_text())
+        content = json.loads(Path(cache).read_text(encoding="utf-8"))
         return content["cases"] if content["labels"] == labels else {}
     except (TypeError, OSError, ValueError, KeyError):  # none asked for, none there, or not ours
         return {}

@@ -6,6 +6,7 @@ import random
 from collections.abc import Iterable, Mapping
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -33,7 +34,7 @@ from nnunet_confkd.processes import PROCESSES
 def weaken_dataset(source: int | str, dataset_id: int, *, full: list[str], style: str | None = None,
                    hide_classes: int = 0, unlabelled: int = 0, seed: int = 0, folds: int = FOLDS,
                    name: str | None = None, patient_pattern: str | None = None, processes: int = PROCESSES,
-                   link: bool = False, **options) -> Path:
+                   link: bool = False, **options: Any) -> Path:
     """Write a copy of a fully annotated data set of nnU-Net in which most training cases have weak labels.
 
     The patients that validate in the source's fold 0 keep their labels and are held back. Without a split, about a

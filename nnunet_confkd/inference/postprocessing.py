@@ -19,6 +19,7 @@ from nnunetv2.postprocessing.remove_connected_components import (
 from nnunetv2.utilities.file_path_utilities import folds_tuple_to_string
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
+from nnunet_confkd.data.annotated_classes import CLASSES_KEY
 from nnunet_confkd.data.folders import raw_folder
 from nnunet_confkd.data.json_files import read_json, read_plans
 from nnunet_confkd.errors import InputError, shown
@@ -201,6 +202,10 @@ def applied(found: PostProcessing | None, predicted: Predicted, asked: bool) -> 
     Returns:
         The predictions, with the post-processed segmentations where there are any.
     """
+    if found is None and predicted.described.get(CLASSES_KEY):
+        print("these predictions are raw. nnU-Net cannot determine a post-processing here, because it takes "
+              "classes that a case is not annotated for as absent")
+        return predicted
     if found is None:
         print("these predictions are raw, and the model has no post-processing, which often removes false positives. "
               f"{HOW_TO.format(model=predicted.model)}. Then add --postprocessing here")

@@ -39,6 +39,7 @@ from nnunet_confkd.training.cutmix import Mix, mixed
 from nnunet_confkd.training.gradients import full_precision, parts_of, sum_term_by_term
 from nnunet_confkd.training.ranks import rank_factors
 
+Outputs = Tensor | Sequence[Tensor]  # at one resolution, or at several, highest first
 TERMS = ("teacher", "student", "kl", "entropy")
 LOG2_E = 1 / log(2)
 NEVER = -1e30  # a float32 logit of probability 0, with a gradient of 0; an infinite one would give NaN
@@ -565,8 +566,8 @@ class ConfKDLoss(nn.Module):
         """Whether the batch is that of one rank of several."""
         return getattr(self.supervised, "ddp", False)
 
-    def forward(self, student, teacher, target, num_full: int, kl_ramp: float = 1.0,
-                prior_shift: Tensor | None = None, mix: Mix | None = None,
+    def forward(self, student: Outputs, teacher: Outputs | None, target: Outputs, num_full: int,
+                kl_ramp: float = 1.0, prior_shift: Tensor | None = None, mix: Mix | None = None,
                 listed: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
         """Compute the loss of a batch.
 

@@ -7,7 +7,7 @@ from nnunet_confkd import __version__
 from nnunet_confkd.data.json_files import read_json
 from nnunet_confkd.errors import shown
 from nnunet_confkd.files import write_json
-from nnunet_confkd.training.settings import without_removed
+from nnunet_confkd.training.settings import ADDED, without_removed
 
 RECORD = "confkd.json"
 
@@ -30,8 +30,9 @@ def write_record(folder: str | Path, content: dict, continued_in_epoch: int | No
     if continued_in_epoch is not None and file.is_file():
         before = read_json(file)
         earlier, history = without_removed(before.get("settings", {})), before.get("history", [])
-        changed = [f"{name}: {shown(earlier.get(name))} -> {shown(settings.get(name))}"
-                   for name in sorted({*earlier, *settings}) if earlier.get(name) != settings.get(name)]
+        known = {name: value for name, value in ADDED.items() if name in settings} | earlier
+        changed = [f"{name}: {shown(known.get(name))} -> {shown(settings.get(name))}"
+                   for name in sorted({*known, *settings}) if known.get(name) != settings.get(name)]
         if changed:
             history = [*history, {"until_epoch": continued_in_epoch, "nnunet_confkd": before.get("nnunet_confkd"),
                                   "settings": earlier}]

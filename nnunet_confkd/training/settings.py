@@ -88,22 +88,22 @@ class Settings:
     teacher_width: float = _setting("teacher", 0.5, (0.05, 1), "features of the teacher's decoder, as a share of the "
                                     "student's; a narrow teacher costs less time and memory")
     teacher_hints: bool = _setting("teacher", True, (),
-                                   "whether the teacher also sees annotated voxels, if the KL acts on images that are "
-                                   "not fully annotated: real annotations on partially annotated images, simulated "
-                                   "ones on fully annotated images")
+                                   "whether the teacher also sees annotated voxels: real annotations on partially "
+                                   "annotated images, simulated ones on fully annotated images. It does so only if "
+                                   "the KL acts on images that are not fully annotated")
 
     cutmix: float | None = _setting("batches", None, SHARES,
                                     "share of the iterations in which the student's images exchange boxes, with their "
-                                    "labels and the teacher's probabilities; null: 0.5 if all training cases that are "
-                                    "not fully annotated are unlabelled, else 0")
+                                    "labels and the teacher's probabilities. Null means 0.5 if all training cases "
+                                    "that are not fully annotated are unlabelled, else 0")
     full_share: float = _setting("batches", 0.5, (0.01, 0.99), "share of fully annotated images in a training batch")
     unlabelled_share: float = _setting("batches", 0.25, SHARES,
                                        "share of unlabelled images among the others in a batch, but at most their "
                                        "share of the cases; the rest is partially annotated")
     class_share: float = _setting("batches", 0.5, SHARES,
                                   "share of the draws in which first a class and then one of its cases is drawn, if "
-                                  "cases are annotated for different classes; in all other draws all cases are as "
-                                  "likely")
+                                  "cases are annotated for different classes. In all other draws all cases are "
+                                  "equally likely")
 
     epochs: int | None = _setting("run", None, COUNTS, "number of epochs; null: nnU-Net's 1000")
     iterations_per_epoch: int | None = _setting("run", None, COUNTS, "iterations per epoch; null: nnU-Net's 250")

@@ -597,7 +597,16 @@ class ConfKDTrainer(nnUNetTrainer):
                                 f"are free.") from error
 
     def load_checkpoint(self, filename_or_checkpoint) -> None:
-        super().load_checkpoint(filename_or_checkpoint)
+        try:
+            super().load_checkpoint(filename_or_checkpoint)
+        except RuntimeError as error:  # of load_state_dict
+            if "state_dict" not in str(error):
+                raise
+            raise InputError(
+                f"{filename_or_checkpoint}: holds another network than the plans ask for. If the training is of "
+                f"version 0.1, add \"teacher_width\": 1 to the confkd block of {self.configuration_name} in "
+                f"{self.plans_manager.plans_name}.json of the preprocessed data set. Else undo what you changed in the "
+                f"plans.") from error
         self.continued = True
         self._add_missing_curves()
 

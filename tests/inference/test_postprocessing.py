@@ -142,6 +142,13 @@ def test_without_one_the_user_is_told_how_to_get_one(model, tmp_path, capsys):
         postprocessing.required(model, ["0"], "")
 
 
+def test_none_is_proposed_if_cases_lack_classes_which_nnunet_takes_for_absent(model, tmp_path, capsys):
+    predicted = Predicted({}, {}, tmp_path, model, {"labels": LABELS, "annotated_classes": {"a": ["RV"]}})
+    assert postprocessing.applied(None, predicted, False) is predicted
+    said = capsys.readouterr().out
+    assert "these predictions are raw" in said and "nnUNetv2_" not in said
+
+
 def test_one_that_is_there_is_mentioned_and_applied_only_if_asked_for(model, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(postprocessing, "PROCESSES", 1)
     write(model, [postprocessing.FUNCTION.__name__], [WHOLE])

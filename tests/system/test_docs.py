@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tarfile
 import unicodedata
-from importlib.metadata import entry_points
+from importlib.metadata import distribution, entry_points
 from pathlib import Path
 
 import pytest
@@ -315,7 +315,8 @@ def broken_links(page: Path) -> list[str]:
             continue
         path, _, anchor = link.partition("#")
         target = page.parent / path if path else page
-        if not target.is_file() or (anchor and anchor not in anchors(target)):
+        outside = page in PAGES[1:] and not target.resolve().is_relative_to(ROOT / "docs")  # of the site
+        if outside or not target.is_file() or (anchor and anchor not in anchors(target)):
             broken.append(f"{page.relative_to(ROOT) if page.is_relative_to(ROOT) else page.name}: {link}")
     return broken
 
@@ -355,8 +356,8 @@ def test_the_line_for_the_shell_keeps_what_the_variable_holds():
 
 def dry_run(target: str, *variables: str) -> str:
     """The commands that make would run."""
-    if shutil.which("make") is None:
-        pytest.skip("there is no make")
+    if os.name == "nt" or shutil.which("make") is None:
+        pytest.skip("the Makefile is for Unix, with make")
     environment = {k: v for k, v in os.environ.items() if not k.startswith("MAKE")}  # set by a make that runs pytest
     said = subprocess.run(["make", "-n", target, *variables], cwd=ROOT, capture_output=True, text=True, env=environment)
     assert said.returncode == 0, said.stderr
@@ -375,12 +376,17 @@ def test_make_would_run_all_tests_or_those_that_are_not_slow(tmp_path):
         assert ("not slow" in said) == (target == "test")
 
 
+def tutorial() -> tuple[str, list[str]]:
+    """The tutorial's Python snippet and its commands, in order."""
+    first, = (text for _, text in blocks(TUTORIAL, "python"))
+    return first, [command for page, _, command in COMMANDS if page == "docs/tutorial/first_model.md"]
+
+
 @pytest.mark.skipif(os.name == "nt", reason="the commands are of a Unix shell")
 def test_the_tutorial_up_to_the_training(tmp_path, monkeypatch, capsys, thread_pools):
     """The tutorial's snippets and commands run in its order, and print what it says. Other tests train."""
     monkeypatch.chdir(tmp_path)
-    first, = (text for _, text in blocks(TUTORIAL, "python"))
-    of_page = [command for page, _, command in COMMANDS if page == "docs/tutorial/first_model.md"]
+    first, of_page = tutorial()
     exec(first, {})
     for folder, cases in (("full", 8), ("points", 12), ("unlabelled", 6), ("test", 6)):
         assert len(list(Path(folder, "images").iterdir())) == cases
@@ -435,12 +441,76 @@ def test_the_later_outputs_in_the_tutorial_are_those_of_the_code():
         assert text in shown and text in one_line, f"{file}: {text}"
 
 
+# A file of the new environment, so that the training is short enough for a test.
+SHORT = """from nnunet_confkd.data import small_configuration
+small_configuration.LENGTHS[2] = dict(epochs=2, iterations_per_epoch=3)
+"""
+
+
+def environment_of_the_wheel(folder: Path) -> Path:
+    """Build the wheel and install it into an empty environment; return the folder of its programs.
+
+    Only then are the packages that this Python has put in its reach, because to download them takes gigabytes.
+    """
+    source, python = folder / "source", folder / "venv" / "bin" / "python"
+    shutil.copytree(ROOT, source, ignore=shutil.ignore_patterns(".*", "tests", "benchmarks", "*.egg-info", "build"))
+    subprocess.run([sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-q", "-w", folder,
+                    source], check=True)
+    shutil.rmtree(source)
+    subprocess.run([sys.executable, "-m", "venv", folder / "venv"], check=True)
+    subprocess.run([python, "-m", "pip", "install", "-q", "--no-deps", "--no-index", next(folder.glob("*.whl"))],
+                   check=True)
+    site, = (folder / "venv").glob("lib/python*/site-packages")
+    (site / "short_training.py").write_text(SHORT)
+    borrowed = [path for path in sys.path if path.endswith(("site-packages", "dist-packages"))]
+    (site / "borrowed.pth").write_text("\n".join([*borrowed, "import short_training"]) + "\n")
+    return python.parent
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="the wheel is tried on Linux; the commands are of a Unix shell")
+def test_the_tutorial_with_the_wheel_in_an_environment_of_its_own(tmp_path):
+    programs, work = environment_of_the_wheel(tmp_path), tmp_path / "work"
+    work.mkdir()
+    first, of_page = tutorial()
+    environment = {key: value for key, value in os.environ.items()
+                   if not key.startswith(("nnUNet_", "PYTHON", "VIRTUAL_ENV"))}
+    environment |= {"PATH": f"{programs}{os.pathsep}{environment['PATH']}", "nnUNet_def_n_proc": "1"}
+
+    def run(*command: str) -> str:
+        done = subprocess.run(command, cwd=work, env=environment, capture_output=True, text=True, timeout=1200)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    where = "import nnunet_confkd.trainers as t; print(nnunet_confkd.__file__, nnunet_confkd.__version__, t.__file__)"
+    file, version, trainers = run("python", "-c", f"import nnunet_confkd; {where}").split()
+    assert file.startswith(f"{tmp_path}/") and trainers.startswith(f"{tmp_path}/")
+    assert version == nnunet_confkd.__version__
+    run("python", "-c", first)
+    script = "set -e\n" + "\n".join(of_page)
+    assert script.count("confkd ") == 8
+    said = run("sh", "-c", script)
+    missing = [text for _, text in PRINTED if text not in said and text != "running on the CPU"]
+    assert not missing, said
+    model = work / "results" / "Dataset027_Hearts" / "ConfKDTrainer__nnUNetPlans__2d_quick"
+    assert (model / "report" / "report.html").is_file() and len(list((work / "predictions").glob("*.nii.gz"))) == 6
+    assert (work / "my_model" / "fold_0" / "checkpoint_final.pth").is_file()
+
+
 # ---- a release -----------------------------------------------------------------------------------------------------
 
 def test_the_version_is_the_same_everywhere():
-    version = nnunet_confkd.__version__
-    assert re.search(r"^version: (.+)$", (ROOT / "CITATION.cff").read_text(), re.MULTILINE)[1] == version
-    assert re.search(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)[1] == version
+    citation, changelog = (ROOT / "CITATION.cff").read_text(), (ROOT / "CHANGELOG.md").read_text()
+    version, date = re.search(r"^version: (.+)\ndate-released: (.+)$", citation, re.MULTILINE).groups()
+    assert version == nnunet_confkd.__version__
+    assert re.search(r"^## (.+)$", changelog, re.MULTILINE)[1] in (f"{version} ({date})", f"{version} (unreleased)")
+
+
+def test_every_dependency_stands_among_the_licences():
+    listed = (ROOT / "docs" / "reference" / "third_party.md").read_text(encoding="utf-8")
+    needed = {re.match(r"[\w-]+", requirement)[0] for requirement in distribution("nnunet-confkd").requires}
+    assert {"nnunetv2", "filelock", "slicerio", "mkdocstrings"} <= needed
+    assert [name for name in needed if not re.search(rf"^\| {name}( \(|\ \|)", listed, re.MULTILINE)] == []
 
 
 def test_the_sdist_holds_the_package_and_neither_tests_nor_data(tmp_path):
@@ -459,4 +529,15 @@ def test_the_sdist_holds_the_package_and_neither_tests_nor_data(tmp_path):
     ours = {name for name in names if not name.startswith("nnunet_confkd.egg-info")}
     assert {Path(name).suffix for name in ours if "/" in name} <= {".py", ".typed", ""}
     for folder in ("nnunet_confkd", "trainers", "dataset_conversion"):
-        assert {f"{folder}/{file.name}" for file in (ROOT / folder).glob("*.py")} <= names
+        assert {file.relative_to(ROOT).as_posix() for file in (ROOT / folder).rglob("*.py")} <= names
+
+
+def test_the_workflow_names_files_that_exist_and_pins_its_tools():
+    # without a parser of YAML, which is not among the dependencies of the tests
+    workflow = (ROOT / ".github" / "workflows" / "ci.yml").read_text(encoding="utf-8")
+    paths = re.findall(r"\btests/[\w/.]+", workflow)
+    assert len(paths) == 3 and all((ROOT / path).is_file() for path in paths)
+    tools = re.findall(r"\b(ruff|mypy|mkdocs|mkdocs-material|mkdocstrings|mkdocstrings-python|build|twine)==[\d.]+",
+                       workflow)
+    assert len(tools) == 8
+    assert not re.search(r"pip install [^\n]*\b(ruff|mypy|mkdocs[\w-]*|build|twine)(?![\w=-])", workflow)

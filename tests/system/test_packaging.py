@@ -103,10 +103,11 @@ def test_the_wheel_holds_one_top_level_name_and_its_trainers_are_found(tmp_path)
     wheel = next(tmp_path.glob("*.whl"))
     with zipfile.ZipFile(wheel) as z:
         z.extractall(tmp_path / "site")
-        names = {name.split("/")[0] for name in z.namelist()}
-    assert {n for n in names if not n.endswith(".dist-info")} == {"nnunet_confkd"}
-    for name in ("dataset_conversion/__init__.py", "trainers/__init__.py", "py.typed"):
-        assert (tmp_path / "site" / "nnunet_confkd" / name).is_file()
+        names = {name for name in z.namelist() if ".dist-info/" not in name}
+    modules = [file.relative_to(ROOT).as_posix() for folder in ("nnunet_confkd", "trainers", "dataset_conversion")
+               for file in (ROOT / folder).rglob("*.py")]
+    assert names == {"nnunet_confkd/" + name.removeprefix("nnunet_confkd/") for name in modules} | {
+        "nnunet_confkd/py.typed"}
     # -P: not the checkout; the extracted wheel comes before the editable install
     code = f"import sys; sys.path.insert(0, {str(tmp_path / 'site')!r})\n" \
            "from nnunet_confkd.discovery import make_findable, trainer_dir\n" \

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from conftest import NO_RIGHT_TO_LINK, skipped_without_the_right_to_link
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDERS = ("nnunet_confkd", "dataset_conversion", "trainers")
@@ -31,6 +32,7 @@ NAMES = {
     "time": ["tzset"]}
 ARGUMENTS = {"preexec_fn", "start_new_session", "process_group", "pass_fds"}  # of subprocess.Popen
 CONTEXTS = {"fork", "forkserver"}  # of multiprocessing
+PROGRAMS = {"bash", "make", "sh"}  # that a test may start
 # These hooks are registered only where processes can fork.
 ALLOWED = {("nnunet_confkd/processes.py", "_before_fork"), ("nnunet_confkd/processes.py", "_after_fork")}
 
@@ -52,6 +54,8 @@ def uses(tree: ast.AST) -> Iterator[tuple[ast.AST, str]]:
                 if isinstance(function, ast.Attribute) and function.attr in ("get_context", "set_start_method"):
                     constants = [argument.value for argument in arguments if isinstance(argument, ast.Constant)]
                     yield from ((node, value) for value in constants if value in CONTEXTS)
+            case ast.List(elts=[ast.Constant(value=str(text)), *_]) if text in PROGRAMS:
+                yield node, f"the program {text}"
             case ast.Constant(value=str(text)) if text.startswith("/proc/"):
                 yield node, text
 
@@ -89,8 +93,8 @@ def in_package(file: str, source: str) -> list[str]:
 def in_tests(file: str, source: str) -> list[str]:
     """List the uses that are evaluated when the file is collected, and those in functions that are never skipped.
 
-    Collecting evaluates what is outside of functions, decorators and defaults. A function is skipped by its decorator
-    or in its body.
+    Collecting evaluates what is outside of functions, decorators and defaults. A function is skipped by its decorator,
+    in its body, or by the `pytestmark` of its file.
     """
     tree = ast.parse(source)
     parents, found = enclosing(tree), []
@@ -100,7 +104,7 @@ def in_tests(file: str, source: str) -> list[str]:
     def is_skipped(function: ast.FunctionDef) -> bool:
         decorators = [ast.unparse(decorator) for decorator in function.decorator_list]
         text = ast.unparse(function)
-        return any("skipif" in text or text in marks for text in decorators) or any(
+        return "pytestmark" in marks or any("skipif" in text or text in marks for text in decorators) or any(
             word in text for word in ("hasattr(", "os.name", "importorskip", "pytest.skip("))
 
     for node, what in uses(tree):
@@ -131,7 +135,7 @@ def test_tests_can_be_collected_on_windows_and_skip_what_it_lacks(file):
     "import fcntl", "from resource import setrlimit", "from os import fork", "def f():\n    import pwd",
     "import os\nos.killpg(1, 2)", "def f():\n    return os.uname()", "signal.pthread_sigmask(signal.SIG_BLOCK, ())",
     "subprocess.Popen([], preexec_fn=f)", "get = lambda: Path('/proc/self/status')",
-    "multiprocessing.get_context('fork')",
+    "multiprocessing.get_context('fork')", "subprocess.run(['sh', '-c', 'true'])",
     "if windows:\n    os.fork()"])
 def test_what_only_posix_has_is_found(source):
     assert in_package("file.py", source) and in_tests("file.py", source)
@@ -145,11 +149,21 @@ def test_what_has_a_branch_or_is_everywhere_is_not(source):
     assert in_package("file.py", source) == []
 
 
+def test_a_test_that_may_not_make_a_link_is_skipped_and_other_errors_are_raised():
+    error = OSError("a required privilege is not held by the client")
+    with pytest.raises(OSError, match="required privilege"):
+        skipped_without_the_right_to_link(error)
+    error.winerror = NO_RIGHT_TO_LINK
+    with pytest.raises(pytest.skip.Exception, match="symbolic links"):
+        skipped_without_the_right_to_link(error)
+
+
 def test_a_test_is_safe_if_it_is_skipped_and_needs_nothing_when_it_is_collected():
     skip = "@pytest.mark.skipif(os.name == 'nt', reason='x')\n"
     assert in_tests("file.py", f"{skip}def test():\n    import fcntl") == []
     assert in_tests("file.py", f"posix = {skip[1:]}@posix\ndef test():\n    os.fork()") == []
     assert in_tests("file.py", "def limit():\n    pytest.importorskip('resource')\n    import resource") == []
+    assert in_tests("file.py", f"pytestmark = {skip[1:]}\ndef test():\n    os.fork()") == []
     assert in_tests("file.py", "def test():\n    os.fork()")
     assert in_tests("file.py", f"{skip}def test(to=os.killpg):\n    pass")
     assert in_tests("file.py", f"{skip}@pytest.mark.parametrize('to', [os.killpg])\ndef test(to):\n    pass")

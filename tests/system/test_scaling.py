@@ -11,6 +11,7 @@ import pytest
 
 HIPPOCAMPUS = "Dataset004_Hippocampus"
 SCRIPTS = Path(__file__).resolve().parents[2] / "docs" / "slurm"
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="SLURM and its scripts are for Linux")
 each_script = pytest.mark.parametrize("script", ("prepare.sbatch", "train.sbatch"))
 
 

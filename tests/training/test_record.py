@@ -4,7 +4,7 @@ from __future__ import annotations
 import json
 
 from nnunet_confkd.training.record import RECORD, write_record
-from nnunet_confkd.training.settings import REMOVED
+from nnunet_confkd.training.settings import ADDED, REMOVED
 
 OLD, NEW = {"weight_kl": 3.0, "seed": None}, {"weight_kl": 1.5, "seed": None}
 
@@ -34,3 +34,10 @@ def test_a_training_that_begins_anew_forgets_the_earlier_settings(tmp_path):
 def test_settings_that_an_earlier_version_had_are_no_change(tmp_path):
     write(tmp_path, {**OLD, **REMOVED})
     assert write(tmp_path, OLD, epoch=1)[0] is None
+
+
+def test_settings_that_came_later_are_no_change_if_they_do_what_the_earlier_version_did(tmp_path):
+    write(tmp_path, OLD)
+    assert write(tmp_path, OLD | ADDED, epoch=1)[0] is None
+    write(tmp_path, OLD)
+    assert "teacher_width: 1.0 -> 0.5." in write(tmp_path, OLD | ADDED | {"teacher_width": 0.5}, epoch=1)[0]

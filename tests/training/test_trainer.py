@@ -452,6 +452,15 @@ def test_a_run_without_checkpoints_from_pretrained_weights_logs_every_curve(nnun
             "teacher_dice_per_class_or_region/class_2", "final_val_teacher/foreground_dice"} <= set(remembers.seen)
 
 
+def test_a_training_of_another_network_is_not_continued_and_the_setting_is_named(nnunet, hippocampus,
+                                                                                  hippocampus_model):
+    nnunet.configure(HIPPOCAMPUS, "2d_narrow", "2d", {"epochs": 1, "iterations_per_epoch": 5})
+    trainer = nnunet.trainer(HIPPOCAMPUS, "2d_narrow", continue_training=True)
+    checkpoint = str(hippocampus_model / "fold_0" / "checkpoint_final.pth")
+    with pytest.raises(InputError, match='another network.*"teacher_width": 1 to the confkd block of 2d_narrow in nnU'):
+        trainer.load_checkpoint(checkpoint)
+
+
 def test_a_killed_run_resumes_and_keeps_its_curves(nnunet, hippocampus):
     options = {"epochs": 3, "iterations_per_epoch": 2, "seed": 0}
     configuration = nnunet.configure(HIPPOCAMPUS, "resume", "2d", options)
