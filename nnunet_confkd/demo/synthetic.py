@@ -20,7 +20,7 @@ LABELS = {"background": 0, "RV": 1, "MYO": 2, "LV": 3, "ignore": 4}
 
 def generate_dataset(folder: Path, *, num_full: int = 4, num_partial: int = 12, num_unlabelled: int = 6,
                      num_validation: int = 4, num_test: int = 6, dimensions: int = 3, style: str = "points",
-                     seed: int = 0) -> dict[str, list[str]]:
+                     background: bool = True, seed: int = 0) -> dict[str, list[str]]:
     """Write a mixed-supervision data set in nnU-Net's raw format.
 
     The cases are numbered in the order of the arguments. Case k has the same image whatever the counts are.
@@ -34,6 +34,7 @@ def generate_dataset(folder: Path, *, num_full: int = 4, num_partial: int = 12, 
         num_test: The number of test cases, which are fully annotated and lie in `imagesTs` and `labelsTs`.
         dimensions: 3 for volumes of about 8 x 64 x 64 voxels, 2 for a single slice per case.
         style: How the partially annotated cases are annotated, one of :data:`nnunet_confkd.data.weak_labels.STYLES`.
+        background: Whether their background is annotated, too.
         seed: Other seeds give other hearts.
 
     Returns:
@@ -66,7 +67,7 @@ def generate_dataset(folder: Path, *, num_full: int = 4, num_partial: int = 12, 
             for case in members:
                 image, label, spacing = generate_case(case, dimensions=dimensions, seed=seed)
                 if role == "partial":
-                    label = weaken(label, style, LABELS["ignore"], case_rng(case, style, seed))
+                    label = weaken(label, style, LABELS["ignore"], case_rng(case, style, seed), background=background)
                 elif role == "unlabelled":
                     label = nothing(label, LABELS["ignore"])
                 split = "Ts" if role == "test" else "Tr"
