@@ -24,7 +24,8 @@ DATASET_ID = 901
 DATA: dict[str, Any] = dict(num_full=3, num_partial=24, num_unlabelled=0, num_test=12, style="erosion",
                             background=False)
 PLANS, CONFIGURATION = "nnUNetPlans", "2d_small"
-# Iterations of the other two trainings for each one of ConfKDTrainer, which then take as long (docs/explanation/performance.md).
+# Iterations of the other two trainings for each one of ConfKDTrainer. They then take as long, on plans of real size
+# (docs/explanation/performance.md).
 COST = 1.17
 # name: trainer, configuration, fold. Fold 1 trains on the fully annotated cases alone.
 TRAININGS = {"ConfKD": ("ConfKDTrainer", CONFIGURATION, "0"),
