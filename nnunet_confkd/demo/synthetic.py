@@ -19,8 +19,8 @@ LABELS = {"background": 0, "RV": 1, "MYO": 2, "LV": 3, "ignore": 4}
 
 
 def generate_dataset(folder: Path, *, num_full: int = 4, num_partial: int = 12, num_unlabelled: int = 6,
-                     num_validation: int = 4, num_test: int = 6, dimensions: int = 3, style: str = "points",
-                     background: bool = True, seed: int = 0) -> dict[str, list[str]]:
+                     num_validation: int = 4, num_test: int = 6, dimensions: int = 3,
+                     seed: int = 0) -> dict[str, list[str]]:
     """Write a mixed-supervision data set in nnU-Net's raw format.
 
     The cases are numbered in the order of the arguments. Case k has the same image whatever the counts are.
@@ -33,8 +33,6 @@ def generate_dataset(folder: Path, *, num_full: int = 4, num_partial: int = 12, 
         num_validation: The number of validation cases, which are fully annotated.
         num_test: The number of test cases, which are fully annotated and lie in `imagesTs` and `labelsTs`.
         dimensions: 3 for volumes of about 8 x 64 x 64 voxels, 2 for a single slice per case.
-        style: How the partially annotated cases are annotated, one of :data:`nnunet_confkd.data.weak_labels.STYLES`.
-        background: Whether their background is annotated, too.
         seed: Other seeds give other hearts.
 
     Returns:
@@ -67,7 +65,7 @@ def generate_dataset(folder: Path, *, num_full: int = 4, num_partial: int = 12, 
             for case in members:
                 image, label, spacing = generate_case(case, dimensions=dimensions, seed=seed)
                 if role == "partial":
-                    label = weaken(label, style, LABELS["ignore"], case_rng(case, style, seed), background=background)
+                    label = weaken(label, "points", LABELS["ignore"], case_rng(case, "points", seed))
                 elif role == "unlabelled":
                     label = nothing(label, LABELS["ignore"])
                 split = "Ts" if role == "test" else "Tr"
@@ -99,8 +97,8 @@ def generate_case(case: str, *, dimensions: int = 3, seed: int = 0
         (True, 3, [0, 1, 2, 3])
     """
     rng = case_rng(case, f"synthetic {dimensions}d", seed)
-    in_plane = rng.uniform(1.75, 1.95)
-    size = rng.integers(59, 65, 2)
+    in_plane = rng.uniform(1.3, 1.5)
+    size = rng.integers(62, 67, 2)
     if dimensions == 3:
         spacing = (rng.uniform(5.5, 6.5), in_plane, in_plane)
         shape = (int(rng.integers(7, 10)), *size)
@@ -126,7 +124,7 @@ def _draw(rng: np.random.Generator, depth: np.ndarray, shape: tuple[int, ...],
     x = ((np.arange(shape[2]) - (shape[2] - 1) / 2) * spacing[2])[None, None, :]
 
     blood = rng.uniform(0.8, 1.0)
-    muscle = blood * rng.uniform(0.3, 0.8)
+    muscle = blood * rng.uniform(0.35, 0.6)
     lung, liver, fat = rng.uniform(0.08, 0.2), rng.uniform(0.9, 1.3) * muscle, rng.uniform(0.8, 1.2) * blood
 
     # the body: four tissues, which are the level sets of a smooth field
@@ -136,22 +134,22 @@ def _draw(rng: np.random.Generator, depth: np.ndarray, shape: tuple[int, ...],
 
     # the heart's axis is oblique, and breathing moves each slice a little
     centre_y, centre_x = (
-        rng.uniform(-14, 14) + rng.uniform(-6, 6) * (depth - 0.5) + rng.normal(0, 0.5, depth.shape)
+        rng.uniform(-9, 9) + rng.uniform(-6, 6) * (depth - 0.5) + rng.normal(0, 0.5, depth.shape)
         for _ in range(2))
     centre_x = centre_x + 6  # room for the right ventricle
     dy, dx = y - centre_y, x - centre_x
     distance, angle = np.hypot(dy, dx), np.arctan2(dy, dx)
 
     taper = np.sqrt(1 - (rng.uniform(0.8, 0.95) * depth) ** 2)
-    cavity = rng.uniform(8, 18) * taper
-    wall = rng.uniform(4, 10) * (0.8 + 0.2 * taper)
+    cavity = rng.uniform(10, 15) * taper
+    wall = rng.uniform(5, 8.5) * (0.8 + 0.2 * taper)
     inner = cavity * _wobble(rng, angle, 0.15)
     # at least two voxels of wall, so that the ring is always closed
     outer = inner + np.maximum(wall * _wobble(rng, angle, 0.25), 2 * spacing[1])
     lv, heart = distance < inner, distance < outer
 
     # the right ventricle is an ellipse beside the ring, without the part inside the ring; it is shorter than the left
-    side = np.pi + rng.uniform(-1.3, 1.3)
+    side = np.pi + rng.uniform(-0.9, 0.9)
     along, across = dx * np.cos(side) + dy * np.sin(side), dy * np.cos(side) - dx * np.sin(side)
     ring = cavity + wall
     rv_taper = np.sqrt(np.maximum(1 - (depth / rng.uniform(0.85, 1.1)) ** 2, 0.01))
@@ -161,18 +159,18 @@ def _draw(rng: np.random.Generator, depth: np.ndarray, shape: tuple[int, ...],
     rv_edge = _wobble(rng, np.arctan2(across, offset_along), 0.12)
     rv = (elliptic < rv_edge) & ~heart
 
-    # seven vessels as bright as the ventricles; four have a wall, so that they look like small left ventricles
-    for number in range(7):
+    # three vessels as bright as the ventricles; the first has a wall, so that it looks like a small left ventricle
+    for number in range(3):
         radius = rng.uniform(5, 8)
         direction = side + np.pi + (rng.uniform(-1.3, 1.3) if number == 0 else rng.uniform(-np.pi, np.pi))
-        reach = ring.max() + radius + rng.uniform(1, 30)
+        reach = ring.max() + radius + rng.uniform(1, 10)
         drift = rng.uniform(-5, 5, 2)
         # inside the image, so that the network sees it
         vessel_y = np.clip(centre_y.mean() + reach * np.sin(direction), y.min() + 4, y.max() - 4)
         vessel_x = np.clip(centre_x.mean() + reach * np.cos(direction), x.min() + 4, x.max() - 4)
         ey, ex = y - vessel_y - drift[0] * depth, x - vessel_x - drift[1] * depth
         from_vessel = np.hypot(ey, ex) / _wobble(rng, np.arctan2(ey, ex), 0.15)
-        if number == 0 or number % 2:
+        if number == 0:
             intensity[from_vessel < radius + 2.5] = muscle
         intensity[from_vessel < radius] = blood
 
@@ -193,10 +191,10 @@ def _draw(rng: np.random.Generator, depth: np.ndarray, shape: tuple[int, ...],
 def _acquire(rng: np.random.Generator, intensity: np.ndarray, spacing: tuple[float, ...]) -> np.ndarray:
     """Simulate the scanner: texture, blur, coil sensitivity, noise and an arbitrary unit. Returns int16 above 0."""
     intensity = intensity * (1 + 0.08 * _smooth_noise(rng, intensity.shape, spacing, 3))
-    intensity = gaussian_filter(intensity, (0, *2 * [rng.uniform(0.8, 2.2) / spacing[1]]))
-    intensity = intensity * np.exp(rng.uniform(0.1, 0.5) * _smooth_noise(rng, intensity.shape, spacing, 35))
+    intensity = gaussian_filter(intensity, (0, *2 * [rng.uniform(0.8, 1.2) / spacing[1]]))
+    intensity = intensity * np.exp(rng.uniform(0.1, 0.25) * _smooth_noise(rng, intensity.shape, spacing, 35))
     # the magnitude of a complex signal: Rician noise
-    real, imaginary = rng.normal(0, rng.uniform(0.03, 0.15), (2, *intensity.shape))
+    real, imaginary = rng.normal(0, rng.uniform(0.04, 0.08), (2, *intensity.shape))
     intensity = np.hypot(intensity + real, imaginary)
     # above 0, because nnU-Net crops margins of zeros
     return np.clip(np.rint(rng.uniform(200, 1000) * intensity), 1, None).astype(np.int16)

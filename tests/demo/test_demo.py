@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from importlib import import_module
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
@@ -17,10 +18,9 @@ import pytest
 import SimpleITK as sitk
 
 from nnunet_confkd import cli
-from nnunet_confkd.demo import demo
 from nnunet_confkd.demo.data import import_dataset
 from nnunet_confkd.demo.synthetic import generate_dataset
-from nnunet_confkd.errors import InputError, TrainingError
+from nnunet_confkd.errors import InputError
 
 
 def write(file: Path, array: np.ndarray) -> None:
@@ -104,10 +104,10 @@ def test_too_few_full_cases_are_refused(tmp_path, raw):
         import_dataset(tmp_path / "source", 1, "Small")
 
 
-def test_a_demo_of_a_few_hearts_predicts_with_three_models_and_draws_a_picture(tmp_path, monkeypatch):
+def test_a_demo_of_a_few_hearts_predicts_with_both_branches_and_draws_a_picture(tmp_path, monkeypatch):
     """In this process, with threads in place of nnU-Net's pools."""
     few = {"num_full": 2, "num_partial": 1, "num_unlabelled": 1, "num_validation": 1, "num_test": 1}
-    monkeypatch.setattr(demo, "DATA", {**few, "dimensions": 2})
+    monkeypatch.setattr("nnunet_confkd.demo.synthetic.generate_dataset", partial(generate_dataset, **few, dimensions=2))
     for module in ("experiment_planning.dataset_fingerprint.fingerprint_extractor",
                    "experiment_planning.verify_dataset_integrity", "preprocessing.preprocessors.default_preprocessor",
                    "evaluation.evaluate_predictions"):
@@ -115,33 +115,15 @@ def test_a_demo_of_a_few_hearts_predicts_with_three_models_and_draws_a_picture(t
                             SimpleNamespace(get_context=lambda _: SimpleNamespace(Pool=ThreadPool)))
     monkeypatch.setattr("nnunet_confkd.training.validation.ProcessPoolExecutor",
                         lambda number, context: ThreadPoolExecutor(number))
-    monkeypatch.setattr("nnunet_confkd.demo.demo._run_together", lambda commands, folder: [
-        cli.main(arguments) for series in commands.values() for arguments in series])
-    for variable in ("OMP_WAIT_POLICY", "OMP_NUM_THREADS", "nnUNet_n_proc_DA", "nnUNet_def_n_proc", "nnUNet_raw",
-                     "nnUNet_preprocessed", "nnUNet_results"):
+    for variable in ("OMP_WAIT_POLICY", "nnUNet_def_n_proc", "nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
         monkeypatch.setenv(variable, os.environ.get(variable, "1"))
     assert cli.main(["demo", "--output", str(tmp_path), "--epochs", "1", "--iterations", "1"]) == 0
     folder = tmp_path / "run_001"
     results = json.loads((folder / "results.json").read_text())
-    assert list(results["dice"]) == ["full", "ignore", "student", "teacher"]
-    assert all(0 <= dice <= 1 for dice in results["dice"].values())
-    for branch in results["dice"]:
+    assert set(results["dice"]) == {"student", "teacher"} and all(0 <= dice <= 1 for dice in results["dice"].values())
+    for branch in ("student", "teacher"):
         assert len(list((folder / branch).glob("*.nii.gz"))) == 1
     assert (folder / "picture.png").read_bytes().startswith(b"\x89PNG")
-    records = {path.parent.parent.name.split("__")[0] + path.parent.name: json.loads(path.read_text())["supervision"]
-               for path in (folder / "results").rglob("confkd.json")}
-    assert {name: sorted(kinds.values()) for name, kinds in records.items()} == {
-        "ConfKDTrainerfold_0": ["full", "full", "partial", "unlabelled"],
-        "ConfKDTrainer_partialOnlyfold_0": ["full", "full", "partial", "unlabelled"],
-        "ConfKDTrainer_partialOnlyfold_1": ["full", "full"]}
-
-
-def test_series_of_commands_run_at_the_same_time_and_the_first_failure_ends_all(tmp_path):
-    demo._run_together({"first": [["--version"]], "second": [["--version"], ["--version"]]}, tmp_path)
-    assert (tmp_path / "second.txt").read_text().count("nnunet") >= 2
-    with pytest.raises(TrainingError, match=r"second: confkd explode failed, see .*second\.txt"):
-        demo._run_together({"first": [["--version"]], "second": [["explode"], ["--version"]]}, tmp_path)
-    assert "there is no command 'explode'" in (tmp_path / "second.txt").read_text()
 
 
 @pytest.mark.slow
@@ -152,16 +134,14 @@ def test_the_whole_demo_in_short_ends_with_the_figures_and_the_paths(tmp_path):
     result = subprocess.run([Path(sys.executable).with_name("confkd"), "demo", "--epochs", "1", "--iterations", "2"],
                             cwd=tmp_path, env=env, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout + result.stderr
-    *_, full, ignore, student, teacher, figures, model, predictions, picture = result.stdout.splitlines()
-    for line, name in ((full, "full cases alone"), (ignore, "ignore label"), (student, "student"),
-                       (teacher, "teacher")):
-        assert re.fullmatch(name + r" Dice \d\.\d{3}", line)
+    *_, student, teacher, figures, model, predictions, picture = result.stdout.splitlines()
+    assert re.fullmatch(r"student Dice \d\.\d{3}", student) and re.fullmatch(r"teacher Dice \d\.\d{3}", teacher)
     folder = tmp_path / "demo_output" / "run_002"
     for path in (figures, model, predictions, picture):
         assert Path(path).exists() and folder in Path(path).parents
     dice = json.loads(Path(figures).read_text())["dice"]
     summary = json.loads((Path(predictions) / "summary.json").read_text())
     assert student == f"student Dice {summary['foreground_mean']['Dice']:.3f}" == f"student Dice {dice['student']:.3f}"
-    assert len(list(Path(predictions).glob("*.nii.gz"))) == 12
+    assert len(list(Path(predictions).glob("*.nii.gz"))) == 6
     assert [f.name for f in tmp_path.iterdir()] == ["demo_output"]
     assert not list((tmp_path / "demo_output" / "run_001").iterdir())
