@@ -87,13 +87,13 @@ class Proposal:
     Attributes:
         words: The arguments of `confkd mix`. None: there is no command.
         instead: Other arguments, for the case that these do not fit.
-        otherwise: Other arguments, for the case that equal values mean different classes.
         notes: What was concluded, and what the user has to decide.
+        otherwise: Other arguments, for the case that equal values mean different classes.
     """
     words: list[str] = field(default_factory=list)
     instead: list[str] = field(default_factory=list)
-    otherwise: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    otherwise: list[str] = field(default_factory=list)
 
 
 def propose_sources(places: Sequence[LabelPlace], groups: Iterable[Group]) -> Proposal | None:
@@ -112,7 +112,7 @@ def propose_sources(places: Sequence[LabelPlace], groups: Iterable[Group]) -> Pr
                                f"own, and inspect again"])
     images = [group for group in groups if any(measure.kind == IMAGE for measure in group.files.values())]
     in_folders, apart = _words_of_folders(places, images), _words_of_places(places, images)
-    return Proposal(in_folders or apart, apart if in_folders else [], _notes(places))
+    return Proposal(in_folders or apart, instead=apart if in_folders else [], notes=_notes(places))
 
 
 # ---- what the labels are annotated for ------------------------------------------------------------------------------
