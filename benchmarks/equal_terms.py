@@ -244,7 +244,8 @@ def short_table(folder: Path) -> str:
         means = {row: np.mean([np.nanmean(np.nanmean(of[key], 0)) for key in common]) for row, of in after.items()}
         *rivals, ours = after
         best = max(rivals, key=means.__getitem__)
-        gain = paired_gain(after[ours], after[best], next(iter(of_setting.values()))["patients"])
+        gain = paired_gain(*({key: after[row][key] for key in common} for row in (ours, best)),
+                           next(iter(of_setting.values()))["patients"])
         cells = ["", f"{means[best]:.3f}"] if best in IGNORE_ROWS else [f"{means[best]:.3f}", ""]
         cells += [f"{means[ours]:.3f}", gain_text(gain), str(len(common))]
         lines.append(f"| {WORDS[setting]} | {full} | {' | '.join(cells)} |")
