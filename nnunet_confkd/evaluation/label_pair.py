@@ -6,7 +6,7 @@ other, and the voxels on the border of a label. There are few of these, so the m
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,7 +16,7 @@ SLAB = 2 ** 20  # how many voxels of each map are looked at at once
 WIDEST = 2 ** 20  # the largest range of labels that a table translates
 # A tree finds a near point in a microsecond, but looks at a whole shell of points around a place that is far from all.
 # Beyond NEAR voxels it takes as long for a place as a distance transform for some hundred voxels. The transform takes
-# 12 bytes a voxel, so it must save much: there is a distant place for every PER_DISTANT voxels of the image.
+# 12 bytes a voxel, so it must save much: there is a distant place for every PER_DISTANT voxels of the box of all places.
 NEAR, PER_DISTANT = 8, 100
 
 
@@ -214,24 +214,32 @@ def _distances(from_index: np.ndarray, to_index: np.ndarray, shape: tuple[int, .
         for part in _parts(apart):
             found[part] = tree.query(_points(from_index[part], shape) * spacing, distance_upper_bound=reach)[0]
         apart = apart[np.isinf(found[apart])]
-        if len(apart) * PER_DISTANT > math.prod(shape):
-            del tree
-            _measure_by_transform(found, apart, from_index, to_index, shape, spacing)
+        if not len(apart):
+            break
+        low, high = _box((from_index[apart], to_index), shape)
+        if len(apart) * PER_DISTANT > (high - low).prod():
+            del tree, points
+            _measure_by_transform(found, apart, from_index, to_index, shape, spacing, low, high)
             break
     return found
 
 
+def _box(places: Iterable[np.ndarray], shape: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
+    """Return where the smallest box with all places begins, and where it has ended, `(dimensions,)`."""
+    points = np.concatenate([[points.min(0), points.max(0)] for points in (_points(index, shape) for index in places)])
+    return points.min(0), points.max(0) + 1
+
+
 def _measure_by_transform(found: np.ndarray, apart: np.ndarray, from_index: np.ndarray, to_index: np.ndarray,
-                          shape: tuple[int, ...], spacing: Sequence[float]) -> None:
-    """Fill in `found[apart]` as :func:`_distances`. The time depends on the image, not on the number of places."""
-    outside = np.ones(shape, bool)
-    outside.reshape(-1)[to_index] = False
+                          shape: tuple[int, ...], spacing: Sequence[float], low: np.ndarray, high: np.ndarray) -> None:
+    """Fill in `found[apart]` as :func:`_distances`. The time depends on the box, not on the number of places."""
+    outside = np.ones(high - low, bool)
+    outside[tuple((_points(to_index, shape) - low).T)] = False
     nearest = scipy.ndimage.distance_transform_edt(outside, sampling=spacing, return_distances=False,
                                                    return_indices=True)
-    nearest = nearest.reshape(len(shape), -1)
     for part in _parts(apart):
-        index = from_index[part]
-        found[part] = np.linalg.norm((_points(index, shape) - nearest[:, index].T) * spacing, axis=1)
+        points = _points(from_index[part], shape) - low
+        found[part] = np.linalg.norm((points - nearest[(slice(None), *points.T)].T) * spacing, axis=1)
 
 
 def _points(index: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:

@@ -144,6 +144,12 @@ def test_voxels_far_from_the_other_surface(monkeypatch, shape, share):
     assert_same(measure_case(truth, prediction, {"1": (1,)}, spacing),
                 measured_as_whole_images(truth, prediction, {"1": (1,)}, spacing))
     assert len(transforms) == (share == 0.3 or len(shape) == 3)
+    # in a larger image that is empty elsewhere, the transform is of the same box
+    margins = [(0, 0) if size == 1 else (20, 30) for size in shape]
+    assert_same(measure_case(np.pad(truth, margins), np.pad(prediction, margins), {"1": (1,)}, spacing),
+                measured_as_whole_images(truth, prediction, {"1": (1,)}, spacing))
+    sizes = [array.shape for array, in transforms]
+    assert sizes[:len(sizes) // 2] == sizes[len(sizes) // 2:]
 
 
 def test_maps_of_different_shapes_are_an_error():
