@@ -5,8 +5,13 @@
 The script generates tiny preprocessed cases, of which one in a hundred is fully annotated. It then measures
 `get_dataloaders` of stock nnU-Net, of ConfKDTrainer for the first time (which reads every label), and of
 ConfKDTrainer again (which finds its saved counts). Batches of both loaders are drawn by turns and augmented in this
-process. Batches of a few cases of real size are measured, too. The script writes many_cases.json beside this file,
-and the table into docs/explanation/data_performance.md.
+process. Batches of a few cases of real size are measured, too.
+
+What every label costs is measured once more by turns, with cases of 117 classes and their real properties: nnU-Net
+reads the case and all voxels of the label; the label alone is read; the voxels of each class are counted. These cases
+are links to a few different ones, so that all files are in memory.
+
+The script writes many_cases.json beside this file, and the table into docs/explanation/data_performance.md.
 """
 from __future__ import annotations
 
@@ -15,6 +20,7 @@ import json
 import os
 import platform
 import shutil
+import statistics
 import tempfile
 import time
 from pathlib import Path
@@ -24,6 +30,7 @@ from step_time import PLAIN, ROOT, Case, build, by_turns, insert
 TINY = Case(PLAIN, (16, 16), 8, (8, 16), 0.5)
 REAL = Case(PLAIN, (64, 128, 128), 2, (8, 16), 0.5)
 WARM_UP = 5
+CLASSES, LABEL_SHAPE, DIFFERENT = 117, (128, 160, 160), 10
 
 
 def generate(folder: Path, shape: tuple[int, ...], count: int, full_every: int) -> None:
@@ -100,6 +107,49 @@ def measure(
     return seconds, batches
 
 
+def measure_counts(folder: Path, count: int, turns: int) -> dict[str, float]:
+    """Measure the seconds to read so many cases of many classes, to read their labels alone, and to count the voxels.
+
+    All of them use eight threads, as the start of a training does.
+    """
+    from concurrent.futures import ThreadPoolExecutor
+    from types import SimpleNamespace
+
+    import numpy as np
+    import volumes
+    from nnunetv2.preprocessing.preprocessors.default_preprocessor import DefaultPreprocessor
+    from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2
+
+    from nnunet_confkd.data.supervision import _read_label, annotation_counts
+    names = [f"case_{i:05d}" for i in range(count)]
+    for i, name in enumerate(names):
+        if i >= DIFFERENT:
+            for ending in (".b2nd", "_seg.b2nd", ".pkl"):
+                os.link(folder / (names[i % DIFFERENT] + ending), folder / (name + ending))
+            continue
+        seg = volumes.organs(LABEL_SHAPE, CLASSES, i)[0].astype(np.int8)[None]
+        where = DefaultPreprocessor._sample_foreground_locations(seg, list(range(1, CLASSES + 1)))
+        nnUNetDatasetBlosc2.save_case(seg.astype(np.float32), seg, {"class_locations": where, "spacing": [1, 1, 1]},
+                                      str(folder / name))
+    dataset = nnUNetDatasetBlosc2(str(folder), names)
+    labels = SimpleNamespace(all_labels=list(range(CLASSES + 1)), has_ignore_label=False)
+
+    def in_threads(call) -> None:
+        with ThreadPoolExecutor(8) as pool:
+            list(pool.map(lambda name: call(name) and None, names))
+
+    ways = {"nnU-Net's read": lambda: in_threads(lambda name: np.asarray(dataset.load_case(name)[1][:]).size),
+            "the label alone": lambda: in_threads(lambda name: _read_label(dataset, folder, name).size),
+            "counts": lambda: annotation_counts(folder, names, labels)}
+    seconds: dict[str, list[float]] = {way: [] for way in ways}
+    for _ in range(turns):
+        for way, call in ways.items():
+            start = time.perf_counter()
+            call()
+            seconds[way].append(time.perf_counter() - start)
+    return {way: round(statistics.median(of), 2) for way, of in seconds.items()}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", type=int, default=10000)
@@ -112,10 +162,12 @@ def main() -> None:
         os.environ |= {"nnUNet_n_proc_DA": "0", "OMP_NUM_THREADS": "1", "nnUNet_compile": "false"}
         seconds, tiny = measure(TINY, (4, 16, 16), args.cases, 100, 200, folder)
         _, real = measure(REAL, (80, 160, 160), 8, 2, 60, folder)
+        (folder / "many classes").mkdir()
+        counts = measure_counts(folder / "many classes", args.cases, 3)
     batches = {
         f"{case.batch} of {'x'.join(map(str, case.patch))}": found for case, found in ((TINY, tiny), (REAL, real))
     }
-    result = {"cases": args.cases, "start_seconds": seconds, "batches": batches,
+    result = {"cases": args.cases, "start_seconds": seconds, "batches": batches, "counts": counts,
               "machine": f"{platform.machine()} CPU, {os.cpu_count()} cores"}
     (args.output or ROOT / "benchmarks" / "many_cases.json").write_text(json.dumps(result, indent=1))
     text = (
@@ -129,6 +181,10 @@ def main() -> None:
         text += f"| a batch of {name}, ms (median) | {stock['median_ms']:.1f} | | {ours['median_ms']:.1f} |\n"
         text += "| of which drawing cases, and what is shown to the teacher, ms (mean) | | | "
         text += f"{ours['own_ms']:.2f} |\n"
+    text += (f"\n| {args.cases} cases of {'x'.join(map(str, LABEL_SHAPE))} voxels and {CLASSES} classes | s | "
+             f"times nnU-Net's read |\n|---|---|---|\n")
+    for way, took in counts.items():
+        text += f"| {way} | {took:.1f} | {took / next(iter(counts.values())):.2f} |\n"
     text = text.rstrip()
     print(text)
     if not args.output:

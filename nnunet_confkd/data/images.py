@@ -199,16 +199,14 @@ def count_voxels(label: np.ndarray, values: Iterable[int]) -> dict[int, int]:
     lowest, highest = min(values), max(values)
     if highest - lowest >= 2 ** 20:  # a histogram of so many bins would cost more than a pass for each value
         return {value: int(np.count_nonzero(label == value)) for value in values}
-    counts, flat = np.zeros(highest - lowest + 1, np.int64), np.asarray(label).reshape(-1)
-    for start in range(0, flat.size, 2 ** 20):  # a part at a time: np.bincount makes 8 bytes of every voxel
+    counts, flat = np.zeros(highest - lowest + 1), np.asarray(label).reshape(-1)
+    for start in range(0, flat.size, 2 ** 20):
         part = flat[start:start + 2 ** 20]
-        if part.dtype == np.uint8 and lowest >= 0:
-            found = np.bincount(part, minlength=highest + 1)
-            counts += found[lowest:highest + 1]
-            continue
-        inside = part[(part >= lowest) & (part <= highest)]
-        whole = inside.astype(np.int64)
-        counts += np.bincount(whole[whole == inside] - lowest, minlength=len(counts))
+        # the ends of runs of equal voxels: label maps have few, which is several times as fast as to count each voxel
+        ends = np.append(np.flatnonzero(part[1:] != part[:-1]), len(part) - 1)
+        value, length = part[ends], np.diff(ends, prepend=-1)
+        counted = (value >= lowest) & (value <= highest) & (value == np.floor(value))
+        counts += np.bincount(value[counted].astype(np.int64) - lowest, length[counted], len(counts))
     return {value: int(counts[value - lowest]) for value in values}
 
 

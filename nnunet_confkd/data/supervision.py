@@ -80,7 +80,7 @@ def annotation_counts(folder: str | Path, cases: Iterable[str], label_manager: L
         if case in known and known[case]["stamp"] == stamp:
             return known[case]
         try:
-            seg = np.asarray(dataset.load_case(case)[1][:])
+            seg = _read_label(dataset, folder, case)
         except Exception as error:  # broken bytes can lead to any
             raise unreadable(folder, case, error) from error
         counts = count_voxels(seg, labels)
@@ -97,6 +97,15 @@ def annotation_counts(folder: str | Path, cases: Iterable[str], label_manager: L
     if cache is not None and any(known.get(case) != entry for case, entry in entries.items()):
         _write_cache(cache, labels, known | entries)
     return {case: dict(zip(labels, entry["counts"])) for case, entry in entries.items()}
+
+
+def _read_label(dataset, folder: Path, case: str) -> np.ndarray:
+    """Read a preprocessed label alone. nnU-Net reads the properties, too, which for many classes are far larger."""
+    file = folder / f"{case}_seg.b2nd"
+    if file.is_file():
+        import blosc2
+        return blosc2.open(urlpath=str(file), mode="r", dparams={"nthreads": 1}, **dataset.mmap_kwargs)[:]
+    return np.load(folder / f"{case}.npz")["seg"]
 
 
 def _stamp(folder: Path, case: str) -> list[int]:

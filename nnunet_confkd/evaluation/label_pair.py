@@ -16,7 +16,7 @@ SLAB = 2 ** 20  # how many voxels of each map are looked at at once
 WIDEST = 2 ** 20  # the largest range of labels that a table translates
 # A tree finds a near point in a microsecond, but looks at a whole shell of points around a place that is far from all.
 # Beyond NEAR voxels it takes as long for a place as a distance transform for some hundred voxels. The transform takes
-# 12 bytes a voxel, so it must save much: there is a distant place for every PER_DISTANT voxels of the box of all places.
+# 12 bytes a voxel, so it must save much: there is a distant place for every PER_DISTANT voxels of the box of all.
 NEAR, PER_DISTANT = 8, 100
 
 

@@ -31,6 +31,7 @@ PLACES = 48  # number of random places that are tried for a pattern
 SAMPLE = 128  # number of voxels of a pattern that are compared with a place
 FITS = 0.95  # share of a pattern that must lie inside its class
 MANY = 20_000  # voxels; a larger pattern is not split into its connected components
+PARTS = 64  # a pattern of more connected components is split into so many groups of neighbouring ones
 LARGE = 200_000  # voxels; in a larger class the innermost voxels are not searched if a pattern fits
 
 
@@ -596,15 +597,16 @@ def _place(voxels: np.ndarray, place: _Class, rng: np.random.Generator, whole: b
 
 
 def _components(voxels: np.ndarray) -> list[np.ndarray]:
-    """The connected components of voxels `(n, dimensions)`, diagonal neighbours included."""
+    """The connected components of voxels `(n, dimensions)`, diagonal neighbours included; at most `PARTS` groups."""
     if len(voxels) > MANY:
         return [voxels]
     low = voxels.min(0)
     box = np.zeros(voxels.max(0) - low + 1, bool)
     box[tuple((voxels - low).T)] = True
     numbered, number = ndimage.label(box, np.ones([3] * box.ndim))
-    of_voxel = numbered[tuple((voxels - low).T)]
-    return [voxels[of_voxel == component] for component in range(1, number + 1)]
+    parts = min(number, PARTS)
+    of_voxel = (numbered[tuple((voxels - low).T)].astype(int) - 1) * parts // number
+    return [voxels[of_voxel == part] for part in range(parts)]
 
 
 def _look_up(mask: np.ndarray, voxels: np.ndarray, beyond: bool) -> np.ndarray:

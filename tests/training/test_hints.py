@@ -8,6 +8,7 @@ import pytest
 import torch
 from nnunetv2.utilities.label_handling.label_handling import LabelManager
 
+from nnunet_confkd.training import hints as hints_module
 from nnunet_confkd.training.hints import (
     KEPT,
     NO_HINTS,
@@ -444,3 +445,14 @@ def test_hints_follow_nnunets_random_numbers_and_leave_them_alone():
     assert torch.equal(drawn[0], drawn[1]) and not torch.equal(drawn[0], drawn[2])
     np.random.uniform()
     assert not torch.equal(drawn[2], HintSampler(IGNORE, no_hints=0)(whole)["hint_mask"])
+
+
+def test_a_pattern_of_very_many_components_is_split_into_few_groups_of_neighbours():
+    """Each one is placed on its own, which would take seconds for a patch of scattered voxels."""
+    voxels = np.argwhere(np.random.default_rng(0).random((40, 60, 60)) < 0.02)
+    parts = hints_module._components(voxels)
+    assert len(parts) == hints_module.PARTS and min(map(len, parts)) > 0
+    np.testing.assert_array_equal(np.concatenate(parts)[np.lexsort(np.concatenate(parts).T[::-1])], voxels)
+    # neighbours: along the first axis the groups follow each other
+    assert all(np.ptp(part[:, 0]) < 8 for part in parts)
+    assert len(hints_module._components(voxels[:5])) == 5
