@@ -30,7 +30,7 @@ from step_time import PLAIN, ROOT, Case, build, by_turns, insert
 TINY = Case(PLAIN, (16, 16), 8, (8, 16), 0.5)
 REAL = Case(PLAIN, (64, 128, 128), 2, (8, 16), 0.5)
 WARM_UP = 5
-CLASSES, LABEL_SHAPE, DIFFERENT = 117, (128, 160, 160), 10
+CLASSES, LABEL_SHAPE, DIFFERENT = 117, (128, 160, 160), 4
 
 
 def generate(folder: Path, shape: tuple[int, ...], count: int, full_every: int) -> None:

@@ -60,6 +60,15 @@ def test_many_classes_measures_the_rows_that_are_asked_for_and_keeps_the_others(
     assert len(rows) == 4 and all(row.count("|") == head.count("|") for row in rows)
 
 
+def test_many_cases_counts_what_nnunet_reads(folders, monkeypatch):
+    import many_cases
+    monkeypatch.setattr(many_cases, "LABEL_SHAPE", (16, 24, 24))
+    (folders / "many").mkdir()
+    seconds = many_cases.measure_counts(folders / "many", 6, 1)
+    assert list(seconds) == ["nnU-Net's read", "the label alone", "counts"] and min(seconds.values()) >= 0
+    assert len(list((folders / "many").glob("*_seg.b2nd"))) == 6
+
+
 def test_many_cases_measures_starts_and_batches(folders, capsys):
     import many_cases
     seconds, batches = many_cases.measure(many_cases.TINY, (4, 16, 16), 20, 5, 2, folders)

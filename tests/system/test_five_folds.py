@@ -94,6 +94,26 @@ def test_the_report_pairs_folds_and_takes_common_rows_from_their_setting(module,
     assert "+0.150 [+0.100, +0.200]" in ours and ours.endswith("| 2 |")
 
 
+def test_the_headline_compares_with_the_better_rival_and_is_drawn(module, tmp_path):
+    import headline
+    for fold in (0, 1):
+        patients = range(10 * fold, 10 * fold + 10)
+        for row, full, dice in (("full_only", 3, 0.4), ("full_cutmix", 3, 0.99), ("ignore", 3, 0.6),
+                                ("ignore_prior", 3, 0.5), ("confkd_cost", 3, 0.65 + 0.1 * fold), ("all", 0, 0.9)):
+            write_run(tmp_path / f"scribbles_{fold}", row, full, dice, patients)
+        write_run(tmp_path / f"unlabelled_{fold}", "confkd_cutmix_cost", 3, 0.95, patients)
+    write_run(tmp_path / "scribbles_2", "confkd_cost", 3, 0.1, range(20, 30))  # no rival has this fold yet
+    lines = headline.table(tmp_path).splitlines()
+    assert lines[2] == ("| ACDC, expert scribbles | 3 | 0.400 | 0.600 | 0.700 | 0.900 | +0.100 [+0.050, +0.150] | "
+                        "+0.100 [+0.050, +0.150] | 2 |")
+    # the full patients alone are run in the setting of the scribbles; CutMix is a rival of unlabelled images alone
+    assert lines[3] == ("| ACDC, unlabelled | 3 | 0.990 |  | 0.950 | 0.900 | -0.040 [-0.040, -0.040] | "
+                        "-0.040 [-0.040, -0.040] | 2 |")
+    assert len(lines) == 4
+    headline.draw(tmp_path, tmp_path / "figure.png")
+    assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
+
+
 @pytest.mark.slow  # three trainings in fresh processes
 def test_a_run_from_real_data_to_the_table(module, test_data, tmp_path):
     script = tmp_path / "short.py"
