@@ -114,6 +114,25 @@ def test_the_headline_compares_with_the_better_rival_and_is_drawn(module, tmp_pa
     assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_what_annotating_costs_is_counted_on_the_real_labels(module, test_data, tmp_path):
+    import effort
+    labels = np.full((3, 4, 4), effort.IGNORE)
+    labels[1, 0, :2], labels[2, 0, 0] = (0, 2), 0  # a stroke of a class and of the background; background alone
+    assert effort.annotated(labels) == {"slices": 1, "voxels": 2}
+    cases = json.loads(effort.FILE.read_text())
+    real = effort.measure(test_data)
+    assert {case: cases[case] for case in real} == real and len(real) >= 20
+    for of in real.values():  # experts scribbled nearly all slices, and few of their voxels
+        assert of["scribbles"]["slices"] <= of["full"]["slices"] + 2
+        assert 20 * of["scribbles"]["voxels"] < of["full"]["voxels"]
+    few, many = effort.effort(cases, 1), effort.effort(cases, 7)
+    assert 6 * few["full slices"] < many["full slices"] and few["scribbled slices"] > many["scribbled slices"]
+    write_run(tmp_path / "scribbles_0", "full_only", 3, 0.5, range(20))
+    write_run(tmp_path / "scribbles_0", "confkd_cost", 3, 0.7, range(20))
+    alone, both = (line.split("|") for line in effort.table(cases, tmp_path).splitlines() if line.startswith("| 3 |"))
+    assert alone[-2] == " 0.500 " and both[-2] == " 0.700 " and float(both[-3]) > float(alone[-3]) > 0
+
+
 @pytest.mark.slow  # three trainings in fresh processes
 def test_a_run_from_real_data_to_the_table(module, test_data, tmp_path):
     script = tmp_path / "short.py"
