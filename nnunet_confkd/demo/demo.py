@@ -113,11 +113,14 @@ def run(folder: Path, data: Path | None, epochs: int, iterations: int, seed: int
                 "seconds": round(time.time() - start)})
 
     say(6, "picture")
-    from nnunet_confkd.demo.picture import draw
+    from nnunet_confkd.demo.picture import STORED, STORED_TITLE, draw
     partial = (cases["partial"] or cases["unlabelled"] or cases["full"])[0]
-    draw(raw, folder / "student", folder / "teacher", sorted(cases["test"]), partial, folder / "picture.png")
+    draw(raw, folder / "student", sorted(cases["test"]), partial, folder / "picture.png")
 
-    print()
+    print(f"\n{STORED_TITLE}; each training takes as long")
+    for title, value in STORED.items():
+        print(f"  {title} Dice {value:.3f} (stored)")
+    print("This training:")
     for branch, value in dice.items():
         print(f"{branch} Dice {value:.3f}")
     for path in (folder / "results.json", model, folder / "student", folder / "picture.png"):

@@ -19,6 +19,7 @@ import SimpleITK as sitk
 
 from nnunet_confkd import cli
 from nnunet_confkd.demo.data import import_dataset
+from nnunet_confkd.demo.picture import STORED
 from nnunet_confkd.demo.synthetic import generate_dataset
 from nnunet_confkd.errors import InputError
 
@@ -104,7 +105,7 @@ def test_too_few_full_cases_are_refused(tmp_path, raw):
         import_dataset(tmp_path / "source", 1, "Small")
 
 
-def test_a_demo_of_a_few_hearts_predicts_with_both_branches_and_draws_a_picture(tmp_path, monkeypatch):
+def test_a_demo_of_a_few_hearts_predicts_with_both_branches_and_draws_a_picture(tmp_path, monkeypatch, capsys):
     """In this process, with threads in place of nnU-Net's pools."""
     few = {"num_full": 2, "num_partial": 1, "num_unlabelled": 1, "num_validation": 1, "num_test": 1}
     monkeypatch.setattr("nnunet_confkd.demo.synthetic.generate_dataset", partial(generate_dataset, **few, dimensions=2))
@@ -124,6 +125,9 @@ def test_a_demo_of_a_few_hearts_predicts_with_both_branches_and_draws_a_picture(
     for branch in ("student", "teacher"):
         assert len(list((folder / branch).glob("*.nii.gz"))) == 1
     assert (folder / "picture.png").read_bytes().startswith(b"\x89PNG")
+    out = capsys.readouterr().out
+    for title, value in STORED.items():
+        assert f"{title} Dice {value:.3f} (stored)\n" in out
 
 
 @pytest.mark.slow

@@ -77,6 +77,27 @@ def test_the_short_table_compares_with_the_best_rival_in_the_same_draws_and_seed
     write_run(tmp_path / "unlabelled_0", "confkd_cutmix_cost", 0, 0.4)  # without a rival
     *_, line = module.short_table(tmp_path).splitlines()
     assert line == "| Hippocampus, points | 5 |  | 0.700 | 0.850 | +0.150 [+0.100, +0.200] | 2 |"
+    for seed in (0, 1):  # the full patients alone are the same, whatever the labels of the others are
+        for setting in ("scribbles_0", "unlabelled_0", "unlabelled_1"):
+            write_run(tmp_path / setting, "full_only", seed, 0.3 if setting == "unlabelled_0" else 0.0)
+        for row in ("ignore", "ignore_prior", "confkd_cost"):
+            write_run(tmp_path / "erosion_0", row, seed, 0.5)
+    (tmp_path / "scribbles_0" / "full_only_M3_s0.json").unlink()
+    (tmp_path / "scribbles_0" / "full_only_M3_s1.json").unlink()
+    line = next(line for line in module.short_table(tmp_path).splitlines() if "with background" in line)
+    assert line.startswith("| ACDC, eroded masks with background | 3 | 0.500 | 0.700 | 0.700 | +0.000 ")
+
+
+def between(file: Path, section: str) -> str:
+    return file.read_text().split(f"<!-- {section} -->\n")[1].split(f"\n<!-- end of {section} -->")[0]
+
+
+def test_the_tables_and_the_demo_show_the_runs_that_are_here(module):
+    from nnunet_confkd.demo.picture import STORED
+    assert between(ROOT / "README.md", "equal terms") == module.short_table(module.OUTPUT), "--report writes it anew"
+    assert between(ROOT / "benchmarks" / "README.md", "equal terms") == module.report(module.OUTPUT)
+    scribbles = next(line for line in module.short_table(module.OUTPUT).splitlines() if "scribbles" in line)
+    assert scribbles.split("|")[3:6] == [f" {value:.3f} " for value in STORED.values()]
 
 
 @pytest.mark.slow  # two trainings in fresh processes
