@@ -78,6 +78,8 @@ ROWS: dict[str, Row] = {
                                 settings={"full_share": 0.25}),
     "quarter_cost": Row("ConfKD, a quarter of each batch full, at equal cost", settings={"full_share": 0.25},
                         steps=1 / COST),
+    "lead_cost": Row("ConfKD, whose teacher teaches as far as it is ahead, at equal cost", settings={"kl_lead": 0.05},
+                     steps=1 / COST),
     "wide_cost": Row("ConfKD with a teacher as wide as the student, at equal cost",
                      settings={"teacher_width": 1.0}, steps=1 / COST_WIDE),
     "all": USUAL_ROWS["all"],
