@@ -82,6 +82,37 @@ class CutMix:
         return {**batch, "mix": Mix(int(np.random.randint(1, images)), tuple(low), tuple(high))}
 
 
+class FullCutMix(CutMix):
+    """Exchanges boxes among the fully annotated images of some of the batches, for both branches: an augmentation.
+
+    It comes before hints are simulated, which are then those of the mixed labels.
+    """
+
+    def __call__(self, batch: dict) -> dict:
+        """Draw with NumPy's random numbers.
+
+        Args:
+            batch: With "data", "target", "num_full" and, if the loader knows the padding, "inside".
+
+        Returns:
+            The batch with mixed images, labels and padding.
+        """
+        number = batch["num_full"]
+        if number < 2:
+            return batch
+        target = batch["target"] if isinstance(batch["target"], list) else [batch["target"]]
+        mix = super().__call__({"target": [tensor[:number] for tensor in target]}).get("mix")
+        if mix is None:
+            return batch
+
+        def exchanged(tensor: Tensor) -> Tensor:
+            return torch.cat((mix(tensor[:number]), tensor[number:]))
+
+        found = {key: exchanged(batch[key]) for key in ("data", "inside") if key in batch}
+        targets = list(map(exchanged, target))
+        return {**batch, **found, "target": targets if isinstance(batch["target"], list) else targets[0]}
+
+
 def mixed(batch: Tensor | list[Tensor], mix: Mix | None):
     """Mix a tensor, or each of a list. None leaves it as it is."""
     if mix is None:

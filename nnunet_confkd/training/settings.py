@@ -21,7 +21,7 @@ REMOVED: dict[str, Any] = {
     "entropy_ramp_start": 0.0, "entropy_ramp_end": 0.0}
 
 # Settings that came later, and what earlier trainings did. A model of theirs still loads.
-ADDED: dict[str, Any] = {"class_share": 0.0, "cutmix": 0.0, "kl_lead": 0.0, "prior_correction": 0.0,
+ADDED: dict[str, Any] = {"class_share": 0.0, "cutmix": 0.0, "cutmix_full": 0.0, "kl_lead": 0.0, "prior_correction": 0.0,
                          "teacher_width": 1.0}
 
 
@@ -101,6 +101,9 @@ class Settings:
                                     "share of the iterations in which the student's images exchange boxes, with their "
                                     "labels and the teacher's probabilities. Null means 0.5 if all training cases "
                                     "that are not fully annotated are unlabelled, else 0")
+    cutmix_full: float = _setting("batches", 0.0, SHARES,
+                                  "share of the iterations in which the fully annotated images exchange boxes among "
+                                  "themselves, with their labels, for both branches")
     full_share: float = _setting("batches", 0.5, (0.01, 0.99), "share of fully annotated images in a training batch")
     unlabelled_share: float = _setting("batches", 0.25, SHARES,
                                        "share of unlabelled images among the others in a batch, but at most their "

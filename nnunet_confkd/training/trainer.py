@@ -62,7 +62,7 @@ from nnunet_confkd.training.candidate_hints import CandidateHints
 from nnunet_confkd.training.checks import check_fold, check_plans, edited_after_planning, has_begun, warnings_of_split
 from nnunet_confkd.training.class_prior import ClassPrior
 from nnunet_confkd.training.curves import CURVES, plot_curves
-from nnunet_confkd.training.cutmix import CutMix, Mix, mixed
+from nnunet_confkd.training.cutmix import CutMix, FullCutMix, Mix, mixed
 from nnunet_confkd.training.hints import HintSampler, hint_channels, hint_map
 from nnunet_confkd.training.losses import TERMS, ConfKDLoss, PartialSupervision, annotated_voxels, confidence
 from nnunet_confkd.training.network import HintMap, TwoBranchUNet, check_unet, narrower, unwrap
@@ -372,13 +372,16 @@ class ConfKDTrainer(nnUNetTrainer):
             use_mask_for_norm=self.configuration_manager.use_mask_for_norm, **self._label_options))
         val_transforms = self._with_padding(
             self.get_validation_transforms(deep_supervision_scales, **self._label_options))
-        complete: list = []
-        if cutmix := self.settings.cutmix_for(self.kinds[case] for case in dataset_tr.identifiers):
+        complete: list = []  # in this order: hints are simulated on exchanged images
+        cutmix = self.settings.cutmix_for(self.kinds[case] for case in dataset_tr.identifiers)
+        for name, share, mixer in (("cutmix_full", self.settings.cutmix_full, FullCutMix), ("cutmix", cutmix, CutMix)):
+            if not share:
+                continue
             if self.hidden:
-                raise InputError('confkd: cutmix is above 0, but some cases are not annotated for all classes '
-                                 '(dataset.json, "annotated_classes"), and cannot be mixed; set "cutmix": 0')
-            self.print_to_log_file(f"CutMix in a share of {cutmix:g} of the iterations")
-            complete.append(CutMix(cutmix))
+                raise InputError(f'confkd: {name} is above 0, but some cases are not annotated for all classes '
+                                 f'(dataset.json, "annotated_classes"), and cannot be mixed; set "{name}": 0')
+            self.print_to_log_file(f"CutMix ({name}) in a share of {share:g} of the iterations")
+            complete.append(mixer(share))
         if any(self.kinds[case] == PARTIAL for case in dataset_tr.identifiers):
             if self.settings.uses_hints:
                 complete.append(self._hint_sampler())

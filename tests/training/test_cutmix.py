@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from nnunet_confkd.training.cutmix import CutMix, Mix, mixed
+from nnunet_confkd.training.cutmix import CutMix, FullCutMix, Mix, mixed
 from nnunet_confkd.training.losses import TERMS, ConfKDLoss
 
 SHAPES = {2: (48, 64), 3: (32, 48, 64)}
@@ -53,6 +53,26 @@ def test_boxes_take_a_quarter_to_three_quarters_of_an_image_anywhere(ndim):
     assert covered.min() > 0
     # the corners lie between voxels of the lowest resolution, which has 8 to 16 voxels a side
     assert 0.15 < min(shares) < 0.35 and 0.65 < max(shares) < 0.85
+
+
+@each_dimension
+def test_fully_annotated_images_exchange_boxes_among_themselves(ndim):
+    np.random.seed(0)
+    shape = SHAPES[ndim]
+    batch = {"data": numbered(5, *shape).float(), "inside": numbered(5, *shape) > 0, "num_full": 3, "keys": "abcde",
+             "target": [numbered(5, *(size // ratio for size in shape)) for ratio in (1, 2)]}
+    found = FullCutMix(1.0)(batch)
+    assert set(found) == set(batch) and found["keys"] == "abcde"
+    for ours, before in zip((found["data"], found["inside"], *found["target"]),
+                            (batch["data"], batch["inside"], *batch["target"])):
+        assert torch.equal(ours[3:], before[3:]) and not torch.equal(ours[:3], before[:3])
+        assert ours.dtype == before.dtype
+    assert torch.equal(found["data"].long(), found["target"][0]) and found["data"][:3].max() == 2
+    assert torch.equal(found["inside"], found["target"][0] > 0)
+    # a single full image has none to exchange with, and not every batch is mixed
+    assert FullCutMix(1.0)({**batch, "num_full": 1})["data"] is batch["data"]
+    mixed = [FullCutMix(0.5)(batch)["data"] is not batch["data"] for _ in range(200)]
+    assert 70 < sum(mixed) < 130
 
 
 def test_every_other_image_is_a_source_and_an_image_never_its_own():

@@ -136,6 +136,16 @@ def test_the_student_sees_mixed_images_and_the_teacher_the_images_as_they_are(nn
     assert "mix" not in next(off.dataloader_train)
 
 
+def test_hints_are_simulated_on_full_images_that_have_exchanged_boxes(nnunet, started):
+    trainer = started(HIPPOCAMPUS, nnunet.configure(HIPPOCAMPUS, "exchange", "2d", {**SHORT, "cutmix_full": 1.0}))
+    kinds = [type(step).__name__ for step in trainer.dataloader_train.data_loader.complete]
+    assert kinds.index("FullCutMix") < kinds.index("HintSampler")
+    batch = next(trainer.dataloader_train)
+    target = batch["target"][0] if isinstance(batch["target"], list) else batch["target"]
+    assert "mix" not in batch and (target[:batch["num_full"]] != 3).all(), "only whole labels were exchanged"
+    assert np.isfinite(trainer.train_step(batch)["loss"])
+
+
 def test_hints_leave_the_batches_as_they_are(nnunet, started):
     def batches(name, block):
         loader = started(HIPPOCAMPUS, nnunet.configure(HIPPOCAMPUS, name, "2d", SHORT | block)).dataloader_train
