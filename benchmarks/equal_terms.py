@@ -78,8 +78,6 @@ ROWS: dict[str, Row] = {
                                 settings={"full_share": 0.25}),
     "quarter_cost": Row("ConfKD, a quarter of each batch full, at equal cost", settings={"full_share": 0.25},
                         steps=1 / COST),
-    "lead_cost": Row("ConfKD, whose teacher teaches as far as it is ahead, at equal cost", settings={"kl_lead": 0.05},
-                     steps=1 / COST),
     "cutmix_full": Row("the ignore label, full images exchange boxes", "ConfKDTrainer_partialOnly",
                        settings={"prior_correction": 0.0, "cutmix_full": 0.5}),
     "cutmix_full_cost": Row("ConfKD, full images exchange boxes, at equal cost", settings={"cutmix_full": 0.5},

@@ -21,7 +21,7 @@ REMOVED: dict[str, Any] = {
     "entropy_ramp_start": 0.0, "entropy_ramp_end": 0.0}
 
 # Settings that came later, and what earlier trainings did. A model of theirs still loads.
-ADDED: dict[str, Any] = {"class_share": 0.0, "cutmix": 0.0, "cutmix_full": 0.0, "kl_lead": 0.0, "prior_correction": 0.0,
+ADDED: dict[str, Any] = {"class_share": 0.0, "cutmix": 0.0, "cutmix_full": 0.0, "prior_correction": 0.0,
                          "teacher_width": 1.0}
 
 
@@ -79,10 +79,6 @@ class Settings:
                                     "share of the iterations after which the KL's weight starts to rise")
     kl_ramp_end: float = _setting("losses", 0.5, SHARES,
                                   "share of the iterations after which the KL has its whole weight")
-    kl_lead: float = _setting("losses", 0.0, SHARES,
-                              "how far the teacher's pseudo-Dice on the validation cases must be ahead of the "
-                              "student's for the whole weight of the KL; a teacher that is not ahead does not teach. "
-                              "With 0 the teacher always teaches")
     extra_resolutions: str = _setting("losses", "highest", ("highest", "all"),
                                       "resolutions of the KL and the entropy: the highest, or all supervised ones")
 

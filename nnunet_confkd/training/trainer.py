@@ -73,8 +73,6 @@ from nnunet_confkd.training.recovery import Divergence, explain_stop
 from nnunet_confkd.training.settings import Settings
 from nnunet_confkd.training.validation import check_first_stage, validate
 
-LEAD_DECAY = 0.9  # each epoch, of the moving average of the lead; that of nnU-Net's pseudo-Dice
-
 
 class ConfKDTrainer(nnUNetTrainer):
     """nnU-Net's trainer for full, partial and missing labels in one run (see :mod:`nnunet_confkd.training.losses`).
@@ -117,7 +115,6 @@ class ConfKDTrainer(nnUNetTrainer):
         if edited and not has_begun(plans, configuration, fold, type(self).__name__):
             raise InputError(edited)
         super().__init__(plans, configuration, fold, dataset_json, device)
-        self.kl_trust = 1.0
         if self.settings.epochs is not None:
             self.num_epochs = self.settings.epochs
         if self.settings.iterations_per_epoch is not None:
@@ -420,8 +417,7 @@ class ConfKDTrainer(nnUNetTrainer):
         num_full = batch['num_full']
         highest_target = target[0] if self.enable_deep_supervision else target
         self.iteration += 1
-        progress = self.iteration / (self.num_epochs * self.num_iterations_per_epoch)
-        kl_ramp = self.kl_trust * self.settings.kl_ramp(progress)
+        kl_ramp = self.settings.kl_ramp(self.iteration / (self.num_epochs * self.num_iterations_per_epoch))
 
         self.optimizer.zero_grad(set_to_none=True)
         with self._autocast():
@@ -508,31 +504,6 @@ class ConfKDTrainer(nnUNetTrainer):
     def on_train_epoch_start(self):
         super().on_train_epoch_start()
         self.iteration = self.current_epoch * self.num_iterations_per_epoch  # also after --c
-        self.kl_trust = self._kl_trust()
-
-    def _kl_trust(self) -> float:
-        """Compute the factor of the KL's weight from the lead of the teacher, which sees hints as in the KL.
-
-        A teacher that knows no more than its student does harm. The factor is 1 if the lead cannot be measured.
-        """
-        curves = self.logger.local_logger.my_fantastic_logging
-        student, teacher = (np.array(curves[key]) for key in ("mean_fg_dice", "teacher_mean_fg_dice"))
-        lead = teacher[:len(student)] - student[:len(teacher)]
-        lead = lead[np.isfinite(lead)]
-        if not self.settings.kl_lead or not self.teacher_is_measured or not len(lead):
-            return 1.0
-        weights = LEAD_DECAY ** np.arange(len(lead))[::-1]
-        return float(np.clip(np.average(lead, weights=weights) / self.settings.kl_lead, 0, 1))
-
-    @cached_property
-    def teacher_is_measured(self) -> bool:
-        """Whether the teacher's pseudo-Dice is that of what it does in the KL."""
-        train, val = self.do_split()
-        kinds = self.find_supervision()
-        if not self.settings.kl_on_non_full or any(kinds.get(case) != FULL for case in val):
-            return False
-        hints = self.settings.uses_hints and PARTIAL in (kinds.get(case) for case in train)
-        return not hints or self.validation_hints is not None
 
     def on_train_epoch_end(self, train_outputs: list[dict]):
         super().on_train_epoch_end(train_outputs)
@@ -587,8 +558,6 @@ class ConfKDTrainer(nnUNetTrainer):
 
         self.print_to_log_file("terms", {term: last(f"loss_{term}") for term in TERMS}, "| student's confidence",
                                last("student_confidence"), "| annotated share", last("annotated_share"))
-        if self.settings.kl_lead:
-            self.print_to_log_file(f"The KL had {self.kl_trust:.0%} of its weight, by the teacher's lead")
         with_hints = " (with simulated hints)" if self.validation_hints else ""
         self.print_to_log_file(f"Pseudo dice of the teacher{with_hints}", last("teacher_dice_per_class_or_region"))
         super().on_epoch_end()

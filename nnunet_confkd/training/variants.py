@@ -54,7 +54,7 @@ class ConfKDTrainer_MedIA2023(ConfKDTrainer):
 
     fixed_settings = {"weight_kl": 1.0, "kl_images": "full", "kl_ramp_start": 0.0, "kl_ramp_end": 0.0,
                       "extra_resolutions": "all", "prior_correction": 0.0, "teacher_width": 1.0, "cutmix": 0.0,
-                      "cutmix_full": 0.0, "kl_lead": 0.0}
+                      "cutmix_full": 0.0}
 
 
 class ConfKDTrainer_1epoch(ConfKDTrainer):

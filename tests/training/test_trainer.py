@@ -304,36 +304,6 @@ def test_the_ramp_rises_with_every_iteration_of_a_single_epoch(nnunet, started):
     assert [bool(loss) for loss in losses] == [False, False, True, True, True, True]
 
 
-@pytest.mark.parametrize("last, trust", [(0.5, 0.0), (0.6, 0.1 / 1.9 / 0.1), (0.9, 1.0), (0.2, 0.0)])
-def test_a_teacher_teaches_as_far_as_it_is_ahead_on_validation(nnunet, started, last, trust):
-    options = {"seed": 0, "kl_lead": 0.1, "kl_ramp_start": 0.0, "kl_ramp_end": 0.0}
-    trainer = started(HIPPOCAMPUS, nnunet.configure(HIPPOCAMPUS, "lead", "2d", options))
-    assert trainer.validation_hints is not None and trainer.kl_trust == 1, "nothing has been measured yet"
-    curves = trainer.logger.local_logger.my_fantastic_logging
-    curves["mean_fg_dice"], curves["teacher_mean_fg_dice"] = [0.5, 0.5, 0.5], [0.5, float("nan"), last]
-    trainer.on_train_epoch_start()
-    assert trainer.kl_trust == pytest.approx(trust)
-    assert bool(trainer.train_step(next(trainer.dataloader_train))["loss_kl"]) == bool(trust)
-
-
-def test_a_teacher_whose_lead_is_not_measured_teaches(nnunet, hippocampus, split):
-    """Its pseudo-Dice is without hints if a validation case is not fully annotated, or it does not see hints at all."""
-    def trust(name: str, block: dict, trainer: str = "ConfKDTrainer") -> float:
-        made = nnunet.trainer(HIPPOCAMPUS, nnunet.configure(HIPPOCAMPUS, name, "2d", block), trainer)
-        made.get_tr_and_val_datasets()
-        curves = made.logger.local_logger.my_fantastic_logging
-        curves["mean_fg_dice"], curves["teacher_mean_fg_dice"] = [0.5], [0.1]
-        return made._kl_trust()
-
-    assert trust("measured", {"kl_lead": 0.1}) == 0 and trust("always", {"kl_lead": 0.0}) == 1
-    assert trust("on full", {"kl_lead": 0.1, "kl_images": "full"}) == 1
-    assert trust("without hints", {"kl_lead": 0.1, "teacher_hints": False}) == 0
-    assert trust("published", {"kl_lead": 0.1}, "ConfKDTrainer_MedIA2023") == 1
-    split([{"train": hippocampus["full"] + hippocampus["partial"][1:],
-            "val": [hippocampus["validation"][0], hippocampus["partial"][0]]}])
-    assert trust("partial validation", {"kl_lead": 0.1}) == 1
-
-
 # ---- bad input: one clear error, before any training or writing -----------------------------------------------------
 
 @pytest.mark.parametrize("block, text", [({"weight_klo": 1}, "weight_klo.*did you mean 'weight_kl'"),
