@@ -153,25 +153,37 @@ def measure_counts(folder: Path, count: int, turns: int) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", type=int, default=10000)
+    parser.add_argument("--counts", action="store_true", help="only measure the counts, and keep the other rows")
     parser.add_argument("--output", type=Path, help="JSON file; then docs/ is left alone")
     args = parser.parse_args()
+    file = args.output or ROOT / "benchmarks" / "many_cases.json"
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         for name in ("raw", "preprocessed", "results"):
             os.environ[f"nnUNet_{name}"] = str(folder / name)
         os.environ |= {"nnUNet_n_proc_DA": "0", "OMP_NUM_THREADS": "1", "nnUNet_compile": "false"}
-        seconds, tiny = measure(TINY, (4, 16, 16), args.cases, 100, 200, folder)
-        _, real = measure(REAL, (80, 160, 160), 8, 2, 60, folder)
+        if args.counts:
+            result = json.loads(file.read_text())
+        else:
+            seconds, tiny = measure(TINY, (4, 16, 16), args.cases, 100, 200, folder)
+            _, real = measure(REAL, (80, 160, 160), 8, 2, 60, folder)
+            batches = {f"{case.batch} of {'x'.join(map(str, case.patch))}": found
+                       for case, found in ((TINY, tiny), (REAL, real))}
+            result = {"cases": args.cases, "start_seconds": seconds, "batches": batches}
         (folder / "many classes").mkdir()
-        counts = measure_counts(folder / "many classes", args.cases, 3)
-    batches = {
-        f"{case.batch} of {'x'.join(map(str, case.patch))}": found for case, found in ((TINY, tiny), (REAL, real))
-    }
-    result = {"cases": args.cases, "start_seconds": seconds, "batches": batches, "counts": counts,
-              "machine": f"{platform.machine()} CPU, {os.cpu_count()} cores"}
-    (args.output or ROOT / "benchmarks" / "many_cases.json").write_text(json.dumps(result, indent=1))
+        result |= {"counts": measure_counts(folder / "many classes", args.cases, 3),
+                   "machine": f"{platform.machine()} CPU, {os.cpu_count()} cores"}
+    file.write_text(json.dumps(result, indent=1))
+    text = table_of(result)
+    print(text)
+    if not args.output:
+        insert(ROOT / "docs" / "explanation" / "data_performance.md", "many cases", text)
+
+
+def table_of(result: dict) -> str:
+    seconds, batches, counts = result["start_seconds"], result["batches"], result["counts"]
     text = (
-        f"{result['machine']}; {args.cases} preprocessed cases.\n\n"
+        f"{result['machine']}; {result['cases']} preprocessed cases.\n\n"
         f"| | stock | ConfKD, first time | ConfKD, from then on |\n|---|---|---|---|\n"
         f"| start of the loaders, s | {min(seconds['stock'], seconds['stock, again']):.1f} | "
         f"{seconds['confkd, first']:.1f} | {seconds['confkd, again']:.1f} |\n"
@@ -181,14 +193,11 @@ def main() -> None:
         text += f"| a batch of {name}, ms (median) | {stock['median_ms']:.1f} | | {ours['median_ms']:.1f} |\n"
         text += "| of which drawing cases, and what is shown to the teacher, ms (mean) | | | "
         text += f"{ours['own_ms']:.2f} |\n"
-    text += (f"\n| {args.cases} cases of {'x'.join(map(str, LABEL_SHAPE))} voxels and {CLASSES} classes | s | "
+    text += (f"\n| {result['cases']} cases of {'x'.join(map(str, LABEL_SHAPE))} voxels and {CLASSES} classes | s | "
              f"times nnU-Net's read |\n|---|---|---|\n")
     for way, took in counts.items():
         text += f"| {way} | {took:.1f} | {took / next(iter(counts.values())):.2f} |\n"
-    text = text.rstrip()
-    print(text)
-    if not args.output:
-        insert(ROOT / "docs" / "explanation" / "data_performance.md", "many cases", text)
+    return text.rstrip()
 
 
 if __name__ == "__main__":
