@@ -6,7 +6,7 @@ other, and the voxels on the border of a label. There are few of these, so the m
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -208,38 +208,35 @@ def _distances(from_index: np.ndarray, to_index: np.ndarray, shape: tuple[int, .
     apart = np.flatnonzero(~np.isin(from_index, to_index, assume_unique=True))  # all others are at distance 0
     if not len(apart):
         return found
-    points = _points(to_index, shape) * spacing
-    tree = scipy.spatial.KDTree(points, balanced_tree=False)  # quick to build, and as quick to ask
+    targets = _points(to_index, shape)
+    tree = scipy.spatial.KDTree(targets * spacing, balanced_tree=False)  # quick to build, and as quick to ask
     for reach in (NEAR * max(spacing), math.inf):
         for part in _parts(apart):
             found[part] = tree.query(_points(from_index[part], shape) * spacing, distance_upper_bound=reach)[0]
         apart = apart[np.isinf(found[apart])]
         if not len(apart):
             break
-        low, high = _box((from_index[apart], to_index), shape)
+        places = _points(from_index[apart], shape)
+        low, high = np.minimum(places.min(0), targets.min(0)), np.maximum(places.max(0), targets.max(0)) + 1
         if len(apart) * PER_DISTANT > (high - low).prod():
-            del tree, points
-            _measure_by_transform(found, apart, from_index, to_index, shape, spacing, low, high)
+            del tree
+            found[apart] = _by_transform(places - low, targets - low, tuple(high - low), spacing)
             break
     return found
 
 
-def _box(places: Iterable[np.ndarray], shape: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
-    """Return where the smallest box with all places begins, and where it has ended, `(dimensions,)`."""
-    points = np.concatenate([[points.min(0), points.max(0)] for points in (_points(index, shape) for index in places)])
-    return points.min(0), points.max(0) + 1
+def _by_transform(places: np.ndarray, targets: np.ndarray, shape: tuple[int, ...],
+                  spacing: Sequence[float]) -> np.ndarray:
+    """Measure the distance in mm from each place to the nearest target, both `(n, dimensions)` in a box of this shape.
 
-
-def _measure_by_transform(found: np.ndarray, apart: np.ndarray, from_index: np.ndarray, to_index: np.ndarray,
-                          shape: tuple[int, ...], spacing: Sequence[float], low: np.ndarray, high: np.ndarray) -> None:
-    """Fill in `found[apart]` as :func:`_distances`. The time depends on the box, not on the number of places."""
-    outside = np.ones(high - low, bool)
-    outside[tuple((_points(to_index, shape) - low).T)] = False
+    The time depends on the box, and not on the number of places.
+    """
+    outside = np.ones(shape, bool)
+    outside[tuple(targets.T)] = False
     nearest = scipy.ndimage.distance_transform_edt(outside, sampling=spacing, return_distances=False,
                                                    return_indices=True)
-    for part in _parts(apart):
-        points = _points(from_index[part], shape) - low
-        found[part] = np.linalg.norm((points - nearest[(slice(None), *points.T)].T) * spacing, axis=1)
+    return np.concatenate([np.linalg.norm((part - nearest[(slice(None), *part.T)].T) * spacing, axis=1)
+                           for part in _parts(places)])
 
 
 def _points(index: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:

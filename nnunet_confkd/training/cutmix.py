@@ -10,6 +10,7 @@ Sources: S. Yun et al., "CutMix", ICCV 2019, arXiv 1905.04899; for segmentation 
 """
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -108,12 +109,10 @@ class FullCutMix(CutMix):
         def exchanged(tensor: Tensor) -> Tensor:
             return torch.cat((mix(tensor[:number]), tensor[number:]))
 
-        found = {key: exchanged(batch[key]) for key in ("data", "inside") if key in batch}
-        targets = list(map(exchanged, target))
-        return {**batch, **found, "target": targets if isinstance(batch["target"], list) else targets[0]}
+        return batch | {key: mixed(batch[key], exchanged) for key in ("data", "target", "inside") if key in batch}
 
 
-def mixed(batch: Tensor | list[Tensor], mix: Mix | None):
+def mixed(batch: Tensor | list[Tensor], mix: Callable[[Tensor], Tensor] | None):
     """Mix a tensor, or each of a list. None leaves it as it is."""
     if mix is None:
         return batch
