@@ -115,7 +115,7 @@ TRIALS = {
     "t_weight_10": Row("ConfKD; KL of weight 10", settings={"weight_kl": 10.0}),
     "t_late_share_0.75": Row("ConfKD; the KL rises from 40 to 70 % of the training; three quarters of a batch full",
                              settings={"kl_ramp_start": 0.4, "kl_ramp_end": 0.7, "full_share": 0.75}),
-    "t_full_half": Row("full cases only, half of the steps: as many fully labelled patches as the mixed batches have",
+    "t_full_half": Row("full cases only, half of the steps: as many fully annotated patches as the mixed batches have",
                        "nnUNetTrainer", "full", steps=0.5),
 }
 

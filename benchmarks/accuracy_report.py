@@ -105,7 +105,7 @@ def table_of(table, rows: dict, runs: dict, rival: str, lower: str, upper: str) 
             mean_of(values_of(runs, row, count, "student", "dice")) for row, count in ((lower, full), (upper, 0))
         )
         rival_dice = values_of(runs, rival, full, "student", "dice")
-        lines += [f"**{full} patients fully labelled**", "",
+        lines += [f"**{full} patients fully annotated**", "",
                   "| row | Dice | per class | gain over the ignore label, stratified | gap closed | HD95 mm | "
                   "entropy, nats | far false positives, ml | seeds | s, fastest run |", "|" + "---|" * 10]
         for row, title, count, branch, dice in shown:
@@ -243,7 +243,7 @@ def plot(tables: dict, rows: dict, results: dict, file: Path) -> None:
     for axis, name in zip(axes.flat, over):
         for row in rows:
             draw(axis, row, name, {n: n for n in numbers[name]})
-        axis.set(xlabel="fully labelled patients", xticks=numbers[name])
+        axis.set(xlabel="fully annotated patients", xticks=numbers[name])
         axis.set_title(tables[name].title, fontsize=9)
     for x, name in enumerate(single):
         for row in rows:
@@ -279,7 +279,7 @@ def trials_of(tables: dict, rows: dict, folder: Path) -> str:
             if not any(described.labels == "mixed" for _, described, _ in shown):
                 continue
             lines += [
-                f"**{table.title}, {full} patients fully labelled, {table.patients[1]} validation patients**",
+                f"**{table.title}, {full} patients fully annotated, {table.patients[1]} validation patients**",
                 "",
                 "| trial | student | teacher | student's gain over the ignore label, stratified | seeds |",
                 "|---|---|---|---|---|",
@@ -309,7 +309,7 @@ def write_report(tables: dict, rows: dict, trials: dict, folder: Path, docs: Pat
     insert(
         docs / "explanation" / "accuracy.md",
         "accuracy tables",
-        "![Dice over the number of fully labelled patients](../accuracy.png)\n\n" + "\n".join(parts),
+        "![Dice over the number of fully annotated patients](../accuracy.png)\n\n" + "\n".join(parts),
     )
     insert(docs / "explanation" / "results.md", "accuracy table", short_table(tables, results))
 

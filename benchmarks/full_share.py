@@ -1,4 +1,4 @@
-"""Which share of fully labelled images in a batch? The measurement behind the default of `full_share`.
+"""Which share of fully annotated images in a batch? The measurement behind the default of `full_share`.
 
 The demo's small 2-D network is trained on Hippocampus on the CPU, in batches of 12, with several shares and seeds.
 Five cases are fully annotated, and the others have point labels. The share is chosen by the student's mean foreground

@@ -47,7 +47,7 @@ COMMANDS = {  # name: (module and function, text of the help, an example), in or
     "export": ("commands.export:main", "a trained model as a stock nnU-Net one",
                "confkd export --model MODEL --output STOCK_MODEL"),
     "compare": ("commands.compare:main", "trained models side by side", "confkd compare MODEL OTHER_MODEL"),
-    "weaken": ("data.weaken:main", "a fully labelled data set to a mixed one, for experiments",
+    "weaken": ("data.weaken:main", "a fully annotated data set to a mixed one, for experiments",
                "confkd weaken --source 4 --id 104 --full 5 --style scribbles"),
     "demo": ("demo.demo:main", "the main job on generated or given data", "confkd demo"),
 }

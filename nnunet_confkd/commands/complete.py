@@ -27,9 +27,10 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--confidence", type=float, metavar="P",
                         help="label only voxels whose winning probability is above P; the others stay ignored. "
                              "Default: all")
-    parser.add_argument("--folds", nargs="+", metavar="F",
+    parser.add_argument("--fold", "--folds", nargs="+", metavar="F",
                         help="folds whose mean predicts; default: all that are trained")
-    parser.add_argument("--checkpoint", default="checkpoint_final.pth", metavar="NAME")
+    parser.add_argument("-chk", "--checkpoint", default="checkpoint_final.pth", metavar="NAME",
+                        help="default: checkpoint_final.pth")
     parser.add_argument("-device", choices=("cuda", "cpu", "mps"), help=OPTION_HELP)
     parser.add_argument("--processes", type=int, default=PROCESSES)
     parser.add_argument("--link", action="store_true",
@@ -39,7 +40,7 @@ def main(argv: list[str]) -> None:
     from nnunet_confkd.data.raw_format import summary
     from nnunet_confkd.inference.completion import KEY, TrainedModel, complete
 
-    model = TrainedModel(args.model, args.branch, args.folds, args.checkpoint, args.device)
+    model = TrainedModel(args.model, args.branch, args.fold, args.checkpoint, args.device)
     folder = complete(args.d, model, args.id, confidence=args.confidence, name=args.name, processes=args.processes,
                       link=args.link)
     described = json.loads((folder / "dataset.json").read_text(encoding="utf-8"))
