@@ -32,8 +32,8 @@ FUNCTION = remove_all_but_largest_component_from_segmentation
 
 HOW_TO = (
     "nnUNetv2_find_best_configuration determines one on the validation cases of all folds; of one fold: "
-    "nnUNetv2_determine_postprocessing -i {model}/fold_0/validation -ref nnUNet_raw/DATASET/labelsTr -plans_json "
-    "{model}/plans.json -dataset_json {model}/dataset.json --remove_postprocessed")
+    'nnUNetv2_determine_postprocessing -i {model}/fold_0/validation -ref "$nnUNet_raw"/{model.parent.name}/labelsTr '
+    "-plans_json {model}/plans.json -dataset_json {model}/dataset.json --remove_postprocessed")
 
 
 @dataclass(frozen=True)

@@ -138,6 +138,7 @@ def test_without_one_the_user_is_told_how_to_get_one(model, tmp_path, capsys):
     assert postprocessing.applied(None, predicted, False) is predicted
     said = capsys.readouterr().out
     assert "these predictions are raw" in said and f"nnUNetv2_determine_postprocessing -i {model}/fold_0" in said
+    assert f'-ref "$nnUNet_raw"/{model.parent.name}/labelsTr' in said
     with pytest.raises(InputError, match="--postprocessing: there is none for .*nnUNetv2_find_best_configuration"):
         postprocessing.required(model, ["0"], "")
 
