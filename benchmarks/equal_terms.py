@@ -235,8 +235,8 @@ def runs_of(runs: dict, setting: str) -> dict[tuple[int, str, int], dict]:
 
 def short_table(folder: Path) -> str:
     """The README's table: a line for each setting, of the draws and seeds that all of its rows have been run with."""
-    lines = ["| other images | fully annotated patients | those alone | ignore label | **ConfKD with hints** | gain | trainings |",
-             "|" + "---|" * 7]
+    lines = ["| other images | fully annotated patients | those alone | ignore label | **ConfKD with hints** | gain | "
+             "trainings |", "|" + "---|" * 7]
     runs = read_all(folder)
     for setting, (table, full) in SETTINGS.items():
         of_setting = runs_of(runs, setting)

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import io
+import os
 import re
 import sys
 import traceback
@@ -14,7 +15,7 @@ from pathlib import Path
 from nnunet_confkd import __version__
 from nnunet_confkd.device import prepare_for_cpu
 from nnunet_confkd.errors import InputError, TrainingError
-from nnunet_confkd.output import explained_output
+from nnunet_confkd.output import NobodyReads, explained_output
 from nnunet_confkd.processes import terminable
 
 COMMANDS = {  # name: (module and function, text of the help, an example), in order of work
@@ -124,11 +125,14 @@ def main(argv: list[str] | None = None) -> int:
         sys.stdout.reconfigure(errors="backslashreplace")  # names of files may hold bytes that are no text
     prepare_for_cpu(argv)
     warnings.filterwarnings("ignore", "`torch.jit.* is deprecated", FutureWarning)  # of torch, about torch
-    if {"-h", "--help"} & set(argv[1:]):
-        print(f"example: {example(argv)}\n")
     try:
         with terminable(), explained_output():
+            if {"-h", "--help"} & set(argv[1:]):
+                print(f"example: {example(argv)}\n")
             return run(argv[0], argv[1:])
+    except NobodyReads:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains when it ends
+        return 1
     except (InputError, TrainingError) as error:
         print(f"confkd {argv[0]}: {error}", file=sys.stderr)
         return 1

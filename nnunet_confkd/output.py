@@ -36,6 +36,10 @@ def explained(line: str) -> str | None:
     return line
 
 
+class NobodyReads(BrokenPipeError):
+    """Nobody reads the standard output any more, such as after `confkd train --help | head`."""
+
+
 class _Explaining:
     """A stream that explains whole lines, and hands on everything else."""
 
@@ -47,13 +51,20 @@ class _Explaining:
         for line in lines:
             shown = explained(line)
             if shown is not None:
-                self.stream.write(shown + "\n")
+                self._hand_on(shown + "\n")
         return len(text)
 
+    def _hand_on(self, text: str, flush: bool = False) -> None:
+        try:
+            self.stream.write(text)
+            if flush:
+                self.stream.flush()
+        except BrokenPipeError as error:
+            raise NobodyReads from error
+
     def flush(self) -> None:
-        self.stream.write(self.begun)
-        self.begun = ""
-        self.stream.flush()
+        text, self.begun = self.begun, ""
+        self._hand_on(text, flush=True)
 
     def __getattr__(self, name: str):
         return getattr(self.stream, name)

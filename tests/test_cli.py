@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import ast
+import os
 import subprocess
 import sys
 from importlib.metadata import version
@@ -30,8 +31,20 @@ def test_short_answers_import_nothing_that_takes_time(argv):
 
 
 @pytest.mark.parametrize("command", cli.COMMANDS)
-def test_the_help_of_a_command_imports_nothing_that_takes_seconds(command):
-    assert imported_by([command, "--help"], ("torch", "scipy.ndimage", "matplotlib.pyplot", "skimage.measure")) == []
+def test_the_help_of_a_command_imports_nothing_that_takes_time(command):
+    slow = "torch", "SimpleITK", "scipy.ndimage", "matplotlib.pyplot", "skimage.measure"
+    assert imported_by([command, "--help"], slow) == []
+
+
+@pytest.mark.parametrize("command", ["mix", "train"])
+def test_a_reader_who_has_gone_is_no_error_of_the_program(command):
+    """As in `confkd train --help | head -1`."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    result = subprocess.run([sys.executable, "-m", "nnunet_confkd.cli", command, "--help"], stdout=writer,
+                            stderr=subprocess.PIPE, text=True)
+    os.close(writer)
+    assert (result.returncode, result.stderr) == (1, "")
 
 
 def test_the_versions_are_those_that_are_installed():

@@ -5,7 +5,6 @@ from collections import Counter
 from pathlib import Path
 
 import numpy as np
-import SimpleITK as sitk
 
 from nnunet_confkd.data.images import Geometry, Picture, quiet, readable
 from nnunet_confkd.errors import InputError, some
@@ -53,6 +52,8 @@ def read_series(folder: Path) -> Picture:
     Raises:
         InputError: It holds no series of images or several of them, or slices are missing.
     """
+    import SimpleITK as sitk
+
     with readable(folder), quiet():
         series = {}
         for name in sitk.ImageSeriesReader.GetGDCMSeriesIDs(str(folder)):
@@ -74,6 +75,8 @@ def read_series(folder: Path) -> Picture:
 
 
 def _tags(file: str) -> dict[str, str]:
+    import SimpleITK as sitk
+
     reader = sitk.ImageFileReader()
     reader.SetImageIO("GDCMImageIO")
     reader.SetFileName(file)

@@ -4,7 +4,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-import SimpleITK as sitk
 
 from nnunet_confkd.data.images import ORIGIN_TOLERANCE, Geometry
 from nnunet_confkd.errors import InputError
@@ -83,6 +82,8 @@ def _padded(label: np.ndarray, offset: np.ndarray, grid: Geometry, outside: int)
 
 
 def _resampled(label: np.ndarray, own: Geometry, grid: Geometry, outside: int) -> np.ndarray:
+    import SimpleITK as sitk
+
     image = sitk.GetImageFromArray(label)
     image.SetSpacing(own.spacing)
     image.SetOrigin(own.origin)

@@ -13,11 +13,14 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-import SimpleITK as sitk
 
 from nnunet_confkd.errors import InputError
+
+if TYPE_CHECKING:  # this room imports SimpleITK where it is used: it takes longer than the rest of a --help
+    import SimpleITK as sitk
 
 NIFTI = (".nii.gz", ".nii")
 ITK = (*NIFTI, ".nrrd", ".mha", ".gipl")  # of nnU-Net's formats, those that carry spacing, origin and direction
@@ -171,6 +174,8 @@ def read_layers(file: Path) -> tuple[Picture, dict[str, str]]:
     Raises:
         InputError: As :func:`read`.
     """
+    import SimpleITK as sitk
+
     with readable(file), quiet():
         _check_stream(file)
         reader = sitk.ImageFileReader()
@@ -233,6 +238,8 @@ def _is_text(name: str) -> bool:
 
 
 def _read_itk(file: Path) -> Picture:
+    import SimpleITK as sitk
+
     _check_stream(file)
     with quiet():
         reader = _header(file)
@@ -243,6 +250,8 @@ def _read_itk(file: Path) -> Picture:
 
 
 def _header(file: Path) -> sitk.ImageFileReader:
+    import SimpleITK as sitk
+
     reader = sitk.ImageFileReader()
     reader.SetFileName(str(file))
     reader.ReadImageInformation()
@@ -353,11 +362,14 @@ class quiet:
     """Silence ITK's warnings. It warns of the sform of every ACDC image, although it reads the spacing right."""
 
     def __enter__(self):
-        self.before = sitk.ProcessObject.GetGlobalWarningDisplay()
-        sitk.ProcessObject.SetGlobalWarningDisplay(False)
+        import SimpleITK as sitk
+
+        self.itk = sitk.ProcessObject
+        self.before = self.itk.GetGlobalWarningDisplay()
+        self.itk.SetGlobalWarningDisplay(False)
 
     def __exit__(self, *_):
-        sitk.ProcessObject.SetGlobalWarningDisplay(self.before)
+        self.itk.SetGlobalWarningDisplay(self.before)
 
 
 # ---- headers that name other files -----------------------------------------------------------------------------------
@@ -468,6 +480,8 @@ def write(file: Path, voxels: np.ndarray, geometry: Geometry) -> None:
     Raises:
         OSError: The file exists, or does not hold what was to be written.
     """
+    import SimpleITK as sitk
+
     # ITK has no bool and no half precision
     wider = {"?": np.uint8, "e": np.float32}.get(voxels.dtype.char, voxels.dtype)
     voxels = voxels.astype(np.dtype(wider).newbyteorder("="), copy=False)

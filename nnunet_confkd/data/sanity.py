@@ -7,7 +7,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import numpy as np
-import SimpleITK as sitk
 
 from nnunet_confkd.data.check_cases import CaseContent, CaseFiles
 from nnunet_confkd.data.check_report import Report, counted
@@ -192,6 +191,8 @@ def axes_text(direction: np.ndarray) -> str:
 
 
 def _code(direction: np.ndarray) -> str:
+    import SimpleITK as sitk
+
     return sitk.DICOMOrientImageFilter.GetOrientationFromDirectionCosines(np.ravel(direction).tolist())
 
 
