@@ -23,7 +23,7 @@ import random
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field, replace
 from multiprocessing import get_context
@@ -60,7 +60,16 @@ class Row:
     time_of: str | None = None
 
 
-ROWS = {
+EARLIER = {"full_share": 0.5, "cutmix_full": 0.0}
+
+
+def with_earlier_defaults(rows: Mapping[str, Row]) -> dict[str, Row]:
+    """Rows with the defaults that the trainers had when these rows were run."""
+    return {name: replace(row, settings=EARLIER | row.settings) if row.trainer.startswith("ConfKD") else row
+            for name, row in rows.items()}
+
+
+ROWS = with_earlier_defaults({
     "full_only": Row("full cases only, stock nnU-Net", "nnUNetTrainer", "full"),
     "ignore_uniform": Row("nnU-Net's ignore label, its own sampling", "nnUNetTrainer"),
     "ignore": Row("nnU-Net's ignore label, stratified batches", "ConfKDTrainer_partialOnly",
@@ -73,7 +82,7 @@ ROWS = {
     "medIA2023": Row("the journal paper's: KL on the full images alone", "ConfKDTrainer_MedIA2023"),
     "confkd": Row("ConfKD"),
     "all": Row("everything labelled, stock nnU-Net", "nnUNetTrainer", "all"),
-}
+})
 
 # These trials led to the defaults. Each changes one thing, and they run with `--on validation` only.
 PLAIN = {
@@ -85,7 +94,7 @@ PLAIN = {
     "extra_resolutions": "all",
 }
 HINTS = {"kl_ramp_start": 0.0, "kl_ramp_end": 0.2, "extra_resolutions": "highest", "weight_entropy": 0.0}
-TRIALS = {
+TRIALS = with_earlier_defaults({
     "t_kl_0.1": Row("KL of weight 0.1 alone", settings={**PLAIN, "weight_kl": 0.1}),
     "t_kl_1": Row("KL of weight 1 alone", settings={**PLAIN, "weight_kl": 1.0}),
     "t_kl_late": Row("KL of weight 1 alone, rising from 50 to 80 % of the training",
@@ -117,7 +126,7 @@ TRIALS = {
                              settings={"kl_ramp_start": 0.4, "kl_ramp_end": 0.7, "full_share": 0.75}),
     "t_full_half": Row("full cases only, half of the steps: as many fully annotated patches as the mixed batches have",
                        "nnUNetTrainer", "full", steps=0.5),
-}
+})
 
 # Rows whose settings the trainer no longer has: their results are reported, and they cannot be run again.
 PAST_ROWS = {"ipmi2021": Row("the conference paper's settings")}
@@ -652,8 +661,9 @@ def differences(before: dict, now: dict) -> list[str]:
             unused += ("teacher_width",)
         if spec["row"]["labels"] != "listed":
             unused += ("class_share",)  # no other row hides classes
-        if settings.get("cutmix", 0) is None:
-            settings["cutmix"] = 0.5 if spec["table"]["style"] == "none" and spec["row"]["labels"] == "mixed" else 0.0
+        for name in ("cutmix", "cutmix_full"):  # earlier, and today's, that are chosen by the kinds of labels
+            if settings.get(name, 0) is None:
+                settings[name] = 0.5 if spec["table"]["style"] == "none" and spec["row"]["labels"] == "mixed" else 0.0
         row = {key: value for key, value in spec["row"].items() if key not in ("title", "settings", "steps")}
         # what tables have got since the oldest results were obtained
         table = {"background": True, "fraction": None, "draw": 0, "fold": None, "epoch": 50,

@@ -15,7 +15,7 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
-from accuracy import FULL_ID, TABLES, Row, Table, converted, patient_of, planned, run, spec_of
+from accuracy import FULL_ID, TABLES, Row, Table, converted, patient_of, planned, run, spec_of, with_earlier_defaults
 from equal_terms import measure_all, parsed, report
 from step_time import insert
 
@@ -33,7 +33,7 @@ RIVAL = "ignored"
 
 # labels: the data set. "naive": what a case is not annotated for is background. "ignored": all voxels of no annotated
 # class are ignored. "listed": dataset.json lists the classes of each case.
-ROWS: dict[str, Row] = {
+ROWS: dict[str, Row] = with_earlier_defaults({
     "naive": Row("0 is background, stock nnU-Net", "nnUNetTrainer", "naive"),
     "ignored": Row("what is not listed is ignored", "ConfKDTrainer_partialOnly", "ignored",
                    settings={"prior_correction": 0.0}),
@@ -44,7 +44,7 @@ ROWS: dict[str, Row] = {
     "hints_quarter": Row("the marginal loss with hints, a quarter of each batch annotated for all classes",
                          labels="listed", settings={"full_share": 0.25}),
     "all": Row("everything annotated, stock nnU-Net", "nnUNetTrainer", "all"),
-}
+})
 IDS = {labels: FULL_ID + number for number, labels in enumerate(("all", "naive", "ignored", "listed"))}
 
 

@@ -54,6 +54,7 @@ from nnunet_confkd.training.batches import (
     StratifiedLoader,
     TrainingCases,
     class_probabilities,
+    informed_full_share,
     label_padding,
     set_seed,
     start_augmenter,
@@ -128,6 +129,7 @@ class ConfKDTrainer(nnUNetTrainer):
         self.kinds: dict[str, str] | None = None  # -> find_supervision
         self.hidden: dict[str, Listed] = {}  # the cases that are not annotated for all classes; likewise
         self.complete: list[str] = []  # the cases without ignored voxels; likewise
+        self.foreground: dict[str, int] = {}  # annotated voxels of the foreground in each case; likewise
         self.iteration = 0  # training iterations done
         self.continued = False  # -> load_checkpoint
         self.first_epoch = 0  # of this process; -> on_train_start
@@ -199,6 +201,8 @@ class ConfKDTrainer(nnUNetTrainer):
                 self._warn_of_lost_annotations(kinds, table or {})
         self.hidden = {case: listed for case, listed in hidden.items() if kinds[case] == PARTIAL}
         self.complete = [case for case, count in counts.items() if not count.get(self.label_manager.ignore_label, 0)]
+        classes = [label for label in self.label_manager.all_labels if label]
+        self.foreground = {case: sum(count[label] for label in classes) for case, count in counts.items()}
         self.kinds = kinds
         return kinds
 
@@ -281,6 +285,12 @@ class ConfKDTrainer(nnUNetTrainer):
             return kinds
         return kinds | dict.fromkeys(teaching_cases(kinds, self.hidden, self.complete), FULL)
 
+    def _full_share(self, strata: dict[str, str]) -> float:
+        """The share of fully annotated images in a batch of some cases."""
+        if self.settings.full_share is not None:
+            return self.settings.full_share
+        return informed_full_share(self.foreground, strata, self.settings.weight_teacher > 0)
+
     # ---- batches ----------------------------------------------------------------------------------------------------
 
     def _training_cases(self, dataset) -> TrainingCases:
@@ -299,7 +309,7 @@ class ConfKDTrainer(nnUNetTrainer):
         """A loader of batches with nnU-Net's options."""
         if loader_class is StratifiedLoader:
             strata = self._strata(cases.identifiers)
-            options |= dict(kinds=strata, full_share=self.settings.full_share if FULL in strata.values() else 0,
+            options |= dict(kinds=strata, full_share=self._full_share(strata) if FULL in strata.values() else 0,
                             unlabelled_share=self.settings.unlabelled_share)
             if self.hidden:
                 options["probabilities"] = class_probabilities(strata, self.hidden, self.settings.class_share,
@@ -369,9 +379,13 @@ class ConfKDTrainer(nnUNetTrainer):
             use_mask_for_norm=self.configuration_manager.use_mask_for_norm, **self._label_options))
         val_transforms = self._with_padding(
             self.get_validation_transforms(deep_supervision_scales, **self._label_options))
+        strata = self._strata(dataset_tr.identifiers)
+        if {FULL} < set(strata.values()):
+            self.print_to_log_file("Share of fully annotated images in a batch (full_share): "
+                                   f"{self._full_share(strata):.2f}")
         complete: list = []  # in this order: hints are simulated on exchanged images
-        cutmix = self.settings.cutmix_for(self.kinds[case] for case in dataset_tr.identifiers)
-        for name, share, mixer in (("cutmix_full", self.settings.cutmix_full, FullCutMix), ("cutmix", cutmix, CutMix)):
+        of_full = self.settings.cutmix_full_for(self.kinds[case] for case in dataset_tr.identifiers)
+        for name, share, mixer in (("cutmix_full", of_full, FullCutMix), ("cutmix", self.settings.cutmix, CutMix)):
             if not share:
                 continue
             if self.hidden:

@@ -46,7 +46,7 @@ def test_a_block_that_is_no_object_is_refused(block):
 BAD_VALUES = {
     "weight_kl": ("1.0", True, None, [1.0], NAN, INF, -0.1, 1e7),
     "kl_ramp_end": (1.1, -0.1, NAN, False),
-    "full_share": (0, 1, 0.0, 1.0, NAN, None, True),
+    "full_share": (0, 1, 0.0, 1.0, NAN, True),
     "epochs": (0, -1, 1.0, 2.5, "10", True, NAN),
     "seed": (-1, 2 ** 31, 1.0, "1", True, NAN),
     "cutmix": (-0.1, 1.5, NAN, True),
@@ -66,6 +66,7 @@ def test_a_bad_value_is_refused_with_key_value_and_what_is_allowed(key, value):
 
 @pytest.mark.parametrize("key, value", (
     ("weight_kl", 0), ("weight_kl", 2), ("weight_entropy", 1e6), ("full_share", 0.01), ("full_share", 0.99),
+    ("full_share", None),
     ("epochs", 1), ("epochs", None), ("iterations_per_epoch", None), ("seed", None), ("seed", 0), ("seed", 2 ** 31 - 1),
     ("teacher_hints", False), ("kl_images", "partial"), ("extra_resolutions", "all")), ids=str)
 def test_values_at_the_limits_are_allowed_and_kept_as_they_are(key, value):
@@ -146,9 +147,8 @@ def test_settings_survive_json():
 @pytest.mark.parametrize("kinds, automatic", [
     ((FULL, UNLABELLED, UNLABELLED), 0.5), ((FULL, PARTIAL, UNLABELLED), 0), ((FULL, PARTIAL), 0), ((FULL, FULL), 0)])
 def test_cutmix_is_chosen_by_the_kinds_of_the_training_cases_unless_it_is_set(kinds, automatic):
-    assert Settings().cutmix_for(kinds) == automatic
-    assert Settings(cutmix=0.25).cutmix_for(kinds) == 0.25
-    assert Settings(kl_images="full").cutmix_for(kinds) == 0
+    assert Settings().cutmix_full_for(kinds) == automatic
+    assert Settings(cutmix_full=0.25).cutmix_full_for(kinds) == 0.25
 
 
 def test_settings_cannot_be_changed():
@@ -183,7 +183,7 @@ def test_the_settings_of_a_model_of_version_0_1_keep_its_network_and_its_loss():
         del written[name]
     settings = Settings.from_blocks(written)
     assert (settings.teacher_width, settings.prior_correction) == (1, 0)
-    assert settings.cutmix == 0
+    assert (settings.cutmix, settings.cutmix_full) == (0, 0)
     assert Settings.from_blocks({**written, "teacher_width": 0.25}).teacher_width == 0.25
     del written["seed"]  # a user's block
     assert Settings.from_blocks(written) == Settings()

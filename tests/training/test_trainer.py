@@ -6,6 +6,7 @@ import shutil
 import sys
 import types
 from copy import deepcopy
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,7 +20,7 @@ from nnunet_confkd.training.network import TwoBranchUNet
 HIPPOCAMPUS = "Dataset004_Hippocampus"
 # A patch contains a whole image: one step of the sliding window. Few features, because the CPU mirrors it eight times.
 WHOLE = {"max_patch": 56, "batch_size": 2, "features": (2, 4, 4)}
-SHORT = {"epochs": 1, "iterations_per_epoch": 3, "seed": 0}
+SHORT = {"epochs": 1, "iterations_per_epoch": 3, "seed": 0, "full_share": 0.5}
 
 
 @pytest.fixture
@@ -167,6 +168,24 @@ def test_the_teacher_of_a_kl_on_fully_annotated_images_runs_on_these_alone(nnune
     assert [case in hippocampus["full"] for case in batch["keys"]] == [True] * 2 + [False] * 6
 
 
+def test_the_share_of_fully_annotated_images_follows_from_the_annotations(nnunet, hippocampus, started):
+    configuration = nnunet.configure(HIPPOCAMPUS, "share", "2d", {"seed": 0, "epochs": 1}, batch_size=10)
+    trainer = started(HIPPOCAMPUS, configuration)
+    voxels = dict.fromkeys(("full", "partial", "unlabelled"), 0)
+    train = trainer.do_split()[0]
+    for case in train:
+        label = trainer.dataset_class(trainer.preprocessed_dataset_folder, [case]).load_case(case)[1][:]
+        voxels[trainer.kinds[case]] += int(((label == 1) | (label == 2)).sum())
+    assert voxels["full"] and voxels["partial"] and not voxels["unlabelled"]
+    share = voxels["full"] / sum(voxels.values())
+    for name, low in (("ConfKDTrainer", 0.5), ("ConfKDTrainer_partialOnly", 0.25)):
+        trainer, expected = started(HIPPOCAMPUS, configuration, name), min(max(share, low), 0.75)
+        assert next(trainer.dataloader_train)["num_full"] == round(10 * expected)
+        assert f"(full_share): {expected:.2f}" in Path(trainer.log_file).read_text()
+    chosen = nnunet.configure(HIPPOCAMPUS, "share_set", "2d", SHORT | {"full_share": 0.4}, batch_size=10)
+    assert next(started(HIPPOCAMPUS, chosen).dataloader_train)["num_full"] == 4
+
+
 def test_validation_batches_are_fully_annotated_and_count_as_nnunet_does(nnunet, hippocampus, started):
     """nnU-Net's own validation_step, on a network that gives our student's output."""
     trainer = started(HIPPOCAMPUS, nnunet.configure(HIPPOCAMPUS, "val", "2d", SHORT))
@@ -273,7 +292,7 @@ def test_a_block_in_a_configuration_that_inherits_works(nnunet, hippocampus):
 def test_settings_are_recorded_with_the_model(hippocampus_model):
     plans = json.loads((hippocampus_model / "plans.json").read_text())
     block = plans["configurations"]["2d_export"]["confkd"]
-    assert block["seed"] == 3 and block["weight_teacher"] == 1.0 and block["full_share"] == 0.5
+    assert block["seed"] == 3 and block["weight_teacher"] == 1.0 and block["full_share"] is None
     record = json.loads((hippocampus_model / "fold_0" / "confkd.json").read_text())
     assert record["settings"] == block and set(record["supervision"].values()) == {"full", "partial", "unlabelled"}
 
