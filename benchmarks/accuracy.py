@@ -60,7 +60,7 @@ class Row:
     time_of: str | None = None
 
 
-EARLIER = {"full_share": 0.5, "cutmix_full": 0.0}
+EARLIER = {"full_share": 0.5}
 
 
 def with_earlier_defaults(rows: Mapping[str, Row]) -> dict[str, Row]:
@@ -661,9 +661,8 @@ def differences(before: dict, now: dict) -> list[str]:
             unused += ("teacher_width",)
         if spec["row"]["labels"] != "listed":
             unused += ("class_share",)  # no other row hides classes
-        for name in ("cutmix", "cutmix_full"):  # earlier, and today's, that are chosen by the kinds of labels
-            if settings.get(name, 0) is None:
-                settings[name] = 0.5 if spec["table"]["style"] == "none" and spec["row"]["labels"] == "mixed" else 0.0
+        if settings.get("cutmix", 0) is None:
+            settings["cutmix"] = 0.5 if spec["table"]["style"] == "none" and spec["row"]["labels"] == "mixed" else 0.0
         row = {key: value for key, value in spec["row"].items() if key not in ("title", "settings", "steps")}
         # what tables have got since the oldest results were obtained
         table = {"background": True, "fraction": None, "draw": 0, "fold": None, "epoch": 50,

@@ -58,7 +58,7 @@ RIVALS = dict.fromkeys(SETTINGS, "ignore_prior") | {"unlabelled": "full_only", "
 IGNORE_ROWS = ("ignore", "ignore_prior")
 MORE = ("ignore_quarter", "ignore_prior_quarter", "ignore_three_quarters", "cutmix_full")
 SHORT = dict.fromkeys(SETTINGS, (*IGNORE_ROWS, "confkd_cost")) | {
-    "unlabelled": ("full_only", "full_cutmix", "today_cost"), "points_10": ("full_only", "today_cost")}
+    "unlabelled": ("full_only", "full_cutmix", "confkd_cutmix_cost"), "points_10": ("full_only", "today_cost")}
 WORDS = {"scribbles": "ACDC, expert scribbles", "erosion": "ACDC, eroded masks with background",
          "erosion_foreground": "ACDC, eroded masks without background", "unlabelled": "ACDC, unlabelled",
          "points_5": "Hippocampus, points", "points_10": "Hippocampus, points"}
@@ -116,8 +116,7 @@ ROWS: dict[str, Row] = with_earlier_defaults({
     "hints_0.1": Row("ConfKD, entropy of weight 0.1", settings={"weight_entropy": 0.1}),
     "hints_0.3": Row("ConfKD, entropy of weight 0.3", settings={"weight_entropy": 0.3}),
 })
-# Share of full images and CutMix are chosen from the data. With partial annotations as dense as strokes it is the same
-# training as `confkd_cost`.
+# With partial annotations as dense as strokes it is the same training as `confkd_cost`.
 ROWS["today_cost"] = Row("ConfKD with today's defaults, at equal cost", steps=1 / COST)
 # Rows that are made once without bfloat16, to check that it changes nothing.
 FLOAT32 = "_float32"

@@ -58,6 +58,7 @@ ROWS: dict[str, Row] = {
     "kl": of_today("kl"),
     "confkd": of_today("confkd"),
     "confkd_cost": of_today("confkd_cost"),
+    "confkd_cutmix_cost": replace(EQUAL_ROWS["confkd_cutmix_cost"], settings={}),
     "all": of_today("all"),
 }
 LONG = ("full_only", "ignore_prior", "confkd_cost", "all")
@@ -67,9 +68,9 @@ ROWS |= {f"{name}_long": replace(ROWS[name], title=f"{ROWS[name].title}; {LONGER
 RIVAL = {"unlabelled": "full_only"}
 USUAL = ("full_only", "ignore_prior", "confkd_cost", "all")
 ROWS_OF = dict.fromkeys(SETTINGS, USUAL) | {
-    "scribbles": tuple(ROWS),
+    "scribbles": tuple(name for name in ROWS if name != "confkd_cutmix_cost"),
     "erosion_foreground": tuple(name for name in ROWS if "cutmix" not in name),
-    "unlabelled": ("full_only", "full_cutmix", "confkd_cost", "all")}
+    "unlabelled": ("full_only", "full_cutmix", "confkd_cutmix_cost", "all")}
 
 
 def table_of(setting: str, fold: int) -> Table:

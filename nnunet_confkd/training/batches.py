@@ -188,16 +188,16 @@ def informed_full_share(foreground: Mapping[str, int], kinds: Mapping[str, str],
         teacher: Whether there is one. It learns from the fully annotated images alone, and gets a half at least.
 
     Returns:
-        From 0.25, or 0.5 with a teacher, to 0.75. It is 0.5 if no foreground is annotated.
+        From 0.25, or 0.5 with a teacher, to 0.75. It is 0.5 if no foreground is partially annotated.
 
     Examples:
         >>> informed_full_share({"mask": 600, "points": 400}, {"mask": "full", "points": "partial"}, True)
         0.6
-        >>> informed_full_share({"mask": 600, "nothing": 0}, {"mask": "full", "nothing": "unlabelled"}, True)
-        0.75
+        >>> informed_full_share({"mask": 600, "strokes": 900}, {"mask": "full", "strokes": "partial"}, False)
+        0.4
     """
     annotated = {kind: sum(foreground[case] for case in kinds if kinds[case] == kind) for kind in (FULL, PARTIAL)}
-    if not sum(annotated.values()):
+    if not annotated[PARTIAL]:
         return 0.5
     return min(max(annotated[FULL] / sum(annotated.values()), 0.5 if teacher else 0.25), 0.75)
 

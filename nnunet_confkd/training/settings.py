@@ -93,17 +93,17 @@ class Settings:
                                    "annotated images, simulated ones on fully annotated images. It does so only if "
                                    "the KL acts on images that are not fully annotated")
 
-    cutmix: float = _setting("batches", 0.0, SHARES,
-                             "share of the iterations in which the student's images exchange boxes, with their labels "
-                             "and the teacher's probabilities")
-    cutmix_full: float | None = _setting("batches", None, SHARES,
-                                         "share of the iterations in which the fully annotated images exchange boxes "
-                                         "among themselves, with their labels, for both branches. Null means 0.5 if "
-                                         "all training cases that are not fully annotated are unlabelled, else 0")
+    cutmix: float | None = _setting("batches", None, SHARES,
+                                    "share of the iterations in which the student's images exchange boxes, with their "
+                                    "labels and the teacher's probabilities. Null means 0.5 if all training cases "
+                                    "that are not fully annotated are unlabelled, else 0")
+    cutmix_full: float = _setting("batches", 0.0, SHARES,
+                                  "share of the iterations in which the fully annotated images exchange boxes among "
+                                  "themselves, with their labels, for both branches")
     full_share: float | None = _setting("batches", None, (0.01, 0.99),
                                         "share of fully annotated images in a training batch. Null means their share "
                                         "of all annotated foreground voxels, but at least 0.5 (without a teacher: "
-                                        "0.25) and at most 0.75")
+                                        "0.25) and at most 0.75. It is 0.5 if no case is partially annotated")
     unlabelled_share: float = _setting("batches", 0.25, SHARES,
                                        "share of unlabelled images among the others in a batch, but at most their "
                                        "share of the cases; the rest is partially annotated")
@@ -183,15 +183,15 @@ class Settings:
         """Whether the teacher learns to use hints."""
         return self.teacher_hints and self.kl_on_non_full
 
-    def cutmix_full_for(self, kinds: Iterable[str]) -> float:
-        """Return the share of the iterations in which the fully annotated images exchange boxes.
+    def cutmix_for(self, kinds: Iterable[str]) -> float:
+        """Return the share of the iterations with CutMix.
 
         Args:
             kinds: Those of the training cases.
         """
-        if self.cutmix_full is not None:
-            return self.cutmix_full
-        return 0.5 if set(kinds) == {FULL, UNLABELLED} else 0.0
+        if self.cutmix is not None:
+            return self.cutmix
+        return 0.5 if set(kinds) == {FULL, UNLABELLED} and not (self.weight_kl and self.kl_images == "full") else 0.0
 
     def kl_ramp(self, progress: float) -> float:
         """Compute the factor of the KL's weight, which rises linearly from `kl_ramp_start` to `kl_ramp_end`.

@@ -384,8 +384,8 @@ class ConfKDTrainer(nnUNetTrainer):
             self.print_to_log_file("Share of fully annotated images in a batch (full_share): "
                                    f"{self._full_share(strata):.2f}")
         complete: list = []  # in this order: hints are simulated on exchanged images
-        of_full = self.settings.cutmix_full_for(self.kinds[case] for case in dataset_tr.identifiers)
-        for name, share, mixer in (("cutmix_full", of_full, FullCutMix), ("cutmix", self.settings.cutmix, CutMix)):
+        cutmix = self.settings.cutmix_for(self.kinds[case] for case in dataset_tr.identifiers)
+        for name, share, mixer in (("cutmix_full", self.settings.cutmix_full, FullCutMix), ("cutmix", cutmix, CutMix)):
             if not share:
                 continue
             if self.hidden:

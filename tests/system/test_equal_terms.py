@@ -74,7 +74,7 @@ def test_the_short_table_compares_with_the_best_rival_in_the_same_draws_and_seed
             write_run(tmp_path / f"points_5_{draw}", row, seed, rival)
     write_run(tmp_path / "points_5_1", "ignore_prior", 1, 0.0)  # draw 1 lacks the other rival: it counts in no figure
     write_run(tmp_path / "points_5_1", "confkd_cost", 1, 0.9)
-    write_run(tmp_path / "unlabelled_0", "today_cost", 0, 0.4)  # without a rival
+    write_run(tmp_path / "unlabelled_0", "confkd_cutmix_cost", 0, 0.4)  # without a rival
     *_, line = module.short_table(tmp_path).splitlines()
     assert line == "| Hippocampus, points | 5 |  | 0.700 | 0.850 | +0.150 [+0.100, +0.200] | 2 |"
     for seed in (0, 1):  # a rival of which not all rows have runs counts as well

@@ -40,7 +40,7 @@ def test_rows_that_do_not_depend_on_weak_labels_are_run_once(module):
              for setting in module.SETTINGS}
     assert ("all", 0) in names["scribbles"] and ("full_only", 7) in names["scribbles"]
     assert names["erosion"] == [("ignore_prior", 3), ("confkd_cost", 3)]
-    assert names["unlabelled"] == [("confkd_cost", 3)] and ("paper", 1) not in names["scribbles"]
+    assert names["unlabelled"] == [("confkd_cutmix_cost", 3)] and ("paper", 1) not in names["scribbles"]
     assert ("full_cutmix", 3) in names["scribbles"], "the unlabelled setting compares with it"
     long = {spec["name"]: spec["iterations"] for spec in module.specs_of("scribbles", 0, module.ROWS, [0])}
     assert long["all_long"] == 3 * long["all"]
@@ -101,7 +101,7 @@ def test_the_headline_compares_with_the_better_rival_and_is_drawn(module, tmp_pa
         for row, full, dice in (("full_only", 3, 0.4), ("full_cutmix", 3, 0.99), ("ignore", 3, 0.6),
                                 ("ignore_prior", 3, 0.5), ("confkd_cost", 3, 0.65 + 0.1 * fold), ("all", 0, 0.9)):
             write_run(tmp_path / f"scribbles_{fold}", row, full, dice, patients)
-        write_run(tmp_path / f"unlabelled_{fold}", "confkd_cost", 3, 0.95, patients)
+        write_run(tmp_path / f"unlabelled_{fold}", "confkd_cutmix_cost", 3, 0.95, patients)
     write_run(tmp_path / "scribbles_2", "confkd_cost", 3, 0.1, range(20, 30))  # no rival has this fold yet
     lines = headline.table(tmp_path).splitlines()
     assert lines[2] == ("| ACDC, expert scribbles | 3 | 0.400 | 0.600 | 0.700 | 0.900 | +0.100 [+0.050, +0.150] | "

@@ -147,8 +147,9 @@ def test_settings_survive_json():
 @pytest.mark.parametrize("kinds, automatic", [
     ((FULL, UNLABELLED, UNLABELLED), 0.5), ((FULL, PARTIAL, UNLABELLED), 0), ((FULL, PARTIAL), 0), ((FULL, FULL), 0)])
 def test_cutmix_is_chosen_by_the_kinds_of_the_training_cases_unless_it_is_set(kinds, automatic):
-    assert Settings().cutmix_full_for(kinds) == automatic
-    assert Settings(cutmix_full=0.25).cutmix_full_for(kinds) == 0.25
+    assert Settings().cutmix_for(kinds) == automatic
+    assert Settings(cutmix=0.25).cutmix_for(kinds) == 0.25
+    assert Settings(kl_images="full").cutmix_for(kinds) == 0
 
 
 def test_settings_cannot_be_changed():
