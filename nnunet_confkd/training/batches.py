@@ -178,15 +178,14 @@ def full_images_per_batch(batch_size: int, share: float, others: bool) -> int:
 
 
 def informed_full_share(foreground: Mapping[str, int], kinds: Mapping[str, str], teacher: bool) -> float:
-    """Choose the share of fully annotated images in a batch.
+    """Choose the share of fully annotated images in a batch: their share of all annotated foreground voxels.
 
-    If these images hold most of the annotated foreground voxels, they get as large a share of the batch. Otherwise a
-    quarter is enough for them. A teacher learns from them alone, and needs a half.
+    So images are drawn about as often as they have something to teach.
 
     Args:
         foreground: {case: annotated voxels of the foreground}.
         kinds: {case: kind} of the training cases.
-        teacher: Whether there is one.
+        teacher: Whether there is one. It learns from the fully annotated images alone, and needs a half.
 
     Returns:
         From 0.25, or 0.5 with a teacher, to 0.75. It is 0.5 if no foreground is partially annotated.
@@ -195,15 +194,12 @@ def informed_full_share(foreground: Mapping[str, int], kinds: Mapping[str, str],
         >>> informed_full_share({"mask": 600, "points": 400}, {"mask": "full", "points": "partial"}, True)
         0.6
         >>> informed_full_share({"mask": 600, "strokes": 900}, {"mask": "full", "strokes": "partial"}, False)
-        0.25
+        0.4
     """
     annotated = {kind: sum(foreground[case] for case in kinds if kinds[case] == kind) for kind in (FULL, PARTIAL)}
     if not annotated[PARTIAL]:
         return 0.5
-    share = annotated[FULL] / sum(annotated.values())
-    if share < 0.5:
-        return 0.5 if teacher else 0.25
-    return min(share, 0.75)
+    return min(max(annotated[FULL] / sum(annotated.values()), 0.5 if teacher else 0.25), 0.75)
 
 
 def class_probabilities(kinds: Mapping[str, str], hidden: Mapping[str, Sequence[bool]], share: float,

@@ -102,9 +102,8 @@ class Settings:
                                   "themselves, with their labels, for both branches")
     full_share: float | None = _setting("batches", None, (0.01, 0.99),
                                         "share of fully annotated images in a training batch. Null means their share "
-                                        "of all annotated foreground voxels, but at most 0.75. Below a half it is 0.5 "
-                                        "with a teacher, and 0.25 without. It is 0.5 if no case is partially "
-                                        "annotated")
+                                        "of all annotated foreground voxels, but at least 0.5 (without a teacher: "
+                                        "0.25) and at most 0.75. It is 0.5 if no case is partially annotated")
     unlabelled_share: float = _setting("batches", 0.25, SHARES,
                                        "share of unlabelled images among the others in a batch, but at most their "
                                        "share of the cases; the rest is partially annotated")

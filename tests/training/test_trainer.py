@@ -179,7 +179,7 @@ def test_the_share_of_fully_annotated_images_follows_from_the_annotations(nnunet
     assert voxels["full"] and voxels["partial"] and not voxels["unlabelled"]
     share = voxels["full"] / sum(voxels.values())
     for name, low in (("ConfKDTrainer", 0.5), ("ConfKDTrainer_partialOnly", 0.25)):
-        trainer, expected = started(HIPPOCAMPUS, configuration, name), low if share < 0.5 else min(share, 0.75)
+        trainer, expected = started(HIPPOCAMPUS, configuration, name), min(max(share, low), 0.75)
         assert next(trainer.dataloader_train)["num_full"] == round(10 * expected)
         assert f"(full_share): {expected:.2f}" in Path(trainer.log_file).read_text()
     chosen = nnunet.configure(HIPPOCAMPUS, "share_set", "2d", SHORT | {"full_share": 0.4}, batch_size=10)
