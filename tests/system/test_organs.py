@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shlex
 import shutil
@@ -61,7 +62,7 @@ def commands() -> list[list[str]]:
 def test_the_commands_of_the_page_lead_to_a_model(folders, nnunet, thread_pools, capsys):
     printed = []
     for command in commands():
-        name = command[0]
+        name, *_ = command = [os.path.expandvars(word) for word in command]
         if name not in ("mix", "check", "plan"):  # a small network, for two steps
             command = [re.sub(r"(^|__)2d$", r"\g<1>2d_small", word) for word in command]
         assert cli.main([*command, *MORE[name]]) == 0, command
