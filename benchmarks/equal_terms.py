@@ -92,8 +92,6 @@ ROWS: dict[str, Row] = with_earlier_defaults({
                         steps=1 / COST),
     "ignore_three_quarters": Row("the ignore label, three quarters of each batch full", "ConfKDTrainer_partialOnly",
                                  settings={"prior_correction": 0.0, "full_share": 0.75}),
-    "three_quarters_cost": Row("ConfKD, three quarters of each batch full, at equal cost",
-                               settings={"full_share": 0.75}, steps=1 / COST),
     "cutmix_full": Row("the ignore label, full images exchange boxes", "ConfKDTrainer_partialOnly",
                        settings={"prior_correction": 0.0, "cutmix_full": 0.5}),
     "cutmix_full_cost": Row("ConfKD, full images exchange boxes, at equal cost", settings={"cutmix_full": 0.5},
