@@ -1,4 +1,4 @@
-"""ACDC by the split of SSL4MIS, with nnU-Net's own 2-D plan on a GPU, in pieces that resume themselves.
+"""ACDC by the split of SSL4MIS, with nnU-Net's own 2-D network on a GPU, in pieces that resume themselves.
 
     python benchmarks/ssl4mis.py --data .../shared/data --shrink FOLDER      # once, on any machine: about 50 MB
     python benchmarks/ssl4mis.py --data FOLDER --work WORK --minutes 9       # on the GPU, again until it says "done"
@@ -6,9 +6,10 @@
 
 `--shrink` crops the images to the middle 240 mm, resamples them to 1.5 mm in plane (labels and scribbles by nearest
 neighbour) and rounds them to whole numbers. What it writes has the layout of the published data. The second command
-prepares what is missing, then trains run after run. When its minutes are over, it stops the training, which goes on
-from its last checkpoint the next time. Each finished run writes a JSON file into benchmarks/ssl4mis/, and `--report`
-writes the table into benchmarks/README.md. All rows have the same number of iterations, and the final weights count.
+prepares what is missing, then trains `--processes` runs at a time. When its minutes are over, it stops the trainings,
+which go on from their last checkpoints the next time. Each finished run writes a JSON file into benchmarks/ssl4mis/,
+and `--report` writes the table into benchmarks/README.md. The final weights count. Post-processing is chosen on the
+validation patients. A row "at equal cost" has as many iterations fewer as its step takes longer (`--cost`).
 
 The split: X. Luo, SSL4MIS, https://github.com/HiLab-git/SSL4MIS.
 """
@@ -21,12 +22,14 @@ import shutil
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 from accuracy import Row, Table, environment, predictions, prepare, run, run_name, spec_of, still_to_do
-from accuracy_report import read_runs
+from accuracy_report import gain_text, paired_gain, read_runs
+from five_folds import choose_post_processing, measure_both
 from step_time import insert
 
 HERE = Path(__file__).resolve().parent
@@ -36,22 +39,32 @@ EPOCH = 250
 
 TEST = (1, 7, 8, 11, 13, 22, 24, 33, 52, 59, 64, 65, 66, 68, 75, 80, 81, 83, 84, 93)
 VALIDATION = (2, 19, 28, 30, 39, 45, 78, 82, 85, 87)
+LEAST = 3  # fully annotated patients
 LABELLED = (38, 50, 99, 21, 49, 58, 100)  # the first 3, or all 7
 OTHERS = tuple(n for n in range(1, 101) if n not in (*TEST, *VALIDATION, *LABELLED))
 ROLES = {role: [f"patient{n:03d}" for n in numbers]
          for role, numbers in (("test", TEST), ("validation", VALIDATION), ("train", (*LABELLED, *OTHERS)))}
 
-SCRIBBLES = Table("ACDC 2-D, the split of SSL4MIS, scribbles", "acdc", "scribbles", (20, 10, 70), 100 * EPOCH,
+# nnU-Net's own plan has batches of 126; the papers on this split have 24
+SCRIBBLES = Table("ACDC 2-D, the split of SSL4MIS, scribbles", "acdc", "scribbles", (20, 10, 70), 100 * EPOCH, 24,
                   small=False, full=(3, 7), epoch=EPOCH)
 TABLES = {"scribbles": SCRIBBLES, "unlabelled": replace(SCRIBBLES, style="none")}
-# name: the table, and the row; in the order in which they are run
-ROWS: dict[str, tuple[str, Row]] = {
-    "full_only": ("scribbles", Row("fully annotated patients alone, nnU-Net", "nnUNetTrainer", "full")),
-    "confkd": ("scribbles", Row("and scribbles, ConfKD")),
-    "ignore_prior": ("scribbles", Row("and scribbles, the ignore label", "ConfKDTrainer_partialOnly")),
-    "all": ("scribbles", Row("everything annotated, nnU-Net", "nnUNetTrainer", "all")),
-    "unlabelled": ("unlabelled", Row("and unlabelled, ConfKD")),
+BASELINE = "ConfKDTrainer_partialOnly"
+# name: the table, the row, and the row that it is compared with; in the order in which they are run
+ROWS: dict[str, tuple[str, Row, str | None]] = {
+    "full_only": ("scribbles", Row("fully annotated patients alone, nnU-Net", "nnUNetTrainer", "full"), None),
+    "ignore": ("scribbles", Row("and scribbles, the ignore label", BASELINE, settings={"prior_correction": 0.0}),
+               "full_only"),
+    "confkd_cost": ("scribbles", Row("and scribbles, ConfKD, at equal cost"), "ignore"),
+    "all": ("scribbles", Row("everything annotated, nnU-Net", "nnUNetTrainer", "all"), "ignore"),
+    "full_cutmix": ("scribbles", Row("fully annotated patients alone, with CutMix", BASELINE, "full",
+                                     settings={"cutmix": 0.5}), "full_only"),
+    "unlabelled_cost": ("unlabelled", Row("and unlabelled, ConfKD, at equal cost"), "full_cutmix"),
+    "ignore_prior": ("scribbles", Row("and scribbles, the ignore label with the class-prior correction", BASELINE),
+                     "ignore"),
+    "confkd": ("scribbles", Row("and scribbles, ConfKD"), "ignore"),
 }
+USUAL = ("full_only", "ignore", "confkd_cost", "all", "full_cutmix", "unlabelled_cost")
 
 
 def shrink(data: Path, target: Path) -> None:
@@ -98,75 +111,109 @@ def specs_of(args) -> list[tuple[str, dict]]:
     for seed in args.seeds:
         for full in args.full:
             for name in args.rows:
-                setting, row = ROWS[name]
+                setting, row, _ = ROWS[name]
                 if row.labels == "all" and full != args.full[0]:
                     continue
-                iterations = args.epochs * EPOCH if args.iterations is None else args.iterations
-                table = replace(TABLES[setting], epoch=min(EPOCH, iterations), iterations=iterations)
+                row = replace(row, steps=1 / args.cost if name.endswith("_cost") else 1.0)
+                epoch = min(EPOCH, args.iterations)
+                table = replace(TABLES[setting], epoch=epoch, iterations=args.iterations, full=tuple(args.full))
+                iterations = round(args.iterations * row.steps / epoch) * epoch
                 specs.append((setting, spec_of(table, name, 0 if row.labels == "all" else full, seed, args.device,
                                                iterations, "test", row)))
     return specs
 
 
 def measured(trainer, roles: dict[str, list[str]], name: str) -> dict:
-    """Dice, and HD95 in mm and in voxels, of the test cases: see :func:`accuracy.run`."""
+    """Measure the test cases before and after post-processing: see :func:`five_folds.measured`. HD95 also in voxels."""
     from nnunet_confkd.evaluation.metrics import measure_masks
 
+    classes = trainer.label_manager.foreground_labels
+    chosen = choose_post_processing(predictions(trainer, roles["validation"], teacher=False), classes)
     cases = {}
     for case, _, truth, labels, _, spacing in predictions(trainer, roles["test"], teacher=False):
-        cases[case] = {"student": {}}
-        for c in trainer.label_manager.foreground_labels:
-            in_mm = measure_masks(truth == c, labels == c, spacing)
+        found = measure_both(truth, labels, spacing, classes, *chosen)
+        for c in classes:
             in_voxels = measure_masks(truth == c, labels == c, (1.0, 1.0, 1.0))
-            cases[case]["student"][str(c)] = {
-                "dice": round(in_mm["Dice"], 4), "hd95_mm": round(in_mm["HD95_mm"], 3),
-                "hd95_voxels": round(in_voxels["HD95_mm"], 3)}
-    return {"cases": cases}
+            found[str(c)]["hd95_voxels"] = round(in_voxels["HD95_mm"], 3)
+        cases[case] = {"student": found}
+    kept = [int(c) for c, keep in zip(classes, chosen[1]) if keep]
+    return {"post_processing": {"foreground": chosen[0], "classes": kept}, "cases": cases,
+            "batch_size": trainer.configuration_manager.batch_size,
+            "patch_size": list(trainer.configuration_manager.patch_size)}
 
 
 def train_until(args, deadline: float) -> bool:
-    """Run what is missing until a moment; returns whether everything is done."""
+    """Run what is missing until a moment, some runs at a time; returns whether everything is done."""
     script = [sys.executable, __file__, "--data", str(args.data), "--output", str(args.output)]
-    for setting in dict.fromkeys(ROWS[name][0] for name in args.rows):
-        work = args.work / setting
-        subprocess.run([*script, "--work", str(work), "--prepare", setting], check=True,
-                       env=os.environ | environment(work, args.device))
-    for setting, spec in specs_of(args):
-        if not still_to_do([spec], args.output):
-            continue
-        work = args.work / setting
-        child = subprocess.Popen([*script, "--work", str(work), "--run", json.dumps(spec)],
-                                 env=os.environ | environment(work, args.device))
-        try:
-            if child.wait(max(1.0, deadline - time.time())):
-                raise SystemExit(f"{run_name(spec)} failed; what it printed is above")
-        except subprocess.TimeoutExpired:
-            child.terminate()
-            child.wait()
-            print(f"{run_name(spec)}: stopped, goes on with the same command", flush=True)
+    variables = os.environ | ({} if args.device == "cpu" else {"nnUNet_n_proc_DA": str(args.workers)})
+
+    def train(job: tuple[str, dict]) -> bool:
+        setting, spec = job
+        if time.time() > deadline:
             return False
-    return True
+        work = args.work / setting
+        (args.work / "logs").mkdir(exist_ok=True)
+        with open(args.work / "logs" / f"{run_name(spec)}.txt", "a") as log:
+            child = subprocess.Popen([*script, "--work", str(work), "--run", json.dumps(spec)], stdout=log,
+                                     stderr=log, env=variables | environment(work, args.device))
+            try:
+                if child.wait(max(1.0, deadline - time.time())):
+                    print(f"FAILED: {run_name(spec)}; see {log.name}", flush=True)
+                    return False
+            except subprocess.TimeoutExpired:
+                child.terminate()
+                child.wait()
+                print(f"{run_name(spec)}: stopped, goes on with the same command", flush=True)
+                return False
+        print(f"{run_name(spec)}: done", flush=True)
+        return True
+
+    def prepared(setting: str) -> None:
+        work = args.work / setting
+        subprocess.run([*script, "--work", str(work), "--full", *map(str, args.full), "--prepare", setting],
+                       check=True, env=variables | environment(work, args.device)
+                       | {"nnUNet_def_n_proc": str(os.cpu_count())})
+
+    with ThreadPoolExecutor(args.processes) as pool:
+        list(pool.map(prepared, dict.fromkeys(ROWS[name][0] for name in args.rows)))
+        return all(list(pool.map(train, [job for job in specs_of(args) if still_to_do([job[1]], args.output)])))
 
 
 def report(folder: Path) -> str:
-    """One line for each row and number of fully annotated patients."""
+    """One line for each row and number of fully annotated patients, and gains in the same seeds."""
     runs = read_runs(folder)
-    lines = ["| row | fully annotated | Dice | of each class | HD95, mm | HD95, voxels | iterations | seeds | "
-             "machine |", "|" + "---|" * 9]
-    for name, (_, row) in ROWS.items():
+
+    def of_row(name: str, full: int) -> dict[int, dict]:
+        full = 0 if ROWS[name][1].labels == "all" else full
+        return {seed: run for (row, number, seed), run in runs.items() if (row, number) == (name, full)}
+
+    def values(run: dict, metric: str) -> np.ndarray:
+        return np.array([[of[metric] for of in case["student"].values()] for case in run["cases"].values()], float)
+
+    lines = ["| row | fully annotated | Dice raw | Dice after | of each class, after | HD95 raw, mm | HD95 after, mm | "
+             "HD95 raw, voxels | gain raw | gain after | over | iterations | runs |", "|" + "---|" * 13]
+    for name, (_, row, rival) in ROWS.items():
         for full in sorted({key[1] for key in runs if key[0] == name}):
-            found = [run for key, run in runs.items() if key[:2] == (name, full)]
-            values = {metric: np.array([[[of[metric] for of in case["student"].values()] for case in
-                                         run["cases"].values()] for run in found], float)
-                      for metric in ("dice", "hd95_mm", "hd95_voxels")}
-            of_class = np.nanmean(values["dice"], (0, 1))
+            found = of_row(name, full)
+            means = {metric: np.mean([np.nanmean(np.nanmean(values(run, metric), 0)) for run in found.values()])
+                     for metric in ("dice", "dice_pp", "hd95_mm", "hd95_mm_pp", "hd95_voxels")}
+            of_class = np.nanmean([values(run, "dice_pp") for run in found.values()], (0, 1))
+            other = of_row(rival, full or LEAST) if rival else {}
+            patients = [case.split("_frame")[0] for case in next(iter(found.values()))["cases"]]
+            gains = [gain_text(paired_gain(*({seed: values(run, metric) for seed, run in of.items()}
+                                             for of in (found, other)), patients)) if other.keys() & found.keys()
+                     else "" for metric in ("dice", "dice_pp")]
             lines.append(
-                f"| {row.title} | {full or 'all'} | {of_class.mean():.3f} | "
+                f"| {row.title} (`{name}`) | {full or 'all'} | {means['dice']:.3f} | {means['dice_pp']:.3f} | "
                 + " / ".join(f"{value:.3f}" for value in of_class)
-                + "".join(f" | {np.nanmean(np.nanmean(values[metric], (0, 1))):.2f}"
-                          for metric in ("hd95_mm", "hd95_voxels"))
-                + f" | {found[0]['spec']['iterations']} | {len(found)} | {found[0]['machine']} |")
-    return "\n".join(lines) if runs else "Not run yet: no GPU was at hand."
+                + f" | {means['hd95_mm']:.1f} | {means['hd95_mm_pp']:.1f} | {means['hd95_voxels']:.1f} | {gains[0]} | "
+                f"{gains[1]} | {f'`{rival}`' if any(gains) else ''} | {next(iter(found.values()))['spec']['iterations']} "
+                f"| {len(found)} |")
+    if not runs:
+        return "Not run yet: no GPU was at hand."
+    first = next(iter(runs.values()))
+    return (f"{first['machine']}; batches of {first['batch_size']} patches of "
+            f"{' x '.join(map(str, first['patch_size']))} pixels.\n\n" + "\n".join(lines))
 
 
 def main() -> None:
@@ -175,12 +222,14 @@ def main() -> None:
     parser.add_argument("--shrink", type=Path, metavar="FOLDER", help="write the small copy there, and nothing else")
     parser.add_argument("--work", type=Path, help="a folder for data and trainings; used again after an interruption")
     parser.add_argument("--output", type=Path, default=OUTPUT)
-    parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS))
-    parser.add_argument("--full", nargs="+", type=int, choices=SCRIBBLES.full, default=[3])
+    parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(USUAL))
+    parser.add_argument("--full", nargs="+", type=int, choices=SCRIBBLES.full, default=[LEAST])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--epochs", type=int, default=100, help=f"of {EPOCH} iterations")
-    parser.add_argument("--iterations", type=int, help="in place of --epochs, for a trial")
+    parser.add_argument("--iterations", type=int, default=SCRIBBLES.iterations, help=f"in epochs of {EPOCH}")
+    parser.add_argument("--cost", type=float, default=1.1, help="a step of ConfKD, in steps of nnU-Net (step_time.py)")
     parser.add_argument("--minutes", type=float, default=9.0, help="stop after this time")
+    parser.add_argument("--processes", type=int, default=1, help="trainings at once")
+    parser.add_argument("--workers", type=int, default=12, help="processes that load data, for each training on a GPU")
     parser.add_argument("--device", default="cuda", choices=("cpu", "cuda"))
     parser.add_argument("--report", action="store_true", help="only write the table of what is there")
     parser.add_argument("--prepare", help=argparse.SUPPRESS)
@@ -197,7 +246,7 @@ def main() -> None:
     if args.shrink:
         return shrink(args.data, args.shrink)
     if args.prepare:
-        table = TABLES[args.prepare]
+        table = replace(TABLES[args.prepare], full=tuple(args.full))
         scribbles = args.data / "acdc_scribbles" if table.style == "scribbles" else None
         return prepare(table, args.data / "acdc", scribbles, args.work, ROLES)
     args.output.mkdir(parents=True, exist_ok=True)

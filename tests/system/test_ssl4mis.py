@@ -4,8 +4,10 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -57,6 +59,10 @@ def test_the_smaller_copy_holds_the_whole_heart_on_one_grid(module, test_data, t
         assert (drawn == 4).mean() > 0.9 and (drawn[drawn < 4] == truth[drawn < 4]).mean() > 0.9
 
 
+def values_of(result: dict) -> float:
+    return np.nanmean([[of["dice"] for of in case["student"].values()] for case in result["cases"].values()])
+
+
 @pytest.mark.slow  # trainings in fresh processes
 def test_a_training_that_is_stopped_goes_on(module, test_data, tmp_path):
     kept = ["patient001", "patient002", *module.ROLES["train"][:3], "patient003"]
@@ -76,16 +82,30 @@ if __name__ == "__main__":
     ssl4mis.main()
 """)
     command = [sys.executable, str(script), "--data", str(tmp_path / "data"), "--work", str(tmp_path / "work"),
-               "--output", str(tmp_path / "runs"), "--device", "cpu", "--seeds", "0", "--rows", "full_only", "confkd"]
+               "--output", str(tmp_path / "runs"), "--device", "cpu", "--seeds", "0", "--rows", "ignore", "confkd_cost",
+               "--processes", "2", "--cost", "1.5", "--iterations", "30"]
 
     def run(*options: str) -> str:
         done = subprocess.run([*command, *options], capture_output=True, text=True, timeout=900, env=os.environ)
         assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
         return done.stdout
 
-    assert "stopped, goes on with the same command" in run("--epochs", "3", "--minutes", "0")
-    text = run("--epochs", "3")
-    assert "done" in text and "| and scribbles, ConfKD | 3 |" in text
-    result = json.loads((tmp_path / "runs" / "confkd_M3_s0.json").read_text())
-    assert len(result["cases"]) == 2 and result["spec"]["iterations"] == 30
-    assert set(result["cases"]["patient001_frame01"]["student"]["1"]) == {"dice", "hd95_mm", "hd95_voxels"}
+    assert "done" not in run("--minutes", "0") and not list((tmp_path / "work").rglob("checkpoint*"))
+    cut_off = subprocess.Popen(command, start_new_session=True)
+    try:
+        while not list((tmp_path / "work").rglob("checkpoint_latest.pth")):
+            assert cut_off.poll() is None
+            time.sleep(0.2)
+    finally:
+        os.killpg(cut_off.pid, signal.SIGKILL)
+    text = run()
+    assert "done" in text and "| and scribbles, ConfKD, at equal cost (`confkd_cost`) | 3 |" in text
+    results = {row: json.loads((tmp_path / "runs" / f"{row}_M3_s0.json").read_text())
+               for row in ("ignore", "confkd_cost")}
+    assert any(result["resumed"] for result in results.values())
+    assert [result["spec"]["iterations"] for result in results.values()] == [30, 20]
+    values = results["confkd_cost"]["cases"]["patient001_frame01"]["student"]["1"]
+    assert len(results["confkd_cost"]["cases"]) == 2
+    assert set(values) == {"dice", "hd95_mm", "nsd", "dice_pp", "hd95_mm_pp", "nsd_pp", "hd95_voxels"}
+    gain = values_of(results["confkd_cost"]) - values_of(results["ignore"])
+    assert f"| {gain:+.3f} " in text  # a single patient has no interval
