@@ -199,6 +199,7 @@ def report(folder: Path) -> str:
                      for metric in ("dice", "dice_pp", "hd95_mm", "hd95_mm_pp", "hd95_voxels")}
             of_class = np.nanmean([values(run, "dice_pp") for run in found.values()], (0, 1))
             other = of_row(rival, full or LEAST) if rival else {}
+            iterations = next(iter(found.values()))["spec"]["iterations"]
             patients = [case.split("_frame")[0] for case in next(iter(found.values()))["cases"]]
             gains = [gain_text(paired_gain(*({seed: values(run, metric) for seed, run in of.items()}
                                              for of in (found, other)), patients)) if other.keys() & found.keys()
@@ -207,8 +208,7 @@ def report(folder: Path) -> str:
                 f"| {row.title} (`{name}`) | {full or 'all'} | {means['dice']:.3f} | {means['dice_pp']:.3f} | "
                 + " / ".join(f"{value:.3f}" for value in of_class)
                 + f" | {means['hd95_mm']:.1f} | {means['hd95_mm_pp']:.1f} | {means['hd95_voxels']:.1f} | {gains[0]} | "
-                f"{gains[1]} | {f'`{rival}`' if any(gains) else ''} | {next(iter(found.values()))['spec']['iterations']} "
-                f"| {len(found)} |")
+                f"{gains[1]} | {f'`{rival}`' if any(gains) else ''} | {iterations} | {len(found)} |")
     if not runs:
         return "Not run yet: no GPU was at hand."
     first = next(iter(runs.values()))
