@@ -20,28 +20,36 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from nnunet_confkd import __version__
 from nnunet_confkd.data.annotated_classes import CLASSES_KEY, Listed, annotated_classes, possible_values
 from nnunet_confkd.data.folders import find_dataset, folder_name, new_dataset, preprocessed_folder, raw_folder
-from nnunet_confkd.data.images import Picture, Volume, count_voxels, read
+from nnunet_confkd.data.images import Volume
 from nnunet_confkd.data.json_files import read_description, read_folds, read_json, read_plans
 from nnunet_confkd.data.patients import patients_of, split_full_cases
 from nnunet_confkd.data.raw_format import Case, Dataset, raw_dataset, with_ignore, write_into
 from nnunet_confkd.data.resampling import KeepAnnotations
-from nnunet_confkd.data.supervision import OUTSIDE, PARTIAL, TABLE_KEY, check_labels, decide_kinds, kind_of
+from nnunet_confkd.data.supervision import PARTIAL, TABLE_KEY, check_labels, decide_kinds
 from nnunet_confkd.device import choose_device
 from nnunet_confkd.discovery import make_findable
 from nnunet_confkd.errors import InputError
 from nnunet_confkd.files import write_json
 from nnunet_confkd.inference.checkpoints import fold_folders, load_checkpoint, require_teacher
+from nnunet_confkd.inference.completed_case import (
+    CONFIDENCE,
+    ENTROPY,
+    PREDICTED,
+    CompletedCase,
+    KnownLabel,
+    check_case,
+)
 from nnunet_confkd.inference.expected_time import prediction_text
-from nnunet_confkd.inference.known_labels import KnownLabel, export_as_known, require_possible
+from nnunet_confkd.inference.known_labels import export_as_known, require_possible
 from nnunet_confkd.inference.prediction import ExportingPredictor, normalised_entropy
-from nnunet_confkd.inference.uncertainty import case_score, map_ending, write_map, write_review_list
+from nnunet_confkd.inference.review import map_ending, write_review_list
+from nnunet_confkd.inference.uncertainty import write_map
 from nnunet_confkd.processes import PROCESSES, parallel
 from nnunet_confkd.training.batches import real_hints
 from nnunet_confkd.training.hints import image_hints
 from nnunet_confkd.training.network import has_teacher, predicting, unwrap
 
 KEY = "completed"  # in dataset.json: a list with one entry per run, because a completed data set can be completed again
-CONFIDENCE, PREDICTED, ENTROPY = "confidence", ".predicted", "entropy"
 CHECKPOINT = "checkpoint_final.pth"
 EXPORT_PROCESSES = 3  # nnU-Net's default, because each process holds the logits of a whole image
 NOTE = ("Voxels of these cases that nobody had annotated have labels predicted by the model: do not take them for "
@@ -126,10 +134,10 @@ def complete(source: int | str, model: TrainedModel, dataset_id: int, *, confide
         if confidence is not None:
             dataset.labels = with_ignore(dataset.labels)  # for voxels of which the model is not that sure
         ignore: Any = dataset.labels.get("ignore")
-        completions = [_Completion(case.name, known[case.name], target, dataset.file_ending, ignore, confidence)
+        completions = [CompletedCase(case.name, known[case.name], target, dataset.file_ending, ignore, confidence)
                        for case in incomplete]
         rows = [{**row, "kind_before": kinds[row["case"]]} for row in
-                parallel(_Completion.review, [(c,) for c in completions], processes, "judging predictions")]
+                parallel(CompletedCase.review, [(c,) for c in completions], processes, "judging predictions")]
         _replace_labels(dataset, kinds, completions, rows)
         reported = ("kind_before", "annotated_voxels", "filled_voxels", "ignored_voxels")
         cases = {row["case"]: {key: row[key] for key in reported} for row in rows}
@@ -145,7 +153,8 @@ def complete(source: int | str, model: TrainedModel, dataset_id: int, *, confide
     return raw_folder() / folder_name(dataset_id, dataset.name)
 
 
-def _replace_labels(dataset: Dataset, kinds: dict[str, str], completions: list[_Completion], rows: list[dict]) -> None:
+def _replace_labels(dataset: Dataset, kinds: dict[str, str], completions: list[CompletedCase],
+                    rows: list[dict]) -> None:
     """Give each training case its kind, and the incomplete ones their completed label."""
     completed = {completion.case: (completion, row) for completion, row in zip(completions, rows)}
     training = []
@@ -339,7 +348,7 @@ def _check_cases(folder: Path, described: dict, dataset: Dataset,
         raise InputError(f"{folder / 'dataset.json'}: the labels have no \"ignore\", so every voxel has a label "
                          f"already; there is nothing to complete")
     allowed = sorted(dataset.values)
-    checked = parallel(_check_case, [(case, allowed, len(dataset.channel_names)) for case in dataset.training],
+    checked = parallel(check_case, [(case, allowed, len(dataset.channel_names)) for case in dataset.training],
                        processes, "reading cases")
     problems = [problem for found, _ in checked for problem in found]
     names = {case.name for case in dataset.training}
@@ -364,27 +373,6 @@ def _check_cases(folder: Path, described: dict, dataset: Dataset,
     return known, kinds, hidden
 
 
-def _check_case(case: Case, allowed: list[int], channels: int) -> tuple[list[str], dict[int, int]]:
-    """Return the problems of one case, and the voxels per label."""
-    problems, counts = [], dict.fromkeys(allowed, 0)
-    try:
-        pictures = [volume.read() for volume in case.images]
-        label = case.label.read()
-    except InputError as error:
-        return [str(error)], counts
-    found = sum(len(picture.voxels) for picture in pictures)
-    if found != channels:
-        problems.append(f"{case.images[0].file}: the case '{case.name}' has {found} of {channels} channels")
-    for picture in pictures:
-        problems += [f"{case.label.file}: is on another grid than {case.images[0].file}: {difference}"
-                     for difference in label.geometry.differences(picture.geometry)]
-    counts = count_voxels(label.voxels, allowed)
-    if sum(counts.values()) != label.voxels.size:
-        strange = [value for value in np.unique(label.voxels).tolist() if value not in allowed]
-        problems.append(f"{case.label.file}: holds the values {strange[:10]}, which dataset.json does not list")
-    return problems, counts
-
-
 def _splits(source: str, kinds: dict[str, str], pattern: str | None, known: dict[str, KnownLabel]) -> list[dict] | None:
     """Return the folds of the source if they validate on none of the completed cases, which are `known`.
 
@@ -403,73 +391,9 @@ def _splits(source: str, kinds: dict[str, str], pattern: str | None, known: dict
         return None
 
 
-# ---- one case -------------------------------------------------------------------------------------------------------
-
-@dataclass(frozen=True)
-class _Completion:
-    """An incomplete case and its prediction. It is sent to other processes.
-
-    Attributes:
-        case: The name of the case.
-        known: The label of the source.
-        target: The raw folder that is being written.
-        file_ending: That of the data set.
-        ignore: The value of ignored voxels; None: all voxels are filled.
-        threshold: Only voxels with a confidence above it are filled. None: all.
-    """
-    case: str
-    known: KnownLabel
-    target: Path
-    file_ending: str
-    ignore: int | None
-    threshold: float | None
-
-    def fill(self, file: Path) -> Picture:
-        """Read the label `file` and fill what is missing; what the model is not sure of becomes ignored."""
-        picture = read(file)
-        label, filled = picture.voxels[0], self._prediction(picture.voxels[0].shape)
-        if self.threshold is not None:
-            filled = np.where(self._map(CONFIDENCE, label.shape) > self.threshold, filled, self.ignore)
-        filled = np.where(self.known.missing(label), filled, label)
-        return Picture(filled.astype(np.uint16 if (self.ignore or filled.max()) > 255 else np.uint8)[None],
-                       picture.geometry)
-
-    def review(self) -> dict:
-        """Compute the row of the case in the review list."""
-        label = read(self.known.file).voxels[0]
-        predicted, confidence = self._prediction(label.shape), self._map(CONFIDENCE, label.shape)
-        entropy = self._map(f"{PREDICTED}/{ENTROPY}", label.shape)
-        missing = self.known.missing(label)
-        left = int((missing & (confidence <= self.threshold)).sum()) if self.threshold is not None else 0
-        annotated = int((~missing).sum())
-        agreement = float(np.mean(predicted == label, where=~missing)) if annotated else None
-        ignore = -2 if self.ignore is None else self.ignore
-        return {"case": self.case, **case_score(entropy, predicted, missing),
-                "kind": kind_of({ignore: left, OUTSIDE: label.size - left}, ignore),
-                "annotated_voxels": annotated, "filled_voxels": int(missing.sum()) - left, "ignored_voxels": left,
-                "mean_confidence": float(confidence.mean(dtype=np.float64, where=missing)),
-                "agreement_with_annotations": agreement}
-
-    def is_wrong(self) -> bool:
-        """Read back what was written: whether an annotation has changed, or a voxel that had to be filled was not."""
-        before = read(self.known.file).voxels[0]
-        after = read(self.target / "labelsTr" / f"{self.case}{self.file_ending}").voxels[0]
-        annotated = ~self.known.missing(before)
-        kept = np.array_equal(before[annotated], after[annotated])
-        unsure = (after == self.ignore) if self.threshold is not None else np.zeros(after.shape, bool)
-        left = self.threshold is None and self.ignore is not None and bool((after == self.ignore).any())
-        return not kept or left or not self.known.agrees(before[~unsure], after[~unsure])
-
-    def _prediction(self, shape: tuple[int, ...]) -> np.ndarray:
-        return read(self.target / PREDICTED / f"{self.case}{self.file_ending}").voxels[0].reshape(shape)
-
-    def _map(self, folder: str, shape: tuple[int, ...]) -> np.ndarray:
-        return read(self.target / folder / f"{self.case}{map_ending(self.file_ending)}").voxels[0].reshape(shape)
-
-
-def _require_annotations(completions: list[_Completion], processes: int) -> None:
+def _require_annotations(completions: list[CompletedCase], processes: int) -> None:
     """Raise RuntimeError unless all annotated voxels are unchanged and all others are filled that had to be."""
-    wrong = parallel(_Completion.is_wrong, [(completion,) for completion in completions], processes, "reading back")
+    wrong = parallel(CompletedCase.is_wrong, [(completion,) for completion in completions], processes, "reading back")
     if any(wrong):
         raise RuntimeError("labels were not written as they should be: "
                            + ", ".join(completion.case for completion, is_wrong in zip(completions, wrong) if is_wrong))

@@ -1,44 +1,17 @@
-"""What is known of the voxels of a case whose label a model completes, and predictions that respect it."""
+"""Predictions that respect what is known of the voxels of a case."""
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
 import torch
 from nnunetv2.utilities.label_handling.label_handling import LabelManager
 
 from nnunet_confkd.errors import InputError, some
+from nnunet_confkd.inference.completed_case import KnownLabel
 from nnunet_confkd.inference.prediction import export_and_measure
 
 CERTAIN = 1e4  # a logit whose probability is 1 in any floating point type, and that of its negative 0
-
-
-@dataclass(frozen=True)
-class KnownLabel:
-    """A label in which some voxels are to be completed. It is sent to other processes.
-
-    A voxel of the ignore label can have any class. In a case that is not annotated for all classes, other voxels can
-    have some: those that agree with what is annotated.
-
-    Attributes:
-        file: The label file.
-        ignore: The ignore label; None if the data set has none.
-        possible: {value: values that its voxels can have}; see
-            :func:`nnunet_confkd.data.annotated_classes.possible_values`. Voxels of other values keep theirs.
-    """
-    file: Path
-    ignore: int | None
-    possible: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
-
-    def missing(self, label: np.ndarray) -> np.ndarray:
-        """Return which voxels are to be completed."""
-        return np.isin(label, [*self.possible, -1 if self.ignore is None else self.ignore])
-
-    def agrees(self, before: np.ndarray, after: np.ndarray) -> bool:
-        """Return whether the voxels that can have some values have one of these in a completed label."""
-        return all(np.isin(after[before == value], others).all() for value, others in self.possible.items())
 
 
 def require_possible(labels: LabelManager, possible: Mapping[int, tuple[int, ...]]) -> None:

@@ -6,6 +6,8 @@ import hashlib
 import json
 import pickle
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,7 +18,7 @@ import torch
 from image_files import read_json, read_voxels
 
 from nnunet_confkd import cli
-from nnunet_confkd.data import folders
+from nnunet_confkd.data import folders, raw_format
 from nnunet_confkd.errors import InputError
 from nnunet_confkd.inference import completion as module
 from nnunet_confkd.inference.completion import CHECKPOINT, TrainedModel
@@ -668,9 +670,29 @@ def test_a_case_declared_lower_than_its_label_keeps_its_kind(few, spoilt, model,
     assert few.full[0] not in described["completed"][-1]["cases"]
 
 
+# ---- processes ------------------------------------------------------------------------------------------------------
+
+def test_the_processes_that_read_and_write_cases_do_not_import_pytorch(few, model, no_network, monkeypatch, tmp_path):
+    """That takes longer than most of their work."""
+    tasks = []
+
+    def recorded(function, of_function, processes, text):
+        tasks.extend((function, task) for task in of_function)
+        return [function(*task) for task in of_function]
+
+    for sender in (module, raw_format):
+        monkeypatch.setattr(sender, "parallel", recorded)
+    complete(6, model, 173)
+    (tmp_path / "tasks").write_bytes(pickle.dumps(tasks))
+    code = "import pickle, sys; print(len(pickle.load(open(sys.argv[1], 'rb'))), 'torch' in sys.modules)"
+    result = subprocess.run([sys.executable, "-c", code, str(tmp_path / "tasks")], capture_output=True, text=True,
+                            check=True)
+    assert result.stdout.split() == [str(len(tasks)), "False"] and len(tasks) > 10
+
+
 # ---- interruption ---------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("where", ["_predict", "_Completion.review", "_require_annotations", "write_review_list"])
+@pytest.mark.parametrize("where", ["_predict", "CompletedCase.review", "_require_annotations", "write_review_list"])
 def test_an_interruption_leaves_nothing_behind(few, model, nnunet, no_network, monkeypatch, where):
     def interrupt(*_, **__):
         raise KeyboardInterrupt
@@ -692,7 +714,6 @@ def test_folders_that_cannot_be_written_are_told_before_the_prediction(few, mode
     lambda label: np.where(label == 1, 2, label), lambda label: np.full_like(label, IGNORE)])
 def test_a_label_that_comes_back_changed_is_never_kept(few, model, nnunet, no_network, monkeypatch, spoil):
     """A fault of the program or of a disk has changed an annotated voxel, or has not filled the others."""
-    from nnunet_confkd.data import raw_format
     write_into = raw_format.write_into
 
     def spoiling(target, *args):

@@ -16,14 +16,8 @@ import SimpleITK as sitk
 import torch
 
 from nnunet_confkd import cli
-from nnunet_confkd.inference.uncertainty import (
-    IN_DOUBT,
-    case_score,
-    list_cases,
-    map_ending,
-    write_map,
-    write_review_list,
-)
+from nnunet_confkd.inference.review import IN_DOUBT, case_score, map_ending, write_review_list
+from nnunet_confkd.inference.uncertainty import list_cases, write_map
 
 HIPPOCAMPUS = "Dataset004_Hippocampus"
 BRANCHES = ("student", "teacher", "mean")

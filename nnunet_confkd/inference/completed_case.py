@@ -1,0 +1,129 @@
+"""One case whose label a model completes: what is known of its voxels, and what becomes of its prediction.
+
+This module does not import PyTorch, so that the processes which check and write cases start quickly.
+"""
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from nnunet_confkd.data.images import Picture, count_voxels, read
+from nnunet_confkd.data.raw_format import Case
+from nnunet_confkd.data.supervision import OUTSIDE, kind_of
+from nnunet_confkd.errors import InputError
+from nnunet_confkd.inference.review import case_score, map_ending
+
+# Folders in the raw folder of the new data set
+CONFIDENCE, PREDICTED, ENTROPY = "confidence", ".predicted", "entropy"
+
+
+@dataclass(frozen=True)
+class KnownLabel:
+    """A label in which some voxels are to be completed. It is sent to other processes.
+
+    A voxel of the ignore label can have any class. In a case that is not annotated for all classes, other voxels can
+    have some: those that agree with what is annotated.
+
+    Attributes:
+        file: The label file.
+        ignore: The ignore label; None if the data set has none.
+        possible: {value: values that its voxels can have}; see
+            :func:`nnunet_confkd.data.annotated_classes.possible_values`. Voxels of other values keep theirs.
+    """
+    file: Path
+    ignore: int | None
+    possible: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
+
+    def missing(self, label: np.ndarray) -> np.ndarray:
+        """Return which voxels are to be completed."""
+        return np.isin(label, [*self.possible, -1 if self.ignore is None else self.ignore])
+
+    def agrees(self, before: np.ndarray, after: np.ndarray) -> bool:
+        """Return whether the voxels that can have some values have one of these in a completed label."""
+        return all(np.isin(after[before == value], others).all() for value, others in self.possible.items())
+
+
+def check_case(case: Case, allowed: list[int], channels: int) -> tuple[list[str], dict[int, int]]:
+    """Return the problems of one case, and the voxels per label."""
+    problems, counts = [], dict.fromkeys(allowed, 0)
+    try:
+        pictures = [volume.read() for volume in case.images]
+        label = case.label.read()
+    except InputError as error:
+        return [str(error)], counts
+    found = sum(len(picture.voxels) for picture in pictures)
+    if found != channels:
+        problems.append(f"{case.images[0].file}: the case '{case.name}' has {found} of {channels} channels")
+    for picture in pictures:
+        problems += [f"{case.label.file}: is on another grid than {case.images[0].file}: {difference}"
+                     for difference in label.geometry.differences(picture.geometry)]
+    counts = count_voxels(label.voxels, allowed)
+    if sum(counts.values()) != label.voxels.size:
+        strange = [value for value in np.unique(label.voxels).tolist() if value not in allowed]
+        problems.append(f"{case.label.file}: holds the values {strange[:10]}, which dataset.json does not list")
+    return problems, counts
+
+
+@dataclass(frozen=True)
+class CompletedCase:
+    """An incomplete case and its prediction. It is sent to other processes.
+
+    Attributes:
+        case: The name of the case.
+        known: The label of the source.
+        target: The raw folder that is being written.
+        file_ending: That of the data set.
+        ignore: The value of ignored voxels; None: all voxels are filled.
+        threshold: Only voxels with a confidence above it are filled. None: all.
+    """
+    case: str
+    known: KnownLabel
+    target: Path
+    file_ending: str
+    ignore: int | None
+    threshold: float | None
+
+    def fill(self, file: Path) -> Picture:
+        """Read the label `file` and fill what is missing; what the model is not sure of becomes ignored."""
+        picture = read(file)
+        label, filled = picture.voxels[0], self._prediction(picture.voxels[0].shape)
+        if self.threshold is not None:
+            filled = np.where(self._map(CONFIDENCE, label.shape) > self.threshold, filled, self.ignore)
+        filled = np.where(self.known.missing(label), filled, label)
+        return Picture(filled.astype(np.uint16 if (self.ignore or filled.max()) > 255 else np.uint8)[None],
+                       picture.geometry)
+
+    def review(self) -> dict:
+        """Compute the row of the case in the review list."""
+        label = read(self.known.file).voxels[0]
+        predicted, confidence = self._prediction(label.shape), self._map(CONFIDENCE, label.shape)
+        entropy = self._map(f"{PREDICTED}/{ENTROPY}", label.shape)
+        missing = self.known.missing(label)
+        left = int((missing & (confidence <= self.threshold)).sum()) if self.threshold is not None else 0
+        annotated = int((~missing).sum())
+        agreement = float(np.mean(predicted == label, where=~missing)) if annotated else None
+        ignore = -2 if self.ignore is None else self.ignore
+        return {"case": self.case, **case_score(entropy, predicted, missing),
+                "kind": kind_of({ignore: left, OUTSIDE: label.size - left}, ignore),
+                "annotated_voxels": annotated, "filled_voxels": int(missing.sum()) - left, "ignored_voxels": left,
+                "mean_confidence": float(confidence.mean(dtype=np.float64, where=missing)),
+                "agreement_with_annotations": agreement}
+
+    def is_wrong(self) -> bool:
+        """Read back what was written: whether an annotation has changed, or a voxel that had to be filled was not."""
+        before = read(self.known.file).voxels[0]
+        after = read(self.target / "labelsTr" / f"{self.case}{self.file_ending}").voxels[0]
+        annotated = ~self.known.missing(before)
+        kept = np.array_equal(before[annotated], after[annotated])
+        unsure = (after == self.ignore) if self.threshold is not None else np.zeros(after.shape, bool)
+        left = self.threshold is None and self.ignore is not None and bool((after == self.ignore).any())
+        return not kept or left or not self.known.agrees(before[~unsure], after[~unsure])
+
+    def _prediction(self, shape: tuple[int, ...]) -> np.ndarray:
+        return read(self.target / PREDICTED / f"{self.case}{self.file_ending}").voxels[0].reshape(shape)
+
+    def _map(self, folder: str, shape: tuple[int, ...]) -> np.ndarray:
+        return read(self.target / folder / f"{self.case}{map_ending(self.file_ending)}").voxels[0].reshape(shape)
