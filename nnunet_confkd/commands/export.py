@@ -19,4 +19,13 @@ def main(argv: list[str]) -> None:
     args = parser.parse_args(argv)
     from nnunet_confkd.inference.export import export
 
-    print("written:", export(args.model, args.output, args.branch, args.install))
+    written = export(args.model, args.output, args.branch, args.install)
+    print("written:", written)
+    folds = " ".join(sorted(fold.name.removeprefix("fold_") for fold in written.glob("fold_*")))
+    if args.install:
+        trainer, plans, configuration = written.name.split("__")
+        print(f"next: nnUNetv2_predict -d {int(written.parent.name[7:10])} -i IMAGES -o PREDICTIONS -tr {trainer} "
+              f"-p {plans} -c {configuration} -f {folds}   (without a GPU: -device cpu)")
+    else:
+        print(f"next: nnUNetv2_predict_from_modelfolder -m {written} -i IMAGES -o PREDICTIONS -f {folds}   "
+              f"(without a GPU: -device cpu)")

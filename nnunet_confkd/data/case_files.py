@@ -46,6 +46,7 @@ class Target:
         roots: The folders that were given. A file that lies elsewhere (a link) is refused. Empty: there is no such
             check.
         link: Whether images become hard links instead of copies.
+        dry_run: Whether everything is checked and nothing is written.
     """
     images: Path
     labels: Path
@@ -55,6 +56,7 @@ class Target:
     ignore: int | None
     roots: tuple[Path, ...] = ()
     link: bool = False
+    dry_run: bool = False
 
 
 def write_case(case: Case, target: Target) -> list[str]:
@@ -90,7 +92,7 @@ def _write_images(case: Case, target: Target) -> tuple[list[str], Geometry | Non
         grid = grid or picture.geometry
         problems += _image_problems(volume.file, picture, target)
         problems += _grid_problems(volume.file, picture.geometry, case, grid)
-        if not problems:  # otherwise nothing will be kept
+        if not problems and not target.dry_run:  # with problems, nothing will be kept
             files += _write_image(volume, picture, grid, (case.name, files), target)
         channels += len(picture.voxels)
     if not problems and channels != len(target.channel_names):
@@ -142,7 +144,8 @@ def _write_label(case: Case, target: Target, grid: Geometry | None) -> list[str]
     file = target.labels / f"{case.name}{target.file_ending}"
     dtype = np.uint8 if max(target.values) < 256 else np.uint16
     if case.label is None:
-        if case.kind != FULL and grid is not None:  # otherwise it is a test case, or there is nothing to write
+        # a fully annotated case without a label is a test case
+        if case.kind != FULL and grid is not None and not target.dry_run:
             write(file, np.full(grid.size[::-1], target.ignore, dtype), grid)
         return []
     try:
@@ -164,7 +167,8 @@ def _write_label(case: Case, target: Target, grid: Geometry | None) -> list[str]
     # nnU-Net's reader of TIFF and PNG returns floats, so such labels are always written anew
     unchanged = label.dtype.kind in "iu" and all(allowed[value] == value for value in values)
     if unchanged and _can_be_copied(case.label, target) and picture.geometry.equals_for_nnunet(grid):
-        carry_over(case.label.file, file)  # never a link: people edit labels
+        if not target.dry_run:
+            carry_over(case.label.file, file)  # never a link: people edit labels
         return []
     mapped = np.zeros(label.shape, dtype)
     for value in values:
@@ -174,7 +178,8 @@ def _write_label(case: Case, target: Target, grid: Geometry | None) -> list[str]
             mapped = fitted(mapped, picture.geometry, grid, case.fitting)
         except InputError as error:
             return [f"{case.label.file}: is on another grid than {case.images[0].file}: {error}"]
-    write(file, mapped, grid)
+    if not target.dry_run:
+        write(file, mapped, grid)
     return []
 
 

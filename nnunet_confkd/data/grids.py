@@ -50,6 +50,30 @@ def fitted(label: np.ndarray, own: Geometry, grid: Geometry, fitting: Fitting) -
     return _resampled(label, own, grid, fitting.outside)
 
 
+def covered(own: Geometry, grid: Geometry) -> float:
+    """Estimate which share of the voxels of one grid another grid covers, from a regular sample of them.
+
+    Args:
+        own: The grid that may cover the other one, e.g. a label's.
+        grid: The other one, e.g. the image's. Of as many dimensions.
+
+    Examples:
+        >>> image = Geometry((10, 10), (1.0, 1.0), (0.0, 0.0), (1.0, 0.0, 0.0, 1.0))
+        >>> label = Geometry((10, 8), (1.0, 1.0), (0.0, 0.0), (1.0, 0.0, 0.0, 1.0))
+        >>> covered(label, image)
+        0.8
+    """
+    dimensions = len(grid.size)
+    sample = np.stack(np.meshgrid(*(np.unique(np.linspace(0, size - 1, 40).round()) for size in grid.size),
+                                  indexing="ij")).reshape(dimensions, -1)
+    axes, own_axes = (np.reshape(geometry.direction, (dimensions,) * 2) for geometry in (grid, own))
+    places = axes @ (sample * np.reshape(grid.spacing, (-1, 1))) + np.reshape(grid.origin, (-1, 1))
+    index = (own_axes.T @ (places - np.reshape(own.origin, (-1, 1)))) / np.reshape(own.spacing, (-1, 1))
+    # half a voxel on each side belongs to the grid; the rest is for rounding
+    inside = (index > -0.501) & (index < np.reshape(own.size, (-1, 1)) - 0.499)
+    return float(inside.all(0).mean())
+
+
 def _text(geometry: Geometry) -> str:
     size, spacing, origin = ("x".join(f"{number:.4g}" for number in numbers)
                              for numbers in (geometry.size, geometry.spacing, geometry.origin))

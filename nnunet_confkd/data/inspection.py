@@ -32,6 +32,7 @@ from nnunet_confkd.data.source_proposal import (
     plain_name,
     proposal_of_other_classes,
     propose_sources,
+    spellings,
     word_of,
 )
 from nnunet_confkd.data.survey import shares_text
@@ -215,6 +216,12 @@ def _name_labels(proposal: Proposal, masks: list[Measure], strokes: list[Measure
     values = sorted(classes, key=lambda value: (value != 0, value))
     consecutive = values == list(range(len(values)))
     names = ["background", *(f"class_{value}" for value in values[1:])]
+    drawn = [set(measure.drawn) for measure in masks if measure.drawn]
+    if len(set().union(*drawn)) > 1 and all(len(of_mask) == 1 for of_mask in drawn):
+        mixed = ",".join(str(value) for value in sorted(set().union(*drawn)))
+        proposal.notes.append(f"note: each mask holds a single one of the values {mixed}. If they mean the same class, "
+                              f"give --source masks=FOLDER --classes NAME={mixed} in place of --full-labels and "
+                              f"--labels")
     proposal.words += ["--labels", *(names if consecutive else [f"{n}={v}" for n, v in zip(names, values)])]
     if ignore is None:
         return
@@ -230,11 +237,15 @@ def _name_labels(proposal: Proposal, masks: list[Measure], strokes: list[Measure
 
 
 def _name_segments(proposal: Proposal, masks: list[Measure], strokes: list[Measure]) -> None:
-    segments = list(dict.fromkeys(str(name) for measure in masks + strokes for name in measure.drawn))
+    segments = list(spellings(masks + strokes).values())
     background = background_of(segments)
     labels = [word_of("background", background) if background else "background"]
-    labels += [word_of(plain_name(name), name) for name in sorted(segments) if name != background]
+    labels += [word_of(plain_name(name), name) for name in segments if name != background]
     proposal.words += ["--labels", *labels]
+    others = sorted({str(name) for measure in masks + strokes for name in measure.drawn} - set(segments))
+    if others:
+        proposal.notes.append(f"note: {some(map(repr, others))} is taken for the class of the same name in other "
+                              f"capitals, which do not count")
     if strokes and background is None:
         proposal.notes.append("no segment is called background; in the stroke-like labels, a segment of this name "
                               "would help")
@@ -307,6 +318,13 @@ def _differs(measures: dict[Path, Measure], case) -> bool:
                 and label.geometry.differences(image.geometry))
 
 
+def _to_do(words: list[str], notes: list[str]) -> str:
+    """Say what is left to do before a command is run: "" if nothing is."""
+    to_do = ["give the classes names"] if any(word.startswith("class_") for word in words) else []
+    to_do += ["check what is said above"] if notes else []
+    return f"{', and '.join(to_do)}. ".capitalize() if to_do else ""
+
+
 def main(argv: list[str]) -> None:
     """Run `confkd inspect`."""
     parser = argparse.ArgumentParser(prog="confkd inspect", description=__doc__)
@@ -323,7 +341,7 @@ def main(argv: list[str]) -> None:
     print("\n".join([*proposal.notes, *notes]))
     if words:
         print("\nThis command comes near, but would stop, because of:\n  " + "\n  ".join(grouped(problems)) + "\n"
-              if problems else "\nGive the classes names, and check what is said above. The command:\n")
+              if problems else f"\n{_to_do(words, [*proposal.notes, *notes])}The command:\n")
         print("\n".join(filter(None, [missing_variables(), command_text([*words, "--id", str(free_id())])])))
     if proposal.otherwise:
         print("\nIt takes equal values for the same classes. If the folders are annotated for different organs, the "

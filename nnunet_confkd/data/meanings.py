@@ -166,6 +166,10 @@ def _labels_of_options(texts: list[str]) -> dict[str, Any]:
         if label in named or not label:
             raise InputError(f"--labels: {text!r}; give names, each once, or NAME=VALUE with whole numbers, or "
                              f"NAME=SEGMENT")
+        same = next((other for other in named if other.casefold() == label.casefold()), None)
+        if same:
+            raise InputError(f"--labels: {same} and {label} differ in capitals alone, which do not count in the names "
+                             f"of segments; leave one of them out")
         named[label] = int(value) if re.fullmatch(r"-?\d+", value) else value or number
     return named
 
@@ -257,7 +261,8 @@ def _value_advice(found: list, kind: str, held: Mapping, labels: Labels) -> str:
     if kind == FULL:
         options = labels.options(f"{most:g}", None if most in found else first)
         return f"If {first} is a class, {name} If {most:g} is *not annotated*, these are partial labels: {options}."
-    return f"If {first} marks strokes in the background: {labels.options(None, first)}. If it is a class, {name}"
+    advice = f"If {first} marks strokes in the background: {labels.options(None, first)}. If it is a class, {name}"
+    return f"If {most:g} is *not annotated*: {labels.options(f'{most:g}', None)}. {advice}" if most in found else advice
 
 
 def only_in_strokes(full: Mapping[Path, Content], partial: Mapping[Path, Content], labels: Labels) -> list[str]:

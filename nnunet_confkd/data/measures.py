@@ -135,7 +135,9 @@ def tell_strokes_from_masks(measures: Mapping[Path, Measure]) -> None:
     largest = ranked[:max(1, len(ranked) // 8)]
     solid = _Solid(largest)
     for measure in labels:
-        classes, core, share = solid.compared_with(frozenset(measure.drawn))
+        drawn = _classes(measure)
+        classes, core, share = solid.compared_with(drawn)
+        classes = classes & drawn or drawn  # the same class may have another value here
         marked = not measure.named and bool(markers & set(measure.voxels))
         slim = _core(measure, classes) < CORE * core and _core_share(measure, classes) < SLIM * share
         little = sum(measure.drawn.values()) < FOREGROUND * sum(measure.voxels.values())
@@ -149,13 +151,13 @@ class _Solid:
 
     def __init__(self, measures: list[Measure]):
         self.measures = measures
-        self.classes = frozenset(value for measure in measures for value in measure.drawn)
+        self.classes = frozenset().union(*map(_classes, measures))
         self.compared_with = cache(self._compared_with)
 
     def _compared_with(self, drawn: frozenset) -> tuple[frozenset, float, float]:
         """Return the classes to compare a label by, and the usual core and share of core voxels of these classes."""
         classes = drawn & self.classes or self.classes
-        holding = [measure for measure in self.measures if classes & set(measure.drawn)] or self.measures
+        holding = [measure for measure in self.measures if classes & _classes(measure)] or self.measures
         core, share = (median(number(measure, classes) for measure in holding) for number in (_core, _core_share))
         return classes, core, share
 
@@ -170,10 +172,19 @@ def markers_of(labels: Iterable[Measure]) -> set[int]:
     return {value for value, number in most.items() if value != 0 and number > little[value]}
 
 
+def _class(value):
+    """A value, or the name of a segment without regard to capitals."""
+    return value.casefold() if isinstance(value, str) else value
+
+
+def _classes(measure: Measure) -> frozenset:
+    return frozenset(map(_class, measure.drawn))
+
+
 def _core(measure: Measure, classes: Set) -> float:
-    return sum(core for value, core in measure.core.items() if value in classes)
+    return sum(core for value, core in measure.core.items() if _class(value) in classes)
 
 
 def _core_share(measure: Measure, classes: Set) -> float:
-    drawn = sum(count for value, count in measure.drawn.items() if value in classes)
+    drawn = sum(count for value, count in measure.drawn.items() if _class(value) in classes)
     return _core(measure, classes) / drawn if drawn else 0.0

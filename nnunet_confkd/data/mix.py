@@ -13,14 +13,14 @@ from nnunet_confkd.data import dicom, meanings
 from nnunet_confkd.data.case_files import Case
 from nnunet_confkd.data.class_sources import labels_of_sources
 from nnunet_confkd.data.folders import WRITTEN_BY, folder_name, preprocessed_folder, raw_folder, require_free_id
-from nnunet_confkd.data.grids import Fitting
-from nnunet_confkd.data.images import ENDINGS, ITK, Volume, ending_of
+from nnunet_confkd.data.grids import Fitting, covered
+from nnunet_confkd.data.images import ENDINGS, ITK, Geometry, Volume, ending_of
 from nnunet_confkd.data.meanings import Labels
 from nnunet_confkd.data.patients import FOLDS, patients_of
 from nnunet_confkd.data.raw_format import (
     Dataset,
+    check_dataset,
     name_problem,
-    require_no_problems,
     summary,
     with_ignore,
     write_dataset,
@@ -30,7 +30,7 @@ from nnunet_confkd.data.sources import CaseFiles, Layout, NamedFolder, Source, f
 from nnunet_confkd.data.supervision import FULL, PARTIAL, UNLABELLED
 from nnunet_confkd.data.survey import Content, survey
 from nnunet_confkd.errors import InputError, some
-from nnunet_confkd.processes import PROCESSES
+from nnunet_confkd.processes import PROCESSES, parallel
 
 
 @dataclass
@@ -142,7 +142,30 @@ def mixture(*, name: str = "Mixed", labels: list[str] | None = None, channels: l
         licence=description.get("licence", description.get("license", "unknown")),
         reference=description.get("reference", ""), roots=layout.roots, problems=[*problems, *wrong],
         more={WRITTEN_BY: "confkd mix"})
-    return Mixture(sources, dataset, [*notes, *_notes(sources, contents, known[0])])
+    notes += _notes(sources, contents, known[0])
+    if resample_labels:
+        notes += _notes_on_coverage(training, contents, processes)
+    return Mixture(sources, dataset, notes)
+
+
+def _notes_on_coverage(training: list[Case], contents: dict[Path, Content], processes: int) -> list[str]:
+    """Say which complete masks do not cover their image: what lies beyond them becomes background."""
+    masks = [case for case in training if case.kind == FULL and case.label is not None
+             and (content := contents.get(case.label.file)) and content.geometry and not content.named]
+    shares = parallel(_share_covered, [(case.images[0], contents[case.label.file].geometry) for case in masks],
+                      processes, "comparing grids")
+    short = [f"{case.label.file.name} {share:.1%}" for case, share in zip(masks, shares) if share < 1]
+    return [f"note: {len(short)} full labels do not cover their image ({some(short, 3)}). What lies beyond them "
+            f"becomes background; if it may be something else, give them as partial labels"] if short else []
+
+
+def _share_covered(image: Volume, label: Geometry) -> float:
+    """Return which share of an image a label covers; 1 if the image cannot be read, which is told elsewhere."""
+    try:
+        grid = image.read().geometry
+    except InputError:
+        return 1.0
+    return covered(label, grid) if len(label.size) == len(grid.size) else 1.0
 
 
 def _described(layout: Layout) -> dict:
@@ -362,7 +385,7 @@ def main(argv: list[str]) -> None:
     mixed = mixture(**args)
     print("\n".join([table(mixed.sources, whole=dry_run), *mixed.notes, ""]))
     if dry_run:
-        require_no_problems(mixed.dataset.problems)
+        check_dataset(mixed.dataset, args["processes"])
         print("nothing was written: this was a dry run")
         return
     print(summary(write_dataset(mixed.dataset, dataset_id, args["processes"], link, overwrite)))

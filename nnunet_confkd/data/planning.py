@@ -45,7 +45,7 @@ from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
 from nnunet_confkd.data.annotated_classes import CLASSES_KEY, annotated_classes
 from nnunet_confkd.data.folders import find_dataset, preprocessed_folder, raw_folder
 from nnunet_confkd.data.images import count_voxels, quiet
-from nnunet_confkd.data.json_files import CONFIGURATIONS, read_description, read_json
+from nnunet_confkd.data.json_files import CONFIGURATIONS, read_description, read_folds, read_json
 from nnunet_confkd.data.patients import patients_of, split_full_cases, split_text
 from nnunet_confkd.data.resampling import KeepAnnotations
 from nnunet_confkd.data.supervision import (
@@ -464,6 +464,17 @@ def report(name: str, configuration: str, labels: RawLabels, after: dict[str, di
     return "\n".join(lines) + "\n"
 
 
+def _warning_of_split(file: Path, labels: RawLabels) -> str:
+    """Return what is to be said of a split that is there."""
+    try:
+        validated = {case for fold in read_folds(file) for case in fold["val"]}
+    except InputError as error:
+        return f" WARNING: {error}"
+    weak = {case for case in validated if labels.kinds.get(case, FULL) != FULL}
+    return (f" WARNING: it validates on {len(weak)} cases that are not fully annotated. Delete it, and the next "
+            f"training writes one that does not" if weak - set(labels.lists) else "")
+
+
 def write_split(name: str, labels: RawLabels) -> None:
     """Write splits_final.json as the trainer would write it, unless there is one.
 
@@ -471,7 +482,7 @@ def write_split(name: str, labels: RawLabels) -> None:
     """
     file = preprocessed_folder() / name / "splits_final.json"
     if file.is_file():
-        print(f"{file}: is there already, and stays as it is.")
+        print(f"{file}: is there already, and stays as it is.{_warning_of_split(file, labels)}")
         return
     try:
         complete = [case for case, counts in labels.counts.items() if not counts.get(labels.manager.ignore_label)]

@@ -4,7 +4,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from glob import escape
 from pathlib import Path
 from typing import Any
@@ -132,7 +132,32 @@ def write_dataset(dataset: Dataset, dataset_id: int, processes: int = PROCESSES,
 def write_into(folder: Path, preprocessed: Path, dataset: Dataset, processes: int = PROCESSES,
                link: bool = False) -> None:
     """Do what :func:`write_dataset` does, in the two folders of :func:`new_dataset`."""
-    problems = [*dataset.problems, *_problems_of_the_whole(dataset)]
+    tasks = _tasks(dataset, folder, link)
+    for case, target in tasks:
+        target.images.mkdir(exist_ok=True)
+        if case.label is not None or case.kind != FULL:
+            target.labels.mkdir(exist_ok=True)
+    _run(tasks, dataset, processes, f"writing {dataset.name}")
+    write_json(folder / "dataset.json", _dataset_json(dataset))
+    try:
+        folds = folds_of(dataset)
+    except InputError:
+        return  # summary() says what to do without a split
+    write_json(preprocessed / "splits_final.json", folds)
+
+
+def check_dataset(dataset: Dataset, processes: int = PROCESSES) -> None:
+    """Read all files of a data set, and check what :func:`write_dataset` checks of them. Nothing is written.
+
+    Raises:
+        InputError: With all that is wrong with the data.
+    """
+    tasks = [(case, replace(target, dry_run=True)) for case, target in _tasks(dataset, Path())]
+    _run(tasks, dataset, processes, f"checking {dataset.name}")
+
+
+def _tasks(dataset: Dataset, folder: Path, link: bool = False) -> list[tuple[Case, Target]]:
+    """Return the cases of a data set, and where each of them is written."""
     ignore: Any = dataset.labels.get("ignore")
     tasks: dict[str, tuple[Case, Target]] = {}
     for split, cases in (("Tr", dataset.training), ("Ts", dataset.test)):
@@ -141,19 +166,14 @@ def write_into(folder: Path, preprocessed: Path, dataset: Dataset, processes: in
         for case in cases:
             if name_problem(case.name) is None:
                 tasks.setdefault(case.name.lower(), (case, target))  # a name that is there twice is a problem already
-    for case, target in tasks.values():
-        target.images.mkdir(exist_ok=True)
-        if case.label is not None or case.kind != FULL:
-            target.labels.mkdir(exist_ok=True)
-    results = parallel(write_case, list(tasks.values()), processes, f"writing {dataset.name}")
-    problems += [problem for found in results for problem in found]
-    require_no_problems(problems)
-    write_json(folder / "dataset.json", _dataset_json(dataset))
-    try:
-        folds = folds_of(dataset)
-    except InputError:
-        return  # summary() says what to do without a split
-    write_json(preprocessed / "splits_final.json", folds)
+    return list(tasks.values())
+
+
+def _run(tasks: list[tuple[Case, Target]], dataset: Dataset, processes: int, text: str) -> None:
+    """Write or check all cases. Raise InputError with all that is wrong with them and with the data set."""
+    results = parallel(write_case, tasks, processes, text)
+    require_no_problems([*dataset.problems, *_problems_of_the_whole(dataset),
+                         *(problem for found in results for problem in found)])
 
 
 def require_no_problems(problems: list[str]) -> None:

@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from nnunet_confkd.data.class_sources import BACKGROUND, IGNORE
@@ -28,6 +28,19 @@ def plain_name(text: str) -> str:
 def background_of(segments: Iterable[str]) -> str | None:
     """Return the first segment that is called background; None if none is."""
     return next((name for name in segments if CALLED_BACKGROUND.fullmatch(name)), None)
+
+
+def spellings(measures: Iterable[Measure]) -> dict[str, str]:
+    """Return the most frequent spelling of each segment: capitals do not count in `confkd mix`.
+
+    Returns:
+        {name in lower case: name}, in alphabetical order.
+    """
+    count = Counter(str(name) for measure in measures for name in measure.drawn)
+    usual: dict[str, str] = {}
+    for name in sorted(count, key=lambda name: (-count[name], name)):
+        usual.setdefault(name.casefold(), name)
+    return dict(sorted(usual.items()))
 
 
 def word_of(name: str, segment: str) -> str:
@@ -126,9 +139,10 @@ def places_of_labels(groups: Iterable[Group]) -> list[LabelPlace]:
                 found.append(LabelPlace(group, kind == STROKES, {}))
     found.sort(key=lambda place: place.strokes)
     values: set[int] = set()
+    usual = spellings(measure for place in found if place.named for measure in place.measures)
     for place in found:
         if place.named:
-            _name_segments(place)
+            _name_segments(place, usual)
         elif place.strokes:
             _name_strokes(place, values)
         else:
@@ -137,8 +151,8 @@ def places_of_labels(groups: Iterable[Group]) -> list[LabelPlace]:
     return found
 
 
-def _name_segments(place: LabelPlace) -> None:
-    names = sorted({str(name) for measure in place.measures for name in measure.drawn})
+def _name_segments(place: LabelPlace, usual: Mapping[str, str]) -> None:
+    names = [usual[name] for name in spellings(place.measures)]
     place.background = background_of(names)
     place.classes = {name: plain_name(name) for name in names if name != place.background}
 

@@ -178,7 +178,8 @@ def found(layout: Layout) -> tuple[list[Source], list[str], list[str]]:
 def _in_one_folder(layout: Layout) -> tuple[list[Source], list[str], list[str]]:
     if not layout.full_labels:
         raise InputError("--full-labels is missing: at least one image must be fully annotated")
-    labels = {FULL: _labels(layout, layout.full_labels), PARTIAL: _labels(layout, layout.partial_labels)}
+    labels = _of_narrowest_pattern({FULL: _labels(layout, layout.full_labels),
+                                    PARTIAL: _labels(layout, layout.partial_labels)})
     paths = [named.path for kind in labels for named in labels[kind]]
     images = _images(layout, paths)
     problems = [f"{path}: is given as a full label and as a partial one; give patterns, as in --full-labels "
@@ -196,6 +197,18 @@ def _in_one_folder(layout: Layout) -> tuple[list[Source], list[str], list[str]]:
             sources.append(Source(kind, [CaseFiles(case, tuple(cases[case]), label.path)
                                          for case, label in fits.items()]))
     return [*sources, *_rest(cases, label_of)], problems, []
+
+
+def _of_narrowest_pattern(labels: dict[str, list[Named]]) -> dict[str, list[Named]]:
+    """Take files that fit the patterns of several kinds from all but the one that leaves the shortest name.
+
+    `{case}.nrrd` also fits the files of `{case}_strokes.nrrd`.
+    """
+    shortest: dict[Path, int] = {}
+    for label in (label for of_kind in labels.values() for label in of_kind if label.exact):
+        shortest[label.path] = min(len(label.name), shortest.get(label.path, len(label.name)))
+    return {kind: [label for label in of_kind if not label.exact or len(label.name) == shortest[label.path]]
+            for kind, of_kind in labels.items()}
 
 
 def _images(layout: Layout, labels: Collection[Path]) -> list[Named]:
@@ -288,7 +301,7 @@ def _in_named_folders(layout: Layout) -> tuple[list[Source], list[str], list[str
 
 def _labels_in_named_folders(layout: Layout) -> tuple[list[Source], list[str]]:
     """Find the cases of sources whose folders hold labels, of images that are given apart."""
-    labels = {named.name: _labels(layout, [named.folder]) for named in layout.named}
+    labels = _of_narrowest_pattern({named.name: _labels(layout, [named.folder]) for named in layout.named})
     found_there = [label for of_source in labels.values() for label in of_source]
     cases = cases_of(_images(layout, {label.path for label in found_there}), found_there)
     sources, problems = [], []

@@ -35,6 +35,8 @@ STOCK_TRAINER = "nnUNetTrainer"
 def export(model: str | Path, output: str | Path | None = None, branch: str = "student", install: bool = False) -> Path:
     """Write one branch of a trained ConfKD model as a model folder of stock nnU-Net, with all folds and checkpoints.
 
+    Models of trainers without a teacher, such as ConfKDTrainer_partialOnly, have the student alone.
+
     `confkd_export.json` says where the model came from. A folder given as `output` holds nothing of single cases.
 
     Args:
@@ -48,7 +50,8 @@ def export(model: str | Path, output: str | Path | None = None, branch: str = "s
         The new folder.
 
     Raises:
-        InputError: There is no such model, it has no teacher that can be exported, or something exists already.
+        InputError: There is no such model, it is of a stock trainer, it has no teacher that can be exported, or
+            something exists already.
 
     Examples:
         >>> export("MODEL", "my_model")  # doctest: +SKIP
@@ -119,11 +122,14 @@ def _targets(output: str | Path | None, install: bool, plans: dict, configuratio
 
 
 def _require_branch(path: Path, checkpoint: dict, branch: str) -> None:
-    """Raise InputError unless a stock network can hold this branch."""
+    """Raise InputError unless a stock network can hold this branch. A trainer without a teacher has the student's."""
     if not has_teacher(checkpoint["network_weights"]):
-        raise InputError(
-            f"{path}: was written by {checkpoint.get('trainer_name', 'another trainer')} and holds no teacher "
-            f"('teacher_decoder.*'), so it is no two-branch ConfKD model. There is nothing to choose from in it.")
+        trainer = str(checkpoint.get("trainer_name"))
+        if trainer.startswith(STOCK_TRAINER):  # also nnU-Net's variants
+            raise InputError(f"{path}: was written by {trainer}, so it needs no plugin. Share the model with "
+                             f"nnUNetv2_export_model_to_zip")
+        if branch == "teacher":
+            raise InputError(f"{path}: was written by {trainer} and holds no teacher; leave out --branch teacher")
     if branch == "teacher" and has_narrow_teacher(checkpoint["network_weights"]):
         raise InputError(
             f"{path}: its teacher is narrower than the student, so no stock network can hold it. Use it with "
@@ -153,7 +159,9 @@ def _stock_checkpoint(path: Path, network: torch.nn.Module, branch: str, plans: 
     """Return a checkpoint of nnU-Net's built-in trainer with one branch's weights and optimiser state."""
     checkpoint = load_checkpoint(path)
     _require_branch(path, checkpoint, branch)
-    weights = branch_weights(checkpoint["network_weights"], branch)
+    weights = checkpoint["network_weights"]
+    if has_teacher(weights):
+        weights = branch_weights(weights, branch)
     try:
         network.load_state_dict(weights)
     except RuntimeError as error:

@@ -94,6 +94,22 @@ def test_the_masks_of_a_small_organ_are_compared_with_those_of_the_same_organ(tm
     assert _kinds(*files) == [MASK] * 4
 
 
+def test_a_mask_of_another_value_is_no_stroke_file(tmp_path, nnunet_folders, capsys):
+    files = [_mask(tmp_path / "masks" / f"p{number}.nii.gz", organ) for number, organ in enumerate((1, 1, 1, 255))]
+    assert _kinds(*files) == [MASK] * 4
+    assert _kinds(*files, _strokes(tmp_path / "s.nii.gz", organ=7, background=8)) == [MASK] * 4 + [STROKES]
+    for number in range(4):
+        _image(tmp_path / "images" / f"p{number}.nii.gz", number)
+    assert cli.main(["inspect", str(tmp_path / "images"), str(tmp_path / "masks"), "--processes", "1"]) == 0
+    out = capsys.readouterr().out
+    assert "note: each mask holds a single one of the values 1,255. If they mean the same class" in out
+    command = ["mix", "--images", str(tmp_path / "images"), "--source", f"masks={tmp_path / 'masks'}", "--classes",
+               "heart=1,255", "--id", "7", "--processes", "1"]  # as it advises
+    assert cli.main(command) == 0
+    labels = (nnunet_folders / "raw" / "Dataset007_Mixed" / "labelsTr").iterdir()
+    assert [np.unique(read_voxels(label)).tolist() for label in labels] == [[0, 1]] * 4
+
+
 def test_strokes_alone_are_told_by_their_thickness(tmp_path):
     assert _kinds(_strokes(tmp_path / "a.nii.gz"), _strokes(tmp_path / "b.nii.gz")) == [STROKES, STROKES]
 

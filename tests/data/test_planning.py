@@ -709,6 +709,17 @@ def test_no_patient_is_on_both_sides_of_the_split(tmp_path, monkeypatch):
     assert sorted(split["train"] for split in splits) == [["f1", "f2", "p1"], ["g1", "p1"]]
 
 
+def test_a_split_that_validates_on_partial_cases_stays_and_is_told(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("nnUNet_preprocessed", str(tmp_path))
+    (tmp_path / MIXED).mkdir()
+    file = tmp_path / MIXED / "splits_final.json"
+    for validated, told in (("g1", False), ("p1", True)):
+        file.write_text(json.dumps([{"train": sorted(set(COUNTS) - {validated}), "val": [validated]}]))
+        planning.write_split(MIXED, _raw_labels(COUNTS))
+        assert ("WARNING: it validates on 1 cases that are not fully annotated" in capsys.readouterr().out) == told
+        assert read_json(file)[0]["val"] == [validated]
+
+
 @pytest.mark.parametrize("table, kinds", [({"g1": "partial"}, "2 full, 2 partial, 0 unlabelled"),
                                           ({"f1": "unlabelled"}, "2 full, 1 partial, 1 unlabelled"),
                                           (dict.fromkeys(COUNTS, "partial"), "0 full, 4 partial, 0 unlabelled")])

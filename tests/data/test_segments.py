@@ -9,6 +9,7 @@ import SimpleITK as sitk
 import slicerio
 from image_files import read_json, read_voxels, write_image
 
+from nnunet_confkd import cli
 from nnunet_confkd.data.mix import mix
 from nnunet_confkd.data.segments import has_segments, read_as_label, read_segments
 from nnunet_confkd.errors import InputError
@@ -173,6 +174,20 @@ def test_other_names_of_segments_are_told_with_an_option_that_works(folders, nnu
     assert "as in --labels ... 'NAME=Liver 1'" in text and text.count("Liver 1") < 5
     target = _mix(folders, partial_labels=[], labels=["background", "liver=Liver 1", "tumour"])
     assert np.array_equal(read_voxels(target / "labelsTr" / "b.nrrd"), EXPECTED)
+
+
+def test_labels_that_differ_in_capitals_alone_are_refused(folders, nnunet_folders):
+    with pytest.raises(InputError, match="--labels: liver and Liver differ in capitals alone"):
+        _mix(folders, labels=["background", "liver", "Liver", "tumour"])
+
+
+def test_segments_that_differ_in_capitals_alone_are_one_class_for_inspect(folders, nnunet_folders, capsys):
+    _slicer(folders / "full" / "a.seg.nrrd", [("Liver", LIVER), ("tumour", TUMOUR)])
+    places = [str(folders / name) for name in ("images", "full")]
+    assert cli.main(["inspect", *places, "--processes", "1"]) == 0
+    out = capsys.readouterr().out
+    assert "--labels background Liver tumour" in out
+    assert "note: 'liver' is taken for the class of the same name in other capitals, which do not count" in out
 
 
 def test_regions_have_values_only(folders, nnunet_folders):

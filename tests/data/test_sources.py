@@ -9,7 +9,7 @@ import pytest
 from image_files import file_states, read_json, read_voxels, write_image
 
 from nnunet_confkd import cli
-from nnunet_confkd.data.mix import mix
+from nnunet_confkd.data.mix import mix, mixture
 from nnunet_confkd.errors import InputError
 
 SHAPE = (4, 6, 5)
@@ -155,6 +155,39 @@ def test_a_dry_run_shows_the_table_and_writes_nothing(folders, nnunet_folders, c
     assert "u1    unlabelled  images/u1.nii.gz  -\n" in out
     assert out.endswith("nothing was written: this was a dry run\n")
     assert not list((nnunet_folders / "raw").iterdir())
+
+
+def test_a_dry_run_finds_what_writing_finds(folders, nnunet_folders, capsys):
+    file = folders / "masks" / "m1_seg.nii.gz"
+    write_image(file, read_voxels(file)[:-1])
+    errors = []
+    for more in (["--dry-run"], []):
+        assert cli.main(_command(folders, *more)) == 1
+        errors.append(capsys.readouterr().err)
+    assert errors[0] == errors[1] and f"{file}: is on another grid than" in errors[0]
+    assert not list((nnunet_folders / "raw").iterdir())
+
+
+def test_a_file_that_fits_two_patterns_belongs_to_the_narrower_one(folders, nnunet_folders):
+    together = folders / "together"
+    (folders / "masks").rename(together)
+    for case in STROKES:
+        (folders / "strokes" / f"{case}-scribble.nii.gz").rename(together / f"{case}_x_seg.nii.gz")
+    target = mix(None, 7, **_options(folders, full_labels=[f"{together}/{{case}}_seg.nii.gz"],
+                                     partial_labels=[f"{together}/{{case}}_x_seg.nii.gz"]))
+    kinds = read_json(target / "dataset.json")["supervision"]
+    assert {case for case, kind in kinds.items() if kind == "partial"} == {*STROKES}
+
+
+def test_a_resampled_mask_that_does_not_cover_its_image_is_told(folders, nnunet_folders):
+    file = folders / "masks" / "m1_seg.nii.gz"
+    label = read_voxels(file)
+    write_image(file, label[:, :-1])
+    wide = folders / "masks" / "m2_seg.nii.gz"
+    write_image(wide, np.pad(read_voxels(wide), 1), origin=(-1, -1, -1))
+    notes = mixture(**_options(folders), resample_labels=True).notes
+    share = 1 - 1 / label.shape[1]
+    assert notes[-1].startswith(f"note: 1 full labels do not cover their image (m1_seg.nii.gz {share:.1%})")
 
 
 def test_a_dry_run_ends_with_what_is_wrong(folders, nnunet_folders, capsys):

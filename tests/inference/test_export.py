@@ -242,9 +242,27 @@ def test_a_checkpoint_of_another_trainer_is_refused_and_nothing_is_written(hippo
     checkpoint["network_weights"] = {k: v for k, v in checkpoint["network_weights"].items() if "teacher" not in k}
     checkpoint["trainer_name"] = "nnUNetTrainer"
     torch.save(checkpoint, model / "fold_0" / "checkpoint_final.pth")
-    with pytest.raises(InputError, match="checkpoint_final.pth: was written by nnUNetTrainer and holds no teacher"):
+    with pytest.raises(InputError, match="checkpoint_final.pth: was written by nnUNetTrainer, so it needs no plugin. "
+                                         "Share the model with nnUNetv2_export_model_to_zip"):
         export(model, tmp_path / "out")
     assert [f.name for f in tmp_path.iterdir()] == ["model"]
+
+
+def test_a_model_without_a_teacher_is_exported(hippocampus_model, tmp_path):
+    """As ConfKDTrainer_partialOnly trains it: the weights are those of the student."""
+    model = tmp_path / "model"
+    shutil.copytree(hippocampus_model, model)
+    for path in (model / "fold_0").glob("*.pth"):
+        checkpoint = torch.load(path, weights_only=False)
+        weights = {name: w for name, w in checkpoint["network_weights"].items() if "teacher" not in name}
+        torch.save(checkpoint | {"network_weights": weights, "trainer_name": "ConfKDTrainer_partialOnly"}, path)
+    found, expected = (torch.load(export(source, tmp_path / name) / "fold_0" / "checkpoint_final.pth",
+                                  weights_only=False) for source, name in ((model, "a"), (hippocampus_model, "b")))
+    assert found["trainer_name"] == "nnUNetTrainer"
+    assert found["network_weights"].keys() == expected["network_weights"].keys()
+    assert all(torch.equal(w, expected["network_weights"][name]) for name, w in found["network_weights"].items())
+    with pytest.raises(InputError, match="ConfKDTrainer_partialOnly and holds no teacher; leave out --branch teacher"):
+        export(model, tmp_path / "c", "teacher")
 
 
 def test_a_subclass_by_another_name_is_exported(hippocampus_model, tmp_path):
