@@ -1,9 +1,11 @@
 """What can be wrong before a training begins: plans of another data set, an edited dataset.json, a bad split."""
 from __future__ import annotations
 
+import os
 from collections.abc import Container, Iterable
 from pathlib import Path
 
+import torch
 from batchgenerators.utilities.file_and_folder_operations import isfile, join, load_json
 from nnunetv2.paths import nnUNet_preprocessed, nnUNet_raw, nnUNet_results
 
@@ -115,3 +117,16 @@ def warnings_of_split(fold: int | str, train: Iterable[str], val: Iterable[str],
                      f"nnUNetv2_find_best_configuration measures anew and takes the others for absent; choose by "
                      f"confkd compare instead.")
     return found
+
+
+def warning_of_spinning_threads(device: str) -> str | None:
+    """Describe threads that keep the cores busy while they wait, which `confkd train` prevents; None if they do not.
+
+    Args:
+        device: The type of the network's device.
+    """
+    if device != "cpu" or torch.get_num_threads() == 1 or os.environ.get("OMP_WAIT_POLICY", "").upper() == "PASSIVE":
+        return None
+    return ("threads that wait for each other keep the cores busy, which can slow a training on a CPU down several "
+            "times. Stop it, type export OMP_WAIT_POLICY=PASSIVE, and start it again; or use confkd train, which sets "
+            "this.")

@@ -60,7 +60,14 @@ from nnunet_confkd.training.batches import (
     start_augmenter,
 )
 from nnunet_confkd.training.candidate_hints import CandidateHints
-from nnunet_confkd.training.checks import check_fold, check_plans, edited_after_planning, has_begun, warnings_of_split
+from nnunet_confkd.training.checks import (
+    check_fold,
+    check_plans,
+    edited_after_planning,
+    has_begun,
+    warning_of_spinning_threads,
+    warnings_of_split,
+)
 from nnunet_confkd.training.class_prior import ClassPrior
 from nnunet_confkd.training.curves import CURVES, plot_curves
 from nnunet_confkd.training.cutmix import CutMix, FullCutMix, Mix, mixed
@@ -425,6 +432,8 @@ class ConfKDTrainer(nnUNetTrainer):
         super().on_train_start()
         self.first_epoch = self.current_epoch
         self.print_to_log_file(f"ConfKD settings: {self.settings}")
+        if warning := warning_of_spinning_threads(self.device.type):
+            self.print_to_log_file(f"WARNING: {warning}")
 
     def train_step(self, batch: dict) -> dict:
         data, target = self._to_device(batch)

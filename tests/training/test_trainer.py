@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from nnunet_confkd.errors import InputError
+from nnunet_confkd.training.checks import warning_of_spinning_threads
 from nnunet_confkd.training.hints import HintSampler
 from nnunet_confkd.training.losses import TERMS
 from nnunet_confkd.training.network import TwoBranchUNet
@@ -400,7 +401,8 @@ def test_partially_annotated_validation_cases_are_left_out_of_the_pseudo_dice(nn
     _, dataset = trainer.get_tr_and_val_datasets()
     assert dataset.identifiers == val[:1]
     with open(trainer.log_file) as log:
-        assert "1 validation case(s) are not fully annotated" in log.read()
+        text = log.read()
+    assert "1 validation case(s) are not fully annotated" in text and "Delete splits_final.json" in text
 
 
 def test_a_case_declared_unlabelled_is_trained_without_its_annotations(nnunet, hippocampus):
@@ -574,3 +576,16 @@ def test_anisotropic_patches_with_dummy_2d_augmentation_train(nnunet, hippocampu
     trainer = started(HIPPOCAMPUS, configuration)
     assert trainer.configure_rotation_dummyDA_mirroring_and_inital_patch_size()[1]
     assert np.isfinite(trainer.train_step(next(trainer.dataloader_train))["loss"])
+
+
+# ---- threads --------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("device, threads, policy, told", [
+    ("cpu", 2, None, True), ("cpu", 2, "active", True), ("cpu", 2, "passive", False), ("cpu", 1, None, False),
+    ("cuda", 2, None, False)])
+def test_threads_that_wait_busily_are_told(monkeypatch, device, threads, policy, told):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    if policy:
+        monkeypatch.setenv("OMP_WAIT_POLICY", policy)
+    assert ("export OMP_WAIT_POLICY=PASSIVE" in (warning_of_spinning_threads(device) or "")) == told
