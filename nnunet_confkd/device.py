@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from nnunet_confkd.errors import InputError
+from nnunet_confkd.errors import InputError, counted
 
 OPTION_HELP = "default: cuda where there is one, else mps (Apple) where it works, else cpu"
 MOST_AUGMENTING = 2  # processes that load data; a network on a CPU needs no more
@@ -42,7 +42,7 @@ def choose_device(asked: str | None = None, expected: Callable[[], str | None] =
     if chosen == "cpu":
         time_text = expected()
         print(("" if there["cuda"] or asked else "no CUDA device: ") + "running on the CPU"
-              + (f" with {cpu_threads()} threads; {time_text}" if time_text else ""))
+              + (f" with {counted(cpu_threads(), 'thread')}; {time_text}" if time_text else ""))
     elif chosen == "mps" and asked is None:
         print("no CUDA device: running on Apple's GPU, which is not tested (-device cpu is)")
     return chosen

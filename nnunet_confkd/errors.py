@@ -68,3 +68,13 @@ def grouped(problems: Iterable[str], least: int = 5) -> list[str]:
         many = len(several) >= least
         lines[f"{len(several)} files: {text} ({some(several)})" if many else file + colon + text] = None
     return list(lines)
+
+
+def counted(number: int, noun: str) -> str:
+    """Return a number with its noun.
+
+    Examples:
+        >>> counted(1, "epoch"), counted(12, "epoch")
+        ('1 epoch', '12 epochs')
+    """
+    return f"{number} {noun}{'' if number == 1 else 's'}"

@@ -167,7 +167,7 @@ def prepare_quick(args: argparse.Namespace) -> str:
             f"features), patches of {patch} voxels, and {settings.epochs} epochs of "
             f"{settings.iterations_per_epoch} iterations. This is for a first look. The accuracy is not that of a "
             f"usual training: confkd train {args.dataset_name_or_id} {usual} {args.fold}"
-            + ("" if args.tr == DEFAULT_TRAINER else f" -tr {args.tr}"))
+            + ("" if (long := re.sub(r"_\d+epochs?$", "", args.tr)) == DEFAULT_TRAINER else f" -tr {long}"))
 
 
 @contextmanager

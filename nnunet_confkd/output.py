@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from nnunet_confkd.errors import counted
+
 # (a whole line of nnU-Net, what is printed instead; None: nothing)
 LINES: list[tuple[re.Pattern, str | None]] = [(re.compile(pattern), instead) for pattern, instead in (
     # printed for each trainer of a plugin, although it is found right after
@@ -19,7 +21,7 @@ LINES: list[tuple[re.Pattern, str | None]] = [(re.compile(pattern), instead) for
     # the default plans are no error
     (r"INFO: You are using the old nnU-Net default plan(s|ner)\..*",
      "nnU-Net's default plans are used. They are fine; for GPUs of 9 GB and more it recommends others: confkd plan "
-     "-pl nnUNetPlannerResEncM"),
+     "-d ID -pl nnUNetPlannerResEncM"),
     (r"#{28}", None),
     # true of every CPU, where nothing is lost by it
     (r"perform_everything_on_device=True is only supported for cuda devices! Setting this to False", None),
@@ -93,4 +95,4 @@ def duration(seconds: float) -> str:
         if seconds >= 1.5 * size:
             number = seconds / size
             return f"about {number:.0f} {name}" if number >= 10 or size == 60 else f"about {number:.1f} {name}"
-    return f"about {max(1, round(seconds))} seconds"
+    return f"about {counted(max(1, round(seconds)), 'second')}"

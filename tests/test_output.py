@@ -43,11 +43,11 @@ def test_the_lines_are_still_nnunets(monkeypatch, tmp_path, capsys):
     lines = [line for line in capsys.readouterr().out.splitlines() if line]
     assert len(lines) == 7 and [explained(line) for line in lines if explained(line)] == [
         "nnU-Net's default plans are used. They are fine; for GPUs of 9 GB and more it recommends others: confkd plan "
-        "-pl nnUNetPlannerResEncM"]
+        "-d ID -pl nnUNetPlannerResEncM"]
 
 
 @pytest.mark.parametrize("seconds, expected", [
-    (0.2, "about 1 seconds"), (59.6, "about 60 seconds"), (150, "about 2 minutes"), (5000, "about 83 minutes"),
+    (0.2, "about 1 second"), (59.6, "about 60 seconds"), (150, "about 2 minutes"), (5000, "about 83 minutes"),
     (7200, "about 2.0 hours"), (50000, "about 14 hours"), (300000, "about 3.5 days")])
 def test_durations_are_rounded(seconds, expected):
     assert duration(seconds) == expected

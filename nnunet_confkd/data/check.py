@@ -27,7 +27,7 @@ from nnunet_confkd.data.check_cases import (
     report_cases,
     training_files,
 )
-from nnunet_confkd.data.check_report import ROWS, Report, counted
+from nnunet_confkd.data.check_report import ROWS, Report
 from nnunet_confkd.data.folders import find_dataset, preprocessed_folder, raw_folder
 from nnunet_confkd.data.json_files import (
     NEEDED,
@@ -51,7 +51,7 @@ from nnunet_confkd.data.supervision import (
     kind_of,
     require_full,
 )
-from nnunet_confkd.errors import InputError, shown, some
+from nnunet_confkd.errors import InputError, counted, shown, some
 from nnunet_confkd.processes import PROCESSES, parallel
 
 FEW = FOLDS  # a class that fewer cases are annotated for does not validate in every fold

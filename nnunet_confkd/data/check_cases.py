@@ -11,11 +11,11 @@ from pathlib import Path
 
 import numpy as np
 
-from nnunet_confkd.data.check_report import Report, counted
+from nnunet_confkd.data.check_report import Report
 from nnunet_confkd.data.images import TIFF, Geometry, count_voxels, ending_of, read, spacing_file
 from nnunet_confkd.data.raw_format import name_problem
 from nnunet_confkd.data.strokes import Shape, shape_of
-from nnunet_confkd.errors import InputError, some
+from nnunet_confkd.errors import InputError, counted, some
 
 SLAB = 2 ** 20  # how many voxels are looked at at once
 

@@ -7,6 +7,7 @@ from statistics import median
 from textwrap import fill
 
 from nnunet_confkd.data.supervision import KINDS
+from nnunet_confkd.errors import counted
 
 WIDTH = 100  # of the text, in characters
 ROWS = 40  # more cases than these are summarised
@@ -154,16 +155,6 @@ class Report:
 def _is_annotated_for(case: dict, name: str) -> bool:
     """Whether a case with this description is annotated for a class, or for the background."""
     return case["kind"] is not None and (case["classes"] is None or name == "background" or name in case["classes"])
-
-
-def counted(count: int, noun: str) -> str:
-    """Return for example "1 case" or "2 cases".
-
-    Examples:
-        >>> counted(1, "case"), counted(2, "case")
-        ('1 case', '2 cases')
-    """
-    return f"{count} {noun}{'' if count == 1 else 's'}"
 
 
 def percent(share: float | None) -> str:

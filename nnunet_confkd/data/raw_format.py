@@ -217,8 +217,9 @@ def summary(folder: Path) -> str:
         text = _folds_text(json.loads(splits.read_text(encoding="utf-8")), kinds, patients_of(kinds, pattern),
                            "patients" if pattern else "cases")
     else:
-        text = (f"no split was written: it takes two fully annotated patients to spare one for validation. Train on "
-                f"fold 'all': confkd train {number} CONFIGURATION all")
+        completed = " (labels that a model has completed do not count)" if "completed" in described else ""
+        text = (f"no split was written{completed}: it takes two fully annotated patients to spare one for "
+                f"validation. Train on fold 'all': confkd train {number} CONFIGURATION all")
     return (f"{folder}: {len(kinds)} training cases ({kinds_summary(kinds)})\n{text}\n"
             f"next: confkd check -d {number}, then confkd plan -d {number}")
 

@@ -9,11 +9,11 @@ from collections.abc import Mapping
 import numpy as np
 
 from nnunet_confkd.data.check_cases import CaseContent, CaseFiles
-from nnunet_confkd.data.check_report import Report, counted
+from nnunet_confkd.data.check_report import Report
 from nnunet_confkd.data.raw_format import label_values
 from nnunet_confkd.data.strokes import suspects
 from nnunet_confkd.data.supervision import FULL, PARTIAL
-from nnunet_confkd.errors import some
+from nnunet_confkd.errors import counted, some
 
 Folds = list[dict[str, list[str]]]  # of splits_final.json
 SHOWN = 5  # how many files a warning names

@@ -141,7 +141,8 @@ def _cases_to_measure(folder: Path, ending: str, training: list[str] | None, val
     if predicted and not wanted:
         raise InputError(f"{folder}: none of its {len(predicted)} cases is a validation case of this fold. Run the "
                          "validation again (nnUNetv2_train ... --val)")
-    for text, cases in (("predictions of other cases than this fold validates are excluded", predicted - wanted),
+    others = "predictions of other cases than the fully annotated ones that this fold validates are excluded"
+    for text, cases in ((others, predicted - wanted),
                         ("validation cases have no prediction", set(validation or ()) - predicted),
                         ("counted cases are training cases as well", wanted & set(training or ()))):
         if cases:

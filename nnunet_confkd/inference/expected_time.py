@@ -11,6 +11,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunet_confkd.data.json_files import read_description, read_plans
 from nnunet_confkd.device import seconds_per_pass
+from nnunet_confkd.errors import counted
 from nnunet_confkd.output import duration
 
 BRANCHES = 1.2  # a step of both branches, in steps of the student
@@ -41,8 +42,10 @@ def training_text(folder: Path, plans_name: str, name: str, epochs: int, iterati
     described = read_description(folder / "dataset.json")
     configuration = plans.get_configuration(name)
     seconds = _seconds(plans, configuration, described, True) * configuration.batch_size * BRANCHES * VALIDATION
-    return (f"{epochs} epochs are expected to take {duration(seconds * epochs * iterations)} (a rough guess; after an "
-            f"epoch the time left is told)")
+    time = duration(seconds * epochs * iterations)
+    verb = "is" if epochs == 1 else "are"
+    return (f"{counted(epochs, 'epoch')} {verb} expected to take {time} (a rough guess; after an epoch the time left "
+            f"is told)")
 
 
 def windows(size: tuple[int, ...], patch: tuple[int, ...]) -> int:

@@ -64,9 +64,7 @@ def export(model: str | Path, output: str | Path | None = None, branch: str = "s
     checkpoint = load_checkpoint(first)
     _require_branch(first, checkpoint, branch)
     configuration, trainer = checkpoint["init_args"]["configuration"], checkpoint["trainer_name"]
-    if configuration not in plans["configurations"]:
-        raise InputError(f"{first}: is of the configuration {configuration}, which {model / 'plans.json'} does not "
-                         f"have")
+    _require_configuration(first, configuration, plans)
     stock_plans = _stock_plans(plans, trainer, branch)
     stock_dataset_json = {key: value for key, value in dataset_json.items()
                           if key not in (TABLE_KEY, CLASSES_KEY, WRITTEN_BY)}
@@ -119,6 +117,11 @@ def _targets(output: str | Path | None, install: bool, plans: dict, configuratio
     if output.exists():
         raise InputError(f"{output}: exists already. Choose another folder, or remove it first; nothing was written.")
     return output, plans_file
+
+
+def _require_configuration(path: Path, configuration: str, plans: dict) -> None:
+    if configuration not in plans["configurations"]:
+        raise InputError(f"{path}: is of the configuration {configuration}, which plans.json does not have")
 
 
 def _require_branch(path: Path, checkpoint: dict, branch: str) -> None:

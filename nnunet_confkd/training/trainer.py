@@ -45,7 +45,7 @@ from nnunet_confkd.data.supervision import (
     require_full,
     summary,
 )
-from nnunet_confkd.errors import InputError, TrainingError
+from nnunet_confkd.errors import InputError, TrainingError, counted
 from nnunet_confkd.files import written_whole
 from nnunet_confkd.output import duration
 from nnunet_confkd.processes import terminable
@@ -591,8 +591,8 @@ class ConfKDTrainer(nnUNetTrainer):
         if left:
             started = curves["epoch_start_timestamps"][self.first_epoch:][-5:]
             took = np.median(np.diff([*started, time()]))  # nnU-Net's epoch time leaves out checkpoints and pictures
-            self.print_to_log_file(f"Time left: {duration(left * took)} for {left} of {self.num_epochs} epochs, and "
-                                   f"then the validation")
+            self.print_to_log_file(f"Time left: {duration(left * took)} for {left} of "
+                                   f"{counted(self.num_epochs, 'epoch')}, and then the validation")
 
     def print_to_log_file(self, *args, **options):
         """nnU-Net's method, with lists of numbers as Python prints them: 0.7, and not np.float32(0.7)."""

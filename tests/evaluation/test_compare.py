@@ -131,7 +131,8 @@ def test_the_record_of_the_training_decides_which_cases_count(models):
     found = compare_models(models[:1], processes=1)
     assert set(found["patients"]) == {"case1", "case2", "case3"}
     assert [note.partition(", ")[2] for note in found["notes"]] == [
-        f"fold_0/{folder}: 1 predictions of other cases than this fold validates are excluded: case0"
+        f"fold_0/{folder}: 1 predictions of other cases than the fully annotated ones that this fold validates are "
+        "excluded: case0"
         for folder in ("validation", "validation_teacher")]
     record(models[0] / "fold_0", ["case1", "case2"], ["case0", "case1", "case4"])
     assert {note.partition(": ")[2] for note in compare_models(models[:1], processes=1)["notes"]} == {
