@@ -43,9 +43,8 @@ def training_text(folder: Path, plans_name: str, name: str, epochs: int, iterati
     configuration = plans.get_configuration(name)
     seconds = _seconds(plans, configuration, described, True) * configuration.batch_size * BRANCHES * VALIDATION
     time = duration(seconds * epochs * iterations)
-    verb = "is" if epochs == 1 else "are"
-    return (f"{counted(epochs, 'epoch')} {verb} expected to take {time} (a rough guess; after an epoch the time left "
-            f"is told)")
+    return (f"{counted(epochs, 'epoch')} should take {time} "
+            "(a rough guess; after an epoch the time left is told)")
 
 
 def windows(size: tuple[int, ...], patch: tuple[int, ...]) -> int:

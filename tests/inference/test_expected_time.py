@@ -29,7 +29,7 @@ def test_the_time_grows_with_epochs_folds_and_mirroring(nnunet, hippocampus, hip
     folder = nnunet.preprocessed(HIPPOCAMPUS)
 
     def seconds(text: str) -> float:
-        return float(text.split("expected to take ")[1].split()[0])
+        return float(text.split("take ")[1].split()[0])
 
     nnunet.configure(HIPPOCAMPUS, "2d_time", "2d", {})
     once = seconds(training_text(folder, "nnUNetPlans", "2d_time", 1, 10))

@@ -419,7 +419,7 @@ def test_the_tutorial_up_to_the_training(tmp_path, monkeypatch, capsys, thread_p
 # What the tutorial shows of the later steps, whose commands take too long here: (its module, the constant part).
 PRINTED = [
     ("nnunet_commands.py", "with a small network (up to "), ("device.py", "running on the CPU"),
-    ("inference/expected_time.py", "epochs are expected to take "),
+    ("inference/expected_time.py", " should take "),
     ("inference/expected_time.py", "(a rough guess; after an epoch the time left is told)"),
     ("training/trainer.py", "student's confidence"), ("training/trainer.py", "Pseudo dice of the teacher"),
     ("training/trainer.py", "(with simulated hints)"),

@@ -109,9 +109,9 @@ def test_a_laptop_is_told_how_long_a_training_takes(nnunet, hippocampus, say, mo
     monkeypatch.setattr(nnunet_commands, "run_as", lambda name, argv: seen.append((torch.get_num_threads(), argv)))
     out = say("confkd train 4 2d 0")
     line = next(line for line in out.splitlines() if "CPU" in line)
-    assert line.startswith("no CUDA device: running on the CPU with 1 thread; 1000 epochs are expected to take about ")
+    assert line.startswith("no CUDA device: running on the CPU with 1 thread; 1000 epochs should take about ")
     assert ("hours" in line or "days" in line) and "a rough guess" in line
-    assert "12 epochs are expected to take about" in say("confkd train 4 2d 0 --quick")
+    assert "12 epochs should take about" in say("confkd train 4 2d 0 --quick")
     assert [(threads, argv[argv.index("-device") + 1]) for threads, argv in seen] == [(1, "cpu")] * 2
 
 
