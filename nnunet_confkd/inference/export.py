@@ -35,8 +35,8 @@ STOCK_TRAINER = "nnUNetTrainer"
 def export(model: str | Path, output: str | Path | None = None, branch: str = "student", install: bool = False) -> Path:
     """Write one branch of a trained ConfKD model as a model folder of stock nnU-Net, with all folds and checkpoints.
 
-    Models of trainers without a teacher, such as ConfKDTrainer_partialOnly, have the student alone. `confkd_export.json`
-    says where the model came from. A folder given as `output` holds nothing of single cases.
+    Models of trainers without a teacher, such as ConfKDTrainer_partialOnly, have the student alone.
+    `confkd_export.json` says where the model came from. A folder given as `output` holds nothing of single cases.
 
     Args:
         model: The folder TRAINER__PLANS__CONFIGURATION under nnUNet_results.
