@@ -268,18 +268,18 @@ def short_table(folder: Path) -> str:
         best = max(rivals, key=means.__getitem__)
         gain = paired_gain(*({key: after[row][key] for key in common} for row in (ours, best)),
                            next(iter(of_setting.values()))["patients"])
-        without = [row for row in rivals if row in (*IGNORE_ROWS, *MORE)]  # a teacher
-        if without:
+        ours_without_teacher = [means[row] for row in rivals if row in (*IGNORE_ROWS, *MORE)]
+        if ours_without_teacher:
             # the same patients, whatever the labels of the others are
             same = [name for name, (other, number) in SETTINGS.items() if (other.data, number) == (table.data, full)]
             alone = [run["dice_pp"] for name in same
                      for key, run in runs_of(runs, name).items() if key[1] == "full_only" and key[::2] in common]
             whole = len(alone) == len(common)
-            cells = [f"{np.mean([np.nanmean(np.nanmean(dice, 0)) for dice in alone]):.3f}" if whole else "",
-                     f"{means[STOCK]:.3f}" if STOCK in means else "", f"{max(means[row] for row in without):.3f}"]
+            first = np.mean([np.nanmean(np.nanmean(dice, 0)) for dice in alone]) if whole else None
         else:
-            cells = [f"{means[best]:.3f}", f"{means[STOCK]:.3f}" if STOCK in means else "", ""]
-        cells += [f"{means[ours]:.3f}", gain_text(gain), str(len(common))]
+            first = means[best]
+        columns = (first, means.get(STOCK), max(ours_without_teacher, default=None), means[ours])
+        cells = [*("" if value is None else f"{value:.3f}" for value in columns), gain_text(gain), str(len(common))]
         lines.append(f"| {WORDS[setting]} | {full} | {' | '.join(cells)} |")
     return "\n".join(lines)
 

@@ -216,9 +216,9 @@ def _name_labels(proposal: Proposal, masks: list[Measure], strokes: list[Measure
     values = sorted(classes, key=lambda value: (value != 0, value))
     consecutive = values == list(range(len(values)))
     names = ["background", *(f"class_{value}" for value in values[1:])]
-    drawn = [set(measure.drawn) for measure in masks if measure.drawn]
-    if len(set().union(*drawn)) > 1 and all(len(of_mask) == 1 for of_mask in drawn):
-        mixed = ",".join(str(value) for value in sorted(set().union(*drawn)))
+    drawn = {frozenset(measure.drawn) for measure in masks if measure.drawn}
+    if len(drawn) > 1 and all(len(of_mask) == 1 for of_mask in drawn):
+        mixed = ",".join(str(value) for value in sorted(frozenset().union(*drawn)))
         proposal.notes.append(f"note: each mask holds a single one of the values {mixed}. If they mean the same class, "
                               f"give --source masks=FOLDER --classes NAME={mixed} in place of --full-labels and "
                               f"--labels")
