@@ -60,7 +60,7 @@ class Row:
     time_of: str | None = None
 
 
-EARLIER = {"full_share": 0.5}
+EARLIER = {"full_share": 0.5, "equal_kinds": False}
 
 
 def with_earlier_defaults(rows: Mapping[str, Row]) -> dict[str, Row]:

@@ -202,6 +202,26 @@ def informed_full_share(foreground: Mapping[str, int], kinds: Mapping[str, str],
     return min(max(annotated[FULL] / sum(annotated.values()), 0.5 if teacher else 0.25), 0.75)
 
 
+def annotated_part(foreground: Mapping[str, int], kinds: Mapping[str, str]) -> float:
+    """Estimate how much of the foreground of a partially annotated case is annotated.
+
+    Args:
+        foreground: {case: annotated voxels of the foreground}.
+        kinds: {case: kind} of the training cases.
+
+    Returns:
+        The mean number of annotated foreground voxels of a partially annotated case, as a share of that of a fully
+        annotated case. It is 0 if there is no such case.
+
+    Examples:
+        >>> annotated_part({"mask": 600, "strokes": 90, "more": 30}, {"mask": "full", "strokes": "partial",
+        ...                                                           "more": "partial"})
+        0.1
+    """
+    full, partial = ([foreground[case] for case in kinds if kinds[case] == kind] for kind in (FULL, PARTIAL))
+    return sum(partial) / len(partial) / (sum(full) / len(full)) if partial and sum(full) else 0.0
+
+
 def class_probabilities(kinds: Mapping[str, str], hidden: Mapping[str, Sequence[bool]], share: float,
                         regions: bool = False) -> dict[str, float]:
     """Compute how likely each case is drawn, if the cases of its stratum are annotated for different classes.

@@ -5,9 +5,11 @@
 | term  | branch  | images                                  | formula                                           |
 |-------|---------|-----------------------------------------|---------------------------------------------------|
 | L_s   | teacher | fully annotated                         | supervised loss over all voxels                   |
-| L_w   | student | all                                     | supervised loss over the annotated voxels, with   |
-|       |         |                                         | the class-prior correction (class_prior.py), and  |
-|       |         |                                         | hidden classes merged with the background         |
+| L_w   | student | all                                     | supervised loss over the annotated voxels, or the |
+|       |         |                                         | mean of that of the fully annotated images and    |
+|       |         |                                         | that of the others; with the class-prior          |
+|       |         |                                         | correction (class_prior.py), and hidden classes   |
+|       |         |                                         | merged with the background                        |
 | L_kd  | student | all (or the fully annotated, or others) | mean over voxels of KL(p_teacher || p_student)    |
 | L_ent | student | partially annotated and unlabelled      | mean over voxels of the entropy H(p_student)      |
 
@@ -534,6 +536,8 @@ class ConfKDLoss(nn.Module):
         kl_images: Images on which the KL acts: "full" (fully annotated), "partial" (all others) or "all".
         extra_resolutions: Resolutions of KL and entropy: the "highest", or "all" with the weights of the deep
             supervision.
+        equal_kinds: Whether L_w is the mean of the loss over the fully annotated images and that over the others, of
+            which one without any annotated voxel counts as 0. Else it is one loss over all annotated voxels.
 
     Raises:
         ValueError: The weights are not those of the terms.
@@ -552,7 +556,7 @@ class ConfKDLoss(nn.Module):
 
     def __init__(self, supervised: nn.Module, weights: dict[str, float], *,
                  resolution_weights: Sequence[float] = (1.0,), regions: bool = False, kl_images: str = "all",
-                 extra_resolutions: str = "highest"):
+                 extra_resolutions: str = "highest", equal_kinds: bool = False):
         super().__init__()
         if set(weights) != set(TERMS):
             raise ValueError(f"weights must name the terms {TERMS}, got {sorted(weights)}")
@@ -560,6 +564,7 @@ class ConfKDLoss(nn.Module):
         self.weights = dict(weights)
         self.resolution_weights = tuple(float(w) for w in resolution_weights)
         self.regions, self.kl_images, self.extra_resolutions = regions, kl_images, extra_resolutions
+        self.equal_kinds = equal_kinds
 
     @property
     def ddp(self) -> bool:
@@ -589,11 +594,13 @@ class ConfKDLoss(nn.Module):
             The scalar to minimise, and the unweighted terms by name, detached scalars.
 
         Raises:
-            ValueError: A teacher is needed but missing, the numbers of resolutions differ, or both `mix` and `listed`
-                are given.
+            ValueError: A teacher is needed but missing, the numbers of resolutions differ, or `mix` is given together
+                with `listed` or `equal_kinds`.
         """
         if mix is not None and listed is not None:
             raise ValueError("mixed images have several lists of classes: give either mix or listed")
+        if mix is not None and self.equal_kinds:
+            raise ValueError("mixed images are of both kinds, which cannot have equal weights")
         student, teacher, target = ([x] if torch.is_tensor(x) else x for x in (student, teacher, target))
         if teacher is None:
             if self.weights["teacher"] or self.weights["kl"]:
@@ -639,21 +646,22 @@ class ConfKDLoss(nn.Module):
         lists = () if batch.listed is None else (batch.listed,)
         if weights["student"]:
             shifted = _shifted(student, batch.num_full, batch.prior_shift, batch.mix, batch.listed)
-            yield from self._supervised("student", i, weights, shifted, mixed(target, batch.mix), *lists)
+            of_student = shifted, mixed(target, batch.mix), *lists
+            kinds = (full, slice(batch.num_full, None)) if self.equal_kinds else (slice(None),)
+            for kind in kinds:  # also one without images: with DDP another rank may have some
+                yield from self._supervised("student", i, 1 / len(kinds), *(values[kind] for values in of_student))
         if weights["teacher"]:
-            of_full = [values[full] for values in (target, *lists)]
-            yield from self._supervised("teacher", i, weights, logits[1], *of_full)
+            yield from self._supervised("teacher", i, 1.0, logits[1], *(values[full] for values in (target, *lists)))
         if (weights["kl"] or weights["entropy"]) and (i == 0 or self.extra_resolutions == "all"):
             share = 1.0 if self.extra_resolutions == "highest" else self.resolution_weights[i]
             yield self._unsupervised(student, teacher, share, batch)
 
-    def _supervised(self, term: str, i: int, weights: dict[str, float], *args: Tensor
-                    ) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
-        """L_s or L_w at the resolution i, in parts if the supervised loss has some; see :meth:`_terms`."""
+    def _supervised(self, term: str, i: int, share: float, *args: Tensor) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
+        """A share of L_s or L_w at the resolution i, in parts if the supervised loss has some; see :meth:`_terms`."""
         supervised: Any = self.supervised
         for value in supervised.parts(*args) if hasattr(supervised, "parts") else (supervised(*args),):
-            value = self.resolution_weights[i] * value
-            yield {term: value.detach()}, weights[term] * value
+            value = share * self.resolution_weights[i] * value
+            yield {term: value.detach()}, self.weights[term] * value
 
     def _unsupervised(self, student: Tensor, teacher: Tensor | None, share: float, batch: _Batch
                       ) -> tuple[dict[str, Tensor], Tensor]:

@@ -21,8 +21,8 @@ REMOVED: dict[str, Any] = {
     "entropy_ramp_start": 0.0, "entropy_ramp_end": 0.0}
 
 # Settings that came later, and what earlier trainings did. A model of theirs still loads.
-ADDED: dict[str, Any] = {"class_share": 0.0, "cutmix": 0.0, "cutmix_full": 0.0, "prior_correction": 0.0,
-                         "teacher_width": 1.0}
+ADDED: dict[str, Any] = {"class_share": 0.0, "cutmix": 0.0, "cutmix_full": 0.0, "equal_kinds": False,
+                         "prior_correction": 0.0, "teacher_width": 1.0}
 
 
 def without_removed(block: Mapping[str, Any]) -> dict[str, Any]:
@@ -52,6 +52,7 @@ def _setting(group: str, default: Any, allowed: tuple, meaning: str):
     return field(default=default, metadata=metadata)
 
 
+DENSE = 0.1  # annotated part of the foreground, from which on partially annotated images weigh as much as full ones
 WEIGHTS, COUNTS, SHARES = (0, 10 ** 6), (1, 10 ** 6), (0, 1)
 
 
@@ -85,6 +86,14 @@ class Settings:
     prior_correction: float = _setting("losses", 0.0, SHARES,
                                        "strength of the class-prior correction of L_w (ConfKDTrainer_partialOnly: 1); "
                                        "with 0 the annotated voxels of an image count as a fair sample of its voxels")
+
+    equal_kinds: bool | None = _setting("losses", None, (),
+                                        "whether L_w is the mean of the loss over the fully annotated images and that "
+                                        "over the others, so that a few strokes weigh as much as whole masks. Else it "
+                                        "is one loss over all annotated voxels. Null means true if a partially "
+                                        "annotated case has on average at least a tenth of the annotated foreground "
+                                        "voxels of a fully annotated one, and all cases are annotated for the same "
+                                        "classes")
 
     teacher_width: float = _setting("teacher", 0.5, (0.05, 1), "features of the teacher's decoder, as a share of the "
                                     "student's; a narrow teacher costs less time and memory")
@@ -132,6 +141,9 @@ class Settings:
         if self.cutmix and self.weight_kl and self.kl_images == "full":
             raise InputError("confkd: with kl_images 'full' the teacher sees the fully annotated images alone, but "
                              "cutmix above 0 mixes them with others; set \"cutmix\": 0")
+        if self.cutmix and self.equal_kinds:
+            raise InputError("confkd: cutmix above 0 mixes fully annotated images with others, and equal_kinds needs "
+                             "them apart; set \"cutmix\": 0 or \"equal_kinds\": false")
         if self.kl_ramp_end < self.kl_ramp_start:
             raise InputError(f"confkd: kl_ramp_end ({self.kl_ramp_end}) lies before kl_ramp_start "
                              f"({self.kl_ramp_start})")
@@ -193,6 +205,16 @@ class Settings:
             return self.cutmix
         return 0.5 if set(kinds) == {FULL, UNLABELLED} and not (self.weight_kl and self.kl_images == "full") else 0.0
 
+    def equal_kinds_for(self, annotated_part: float, hidden: bool) -> bool:
+        """Return whether fully annotated images and others have equal weights in L_w.
+
+        Args:
+            annotated_part: How much of the foreground of a partially annotated case is annotated (see
+                :func:`nnunet_confkd.training.batches.annotated_part`).
+            hidden: Whether some training cases are not annotated for all classes.
+        """
+        return self.equal_kinds if self.equal_kinds is not None else annotated_part >= DENSE and not hidden
+
     def kl_ramp(self, progress: float) -> float:
         """Compute the factor of the KL's weight, which rises linearly from `kl_ramp_start` to `kl_ramp_end`.
 
@@ -216,8 +238,8 @@ def _check(f, value, hint) -> None:
     if "choices" in f.metadata:
         if value not in f.metadata["choices"]:
             complain("one of " + ", ".join(map(repr, f.metadata["choices"])))
-    elif hint is bool:
-        if not isinstance(value, bool):
+    elif hint in (bool, bool | None):
+        if not isinstance(value, bool) and (value is not None or f.default is not None):
             complain("true or false")
     elif value is not None or f.default is not None:
         low, high = f.metadata["range"]

@@ -53,6 +53,7 @@ from nnunet_confkd.training.batches import (
     ListedClasses,
     StratifiedLoader,
     TrainingCases,
+    annotated_part,
     class_probabilities,
     informed_full_share,
     label_padding,
@@ -298,6 +299,17 @@ class ConfKDTrainer(nnUNetTrainer):
             return self.settings.full_share
         return informed_full_share(self.foreground, strata, self.settings.weight_teacher > 0)
 
+    def _set_weights_of_kinds(self, strata: dict[str, str], cutmix: float) -> None:
+        """Choose whether fully annotated images and others have equal weights in L_w, and log it."""
+        apart = {FULL, PARTIAL} <= set(strata.values()) and self.configuration_manager.batch_size > 1 and not cutmix
+        part = annotated_part(self.foreground, strata)
+        self.loss.equal_kinds = apart and self.settings.equal_kinds_for(part, bool(self.hidden))
+        if apart:
+            self.print_to_log_file(
+                f"Annotated part of the foreground of a partially annotated case: about {part:.2g}. In L_w "
+                + ("fully annotated images and others have equal weights (equal_kinds)" if self.loss.equal_kinds
+                   else "all annotated voxels have equal weights"))
+
     # ---- batches ----------------------------------------------------------------------------------------------------
 
     def _training_cases(self, dataset) -> TrainingCases:
@@ -392,6 +404,7 @@ class ConfKDTrainer(nnUNetTrainer):
                                    f"{self._full_share(strata):.2f}")
         complete: list = []  # in this order: hints are simulated on exchanged images
         cutmix = self.settings.cutmix_for(self.kinds[case] for case in dataset_tr.identifiers)
+        self._set_weights_of_kinds(strata, cutmix)
         for name, share, mixer in (("cutmix_full", self.settings.cutmix_full, FullCutMix), ("cutmix", cutmix, CutMix)):
             if not share:
                 continue

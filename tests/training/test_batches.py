@@ -19,6 +19,7 @@ from nnunet_confkd.training.batches import (
     ListedClasses,
     StratifiedLoader,
     TrainingCases,
+    annotated_part,
     class_probabilities,
     full_images_per_batch,
     informed_full_share,
@@ -124,6 +125,14 @@ def test_the_share_of_full_images_is_that_of_their_annotated_foreground(annotate
     foreground = dict(zip(kinds, annotated)) | {"not trained on": 1000}
     found = [informed_full_share(foreground, kinds, teacher) for teacher in (True, False)]
     assert found == pytest.approx(share)
+
+
+@pytest.mark.parametrize("annotated, part", [((100, 30, 0, 50), 0.4), ((0, 30, 0, 50), 0), ((100, 0, 70, 0), 0)])
+def test_the_annotated_part_compares_partially_with_fully_annotated_cases(annotated, part):
+    kinds = {"f": FULL, "p": PARTIAL, "u": UNLABELLED, "q": PARTIAL}
+    foreground = dict(zip(kinds, annotated)) | {"not trained on": 1000}
+    assert annotated_part(foreground, kinds) == pytest.approx(part)
+    assert annotated_part(foreground, {"f": FULL, "u": UNLABELLED}) == 0
 
 
 def test_without_other_cases_all_images_are_full():

@@ -153,3 +153,9 @@ def test_mixed_images_have_no_list_of_classes(tensors):
     loss = ConfKDLoss(SquaredError(), dict.fromkeys(TERMS, 0.0) | {"student": 1.0})
     with pytest.raises(ValueError, match="give either mix or listed"):
         loss(*tensors, 1, mix=MIX, listed=torch.ones(3, 2, dtype=torch.bool))
+
+
+def test_mixed_images_are_of_no_kind(tensors):
+    loss = ConfKDLoss(SquaredError(), dict.fromkeys(TERMS, 0.0) | {"student": 1.0}, equal_kinds=True)
+    with pytest.raises(ValueError, match="cannot have equal weights"):
+        loss(*tensors, 1, mix=MIX)

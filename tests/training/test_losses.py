@@ -224,15 +224,23 @@ def stock_loss(ndim: int, regions: bool, ddp: bool = False, weight_ce: float = 1
                           dice_class=MemoryEfficientSoftDiceLoss)
 
 
+class CrossEntropy(torch.nn.Module):
+    """Cross-entropy over the annotated voxels, without a Dice."""
+
+    def forward(self, logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.cross_entropy(logits, target[:, 0], ignore_index=IGNORE)
+
+
 def supervised(ndim: int = 2, regions: bool = False) -> PartialSupervision:
     return PartialSupervision(stock_loss(ndim, regions), IGNORE, regions)
 
 
 def objective(ndim: int = 2, regions: bool = False, resolution_weights=(1.0,), kl_images: str = "all",
-              extra_resolutions: str = "highest", **weights: float) -> ConfKDLoss:
+              extra_resolutions: str = "highest", equal_kinds: bool = False, **weights: float) -> ConfKDLoss:
     """The joint objective with these weights of the terms; the others are 0."""
     return ConfKDLoss(supervised(ndim, regions), {term: weights.get(term, 0.0) for term in TERMS}, regions=regions,
-                      resolution_weights=resolution_weights, kl_images=kl_images, extra_resolutions=extra_resolutions)
+                      resolution_weights=resolution_weights, kl_images=kl_images, extra_resolutions=extra_resolutions,
+                      equal_kinds=equal_kinds)
 
 
 ALL_TERMS = dict.fromkeys(TERMS, 1.0)
@@ -406,6 +414,40 @@ def test_any_supervised_loss_will_do():
     batch, nnunets = Batch(), stock_loss(2, False)
     loss = ConfKDLoss(nnunets, {**dict.fromkeys(TERMS, 0.0), "student": 1.0})
     assert torch.equal(batch.evaluate(loss)[0], nnunets(batch.student[0], batch.target[0]))
+
+
+@each_dimension
+@each_head
+def test_the_mean_of_kinds_is_the_mean_of_nnunets_loss_on_each_kind(ndim, regions):
+    batch, stock = Batch(ndim, regions), stock_loss(ndim, regions)
+    loss = objective(ndim, regions, equal_kinds=True, student=0.5)
+    total, terms = batch.evaluate(loss)
+    alone = [stock(batch.student[0][kind], batch.target[0][kind]) for kind in (slice(NUM_FULL), slice(NUM_FULL, None))]
+    assert terms["student"].item() == pytest.approx(sum(alone).item() / 2, abs=1e-6)
+    assert total.item() == pytest.approx(0.5 * terms["student"].item())
+    found, = torch.autograd.grad(total, batch.student[0])
+    wanted, = torch.autograd.grad(sum(alone) / 4, batch.student[0])
+    torch.testing.assert_close(found, wanted)
+
+
+@pytest.mark.parametrize("num_full", (0, NUM_IMAGES))
+def test_in_the_mean_of_kinds_a_missing_kind_counts_as_0(num_full):
+    batch, stock = Batch(num_full=num_full), stock_loss(2, False)
+    total, _ = batch.evaluate(objective(equal_kinds=True, student=1.0))
+    assert total.item() == pytest.approx(stock(batch.student[0], batch.target[0]).item() / 2)
+
+
+def test_in_the_mean_of_kinds_a_few_annotated_voxels_weigh_as_much_as_a_whole_image():
+    """One annotated voxel beside a whole image: a hundredth of the gradient in the usual mean, or a half."""
+    target = torch.zeros(2, 1, 10, 10, dtype=torch.long)
+    target[1] = IGNORE
+    target[1, 0, 0, 0] = 1
+    for equal, share in ((False, 1 / 101), (True, 0.5)):
+        logits = torch.zeros(2, CHANNELS, 10, 10, requires_grad=True)
+        loss = ConfKDLoss(CrossEntropy(), {**dict.fromkeys(TERMS, 0.0), "student": 1.0}, equal_kinds=equal)
+        gradient, = torch.autograd.grad(loss(logits, None, target, 1)[0], logits)
+        of_image = gradient.abs().sum((1, 2, 3))
+        assert (of_image[1] / of_image.sum()).item() == pytest.approx(share)
 
 
 # ---- the joint objective: its terms ---------------------------------------------------------------------------------

@@ -30,13 +30,13 @@ SPLITS = {"even": ((1, 1), (1, 1)), "uneven": ((2, 1), (0, 1)), "a kind a rank":
           "full only": ((2, 0), (1, 0)), "no full image": ((0, 2), (0, 1))}
 WEIGHTS = {"teacher": 1.0, "student": 0.7, "kl": 2.0, "entropy": 0.5}
 OBJECTIVES = {"default": {}, "papers": {"kl_images": "full", "extra_resolutions": "all"},
-              "kl on others": {"kl_images": "partial"}}
+              "kl on others": {"kl_images": "partial"}, "mean of kinds": {"equal_kinds": True}}
 SHARES = (0.3, 0.0, 0.02, 0.1)  # annotated, of each image that is not fully annotated
 # nnU-Net plans batch Dice for 2-D, a Dice of each image for 3-D. The last two: regions, and hidden classes
 EXPERIMENTS = list(itertools.product(SPLITS, OBJECTIVES, (2, 3), (False, True), (False, True)))
 SHORT = [("uneven", "default", 2, False, False), ("uneven", "default", 3, True, False),
          ("uneven", "default", 2, False, True), ("uneven", "default", 3, False, True),
-         ("uneven", "default", 3, True, True)]
+         ("uneven", "default", 3, True, True), ("a kind a rank", "mean of kinds", 2, False, False)]
 
 
 def lists_of(number: int, ndim: int) -> torch.Tensor:

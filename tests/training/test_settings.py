@@ -52,6 +52,7 @@ BAD_VALUES = {
     "cutmix": (-0.1, 1.5, NAN, True),
     "kl_images": ("unlabelled", "Full", None, True, 1, ["full"]),
     "teacher_hints": (0, 1, "true", None, 1.0),
+    "equal_kinds": (0, 1, "true", 1.0),
 }
 
 
@@ -66,7 +67,7 @@ def test_a_bad_value_is_refused_with_key_value_and_what_is_allowed(key, value):
 
 @pytest.mark.parametrize("key, value", (
     ("weight_kl", 0), ("weight_kl", 2), ("weight_entropy", 1e6), ("full_share", 0.01), ("full_share", 0.99),
-    ("full_share", None),
+    ("full_share", None), ("equal_kinds", None),
     ("epochs", 1), ("epochs", None), ("iterations_per_epoch", None), ("seed", None), ("seed", 0), ("seed", 2 ** 31 - 1),
     ("teacher_hints", False), ("kl_images", "partial"), ("extra_resolutions", "all")), ids=str)
 def test_values_at_the_limits_are_allowed_and_kept_as_they_are(key, value):
@@ -83,6 +84,7 @@ def test_values_are_checked_without_blocks_too():
     ({"weight_teacher": 0, "weight_student": 0, "weight_kl": 0}, {"weight_teacher": 0, "weight_kl": 0}),
     ({"weight_teacher": 0}, {"weight_student": 0}),  # an untrained teacher would teach
     ({"cutmix": 0.5, "kl_images": "full"}, {"cutmix": 0, "kl_images": "full"}),
+    ({"cutmix": 0.5, "equal_kinds": True}, {"cutmix": 0.5}),
     ({"kl_ramp_start": 0.5, "kl_ramp_end": 0.25}, {"kl_ramp_start": 0.5, "kl_ramp_end": 0.5})], ids=str)
 def test_settings_that_contradict_each_other_are_refused(refused, allowed):
     text = error_of(**refused)
@@ -150,6 +152,14 @@ def test_cutmix_is_chosen_by_the_kinds_of_the_training_cases_unless_it_is_set(ki
     assert Settings().cutmix_for(kinds) == automatic
     assert Settings(cutmix=0.25).cutmix_for(kinds) == 0.25
     assert Settings(kl_images="full").cutmix_for(kinds) == 0
+
+
+@pytest.mark.parametrize("part, hidden, automatic", [(0.3, False, True), (0.1, False, True), (0.09, False, False),
+                                                     (0.0, False, False), (0.3, True, False)])
+def test_strokes_and_masks_have_equal_weights_if_enough_is_annotated_unless_it_is_set(part, hidden, automatic):
+    assert Settings().equal_kinds_for(part, hidden) is automatic
+    for chosen in (True, False):
+        assert Settings(equal_kinds=chosen).equal_kinds_for(part, hidden) is chosen
 
 
 def test_settings_cannot_be_changed():

@@ -169,6 +169,30 @@ def test_the_teacher_of_a_kl_on_fully_annotated_images_runs_on_these_alone(nnune
     assert [case in hippocampus["full"] for case in batch["keys"]] == [True] * 2 + [False] * 6
 
 
+def test_fully_annotated_images_and_others_have_equal_weights_if_enough_is_annotated(nnunet, started):
+    """These cases have points, which are too few."""
+    trainer = started(HIPPOCAMPUS, nnunet.configure(HIPPOCAMPUS, "weigh", "2d", SHORT, batch_size=4))
+    log = Path(trainer.log_file)
+    assert "In L_w all annotated voxels have equal weights" in log.read_text()
+    batch = next(trainer.dataloader_train)
+    joint = trainer.train_step(batch)["loss_student"]
+    strata = {case: trainer.kinds[case] for case in trainer.do_split()[0]}
+
+    def chosen(cases=strata, cutmix=0.0) -> bool:
+        trainer._set_weights_of_kinds(cases, cutmix)
+        return trainer.loss.equal_kinds
+
+    assert not chosen()
+    trainer.foreground = dict.fromkeys(trainer.foreground, 100)  # as much in each case
+    assert not chosen(cutmix=0.5) and not chosen(dict.fromkeys(trainer.kinds, "full")) and chosen()
+    assert "equal weights (equal_kinds)" in log.read_text()
+    assert abs(trainer.train_step(batch)["loss_student"] - joint) > 1e-3
+    trainer.hidden = {"a case": (1,)}
+    assert not chosen()
+    trainer.hidden, trainer.configuration_manager.configuration["batch_size"] = {}, 1
+    assert not chosen()
+
+
 def test_the_share_of_fully_annotated_images_follows_from_the_annotations(nnunet, hippocampus, started):
     configuration = nnunet.configure(HIPPOCAMPUS, "share", "2d", {"seed": 0, "epochs": 1}, batch_size=10)
     trainer = started(HIPPOCAMPUS, configuration)
