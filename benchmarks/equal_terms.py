@@ -14,7 +14,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -82,13 +82,13 @@ ROWS: dict[str, Row] = with_earlier_defaults({
     "confkd_cost": Row("ConfKD, at equal cost", steps=1 / COST),
     "confkd_cutmix_cost": Row("ConfKD with CutMix, at equal cost", settings={"cutmix": 0.5}, steps=1 / COST_CUTMIX),
     "full_cutmix": Row("full cases only, with CutMix", "ConfKDTrainer_partialOnly", "full", settings={"cutmix": 0.5}),
-    "corrected_cost": Row("the same with the class-prior correction", settings={"prior_correction": 1.0},
+    "corrected_cost": Row("ConfKD with the class-prior correction, at equal cost", settings={"prior_correction": 1.0},
                           steps=1 / COST),
     # a quarter of each batch fully annotated, and not a half; the step is cheaper then, which is not counted
     "ignore_quarter": Row("the ignore label, a quarter of each batch full", "ConfKDTrainer_partialOnly",
                           settings={"prior_correction": 0.0, "full_share": 0.25}),
-    "ignore_prior_quarter": Row("the same with the class-prior correction", "ConfKDTrainer_partialOnly",
-                                settings={"full_share": 0.25}),
+    "ignore_prior_quarter": Row("the ignore label with the class-prior correction, a quarter of each batch full",
+                                "ConfKDTrainer_partialOnly", settings={"full_share": 0.25}),
     "quarter_cost": Row("ConfKD, a quarter of each batch full, at equal cost", settings={"full_share": 0.25},
                         steps=1 / COST),
     "ignore_three_quarters": Row("the ignore label, three quarters of each batch full", "ConfKDTrainer_partialOnly",
@@ -102,10 +102,11 @@ ROWS: dict[str, Row] = with_earlier_defaults({
                       steps=1 / COST),
     "ignore_equal": Row("the ignore label, equal weights of both kinds", "ConfKDTrainer_partialOnly",
                         settings={"prior_correction": 0.0, "equal_kinds": True}),
-    "ignore_equal_quarter": Row("the same, a quarter of each batch full", "ConfKDTrainer_partialOnly",
+    "ignore_equal_quarter": Row("the ignore label, equal weights of both kinds, a quarter of each batch full",
+                                "ConfKDTrainer_partialOnly",
                                 settings={"prior_correction": 0.0, "equal_kinds": True, "full_share": 0.25}),
-    "ignore_prior_equal_quarter": Row("the same with the class-prior correction", "ConfKDTrainer_partialOnly",
-                                      settings={"equal_kinds": True, "full_share": 0.25}),
+    "ignore_prior_equal_quarter": Row("the ignore label with the correction, equal weights, a quarter full",
+                                      "ConfKDTrainer_partialOnly", settings={"equal_kinds": True, "full_share": 0.25}),
     "cutmix_three_quarters_cost": Row("ConfKD with CutMix, three quarters of each batch full, at equal cost",
                                       settings={"cutmix": 0.5, "full_share": 0.75}, steps=1 / COST_CUTMIX),
     "wide_cost": Row("ConfKD with a teacher as wide as the student, at equal cost",
@@ -295,13 +296,13 @@ def short_table(folder: Path) -> str:
     return "\n".join(lines)
 
 
-def report(folder: Path, rivals: Mapping[str, str] = RIVALS, rows: Iterable[str] = ROWS) -> str:
+def report(folder: Path, rivals: Mapping[str, str] = RIVALS, rows: Mapping[str, Row] = ROWS) -> str:
     """One table for each setting: means over draws and seeds, and gains over the rival in the same draws and seeds.
 
     Args:
         folder: Of the runs.
         rivals: {setting: row that the others are compared with}, in the order of the tables.
-        rows: Their order.
+        rows: In the order of the tables, with their titles. Others come last, with the title that they were run with.
     """
     runs = read_all(folder)
     lines = []
@@ -322,7 +323,7 @@ def report(folder: Path, rivals: Mapping[str, str] = RIVALS, rows: Iterable[str]
             gains = ["" if row == rivals[setting] else gain_text(paired_gain(
                 *({key: run[metric] for key, run in of.items()} for of in (chosen, rival)), first["patients"]))
                 for metric in ("dice", "dice_pp")]
-            title = first["title"]
+            title = rows[row].title if row in rows else first["title"]
             lines.append(f"| {title} (`{row}`) | {means[0]:.3f} | {means[1]:.3f} | {means[2]:.1f} | {means[3]:.1f} | "
                          f"{gains[0]} | {gains[1]} | {len(chosen)} |")
         lines.append("")

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from nnunet_confkd import __version__
 from nnunet_confkd.device import prepare_for_cpu
-from nnunet_confkd.errors import InputError, TrainingError
+from nnunet_confkd.errors import InputError, TrainingError, did_you_mean
 from nnunet_confkd.output import NobodyReads, explained_output
 from nnunet_confkd.processes import terminable
 
@@ -118,7 +118,7 @@ def main(argv: list[str] | None = None) -> int:
         print(usage())
         return 0
     if not argv or argv[0] not in COMMANDS:
-        unknown = f"confkd: there is no command '{argv[0]}'\n" if argv else ""
+        unknown = f"confkd: there is no command '{argv[0]}'{did_you_mean(argv[0], COMMANDS)}\n" if argv else ""
         print(unknown + usage(), file=sys.stderr)
         return 2
     if isinstance(sys.stdout, io.TextIOWrapper):

@@ -2,6 +2,7 @@
 
 The command line prints the text of these errors without a traceback. Any other exception is a fault of the program.
 """
+import difflib
 import json
 from collections.abc import Callable, Iterable
 
@@ -34,6 +35,16 @@ def shown(value, as_text: Callable = json.dumps, longest: int = 200) -> str:
     except (TypeError, ValueError, RecursionError):
         text = f"a {type(value).__name__}"
     return text if len(text) <= longest else text[:longest] + " ..."
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """Return a question for the known name that is most like an unknown one, or nothing.
+
+    Examples:
+        >>> "unknown class 'livr'" + did_you_mean("livr", ["liver", "kidney"])
+        "unknown class 'livr' (did you mean 'liver'?)"
+    """
+    return "".join(f" (did you mean '{close}'?)" for close in difflib.get_close_matches(name, list(known), 1))
 
 
 def some(values: Iterable, limit: int = 10) -> str:

@@ -68,6 +68,7 @@ def test_every_command_is_in_the_usage_and_can_be_imported(capsys):
     assert cli.main([]) == 2 and cli.main(["explode"]) == 2
     out, err = capsys.readouterr()
     assert not out and "there is no command 'explode'" in err
+    assert cli.main(["chek"]) == 2 and "no command 'chek' (did you mean 'check'?)" in capsys.readouterr().err
     assert cli.main(["--help"]) == 0
     usage = capsys.readouterr().out
     for name, (target, text, _) in cli.COMMANDS.items():

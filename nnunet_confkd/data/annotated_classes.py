@@ -9,11 +9,10 @@ A network has one output channel (*head*) for each class, of which the backgroun
 """
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable, Mapping
 
 from nnunet_confkd.data.supervision import FULL, OUTSIDE, PARTIAL, UNLABELLED, summary
-from nnunet_confkd.errors import InputError, shown, some
+from nnunet_confkd.errors import InputError, did_you_mean, shown, some
 
 CLASSES_KEY = "annotated_classes"  # the entry's key in dataset.json: {case: [class, ...]}
 Listed = tuple[bool, ...]  # for each head, whether a case is annotated for it
@@ -86,9 +85,8 @@ def _problems_of_entry(names, heads: Mapping) -> list[str]:
         return [f"must be a list of classes, got {shown(names)}"]
     if not names:
         return ['lists no class. List at least one, or declare the case unlabelled in "supervision"']
-    return [f"'{name}' is no class in \"labels\"" + "".join(
-        f" (did you mean '{close}'?)" for close in difflib.get_close_matches(name, heads, 1))
-        + f"; list some of {some(heads)}" for name in names if name not in heads]
+    return [f"'{name}' is no class in \"labels\"{did_you_mean(name, heads)}; list some of {some(heads)}"
+            for name in names if name not in heads]
 
 
 def _values_not_listed(counts: Mapping[int, int], names: list[str], heads: Mapping, ignore: int | None) -> list[str]:

@@ -188,7 +188,8 @@ def informed_full_share(foreground: Mapping[str, int], kinds: Mapping[str, str],
         teacher: Whether there is one. It learns from the fully annotated images alone, and needs a half.
 
     Returns:
-        From 0.25, or 0.5 with a teacher, to 0.75. It is 0.5 if no foreground is partially annotated.
+        From 0.25, or 0.5 with a teacher, to 0.75, also if no foreground is partially annotated. It is 0.5 if there is
+        no annotated foreground at all.
 
     Examples:
         >>> informed_full_share({"mask": 600, "points": 400}, {"mask": "full", "points": "partial"}, True)
@@ -197,7 +198,7 @@ def informed_full_share(foreground: Mapping[str, int], kinds: Mapping[str, str],
         0.4
     """
     annotated = {kind: sum(foreground[case] for case in kinds if kinds[case] == kind) for kind in (FULL, PARTIAL)}
-    if not annotated[PARTIAL]:
+    if not any(annotated.values()):
         return 0.5
     return min(max(annotated[FULL] / sum(annotated.values()), 0.5 if teacher else 0.25), 0.75)
 

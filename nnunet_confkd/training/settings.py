@@ -5,13 +5,12 @@ both. nnU-Net saves the plans with the model.
 """
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, get_type_hints
 
 from nnunet_confkd.data.supervision import FULL, UNLABELLED
-from nnunet_confkd.errors import InputError, shown
+from nnunet_confkd.errors import InputError, did_you_mean, shown
 
 # Settings of earlier versions, and the only value of each that the method has kept. The plans of a trained model hold
 # all settings, so that older models name these, too.
@@ -112,7 +111,7 @@ class Settings:
     full_share: float | None = _setting("batches", None, (0.01, 0.99),
                                         "share of fully annotated images in a training batch. Null means their share "
                                         "of all annotated foreground voxels, but at least 0.5 (without a teacher: "
-                                        "0.25) and at most 0.75. It is 0.5 if no case is partially annotated")
+                                        "0.25) and at most 0.75, as it is if the others are unlabelled")
     unlabelled_share: float = _setting("batches", 0.25, SHARES,
                                        "share of unlabelled images among the others in a batch, but at most their "
                                        "share of the cases; the rest is partially annotated")
@@ -175,10 +174,9 @@ class Settings:
                 f"block has {shown(merged[key])}" for key in removed)
                 + ". Delete it from the plans, or use the version of nnunet_confkd that the plans were written for")
         if unknown := [key for key in merged if key not in known]:
-            close = {key: difflib.get_close_matches(key, known, 1) for key in unknown}
-            raise InputError("confkd: unknown setting " + ", ".join(
-                f"'{key}'" + (f" (did you mean '{close[key][0]}'?)" if close[key] else "") for key in unknown)
-                + f". Known: {', '.join(known)}")
+            raise InputError("confkd: unknown setting "
+                             + ", ".join(f"'{key}'{did_you_mean(key, known)}" for key in unknown)
+                             + f". Known: {', '.join(known)}")
         return cls(**merged)
 
     def as_dict(self) -> dict:

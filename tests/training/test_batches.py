@@ -119,7 +119,7 @@ def test_full_images_come_first_in_the_set_number():
 @pytest.mark.parametrize("annotated, share", [
     ((300, 0, 0, 200), (0.6, 0.6)),  # the unlabelled case's annotations do not count: training does not see them
     ((10, 90, 0, 0), (0.5, 0.25)), ((49, 51, 0, 0), (0.5, 0.49)), ((50, 50, 0, 0), (0.5, 0.5)),
-    ((90, 10, 0, 0), (0.75, 0.75)), ((90, 0, 10, 0), (0.5, 0.5)), ((0, 0, 9, 0), (0.5, 0.5))])
+    ((90, 10, 0, 0), (0.75, 0.75)), ((90, 0, 10, 0), (0.75, 0.75)), ((0, 0, 9, 0), (0.5, 0.5))])
 def test_the_share_of_full_images_is_that_of_their_annotated_foreground(annotated, share):
     kinds = {"f": FULL, "p": PARTIAL, "u": UNLABELLED, "q": PARTIAL}
     foreground = dict(zip(kinds, annotated)) | {"not trained on": 1000}
