@@ -502,6 +502,7 @@ def predict(argv: list[str], afterwards: Callable[[Any], object] = lambda predic
           _entropy_too() if own.save_entropy else contextlib.nullcontext()):
         run_as(name, with_options(argv, "-device", device, "-i", str(images)))
         predicted = Predicted.of(images, model, Path(args.o), described)
+        warning = predicted.warning_of_empty()
         afterwards(postprocessing.applied(found, predicted, own.postprocessing is not None))
     if images != source:
         name_source(Path(args.o), source)
@@ -509,6 +510,8 @@ def predict(argv: list[str], afterwards: Callable[[Any], object] = lambda predic
         from nnunet_confkd.inference.uncertainty import list_cases
 
         print("look at these cases first:", list_cases(Path(args.o)))
+    if warning:
+        print(warning)
     dataset = f" -d {args.d}" if hasattr(args, "d") else ""
     print(f"predictions: {args.o}\nnext, where there is a ground truth: confkd evaluate --truth LABELS --prediction "
           f"{shlex.quote(args.o)}{dataset}")

@@ -340,6 +340,22 @@ def test_every_command_chooses_the_same_device(nnunet, hippocampus_model, machin
     assert capsys.readouterr().out.count("no CUDA device: running on the CPU") == (0 if cuda else 4)
 
 
+def test_predict_warns_if_no_foreground_is_predicted(nnunet, hippocampus_model, machine, monkeypatch, tmp_path, capsys):
+    machine(cuda=False)
+    images = nnunet.raw(HIPPOCAMPUS) / "imagesTs"
+    truth = next((nnunet.raw(HIPPOCAMPUS) / "labelsTr").glob("*.nii.gz"))
+
+    def predicted_as_background(name: str, argv: list[str]) -> None:
+        empty = sitk.ReadImage(truth) * 0
+        for image in images.glob("*.nii.gz"):
+            sitk.WriteImage(empty, tmp_path / image.name.replace("_0000", ""))
+
+    monkeypatch.setattr(nnunet_commands, "run_as", predicted_as_background)
+    nnunet_commands.predict(["-i", str(images), "-o", str(tmp_path), "-d", "4", "-c", "2d_export", "-f", "0"])
+    number = len(list(images.glob("*.nii.gz")))
+    assert number and f"WARNING: {number} of {number} predicted segmentations have no" in capsys.readouterr().out
+
+
 def test_more_gpus_than_there_are_is_one_sentence(nnunet, hippocampus, machine, said):
     machine(cuda=True)
     assert "-num_gpus 2: this machine has 1 CUDA devices" in said("train", "4", "2d", "0", "-num_gpus", "2")

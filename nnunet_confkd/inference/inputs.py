@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nnunet_confkd.data.dicom import is_dicom_file, read_series, series_folders
-from nnunet_confkd.data.images import ITK, parts, spacing_file, write
-from nnunet_confkd.errors import InputError
+from nnunet_confkd.data.images import ITK, parts, read, spacing_file, write
+from nnunet_confkd.errors import InputError, some
 from nnunet_confkd.files import write_json
 
 
@@ -102,6 +102,14 @@ class Predicted:
         cases = cases_of(images, described["file_ending"])
         files = {case: output / f"{case}{described['file_ending']}" for case in cases}
         return cls(cases, {case: file for case, file in files.items() if file.is_file()}, output, model, described)
+
+    def warning_of_empty(self) -> str | None:
+        """Name the predicted segmentations without any foreground; None if there are none."""
+        empty = [case for case, file in self.segmentations.items() if not read(file).voxels.any()]
+        if not empty:
+            return None
+        return (f"WARNING: {len(empty)} of {len(self.segmentations)} predicted segmentations have no foreground: "
+                f"{some(empty)}. Was the model trained long enough, and are these images like those of its training?")
 
 
 def _has_images(source: Path, ending: str) -> bool:

@@ -7,7 +7,7 @@ import SimpleITK as sitk
 from dicom_files import VOXELS, write_series
 
 from nnunet_confkd.errors import InputError
-from nnunet_confkd.inference.inputs import cases_of, readable_images
+from nnunet_confkd.inference.inputs import Predicted, cases_of, readable_images
 
 ONE_CHANNEL = {"channel_names": {"0": "MRI"}, "file_ending": ".nii.gz"}
 TWO_CHANNELS = {"channel_names": {"0": "T1", "1": "T2"}, "file_ending": ".nii.gz"}
@@ -104,3 +104,18 @@ def test_a_series_that_lacks_slices_is_named(tmp_path):
     with pytest.raises(InputError, match="p1: its slices are 3 to 6 mm apart"), readable_images(
             tmp_path / "in", ONE_CHANNEL):
         pass
+
+
+def test_predicted_segmentations_without_foreground_are_named(tmp_path):
+    files = {}
+    for case, value in (("a", 0), ("b", 1), ("c", 0)):
+        files[case] = tmp_path / f"{case}.nii.gz"
+        voxels = np.zeros((3, 4, 5), np.uint8)
+        voxels[1, 2, 3] = value
+        sitk.WriteImage(sitk.GetImageFromArray(voxels), files[case])
+
+    def warning(*cases: str) -> str | None:
+        return Predicted({}, {case: files[case] for case in cases}, tmp_path, tmp_path, {}).warning_of_empty()
+
+    assert warning("b") is None and warning() is None
+    assert "2 of 3 predicted segmentations have no foreground: a, c. Was" in warning("a", "b", "c")
