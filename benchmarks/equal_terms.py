@@ -100,6 +100,8 @@ ROWS: dict[str, Row] = with_earlier_defaults({
     # the fully annotated images and the others have equal weights in L_w
     "equal_cost": Row("ConfKD, equal weights of both kinds of images, at equal cost", settings={"equal_kinds": True},
                       steps=1 / COST),
+    "equal_corrected_cost": Row("ConfKD, equal weights and the class-prior correction, at equal cost",
+                                settings={"equal_kinds": True, "prior_correction": 1.0}, steps=1 / COST),
     "ignore_equal": Row("the ignore label, equal weights of both kinds", "ConfKDTrainer_partialOnly",
                         settings={"prior_correction": 0.0, "equal_kinds": True}),
     "ignore_equal_quarter": Row("the ignore label, equal weights of both kinds, a quarter of each batch full",
