@@ -65,8 +65,12 @@ EARLIER = {"full_share": 0.5, "equal_kinds": False}
 
 def with_earlier_defaults(rows: Mapping[str, Row]) -> dict[str, Row]:
     """Rows with the defaults that the trainers had when these rows were run."""
-    return {name: replace(row, settings=EARLIER | row.settings) if row.trainer.startswith("ConfKD") else row
-            for name, row in rows.items()}
+    def defaults(trainer: str) -> dict:
+        if not trainer.startswith("ConfKD"):
+            return {}
+        return EARLIER | {"prior_correction": float(trainer == "ConfKDTrainer_partialOnly")}
+
+    return {name: replace(row, settings=defaults(row.trainer) | row.settings) for name, row in rows.items()}
 
 
 ROWS = with_earlier_defaults({

@@ -57,9 +57,13 @@ RIVALS = dict.fromkeys(SETTINGS, "ignore_prior") | {"unlabelled": "full_only", "
 # where all other images are unlabelled. The rivals of `MORE` count where they were run as often.
 IGNORE_ROWS = ("ignore", "ignore_prior")
 STOCK = "ignore_uniform"
-MORE = ("ignore_quarter", "ignore_prior_quarter", "ignore_three_quarters", "cutmix_full")
-SHORT = dict.fromkeys(SETTINGS, (*IGNORE_ROWS, "confkd_cost")) | {
-    "unlabelled": ("full_only", "full_cutmix", "confkd_cutmix_cost"), "points_10": ("full_only", "today_cost")}
+MORE = ("ignore_quarter", "ignore_prior_quarter", "ignore_three_quarters", "cutmix_full", "ignore_equal",
+        "ignore_equal_quarter", "ignore_prior_equal_quarter")
+# ConfKD's row has the settings that its trainer chooses from these data.
+SHORT = {"scribbles": (*IGNORE_ROWS, "equal_cost"), "erosion": (*IGNORE_ROWS, "equal_corrected_cost"),
+         "erosion_foreground": (*IGNORE_ROWS, "equal_cost"),
+         "unlabelled": ("full_only", "full_cutmix", "cutmix_three_quarters_cost"),
+         "points_5": (*IGNORE_ROWS, "confkd_cost"), "points_10": ("full_only", "today_cost")}
 WORDS = {"scribbles": "ACDC, expert scribbles", "erosion": "ACDC, eroded masks with background",
          "erosion_foreground": "ACDC, eroded masks without background", "unlabelled": "ACDC, unlabelled",
          "points_5": "Hippocampus, points", "points_10": "Hippocampus, points"}
@@ -129,8 +133,9 @@ ROWS: dict[str, Row] = with_earlier_defaults({
     "hints_0.1": Row("ConfKD, entropy of weight 0.1", settings={"weight_entropy": 0.1}),
     "hints_0.3": Row("ConfKD, entropy of weight 0.3", settings={"weight_entropy": 0.3}),
 })
-# With partial annotations as dense as strokes it is the same training as `confkd_cost`.
-ROWS["today_cost"] = Row("ConfKD with today's defaults, at equal cost", steps=1 / COST)
+# three quarters of each batch full, as the trainer chooses it for these points
+ROWS["today_cost"] = Row("ConfKD, the share chosen from the data, at equal cost",
+                         settings={"equal_kinds": False, "prior_correction": 0.0}, steps=1 / COST)
 # Rows that are made once without bfloat16, to check that it changes nothing.
 FLOAT32 = "_float32"
 ROWS |= {name + FLOAT32: replace(ROWS[name], title=f"{ROWS[name].title}; float32")

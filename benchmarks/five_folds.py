@@ -17,9 +17,10 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-from accuracy import EARLIER, FOLDS, TABLES, Row, Table, largest_components, predictions, prepare, run, spec_of
+from accuracy import FOLDS, TABLES, Row, Table, largest_components, predictions, prepare, run, spec_of
+from accuracy import ROWS as USUAL_ROWS
 from accuracy_report import patients_in, read_runs
-from equal_terms import HOW, choice_of, measure_all, parsed
+from equal_terms import COST, COST_CUTMIX, HOW, choice_of, measure_all, parsed
 from equal_terms import ROWS as EQUAL_ROWS
 from step_time import insert
 
@@ -42,31 +43,24 @@ SETTINGS: dict[str, Table] = {
 # Rows that do not depend on the weak labels are run in the first of these settings alone.
 SAME_IMAGES = (("scribbles", "erosion_foreground", "erosion", "unlabelled"), ("points", "points_sparse"))
 
-def of_today(name: str) -> Row:
-    """A row of equal_terms.py with today's defaults."""
-    row = EQUAL_ROWS[name]
-    return replace(row, settings={key: value for key, value in row.settings.items() if key not in EARLIER})
-
-
 ROWS: dict[str, Row] = {
-    "full_only": of_today("full_only"),
-    "full_cutmix": of_today("full_cutmix"),
-    "ignore_uniform": of_today("ignore_uniform"),
-    "ignore": of_today("ignore"),
-    "ignore_prior": of_today("ignore_prior"),
+    "full_only": USUAL_ROWS["full_only"],
+    "full_cutmix": replace(EQUAL_ROWS["full_cutmix"], settings={"cutmix": 0.5}),
+    "ignore_uniform": USUAL_ROWS["ignore_uniform"],
+    "ignore": Row("the ignore label, our batches", "ConfKDTrainer_partialOnly"),
     "paper": Row("the paper's objective", "ConfKDTrainer_MedIA2023"),
-    "kl": of_today("kl"),
-    "confkd": of_today("confkd"),
-    "confkd_cost": of_today("confkd_cost"),
-    "confkd_cutmix_cost": replace(EQUAL_ROWS["confkd_cutmix_cost"], settings={}),
-    "all": of_today("all"),
+    "kl": Row("KL without hints", settings={"teacher_hints": False}),
+    "confkd": Row("ConfKD"),
+    "confkd_cost": Row("ConfKD, at equal cost", steps=1 / COST),
+    "confkd_cutmix_cost": Row("ConfKD, at equal cost", steps=1 / COST_CUTMIX),
+    "all": USUAL_ROWS["all"],
 }
-LONG = ("full_only", "ignore_prior", "confkd_cost", "all")
+LONG = ("full_only", "ignore", "confkd_cost", "all")
 ROWS |= {f"{name}_long": replace(ROWS[name], title=f"{ROWS[name].title}; {LONGER} times as long",
                                  steps=LONGER * ROWS[name].steps) for name in LONG}
 # What all rows of a table are compared with, in the rows of the same length.
 RIVAL = {"unlabelled": "full_only"}
-USUAL = ("full_only", "ignore_prior", "confkd_cost", "all")
+USUAL = ("full_only", "ignore_uniform", "ignore", "confkd_cost", "all")
 ROWS_OF = dict.fromkeys(SETTINGS, USUAL) | {
     "scribbles": tuple(name for name in ROWS if name != "confkd_cutmix_cost"),
     "erosion_foreground": tuple(name for name in ROWS if "cutmix" not in name),
@@ -258,7 +252,7 @@ def line_of(setting: str, row: str, shown: dict[str, dict[int, dict]]) -> str:
         of_classes = np.nanmean(np.concatenate([run[metric] for run in folds.values()]), 0)
         return of_classes if axis else of_classes.mean()
 
-    rival = RIVAL.get(setting, "ignore_prior") + ("_long" if row.endswith("_long") else "")
+    rival = RIVAL.get(setting, "ignore") + ("_long" if row.endswith("_long") else "")
     gains = []
     for metric in ("dice", "dice_pp"):
         found = None if row == rival else gain(folds, shown.get(rival, {}), metric)

@@ -53,15 +53,14 @@ BASELINE = "ConfKDTrainer_partialOnly"
 # name: the table, the row, and the row that it is compared with; in the order in which they are run
 ROWS: dict[str, tuple[str, Row, str | None]] = {
     "full_only": ("scribbles", Row("fully annotated patients alone, nnU-Net", "nnUNetTrainer", "full"), None),
-    "ignore": ("scribbles", Row("and scribbles, the ignore label", BASELINE, settings={"prior_correction": 0.0}),
-               "full_only"),
+    "ignore": ("scribbles", Row("and scribbles, the ignore label", BASELINE), "full_only"),
     "confkd_cost": ("scribbles", Row("and scribbles, ConfKD, at equal cost"), "ignore"),
     "all": ("scribbles", Row("everything annotated, nnU-Net", "nnUNetTrainer", "all"), "ignore"),
     "full_cutmix": ("scribbles", Row("fully annotated patients alone, with CutMix", BASELINE, "full",
                                      settings={"cutmix": 0.5}), "full_only"),
     "unlabelled_cost": ("unlabelled", Row("and unlabelled, ConfKD, at equal cost"), "full_cutmix"),
-    "ignore_prior": ("scribbles", Row("and scribbles, the ignore label with the class-prior correction", BASELINE),
-                     "ignore"),
+    "ignore_prior": ("scribbles", Row("and scribbles, the ignore label with the class-prior correction", BASELINE,
+                                      settings={"prior_correction": 1.0}), "ignore"),
     "confkd": ("scribbles", Row("and scribbles, ConfKD"), "ignore"),
 }
 USUAL = ("full_only", "ignore", "confkd_cost", "all", "full_cutmix", "unlabelled_cost")

@@ -150,7 +150,7 @@ def settings() -> str:
     variants = ""
     for name in TRAINERS:
         trainer = getattr(confkd_trainers, name)
-        own = trainer.default_settings | trainer.fixed_settings
+        own = trainer.fixed_settings
         changed = ", ".join(f"`{key}` {_short(value)}" for key, value in own.items() if value != defaults[key])
         variants += f"| `{name}` | {changed or 'nothing'} |\n"
     return "\n".join(
@@ -169,8 +169,7 @@ def settings() -> str:
             "Further errors are `weight_teacher` and `weight_student` that are both 0, `weight_kl` above 0 with "
             "`weight_teacher` 0, and a ramp that ends before it starts.\n",
             "## What the trainers fix\n",
-            "A variant's own settings win over the block, because the results are filed under its name. One exception "
-            "is `prior_correction` of `ConfKDTrainer_partialOnly`, which the block can change.\n",
+            "A variant's own settings win over the block, because the results are filed under its name.\n",
             "| trainer | differs from the defaults in |\n|---|---|\n" + variants,
             "`ConfKDTrainer_partialOnly` builds nnU-Net's own network, which has one branch. `ConfKDTrainer_1epoch`, "
             "`_5epochs`, `_50epochs`, `_100epochs` and `_250epochs` are `ConfKDTrainer` of these lengths. The length "

@@ -223,6 +223,27 @@ def annotated_part(foreground: Mapping[str, int], kinds: Mapping[str, str]) -> f
     return sum(partial) / len(partial) / (sum(full) / len(full)) if partial and sum(full) else 0.0
 
 
+def foreground_is_sparser(foreground: Mapping[str, int], background: Mapping[str, int],
+                          kinds: Mapping[str, str]) -> bool:
+    """Tell whether partially annotated cases annotate the foreground less densely than the background.
+
+    Args:
+        foreground: {case: annotated voxels of the foreground}.
+        background: Likewise.
+        kinds: {case: kind} of the training cases. The frequencies of the fully annotated ones count as the true ones.
+
+    Examples:
+        >>> kinds = {"mask": "full", "eroded": "partial"}
+        >>> foreground_is_sparser({"mask": 100, "eroded": 10}, {"mask": 900, "eroded": 800}, kinds)
+        True
+    """
+    def annotated(voxels: Mapping[str, int], kind: str) -> int:
+        return sum(voxels[case] for case in kinds if kinds[case] == kind)
+
+    return (annotated(foreground, PARTIAL) * annotated(background, FULL)
+            < annotated(background, PARTIAL) * annotated(foreground, FULL))
+
+
 def class_probabilities(kinds: Mapping[str, str], hidden: Mapping[str, Sequence[bool]], share: float,
                         regions: bool = False) -> dict[str, float]:
     """Compute how likely each case is drawn, if the cases of its stratum are annotated for different classes.

@@ -82,9 +82,11 @@ class Settings:
     extra_resolutions: str = _setting("losses", "highest", ("highest", "all"),
                                       "resolutions of the KL and the entropy: the highest, or all supervised ones")
 
-    prior_correction: float = _setting("losses", 0.0, SHARES,
-                                       "strength of the class-prior correction of L_w (ConfKDTrainer_partialOnly: 1); "
-                                       "with 0 the annotated voxels of an image count as a fair sample of its voxels")
+    prior_correction: float | None = _setting("losses", None, SHARES,
+                                              "strength of the class-prior correction of L_w; with 0 the annotated "
+                                              "voxels of an image count as a fair sample of its voxels. Null means 1 "
+                                              "if partially annotated cases annotate the foreground less densely than "
+                                              "the background, else 0")
 
     equal_kinds: bool | None = _setting("losses", None, (),
                                         "whether L_w is the mean of the loss over the fully annotated images and that "
@@ -202,6 +204,14 @@ class Settings:
         if self.cutmix is not None:
             return self.cutmix
         return 0.5 if set(kinds) == {FULL, UNLABELLED} and not (self.weight_kl and self.kl_images == "full") else 0.0
+
+    def prior_correction_for(self, foreground_is_sparser: bool) -> float:
+        """Return the strength of the class-prior correction.
+
+        Args:
+            foreground_is_sparser: See :func:`nnunet_confkd.training.batches.foreground_is_sparser`.
+        """
+        return self.prior_correction if self.prior_correction is not None else float(foreground_is_sparser)
 
     def equal_kinds_for(self, annotated_part: float, hidden: bool) -> bool:
         """Return whether fully annotated images and others have equal weights in L_w.

@@ -55,6 +55,7 @@ from nnunet_confkd.training.batches import (
     TrainingCases,
     annotated_part,
     class_probabilities,
+    foreground_is_sparser,
     informed_full_share,
     label_padding,
     set_seed,
@@ -90,7 +91,7 @@ class ConfKDTrainer(nnUNetTrainer):
 
     The settings (:class:`nnunet_confkd.training.settings.Settings`) are overridden by a `confkd` block in the
     configuration, and by `fixed_settings` of a variant. The latter always win, because results are filed under the
-    name of the variant. A variant's `default_settings` are overridden by the block.
+    name of the variant.
 
     Raises:
         InputError: Before any training: settings are unknown or not allowed, the ignore label is not the highest, the
@@ -103,12 +104,11 @@ class ConfKDTrainer(nnUNetTrainer):
     """
 
     fixed_settings: dict = {}
-    default_settings: dict = {}
 
     @classmethod
     def settings_of(cls, block: dict) -> Settings:
         """Return the settings with a `confkd` block of the plans; raise InputError if a setting is not allowed."""
-        return Settings.from_blocks(cls.default_settings, block, cls.fixed_settings)
+        return Settings.from_blocks(block, cls.fixed_settings)
 
     # nnU-Net inspects the signature: it cannot grow
     def __init__(self, plans: dict, configuration: str, fold: int, dataset_json: dict,
@@ -138,6 +138,7 @@ class ConfKDTrainer(nnUNetTrainer):
         self.hidden: dict[str, Listed] = {}  # the cases that are not annotated for all classes; likewise
         self.complete: list[str] = []  # the cases without ignored voxels; likewise
         self.foreground: dict[str, int] = {}  # annotated voxels of the foreground in each case; likewise
+        self.background: dict[str, int] = {}  # annotated voxels of the background; likewise
         self.iteration = 0  # training iterations done
         self.continued = False  # -> load_checkpoint
         self.first_epoch = 0  # of this process; -> on_train_start
@@ -211,6 +212,7 @@ class ConfKDTrainer(nnUNetTrainer):
         self.complete = [case for case, count in counts.items() if not count.get(self.label_manager.ignore_label, 0)]
         classes = [label for label in self.label_manager.all_labels if label]
         self.foreground = {case: sum(count[label] for label in classes) for case, count in counts.items()}
+        self.background = {case: count[0] for case, count in counts.items()}
         self.kinds = kinds
         return kinds
 
@@ -310,6 +312,15 @@ class ConfKDTrainer(nnUNetTrainer):
                 + ("fully annotated images and others have equal weights (equal_kinds)" if self.loss.equal_kinds
                    else "all annotated voxels have equal weights"))
 
+    def _prior_correction(self, strata: dict[str, str]) -> float:
+        """Choose the strength of the class-prior correction, and log it."""
+        strata = {case: kind for case, kind in strata.items() if case not in self.hidden}  # it leaves these alone
+        if PARTIAL not in strata.values() or not self.label_manager.has_ignore_label:
+            return 0.0
+        strength = self.settings.prior_correction_for(foreground_is_sparser(self.foreground, self.background, strata))
+        self.print_to_log_file(f"Class-prior correction (prior_correction): {strength:g}")
+        return strength
+
     # ---- batches ----------------------------------------------------------------------------------------------------
 
     def _training_cases(self, dataset) -> TrainingCases:
@@ -356,10 +367,9 @@ class ConfKDTrainer(nnUNetTrainer):
     def _listed_classes(self) -> ListedClasses:
         return ListedClasses(self.hidden, self.label_manager.num_segmentation_heads)
 
-    def _class_prior(self) -> ClassPrior:
+    def _class_prior(self, strength: float) -> ClassPrior:
         labels = self.label_manager
-        return ClassPrior(labels.num_segmentation_heads, labels.ignore_label, labels.has_regions,
-                          self.settings.prior_correction)
+        return ClassPrior(labels.num_segmentation_heads, labels.ignore_label, labels.has_regions, strength)
 
     @cached_property
     def validation_hints(self) -> HintSampler | None:
@@ -413,11 +423,10 @@ class ConfKDTrainer(nnUNetTrainer):
                                  f'(dataset.json, "annotated_classes"), and cannot be mixed; set "{name}": 0')
             self.print_to_log_file(f"CutMix ({name}) in a share of {share:g} of the iterations")
             complete.append(mixer(share))
-        if any(self.kinds[case] == PARTIAL for case in dataset_tr.identifiers):
-            if self.settings.uses_hints:
-                complete.append(self._hint_sampler())
-            if self.settings.prior_correction and self.label_manager.has_ignore_label:
-                complete.append(self._class_prior())
+        if self.settings.uses_hints and any(self.kinds[case] == PARTIAL for case in dataset_tr.identifiers):
+            complete.append(self._hint_sampler())
+        if strength := self._prior_correction(strata):
+            complete.append(self._class_prior(strength))
         dl_tr = self._loader(dataset_tr, self.batch_size, initial_patch_size, tr_transforms, offset=self.local_rank,
                              complete=complete)
         if all(self.kinds[case] == FULL for case in dataset_val.identifiers):

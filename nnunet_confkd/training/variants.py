@@ -31,14 +31,11 @@ class ConfKDTrainer_noKL(ConfKDTrainer):
 class ConfKDTrainer_partialOnly(ConfKDTrainer):
     """Fair baseline: nnU-Net's network of one branch and its loss with the ignore label, on the same batches.
 
-    By default it has the class-prior correction, which helps it. ConfKD's teacher makes up for most of the difference.
-
     Examples:
-        >>> ConfKDTrainer_partialOnly.settings_of({}).prior_correction
-        1.0
+        >>> ConfKDTrainer_partialOnly.settings_of({}).weight_teacher
+        0.0
     """
 
-    default_settings = {"prior_correction": 1.0}
     fixed_settings = {"weight_teacher": 0.0, "weight_student": 1.0, "weight_kl": 0.0, "weight_entropy": 0.0}
     build_network_architecture = staticmethod(nnUNetTrainer.build_network_architecture)
 

@@ -54,9 +54,10 @@ def test_the_report_pairs_draws_and_seeds(module, tmp_path):
     write_run(tmp_path / "scribbles_1", "confkd", 0, 0.0)  # without a rival: in the means, not in the gain
     lines = module.report(tmp_path).splitlines()
     assert lines[0] == "**scribbles**"
-    assert "| IGNORE_PRIOR (`ignore_prior`) | 0.500 | 0.700 | 10.0 | 10.0 |  |  | 2 |" in lines
+    title = module.ROWS["ignore_prior"].title  # that of today, and not that of the run
+    assert f"| {title} (`ignore_prior`) | 0.500 | 0.700 | 10.0 | 10.0 |  |  | 2 |" in lines
     ours = next(line for line in lines if "(`confkd`)" in line)
-    assert ours.startswith("| CONFKD (`confkd`) | 0.400 | 0.600 | ") and ours.count("+0.100 [+0.100, +0.100]") == 2
+    assert ours.startswith("| ConfKD (`confkd`) | 0.400 | 0.600 | ") and ours.count("+0.100 [+0.100, +0.100]") == 2
     assert ours.endswith("| 3 |")
 
 
@@ -75,7 +76,7 @@ def test_the_short_table_compares_with_the_best_rival_in_the_same_draws_and_seed
             write_run(tmp_path / f"points_5_{draw}", row, seed, rival)
     write_run(tmp_path / "points_5_1", "ignore_prior", 1, 0.0)  # draw 1 lacks the other rival: it counts in no figure
     write_run(tmp_path / "points_5_1", "confkd_cost", 1, 0.9)
-    write_run(tmp_path / "unlabelled_0", "confkd_cutmix_cost", 0, 0.4)  # without a rival
+    write_run(tmp_path / "unlabelled_0", module.SHORT["unlabelled"][-1], 0, 0.4)  # without a rival
     *_, line = module.short_table(tmp_path).splitlines()
     assert line == "| Hippocampus, points | 5 |  |  | 0.700 | 0.850 | +0.150 [+0.100, +0.200] | 2 |"
     for seed in (0, 1):  # a rival of which not all rows have runs counts as well
@@ -90,7 +91,7 @@ def test_the_short_table_compares_with_the_best_rival_in_the_same_draws_and_seed
     for seed in (0, 1):  # the full patients alone are the same, whatever the labels of the others are
         for setting in ("scribbles_0", "unlabelled_0", "unlabelled_1"):
             write_run(tmp_path / setting, "full_only", seed, 0.3 if setting == "unlabelled_0" else 0.0)
-        for row in ("ignore", "ignore_prior", "confkd_cost"):
+        for row in module.SHORT["erosion"]:
             write_run(tmp_path / "erosion_0", row, seed, 0.5)
     (tmp_path / "scribbles_0" / "full_only_M3_s0.json").unlink()
     (tmp_path / "scribbles_0" / "full_only_M3_s1.json").unlink()

@@ -39,7 +39,7 @@ def test_rows_that_do_not_depend_on_weak_labels_are_run_once(module):
     names = {setting: [(spec["name"], spec["full"]) for spec in module.specs_of(setting, 0, module.ROWS, [0])]
              for setting in module.SETTINGS}
     assert ("all", 0) in names["scribbles"] and ("full_only", 7) in names["scribbles"]
-    assert names["erosion"] == [("ignore_prior", 3), ("confkd_cost", 3)]
+    assert names["erosion"] == [("ignore_uniform", 3), ("ignore", 3), ("confkd_cost", 3)]
     assert names["unlabelled"] == [("confkd_cutmix_cost", 3)] and ("paper", 1) not in names["scribbles"]
     assert ("full_cutmix", 3) in names["scribbles"], "the unlabelled setting compares with it"
     long = {spec["name"]: spec["iterations"] for spec in module.specs_of("scribbles", 0, module.ROWS, [0])}
@@ -83,7 +83,7 @@ def write_run(folder: Path, row: str, full: int, dice: float, patients: range) -
 def test_the_report_pairs_folds_and_takes_common_rows_from_their_setting(module, tmp_path):
     for fold in (0, 1):
         patients = range(10 * fold, 10 * fold + 10)
-        write_run(tmp_path / f"erosion_{fold}", "ignore_prior", 3, 0.5, patients)
+        write_run(tmp_path / f"erosion_{fold}", "ignore", 3, 0.5, patients)
         write_run(tmp_path / f"erosion_{fold}", "confkd_cost", 3, 0.6 + 0.1 * fold, patients)
         write_run(tmp_path / f"scribbles_{fold}", "all", 0, 0.9, patients)
     lines = module.report(tmp_path).splitlines()
@@ -99,7 +99,7 @@ def test_the_headline_compares_with_the_better_rival_and_is_drawn(module, tmp_pa
     for fold in (0, 1):
         patients = range(10 * fold, 10 * fold + 10)
         for row, full, dice in (("full_only", 3, 0.4), ("full_cutmix", 3, 0.99), ("ignore", 3, 0.6),
-                                ("ignore_prior", 3, 0.5), ("confkd_cost", 3, 0.65 + 0.1 * fold), ("all", 0, 0.9)):
+                                ("ignore_uniform", 3, 0.5), ("confkd_cost", 3, 0.65 + 0.1 * fold), ("all", 0, 0.9)):
             write_run(tmp_path / f"scribbles_{fold}", row, full, dice, patients)
         write_run(tmp_path / f"unlabelled_{fold}", "confkd_cutmix_cost", 3, 0.95, patients)
     write_run(tmp_path / "scribbles_2", "confkd_cost", 3, 0.1, range(20, 30))  # no rival has this fold yet
@@ -148,7 +148,7 @@ if __name__ == "__main__":
     five_folds.main()
 """)
     command = [sys.executable, str(script), "--data", str(test_data), "--work", str(tmp_path / "work"), "--output",
-               str(tmp_path / "runs"), "--settings", "scribbles", "--draws", "1", "--rows", "all", "ignore_prior",
+               str(tmp_path / "runs"), "--settings", "scribbles", "--draws", "1", "--rows", "all", "ignore",
                "confkd_cost"]
     first, second = (subprocess.run(command, capture_output=True, text=True, timeout=600, env=os.environ)
                      for _ in range(2))

@@ -21,6 +21,7 @@ from nnunet_confkd.training.batches import (
     TrainingCases,
     annotated_part,
     class_probabilities,
+    foreground_is_sparser,
     full_images_per_batch,
     informed_full_share,
     label_padding,
@@ -133,6 +134,18 @@ def test_the_annotated_part_compares_partially_with_fully_annotated_cases(annota
     foreground = dict(zip(kinds, annotated)) | {"not trained on": 1000}
     assert annotated_part(foreground, kinds) == pytest.approx(part)
     assert annotated_part(foreground, {"f": FULL, "u": UNLABELLED}) == 0
+
+
+@pytest.mark.parametrize("foreground, background, sparser", [
+    ((100, 10), (900, 800), True),  # eroded masks
+    ((100, 10), (900, 60), False), ((100, 10), (900, 0), False),  # strokes; masks of the foreground alone
+    ((100, 10), (900, 90), False), ((100, 0), (900, 0), False)])
+def test_eroded_masks_annotate_the_foreground_less_densely(foreground, background, sparser):
+    kinds = {"f": FULL, "p": PARTIAL}
+    found = foreground_is_sparser(dict(zip(kinds, foreground)) | {"u": 7}, dict(zip(kinds, background)) | {"u": 7},
+                                  kinds | {"u": UNLABELLED})
+    assert found is sparser
+    assert not foreground_is_sparser({"p": 10}, {"p": 100}, {"p": PARTIAL})  # there is nothing to compare with
 
 
 def test_without_other_cases_all_images_are_full():

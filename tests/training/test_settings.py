@@ -162,6 +162,11 @@ def test_strokes_and_masks_have_equal_weights_if_enough_is_annotated_unless_it_i
         assert Settings(equal_kinds=chosen).equal_kinds_for(part, hidden) is chosen
 
 
+def test_the_class_prior_is_corrected_if_the_foreground_is_annotated_less_densely_unless_it_is_set():
+    assert [Settings().prior_correction_for(sparser) for sparser in (True, False)] == [1, 0]
+    assert [Settings(prior_correction=0.5).prior_correction_for(sparser) for sparser in (True, False)] == [0.5, 0.5]
+
+
 def test_settings_cannot_be_changed():
     with pytest.raises(FrozenInstanceError):
         Settings().weight_kl = 2.0

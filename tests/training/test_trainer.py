@@ -262,11 +262,17 @@ def test_the_class_prior_correction_enters_the_loss_of_both_trainers(nnunet, sta
     assert "prior_shift" not in next(off.dataloader_train)
 
 
-def test_the_ignore_label_alone_is_corrected_by_default_and_confkd_is_not(nnunet, hippocampus):
-    configuration = nnunet.configure(HIPPOCAMPUS, "by_default", "2d", SHORT)
-    corrections = [nnunet.trainer(HIPPOCAMPUS, configuration, trainer).settings.prior_correction
-                   for trainer in ("ConfKDTrainer", "ConfKDTrainer_partialOnly")]
-    assert corrections == [0, 1]
+def test_by_default_the_class_prior_is_corrected_if_the_foreground_is_annotated_less_densely(nnunet, started):
+    """Points annotate it more densely, and eroded masks less."""
+    trainer = started(HIPPOCAMPUS, nnunet.configure(HIPPOCAMPUS, "by_default", "2d", SHORT))
+    assert "prior_shift" not in next(trainer.dataloader_train)
+    log, strata = Path(trainer.log_file), {case: trainer.kinds[case] for case in trainer.do_split()[0]}
+    assert "Class-prior correction (prior_correction): 0 " in log.read_text()
+    trainer.background = dict.fromkeys(trainer.background, 10 ** 9)
+    assert trainer._prior_correction(strata) == 1
+    trainer.hidden = {case: (True, True, False) for case, kind in strata.items() if kind == "partial"}
+    assert trainer._prior_correction(strata) == 0  # they are neither counted nor corrected
+    assert trainer._prior_correction(dict.fromkeys(strata, "full")) == 0
 
 
 def test_the_same_seed_gives_the_same_steps(nnunet, started):
