@@ -94,7 +94,7 @@ class Settings:
                                         "is one loss over all annotated voxels. Null means true if a partially "
                                         "annotated case has on average at least a tenth of the annotated foreground "
                                         "voxels of a fully annotated one, and all cases are annotated for the same "
-                                        "classes")
+                                        "classes; without the KL on these cases they must also annotate background")
 
     teacher_width: float = _setting("teacher", 0.5, (0.05, 1), "features of the teacher's decoder, as a share of the "
                                     "student's; a narrow teacher costs less time and memory")
@@ -213,15 +213,19 @@ class Settings:
         """
         return self.prior_correction if self.prior_correction is not None else float(foreground_is_sparser)
 
-    def equal_kinds_for(self, annotated_part: float, hidden: bool) -> bool:
+    def equal_kinds_for(self, annotated_part: float, background: bool, hidden: bool) -> bool:
         """Return whether fully annotated images and others have equal weights in L_w.
 
         Args:
             annotated_part: How much of the foreground of a partially annotated case is annotated (see
                 :func:`nnunet_confkd.training.batches.annotated_part`).
+            background: Whether partially annotated cases annotate background. Without it the student would learn too
+                much foreground, unless the KL acts on these images.
             hidden: Whether some training cases are not annotated for all classes.
         """
-        return self.equal_kinds if self.equal_kinds is not None else annotated_part >= DENSE and not hidden
+        if self.equal_kinds is not None:
+            return self.equal_kinds
+        return annotated_part >= DENSE and (background or self.kl_on_non_full) and not hidden
 
     def kl_ramp(self, progress: float) -> float:
         """Compute the factor of the KL's weight, which rises linearly from `kl_ramp_start` to `kl_ramp_end`.

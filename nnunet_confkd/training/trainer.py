@@ -305,7 +305,8 @@ class ConfKDTrainer(nnUNetTrainer):
         """Choose whether fully annotated images and others have equal weights in L_w, and log it."""
         apart = {FULL, PARTIAL} <= set(strata.values()) and self.configuration_manager.batch_size > 1 and not cutmix
         part = annotated_part(self.foreground, strata)
-        self.loss.equal_kinds = apart and self.settings.equal_kinds_for(part, bool(self.hidden))
+        background = any(self.background[case] for case, kind in strata.items() if kind == PARTIAL)
+        self.loss.equal_kinds = apart and self.settings.equal_kinds_for(part, background, bool(self.hidden))
         if apart:
             self.print_to_log_file(
                 f"Annotated part of the foreground of a partially annotated case: about {part:.2g}. In L_w "

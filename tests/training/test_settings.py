@@ -154,12 +154,14 @@ def test_cutmix_is_chosen_by_the_kinds_of_the_training_cases_unless_it_is_set(ki
     assert Settings(kl_images="full").cutmix_for(kinds) == 0
 
 
-@pytest.mark.parametrize("part, hidden, automatic", [(0.3, False, True), (0.1, False, True), (0.09, False, False),
-                                                     (0.0, False, False), (0.3, True, False)])
-def test_strokes_and_masks_have_equal_weights_if_enough_is_annotated_unless_it_is_set(part, hidden, automatic):
-    assert Settings().equal_kinds_for(part, hidden) is automatic
+@pytest.mark.parametrize("part, background, hidden, automatic", [
+    (0.3, True, False, True), (0.1, True, False, True), (0.09, True, False, False), (0.0, True, False, False),
+    (0.3, True, True, False), (0.3, False, False, True)])
+def test_both_kinds_have_equal_weights_if_enough_is_annotated_unless_it_is_set(part, background, hidden, automatic):
+    assert Settings().equal_kinds_for(part, background, hidden) is automatic
+    assert Settings(weight_kl=0.0).equal_kinds_for(part, background, hidden) is (automatic and background)
     for chosen in (True, False):
-        assert Settings(equal_kinds=chosen).equal_kinds_for(part, hidden) is chosen
+        assert Settings(equal_kinds=chosen).equal_kinds_for(part, background, hidden) is chosen
 
 
 def test_the_class_prior_is_corrected_if_the_foreground_is_annotated_less_densely_unless_it_is_set():
