@@ -62,3 +62,5 @@ def test_a_step_waits_for_the_device_as_often_as_was_counted(nnunet, hippocampus
     # nnU-Net: whether any voxel is annotated, in its cross-entropy, and the loss for the log. More than that: the
     # cross-entropy of the second branch, which images are annotated, once for each, and whether the gradient is finite.
     assert ours and sum(ours.values()) == sum(theirs.values()) + 4
+    trainer.loss.equal_kinds = True  # the loss of the student in two parts
+    assert sum(waits(trainer.train_step, batch, monkeypatch).values()) == sum(ours.values()) + 2
