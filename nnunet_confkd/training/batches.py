@@ -177,6 +177,11 @@ def full_images_per_batch(batch_size: int, share: float, others: bool) -> int:
     return min(max(round(share * batch_size), 1), batch_size - 1)
 
 
+def _of_kind(voxels: Mapping[str, int], kinds: Mapping[str, str], kind: str) -> list[int]:
+    """The numbers of the training cases of a kind."""
+    return [voxels[case] for case in kinds if kinds[case] == kind]
+
+
 def informed_full_share(foreground: Mapping[str, int], kinds: Mapping[str, str], teacher: bool) -> float:
     """Choose the share of fully annotated images in a batch: their share of all annotated foreground voxels.
 
@@ -197,10 +202,10 @@ def informed_full_share(foreground: Mapping[str, int], kinds: Mapping[str, str],
         >>> informed_full_share({"mask": 600, "strokes": 900}, {"mask": "full", "strokes": "partial"}, False)
         0.4
     """
-    annotated = {kind: sum(foreground[case] for case in kinds if kinds[case] == kind) for kind in (FULL, PARTIAL)}
-    if not any(annotated.values()):
+    full, partial = (sum(_of_kind(foreground, kinds, kind)) for kind in (FULL, PARTIAL))
+    if not full + partial:
         return 0.5
-    return min(max(annotated[FULL] / sum(annotated.values()), 0.5 if teacher else 0.25), 0.75)
+    return min(max(full / (full + partial), 0.5 if teacher else 0.25), 0.75)
 
 
 def annotated_part(foreground: Mapping[str, int], kinds: Mapping[str, str]) -> float:
@@ -219,7 +224,7 @@ def annotated_part(foreground: Mapping[str, int], kinds: Mapping[str, str]) -> f
         ...                                                           "more": "partial"})
         0.1
     """
-    full, partial = ([foreground[case] for case in kinds if kinds[case] == kind] for kind in (FULL, PARTIAL))
+    full, partial = (_of_kind(foreground, kinds, kind) for kind in (FULL, PARTIAL))
     return sum(partial) / len(partial) / (sum(full) / len(full)) if partial and sum(full) else 0.0
 
 
@@ -237,11 +242,9 @@ def foreground_is_sparser(foreground: Mapping[str, int], background: Mapping[str
         >>> foreground_is_sparser({"mask": 100, "eroded": 10}, {"mask": 900, "eroded": 800}, kinds)
         True
     """
-    def annotated(voxels: Mapping[str, int], kind: str) -> int:
-        return sum(voxels[case] for case in kinds if kinds[case] == kind)
-
-    return (annotated(foreground, PARTIAL) * annotated(background, FULL)
-            < annotated(background, PARTIAL) * annotated(foreground, FULL))
+    (full, partial), (full_background, partial_background) = (
+        [sum(_of_kind(voxels, kinds, kind)) for kind in (FULL, PARTIAL)] for voxels in (foreground, background))
+    return partial * full_background < partial_background * full
 
 
 def class_probabilities(kinds: Mapping[str, str], hidden: Mapping[str, Sequence[bool]], share: float,

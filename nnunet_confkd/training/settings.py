@@ -247,13 +247,15 @@ def _check(f, value, hint) -> None:
     def complain(allowed: str):
         raise InputError(f"confkd: '{f.name}' must be {allowed}, got {shown(value, repr)}")
 
+    if value is None and f.default is None:
+        return
     if "choices" in f.metadata:
         if value not in f.metadata["choices"]:
             complain("one of " + ", ".join(map(repr, f.metadata["choices"])))
     elif hint in (bool, bool | None):
-        if not isinstance(value, bool) and (value is not None or f.default is not None):
+        if not isinstance(value, bool):
             complain("true or false")
-    elif value is not None or f.default is not None:
+    else:
         low, high = f.metadata["range"]
         types = (int, float) if hint in (float, float | None) else int
         # `not (low <= value)` rather than `value < low`: NaN must not pass
