@@ -150,6 +150,13 @@ ROWS["today_cost"] = Row("ConfKD, the share chosen from the data, at equal cost"
 FLOAT32 = "_float32"
 ROWS |= {name + FLOAT32: replace(ROWS[name], title=f"{ROWS[name].title}; float32")
          for name in ("ignore", "confkd_cost")}
+# Rows that are also made at three times the length, to see whether gains fade or grow.
+LONG, LONGER = "_long", 3
+ROWS |= {name + LONG: replace(ROWS[name], title=f"{ROWS[name].title}; {LONGER} times as long",
+                              steps=LONGER * ROWS[name].steps)
+         for name in ("ignore_equal_quarter", "equal_cost", "ignore_prior_equal_quarter", "equal_corrected_cost",
+                      "ignore_quarter", "full_only", "full_cutmix", "cutmix_three_quarters_cost", "ignore_prior",
+                      "confkd_cost", "today_cost")}
 
 
 def table_of(setting: str, draw: int) -> Table:
