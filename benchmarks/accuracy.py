@@ -60,7 +60,7 @@ class Row:
     time_of: str | None = None
 
 
-EARLIER = {"full_share": 0.5, "equal_kinds": False}
+EARLIER = {"full_share": 0.5, "equal_kinds": False, "teacher_trains_encoder": True}
 
 
 def with_earlier_defaults(rows: Mapping[str, Row]) -> dict[str, Row]:

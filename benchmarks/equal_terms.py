@@ -60,7 +60,7 @@ STOCK = "ignore_uniform"
 MORE = ("ignore_quarter", "ignore_prior_quarter", "ignore_three_quarters", "cutmix_full", "ignore_equal",
         "ignore_equal_quarter", "ignore_prior_equal_quarter")
 # ConfKD's row has the settings that its trainer chooses from these data.
-SHORT = {"scribbles": (*IGNORE_ROWS, "equal_cost"), "erosion": (*IGNORE_ROWS, "equal_corrected_cost"),
+SHORT = {"scribbles": (*IGNORE_ROWS, "apart_cost"), "erosion": (*IGNORE_ROWS, "apart_corrected_cost"),
          "erosion_foreground": (*IGNORE_ROWS, "equal_cost"),
          "unlabelled": ("full_only", "full_cutmix", "cutmix_three_quarters_cost"),
          "points_5": (*IGNORE_ROWS, "confkd_cost"), "points_10": ("full_only", "today_cost")}
@@ -123,6 +123,17 @@ ROWS: dict[str, Row] = with_earlier_defaults({
                                 settings={"prior_correction": 0.0, "equal_kinds": True, "full_share": 0.25}),
     "ignore_prior_equal_quarter": Row("the ignore label with the correction, equal weights, a quarter full",
                                       "ConfKDTrainer_partialOnly", settings={"equal_kinds": True, "full_share": 0.25}),
+    # the teacher's supervised loss updates its decoder alone
+    "apart_cost": Row("ConfKD, equal weights, a teacher that does not train the encoder, at equal cost",
+                      settings={"equal_kinds": True, "teacher_trains_encoder": False}, steps=1 / COST),
+    "apart_corrected_cost": Row("ConfKD, equal weights, the correction, a teacher that does not train the encoder, at "
+                                "equal cost", settings={"equal_kinds": True, "prior_correction": 1.0,
+                                                        "teacher_trains_encoder": False}, steps=1 / COST),
+    "apart_quarter_cost": Row("ConfKD, equal weights, a teacher that does not train the encoder, a quarter of each "
+                              "batch full, at equal cost", settings={"equal_kinds": True, "full_share": 0.25,
+                                                                     "teacher_trains_encoder": False}, steps=1 / COST),
+    "apart_joint_cost": Row("ConfKD, a teacher that does not train the encoder, at equal cost",
+                            settings={"teacher_trains_encoder": False}, steps=1 / COST),
     "cutmix_three_quarters_cost": Row("ConfKD with CutMix, three quarters of each batch full, at equal cost",
                                       settings={"cutmix": 0.5, "full_share": 0.75}, steps=1 / COST_CUTMIX),
     "wide_cost": Row("ConfKD with a teacher as wide as the student, at equal cost",
@@ -145,7 +156,8 @@ ROWS: dict[str, Row] = with_earlier_defaults({
 })
 # three quarters of each batch full, as the trainer chooses it for these points
 ROWS["today_cost"] = Row("ConfKD, the share chosen from the data, at equal cost",
-                         settings={"equal_kinds": False, "prior_correction": 0.0}, steps=1 / COST)
+                         settings={"equal_kinds": False, "prior_correction": 0.0,
+                                   "teacher_trains_encoder": True}, steps=1 / COST)
 # Rows that are made once without bfloat16, to check that it changes nothing.
 FLOAT32 = "_float32"
 ROWS |= {name + FLOAT32: replace(ROWS[name], title=f"{ROWS[name].title}; float32")

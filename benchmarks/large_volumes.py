@@ -6,8 +6,9 @@ The volumes are generated (volumes.py). The steps are:
 
 - evaluate: `confkd evaluate` of one predicted label map, for each number of organs.
 - check: `confkd check` of a data set of one case, for the smallest and the largest number of organs.
-- report, entropy, complete: of a tiny 2-D network without mirroring, for 3 organs. The same predictions alone are
-  measured as well, because the targets are for what comes on top of them.
+- report, entropy, complete: of a tiny 2-D network without mirroring, for 3 organs. The network is trained until it
+  knows the organs, so that surfaces are not those of noise. The same predictions alone are measured as well, because
+  the targets are for what comes on top of them.
 - validation: the final validation of one case by nnU-Net's trainer and by ours, with the largest number of organs, on a
   smaller volume (--validated), because nnU-Net needs some 600 bytes a voxel.
 
@@ -34,7 +35,8 @@ import volumes
 ROOT = Path(__file__).resolve().parent.parent
 ID, DATASET, CONFIGURATION = 996, "Dataset996_Large", "tiny"
 STEPS = ("evaluate", "check", "report", "entropy", "complete", "validation")
-NUM_FULL, IGNORE = 4, 4  # the small cases are of the demo's data, with three classes and the label "ignore"
+NUM_FULL, SLICES, IGNORE = 4, 16, 4  # the small cases, with three organs and the label "ignore"
+TRAINING, PATCH = {"epochs": 4, "iterations_per_epoch": 250, "seed": 0}, 96
 CONFKD = [sys.executable, "-m", "nnunet_confkd.cli"]
 
 READ = """
@@ -151,40 +153,41 @@ def train_network(work: Work, shape: tuple[int, ...]) -> tuple[Path, dict[str, P
     import numpy as np
 
     from nnunet_confkd.data.small_configuration import add_small_configuration
-    from nnunet_confkd.demo.synthetic import generate_dataset
     folders = set_folders(work.folder / "network")
     raw, preprocessed = folders["raw"] / DATASET, folders["preprocessed"] / DATASET
-    counts = {"num_full": NUM_FULL, "num_partial": 1, "num_unlabelled": 0, "num_validation": 1, "num_test": 0}
-    if not raw.is_dir():
-        generate_dataset(raw, **counts)
-        label, _ = volumes.organs(shape, 3)
-        few = np.random.default_rng(0).random(shape[1:]) < 1e-3  # in each slice the same places are annotated
-        for case, large in ((f"heart_{NUM_FULL:03d}", np.where(few, label, np.uint8(IGNORE))),
-                            (f"heart_{NUM_FULL + 1:03d}", label)):
+    small = [f"small_{k}" for k in range(NUM_FULL)]
+    partial, validation = "partial", "validation"
+    if not (raw / "dataset.json").is_file():
+        for number, case in enumerate((*small, partial, validation)):
+            label, _ = volumes.organs(shape, 3, number)
+            if case in small:
+                label = label[::max(1, len(label) // SLICES)]
             volumes.write(raw / "imagesTr" / f"{case}_0000.nii.gz", volumes.ct(label))
-            volumes.write(raw / "labelsTr" / f"{case}.nii.gz", large)
-    partial, validation = (f"heart_{NUM_FULL + k:03d}" for k in range(2))
+            if case == partial:  # in each slice the same places are annotated
+                few = np.random.default_rng(0).random(shape[1:]) < 1e-3
+                label = np.where(few, label, np.uint8(IGNORE))
+            volumes.write(raw / "labelsTr" / f"{case}.nii.gz", label)
+        describe(raw, 3, NUM_FULL + 2)
     model = folders["results"] / DATASET / f"ConfKDTrainer__nnUNetPlans__{CONFIGURATION}"
     work.measure("plan", [*CONFKD, "plan", "-d", str(ID), "-c", "2d", "-np", "2", "-npfp", "2"])
     plans = preprocessed / "nnUNetPlans.json"
     if CONFIGURATION not in json.loads(plans.read_text())["configurations"]:
-        add_small_configuration(plans, CONFIGURATION, "2d", {"epochs": 1, "iterations_per_epoch": 5, "seed": 0},
-                                features=(4, 8, 8), batch_size=2, convolutions=1)
-        content = json.loads(plans.read_text())
-        content["configurations"][CONFIGURATION]["patch_size"] = list(shape[1:])  # one patch a slice
-        plans.write_text(json.dumps(content, indent=4))
-        small = [f"heart_{k:03d}" for k in range(NUM_FULL)]
+        add_small_configuration(plans, CONFIGURATION, "2d", TRAINING, features=(4, 8, 8), batch_size=4, max_patch=PATCH,
+                                convolutions=1)
         (preprocessed / "splits_final.json").write_text(json.dumps(
             [{"train": [*small[1:], partial], "val": small[:1]}]))
     work.measure("train", [*CONFKD, "train", str(ID), CONFIGURATION, "0", "-device", "cpu"])
-    finish_training(model / "fold_0", validation)
+    finish_training(model / "fold_0", validation, shape[1:])
     return model, {kind: raw / "imagesTr" / f"{case}_0000.nii.gz"
                    for kind, case in (("partial", partial), ("validation", validation))}
 
 
-def finish_training(fold: Path, validation: str) -> None:
-    """Let the report find the large case as the only one, and switch mirroring off, which would take long."""
+def finish_training(fold: Path, validation: str, patch_size: tuple[int, ...]) -> None:
+    """Let the report find the large case as the only one, predict a slice at once, and switch mirroring off."""
     import torch
+    plans = json.loads((fold.parent / "plans.json").read_text())
+    plans["configurations"][CONFIGURATION]["patch_size"] = list(patch_size)
+    (fold.parent / "plans.json").write_text(json.dumps(plans, indent=4))
     record = json.loads((fold / "confkd.json").read_text())
     record |= {"pseudo_dice_on": [validation],
                "supervision": {case: kind for case, kind in record["supervision"].items() if kind != "partial"}}

@@ -142,6 +142,7 @@ class TwoBranchUNet(nn.Module):
         self.branch = _predicted_branch.get()
         self.hints_in_input = 0
         self.teach_resolutions = "all"
+        self.teacher_trains_encoder = True
 
     def set_deep_supervision(self, enabled: bool) -> None:
         """Let both decoders return the logits of all resolutions, or of the highest alone."""
@@ -180,6 +181,8 @@ class TwoBranchUNet(nn.Module):
         if mixed is not None:
             with torch.no_grad():
                 skips = self.encoder(x if teach_all else x[:num_full])
+        elif not self.teacher_trains_encoder:
+            skips = [skip.detach() for skip in skips]
         if hints is None:
             # DDP fails on parameters without gradient. The sum of nothing gives the weights of the hints a gradient of
             # zero at no cost.

@@ -21,7 +21,7 @@ REMOVED: dict[str, Any] = {
 
 # Settings that came later, and what earlier trainings did. A model of theirs still loads.
 ADDED: dict[str, Any] = {"class_share": 0.0, "cutmix": 0.0, "cutmix_full": 0.0, "equal_kinds": False,
-                         "prior_correction": 0.0, "teacher_width": 1.0}
+                         "prior_correction": 0.0, "teacher_trains_encoder": True, "teacher_width": 1.0}
 
 
 def without_removed(block: Mapping[str, Any]) -> dict[str, Any]:
@@ -103,6 +103,12 @@ class Settings:
                                    "annotated images, simulated ones on fully annotated images. It does so only if "
                                    "the KL acts on images that are not fully annotated")
 
+    teacher_trains_encoder: bool | None = _setting("teacher", None, (),
+                                                   "whether L_s also updates the encoder, as in the papers. If not, "
+                                                   "the fully annotated images weigh less in it. Null means false if "
+                                                   "both kinds of images have equal weights in L_w (`equal_kinds`) "
+                                                   "and partially annotated cases annotate background, else true")
+
     cutmix: float | None = _setting("batches", None, SHARES,
                                     "share of the iterations in which the student's images exchange boxes, with their "
                                     "labels and the teacher's probabilities. Null means 0.5 if all training cases "
@@ -137,6 +143,9 @@ class Settings:
             _check(f, getattr(self, f.name), hints[f.name])
         if not (self.weight_teacher or self.weight_student):
             raise InputError("confkd: weight_teacher and weight_student are both 0: there is nothing to learn from")
+        if not self.weight_student and self.teacher_trains_encoder is False:
+            raise InputError("confkd: weight_student is 0, and teacher_trains_encoder is false: the encoder would "
+                             "learn from no label; set \"teacher_trains_encoder\": true")
         if self.weight_kl and not self.weight_teacher:
             raise InputError("confkd: weight_kl is above 0, but weight_teacher is 0: an untrained teacher would teach")
         if self.cutmix and self.weight_kl and self.kl_images == "full":
@@ -226,6 +235,17 @@ class Settings:
         if self.equal_kinds is not None:
             return self.equal_kinds
         return annotated_part >= DENSE and (background or self.kl_on_non_full) and not hidden
+
+    def trains_encoder_for(self, equal_kinds: bool, background: bool) -> bool:
+        """Return whether the teacher's supervised loss also updates the encoder.
+
+        Args:
+            equal_kinds: Whether fully annotated images and others have equal weights in L_w.
+            background: Whether partially annotated cases annotate background.
+        """
+        if self.teacher_trains_encoder is not None:
+            return self.teacher_trains_encoder
+        return not (equal_kinds and background and self.weight_student)
 
     def kl_ramp(self, progress: float) -> float:
         """Compute the factor of the KL's weight, which rises linearly from `kl_ramp_start` to `kl_ramp_end`.

@@ -302,11 +302,17 @@ class ConfKDTrainer(nnUNetTrainer):
         return informed_full_share(self.foreground, strata, self.settings.weight_teacher > 0)
 
     def _set_weights_of_kinds(self, strata: dict[str, str], cutmix: float) -> None:
-        """Choose whether fully annotated images and others have equal weights in L_w, and log it."""
+        """Choose whether fully annotated images and others have equal weights in L_w and in the encoder, and log it."""
         apart = {FULL, PARTIAL} <= set(strata.values()) and self.configuration_manager.batch_size > 1 and not cutmix
         part = annotated_part(self.foreground, strata)
         background = any(self.background[case] for case, kind in strata.items() if kind == PARTIAL)
         self.loss.equal_kinds = apart and self.settings.equal_kinds_for(part, background, bool(self.hidden))
+        trains_encoder = self.settings.trains_encoder_for(self.loss.equal_kinds, background)
+        if self.two_branches:
+            unwrap(self.network).teacher_trains_encoder = trains_encoder
+            self.print_to_log_file("The teacher's supervised loss updates "
+                                   + ("its decoder and the encoder" if trains_encoder else "its decoder alone")
+                                   + " (teacher_trains_encoder)")
         if apart:
             self.print_to_log_file(
                 f"Annotated part of the foreground of a partially annotated case: about {part:.2g}. In L_w "

@@ -42,7 +42,8 @@ class ConfKDTrainer_partialOnly(ConfKDTrainer):
 
 class ConfKDTrainer_MedIA2023(ConfKDTrainer):
     """The journal paper's objective with weights of order 1: the KL acts on fully annotated images alone; no hints, no
-    class-prior correction, no CutMix, no equal weights of both kinds of images, and a teacher of the student's width.
+    class-prior correction, no CutMix, no equal weights of both kinds of images, and a teacher of the student's width
+    that updates the encoder.
 
     Examples:
         >>> ConfKDTrainer_MedIA2023.settings_of({}).kl_images
@@ -51,7 +52,7 @@ class ConfKDTrainer_MedIA2023(ConfKDTrainer):
 
     fixed_settings = {"weight_kl": 1.0, "kl_images": "full", "kl_ramp_start": 0.0, "kl_ramp_end": 0.0,
                       "extra_resolutions": "all", "prior_correction": 0.0, "teacher_width": 1.0, "cutmix": 0.0,
-                      "cutmix_full": 0.0, "equal_kinds": False}
+                      "cutmix_full": 0.0, "equal_kinds": False, "teacher_trains_encoder": True}
 
 
 class ConfKDTrainer_1epoch(ConfKDTrainer):

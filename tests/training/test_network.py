@@ -285,6 +285,20 @@ def test_each_branch_gives_its_gradient_to_its_own_decoder_and_the_encoder(archi
         assert all(g is None for g in decoder_gradients(decoders[1 - branch]).values())
 
 
+@each_network
+@pytest.mark.parametrize("with_hints", [False, True])
+def test_a_teacher_that_does_not_train_the_encoder_learns_the_same_itself(architecture, ndim, stages, with_hints):
+    found = []
+    for trains_encoder in (True, False):
+        network = two_branches(architecture, ndim, stages)
+        network.teacher_trains_encoder = trains_encoder
+        teacher = network(images(ndim), BATCH, hints_at(ndim, 0) if with_hints else None)[1]
+        total(teacher).backward()
+        assert all((g is not None) == trains_encoder for g in gradients(network.encoder))
+        found.append(gradients(network.teacher_decoder))
+    assert all(a is not None and torch.equal(a, b) for a, b in zip(*found))
+
+
 @deep_or_not
 def test_deep_supervision_is_switched_in_both_branches(deep_supervision):
     network = two_branches(deep_supervision=not deep_supervision)

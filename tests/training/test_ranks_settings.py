@@ -38,6 +38,8 @@ def all_settings() -> list[dict]:
     found += [{"kl_ramp_start": start, "kl_ramp_end": end} for start, end in ((0.9, 1.0), (0.0, 1.0), (0.0, 0.0))]
     found += [{"kl_ramp_start": 0.9, "kl_ramp_end": 1.0, "weight_student": 0.0},
               {"kl_images": "full", "weight_student": 0.0},
+              {"equal_kinds": True, "teacher_trains_encoder": False},
+              {"kl_images": "full", "teacher_trains_encoder": False},
               {"kl_images": "full", "teacher_hints": False, "weight_entropy": 0.0}]
     found = [{"iterations_per_epoch": 50, "epochs": 2, "cutmix": 0.0, **settings} for settings in found]
     return [settings for settings in found if legal(settings)]

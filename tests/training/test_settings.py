@@ -69,7 +69,8 @@ def test_a_bad_value_is_refused_with_key_value_and_what_is_allowed(key, value):
     ("weight_kl", 0), ("weight_kl", 2), ("weight_entropy", 1e6), ("full_share", 0.01), ("full_share", 0.99),
     ("full_share", None), ("equal_kinds", None),
     ("epochs", 1), ("epochs", None), ("iterations_per_epoch", None), ("seed", None), ("seed", 0), ("seed", 2 ** 31 - 1),
-    ("teacher_hints", False), ("kl_images", "partial"), ("extra_resolutions", "all")), ids=str)
+    ("teacher_hints", False), ("teacher_trains_encoder", True),
+    ("kl_images", "partial"), ("extra_resolutions", "all")), ids=str)
 def test_values_at_the_limits_are_allowed_and_kept_as_they_are(key, value):
     found = getattr(Settings.from_blocks({key: value}), key)
     assert found == value and type(found) is type(value)
@@ -82,7 +83,8 @@ def test_values_are_checked_without_blocks_too():
 
 @pytest.mark.parametrize("refused, allowed", [
     ({"weight_teacher": 0, "weight_student": 0, "weight_kl": 0}, {"weight_teacher": 0, "weight_kl": 0}),
-    ({"weight_teacher": 0}, {"weight_student": 0}),  # an untrained teacher would teach
+    ({"weight_teacher": 0}, {"weight_student": 0, "teacher_trains_encoder": True}),  # an untrained teacher
+    ({"weight_student": 0, "teacher_trains_encoder": False}, {"teacher_trains_encoder": False}),
     ({"cutmix": 0.5, "kl_images": "full"}, {"cutmix": 0, "kl_images": "full"}),
     ({"cutmix": 0.5, "equal_kinds": True}, {"cutmix": 0.5}),
     ({"kl_ramp_start": 0.5, "kl_ramp_end": 0.25}, {"kl_ramp_start": 0.5, "kl_ramp_end": 0.5})], ids=str)
@@ -164,6 +166,15 @@ def test_both_kinds_have_equal_weights_if_enough_is_annotated_unless_it_is_set(p
         assert Settings(equal_kinds=chosen).equal_kinds_for(part, background, hidden) is chosen
 
 
+def test_the_teacher_leaves_the_encoder_alone_if_others_teach_it_enough_unless_it_is_set():
+    assert not Settings().trains_encoder_for(True, True)
+    assert Settings().trains_encoder_for(False, True) and Settings().trains_encoder_for(True, False)
+    assert Settings(weight_student=0.0).trains_encoder_for(True, True)
+    for chosen in (True, False):
+        assert {Settings(teacher_trains_encoder=chosen).trains_encoder_for(equal, background)
+                for equal in (True, False) for background in (True, False)} == {chosen}
+
+
 def test_the_class_prior_is_corrected_if_the_foreground_is_annotated_less_densely_unless_it_is_set():
     assert [Settings().prior_correction_for(sparser) for sparser in (True, False)] == [1, 0]
     assert [Settings(prior_correction=0.5).prior_correction_for(sparser) for sparser in (True, False)] == [0.5, 0.5]
@@ -187,7 +198,7 @@ def test_the_table_has_a_row_for_every_setting_under_the_heading_of_its_group():
     assert list(groups) == ["losses", "teacher", "batches", "run"]
     cells = {name: of for group in groups.values() for name, of in group.items()}
     assert list(cells) == [f.name for f in fields(Settings)]
-    assert groups["teacher"].keys() == {"teacher_width", "teacher_hints"}
+    assert groups["teacher"].keys() == {"teacher_width", "teacher_hints", "teacher_trains_encoder"}
     assert cells["weight_entropy"][:2] == ["0.01", "0 to 1000000"]
     assert cells["teacher_hints"][:2] == ["true", "`true`, `false`"]
     assert cells["seed"][0] == "null"

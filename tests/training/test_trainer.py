@@ -180,12 +180,14 @@ def test_fully_annotated_images_and_others_have_equal_weights_if_enough_is_annot
 
     def chosen(cases=strata, cutmix=0.0) -> bool:
         trainer._set_weights_of_kinds(cases, cutmix)
+        assert trainer.network.teacher_trains_encoder != trainer.loss.equal_kinds  # the points are of all classes
         return trainer.loss.equal_kinds
 
     assert not chosen()
     trainer.foreground = dict.fromkeys(trainer.foreground, 100)  # as much in each case
     assert not chosen(cutmix=0.5) and not chosen(dict.fromkeys(trainer.kinds, "full")) and chosen()
     assert "equal weights (equal_kinds)" in log.read_text()
+    assert "updates its decoder and the encoder" in log.read_text() and "its decoder alone" in log.read_text()
     assert abs(trainer.train_step(batch)["loss_student"] - joint) > 1e-3
     trainer.hidden = {"a case": (1,)}
     assert not chosen()
