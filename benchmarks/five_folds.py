@@ -48,8 +48,6 @@ ROWS: dict[str, Row] = {
     "full_cutmix": replace(EQUAL_ROWS["full_cutmix"], settings={"cutmix": 0.5}),
     "ignore_uniform": USUAL_ROWS["ignore_uniform"],
     "ignore": Row("the ignore label, our batches", "ConfKDTrainer_partialOnly"),
-    "ignore_quarter": Row("the ignore label, our batches, a quarter of each full", "ConfKDTrainer_partialOnly",
-                          settings={"full_share": 0.25}),
     "paper": Row("the paper's objective", "ConfKDTrainer_MedIA2023"),
     "kl": Row("KL without hints", settings={"teacher_hints": False}),
     "confkd": Row("ConfKD"),
@@ -64,9 +62,7 @@ ROWS |= {f"{name}_long": replace(ROWS[name], title=f"{ROWS[name].title}; {LONGER
 RIVAL = {"unlabelled": "full_only"}
 USUAL = ("full_only", "ignore_uniform", "ignore", "confkd_cost", "all")
 ROWS_OF = dict.fromkeys(SETTINGS, USUAL) | {
-    # with scribbles the trainer chooses a quarter itself
-    "scribbles": tuple(name for name in ROWS if name not in ("confkd_cutmix_cost", "ignore_quarter")),
-    "erosion": (*USUAL, "ignore_quarter"),
+    "scribbles": tuple(name for name in ROWS if name != "confkd_cutmix_cost"),
     "erosion_foreground": tuple(name for name in ROWS if "cutmix" not in name),
     "unlabelled": ("full_only", "full_cutmix", "confkd_cutmix_cost", "all")}
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from five_folds import SETTINGS, by_patient, home_of, interval, read_all
 
-COLUMNS = {"those alone": ("full_only", "full_cutmix"), "ignore label": ("ignore_uniform", "ignore", "ignore_quarter"),
+COLUMNS = {"those alone": ("full_only", "full_cutmix"), "ignore label": ("ignore_uniform", "ignore"),
            "ConfKD": ("confkd_cost", "confkd_cutmix_cost"), "everything annotated": ("all",)}
 OURS = "ConfKD"
 COLOURS = {"those alone": "0.65", "ignore label": "tab:blue", "ConfKD": "tab:red", "everything annotated": "0.3"}

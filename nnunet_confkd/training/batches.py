@@ -19,6 +19,7 @@ from threadpoolctl import ThreadpoolController
 
 from nnunet_confkd.data.supervision import FULL, KINDS, OUTSIDE, PARTIAL, UNLABELLED, unreadable
 from nnunet_confkd.errors import InputError
+from nnunet_confkd.training.settings import DENSE
 
 # ---- labels of a case -----------------------------------------------------------------------------------------------
 
@@ -183,9 +184,11 @@ def _of_kind(voxels: Mapping[str, int], kinds: Mapping[str, str], kind: str) -> 
 
 
 def informed_full_share(foreground: Mapping[str, int], kinds: Mapping[str, str], teacher: bool) -> float:
-    """Choose the share of fully annotated images in a batch: their share of all annotated foreground voxels.
+    """Choose the share of fully annotated images in a batch.
 
-    So images are drawn about as often as they have something to teach.
+    If little of the foreground of the other cases is annotated (less than `DENSE`), it is the share of all annotated
+    foreground voxels that lie in fully annotated cases. So images are drawn about as often as they have something to
+    teach. Else it is the share of the fully annotated among all annotated cases, because both kinds weigh as much.
 
     Args:
         foreground: {case: annotated voxels of the foreground}.
@@ -197,15 +200,18 @@ def informed_full_share(foreground: Mapping[str, int], kinds: Mapping[str, str],
         no annotated foreground at all.
 
     Examples:
-        >>> informed_full_share({"mask": 600, "points": 400}, {"mask": "full", "points": "partial"}, True)
-        0.6
-        >>> informed_full_share({"mask": 600, "strokes": 900}, {"mask": "full", "strokes": "partial"}, False)
-        0.4
+        >>> informed_full_share({"mask": 600, "points": 20}, {"mask": "full", "points": "partial"}, True)
+        0.75
+        >>> kinds = {"mask": "full", "other mask": "full", "strokes": "partial"}
+        >>> round(informed_full_share({"mask": 600, "other mask": 400, "strokes": 100}, kinds, False), 3)
+        0.667
     """
-    full, partial = (sum(_of_kind(foreground, kinds, kind)) for kind in (FULL, PARTIAL))
-    if not full + partial:
+    full, partial = (_of_kind(foreground, kinds, kind) for kind in (FULL, PARTIAL))
+    if not sum(full) + sum(partial):
         return 0.5
-    return min(max(full / (full + partial), 0.5 if teacher else 0.25), 0.75)
+    dense = annotated_part(foreground, kinds) >= DENSE
+    share = len(full) / (len(full) + len(partial)) if dense else sum(full) / (sum(full) + sum(partial))
+    return min(max(share, 0.5 if teacher else 0.25), 0.75)
 
 
 def annotated_part(foreground: Mapping[str, int], kinds: Mapping[str, str]) -> float:

@@ -117,14 +117,17 @@ def test_full_images_come_first_in_the_set_number():
             assert [dl.indices[int(i)] for i in batch["data"].amax((1, 2, 3))] == list(batch["keys"])
 
 
-@pytest.mark.parametrize("annotated, share", [
-    ((300, 0, 0, 200), (0.6, 0.6)),  # the unlabelled case's annotations do not count: training does not see them
-    ((10, 90, 0, 0), (0.5, 0.25)), ((49, 51, 0, 0), (0.5, 0.49)), ((50, 50, 0, 0), (0.5, 0.5)),
-    ((90, 10, 0, 0), (0.75, 0.75)), ((90, 0, 10, 0), (0.75, 0.75)), ((0, 0, 9, 0), (0.5, 0.5))])
-def test_the_share_of_full_images_is_that_of_their_annotated_foreground(annotated, share):
-    kinds = {"f": FULL, "p": PARTIAL, "u": UNLABELLED, "q": PARTIAL}
-    foreground = dict(zip(kinds, annotated)) | {"not trained on": 1000}
-    found = [informed_full_share(foreground, kinds, teacher) for teacher in (True, False)]
+@pytest.mark.parametrize("full, partial, share", [
+    # few annotations: the share of the annotated foreground
+    ([100], [5] * 30, (0.5, 0.4)), ([100] * 3, [5] * 30, (2 / 3, 2 / 3)), ([100], [5] * 99, (0.5, 0.25)),
+    ([100], [5], (0.75, 0.75)), ([90], [], (0.75, 0.75)), ([0], [0, 0], (0.5, 0.5)),
+    # many: the share of the cases
+    ([100], [10] * 30, (0.5, 0.25)), ([100] * 20, [6] * 30, (0.5, 0.4)), ([100] * 20, [6] * 10, (2 / 3, 2 / 3)),
+    ([100] * 20, [6], (0.75, 0.75))])
+def test_the_share_of_full_images_follows_from_what_is_annotated(full, partial, share):
+    cases = [(FULL, n) for n in full] + [(PARTIAL, n) for n in partial] + [(UNLABELLED, 70)]  # which nobody sees
+    kinds, foreground = ({i: case[j] for i, case in enumerate(cases)} for j in (0, 1))
+    found = [informed_full_share(foreground | {"not trained on": 1000}, kinds, teacher) for teacher in (True, False)]
     assert found == pytest.approx(share)
 
 

@@ -157,7 +157,7 @@ def test_cutmix_is_chosen_by_the_kinds_of_the_training_cases_unless_it_is_set(ki
 
 
 @pytest.mark.parametrize("part, background, hidden, automatic", [
-    (0.3, True, False, True), (0.1, True, False, True), (0.09, True, False, False), (0.0, True, False, False),
+    (0.3, True, False, True), (0.06, True, False, True), (0.05, True, False, False), (0.0, True, False, False),
     (0.3, True, True, False), (0.3, False, False, True)])
 def test_both_kinds_have_equal_weights_if_enough_is_annotated_unless_it_is_set(part, background, hidden, automatic):
     assert Settings().equal_kinds_for(part, background, hidden) is automatic
