@@ -163,11 +163,12 @@ def settings() -> str:
             '```json\n"configurations": '
             '{"3d_fullres_seed1": {"inherits_from": "3d_fullres", "confkd": {"seed": 1}}}\n```\n',
             "`nnUNetv2_train 27 3d_fullres_seed1 0 -tr ConfKDTrainer` then trains with it. Unknown keys and bad values "
-            "are errors. The fold's `confkd.json` holds what was used. The terms L are those of "
-            "[the method](../explanation/method.md).\n",
+            "are errors. The fold's `confkd.json` holds what was used, and under `chosen` what null stood for. "
+            "The terms L are those of [the method](../explanation/method.md).\n",
             settings_table() + "\n",
             "Further errors are `weight_teacher` and `weight_student` that are both 0, `weight_kl` above 0 with "
-            "`weight_teacher` 0, and a ramp that ends before it starts.\n",
+            "`weight_teacher` 0, `teacher_trains_encoder` false with `weight_student` 0, and a ramp that ends before "
+            "it starts.\n",
             "## What the trainers fix\n",
             "A variant's own settings win over the block, because the results are filed under its name.\n",
             "| trainer | differs from the defaults in |\n|---|---|\n" + variants,

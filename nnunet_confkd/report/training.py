@@ -65,6 +65,10 @@ def _settings(folds: list[Fold]) -> str:
     if changed:
         caption = f"{len(changed)} of {len(recorded[0])} settings differ from the default"
         body = page.table(head, changed, caption, wrap=3, marked=range(len(changed)))
+    if chosen := [fold.record.get("chosen") for fold in folds if fold.record is not None][0]:
+        body += page.paragraph("What followed from the annotations, unless it was set: " + ", ".join(
+            f"{name} {_value(round(value, 3) if isinstance(value, float) else value)}"
+            for name, value in chosen.items()) + ".")
     if unchanged:
         body += page.folded(f"The {len(unchanged)} settings with their default value",
                             page.table(head, unchanged, wrap=3))

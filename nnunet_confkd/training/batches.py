@@ -19,7 +19,6 @@ from threadpoolctl import ThreadpoolController
 
 from nnunet_confkd.data.supervision import FULL, KINDS, OUTSIDE, PARTIAL, UNLABELLED, unreadable
 from nnunet_confkd.errors import InputError
-from nnunet_confkd.training.settings import DENSE
 
 # ---- labels of a case -----------------------------------------------------------------------------------------------
 
@@ -176,81 +175,6 @@ def full_images_per_batch(batch_size: int, share: float, others: bool) -> int:
     if not others or not share:
         return batch_size if share else 0
     return min(max(round(share * batch_size), 1), batch_size - 1)
-
-
-def _of_kind(voxels: Mapping[str, int], kinds: Mapping[str, str], kind: str) -> list[int]:
-    """The numbers of the training cases of a kind."""
-    return [voxels[case] for case in kinds if kinds[case] == kind]
-
-
-def informed_full_share(foreground: Mapping[str, int], kinds: Mapping[str, str], teacher: bool) -> float:
-    """Choose the share of fully annotated images in a batch.
-
-    If little of the foreground of the other cases is annotated (less than `DENSE`), it is the share of all annotated
-    foreground voxels that lie in fully annotated cases. So images are drawn about as often as they have something to
-    teach. Else it is the share of the fully annotated among all annotated cases, because both kinds weigh as much.
-
-    Args:
-        foreground: {case: annotated voxels of the foreground}.
-        kinds: {case: kind} of the training cases.
-        teacher: Whether there is one. It learns from the fully annotated images alone, and needs a half.
-
-    Returns:
-        From 0.25, or 0.5 with a teacher, to 0.75, also if no foreground is partially annotated. It is 0.5 if there is
-        no annotated foreground at all.
-
-    Examples:
-        >>> informed_full_share({"mask": 600, "points": 20}, {"mask": "full", "points": "partial"}, True)
-        0.75
-        >>> kinds = {"mask": "full", "other mask": "full", "strokes": "partial"}
-        >>> round(informed_full_share({"mask": 600, "other mask": 400, "strokes": 100}, kinds, False), 3)
-        0.667
-    """
-    full, partial = (_of_kind(foreground, kinds, kind) for kind in (FULL, PARTIAL))
-    if not sum(full) + sum(partial):
-        return 0.5
-    dense = annotated_part(foreground, kinds) >= DENSE
-    share = len(full) / (len(full) + len(partial)) if dense else sum(full) / (sum(full) + sum(partial))
-    return min(max(share, 0.5 if teacher else 0.25), 0.75)
-
-
-def annotated_part(foreground: Mapping[str, int], kinds: Mapping[str, str]) -> float:
-    """Estimate how much of the foreground of a partially annotated case is annotated.
-
-    Args:
-        foreground: {case: annotated voxels of the foreground}.
-        kinds: {case: kind} of the training cases.
-
-    Returns:
-        The mean number of annotated foreground voxels of a partially annotated case, as a share of that of a fully
-        annotated case. It is 0 if there is no such case.
-
-    Examples:
-        >>> annotated_part({"mask": 600, "strokes": 90, "more": 30}, {"mask": "full", "strokes": "partial",
-        ...                                                           "more": "partial"})
-        0.1
-    """
-    full, partial = (_of_kind(foreground, kinds, kind) for kind in (FULL, PARTIAL))
-    return sum(partial) / len(partial) / (sum(full) / len(full)) if partial and sum(full) else 0.0
-
-
-def foreground_is_sparser(foreground: Mapping[str, int], background: Mapping[str, int],
-                          kinds: Mapping[str, str]) -> bool:
-    """Tell whether partially annotated cases annotate the foreground less densely than the background.
-
-    Args:
-        foreground: {case: annotated voxels of the foreground}.
-        background: Likewise.
-        kinds: {case: kind} of the training cases. The frequencies of the fully annotated ones count as the true ones.
-
-    Examples:
-        >>> kinds = {"mask": "full", "eroded": "partial"}
-        >>> foreground_is_sparser({"mask": 100, "eroded": 10}, {"mask": 900, "eroded": 800}, kinds)
-        True
-    """
-    (full, partial), (full_background, partial_background) = (
-        [sum(_of_kind(voxels, kinds, kind)) for kind in (FULL, PARTIAL)] for voxels in (foreground, background))
-    return partial * full_background < partial_background * full
 
 
 def class_probabilities(kinds: Mapping[str, str], hidden: Mapping[str, Sequence[bool]], share: float,

@@ -5,11 +5,10 @@ both. nnU-Net saves the plans with the model.
 """
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, get_type_hints
 
-from nnunet_confkd.data.supervision import FULL, UNLABELLED
 from nnunet_confkd.errors import InputError, did_you_mean, shown
 
 # Settings of earlier versions, and the only value of each that the method has kept. The plans of a trained model hold
@@ -51,9 +50,6 @@ def _setting(group: str, default: Any, allowed: tuple, meaning: str):
     return field(default=default, metadata=metadata)
 
 
-# The annotated part of the foreground, from which on partially annotated images weigh as much as full ones. In our data
-# this is right for eroded masks, from 0.063 on, and would be wrong for points, which have 0.047.
-DENSE = 0.055
 WEIGHTS, COUNTS, SHARES = (0, 10 ** 6), (1, 10 ** 6), (0, 1)
 
 
@@ -207,49 +203,6 @@ class Settings:
     def uses_hints(self) -> bool:
         """Whether the teacher learns to use hints."""
         return self.teacher_hints and self.kl_on_non_full
-
-    def cutmix_for(self, kinds: Iterable[str]) -> float:
-        """Return the share of the iterations with CutMix.
-
-        Args:
-            kinds: Those of the training cases.
-        """
-        if self.cutmix is not None:
-            return self.cutmix
-        return 0.5 if set(kinds) == {FULL, UNLABELLED} and not (self.weight_kl and self.kl_images == "full") else 0.0
-
-    def prior_correction_for(self, foreground_is_sparser: bool) -> float:
-        """Return the strength of the class-prior correction.
-
-        Args:
-            foreground_is_sparser: See :func:`nnunet_confkd.training.batches.foreground_is_sparser`.
-        """
-        return self.prior_correction if self.prior_correction is not None else float(foreground_is_sparser)
-
-    def equal_kinds_for(self, annotated_part: float, background: bool, hidden: bool) -> bool:
-        """Return whether fully annotated images and others have equal weights in L_w.
-
-        Args:
-            annotated_part: How much of the foreground of a partially annotated case is annotated (see
-                :func:`nnunet_confkd.training.batches.annotated_part`).
-            background: Whether partially annotated cases annotate background. Without it the student would learn too
-                much foreground, unless the KL acts on these images.
-            hidden: Whether some training cases are not annotated for all classes.
-        """
-        if self.equal_kinds is not None:
-            return self.equal_kinds
-        return annotated_part >= DENSE and (background or self.kl_on_non_full) and not hidden
-
-    def trains_encoder_for(self, equal_kinds: bool, background: bool) -> bool:
-        """Return whether the teacher's supervised loss also updates the encoder.
-
-        Args:
-            equal_kinds: Whether fully annotated images and others have equal weights in L_w.
-            background: Whether partially annotated cases annotate background.
-        """
-        if self.teacher_trains_encoder is not None:
-            return self.teacher_trains_encoder
-        return not (equal_kinds and background and self.weight_student)
 
     def kl_ramp(self, progress: float) -> float:
         """Compute the factor of the KL's weight, which rises linearly from `kl_ramp_start` to `kl_ramp_end`.

@@ -49,14 +49,12 @@ from nnunet_confkd.errors import InputError, TrainingError, counted
 from nnunet_confkd.files import written_whole
 from nnunet_confkd.output import duration
 from nnunet_confkd.processes import terminable
+from nnunet_confkd.training.automatic import AUTOMATIC, Annotations, choose
 from nnunet_confkd.training.batches import (
     ListedClasses,
     StratifiedLoader,
     TrainingCases,
-    annotated_part,
     class_probabilities,
-    foreground_is_sparser,
-    informed_full_share,
     label_padding,
     set_seed,
     start_augmenter,
@@ -265,15 +263,30 @@ class ConfKDTrainer(nnUNetTrainer):
             check_first_stage(self)
         dataset_val.identifiers = [case for case in val if kinds[case] == FULL] or val
         with_hints = self.validation_hints is not None  # on all ranks, because they read the split together
+        chosen = self._log_choices(train)
         if self.local_rank == 0:
             changed = write_record(self.output_folder, {
-                "trainer": type(self).__name__, "settings": self.settings.as_dict(), "supervision": training,
+                "trainer": type(self).__name__, "settings": self.settings.as_dict(), "chosen": chosen,
+                "supervision": training,
                 "pseudo_dice_on": list(dataset_val.identifiers), "teacher_validated_with_hints": with_hints,
                 **({CLASSES_KEY: {case: self.dataset_json[CLASSES_KEY][case] for case in train if case in self.hidden}}
                    if self.hidden else {})}, self.current_epoch if self.continued else None)
             if changed:
                 self.print_to_log_file(f"WARNING: {changed}")
         return self._training_cases(dataset_tr), dataset_val
+
+    def _log_choices(self, cases: list[str]) -> dict:
+        """Log the settings that are chosen from the annotations of the training cases, and return them."""
+        settings = self._choose(cases)
+        chosen = {name: getattr(settings, name) for name in AUTOMATIC
+                  if settings.weight_teacher or not name.startswith("teacher")}
+        if part := self._annotations(cases).part:
+            self.print_to_log_file("A partially annotated case has on average about "
+                                   f"{part:.2g} of the annotated foreground of a fully annotated one")
+        self.print_to_log_file("Settings that follow from the annotations, unless they are set: " + ", ".join(
+            f"{name} {value:.3g}" if isinstance(value, float) else f"{name} {str(value).lower()}"
+            for name, value in chosen.items()))
+        return chosen
 
     def _require_supervision(self, training: dict[str, str]) -> None:
         """Raise InputError if the training cases do not suffice for this trainer."""
@@ -295,38 +308,13 @@ class ConfKDTrainer(nnUNetTrainer):
             return kinds
         return kinds | dict.fromkeys(teaching_cases(kinds, self.hidden, self.complete), FULL)
 
-    def _full_share(self, strata: dict[str, str]) -> float:
-        """The share of fully annotated images in a batch of some cases."""
-        if self.settings.full_share is not None:
-            return self.settings.full_share
-        return informed_full_share(self.foreground, strata, self.settings.weight_teacher > 0)
+    def _annotations(self, cases) -> Annotations:
+        return Annotations(self._strata(cases), self.foreground, self.background, self.hidden)
 
-    def _set_weights_of_kinds(self, strata: dict[str, str], cutmix: float) -> None:
-        """Choose whether fully annotated images and others have equal weights in L_w and in the encoder, and log it."""
-        apart = {FULL, PARTIAL} <= set(strata.values()) and self.configuration_manager.batch_size > 1 and not cutmix
-        part = annotated_part(self.foreground, strata)
-        background = any(self.background[case] for case, kind in strata.items() if kind == PARTIAL)
-        self.loss.equal_kinds = apart and self.settings.equal_kinds_for(part, background, bool(self.hidden))
-        trains_encoder = self.settings.trains_encoder_for(self.loss.equal_kinds, background)
-        if self.two_branches:
-            unwrap(self.network).teacher_trains_encoder = trains_encoder
-            self.print_to_log_file("The teacher's supervised loss updates "
-                                   + ("its decoder and the encoder" if trains_encoder else "its decoder alone")
-                                   + " (teacher_trains_encoder)")
-        if apart:
-            self.print_to_log_file(
-                f"Annotated part of the foreground of a partially annotated case: about {part:.2g}. In L_w "
-                + ("fully annotated images and others have equal weights (equal_kinds)" if self.loss.equal_kinds
-                   else "all annotated voxels have equal weights"))
-
-    def _prior_correction(self, strata: dict[str, str]) -> float:
-        """Choose the strength of the class-prior correction, and log it."""
-        strata = {case: kind for case, kind in strata.items() if case not in self.hidden}  # it leaves these alone
-        if PARTIAL not in strata.values() or not self.label_manager.has_ignore_label:
-            return 0.0
-        strength = self.settings.prior_correction_for(foreground_is_sparser(self.foreground, self.background, strata))
-        self.print_to_log_file(f"Class-prior correction (prior_correction): {strength:g}")
-        return strength
+    def _choose(self, cases) -> Settings:
+        """The settings with what is chosen from the annotations of some cases."""
+        return choose(self.settings, self._annotations(cases), self.configuration_manager.batch_size,
+                      self.label_manager.has_ignore_label)
 
     # ---- batches ----------------------------------------------------------------------------------------------------
 
@@ -346,7 +334,7 @@ class ConfKDTrainer(nnUNetTrainer):
         """A loader of batches with nnU-Net's options."""
         if loader_class is StratifiedLoader:
             strata = self._strata(cases.identifiers)
-            options |= dict(kinds=strata, full_share=self._full_share(strata) if FULL in strata.values() else 0,
+            options |= dict(kinds=strata, full_share=self._choose(strata).full_share if FULL in strata.values() else 0,
                             unlabelled_share=self.settings.unlabelled_share)
             if self.hidden:
                 options["probabilities"] = class_probabilities(strata, self.hidden, self.settings.class_share,
@@ -415,25 +403,23 @@ class ConfKDTrainer(nnUNetTrainer):
             use_mask_for_norm=self.configuration_manager.use_mask_for_norm, **self._label_options))
         val_transforms = self._with_padding(
             self.get_validation_transforms(deep_supervision_scales, **self._label_options))
-        strata = self._strata(dataset_tr.identifiers)
-        if {FULL} < set(strata.values()):
-            self.print_to_log_file("Share of fully annotated images in a batch (full_share): "
-                                   f"{self._full_share(strata):.2f}")
+        chosen = self._choose(dataset_tr.identifiers)
+        self.loss.equal_kinds = chosen.equal_kinds
+        if self.two_branches:
+            unwrap(self.network).teacher_trains_encoder = chosen.teacher_trains_encoder
         complete: list = []  # in this order: hints are simulated on exchanged images
-        cutmix = self.settings.cutmix_for(self.kinds[case] for case in dataset_tr.identifiers)
-        self._set_weights_of_kinds(strata, cutmix)
-        for name, share, mixer in (("cutmix_full", self.settings.cutmix_full, FullCutMix), ("cutmix", cutmix, CutMix)):
+        for name, share, mixer in (("cutmix_full", chosen.cutmix_full, FullCutMix),
+                                   ("cutmix", chosen.cutmix, CutMix)):
             if not share:
                 continue
             if self.hidden:
                 raise InputError(f'confkd: {name} is above 0, but some cases are not annotated for all classes '
                                  f'(dataset.json, "annotated_classes"), and cannot be mixed; set "{name}": 0')
-            self.print_to_log_file(f"CutMix ({name}) in a share of {share:g} of the iterations")
             complete.append(mixer(share))
         if self.settings.uses_hints and any(self.kinds[case] == PARTIAL for case in dataset_tr.identifiers):
             complete.append(self._hint_sampler())
-        if strength := self._prior_correction(strata):
-            complete.append(self._class_prior(strength))
+        if chosen.prior_correction:
+            complete.append(self._class_prior(chosen.prior_correction))
         dl_tr = self._loader(dataset_tr, self.batch_size, initial_patch_size, tr_transforms, offset=self.local_rank,
                              complete=complete)
         if all(self.kinds[case] == FULL for case in dataset_val.identifiers):

@@ -19,11 +19,8 @@ from nnunet_confkd.training.batches import (
     ListedClasses,
     StratifiedLoader,
     TrainingCases,
-    annotated_part,
     class_probabilities,
-    foreground_is_sparser,
     full_images_per_batch,
-    informed_full_share,
     label_padding,
     real_hints,
 )
@@ -115,40 +112,6 @@ def test_full_images_come_first_in_the_set_number():
             assert kinds[:expected] == [FULL] * expected
             # the images are those that the keys name
             assert [dl.indices[int(i)] for i in batch["data"].amax((1, 2, 3))] == list(batch["keys"])
-
-
-@pytest.mark.parametrize("full, partial, share", [
-    # few annotations: the share of the annotated foreground
-    ([100], [5] * 30, (0.5, 0.4)), ([100] * 3, [5] * 30, (2 / 3, 2 / 3)), ([100], [5] * 99, (0.5, 0.25)),
-    ([100], [5], (0.75, 0.75)), ([90], [], (0.75, 0.75)), ([0], [0, 0], (0.5, 0.5)),
-    # many: the share of the cases
-    ([100], [10] * 30, (0.5, 0.25)), ([100] * 20, [6] * 30, (0.5, 0.4)), ([100] * 20, [6] * 10, (2 / 3, 2 / 3)),
-    ([100] * 20, [6], (0.75, 0.75))])
-def test_the_share_of_full_images_follows_from_what_is_annotated(full, partial, share):
-    cases = [(FULL, n) for n in full] + [(PARTIAL, n) for n in partial] + [(UNLABELLED, 70)]  # which nobody sees
-    kinds, foreground = ({i: case[j] for i, case in enumerate(cases)} for j in (0, 1))
-    found = [informed_full_share(foreground | {"not trained on": 1000}, kinds, teacher) for teacher in (True, False)]
-    assert found == pytest.approx(share)
-
-
-@pytest.mark.parametrize("annotated, part", [((100, 30, 0, 50), 0.4), ((0, 30, 0, 50), 0), ((100, 0, 70, 0), 0)])
-def test_the_annotated_part_compares_partially_with_fully_annotated_cases(annotated, part):
-    kinds = {"f": FULL, "p": PARTIAL, "u": UNLABELLED, "q": PARTIAL}
-    foreground = dict(zip(kinds, annotated)) | {"not trained on": 1000}
-    assert annotated_part(foreground, kinds) == pytest.approx(part)
-    assert annotated_part(foreground, {"f": FULL, "u": UNLABELLED}) == 0
-
-
-@pytest.mark.parametrize("foreground, background, sparser", [
-    ((100, 10), (900, 800), True),  # eroded masks
-    ((100, 10), (900, 60), False), ((100, 10), (900, 0), False),  # strokes; masks of the foreground alone
-    ((100, 10), (900, 90), False), ((100, 0), (900, 0), False)])
-def test_eroded_masks_annotate_the_foreground_less_densely(foreground, background, sparser):
-    kinds = {"f": FULL, "p": PARTIAL}
-    found = foreground_is_sparser(dict(zip(kinds, foreground)) | {"u": 7}, dict(zip(kinds, background)) | {"u": 7},
-                                  kinds | {"u": UNLABELLED})
-    assert found is sparser
-    assert not foreground_is_sparser({"p": 10}, {"p": 100}, {"p": PARTIAL})  # there is nothing to compare with
 
 
 def test_without_other_cases_all_images_are_full():

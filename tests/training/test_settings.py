@@ -7,7 +7,6 @@ from dataclasses import FrozenInstanceError, fields
 
 import pytest
 
-from nnunet_confkd.data.supervision import FULL, PARTIAL, UNLABELLED
 from nnunet_confkd.errors import InputError
 from nnunet_confkd.training.settings import ADDED, REMOVED, Settings, settings_table, without_removed
 
@@ -146,38 +145,6 @@ def test_settings_survive_json():
     for one in (settings, Settings()):
         assert Settings.from_blocks(json.loads(json.dumps(one.as_dict()))) == one
     assert set(settings.as_dict()) == {f.name for f in fields(Settings)}
-
-
-@pytest.mark.parametrize("kinds, automatic", [
-    ((FULL, UNLABELLED, UNLABELLED), 0.5), ((FULL, PARTIAL, UNLABELLED), 0), ((FULL, PARTIAL), 0), ((FULL, FULL), 0)])
-def test_cutmix_is_chosen_by_the_kinds_of_the_training_cases_unless_it_is_set(kinds, automatic):
-    assert Settings().cutmix_for(kinds) == automatic
-    assert Settings(cutmix=0.25).cutmix_for(kinds) == 0.25
-    assert Settings(kl_images="full").cutmix_for(kinds) == 0
-
-
-@pytest.mark.parametrize("part, background, hidden, automatic", [
-    (0.3, True, False, True), (0.06, True, False, True), (0.05, True, False, False), (0.0, True, False, False),
-    (0.3, True, True, False), (0.3, False, False, True)])
-def test_both_kinds_have_equal_weights_if_enough_is_annotated_unless_it_is_set(part, background, hidden, automatic):
-    assert Settings().equal_kinds_for(part, background, hidden) is automatic
-    assert Settings(weight_kl=0.0).equal_kinds_for(part, background, hidden) is (automatic and background)
-    for chosen in (True, False):
-        assert Settings(equal_kinds=chosen).equal_kinds_for(part, background, hidden) is chosen
-
-
-def test_the_teacher_leaves_the_encoder_alone_if_others_teach_it_enough_unless_it_is_set():
-    assert not Settings().trains_encoder_for(True, True)
-    assert Settings().trains_encoder_for(False, True) and Settings().trains_encoder_for(True, False)
-    assert Settings(weight_student=0.0).trains_encoder_for(True, True)
-    for chosen in (True, False):
-        assert {Settings(teacher_trains_encoder=chosen).trains_encoder_for(equal, background)
-                for equal in (True, False) for background in (True, False)} == {chosen}
-
-
-def test_the_class_prior_is_corrected_if_the_foreground_is_annotated_less_densely_unless_it_is_set():
-    assert [Settings().prior_correction_for(sparser) for sparser in (True, False)] == [1, 0]
-    assert [Settings(prior_correction=0.5).prior_correction_for(sparser) for sparser in (True, False)] == [0.5, 0.5]
 
 
 def test_settings_cannot_be_changed():

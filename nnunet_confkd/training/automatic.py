@@ -1,0 +1,113 @@
+"""The settings that are null are chosen from what is annotated in the training cases.
+
+Where the figures come from: docs/explanation/method.md and docs/explanation/weights_and_batches.md.
+"""
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field, replace
+
+from nnunet_confkd.data.supervision import FULL, PARTIAL, UNLABELLED
+from nnunet_confkd.training.settings import Settings
+
+# The annotated part of the foreground, from which on partially annotated images weigh as much as full ones. In our data
+# this is right for eroded masks, from 0.063 on, and would be wrong for points, which have 0.047.
+DENSE = 0.055
+AUTOMATIC = ("full_share", "equal_kinds", "teacher_trains_encoder", "prior_correction", "cutmix")
+
+
+@dataclass(frozen=True)
+class Annotations:
+    """What is annotated in the training cases.
+
+    Attributes:
+        kinds: {case: kind}. Cases that the teacher learns from count as fully annotated.
+        foreground: {case: annotated voxels of the foreground}, of these and perhaps other cases.
+        background: {case: annotated voxels of the background}, likewise.
+        hidden: The cases that are not annotated for all classes.
+
+    Examples:
+        >>> strokes = Annotations({"a": "full", "b": "partial"}, {"a": 600, "b": 60}, {"a": 900, "b": 50})
+        >>> strokes.part, strokes.foreground_is_sparser
+        (0.1, False)
+    """
+
+    kinds: Mapping[str, str]
+    foreground: Mapping[str, int]
+    background: Mapping[str, int]
+    hidden: Collection[str] = field(default=())
+
+    def of(self, voxels: Mapping[str, int], kind: str, hidden: bool = True) -> list[int]:
+        """The numbers of voxels of the cases of a kind, with or without those that lack classes."""
+        return [voxels[case] for case, of_case in self.kinds.items()
+                if of_case == kind and (hidden or case not in self.hidden)]
+
+    @property
+    def part(self) -> float:
+        """The mean number of annotated foreground voxels of a partially annotated case, as a share of that of a fully
+        annotated one. It is 0 if there is no such case."""
+        full, partial = (self.of(self.foreground, kind) for kind in (FULL, PARTIAL))
+        return sum(partial) / len(partial) / (sum(full) / len(full)) if partial and sum(full) else 0.0
+
+    @property
+    def foreground_is_sparser(self) -> bool:
+        """Whether partially annotated cases annotate the foreground less densely than the background.
+
+        The frequencies of the fully annotated cases count as the true ones.
+        """
+        (full, partial), (full_background, partial_background) = (
+            [sum(self.of(voxels, kind, hidden=False)) for kind in (FULL, PARTIAL)]
+            for voxels in (self.foreground, self.background))
+        return partial * full_background < partial_background * full
+
+
+def choose(settings: Settings, annotations: Annotations, batch_size: int, ignore_label: bool) -> Settings:
+    """Replace each setting that is null, and each that has no effect on these data, by what the training does.
+
+    Args:
+        settings: Those of the plans and the trainer.
+        annotations: Those of the training cases.
+        batch_size: The number of images in a batch.
+        ignore_label: Whether the data set has an ignore label.
+
+    Returns:
+        Settings of which no one of `AUTOMATIC` is null.
+
+    Examples:
+        >>> strokes = Annotations({"a": "full", "b": "partial"}, {"a": 600, "b": 60}, {"a": 900, "b": 50})
+        >>> chosen = choose(Settings(), strokes, batch_size=4, ignore_label=True)
+        >>> {name: getattr(chosen, name) for name in AUTOMATIC[:3]}
+        {'full_share': 0.5, 'equal_kinds': True, 'teacher_trains_encoder': False}
+    """
+    def unless_set(name: str, automatic):
+        return automatic if getattr(settings, name) is None else getattr(settings, name)
+
+    kinds = set(annotations.kinds.values())
+    background = any(annotations.of(annotations.background, PARTIAL))
+    only_full_images = settings.weight_kl > 0 and settings.kl_images == "full"
+    unlabelled = kinds == {FULL, UNLABELLED} and not annotations.hidden
+    cutmix = unless_set("cutmix", 0.5 if unlabelled and not only_full_images else 0.0)
+    apart = {FULL, PARTIAL} <= kinds and batch_size > 1 and not cutmix
+    # Without annotated background the student would learn too much foreground, unless the KL acts on these images.
+    equal_kinds = apart and unless_set("equal_kinds", annotations.part >= DENSE and not annotations.hidden
+                                       and (background or settings.kl_on_non_full))
+    trains_encoder = unless_set("teacher_trains_encoder", not (equal_kinds and background and settings.weight_student))
+    corrected = ignore_label and annotations.of(annotations.foreground, PARTIAL, hidden=False)
+    prior_correction = unless_set("prior_correction", float(annotations.foreground_is_sparser))
+    return replace(settings, cutmix=cutmix, equal_kinds=equal_kinds, teacher_trains_encoder=trains_encoder,
+                   prior_correction=prior_correction if corrected else 0.0,
+                   full_share=unless_set("full_share", _full_share(annotations, settings.weight_teacher > 0)))
+
+
+def _full_share(annotations: Annotations, teacher: bool) -> float:
+    """Choose the share of fully annotated images in a batch.
+
+    With few annotations in the other cases, images are drawn about as often as they have something to teach. Else they
+    are drawn as often as there are cases, because both kinds weigh as much. A teacher needs a half of each batch.
+    """
+    full, partial = (annotations.of(annotations.foreground, kind) for kind in (FULL, PARTIAL))
+    if not sum(full) + sum(partial):
+        return 0.5
+    dense = annotations.part >= DENSE
+    share = len(full) / (len(full) + len(partial)) if dense else sum(full) / (sum(full) + sum(partial))
+    return min(max(share, 0.5 if teacher else 0.25), 0.75)

@@ -1,0 +1,100 @@
+"""The settings that are chosen from what is annotated in the training cases."""
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from nnunet_confkd.data.supervision import FULL, PARTIAL, UNLABELLED
+from nnunet_confkd.training.automatic import AUTOMATIC, Annotations, choose
+from nnunet_confkd.training.settings import Settings
+
+BASELINE = Settings(weight_teacher=0.0, weight_kl=0.0, weight_entropy=0.0)
+
+
+def annotations(full=(1000,), partial=(), unlabelled: int = 1, background: int = 50, hidden=()) -> Annotations:
+    """Cases with so many annotated voxels of the foreground; the annotations of unlabelled ones are seen by nobody."""
+    cases = [*((FULL, n, 9 * n) for n in full), *((PARTIAL, n, background) for n in partial),
+             *[(UNLABELLED, 70, 70)] * unlabelled]
+    kinds, foreground, back = ({i: case[j] for i, case in enumerate(cases)} for j in range(3))
+    others = {"not trained on": 10 ** 6}
+    return Annotations(kinds, foreground | others, back | others, hidden)
+
+
+STROKES = annotations(partial=[300] * 5)
+ERODED = annotations(partial=[80] * 5, background=7000)
+BLOBS = annotations(partial=[80] * 5, background=0)  # the foreground alone
+POINTS = annotations(partial=[40] * 5, background=5)
+NO_LABELS = annotations(unlabelled=5)
+
+
+def chosen(data: Annotations, settings: Settings = Settings(), batch_size: int = 4, ignore_label: bool = True) -> dict:
+    found = choose(settings, data, batch_size, ignore_label)
+    assert replace(found, **{name: getattr(settings, name) for name in AUTOMATIC}) == settings, "no other is changed"
+    return {name: getattr(found, name) for name in AUTOMATIC}
+
+
+@pytest.mark.parametrize("data, with_teacher, without", [
+    (STROKES, (0.5, True, False, 0, 0), (0.25, True, 0)), (ERODED, (0.5, True, False, 1, 0), (0.25, True, 1)),
+    (BLOBS, (0.5, True, True, 0, 0), (0.25, False, 0)), (POINTS, (0.75, False, True, 0, 0), (0.75, False, 0)),
+    (NO_LABELS, (0.75, False, True, 0, 0.5), (0.75, False, 0)),
+    (annotations(unlabelled=0), (0.75, False, True, 0, 0), (0.75, False, 0))], ids=str)
+def test_each_kind_of_labels_gets_its_settings(data, with_teacher, without):
+    assert chosen(data) == dict(zip(AUTOMATIC, with_teacher))
+    found = chosen(data, BASELINE)
+    assert (found["full_share"], found["equal_kinds"], found["prior_correction"]) == without
+
+
+@pytest.mark.parametrize("data", [STROKES, ERODED, BLOBS, POINTS])
+@pytest.mark.parametrize("values", [(0.3, False, True, 0.5, 0.0), (0.4, True, False, 0.0, 0.0)], ids=str)
+def test_what_is_set_is_kept(data, values):
+    block = dict(zip(AUTOMATIC, values))
+    assert chosen(data, Settings(**block)) == block
+
+
+@pytest.mark.parametrize("full, partial, share", [
+    # few annotations: the share of the annotated foreground
+    ([100], [5] * 30, (0.5, 0.4)), ([100] * 3, [5] * 30, (2 / 3, 2 / 3)), ([100], [5] * 99, (0.5, 0.25)),
+    ([100], [5], (0.75, 0.75)), ([90], [], (0.75, 0.75)), ([0], [0, 0], (0.5, 0.5)),
+    # many: the share of the cases
+    ([100], [10] * 30, (0.5, 0.25)), ([100] * 20, [6] * 30, (0.5, 0.4)), ([100] * 20, [6] * 10, (2 / 3, 2 / 3)),
+    ([100] * 20, [6], (0.75, 0.75))])
+def test_the_share_of_full_images_follows_from_what_is_annotated(full, partial, share):
+    found = [chosen(annotations(full, partial), settings)["full_share"] for settings in (Settings(), BASELINE)]
+    assert found == pytest.approx(share)
+
+
+@pytest.mark.parametrize("full, partial, part", [([100], [30, 50], 0.4), ([0], [30, 50], 0), ([100], [0, 0], 0),
+                                                 ([100], [], 0), ([100, 300], [5, 15], 0.05)])
+def test_the_annotated_part_compares_partially_with_fully_annotated_cases(full, partial, part):
+    assert annotations(full, partial).part == pytest.approx(part)
+
+
+@pytest.mark.parametrize("foreground, background, sparser", [
+    (10, 800, True), (10, 90, False), (10, 60, False), (10, 0, False), (0, 0, False)])
+def test_eroded_masks_annotate_the_foreground_less_densely(foreground, background, sparser):
+    data = annotations([100], [foreground], background=background)
+    assert data.foreground_is_sparser is sparser
+    assert chosen(data)["prior_correction"] == sparser
+    assert chosen(data, ignore_label=False)["prior_correction"] == 0
+    assert not annotations([], [foreground], background=background).foreground_is_sparser
+
+
+def test_equal_weights_need_two_kinds_of_images_apart():
+    wanted = Settings(equal_kinds=True)
+    assert chosen(STROKES, wanted)["equal_kinds"] and not chosen(STROKES, wanted, batch_size=1)["equal_kinds"]
+    assert not chosen(NO_LABELS, wanted)["equal_kinds"] and chosen(NO_LABELS, wanted)["cutmix"] == 0.5
+    assert not chosen(STROKES, Settings(cutmix=0.5))["equal_kinds"]
+    assert not chosen(BLOBS, Settings(kl_images="full"))["equal_kinds"], "the KL does not act on the others"
+
+
+def test_cases_that_lack_classes_are_not_mixed_and_have_no_correction_of_their_own():
+    data = replace(ERODED, hidden=[case for case, kind in ERODED.kinds.items() if kind == PARTIAL])
+    assert (chosen(data)["equal_kinds"], chosen(data)["prior_correction"]) == (False, 0)
+    assert chosen(data, Settings(prior_correction=1.0))["prior_correction"] == 0
+    assert chosen(replace(NO_LABELS, hidden=[0]))["cutmix"] == 0, "the teacher learns from a case that lacks classes"
+    assert chosen(NO_LABELS, Settings(kl_images="full"))["cutmix"] == 0
+
+
+def test_an_encoder_that_only_the_teacher_could_train_is_trained_by_it():
+    assert chosen(STROKES, Settings(weight_student=0.0))["teacher_trains_encoder"]
