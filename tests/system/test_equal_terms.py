@@ -117,6 +117,18 @@ def test_the_tables_and_the_demo_show_the_runs_that_are_here(module):
     assert shown.split("|")[3:7] == [f" {value:.3f} " for value in STORED.values()]
 
 
+def test_confkds_row_in_the_readme_has_the_settings_that_its_trainer_chooses(module):
+    choices = json.loads((ROOT / "benchmarks" / "choices.json").read_text())
+    for setting, rows in module.SHORT.items():
+        settings, images = module.ROWS[rows[-1]].settings, module.table_of(setting, 0).batch_size
+        for draw in module.DRAWS:
+            chosen = choices[f"{setting}_{draw}"]["ConfKDTrainer"]
+            assert round(images * settings.get("full_share", chosen["full_share"])) == round(
+                images * chosen["full_share"])
+            assert {name: settings.get(name, value) for name, value in chosen.items() if name != "full_share"} == {
+                name: value for name, value in chosen.items() if name != "full_share"}, setting
+
+
 @pytest.mark.slow  # two trainings in fresh processes
 def test_a_run_from_real_data_to_the_table(module, test_data, tmp_path):
     script = tmp_path / "short.py"
