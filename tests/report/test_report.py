@@ -169,7 +169,9 @@ def test_every_section_is_there_with_its_content(page, hippocampus):
 
 
 def test_changed_settings_are_marked(page, small):
-    settings = json.loads((small / "fold_0" / "confkd.json").read_text())["settings"]
+    record = json.loads((small / "fold_0" / "confkd.json").read_text())
+    settings, chosen = record["settings"], record["chosen"]
+    assert f"unless it was set: full_share {json.dumps(round(chosen['full_share'], 3))}, equal_kinds" in page.text
     changed = {key for key, value in Settings().as_dict().items() if settings[key] != value}
     assert changed == {"epochs", "iterations_per_epoch", "seed", "teacher_width"}  # as the fixture has set them
     marked = re.findall(r'<tr class="changed"><th scope="row" class="words">(\w+)</th>', page.source)
