@@ -2,7 +2,8 @@
 
 A line is one kind of labels and one number of fully annotated patients. The columns are what a reader compares: the
 fully annotated patients alone, the ignore label, ConfKD, and everything annotated. Of several rows in a column the best
-counts, so that the rivals get the benefit of every doubt. ConfKD has one row, its default at equal cost.
+counts, so that the rivals get the benefit of every doubt. ConfKD has one row, its default at equal cost. A row that was
+run in fewer folds than another one of its column is left out.
 """
 from __future__ import annotations
 
@@ -47,7 +48,8 @@ def lines_of(folder: Path, metric: str = "dice_pp") -> list[dict]:
                     of = runs.get((home_of(setting, row), row, 0 if column == "everything annotated" else full))
                     if of and not (setting != "unlabelled" and "cutmix" in row):
                         rows[column][row] = of
-            rows = {column: of for column, of in rows.items() if of}
+            rows = {column: {row: of for row, of in choices.items() if len(of) == max(map(len, choices.values()))}
+                    for column, choices in rows.items() if choices}
             if OURS not in rows or len(rows) < 2:
                 continue
             folds = set.intersection(*(set(of) for column in rows.values() for of in column.values()))

@@ -103,6 +103,8 @@ def test_the_headline_compares_with_the_better_rival_and_is_drawn(module, tmp_pa
             write_run(tmp_path / f"scribbles_{fold}", row, full, dice, patients)
         write_run(tmp_path / f"unlabelled_{fold}", "confkd_cutmix_cost", 3, 0.95, patients)
     write_run(tmp_path / "scribbles_2", "confkd_cost", 3, 0.1, range(20, 30))  # no rival has this fold yet
+    write_run(tmp_path / "scribbles_0", "ignore_uniform", 3, 0.9, range(10))  # better, but not run in all folds
+    (tmp_path / "scribbles_1" / "ignore_uniform_M3_s0.json").unlink()
     lines = headline.table(tmp_path).splitlines()
     assert lines[2] == ("| ACDC, expert scribbles | 3 | 0.400 | 0.600 | 0.700 | 0.900 | +0.100 [+0.050, +0.150] | "
                         "+0.100 [+0.050, +0.150] | 2 |")
