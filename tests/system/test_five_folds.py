@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -114,6 +115,16 @@ def test_the_headline_compares_with_the_better_rival_and_is_drawn(module, tmp_pa
     assert len(lines) == 4
     headline.draw(tmp_path, tmp_path / "figure.png")
     assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_tables_and_the_text_show_the_runs_that_are_here(module):
+    import headline
+    text = f"{headline.table(module.OUTPUT)}\n\n{module.report(module.OUTPUT)}"
+    readme = (ROOT / "benchmarks" / "README.md").read_text()
+    assert f"<!-- five folds -->\n{text}\n<!-- end of five folds -->" in readme, "--report writes it anew"
+    results = (ROOT / "docs" / "explanation" / "results.md").read_text()
+    numbers = re.findall(r"\d\.\d{3}", results.split("**Test patients.**")[1].split("\n\n")[0])
+    assert numbers and set(numbers) <= set(re.findall(r"\d\.\d{3}", text)), "as in the tables"
 
 
 def test_what_annotating_costs_is_counted_on_the_real_labels(module, test_data, tmp_path):
