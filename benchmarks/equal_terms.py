@@ -14,7 +14,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -162,13 +162,16 @@ ROWS["today_cost"] = Row("ConfKD, the share chosen from the data, at equal cost"
 FLOAT32 = "_float32"
 ROWS |= {name + FLOAT32: replace(ROWS[name], title=f"{ROWS[name].title}; float32")
          for name in ("ignore", "confkd_cost")}
-# Rows that are also made at three times the length, to see whether gains fade or grow.
 LONG, LONGER = "_long", 3
-ROWS |= {name + LONG: replace(ROWS[name], title=f"{ROWS[name].title}; {LONGER} times as long",
-                              steps=LONGER * ROWS[name].steps)
-         for name in ("ignore_equal_quarter", "equal_cost", "ignore_prior_equal_quarter", "equal_corrected_cost",
-                      "ignore_quarter", "full_only", "full_cutmix", "cutmix_three_quarters_cost", "ignore_prior",
-                      "confkd_cost", "today_cost")}
+
+
+def longer(rows: Mapping[str, Row], names: Iterable[str]) -> dict[str, Row]:
+    """Some rows at `LONGER` times the length, to see whether gains fade or grow."""
+    return {name + LONG: replace(rows[name], title=f"{rows[name].title}; {LONGER} times as long",
+                                 steps=LONGER * rows[name].steps) for name in names}
+
+
+ROWS |= longer(ROWS, ("ignore_equal_quarter", "equal_cost"))
 
 
 def table_of(setting: str, draw: int) -> Table:

@@ -20,14 +20,13 @@ import numpy as np
 from accuracy import FOLDS, TABLES, Row, Table, largest_components, predictions, prepare, run, spec_of
 from accuracy import ROWS as USUAL_ROWS
 from accuracy_report import patients_in, read_runs
-from equal_terms import COST, COST_CUTMIX, HOW, choice_of, measure_all, parsed
+from equal_terms import COST, COST_CUTMIX, HOW, LONG, choice_of, longer, measure_all, parsed
 from equal_terms import ROWS as EQUAL_ROWS
 from step_time import insert
 
 HERE = Path(__file__).resolve().parent
 OUTPUT = HERE / "five_folds"
 TOLERANCE_MM = 2.0  # of the NSD
-LONGER = 3  # times as many iterations in the rows "_long"
 METRICS = {"dice": "Dice", "hd95_mm": "HD95_mm", "nsd": "NSD"}  # the name in a JSON file: that of evaluation.metrics
 
 # name: the table. `full` are the numbers of fully annotated patients.
@@ -55,9 +54,7 @@ ROWS: dict[str, Row] = {
     "confkd_cutmix_cost": Row("ConfKD, at equal cost", steps=1 / COST_CUTMIX),
     "all": USUAL_ROWS["all"],
 }
-LONG = ("full_only", "ignore", "confkd_cost", "all")
-ROWS |= {f"{name}_long": replace(ROWS[name], title=f"{ROWS[name].title}; {LONGER} times as long",
-                                 steps=LONGER * ROWS[name].steps) for name in LONG}
+ROWS |= longer(ROWS, ("full_only", "ignore", "confkd_cost", "all"))
 # What all rows of a table are compared with, in the rows of the same length.
 RIVAL = {"unlabelled": "full_only"}
 USUAL = ("full_only", "ignore_uniform", "ignore", "confkd_cost", "all")
@@ -252,7 +249,7 @@ def line_of(setting: str, row: str, shown: dict[str, dict[int, dict]]) -> str:
         of_classes = np.nanmean(np.concatenate([run[metric] for run in folds.values()]), 0)
         return of_classes if axis else of_classes.mean()
 
-    rival = RIVAL.get(setting, "ignore") + ("_long" if row.endswith("_long") else "")
+    rival = RIVAL.get(setting, "ignore") + (LONG if row.endswith(LONG) else "")
     gains = []
     for metric in ("dice", "dice_pp"):
         found = None if row == rival else gain(folds, shown.get(rival, {}), metric)

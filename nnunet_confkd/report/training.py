@@ -49,7 +49,8 @@ def _fold_name(fold: Fold) -> str:
 
 
 def _settings(folds: list[Fold]) -> str:
-    recorded = [fold.record["settings"] for fold in folds if fold.record is not None]
+    with_record = [fold for fold in folds if fold.record is not None]
+    recorded = [fold.record["settings"] for fold in with_record]
     if not recorded:
         return page.paragraph("This is a model of stock nnU-Net, which has none of this plugin's settings.")
     note = "" if all(settings == recorded[0] for settings in recorded) else page.paragraph(
@@ -65,8 +66,9 @@ def _settings(folds: list[Fold]) -> str:
     if changed:
         caption = f"{len(changed)} of {len(recorded[0])} settings differ from the default"
         body = page.table(head, changed, caption, wrap=3, marked=range(len(changed)))
-    if chosen := [fold.record.get("chosen") for fold in folds if fold.record is not None][0]:
-        body += page.paragraph("What followed from the annotations, unless it was set: " + ", ".join(
+    if chosen := with_record[0].record.get("chosen"):
+        body += page.paragraph(f"What followed from the annotations in {_fold_name(with_record[0])}, unless it was "
+                               "set: " + ", ".join(
             f"{name} {_value(round(value, 3) if isinstance(value, float) else value)}"
             for name, value in chosen.items()) + ".")
     if unchanged:

@@ -87,19 +87,20 @@ def choose(settings: Settings, annotations: Annotations, batch_size: int, ignore
     only_full_images = settings.weight_kl > 0 and settings.kl_images == "full"
     unlabelled = kinds == {FULL, UNLABELLED} and not annotations.hidden
     cutmix = unless_set("cutmix", 0.5 if unlabelled and not only_full_images else 0.0)
+    dense = annotations.part >= DENSE
     apart = {FULL, PARTIAL} <= kinds and batch_size > 1 and not cutmix
     # Without annotated background the student would learn too much foreground, unless the KL acts on these images.
-    equal_kinds = apart and unless_set("equal_kinds", annotations.part >= DENSE and not annotations.hidden
+    equal_kinds = apart and unless_set("equal_kinds", dense and not annotations.hidden
                                        and (background or settings.kl_on_non_full))
     trains_encoder = unless_set("teacher_trains_encoder", not (equal_kinds and background and settings.weight_student))
     corrected = ignore_label and annotations.of(annotations.foreground, PARTIAL, hidden=False)
     prior_correction = unless_set("prior_correction", float(annotations.foreground_is_sparser))
     return replace(settings, cutmix=cutmix, equal_kinds=equal_kinds, teacher_trains_encoder=trains_encoder,
                    prior_correction=prior_correction if corrected else 0.0,
-                   full_share=unless_set("full_share", _full_share(annotations, settings.weight_teacher > 0)))
+                   full_share=unless_set("full_share", _full_share(annotations, dense, settings.weight_teacher > 0)))
 
 
-def _full_share(annotations: Annotations, teacher: bool) -> float:
+def _full_share(annotations: Annotations, dense: bool, teacher: bool) -> float:
     """Choose the share of fully annotated images in a batch.
 
     With few annotations in the other cases, images are drawn about as often as they have something to teach. Else they
@@ -108,6 +109,5 @@ def _full_share(annotations: Annotations, teacher: bool) -> float:
     full, partial = (annotations.of(annotations.foreground, kind) for kind in (FULL, PARTIAL))
     if not sum(full) + sum(partial):
         return 0.5
-    dense = annotations.part >= DENSE
     share = len(full) / (len(full) + len(partial)) if dense else sum(full) / (sum(full) + sum(partial))
     return min(max(share, 0.5 if teacher else 0.25), 0.75)

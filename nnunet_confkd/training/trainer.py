@@ -334,8 +334,8 @@ class ConfKDTrainer(nnUNetTrainer):
         """A loader of batches with nnU-Net's options."""
         if loader_class is StratifiedLoader:
             strata = self._strata(cases.identifiers)
-            options |= dict(kinds=strata, full_share=self._choose(strata).full_share if FULL in strata.values() else 0,
-                            unlabelled_share=self.settings.unlabelled_share)
+            full_share = self._choose(cases.identifiers).full_share if FULL in strata.values() else 0
+            options |= dict(kinds=strata, full_share=full_share, unlabelled_share=self.settings.unlabelled_share)
             if self.hidden:
                 options["probabilities"] = class_probabilities(strata, self.hidden, self.settings.class_share,
                                                                self.label_manager.has_regions)
