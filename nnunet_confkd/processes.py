@@ -104,8 +104,14 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def _stop(number, frame):
-    raise SystemExit(128 + number)
+def _end(number, frame) -> None:
+    """End the process in order. During a fork, do so when the fork is over."""
+    if _forks(frame):
+        threading.Timer(0.05, os.kill, (os.getpid(), number)).start()
+    elif number == signal.SIGINT:
+        raise KeyboardInterrupt
+    else:
+        raise SystemExit(128 + number)
 
 
 @contextmanager
@@ -115,52 +121,62 @@ def terminable():
     Clusters announce the end of a job's time by SIGTERM. A handler that somebody else has set stays. Threads other than
     the main one cannot set handlers, so nothing changes there. Forked processes end at once, as they do by default.
     """
-    in_main_thread = threading.current_thread() is threading.main_thread()
-    ours = in_main_thread and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
-    if ours:
+    before = {}
+    if threading.current_thread() is threading.main_thread():
+        defaults = {signal.SIGTERM: signal.SIG_DFL, signal.SIGINT: signal.default_int_handler}
+        before = {number: default for number, default in defaults.items() if signal.getsignal(number) == default}
+    if signal.SIGTERM in before:
         _register_fork_hooks()
-        signal.signal(signal.SIGTERM, _stop)
+    for number in before:
+        signal.signal(number, _end)
     try:
         yield
     finally:
-        if ours:
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 # A forked worker must not inherit the handler. Python runs a handler between two of its instructions, so a signal that
 # arrives just before a wait in C is missed. multiprocessing tells the workers of a pool only once to end: one that
 # misses it waits for ever, and the pool waits for it.
-_mask = threading.local()
-_HELD_BACK = {signal.SIGINT, signal.SIGTERM}
+#
+# In the process that forks, the handler must not raise: Python ignores the exceptions of all functions that it calls
+# around a fork. To block the signals there is not enough, because another thread may receive them.
+_fork = threading.local()  # mask: the signals that were blocked before this thread's fork, until the fork is over
 
 
 def _before_fork() -> None:
-    """Hold SIGTERM back until the child handles it by default. Do nothing unless :func:`terminable` handles it now.
-
-    Ctrl-C is held back, too: Python ignores the exceptions of the functions that it calls around a fork.
-    """
-    ours = signal.getsignal(signal.SIGTERM) is _stop
-    _mask.before = signal.pthread_sigmask(signal.SIG_BLOCK, _HELD_BACK) if ours else None
+    """Block SIGTERM until the child handles it by default. Do nothing unless :func:`terminable` handles it now."""
+    ours = signal.getsignal(signal.SIGTERM) is _end
+    _fork.mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM}) if ours else None
 
 
 def _after_fork() -> None:
-    before = getattr(_mask, "before", None)
-    if before is None:
-        return
-    for number in (signal.sigpending() & _HELD_BACK) - before:
-        signal.sigwait({number})
-        threading.Timer(0.05, os.kill, (os.getpid(), number)).start()  # when this function has ended
-    signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    if getattr(_fork, "mask", None) is not None:
+        signal.pthread_sigmask(signal.SIG_SETMASK, _fork.mask)
+        _fork.mask = None
 
 
 def _after_fork_in_child() -> None:
-    if getattr(_mask, "before", None) is not None:
+    if getattr(_fork, "mask", None) is not None:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
     _after_fork()
 
 
+def _forks(frame) -> bool:
+    """Whether this thread is in the middle of a fork; frame: the innermost one of this thread."""
+    hooks = [_before_fork.__code__, _after_fork.__code__, _after_fork_in_child.__code__]
+    while frame is not None and frame.f_code not in hooks:
+        frame = frame.f_back
+    return frame is not None or getattr(_fork, "mask", None) is not None
+
+
 @cache
 def _register_fork_hooks() -> None:
-    """Register the hooks once, when they are first needed. They cannot be removed, and most programs need none."""
+    """Register the hooks once, when they are first needed. They cannot be removed, and most programs need none.
+
+    The hook before a fork that is registered last is called first, and the one after a fork is called last. So
+    the hooks of other packages are called between ours.
+    """
     if hasattr(os, "register_at_fork"):  # Windows never forks
         os.register_at_fork(before=_before_fork, after_in_parent=_after_fork, after_in_child=_after_fork_in_child)

@@ -204,11 +204,13 @@ def test_forks_of_a_program_that_imports_the_package_are_as_they_were():
 
 
 FORKING = """
-import os, signal, sys, time
+import os, signal, sys, threading, time
 from nnunet_confkd.processes import terminable
 
-number = int(sys.argv[1])
+number, threads = int(sys.argv[1]), int(sys.argv[2])
 signal.signal(signal.SIGINT, signal.default_int_handler)
+for _ in range(threads):  # it receives signals that the main thread blocks
+    threading.Thread(target=time.sleep, args=(60,), daemon=True).start()
 os.register_at_fork(before=lambda: os.kill(os.getpid(), number))  # it arrives while Python prepares the fork
 try:
     with terminable():
@@ -222,8 +224,53 @@ except (KeyboardInterrupt, SystemExit) as end:
 
 
 @forks
+@pytest.mark.parametrize("threads", [0, 1])
 @pytest.mark.parametrize("number, expected", [(signal.SIGINT, "KeyboardInterrupt"), (signal.SIGTERM, "SystemExit")])
-def test_a_signal_during_a_fork_is_not_lost(number, expected):
+def test_a_signal_during_a_fork_is_not_lost(number, expected, threads):
     """Python ignores exceptions of the functions that it calls around a fork."""
-    found = subprocess.run([sys.executable, "-c", FORKING, str(int(number))], capture_output=True, text=True)
+    command = [sys.executable, "-c", FORKING, str(int(number)), str(threads)]
+    found = subprocess.run(command, capture_output=True, text=True)
     assert found.stdout == f"{expected}\n" and found.stderr == ""
+
+
+@forks
+@pytest.mark.parametrize("number, expected", [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, SystemExit)])
+def test_a_signal_at_any_instruction_of_the_functions_around_a_fork_is_not_lost(number, expected, ctrl_c, monkeypatch):
+    hooks = {processes._before_fork.__code__, processes._after_fork.__code__}
+    seen = 0
+
+    def fork(moment: int | None) -> None:
+        """Fork; at this one of the hooks' instructions the signal arrives."""
+        nonlocal seen
+        seen = 0
+
+        def trace(frame, event, _):
+            nonlocal seen
+            if frame.f_code not in hooks:
+                return None
+            frame.f_trace_opcodes = True
+            if event == "opcode":
+                if seen == moment:
+                    os.kill(os.getpid(), number)
+                seen += 1
+            return trace
+
+        sys.settrace(trace)
+        try:
+            if (child := os.fork()) == 0:
+                os._exit(0)
+        finally:
+            sys.settrace(None)
+        os.waitpid(child, 0)
+
+    ignored = []
+    monkeypatch.setattr(sys, "unraisablehook", ignored.append)
+    with terminable():
+        fork(None)
+    instructions = seen
+    assert instructions > 20
+    for moment in range(instructions):
+        with pytest.raises(expected), terminable():
+            fork(moment)
+            time.sleep(2)
+        assert not ignored, (moment, ignored)
