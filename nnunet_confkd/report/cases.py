@@ -4,10 +4,9 @@ from __future__ import annotations
 import io
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import redirect_stdout
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +29,6 @@ from nnunet_confkd.training.prediction_maps import PredictionMaps, StreamingExpo
 from nnunet_confkd.training.validation import CasePredictor
 
 PARTIAL_CASES = 3  # how many partially annotated training cases are shown
-LOGIT_BYTES, AT_ONCE = 2, 2 ** 31  # nnU-Net's logits; from so many bytes on, the branches are predicted one by one
 AT_A_TIME = 2 ** 20  # how many voxels are counted at once
 SURE = 0.99  # a voxel is in question if a branch predicts foreground, or is less confident than this
 
@@ -66,7 +64,6 @@ class Predictor:
         self.branches = branches
         with redirect_stdout(io.StringIO()):
             self.predict = CasePredictor(self, branches)
-            self.predict_alone = {branch: CasePredictor(self, [branch]) for branch in branches}
 
     def __call__(self, case: str) -> Prediction:
         """Predict a case. Raises InputError if a file of the case is missing."""
@@ -80,35 +77,8 @@ class Predictor:
                              "data set again, or correct its split.") from error
         seg = np.asarray(seg[:])[0]
         previous = None if seg_prev is None else seg_prev[:]
-        logits: Mapping[str, torch.Tensor]
-        if LOGIT_BYTES * self.predict.heads * len(self.branches) * seg.size > AT_ONCE:
-            logits = _OneByOne({branch: partial(self._alone, branch, data, previous) for branch in self.branches})
-        else:
-            logits = self.predict(np.asarray(data[:]), previous)
+        logits = self.predict(data, previous)
         return Prediction(self.model, data, seg, logits, properties)
-
-    def _alone(self, branch: str, data, previous: np.ndarray | None) -> torch.Tensor:
-        return self.predict_alone[branch](np.asarray(data[:]), previous)[branch]
-
-
-class _OneByOne(Mapping):
-    """The logits of each branch of a large case, predicted when they are asked for. Only the last ones are kept."""
-
-    def __init__(self, predictions: dict[str, Callable[[], torch.Tensor]]):
-        self.predictions = predictions
-        self.last: tuple[str, torch.Tensor | None] = ("", None)
-
-    def __getitem__(self, branch: str) -> torch.Tensor:
-        if self.last[0] != branch:
-            self.last = ("", None)
-            self.last = (branch, self.predictions[branch]())
-        return self.last[1]
-
-    def __iter__(self):
-        return iter(self.predictions)
-
-    def __len__(self) -> int:
-        return len(self.predictions)
 
 
 @dataclass

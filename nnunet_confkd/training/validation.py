@@ -4,12 +4,13 @@ from __future__ import annotations
 import multiprocessing
 import os
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from copy import deepcopy
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 from zlib import crc32
@@ -43,6 +44,7 @@ from nnunet_confkd.training.prediction_maps import StreamingExport
 from nnunet_confkd.training.record import RECORD
 
 SEGMENTATION_ENDINGS = (".b2nd", ".npz")  # of nnU-Net's preprocessed segmentations
+LOGIT_BYTES, AT_ONCE = 2, 2 ** 31  # nnU-Net's logits; from so many bytes on, the branches are predicted one by one
 
 
 # ---- predicting a case ----------------------------------------------------------------------------------------------
@@ -52,6 +54,26 @@ class _Heads:
 
     def __init__(self, num_segmentation_heads: int):
         self.num_segmentation_heads = num_segmentation_heads
+
+
+class OneByOne(Mapping):
+    """The logits of each branch of a large case, predicted when they are asked for. Only the last ones are kept."""
+
+    def __init__(self, predictions: dict[str, Callable[[], torch.Tensor]]):
+        self.predictions = predictions
+        self.last: tuple[str, torch.Tensor | None] = ("", None)
+
+    def __getitem__(self, branch: str) -> torch.Tensor:
+        if self.last[0] != branch:
+            self.last = ("", None)
+            self.last = (branch, self.predictions[branch]())
+        return self.last[1]
+
+    def __iter__(self):
+        return iter(self.predictions)
+
+    def __len__(self) -> int:
+        return len(self.predictions)
 
 
 class CasePredictor:
@@ -73,42 +95,54 @@ class CasePredictor:
                                              None, trainer.dataset_json, type(trainer).__name__,
                                              trainer.inference_allowed_mirroring_axes)
         self.heads = trainer.label_manager.num_segmentation_heads
-        self.predictor.label_manager = _Heads(self.heads * len(branches))
 
     @contextmanager
-    def _output_of_branches(self, hint_channels: int):
+    def _output_of(self, branches: list[str], hint_channels: int):
+        self.predictor.label_manager = _Heads(self.heads * len(branches))
         module: Any = unwrap(self.trainer.network)
         if not isinstance(module, TwoBranchUNet):
             yield
             return
         before, module.hints_in_input = module.branch, hint_channels
-        module.branch = "both" if len(self.branches) > 1 else self.branches[0]
+        module.branch = "both" if len(branches) > 1 else branches[0]
         try:
             yield
         finally:
             module.branch, module.hints_in_input = before, 0
 
-    def __call__(self, data: np.ndarray, seg_prev: np.ndarray | None,
-                 hints: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
+    def __call__(self, data, seg_prev: np.ndarray | None, hints: torch.Tensor | None = None
+                 ) -> Mapping[str, torch.Tensor]:
         """Predict a preprocessed case.
 
         Args:
-            data: The image, `(C, *spatial)`.
+            data: The image, `(C, *spatial)`. It may lie in a file.
             seg_prev: The labels of the previous stage `(*spatial)`, for a cascade.
             hints: Those of the teacher, as :func:`simulated_hints` returns them.
 
         Returns:
-            The logits of each branch, `(heads, *spatial)`: views of one tensor on the CPU.
+            The logits of each branch, `(heads, *spatial)`: views of one tensor on the CPU. Two branches that need
+            more than `AT_ONCE` bytes together are a :class:`OneByOne`.
         """
+        size = LOGIT_BYTES * self.heads * len(self.branches) * int(np.prod(data.shape[1:]))
+        if len(self.branches) > 1 and size > AT_ONCE:
+            return OneByOne({branch: partial(self._alone, branch, data, seg_prev, hints) for branch in self.branches})
+        return self._predict(self.branches, data, seg_prev, hints)
+
+    def _alone(self, branch: str, *case) -> torch.Tensor:
+        return self._predict([branch], *case)[branch]
+
+    def _predict(self, branches: list[str], data, seg_prev: np.ndarray | None,
+                 hints: torch.Tensor | None) -> dict[str, torch.Tensor]:
+        data = np.asarray(data[:])
         if self.trainer.is_cascaded:
             data = np.vstack((data, convert_labelmap_to_one_hot(
                 seg_prev, self.trainer.label_manager.foreground_labels, output_dtype=data.dtype)))
         image = torch.from_numpy(np.require(data, requirements="W"))
         if hints is not None:
             image = torch.cat((image, hints.to(image.dtype)))
-        with self._output_of_branches(0 if hints is None else len(hints)):
+        with self._output_of(branches, 0 if hints is None else len(hints)):
             logits = self.predictor.predict_sliding_window_return_logits(image).cpu()
-        return dict(zip(self.branches, logits.split(self.heads)))
+        return dict(zip(branches, logits.split(self.heads)))
 
 
 def simulated_hints(trainer, case: str, data: np.ndarray, seg: np.ndarray) -> torch.Tensor | None:
@@ -291,10 +325,16 @@ def predict_cases(trainer, cases: Iterable[str], pool: ExportPool, folders: dict
         data, seg, seg_prev, properties = dataset.load_case(case)
         trainer.print_to_log_file(f"predicting {case}, shape {data.shape}, rank {trainer.local_rank}")
         hints = simulated_hints(trainer, case, data[:], seg[:]) if "teacher" in branches else None
-        logits = predict(data[:], None if seg_prev is None else seg_prev[:], hints)
-        pool.submit(_export_case, logits, {branch: join(folder, case) for branch, folder in folders.items()},
-                    list(_next_stages(trainer, case)), properties, trainer.plans_manager, trainer.configuration_manager,
-                    trainer.dataset_json, save_probabilities)
+        predicted = predict(data, None if seg_prev is None else seg_prev[:], hints)
+        one_by_one = isinstance(predicted, OneByOne)
+        for part in ([branch] for branch in branches) if one_by_one else (branches,):
+            if one_by_one:
+                pool.wait_for_all()  # the memory holds the logits of one branch alone
+            logits = {branch: predicted[branch] for branch in part}
+            pool.submit(_export_case, logits, {branch: join(folders[branch], case) for branch in part if folders},
+                        list(_next_stages(trainer, case)) if "student" in part else [], properties,
+                        trainer.plans_manager, trainer.configuration_manager, trainer.dataset_json, save_probabilities)
+            del logits
         # as nnU-Net does: without a barrier from time to time nccl times out on large data sets
         if trainer.is_ddp and i < common - 1 and (i + 1) % 20 == 0:
             dist.barrier()

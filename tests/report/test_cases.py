@@ -10,7 +10,6 @@ import torch
 
 from nnunet_confkd.errors import InputError
 from nnunet_confkd.evaluation.metrics import MEASURES, CaseMeasures
-from nnunet_confkd.report import cases
 from nnunet_confkd.report.cases import (
     Calibration,
     Findings,
@@ -22,6 +21,7 @@ from nnunet_confkd.report.cases import (
     _spread,
 )
 from nnunet_confkd.report.model import Model
+from nnunet_confkd.training import validation
 
 BRANCHES = ("student", "teacher")
 
@@ -105,7 +105,7 @@ def test_the_slice_of_a_real_case_and_its_entropy(predicted):
 
 def test_the_branches_of_a_large_case_are_predicted_one_by_one(predicted, small, monkeypatch):
     case, expected = next(iter(predicted.items()))
-    monkeypatch.setattr(cases, "AT_ONCE", 100)
+    monkeypatch.setattr(validation, "AT_ONCE", 100)
     model = Model(small, None, "checkpoint_final.pth")
     found = Predictor(model, model.fold_folders[0], list(BRANCHES), torch.device("cpu"))(case)
     assert list(found.logits) == list(BRANCHES) and found.logits.last[1] is None  # nothing is predicted yet

@@ -11,6 +11,7 @@ import torch
 from nnunetv2.evaluation.accumulate_cv_results import accumulate_cv_results
 from nnunetv2.inference.export_prediction import export_prediction_from_logits
 
+from nnunet_confkd.training import validation
 from nnunet_confkd.training.hints import hint_channels
 from nnunet_confkd.training.validation import CasePredictor, leave_out_unlisted, predict_cases, simulated_hints
 
@@ -25,6 +26,9 @@ class Pool:
         self.submitted, self.pickled = [], []
 
     def wait_for_room(self):
+        pass
+
+    def wait_for_all(self):
         pass
 
     def submit(self, function, *args):
@@ -111,6 +115,24 @@ def test_each_case_is_handed_over_once_and_its_logits_are_not_pickled(hippocampu
             assert (folder / f"{case}.nii.gz").read_bytes() == expected.with_name(f"{case}.nii.gz").read_bytes()
             ours, nnunets = (np.load(of.with_name(f"{case}.npz"))["probabilities"] for of in (folder / case, expected))
             np.testing.assert_array_equal(ours, nnunets)
+
+
+def test_the_branches_of_a_large_case_are_predicted_and_handed_over_one_by_one(hippocampus, trained, tmp_path,
+                                                                               monkeypatch):
+    """So the memory holds the logits of one branch. The files are the same."""
+    cases, written = sorted(hippocampus["validation"])[:1], []
+    monkeypatch.setattr(trained, "inference_allowed_mirroring_axes", None)
+    for at_once, handed_over in ((validation.AT_ONCE, [["student", "teacher"]]), (100, [["student"], ["teacher"]])):
+        monkeypatch.setattr(validation, "AT_ONCE", at_once)
+        folders = {branch: tmp_path / str(at_once) / branch for branch in ("student", "teacher")}
+        for folder in folders.values():
+            folder.mkdir(parents=True)
+        pool = Pool()
+        predict_cases(trained, cases, pool, folders, False)
+        assert [list(logits) for logits, *_ in pool.submitted] == handed_over
+        assert [list(files) for _, files, *_ in pool.submitted] == handed_over
+        written.append([(folder / f"{cases[0]}.nii.gz").read_bytes() for folder in folders.values()])
+    assert written[0] == written[1] and written[0][0] != written[0][1]
 
 
 def test_cases_of_a_former_split_are_moved_and_not_counted(nnunet, hippocampus, split, tmp_path):
