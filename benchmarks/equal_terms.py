@@ -60,8 +60,9 @@ STOCK = "ignore_uniform"
 MORE = ("ignore_quarter", "ignore_prior_quarter", "ignore_three_quarters", "cutmix_full", "ignore_equal",
         "ignore_equal_quarter", "ignore_prior_equal_quarter")
 # ConfKD's row has the settings that its trainer chooses from these data.
-SHORT = {"scribbles": (*IGNORE_ROWS, "apart_cost"), "erosion": (*IGNORE_ROWS, "apart_corrected_cost"),
-         "erosion_foreground": (*IGNORE_ROWS, "equal_cost"),
+SHORT = {"scribbles": ("ignore_equal_quarter", "apart_cost"),
+         "erosion": ("ignore_prior_equal_quarter", "apart_corrected_cost"),
+         "erosion_foreground": ("ignore_quarter", "equal_cost"),
          "unlabelled": ("full_only", "full_cutmix", "cutmix_three_quarters_cost"),
          "points_5": (*IGNORE_ROWS, "confkd_cost"), "points_10": ("full_only", "today_cost")}
 WORDS = {"scribbles": "ACDC, expert scribbles", "erosion": "ACDC, eroded masks with background",

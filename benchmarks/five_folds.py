@@ -11,7 +11,7 @@ headline (headline.py) into docs/.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -194,6 +194,11 @@ def by_patient(values: np.ndarray, patients: list[str]) -> np.ndarray:
     return np.array([np.nanmean(values[names == name]) for name in sorted(set(patients))])
 
 
+def of_patients(folds: Mapping[int, dict], metric: str) -> list[np.ndarray]:
+    """The mean over classes, and then over the cases of each patient, by fold."""
+    return [by_patient(np.nanmean(run[metric], 1), run["patients"]) for _, run in sorted(folds.items())]
+
+
 def gain(ours: dict[int, dict], rival: dict[int, dict], metric: str) -> tuple[list[np.ndarray], float] | None:
     """Differences by fold and patient, and their mean; None without a common fold."""
     folds = sorted(set(ours) & set(rival))
@@ -245,9 +250,10 @@ def line_of(setting: str, row: str, shown: dict[str, dict[int, dict]]) -> str:
     """A line of a table."""
     folds = shown[row]
 
-    def mean(metric: str, axis: int | None = None) -> np.ndarray:
-        of_classes = np.nanmean(np.concatenate([run[metric] for run in folds.values()]), 0)
-        return of_classes if axis else of_classes.mean()
+    def of_classes(metric: str) -> np.ndarray:
+        return np.nanmean(np.concatenate([run[metric] for run in folds.values()]), 0)
+
+    raw, after = (np.concatenate(of_patients(folds, metric)).mean() for metric in ("dice", "dice_pp"))
 
     rival = RIVAL.get(setting, "ignore") + (LONG if row.endswith(LONG) else "")
     gains = []
@@ -255,10 +261,11 @@ def line_of(setting: str, row: str, shown: dict[str, dict[int, dict]]) -> str:
         found = None if row == rival else gain(folds, shown.get(rival, {}), metric)
         gains.append("" if found is None else
                      "{:+.3f} [{:+.3f}, {:+.3f}]".format(found[1], *interval(found[0])))
-    classes = " / ".join(f"{value:.3f}" for value in mean("dice_pp", 1))
+    classes = " / ".join(f"{value:.3f}" for value in of_classes("dice_pp"))
+    distances = f"{of_classes('hd95_mm').mean():.1f} | {of_classes('hd95_mm_pp').mean():.1f}"
     title = next(iter(folds.values()))["title"]
-    return (f"| {title} (`{row}`) | {mean('dice'):.3f} | {mean('dice_pp'):.3f} | {classes} | {mean('hd95_mm'):.1f} | "
-            f"{mean('hd95_mm_pp'):.1f} | {mean('nsd_pp'):.3f} | {gains[0]} | {gains[1]} | {len(folds)} |")
+    return (f"| {title} (`{row}`) | {raw:.3f} | {after:.3f} | {classes} | {distances} | "
+            f"{of_classes('nsd_pp').mean():.3f} | {gains[0]} | {gains[1]} | {len(folds)} |")
 
 
 def main() -> None:

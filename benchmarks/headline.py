@@ -7,25 +7,20 @@ run in fewer folds than another one of its column is left out.
 """
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
-from five_folds import SETTINGS, by_patient, home_of, interval, read_all
+from five_folds import SETTINGS, home_of, interval, of_patients, read_all
 
 COLUMNS = {"those alone": ("full_only", "full_cutmix"), "ignore label": ("ignore_uniform", "ignore"),
            "ConfKD": ("confkd_cost", "confkd_cutmix_cost"), "everything annotated": ("all",)}
 OURS = "ConfKD"
 COLOURS = {"those alone": "0.65", "ignore label": "tab:blue", "ConfKD": "tab:red", "everything annotated": "0.3"}
+LEGEND = {"those alone": "the fully annotated patients alone", "ignore label": "the ignore label (no teacher)"}
 WORDS = {"scribbles": "ACDC, expert scribbles", "erosion": "ACDC, eroded masks with background",
          "erosion_foreground": "ACDC, eroded masks without background", "unlabelled": "ACDC, unlabelled",
          "points": "Hippocampus, points", "points_sparse": "Hippocampus, points in a quarter of the slices",
          "points_3d": "Hippocampus 3-D, points"}
-
-
-def values(folds: Mapping[int, dict], metric: str) -> list[np.ndarray]:
-    """The mean over classes of each patient, by fold."""
-    return [by_patient(np.nanmean(run[metric], 1), run["patients"]) for _, run in sorted(folds.items())]
 
 
 def lines_of(folder: Path, metric: str = "dice_pp") -> list[dict]:
@@ -56,9 +51,9 @@ def lines_of(folder: Path, metric: str = "dice_pp") -> list[dict]:
             if not folds:
                 continue
             best = {column: max(([run for fold, run in sorted(of.items()) if fold in folds] for of in choices.values()),
-                                key=lambda of: np.concatenate(values(dict(enumerate(of)), metric)).mean())
+                                key=lambda of: np.concatenate(of_patients(dict(enumerate(of)), metric)).mean())
                     for column, choices in rows.items()}
-            patients = {column: values(dict(enumerate(of)), metric) for column, of in best.items()}
+            patients = {column: of_patients(dict(enumerate(of)), metric) for column, of in best.items()}
             means = {column: float(np.concatenate(of).mean()) for column, of in patients.items()}
             rival = max((column for column in list(COLUMNS)[:2] if column in means), key=means.__getitem__)
             gains = [ours - theirs for ours, theirs in zip(patients[OURS], patients[rival])]
@@ -94,7 +89,8 @@ def draw(folder: Path, file: Path) -> None:
         for number, (column, mean) in enumerate(line["means"].items()):
             height = place + 0.12 * (1.5 - number)
             axis.plot(line["intervals"][column], (height, height), color=COLOURS[column])
-            axis.plot(mean, height, "o", color=COLOURS[column], label=column if place == len(lines) - 1 else None)
+            axis.plot(mean, height, "o", color=COLOURS[column],
+                      label=LEGEND.get(column, column) if place == len(lines) - 1 else None)
     axis.set_yticks(range(len(lines)), [f"{WORDS[line['setting']]}\n{line['full']} fully annotated patients"
                                         for line in lines])
     axis.set_xlabel("mean Dice of test patients after post-processing, with 95 % interval")
