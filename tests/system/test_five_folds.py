@@ -123,8 +123,14 @@ def test_the_tables_and_the_text_show_the_runs_that_are_here(module):
     readme = (ROOT / "benchmarks" / "README.md").read_text()
     assert f"<!-- five folds -->\n{text}\n<!-- end of five folds -->" in readme, "--report writes it anew"
     results = (ROOT / "docs" / "explanation" / "results.md").read_text()
-    numbers = re.findall(r"\d\.\d{3}", results.split("**Test patients.**")[1].split("**Today's")[0])
-    assert numbers and set(numbers) <= set(re.findall(r"\d\.\d{3}", text)), "as in the tables"
+    alone, *items = results.split("**Test patients.**")[1].split("\n\n!")[0].split("\n- ")
+    lines, raw = headline.lines_of(module.OUTPUT), headline.lines_of(module.OUTPUT, "dice")
+    assert len(items) == len(lines) > 0
+    for item, line, before in zip(items, lines, raw):
+        means = [line["means"][column] for column in ("those alone", "ignore label", "ConfKD")]
+        numbers = [f"{mean:.3f}" for mean in means] + [
+            f"{value:+.3f}" for value in (*line["gain"], *before["gain"])]
+        assert re.findall(r"[+-]?\d\.\d{3}", alone) + re.findall(r"[+-]?\d\.\d{3}", item) == numbers
 
 
 def test_what_annotating_costs_is_counted_on_the_real_labels(module, test_data, tmp_path):
