@@ -17,7 +17,7 @@ from nnunet_confkd.errors import InputError
 from nnunet_confkd.inference.review import case_score, map_ending
 
 # Folders in the raw folder of the new data set
-CONFIDENCE, PREDICTED, ENTROPY = "confidence", ".predicted", "entropy"
+CONFIDENCE, PREDICTED, ROWS = "confidence", ".predicted", ".predicted/rows"
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,10 @@ class KnownLabel:
 
     def missing(self, label: np.ndarray) -> np.ndarray:
         """Return which voxels are to be completed."""
-        return np.isin(label, [*self.possible, -1 if self.ignore is None else self.ignore])
+        found = np.zeros(label.shape, bool)
+        for value in (*self.possible, *(() if self.ignore is None else (self.ignore,))):
+            found |= label == value  # np.isin sorts all voxels where a value does not fit their type
+        return found
 
     def agrees(self, before: np.ndarray, after: np.ndarray) -> bool:
         """Return whether the voxels that can have some values have one of these in a completed label."""
@@ -69,7 +72,7 @@ def check_case(case: Case, allowed: list[int], channels: int) -> tuple[list[str]
 
 @dataclass(frozen=True)
 class CompletedCase:
-    """An incomplete case and its prediction. It is sent to other processes.
+    """An incomplete case and how to complete it. It is sent to other processes.
 
     Attributes:
         case: The name of the case.
@@ -89,26 +92,36 @@ class CompletedCase:
     def fill(self, file: Path) -> Picture:
         """Read the label `file` and fill what is missing; what the model is not sure of becomes ignored."""
         picture = read(file)
-        label, filled = picture.voxels[0], self._prediction(picture.voxels[0].shape)
+        label = picture.voxels[0]
+        filled = self._predicted(PREDICTED, self.file_ending, label.shape)
         if self.threshold is not None:
-            filled = np.where(self._map(CONFIDENCE, label.shape) > self.threshold, filled, self.ignore)
+            confidence = self._predicted(CONFIDENCE, map_ending(self.file_ending), label.shape)
+            filled = np.where(confidence > self.threshold, filled, self.ignore)
         filled = np.where(self.known.missing(label), filled, label)
         return Picture(filled.astype(np.uint16 if (self.ignore or filled.max()) > 255 else np.uint8)[None],
                        picture.geometry)
 
-    def review(self) -> dict:
-        """Compute the row of the case in the review list."""
-        label = read(self.known.file).voxels[0]
-        predicted, confidence = self._prediction(label.shape), self._map(CONFIDENCE, label.shape)
-        entropy = self._map(f"{PREDICTED}/{ENTROPY}", label.shape)
+    def review(self, label: np.ndarray, predicted: np.ndarray, confidence: np.ndarray, entropy: np.ndarray) -> dict:
+        """Compute the row of the case in the review list.
+
+        Args:
+            label: That of the source, `(Z, Y, X)`, as are the others.
+            predicted: The segmentation.
+            confidence: Of each voxel.
+            entropy: Normalised.
+
+        Returns:
+            The score of :func:`nnunet_confkd.inference.review.case_score`, what the case becomes ("kind"), how many
+            voxels are annotated, filled and left, and how well the prediction agrees with the annotated ones.
+        """
         missing = self.known.missing(label)
-        left = int((missing & (confidence <= self.threshold)).sum()) if self.threshold is not None else 0
-        annotated = int((~missing).sum())
-        agreement = float(np.mean(predicted == label, where=~missing)) if annotated else None
+        left = 0 if self.threshold is None else int(np.count_nonzero(missing & (confidence <= self.threshold)))
+        annotated = missing.size - int(np.count_nonzero(missing))
+        agreement = np.count_nonzero((predicted == label) & ~missing) / annotated if annotated else None
         ignore = -2 if self.ignore is None else self.ignore
         return {"case": self.case, **case_score(entropy, predicted, missing),
                 "kind": kind_of({ignore: left, OUTSIDE: label.size - left}, ignore),
-                "annotated_voxels": annotated, "filled_voxels": int(missing.sum()) - left, "ignored_voxels": left,
+                "annotated_voxels": annotated, "filled_voxels": label.size - annotated - left, "ignored_voxels": left,
                 "mean_confidence": float(confidence.mean(dtype=np.float64, where=missing)),
                 "agreement_with_annotations": agreement}
 
@@ -122,8 +135,5 @@ class CompletedCase:
         left = self.threshold is None and self.ignore is not None and bool((after == self.ignore).any())
         return not kept or left or not self.known.agrees(before[~unsure], after[~unsure])
 
-    def _prediction(self, shape: tuple[int, ...]) -> np.ndarray:
-        return read(self.target / PREDICTED / f"{self.case}{self.file_ending}").voxels[0].reshape(shape)
-
-    def _map(self, folder: str, shape: tuple[int, ...]) -> np.ndarray:
-        return read(self.target / folder / f"{self.case}{map_ending(self.file_ending)}").voxels[0].reshape(shape)
+    def _predicted(self, folder: str, ending: str, shape: tuple[int, ...]) -> np.ndarray:
+        return read(self.target / folder / f"{self.case}{ending}").voxels[0].reshape(shape)

@@ -31,14 +31,7 @@ from nnunet_confkd.discovery import make_findable
 from nnunet_confkd.errors import InputError
 from nnunet_confkd.files import write_json
 from nnunet_confkd.inference.checkpoints import fold_folders, load_checkpoint, require_teacher
-from nnunet_confkd.inference.completed_case import (
-    CONFIDENCE,
-    ENTROPY,
-    PREDICTED,
-    CompletedCase,
-    KnownLabel,
-    check_case,
-)
+from nnunet_confkd.inference.completed_case import CONFIDENCE, PREDICTED, ROWS, CompletedCase, KnownLabel, check_case
 from nnunet_confkd.inference.expected_time import prediction_text
 from nnunet_confkd.inference.known_labels import export_as_known, require_possible
 from nnunet_confkd.inference.prediction import ExportingPredictor, normalised_entropy
@@ -129,15 +122,15 @@ def complete(source: int | str, model: TrainedModel, dataset_id: int, *, confide
         known, kinds, hidden = _check_cases(folder, described, dataset, processes)
         incomplete = [case for case in dataset.training if case.name in known]
         splits = _splits(source, kinds, dataset.patient_pattern, known)
-        _predict(predictor, incomplete, target / PREDICTED, processes, _Shown(known, hidden, hints))
-
         if confidence is not None:
             dataset.labels = with_ignore(dataset.labels)  # for voxels of which the model is not that sure
         ignore: Any = dataset.labels.get("ignore")
         completions = [CompletedCase(case.name, known[case.name], target, dataset.file_ending, ignore, confidence)
                        for case in incomplete]
-        rows = [{**row, "kind_before": kinds[row["case"]]} for row in
-                parallel(CompletedCase.review, [(c,) for c in completions], processes, "judging predictions")]
+        predictor.completions = {completion.case: completion for completion in completions}
+        _predict(predictor, incomplete, target / PREDICTED, processes, hidden, hints)
+        rows = [read_json(target / ROWS / f"{case.name}.json") | {"kind_before": kinds[case.name]}
+                for case in incomplete]
         _replace_labels(dataset, kinds, completions, rows)
         reported = ("kind_before", "annotated_voxels", "filled_voxels", "ignored_voxels")
         cases = {row["case"]: {key: row[key] for key in reported} for row in rows}
@@ -171,29 +164,33 @@ def _replace_labels(dataset: Dataset, kinds: dict[str, str], completions: list[C
 # ---- the model ------------------------------------------------------------------------------------------------------
 
 class _CompletingPredictor(ExportingPredictor):
-    """nnU-Net's predictor that writes the confidence and the entropy beside the segmentation.
+    """nnU-Net's predictor that writes the confidence and the row of the review list beside the segmentation.
 
     Attributes:
-        known: {case: what is known of it}.
+        completions: {case: how it is completed}.
     """
 
-    known: dict[str, KnownLabel]
+    completions: dict[str, CompletedCase]
 
     def exporter(self):
-        return partial(_export, self.known)
+        return partial(_export, self.completions)
 
 
-def _export(known, logits, properties, configuration_manager, plans_manager, dataset_json, output, *args,
+def _export(completions, logits, properties, configuration_manager, plans_manager, dataset_json, output, *args,
             **kwargs) -> None:
-    """Write segmentation, entropy and confidence; `output` is `TARGET/.predicted/CASE`."""
-    _, maps = export_as_known(known[Path(output).name], logits, properties, configuration_manager, plans_manager,
-                              dataset_json, output, *args, **kwargs)
+    """Write the segmentation, the confidence and the row of the review list; `output` is `TARGET/.predicted/CASE`."""
+    completion, writer = completions[Path(output).name], plans_manager.image_reader_writer_class()
+    label = writer.read_seg(str(completion.known.file))[0][0]
+    segmentation, maps = export_as_known(completion.known, label, logits, properties, configuration_manager,
+                                         plans_manager, dataset_json, output, *args, **kwargs)
     del logits
     labels, output = plans_manager.get_label_manager(dataset_json), Path(output)
-    name, writer = f"{output.name}{map_ending(dataset_json['file_ending'])}", plans_manager.image_reader_writer_class()
-    write_map(output.parent.parent / CONFIDENCE / name, maps.pop("confidence"), properties, writer)
     normalised = normalised_entropy(maps.pop("entropy"), labels.num_segmentation_heads, labels.has_regions)
-    write_map(output.parent / ENTROPY / name, normalised, properties, writer)
+    row = completion.review(label, segmentation, maps["confidence"], normalised)
+    del normalised, label, segmentation
+    name = f"{output.name}{map_ending(dataset_json['file_ending'])}"
+    write_map(output.parent.parent / CONFIDENCE / name, maps.pop("confidence"), properties, writer)
+    write_json(output.parent.parent / ROWS / f"{output.name}.json", row)
 
 
 def _load_predictor(model: TrainedModel) -> tuple[_CompletingPredictor, list[str]]:
@@ -217,7 +214,7 @@ def _load_predictor(model: TrainedModel) -> tuple[_CompletingPredictor, list[str
                          f"give a model of another configuration")
     device = choose_device(model.device, lambda: prediction_text(model.folder, len(folds)))
     predictor = _CompletingPredictor(device=torch.device(device))
-    predictor.known = {}
+    predictor.completions = {}
     try:
         with predicting(model.branch):
             predictor.initialize_from_trained_model_folder(str(model.folder), folds, model.checkpoint)
@@ -277,34 +274,29 @@ def _uses_hints(model: Path, folds: list[str]) -> bool:
     return all(found)
 
 
-@dataclass(frozen=True)
-class _Shown:
-    """What is known of the cases, and whether the teacher is shown it.
+def _predict(predictor: _CompletingPredictor, cases: list[Case], folder: Path, processes: int,
+             hidden: dict[str, Listed], hints: bool) -> None:
+    """Predict the cases into the folder.
 
-    Attributes:
-        known: {case: what is known of it}.
+    Args:
+        predictor: Knows how the cases are completed.
+        cases: Those that are to be completed.
+        folder: It must not exist.
+        processes: The number of processes.
         hidden: {case: for each head whether the case is annotated for it}, of cases that lack some.
         hints: Whether the teacher gets the annotations as its hints.
     """
-    known: dict[str, KnownLabel]
-    hidden: dict[str, Listed]
-    hints: bool
-
-
-def _predict(predictor: _CompletingPredictor, cases: list[Case], folder: Path, processes: int, shown: _Shown) -> None:
-    """Predict the cases into the folder."""
     sources = [[str(volume.file) for volume in case.images] for case in cases]
     outputs = [str(folder / case.name) for case in cases]
     number = max(1, min(processes, EXPORT_PROCESSES, len(cases)))
-    folder.mkdir()
-    predictor.known = shown.known
-    if shown.hints:
+    (folder.parent / ROWS).mkdir(parents=True)
+    if hints:
         network: Any = unwrap(predictor.network)
         manager = predictor.label_manager
-        sets = manager.has_regions or shown.hidden  # otherwise hints are labels, in one channel
+        sets = manager.has_regions or hidden  # otherwise hints are labels, in one channel
         network.hints_in_input = manager.num_segmentation_heads + 1 if sets else 1
         labels = [str(case.label.file) for case in cases]
-        predictor.predict_from_data_iterator(_with_hints(predictor, sources, labels, outputs, shown.hidden),
+        predictor.predict_from_data_iterator(_with_hints(predictor, sources, labels, outputs, hidden),
                                              num_processes_segmentation_export=number)
     elif processes <= 1:
         predictor.predict_from_files_sequential(sources, outputs)

@@ -49,14 +49,19 @@ def _heads(labels: LabelManager, values: tuple[int, ...]) -> list[bool | None]:
     return [None if len(found) > 1 else found.pop() for found in held]
 
 
-def export_as_known(known: KnownLabel, logits, properties: dict, configuration_manager, plans_manager,
-                    dataset_json: dict, output: str, *args,
+def export_as_known(known: KnownLabel, label: np.ndarray, logits, properties: dict, configuration_manager,
+                    plans_manager, dataset_json: dict, output: str, *args,
                     **kwargs) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     """Write a prediction as `export_and_measure` does, in which no voxel has a class that it is known not to have.
 
     Where the label says "background or one of the other classes", only these compete, so that their probabilities sum
     to 1. With regions, those that the voxel is known to belong to, or not to, are certain. Elsewhere all classes
     compete.
+
+    Args:
+        known: What is known.
+        label: That of the case, `(*spatial)`, as nnU-Net reads it.
+        logits: This and all else are the arguments of `export_and_measure`.
 
     Returns:
         The segmentation that was written, and the maps "entropy" and "confidence".
@@ -68,7 +73,6 @@ def export_as_known(known: KnownLabel, logits, properties: dict, configuration_m
     if not known.possible:
         return export(logits)
     writer, labels = plans_manager.image_reader_writer_class(), plans_manager.get_label_manager(dataset_json)
-    label = writer.read_seg(str(known.file))[0][0]
     parts = []
     for values in sorted(set(known.possible.values())):
         constrained = logits.clone() if isinstance(logits, torch.Tensor) else logits.copy()

@@ -19,8 +19,12 @@ from nnunet_confkd.training.prediction_maps import StreamingExport, max_entropy
 
 
 def normalised_entropy(entropy_nats: np.ndarray, heads: int, regions: bool) -> np.ndarray:
-    """Divide a float32 map of the entropy in nats by the largest possible entropy; the result is from 0 to 1."""
-    return entropy_nats / np.float32(max_entropy(heads, regions))
+    """Divide a float32 map of the entropy in nats by the largest possible entropy; the result is from 0 to 1.
+
+    The map itself is changed, because a copy of a large one takes as much memory again.
+    """
+    entropy_nats /= np.float32(max_entropy(heads, regions))
+    return entropy_nats
 
 
 def export_and_measure(logits, properties, configuration_manager, plans_manager, dataset_json: dict, output: str,

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
+from copy import copy
 from typing import NamedTuple
 
 import numpy as np
@@ -146,6 +147,56 @@ def class_map(target: Tensor, regions: bool) -> np.ndarray:
 
 # ---- what the sampler remembers -------------------------------------------------------------------------------------
 
+class Voxels:
+    """Some voxels of an image, as a mask in their bounding box. Lists of the voxels of a large class take much longer.
+
+    Args:
+        mask: Bool.
+        corner: Where the box begins, `(dimensions,)`.
+
+    Attributes:
+        of_mask: Their numbers in the mask, in ascending order.
+        size: How many there are.
+    """
+
+    def __init__(self, mask: np.ndarray, corner: Sequence[int] | np.ndarray):
+        self.mask, self.corner = mask, np.asarray(corner)
+        self.of_mask = np.flatnonzero(mask)
+        self.size = len(self.of_mask)
+
+    @classmethod
+    def of(cls, voxels: np.ndarray) -> Voxels:
+        """Put a list of voxels, `(n, dimensions)`, into a box."""
+        low = voxels.min(0)
+        mask = np.zeros(voxels.max(0) + 1 - low, bool)
+        mask[tuple((voxels - low).T)] = True
+        return cls(mask, low)
+
+    def voxels(self, chosen: np.ndarray | slice = slice(None)) -> np.ndarray:
+        """List some of the voxels by their numbers, `(n, dimensions)`."""
+        return np.stack(np.unravel_index(self.of_mask[chosen], self.mask.shape), 1) + self.corner
+
+    def sample(self) -> np.ndarray:
+        """List at most `SAMPLE` of the voxels, evenly spread over their order, `(n, dimensions)`."""
+        return self.voxels(_spread(self.size))
+
+    def moved(self, shift: np.ndarray) -> Voxels:
+        """The same voxels elsewhere."""
+        found = copy(self)
+        found.corner = self.corner + shift
+        return found
+
+    def components(self) -> list[Voxels]:
+        """The connected components, diagonal neighbours included; at most `PARTS` groups of neighbouring ones."""
+        if self.size > MANY:
+            return [self]
+        numbered, number = ndimage.label(self.mask, np.ones([3] * self.mask.ndim))
+        parts = min(number, PARTS)
+        of_voxel = (numbered.ravel()[self.of_mask].astype(int) - 1) * parts // number
+        voxels = self.voxels()
+        return [Voxels.of(voxels[of_voxel == part]) for part in range(parts)]
+
+
 class Pattern(NamedTuple):
     """The annotated voxels of one class in one image."""
 
@@ -154,17 +205,14 @@ class Pattern(NamedTuple):
     bits: np.ndarray  # the voxels in it, packed, because dozens of patterns of large patches are kept
 
     @classmethod
-    def of(cls, voxels: np.ndarray) -> Pattern:
-        """Pack voxels, `(n, dimensions)`."""
-        low = voxels.min(0)
-        box = np.zeros(voxels.max(0) + 1 - low, bool)
-        box[tuple((voxels - low).T)] = True
-        return cls(low, box.shape, np.packbits(box))
+    def of(cls, voxels: Voxels) -> Pattern:
+        """Pack voxels."""
+        return cls(voxels.corner, voxels.mask.shape, np.packbits(voxels.mask))
 
-    def voxels(self) -> np.ndarray:
-        """Unpack the voxels, `(n, dimensions)`."""
-        box = np.unpackbits(self.bits, count=int(np.prod(self.shape))).view(bool).reshape(self.shape)
-        return _voxels(box) + self.corner
+    def voxels(self) -> Voxels:
+        """Unpack the voxels."""
+        mask = np.unpackbits(self.bits, count=int(np.prod(self.shape))).view(bool).reshape(self.shape)
+        return Voxels(mask, self.corner)
 
 
 class Depth:
@@ -302,8 +350,7 @@ class HintSampler:
             annotated: Bool, `(*spatial)`: which voxels are annotated.
             inside: Bool, `(*spatial)`: where the image is.
         """
-        voxels, of_voxel = _voxels(annotated), labels[annotated]
-        if not len(voxels):
+        if not annotated.any():
             return
         self.images["annotated"] += 1
         if _is_by_slices(labels, annotated, inside):
@@ -311,12 +358,12 @@ class HintSampler:
             if (profile := _slice_profile(annotated, inside)) is not None:
                 self.profiles.append(profile)
             return
-        order = np.argsort(of_voxel, kind="stable")
-        present, starts = np.unique(of_voxel[order], return_index=True)
-        self.with_class["annotated"].update(present.tolist())
-        for label, chosen in zip(present.tolist(), np.split(voxels[order], starts[1:])):
-            self.patterns.setdefault(label, deque(maxlen=KEPT)).append(Pattern.of(chosen))
-            self.depth.setdefault(label, Depth()).add("real", _edge_strength(data, _sample(chosen)))
+        present = _boxes(labels, annotated)
+        self.with_class["annotated"].update(list(present))
+        for label, box in present.items():
+            voxels = Voxels((labels[box] == label) & annotated[box], _corner(box))
+            self.patterns.setdefault(label, deque(maxlen=KEPT)).append(Pattern.of(voxels))
+            self.depth.setdefault(label, Depth()).add("real", _edge_strength(data, voxels.sample()))
 
     def simulate(self, data: np.ndarray, labels: np.ndarray, inside: np.ndarray,
                  rng: np.random.Generator) -> np.ndarray:
@@ -337,11 +384,13 @@ class HintSampler:
             if not self.profiles:
                 return hints
             return _by_profile(self.profiles[rng.integers(len(self.profiles))], inside, rng)
+        cut = None if inside.all() else inside
         for label, box in present.items():
             if label in self.patterns and rng.random() < self._share_annotated(label):
                 pattern = self.patterns[label][rng.integers(len(self.patterns[label]))]
-                place = _Class((labels[box] == label) & inside[box], box, inside, data, self.depth[label])
-                hints[place.index(_place(pattern.voxels(), place, rng))] = True
+                place = _Class((labels[box] == label) & inside[box], box, labels.shape, cut, data, self.depth[label])
+                for voxels in _place(pattern.voxels(), place, rng):
+                    place.paint(hints, voxels)
         return hints
 
     def simulate_volume(self, data: np.ndarray, labels: np.ndarray, inside: np.ndarray, patch_size: Sequence[int],
@@ -397,14 +446,13 @@ def _boxes(labels: np.ndarray, inside: np.ndarray) -> dict[int, tuple[slice, ...
     return {number if values is None else int(values[number]): box for number, box in boxes if box is not None}
 
 
-def _voxels(mask: np.ndarray) -> np.ndarray:
-    """The places where a mask is true, `(n, dimensions)`; several times as fast as `np.argwhere`."""
-    return np.stack(np.unravel_index(np.flatnonzero(mask), mask.shape), 1)
+def _corner(box: tuple[slice, ...]) -> np.ndarray:
+    return np.array([side.start for side in box])
 
 
-def _sample(voxels: np.ndarray) -> np.ndarray:
-    """At most `SAMPLE` of the voxels `(n, dimensions)`, evenly spread over their order."""
-    return voxels if len(voxels) <= SAMPLE else voxels[np.linspace(0, len(voxels) - 1, SAMPLE).astype(int)]
+def _spread(number: int) -> np.ndarray | slice:
+    """The numbers of at most `SAMPLE` things, evenly spread over their order."""
+    return slice(None) if number <= SAMPLE else np.linspace(0, number - 1, SAMPLE).astype(int)
 
 
 def _edge_strength(data: np.ndarray, voxels: np.ndarray) -> float:
@@ -453,30 +501,32 @@ def _by_profile(profile: tuple[int, np.ndarray], inside: np.ndarray, rng: np.ran
     return inside & annotated.reshape([size if i == axis else 1 for i in range(inside.ndim)])
 
 
-class _Class:
+class _Class(Voxels):
     """One class in one image, where its hints are to be placed.
 
     Args:
         mask: Bool, where the class is in its bounding box.
         box: The bounding box.
-        inside: Bool, `(*spatial)`: where the image is.
+        shape: That of the patch.
+        inside: Bool, `(*spatial)`: where the image is. None: everywhere.
         data: The image, `(channels, *spatial)`.
         depth: How deep real annotations of the class lie.
     """
 
-    def __init__(self, mask: np.ndarray, box: tuple[slice, ...], inside: np.ndarray, data: np.ndarray, depth: Depth):
-        self.mask, self.inside, self.data, self.depth = mask, None if inside.all() else inside, data, depth
-        self.corner, self.shape = np.array([side.start for side in box]), inside.shape
-        self.of_mask = np.flatnonzero(mask)
-        self.size = len(self.of_mask)
+    def __init__(self, mask: np.ndarray, box: tuple[slice, ...], shape: tuple[int, ...], inside: np.ndarray | None,
+                 data: np.ndarray, depth: Depth):
+        super().__init__(mask, _corner(box))
+        self.shape, self.inside, self.data, self.depth = shape, inside, data, depth
 
-    def voxels(self, chosen: np.ndarray | slice = slice(None)) -> np.ndarray:
-        """Some of the voxels of the class, `(n, dimensions)`, by their numbers."""
-        return np.stack(np.unravel_index(self.of_mask[chosen], self.mask.shape), 1) + self.corner
-
-    def index(self, voxels: np.ndarray) -> tuple[np.ndarray, ...]:
-        """Those of the voxels `(n, dimensions)` that lie in the class, as an index."""
-        return tuple(voxels[_look_up(self.mask, voxels - self.corner, False)].T)
+    def paint(self, hints: np.ndarray, voxels: Voxels) -> None:
+        """Set those of the voxels in a mask of the patch that lie in the class."""
+        low = np.maximum(self.corner, voxels.corner)
+        high = np.minimum(self.corner + self.mask.shape, voxels.corner + voxels.mask.shape)
+        if (low >= high).any():
+            return
+        here, there, patch = (tuple(slice(a, b) for a, b in zip(low - corner, high - corner))
+                              for corner in (self.corner, voxels.corner, np.zeros_like(low)))
+        hints[patch] |= self.mask[here] & voxels.mask[there]
 
     def fit(self, voxels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Compare a pattern with the class at several places.
@@ -497,9 +547,8 @@ class _Class:
         Nobody knows where a class ends that the image cuts: what is outside counts as the class.
         """
         of_class, of_image = _Shifted(self.mask, voxels - self.corner), _Shifted(self.inside, voxels, self.shape)
-        steps = [(axis, sign * distance) for sign in (-1, 1) for distance in (1, 2, 4)
-                 for axis in range(voxels.shape[-1])]
-        return sum((of_class(*step) | ~of_image(*step)).mean(1) for step in steps)
+        shares = [(of_class(axis) | ~of_image(axis)).mean(-1) for axis in range(voxels.shape[-1])]
+        return sum(np.stack(shares, 1).reshape(-1, len(voxels)))  # in this order for any number of places
 
     def _is_outside(self, voxels: np.ndarray) -> np.ndarray:
         """Which of the voxels `(..., dimensions)` do not lie in the image."""
@@ -519,7 +568,7 @@ class _Class:
         Returns:
             `(n, dimensions)`.
         """
-        size, voxels = max(1, min(size, 2 * self.size // 3)), self.voxels()
+        size = max(1, min(size, 2 * self.size // 3))
         # The class and one voxel around it, where what is outside of the image counts as the class
         low, high = self.corner - 1, self.corner + self.mask.shape + 1
         around = tuple(slice(max(0, start), min(stop, n)) for start, stop, n in zip(low, high, self.shape))
@@ -530,22 +579,26 @@ class _Class:
         solid[inner] |= self.mask
         solid = np.pad(solid, [(side.start - start, stop - side.stop) for start, stop, side in zip(low, high, around)],
                        mode="edge")
-        depth = ndimage.distance_transform_cdt(solid, "taxicab")[tuple((voxels - low).T)]
+        depth = ndimage.distance_transform_cdt(solid, "taxicab")[(slice(1, -1),) * solid.ndim][self.mask]
         deepest = np.flatnonzero(depth == depth.max())
-        distance = ((voxels - voxels[deepest[rng.integers(len(deepest))]]) ** 2).sum(1)
-        chosen = np.lexsort((distance, -depth))[:size]
+        centre = self.voxels(deepest[rng.integers(len(deepest), size=1)])
+        candidates = np.flatnonzero(depth >= np.partition(depth, -size)[-size])  # to sort all takes longer
+        voxels, depth = self.voxels(candidates), depth[candidates]
+        chosen = np.lexsort((((voxels - centre) ** 2).sum(1), -depth))[:size]
         untouched = chosen[depth[chosen] > 1]
         return voxels[untouched if not touching and 3 * len(untouched) >= size else chosen]
 
 
 class _Shifted:
-    """Looks up a mask at voxels that are shifted along one axis; False beyond the mask.
+    """Looks up a mask at voxels that are shifted along one axis by each of `STEPS`; False beyond the mask.
 
     Args:
         mask: Bool. None: true everywhere.
         voxels: `(..., dimensions)`.
         shape: That of the mask, if it is None.
     """
+
+    STEPS = (-1, -2, -4, 1, 2, 4)
 
     def __init__(self, mask: np.ndarray | None, voxels: np.ndarray, shape: tuple[int, ...] = ()):
         self.flat, self.shape = None if mask is None else mask.ravel(), shape if mask is None else mask.shape
@@ -554,59 +607,50 @@ class _Shifted:
         self.place = sum(axis * stride for axis, stride in zip(self.axes, self.strides))
         within = [(axis >= 0) & (axis < size) for axis, size in zip(self.axes, self.shape)]
         self.others = [np.logical_and.reduce(within[:i] + within[i + 1:]) for i in range(len(within))]
+        self.steps = np.reshape(self.STEPS, (-1, *[1] * (voxels.ndim - 1)))
 
-    def __call__(self, axis: int, distance: int) -> np.ndarray:
-        """The mask at the voxels, moved along an axis; bool of their shape."""
-        moved = self.axes[axis] + distance
+    def __call__(self, axis: int) -> np.ndarray:
+        """The mask at the voxels, moved along an axis: bool, `(steps, ...)`."""
+        moved = self.axes[axis] + self.steps
         found = self.others[axis] & (moved >= 0) & (moved < self.shape[axis])
         if self.flat is not None:
-            found &= self.flat[np.where(found, self.place + distance * self.strides[axis], 0)]
+            found &= self.flat[np.where(found, self.place + self.steps * self.strides[axis], 0)]
         return found
 
 
-def _place(voxels: np.ndarray, place: _Class, rng: np.random.Generator, whole: bool = True) -> np.ndarray:
+def _place(pattern: Voxels, place: _Class, rng: np.random.Generator, whole: bool = True) -> list[Voxels]:
     """Move a pattern to a place in its class where it fits.
 
     Args:
-        voxels: Those of the pattern, `(n, dimensions)`.
+        pattern: The voxels of the pattern.
         place: The class, to whose depth the edges that are found here are added.
         rng: Source of random numbers.
         whole: Whether the components may still be moved one by one.
 
     Returns:
-        `(n, dimensions)`; some of the voxels may lie outside of the class.
+        The pattern or its components. Some of the voxels may lie outside of the class.
     """
     shifts = (place.voxels(rng.integers(place.size, size=PLACES))
-              - voxels[rng.integers(len(voxels), size=PLACES)])
+              - pattern.voxels(rng.integers(pattern.size, size=PLACES)))
     shifts = np.concatenate((shifts, np.zeros_like(shifts[:1])))
-    moved = _sample(voxels) + shifts[:, None]
+    moved = pattern.sample() + shifts[:, None]
     fit, kept = place.fit(moved)
     good = np.flatnonzero((fit >= FITS) & (kept >= 0.9 * kept[fit >= FITS].max(initial=0.5)))
     if len(good):
-        anywhere = voxels + shifts[good[0]]
-        deepest = voxels + shifts[good[place.margin(moved[good]).argmax()]]
+        margins = place.margin(moved[good])
+        best = good[margins.argmax()]
+        deepest, seen = pattern.moved(shifts[best]), moved[best]
         if place.size <= LARGE:
-            innermost = place.innermost(len(voxels), rng, touching=False)
-            deepest = max(deepest, innermost, key=lambda found: place.margin(_sample(found)[None])[0])
+            innermost = place.innermost(pattern.size, rng, touching=False)
+            of_innermost = innermost[_spread(len(innermost))]
+            if place.margin(of_innermost[None])[0] > margins.max():
+                deepest, seen = Voxels.of(innermost), of_innermost
         place.depth.add("anywhere", _edge_strength(place.data, moved[good[0]]))
-        place.depth.add("innermost", _edge_strength(place.data, _sample(deepest)))
-        return deepest if rng.random() < place.depth.value() else anywhere
+        place.depth.add("innermost", _edge_strength(place.data, seen))
+        return [deepest if rng.random() < place.depth.value() else pattern.moved(shifts[good[0]])]
     if whole:
-        return np.concatenate([_place(part, place, rng, whole=False) for part in _components(voxels)])
-    return place.innermost(len(voxels), rng, touching=rng.random() >= place.depth.value())
-
-
-def _components(voxels: np.ndarray) -> list[np.ndarray]:
-    """The connected components of voxels `(n, dimensions)`, diagonal neighbours included; at most `PARTS` groups."""
-    if len(voxels) > MANY:
-        return [voxels]
-    low = voxels.min(0)
-    box = np.zeros(voxels.max(0) - low + 1, bool)
-    box[tuple((voxels - low).T)] = True
-    numbered, number = ndimage.label(box, np.ones([3] * box.ndim))
-    parts = min(number, PARTS)
-    of_voxel = (numbered[tuple((voxels - low).T)].astype(int) - 1) * parts // number
-    return [voxels[of_voxel == part] for part in range(parts)]
+        return [moved for part in pattern.components() for moved in _place(part, place, rng, whole=False)]
+    return [Voxels.of(place.innermost(pattern.size, rng, touching=rng.random() >= place.depth.value()))]
 
 
 def _look_up(mask: np.ndarray, voxels: np.ndarray, beyond: bool) -> np.ndarray:

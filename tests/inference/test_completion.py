@@ -145,12 +145,13 @@ def loaded(model):
 def no_network(monkeypatch, loaded, completed):
     """Neither load nor run a network: the results of another run are copied. For tests of what happens around that."""
     def predict(_, cases, folder, *__):
-        (folder / "entropy").mkdir(parents=True)
+        (folder / "rows").mkdir(parents=True)
         (folder.parent / "confidence").mkdir()
+        rows = {row["case"]: row for row in read_json(completed / "review_first.json")["cases"]}
         for case in cases:
             name = f"{case.name}.nii.gz"
             shutil.copyfile(completed / "labelsTr" / name, folder / name)
-            shutil.copyfile(completed / "confidence" / name, folder / "entropy" / name)
+            (folder / "rows" / f"{case.name}.json").write_text(json.dumps(rows[case.name]))
             shutil.copyfile(completed / "confidence" / name, folder.parent / "confidence" / name)
 
     monkeypatch.setattr(module, "_load_predictor", lambda _: loaded)
@@ -277,9 +278,10 @@ def test_what_goes_to_other_processes_can_go_there(completed, model, monkeypatch
     folder = complete(6, model, 63, name="Pickled")
     assert _files(folder / "labelsTr") == _files(completed / "labelsTr")
     predictor = module._CompletingPredictor(device=torch.device("cpu"))
-    predictor.known = {"case": module.KnownLabel(Path("label"), 3, {0: (0, 2)})}
+    known = module.KnownLabel(Path("label"), 3, {0: (0, 2)})
+    predictor.completions = {"case": module.CompletedCase("case", known, Path("target"), ".nii.gz", 3, 0.5)}
     there = pickle.loads(pickle.dumps(predictor.exporter()))
-    assert there.func is module._export and there.args == (predictor.known,)
+    assert there.func is module._export and there.args == (predictor.completions,)
 
 
 def test_a_completed_data_set_is_completed_further_and_says_both(few, confident, model, no_network):
@@ -692,7 +694,7 @@ def test_the_processes_that_read_and_write_cases_do_not_import_pytorch(few, mode
 
 # ---- interruption ---------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("where", ["_predict", "CompletedCase.review", "_require_annotations", "write_review_list"])
+@pytest.mark.parametrize("where", ["_predict", "_replace_labels", "_require_annotations", "write_review_list"])
 def test_an_interruption_leaves_nothing_behind(few, model, nnunet, no_network, monkeypatch, where):
     def interrupt(*_, **__):
         raise KeyboardInterrupt

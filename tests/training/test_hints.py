@@ -13,8 +13,10 @@ from nnunet_confkd.training.hints import (
     KEPT,
     NO_HINTS,
     SAMPLE,
+    Depth,
     HintSampler,
     Pattern,
+    Voxels,
     class_map,
     hint_channels,
     image_hints,
@@ -309,9 +311,23 @@ def test_patterns_are_kept_for_batches_without_any():
 
 def test_a_pattern_keeps_its_voxels_and_their_place():
     voxels = np.array([[3, 70], [4, 2], [9, 5]])
-    pattern = Pattern.of(voxels)
-    np.testing.assert_array_equal(pattern.voxels(), voxels)
+    pattern = Pattern.of(Voxels.of(voxels))
+    np.testing.assert_array_equal(pattern.voxels().voxels(), voxels)
+    np.testing.assert_array_equal(pattern.voxels().moved(np.array([-2, 5])).voxels(), voxels + [-2, 5])
     assert pattern.bits.nbytes == -(-7 * 69 // 8)
+
+
+@pytest.mark.parametrize("corner", [(2, 3), (-1, 5), (5, 0), (9, 9)])
+def test_of_a_pattern_only_what_lies_in_the_class_is_shown(corner):
+    """Wherever it is moved to: beyond the class, and beyond the image."""
+    draws = rng(3)
+    mask, pattern = draws.random((5, 6)) < 0.7, Voxels(draws.random((4, 5)) < 0.7, corner)
+    place = hints_module._Class(mask, (slice(2, 7), slice(3, 9)), (9, 10), None, np.zeros((1, 9, 10)), Depth())
+    shown = np.zeros((9, 10), bool)
+    place.paint(shown, pattern)
+    of_class = {tuple(voxel) for voxel in place.voxels().tolist()}
+    expected = of_class & {tuple(voxel) for voxel in pattern.voxels().tolist()}
+    assert set(map(tuple, np.argwhere(shown).tolist())) == expected and (expected or corner == (9, 9))
 
 
 def test_the_last_patterns_of_each_class_are_kept():
@@ -450,9 +466,9 @@ def test_hints_follow_nnunets_random_numbers_and_leave_them_alone():
 def test_a_pattern_of_very_many_components_is_split_into_few_groups_of_neighbours():
     """Each one is placed on its own, which would take seconds for a patch of scattered voxels."""
     voxels = np.argwhere(np.random.default_rng(0).random((40, 60, 60)) < 0.02)
-    parts = hints_module._components(voxels)
+    parts = [part.voxels() for part in Voxels.of(voxels).components()]
     assert len(parts) == hints_module.PARTS and min(map(len, parts)) > 0
     np.testing.assert_array_equal(np.concatenate(parts)[np.lexsort(np.concatenate(parts).T[::-1])], voxels)
     # neighbours: along the first axis the groups follow each other
     assert all(np.ptp(part[:, 0]) < 8 for part in parts)
-    assert len(hints_module._components(voxels[:5])) == 5
+    assert len(Voxels.of(voxels[:5]).components()) == 5
