@@ -311,7 +311,7 @@ def write_report(tables: dict, rows: dict, trials: dict, folder: Path, docs: Pat
         "accuracy tables",
         "![Dice over the number of fully annotated patients](../accuracy.png)\n\n" + "\n".join(parts),
     )
-    insert(docs / "explanation" / "results.md", "accuracy table", short_table(tables, results))
+    insert(docs / "explanation" / "earlier_results.md", "accuracy table", short_table(tables, results))
 
 
 SUMMARY = {

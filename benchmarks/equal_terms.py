@@ -5,7 +5,7 @@
 
 The protocol is in benchmarks/README.md. All figures are of validation patients. Each run writes one JSON file into
 benchmarks/equal_terms/SETTING_DRAW/, and runs that have one are skipped. `--report` writes the tables into
-benchmarks/README.md, and the short one into the README.
+benchmarks/README.md, the short one into the README, and those of the questions into docs/explanation/results.md.
 """
 from __future__ import annotations
 
@@ -68,6 +68,16 @@ SHORT = {"scribbles": ("ignore_equal_quarter", "apart_cost"),
 WORDS = {"scribbles": "ACDC, expert scribbles", "erosion": "ACDC, eroded masks with background",
          "erosion_foreground": "ACDC, eroded masks without background", "unlabelled": "ACDC, unlabelled",
          "points_5": "Hippocampus, points", "points_10": "Hippocampus, points"}
+
+# The questions that the results page answers: the setting, what all are compared with, and the rows.
+QUESTIONS = {
+    "hints": ("erosion_foreground", "decoders", ("decoders", "entropy_0.1", "paper_kl", "paper_0.1", "kl", "hints_kl",
+                                                 "confkd")),
+    "unlabelled": ("unlabelled", "full_only", ("full_only", "full_cutmix", "cutmix_three_quarters_cost")),
+    "points": ("points_5", "ignore", ("ignore", "confkd_cost")),
+    "more points": ("points_10", "full_only", ("full_only", "today_cost")),
+    "longer": ("scribbles", "ignore_equal_quarter_long", ("ignore_equal_quarter_long", "equal_cost_long")),
+}
 
 # A step takes this many of the rival's, on average over a training: for a plain 2-D U-Net and half of a batch full,
 # before the KL has a weight and from then on (step_time.py on a CPU; bounds by FLOPs 1.091 and 1.121). A row "at equal
@@ -345,29 +355,49 @@ def report(folder: Path, rivals: Mapping[str, str] = RIVALS, rows: Mapping[str, 
         rows: In the order of the tables, with their titles. Others come last, with the title that they were run with.
     """
     runs = read_all(folder)
-    lines = []
-    for setting in rivals:
+    parts = []
+    for setting, rival in rivals.items():
         of_setting = runs_of(runs, setting)
-        if not of_setting:
+        if of_setting:
+            names = dict.fromkeys([*rows, *(key[1] for key in of_setting)])
+            parts.append(f"**{setting}**\n\n{table_of_rows(of_setting, rival, names, rows)}")
+    return "\n\n".join(parts)
+
+
+def table_of_rows(runs: dict[tuple[int, str, int], dict], rival: str, names: Iterable[str],
+                  rows: Mapping[str, Row] = ROWS) -> str:
+    """A table of some rows of a setting.
+
+    Args:
+        runs: As of :func:`runs_of`.
+        rival: The row that the others are compared with.
+        names: Of the rows. Those without runs are left out.
+        rows: Their titles. Others have the title that they were run with.
+    """
+    lines = ["| row | Dice raw | Dice after | HD95 raw, mm | HD95 after, mm | gain raw | gain after | runs |",
+             "|" + "---|" * 8]
+    for row in names:
+        chosen, others = ({(draw, seed): run for (draw, name, seed), run in runs.items() if name == wanted}
+                          for wanted in (row, rival))
+        if not chosen:
             continue
-        lines += [f"**{setting}**", "", "| row | Dice raw | Dice after | HD95 raw, mm | HD95 after, mm | gain raw | "
-                  "gain after | runs |", "|" + "---|" * 8]
-        for row in dict.fromkeys([*rows, *(key[1] for key in of_setting)]):
-            chosen = {(draw, seed): run for (draw, name, seed), run in of_setting.items() if name == row}
-            if not chosen:
-                continue
-            means = [np.mean([np.nanmean(np.nanmean(run[metric], 0)) for run in chosen.values()])
-                     for metric in ("dice", "dice_pp", "hd95_mm", "hd95_mm_pp")]
-            rival = {(draw, seed): run for (draw, name, seed), run in of_setting.items() if name == rivals[setting]}
-            first = next(iter(chosen.values()))
-            gains = ["" if row == rivals[setting] else gain_text(paired_gain(
-                *({key: run[metric] for key, run in of.items()} for of in (chosen, rival)), first["patients"]))
-                for metric in ("dice", "dice_pp")]
-            title = rows[row].title if row in rows else first["title"]
-            lines.append(f"| {title} (`{row}`) | {means[0]:.3f} | {means[1]:.3f} | {means[2]:.1f} | {means[3]:.1f} | "
-                         f"{gains[0]} | {gains[1]} | {len(chosen)} |")
-        lines.append("")
-    return "\n".join(lines).rstrip()
+        means = [np.mean([np.nanmean(np.nanmean(run[metric], 0)) for run in chosen.values()])
+                 for metric in ("dice", "dice_pp", "hd95_mm", "hd95_mm_pp")]
+        first = next(iter(chosen.values()))
+        gains = ["" if row == rival else gain_text(paired_gain(
+            *({key: run[metric] for key, run in of.items()} for of in (chosen, others)), first["patients"]))
+            for metric in ("dice", "dice_pp")]
+        title = rows[row].title if row in rows else first["title"]
+        lines.append(f"| {title} (`{row}`) | {means[0]:.3f} | {means[1]:.3f} | {means[2]:.1f} | {means[3]:.1f} | "
+                     f"{gains[0]} | {gains[1]} | {len(chosen)} |")
+    return "\n".join(lines)
+
+
+def answers(folder: Path) -> dict[str, str]:
+    """The table of each question."""
+    runs = read_all(folder)
+    return {question: table_of_rows(runs_of(runs, setting), rival, rows)
+            for question, (setting, rival, rows) in QUESTIONS.items()}
 
 
 def parsed(text: str | None, output: Path, settings: dict, known_rows: dict, **defaults) -> argparse.Namespace:
@@ -415,6 +445,8 @@ def main() -> None:
     if args.output == OUTPUT:
         insert(HERE / "README.md", "equal terms", text)
         insert(HERE.parent / "README.md", "equal terms", short_table(args.output))
+        for question, table in answers(args.output).items():
+            insert(HERE.parent / "docs" / "explanation" / "results.md", question, table)
     else:
         print(text)
 

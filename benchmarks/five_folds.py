@@ -5,8 +5,8 @@
 
 The protocol is in benchmarks/README.md. Each run writes one JSON file into benchmarks/five_folds/SETTING_FOLD/, and
 runs that have one are skipped. The predictions of the test cases stay in FOLDER/SETTING_FOLD/predictions/, compressed.
-So a new measure needs no new training. `--report` writes the tables into benchmarks/README.md, and the figure of the
-headline (headline.py) into docs/.
+So a new measure needs no new training. `--report` writes the tables into docs/explanation/results.md, and the figure of
+the headline (headline.py) into docs/.
 """
 from __future__ import annotations
 
@@ -282,8 +282,10 @@ def main() -> None:
     text = report(args.output)
     if args.output == OUTPUT and text:
         import headline
-        insert(HERE / "README.md", "five folds", f"{headline.table(OUTPUT)}\n\n{text}")
-        headline.draw(OUTPUT, HERE.parent / "docs" / "results.png")
+        docs = HERE.parent / "docs"
+        insert(docs / "explanation" / "results.md", "headline", headline.table(OUTPUT))
+        insert(docs / "explanation" / "results.md", "five folds", text)
+        headline.draw(OUTPUT, docs / "results.png")
     else:
         print(text)
 

@@ -93,7 +93,7 @@ def test_report(modules, tmp_path):
     fake_runs(accuracy, tmp_path / "runs" / "hippocampus_validation", gain=0.03)
     (tmp_path / "explanation").mkdir()
     pages = {name: tmp_path / "explanation" / f"{page}.md"
-             for name, page in (("table", "results"), ("tables", "accuracy"), ("trials", "tried"))}
+             for name, page in (("table", "earlier_results"), ("tables", "accuracy"), ("trials", "tried"))}
     for name, page in pages.items():
         page.write_text(f"before\n<!-- accuracy {name} -->\nold\n<!-- end of accuracy {name} -->\nafter\n")
     report.write_report(accuracy.TABLES, accuracy.ROWS, accuracy.TRIALS, tmp_path / "runs", tmp_path)

@@ -119,11 +119,10 @@ def test_the_headline_compares_with_the_better_rival_and_is_drawn(module, tmp_pa
 
 def test_the_tables_and_the_text_show_the_runs_that_are_here(module):
     import headline
-    text = f"{headline.table(module.OUTPUT)}\n\n{module.report(module.OUTPUT)}"
-    readme = (ROOT / "benchmarks" / "README.md").read_text()
-    assert f"<!-- five folds -->\n{text}\n<!-- end of five folds -->" in readme, "--report writes it anew"
     results = (ROOT / "docs" / "explanation" / "results.md").read_text()
-    alone, *items = results.split("**Test patients.**")[1].split("\n\n!")[0].split("\n- ")
+    for section, text in (("headline", headline.table(module.OUTPUT)), ("five folds", module.report(module.OUTPUT))):
+        assert f"<!-- {section} -->\n{text}\n<!-- end of {section} -->" in results, "--report writes it anew"
+    alone, *items = results.split("**Test patients.**")[1].split("\n\nRead")[0].split("\n- ")
     lines, raw = headline.lines_of(module.OUTPUT), headline.lines_of(module.OUTPUT, "dice")
     assert len(items) == len(lines) > 0
     for item, line, before in zip(items, lines, raw):
@@ -131,6 +130,18 @@ def test_the_tables_and_the_text_show_the_runs_that_are_here(module):
         numbers = [f"{mean:.3f}" for mean in means] + [
             f"{value:+.3f}" for value in (*line["gain"], *before["gain"])]
         assert re.findall(r"[+-]?\d\.\d{3}", alone) + re.findall(r"[+-]?\d\.\d{3}", item) == numbers
+    summary = results.split("**In short.**")[1].split("\n\n")[0]
+    assert re.findall(r"\d\.\d{3}", summary) == [f"{abs(line['gain'][0]):.3f}" for line in lines]
+
+
+def test_the_text_has_the_hours_of_the_table():
+    import effort
+    results = (ROOT / "docs" / "explanation" / "results.md").read_text()
+    text = results.split("## More full masks")[1].split("\n## ")[0]
+    cells = [line.split("|") for line in effort.table(json.loads(effort.FILE.read_text()), effort.OUTPUT).splitlines()
+             if line.startswith("| 3 |")]
+    assert re.findall(r"([\d.]+) hours", text) == [cell[-3].strip() for cell in cells]
+    assert set(re.findall(r"\d\.\d{3}", text)) >= {cell[-2].strip() for cell in cells}
 
 
 def test_what_annotating_costs_is_counted_on_the_real_labels(module, test_data, tmp_path):
