@@ -201,11 +201,11 @@ def of_patients(folds: Mapping[int, dict], metric: str) -> list[np.ndarray]:
 
 def gain(ours: dict[int, dict], rival: dict[int, dict], metric: str) -> tuple[list[np.ndarray], float] | None:
     """Differences by fold and patient, and their mean; None without a common fold."""
-    folds = sorted(set(ours) & set(rival))
+    folds = set(ours) & set(rival)
     if not folds:
         return None
-    differences = [by_patient(np.nanmean(ours[f][metric], 1) - np.nanmean(rival[f][metric], 1), ours[f]["patients"])
-                   for f in folds]
+    pairs = zip(*(of_patients({fold: runs[fold] for fold in folds}, metric) for runs in (ours, rival)))
+    differences = [of_ours - of_rival for of_ours, of_rival in pairs]
     return differences, float(np.concatenate(differences).mean())
 
 
