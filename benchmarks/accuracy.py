@@ -26,6 +26,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -245,7 +246,10 @@ def prepare(table: Table, data: Path, scribbles: Path | None, work: Path,
         for name in (*held_back, *roles["train"]):
             case = cases[name]
             if name not in kept and table.style == "scribbles" and scribbles is not None:
-                case = replace(case, label=Volume(scribbles / f"{name}_scribble.nii.gz"), kind=PARTIAL)
+                reader = table.fraction and partial(in_some_slices, case=name, fraction=table.fraction, draw=table.draw,
+                                                    ignore=dataset.labels["ignore"])
+                case = replace(case, label=Volume(scribbles / f"{name}_scribble.nii.gz", reader=reader or None),
+                               kind=PARTIAL)
             elif name not in kept:
                 kind = UNLABELLED if table.style == "none" else PARTIAL
                 case = weakened(case, kind, dataset.labels, table.style, SPLIT_SEED + table.draw,
@@ -257,6 +261,17 @@ def prepare(table: Table, data: Path, scribbles: Path | None, work: Path,
     planned(table, [FULL_ID, *(FULL_ID + count for count in table.full)])
     (work / "roles.json").write_text(json.dumps(roles))
     done.write_text(json.dumps(asked))
+
+
+def in_some_slices(file: Path, *, case: str, fraction: float, draw: int, ignore: int):
+    """Read scribbles, and keep those in a share of the slices, at equal distances. It is sent to other processes."""
+    from nnunet_confkd.data.images import read
+    from nnunet_confkd.data.weak_labels import _spread, case_rng
+
+    picture = read(file)
+    voxels = picture.voxels.copy()
+    voxels[:, ~_spread(voxels.shape[1], fraction, case_rng(case, "scribbles", SPLIT_SEED + draw))] = ignore
+    return replace(picture, voxels=voxels)
 
 
 def converted(table: Table, data: Path, patients: dict[str, list[str]] | None = None

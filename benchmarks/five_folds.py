@@ -32,6 +32,7 @@ METRICS = {"dice": "Dice", "hd95_mm": "HD95_mm", "nsd": "NSD"}  # the name in a 
 # name: the table. `full` are the numbers of fully annotated patients.
 SETTINGS: dict[str, Table] = {
     "scribbles": replace(TABLES["acdc_small"], full=(3, 1, 7)),
+    "scribbles_sparse": replace(TABLES["acdc_small"], fraction=0.25),
     "erosion_foreground": replace(TABLES["acdc_small_erosion"], background=False),
     "erosion": TABLES["acdc_small_erosion"],
     "unlabelled": TABLES["acdc_small_none"],
@@ -40,7 +41,8 @@ SETTINGS: dict[str, Table] = {
     "points_3d": TABLES["hippocampus_small_3d"],
 }
 # Rows that do not depend on the weak labels are run in the first of these settings alone.
-SAME_IMAGES = (("scribbles", "erosion_foreground", "erosion", "unlabelled"), ("points", "points_sparse"))
+SAME_IMAGES = (("scribbles", "scribbles_sparse", "erosion_foreground", "erosion", "unlabelled"),
+               ("points", "points_sparse"))
 
 ROWS: dict[str, Row] = {
     "full_only": USUAL_ROWS["full_only"],

@@ -17,7 +17,8 @@ COLUMNS = {"those alone": ("full_only", "full_cutmix"), "ignore label": ("ignore
 OURS = "ConfKD"
 COLOURS = {"those alone": "0.65", "ignore label": "tab:blue", "ConfKD": "tab:red", "everything annotated": "0.3"}
 LEGEND = {"those alone": "the fully annotated patients alone", "ignore label": "the ignore label (no teacher)"}
-WORDS = {"scribbles": "ACDC, expert scribbles", "erosion": "ACDC, eroded masks with background",
+WORDS = {"scribbles": "ACDC, expert scribbles", "scribbles_sparse": "ACDC, scribbles in a quarter of the slices",
+         "erosion": "ACDC, eroded masks with background",
          "erosion_foreground": "ACDC, eroded masks without background", "unlabelled": "ACDC, unlabelled",
          "points": "Hippocampus, points", "points_sparse": "Hippocampus, points in a quarter of the slices",
          "points_3d": "Hippocampus 3-D, points"}

@@ -47,6 +47,20 @@ def test_rows_that_do_not_depend_on_weak_labels_are_run_once(module):
     assert long["all_long"] == 3 * long["all"]
 
 
+def test_sparse_scribbles_are_those_of_a_quarter_of_the_slices(test_data):
+    import accuracy
+
+    from nnunet_confkd.data.images import read
+    file = sorted((test_data / "acdc_scribbles").glob("*_scribble.nii.gz"))[0]
+    every = read(file).voxels[0]
+    few = [accuracy.in_some_slices(file, case="a", fraction=0.25, draw=draw, ignore=4).voxels[0] for draw in range(40)]
+    for voxels in few:
+        kept = (voxels != 4).any((1, 2))
+        assert np.array_equal(voxels[kept], every[kept]) and kept.sum() <= max(1, round(len(every) / 4))
+    annotated = [(voxels != 4).any((1, 2)) for voxels in few]
+    assert np.array_equal(np.any(annotated, 0), (every != 4).any((1, 2))), "each slice has its chance"
+
+
 def test_post_processing_is_chosen_on_validation_cases_and_applied_to_others(module):
     truth = np.zeros((2, 6, 20), np.uint8)
     truth[:, 1:5, 1:5], truth[:, 1:5, 5:9] = 1, 2
