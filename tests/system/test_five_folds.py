@@ -47,7 +47,7 @@ def test_rows_that_do_not_depend_on_weak_labels_are_run_once(module):
     assert long["all_long"] == 3 * long["all"]
 
 
-def test_sparse_scribbles_are_those_of_a_quarter_of_the_slices(test_data):
+def test_sparse_scribbles_are_those_of_a_quarter_of_the_slices(module, test_data):
     import accuracy
 
     from nnunet_confkd.data.images import read
