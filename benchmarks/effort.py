@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 from accuracy import FOLDS, choose_roles, patient_of
 from five_folds import HERE, OUTPUT, SETTINGS
-from headline import lines_of
+from headline import OURS, RIVALS, lines_of
 from step_time import insert
 
 FILE = HERE / "effort.json"
@@ -66,7 +66,7 @@ def table(cases: dict[str, dict], runs: Path, minutes: tuple[float, float] = MIN
     dice = {line["full"]: line["means"] for line in lines_of(runs) if line["setting"] == "scribbles"}
     for full in sorted(SETTINGS["scribbles"].full):
         of = effort(cases, full)
-        for others, column, share in (("not used", "those alone", 0), ("scribbled", "ConfKD", 1)):
+        for others, column, share in (("not used", RIVALS[0], 0), ("scribbled", OURS, 1)):
             hours = (of["full slices"] * minutes[0] + share * of["scribbled slices"] * minutes[1]) / 60
             mean = dice.get(full, {}).get(column)
             text.append(f"| {full} | {others} | {of['full slices']:.0f} | {share * of['scribbled slices']:.0f} | "

@@ -5,7 +5,7 @@
 
 The protocol is in benchmarks/README.md. All figures are of validation patients. Each run writes one JSON file into
 benchmarks/equal_terms/SETTING_DRAW/, and runs that have one are skipped. `--report` writes the tables into
-benchmarks/README.md, the short one into the README, and those of the questions into docs/explanation/results.md.
+benchmarks/README.md, and the short one and those of the questions into docs/explanation/results.md.
 """
 from __future__ import annotations
 
@@ -76,7 +76,8 @@ QUESTIONS = {
     "unlabelled": ("unlabelled", "full_only", ("full_only", "full_cutmix", "cutmix_three_quarters_cost")),
     "points": ("points_5", "ignore", ("ignore", "confkd_cost")),
     "more points": ("points_10", "full_only", ("full_only", "today_cost")),
-    "longer": ("scribbles", "ignore_equal_quarter_long", ("ignore_equal_quarter_long", "equal_cost_long")),
+    "longer": ("scribbles", "ignore_equal_quarter", ("ignore_equal_quarter", "equal_cost", "ignore_equal_quarter_long",
+                                                     "equal_cost_long")),
 }
 
 # A step takes this many of the rival's, on average over a training: for a plain 2-D U-Net and half of a batch full,
@@ -313,9 +314,9 @@ def runs_of(runs: dict, setting: str) -> dict[tuple[int, str, int], dict]:
 
 
 def short_table(folder: Path) -> str:
-    """The README's table: a line for each setting, of the draws and seeds that all of its rows have been run with."""
-    lines = ["| other images | fully annotated patients | those alone | nnU-Net's ignore label | our batches | "
-             "**ConfKD with hints** | gain | trainings |", "|" + "---|" * 8]
+    """A line for each setting, of the draws and seeds that all of its rows have been run with."""
+    lines = ["| other images | full patients | full patients alone | nnU-Net's ignore label | "
+             "our trainer, no teacher | **ConfKD with hints** | gain | trainings |", "|" + "---|" * 8]
     runs = read_all(folder)
     for setting, (table, full) in SETTINGS.items():
         of_setting = runs_of(runs, setting)
@@ -394,10 +395,14 @@ def table_of_rows(runs: dict[tuple[int, str, int], dict], rival: str, names: Ite
 
 
 def answers(folder: Path) -> dict[str, str]:
-    """The table of each question."""
-    runs = read_all(folder)
-    return {question: table_of_rows(runs_of(runs, setting), rival, rows)
-            for question, (setting, rival, rows) in QUESTIONS.items()}
+    """The table of each question, of the draws and seeds that all of its rows have been run with."""
+    runs, found = read_all(folder), {}
+    for question, (setting, rival, rows) in QUESTIONS.items():
+        of_setting = runs_of(runs, setting)
+        common = set.intersection(*({(draw, seed) for draw, name, seed in of_setting if name == row} for row in rows))
+        of_setting = {key: run for key, run in of_setting.items() if key[::2] in common}
+        found[question] = table_of_rows(of_setting, rival, rows)
+    return found
 
 
 def parsed(text: str | None, output: Path, settings: dict, known_rows: dict, **defaults) -> argparse.Namespace:
@@ -444,9 +449,8 @@ def main() -> None:
     text = report(args.output)
     if args.output == OUTPUT:
         insert(HERE / "README.md", "equal terms", text)
-        insert(HERE.parent / "README.md", "equal terms", short_table(args.output))
-        for question, table in answers(args.output).items():
-            insert(HERE.parent / "docs" / "explanation" / "results.md", question, table)
+        for section, table in {"equal terms": short_table(args.output), **answers(args.output)}.items():
+            insert(HERE.parent / "docs" / "explanation" / "results.md", section, table)
     else:
         print(text)
 

@@ -5,8 +5,8 @@
 
 The protocol is in benchmarks/README.md. Each run writes one JSON file into benchmarks/five_folds/SETTING_FOLD/, and
 runs that have one are skipped. The predictions of the test cases stay in FOLDER/SETTING_FOLD/predictions/, compressed.
-So a new measure needs no new training. `--report` writes the tables into docs/explanation/results.md, and the figure of
-the headline (headline.py) into docs/.
+So a new measure needs no new training. `--report` writes the tables into docs/explanation/results.md, the
+headline (headline.py) into the README as well, and its figure into docs/.
 """
 from __future__ import annotations
 
@@ -45,16 +45,17 @@ SAME_IMAGES = (("scribbles", "scribbles_sparse", "erosion_foreground", "erosion"
                ("points", "points_sparse"))
 
 ROWS: dict[str, Row] = {
-    "full_only": USUAL_ROWS["full_only"],
-    "full_cutmix": replace(EQUAL_ROWS["full_cutmix"], settings={"cutmix": 0.5}),
+    "full_only": replace(USUAL_ROWS["full_only"], title="the full patients alone"),
+    "full_cutmix": replace(EQUAL_ROWS["full_cutmix"], title="the full patients alone, with CutMix",
+                           settings={"cutmix": 0.5}),
     "ignore_uniform": USUAL_ROWS["ignore_uniform"],
-    "ignore": Row("the ignore label, our batches", "ConfKDTrainer_partialOnly"),
+    "ignore": Row("our trainer without a teacher", "ConfKDTrainer_partialOnly"),
     "paper": Row("the paper's objective", "ConfKDTrainer_MedIA2023"),
     "kl": Row("KL without hints", settings={"teacher_hints": False}),
-    "confkd": Row("ConfKD"),
-    "confkd_cost": Row("ConfKD, at equal cost", steps=1 / COST),
-    "confkd_cutmix_cost": Row("ConfKD, at equal cost", steps=1 / COST_CUTMIX),
-    "all": USUAL_ROWS["all"],
+    "confkd": Row("ConfKD with hints"),
+    "confkd_cost": Row("ConfKD with hints, at equal cost", steps=1 / COST),
+    "confkd_cutmix_cost": Row("ConfKD with hints, at equal cost", steps=1 / COST_CUTMIX),
+    "all": replace(USUAL_ROWS["all"], title="everything annotated"),
 }
 ROWS |= longer(ROWS, ("full_only", "ignore", "confkd_cost", "all"))
 # What all rows of a table are compared with, in the rows of the same length.
@@ -216,7 +217,7 @@ def values_of_run(content: dict) -> dict:
     cases = [case["student"] for case in content["cases"].values()]
     found = {name + ending: np.array([[of[name + ending] for of in case.values()] for case in cases], float)
              for name in METRICS for ending in ("", "_pp")}
-    return {**found, "patients": patients_in({None: content}), "title": content["spec"]["row"]["title"]}
+    return {**found, "patients": patients_in({None: content})}
 
 
 def read_all(folder: Path) -> dict[tuple[str, str, int], dict[int, dict]]:
@@ -231,6 +232,7 @@ def read_all(folder: Path) -> dict[tuple[str, str, int], dict[int, dict]]:
 
 def report(folder: Path) -> str:
     """One table for each setting and number of fully annotated patients, on test patients."""
+    import headline
     runs, lines = read_all(folder), []
     for setting, table in SETTINGS.items():
         for full in table.full:
@@ -241,7 +243,7 @@ def report(folder: Path) -> str:
                     shown[row] = of
             if not any(ROWS[row].labels == "mixed" for row in shown):
                 continue
-            lines += [f"**{setting}, {full} fully annotated patients**", "",
+            lines += [f"**{headline.WORDS[setting]}, {full} full patients**", "",
                       "| row | Dice raw | Dice after | of each class | HD95 raw, mm | HD95 after, mm | NSD after | "
                       "gain raw | gain after | folds |", "|" + "---|" * 10]
             lines += [line_of(setting, row, shown) for row in shown] + [""]
@@ -265,8 +267,7 @@ def line_of(setting: str, row: str, shown: dict[str, dict[int, dict]]) -> str:
                      "{:+.3f} [{:+.3f}, {:+.3f}]".format(found[1], *interval(found[0])))
     classes = " / ".join(f"{value:.3f}" for value in of_classes("dice_pp"))
     distances = f"{of_classes('hd95_mm').mean():.1f} | {of_classes('hd95_mm_pp').mean():.1f}"
-    title = next(iter(folds.values()))["title"]
-    return (f"| {title} (`{row}`) | {raw:.3f} | {after:.3f} | {classes} | {distances} | "
+    return (f"| {ROWS[row].title} (`{row}`) | {raw:.3f} | {after:.3f} | {classes} | {distances} | "
             f"{of_classes('nsd_pp').mean():.3f} | {gains[0]} | {gains[1]} | {len(folds)} |")
 
 
@@ -285,8 +286,10 @@ def main() -> None:
     if args.output == OUTPUT and text:
         import headline
         docs = HERE.parent / "docs"
-        insert(docs / "explanation" / "results.md", "headline", headline.table(OUTPUT))
-        insert(docs / "explanation" / "results.md", "five folds", text)
+        insert(HERE.parent / "README.md", "headline", headline.table(OUTPUT))
+        for section, of in (("headline", headline.table(OUTPUT)), ("by fold", headline.by_fold(OUTPUT)),
+                            ("five folds", text)):
+            insert(docs / "explanation" / "results.md", section, of)
         headline.draw(OUTPUT, docs / "results.png")
     else:
         print(text)

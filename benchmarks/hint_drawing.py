@@ -71,7 +71,7 @@ def measure(organs: int, kind: str, side: int, batches: int) -> dict:
 
 
 def table_of(runs: list[dict]) -> str:
-    lines = ["| organs | annotations | hints of a batch of two patches | of these the annotated voxels alone |",
+    lines = ["| organs | annotations | hints of a batch of two patches | finding the annotated voxels |",
              "|---|---|---|---|"]
     return "\n".join(lines + [f"| {run['organs']} | {run['kind']} | {run['ms']:.1f} ms | {run['mask_ms']:.1f} ms |"
                               for run in runs])

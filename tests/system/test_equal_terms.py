@@ -3,7 +3,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -103,18 +102,12 @@ def between(file: Path, section: str) -> str:
     return file.read_text().split(f"<!-- {section} -->\n")[1].split(f"\n<!-- end of {section} -->")[0]
 
 
-def test_the_tables_and_the_demo_show_the_runs_that_are_here(module):
-    from nnunet_confkd.demo.picture import STORED
-    assert between(ROOT / "README.md", "equal terms") == module.short_table(module.OUTPUT), "--report writes it anew"
+def test_the_tables_show_the_runs_that_are_here(module):
+    results = ROOT / "docs" / "explanation" / "results.md"
+    assert between(results, "equal terms") == module.short_table(module.OUTPUT), "--report writes it anew"
     assert between(ROOT / "benchmarks" / "README.md", "equal terms") == module.report(module.OUTPUT)
     for question, table in module.answers(module.OUTPUT).items():
-        assert between(ROOT / "docs" / "explanation" / "results.md", question) == table and table.count("\n") > 2
-    tables = module.short_table(module.OUTPUT) + module.report(module.OUTPUT)
-    text = (ROOT / "README.md").read_text().split("<!-- end of equal terms -->")[1].split("\n## ")[0]
-    numbers = re.findall(r"\d\.\d{3}", text)
-    assert numbers and set(numbers) <= set(re.findall(r"\d\.\d{3}", tables)), "as in the tables"
-    shown = next(line for line in module.short_table(module.OUTPUT).splitlines() if "without background" in line)
-    assert shown.split("|")[3:7] == [f" {value:.3f} " for value in STORED.values()]
+        assert between(results, question) == table and table.count("\n") > 2
 
 
 def test_confkds_row_in_the_readme_has_the_settings_that_its_trainer_chooses(module):

@@ -102,50 +102,74 @@ def test_the_report_pairs_folds_and_takes_common_rows_from_their_setting(module,
         write_run(tmp_path / f"erosion_{fold}", "confkd_cost", 3, 0.6 + 0.1 * fold, patients)
         write_run(tmp_path / f"scribbles_{fold}", "all", 0, 0.9, patients)
     lines = module.report(tmp_path).splitlines()
-    assert lines[0] == "**erosion, 3 fully annotated patients**"
-    expected = "| ALL (`all`) | 0.900 | 0.900 | 0.900 | 10.0 | 10.0 | 0.500 | +0.400 [+0.400, +0.400] |"
-    assert any(line.startswith(expected) for line in lines)
+    assert lines[0] == "**ACDC, eroded masks with background, 3 full patients**"
+    expected = " | 0.900 | 0.900 | 0.900 | 10.0 | 10.0 | 0.500 | +0.400 [+0.400, +0.400] |"
+    assert any(line.startswith(f"| everything annotated (`all`){expected}") for line in lines)
     ours = next(line for line in lines if "(`confkd_cost`)" in line)
     assert "+0.150 [+0.100, +0.200]" in ours and ours.endswith("| 2 |")
 
 
-def test_the_headline_compares_with_the_better_rival_and_is_drawn(module, tmp_path):
+def test_the_headline_compares_with_the_rivals_and_is_drawn(module, tmp_path):
     import headline
     for fold in (0, 1):
-        patients = range(10 * fold, 10 * fold + 10)
+        patients = range(200 + 10 * fold, 210 + 10 * fold)
         for row, full, dice in (("full_only", 3, 0.4), ("full_cutmix", 3, 0.99), ("ignore", 3, 0.6),
                                 ("ignore_uniform", 3, 0.5), ("confkd_cost", 3, 0.65 + 0.1 * fold), ("all", 0, 0.9)):
             write_run(tmp_path / f"scribbles_{fold}", row, full, dice, patients)
         write_run(tmp_path / f"unlabelled_{fold}", "confkd_cutmix_cost", 3, 0.95, patients)
-    write_run(tmp_path / "scribbles_2", "confkd_cost", 3, 0.1, range(20, 30))  # no rival has this fold yet
-    write_run(tmp_path / "scribbles_0", "ignore_uniform", 3, 0.9, range(10))  # better, but not run in all folds
-    (tmp_path / "scribbles_1" / "ignore_uniform_M3_s0.json").unlink()
+    write_run(tmp_path / "scribbles_2", "confkd_cost", 3, 0.1, range(220, 230))  # no rival has this fold yet
     lines = headline.table(tmp_path).splitlines()
-    assert lines[2] == ("| ACDC, expert scribbles | 3 | 0.400 | 0.600 | 0.700 | 0.900 | +0.100 [+0.050, +0.150] | "
-                        "+0.100 [+0.050, +0.150] | 2 |")
+    assert lines[2] == ("| ACDC, scribbles | 3 | 0.400 | 0.500 | 0.600 | 0.700 | 0.900 | +0.200 [+0.150, +0.250] | "
+                        "+0.100 [+0.050, +0.150] | +0.100 [+0.050, +0.150] | 2 |")
     # the full patients alone are run in the setting of the scribbles; CutMix is a rival of unlabelled images alone
-    assert lines[3] == ("| ACDC, unlabelled | 3 | 0.990 |  | 0.950 | 0.900 | -0.040 [-0.040, -0.040] | "
+    assert lines[3] == ("| ACDC, unlabelled | 3 | 0.990 |  |  | 0.950 | 0.900 |  | -0.040 [-0.040, -0.040] | "
                         "-0.040 [-0.040, -0.040] | 2 |")
     assert len(lines) == 4
     headline.draw(tmp_path, tmp_path / "figure.png")
     assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
+    first, second = headline.by_fold(tmp_path).splitlines()[2:]
+    assert first == ("| ACDC, scribbles | our trainer, no teacher | +0.050 | +0.150 | 100% | +0.100 [+0.050, +0.150] |")
+    assert second.startswith("| ACDC, unlabelled | full patients alone | -0.040 | -0.040 | 0% |")
+
+
+def test_a_row_that_was_run_in_fewer_folds_than_another_of_its_column_is_left_out(module, tmp_path):
+    import headline
+    for fold in (0, 1):
+        patients = range(10 * fold, 10 * fold + 10)
+        write_run(tmp_path / f"scribbles_{fold}", "full_only", 3, 0.4, patients)
+        write_run(tmp_path / f"unlabelled_{fold}", "confkd_cutmix_cost", 3, 0.5, patients)
+    write_run(tmp_path / "scribbles_0", "full_cutmix", 3, 0.9, range(10))  # better, but not run in both
+    (line,) = headline.lines_of(tmp_path)
+    assert line["folds"] == [0, 1] and line["means"]["full patients alone"] == pytest.approx(0.4)
 
 
 def test_the_tables_and_the_text_show_the_runs_that_are_here(module):
     import headline
-    results = (ROOT / "docs" / "explanation" / "results.md").read_text()
-    for section, text in (("headline", headline.table(module.OUTPUT)), ("five folds", module.report(module.OUTPUT))):
-        assert f"<!-- {section} -->\n{text}\n<!-- end of {section} -->" in results, "--report writes it anew"
-    alone, *items = results.split("**Test patients.**")[1].split("\n\nRead")[0].split("\n- ")
+
+    from nnunet_confkd.demo.picture import STORED
+    results, readme = ((ROOT / file).read_text() for file in ("docs/explanation/results.md", "README.md"))
+    for section, text in (("headline", headline.table(module.OUTPUT)), ("by fold", headline.by_fold(module.OUTPUT)),
+                          ("five folds", module.report(module.OUTPUT))):
+        for page in (results, readme)[:1 + (section == "headline")]:
+            assert f"<!-- {section} -->\n{text}\n<!-- end of {section} -->" in page, "--report writes it anew"
+    alone, *items = results.split("**Test patients.**")[1].split("\n\nThe next table")[0].split("\n- ")
     lines, raw = headline.lines_of(module.OUTPUT), headline.lines_of(module.OUTPUT, "dice")
     assert len(items) == len(lines) > 0
     for item, line, before in zip(items, lines, raw):
-        means = [line["means"][column] for column in ("those alone", "everything annotated", "ignore label", "ConfKD")]
-        numbers = [f"{mean:.3f}" for mean in means] + [
-            f"{value:+.3f}" for value in (*line["gain"], *before["gain"])]
+        rival = "our trainer, no teacher"
+        means = [line["means"][column] for column in ("full patients alone", "everything annotated", rival,
+                                                      "ConfKD with hints")]
+        numbers = [f"{mean:.3f}" for mean in means] + re.findall(
+            r"[+-]\d\.\d{3}", headline.gain_text(line["gains"][rival]) + headline.gain_text(before["gains"][rival]))
         assert re.findall(r"[+-]?\d\.\d{3}", alone) + re.findall(r"[+-]?\d\.\d{3}", item) == numbers
-    summary = results.split("**In short.**")[1].split("\n\n")[0]
-    assert re.findall(r"\d\.\d{3}", summary) == [f"{abs(line['gain'][0]):.3f}" for line in lines]
+    gains = [f"{abs(np.concatenate(line['gains']['our trainer, no teacher']).mean()):.3f}" for line in lines]
+    for text in (results.split("**In short.**")[1].split("\n\n")[0],
+                 readme.split("**What you gain**")[1].split("\n- **Do")[0]):
+        assert re.findall(r"\d\.\d{3}", text) == gains
+    eroded = next(line for line in lines if line["setting"] == "erosion_foreground")
+    assert {title: round(eroded["means"][title], 3) for title in STORED} == STORED
+    over_stock = np.concatenate(eroded["gains"]["nnU-Net's ignore label"]).mean()
+    assert f"**What you gain** over nnU-Net's own ignore label: {over_stock:.2f} Dice" in readme
 
 
 def test_the_text_has_the_hours_of_the_table():
@@ -198,7 +222,7 @@ if __name__ == "__main__":
                      for _ in range(2))
     assert first.returncode == 0, first.stdout[-2000:] + first.stderr[-2000:]
     assert first.stdout.startswith("3 runs") and second.stdout.startswith("0 runs")
-    assert "**scribbles, 3 fully annotated patients**" in second.stdout and "at equal cost" in second.stdout
+    assert "**ACDC, scribbles, 3 full patients**" in second.stdout and "at equal cost" in second.stdout
     run = json.loads((tmp_path / "runs" / "scribbles_1" / "confkd_cost_M3_s0.json").read_text())
     roles = json.loads((tmp_path / "work" / "scribbles_1" / "roles.json").read_text())
     assert sorted(run["cases"]) == sorted(roles["test"]) and run["spec"]["table"]["fold"] == 1
