@@ -1,9 +1,10 @@
-"""Which settings do the trainers choose from the data of equal_terms.py?
+"""Which settings do the trainers choose from the data of equal_terms.py, and of five_folds.py?
 
     python benchmarks/choices.py --work FOLDER
+    python benchmarks/choices.py --work FOLDER --folds
 
-FOLDER is that of equal_terms.py, which has prepared the data there. Nothing is trained. The script writes choices.json
-beside this file, and the table into docs/explanation/weights_and_batches.md.
+FOLDER is that of equal_terms.py, or of five_folds.py, which has prepared the data there. Nothing is trained. The script
+writes choices.json (choices_folds.json) beside this file, and the table into docs/explanation/weights_and_batches.md.
 """
 from __future__ import annotations
 
@@ -14,8 +15,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-from accuracy import Row, build_trainer, environment, spec_of
-from equal_terms import DRAWS, HERE, SETTINGS, WORDS, table_of, work_folder
+import equal_terms
+import five_folds
+import headline
+from accuracy import FOLDS, Row, Table, build_trainer, environment, spec_of
+from equal_terms import DRAWS, HERE, SETTINGS, WORDS
 from step_time import insert
 
 TRAINERS = {"ConfKDTrainer": "with a teacher", "ConfKDTrainer_partialOnly": "without"}
@@ -24,9 +28,9 @@ SHOWN = {"full_share": "share of full images", "equal_kinds": "equal weights",
          "cutmix": "CutMix"}
 
 
-def choices_of(setting: str, draw: int) -> dict:
+def choices_of(table: Table, full: int) -> dict:
     """{"part": annotated part of the foreground, trainer: {setting of `SHOWN`: value}} of prepared data."""
-    table, full, found = table_of(setting, draw), SETTINGS[setting][1], {}
+    found: dict = {}
     for name in TRAINERS:
         row = Row("choices", name)
         spec = spec_of(table, "choices", full, 0, "cpu", table.epoch, "validation", row)
@@ -39,10 +43,26 @@ def choices_of(setting: str, draw: int) -> dict:
     return found
 
 
-def table_text(choices: dict) -> str:
-    def shown(value) -> str:
-        return {True: "yes", False: "no"}[value] if isinstance(value, bool) else f"{value:.2g}"
+def shown(value) -> str:
+    return {True: "yes", False: "no"}[value] if isinstance(value, bool) else f"{value:.2g}"
 
+
+def of_folds(choices: dict) -> str:
+    """A line for each setting and trainer, with all values that were chosen in a fold."""
+    lines = [f"| data, five folds | annotated part | trainer | {' | '.join(SHOWN.values())} |",
+             "|" + "---|" * (3 + len(SHOWN))]
+    for setting in five_folds.SETTINGS:
+        of_setting = [of for key, of in choices.items() if key.rsplit("_", 1)[0] == setting]
+        for name, words in TRAINERS.items() if of_setting else ():
+            cells = [", ".join(sorted({shown(of[name][key]) for of in of_setting}))
+                     if name == "ConfKDTrainer" or not key.startswith("teacher") else "" for key in SHOWN]
+            parts = [of["part"] for of in of_setting]
+            lines.append(f"| {headline.WORDS[setting]} | {min(parts):.2g} to {max(parts):.2g} | {words} | "
+                         f"{' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def table_text(choices: dict) -> str:
     lines = [f"| data (draw) | annotated part | trainer | {' | '.join(SHOWN.values())} |",
              "|" + "---|" * (3 + len(SHOWN))]
     for key, found in choices.items():
@@ -58,24 +78,31 @@ def table_text(choices: dict) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--folds", action="store_true", help="the data are those of five_folds.py")
     parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
+    protocol = five_folds if args.folds else equal_terms
     if args.one:
-        print("CHOICES " + json.dumps(choices_of(args.one[0], int(args.one[1]))))
+        setting, number = args.one
+        table = protocol.table_of(setting, int(number))
+        full = table.full[0] if args.folds else SETTINGS[setting][1]
+        print("CHOICES " + json.dumps(choices_of(table, full)))
         return
-    found = {}
-    for setting in SETTINGS:
-        for draw in DRAWS:
-            work = work_folder(args.work.resolve(), setting, draw)
+    found, flag = {}, ["--folds"] * args.folds
+    for setting in protocol.SETTINGS:
+        for number in range(FOLDS) if args.folds else DRAWS:
+            work = protocol.work_folder(args.work.resolve(), setting, number)
             if not (work / "roles.json").is_file():
                 continue
-            printed = subprocess.run([sys.executable, __file__, "--work", str(work), "--one", setting, str(draw)],
-                                     check=True, stdout=subprocess.PIPE, text=True,
+            printed = subprocess.run([sys.executable, __file__, "--work", str(work), *flag, "--one", setting,
+                                      str(number)], check=True, stdout=subprocess.PIPE, text=True,
                                      env=os.environ | environment(work, "cpu")).stdout
-            found[f"{setting}_{draw}"] = json.loads(printed.split("CHOICES ")[1])
-    (HERE / "choices.json").write_text(json.dumps(found, indent=1) + "\n")
-    insert(HERE.parent / "docs" / "explanation" / "weights_and_batches.md", "choices", table_text(found))
-    print(table_text(found))
+            found[f"{setting}_{number}"] = json.loads(printed.split("CHOICES ")[1])
+    section, text = ("choices of folds", of_folds(found)) if args.folds else ("choices", table_text(found))
+    file = "choices_folds.json" if args.folds else "choices.json"
+    (HERE / file).write_text(json.dumps(found, indent=1) + "\n")
+    insert(HERE.parent / "docs" / "explanation" / "weights_and_batches.md", section, text)
+    print(text)
 
 
 if __name__ == "__main__":

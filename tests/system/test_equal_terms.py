@@ -111,9 +111,11 @@ def test_the_tables_show_the_runs_that_are_here(module):
 
 
 def test_confkds_row_in_the_readme_has_the_settings_that_its_trainer_chooses(module):
-    from choices import table_text
+    from choices import of_folds, table_text
     choices = json.loads((ROOT / "benchmarks" / "choices.json").read_text())
     assert table_text(choices) == between(ROOT / "docs" / "explanation" / "weights_and_batches.md", "choices")
+    folds = json.loads((ROOT / "benchmarks" / "choices_folds.json").read_text())
+    assert of_folds(folds) == between(ROOT / "docs" / "explanation" / "weights_and_batches.md", "choices of folds")
     for setting, rows in module.SHORT.items():
         settings, images = module.ROWS[rows[-1]].settings, module.table_of(setting, 0).batch_size
         for draw in module.DRAWS:
