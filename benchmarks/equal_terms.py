@@ -55,16 +55,15 @@ HOW = ("", "_foreground", "_class", "_both")
 RIVALS = dict.fromkeys(SETTINGS, "ignore_prior") | {"unlabelled": "full_only", "points_10": "full_only"}
 # The rows of the README's table: rivals, of which the best counts, and the trainer's defaults. CutMix is one of them
 # where all other images are unlabelled. The rivals of `MORE` count where they were run as often.
-IGNORE_ROWS = ("ignore", "ignore_prior")
 STOCK = "ignore_uniform"
-MORE = ("ignore_quarter", "ignore_prior_quarter", "ignore_three_quarters", "cutmix_full", "ignore_equal",
-        "ignore_equal_quarter", "ignore_prior_equal_quarter")
+MORE = ("ignore", "ignore_prior", "ignore_quarter", "ignore_prior_quarter", "ignore_three_quarters", "cutmix_full",
+        "ignore_equal", "ignore_equal_quarter", "ignore_prior_equal_quarter")
 # ConfKD's row has the settings that its trainer chooses from these data.
 SHORT = {"scribbles": ("ignore_equal_quarter", "apart_cost"),
          "erosion": ("ignore_prior_equal_quarter", "apart_corrected_cost"),
          "erosion_foreground": ("ignore_quarter", "equal_cost"),
          "unlabelled": ("full_only", "full_cutmix", "cutmix_three_quarters_cost"),
-         "points_5": (*IGNORE_ROWS, "confkd_cost"), "points_10": ("full_only", "today_cost")}
+         "points_5": ("ignore", "confkd_cost"), "points_10": ("full_only", "today_cost")}
 WORDS = {"scribbles": "ACDC, expert scribbles", "erosion": "ACDC, eroded masks with background",
          "erosion_foreground": "ACDC, eroded masks without background", "unlabelled": "ACDC, unlabelled",
          "points_5": "Hippocampus, points", "points_10": "Hippocampus, points"}
@@ -331,7 +330,7 @@ def short_table(folder: Path) -> str:
         best = max(rivals, key=means.__getitem__)
         gain = paired_gain(*({key: after[row][key] for key in common} for row in (ours, best)),
                            next(iter(of_setting.values()))["patients"])
-        ours_without_teacher = [means[row] for row in rivals if row in (*IGNORE_ROWS, *MORE)]
+        ours_without_teacher = [means[row] for row in rivals if row in MORE]
         if ours_without_teacher:
             # the same patients, whatever the labels of the others are
             same = [name for name, (other, number) in SETTINGS.items() if (other.data, number) == (table.data, full)]

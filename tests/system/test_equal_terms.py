@@ -71,7 +71,7 @@ def test_a_draw_changes_the_full_patients_and_no_other_role(module):
 def test_the_short_table_compares_with_the_best_rival_in_the_same_draws_and_seeds(module, tmp_path):
     for draw, seed, rivals, ours in ((0, 0, (0.4, 0.5), 0.7), (0, 1, (0.5, 0.5), 0.6), (1, 0, (0.9,), 0.1)):
         write_run(tmp_path / f"points_5_{draw}", "confkd_cost", seed, ours)
-        for row, rival in zip(("ignore", "ignore_prior"), rivals):
+        for row, rival in zip(("ignore_prior", "ignore"), rivals):
             write_run(tmp_path / f"points_5_{draw}", row, seed, rival)
     write_run(tmp_path / "points_5_1", "ignore_prior", 1, 0.0)  # draw 1 lacks the other rival: it counts in no figure
     write_run(tmp_path / "points_5_1", "confkd_cost", 1, 0.9)
