@@ -53,7 +53,7 @@ DRAWS, SEEDS = (0, 1), (0, 1)
 HOW = ("", "_foreground", "_class", "_both")
 # what a row is compared with
 RIVALS = dict.fromkeys(SETTINGS, "ignore_prior") | {"unlabelled": "full_only", "points_10": "full_only"}
-# The rows of the README's table: rivals, of which the best counts, and the trainer's defaults. CutMix is one of them
+# The rows of the short table: rivals, of which the best counts, and the trainer's defaults. CutMix is one of them
 # where all other images are unlabelled. The rivals of `MORE` count where they were run as often.
 STOCK = "ignore_uniform"
 MORE = ("ignore", "ignore_prior", "ignore_quarter", "ignore_prior_quarter", "ignore_three_quarters", "cutmix_full",
