@@ -246,10 +246,10 @@ def prepare(table: Table, data: Path, scribbles: Path | None, work: Path,
         for name in (*held_back, *roles["train"]):
             case = cases[name]
             if name not in kept and table.style == "scribbles" and scribbles is not None:
-                reader = table.fraction and partial(in_some_slices, case=name, fraction=table.fraction, draw=table.draw,
-                                                    ignore=dataset.labels["ignore"])
-                case = replace(case, label=Volume(scribbles / f"{name}_scribble.nii.gz", reader=reader or None),
-                               kind=PARTIAL)
+                reader = None if table.fraction is None else partial(
+                    in_some_slices, case=name, fraction=table.fraction, draw=table.draw,
+                    ignore=dataset.labels["ignore"])
+                case = replace(case, label=Volume(scribbles / f"{name}_scribble.nii.gz", reader=reader), kind=PARTIAL)
             elif name not in kept:
                 kind = UNLABELLED if table.style == "none" else PARTIAL
                 case = weakened(case, kind, dataset.labels, table.style, SPLIT_SEED + table.draw,

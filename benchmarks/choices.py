@@ -17,7 +17,6 @@ from pathlib import Path
 
 import equal_terms
 import five_folds
-import headline
 from accuracy import FOLDS, Row, Table, build_trainer, environment, spec_of
 from equal_terms import DRAWS, HERE, SETTINGS, WORDS
 from step_time import insert
@@ -47,31 +46,35 @@ def shown(value) -> str:
     return {True: "yes", False: "no"}[value] if isinstance(value, bool) else f"{value:.2g}"
 
 
+def head(first: str) -> list[str]:
+    return [f"| {first} | annotated part | trainer | {' | '.join(SHOWN.values())} |", "|" + "---|" * (3 + len(SHOWN))]
+
+
+def cells(name: str, found: list[dict]) -> str:
+    """All values of each setting that a trainer has chosen."""
+    return " | ".join(", ".join(sorted({shown(of[name][key]) for of in found}))
+                      if name == "ConfKDTrainer" or not key.startswith("teacher") else "" for key in SHOWN)
+
+
 def of_folds(choices: dict) -> str:
     """A line for each setting and trainer, with all values that were chosen in a fold."""
-    lines = [f"| data, five folds | annotated part | trainer | {' | '.join(SHOWN.values())} |",
-             "|" + "---|" * (3 + len(SHOWN))]
+    lines = head("data, five folds")
     for setting in five_folds.SETTINGS:
         of_setting = [of for key, of in choices.items() if key.rsplit("_", 1)[0] == setting]
         for name, words in TRAINERS.items() if of_setting else ():
-            cells = [", ".join(sorted({shown(of[name][key]) for of in of_setting}))
-                     if name == "ConfKDTrainer" or not key.startswith("teacher") else "" for key in SHOWN]
             parts = [of["part"] for of in of_setting]
-            lines.append(f"| {headline.WORDS[setting]} | {min(parts):.2g} to {max(parts):.2g} | {words} | "
-                         f"{' | '.join(cells)} |")
+            lines.append(f"| {five_folds.WORDS[setting]} | {min(parts):.2g} to {max(parts):.2g} | {words} | "
+                         f"{cells(name, of_setting)} |")
     return "\n".join(lines)
 
 
 def table_text(choices: dict) -> str:
-    lines = [f"| data (draw) | annotated part | trainer | {' | '.join(SHOWN.values())} |",
-             "|" + "---|" * (3 + len(SHOWN))]
+    lines = head("data (draw)")
     for key, found in choices.items():
         setting, draw = key.rsplit("_", 1)
         for name, words in TRAINERS.items():
-            cells = [shown(found[name][of]) if name == "ConfKDTrainer" or not of.startswith("teacher") else ""
-                     for of in SHOWN]
             lines.append(f"| {WORDS[setting]}, {SETTINGS[setting][1]} full ({draw}) | {found['part']:.2g} | {words} | "
-                         f"{' | '.join(cells)} |")
+                         f"{cells(name, [found])} |")
     return "\n".join(lines)
 
 

@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 from accuracy import FOLDS, TABLES, Row, Table, largest_components, predictions, prepare, run, spec_of
 from accuracy import ROWS as USUAL_ROWS
+from accuracy_report import gain_text as text_of_gain
 from accuracy_report import patients_in, read_runs
 from equal_terms import COST, COST_CUTMIX, HOW, LONG, choice_of, longer, measure_all, parsed
 from equal_terms import ROWS as EQUAL_ROWS
@@ -40,6 +41,11 @@ SETTINGS: dict[str, Table] = {
     "points_sparse": replace(TABLES["hippocampus"], full=(5,), fraction=0.25),
     "points_3d": TABLES["hippocampus_small_3d"],
 }
+WORDS = {"scribbles": "ACDC, scribbles", "scribbles_sparse": "ACDC, scribbles in a quarter of the slices",
+         "erosion": "ACDC, eroded masks with background",
+         "erosion_foreground": "ACDC, eroded masks without background", "unlabelled": "ACDC, unlabelled",
+         "points": "Hippocampus, points", "points_sparse": "Hippocampus, points in a quarter of the slices",
+         "points_3d": "Hippocampus 3-D, points"}
 # Rows that do not depend on the weak labels are run in the first of these settings alone.
 SAME_IMAGES = (("scribbles", "scribbles_sparse", "erosion_foreground", "erosion", "unlabelled"),
                ("points", "points_sparse"))
@@ -202,14 +208,16 @@ def of_patients(folds: Mapping[int, dict], metric: str) -> list[np.ndarray]:
     return [by_patient(np.nanmean(run[metric], 1), run["patients"]) for _, run in sorted(folds.items())]
 
 
-def gain(ours: dict[int, dict], rival: dict[int, dict], metric: str) -> tuple[list[np.ndarray], float] | None:
-    """Differences by fold and patient, and their mean; None without a common fold."""
+def gain(ours: dict[int, dict], rival: dict[int, dict], metric: str) -> list[np.ndarray]:
+    """Differences by patient, of each fold that both have."""
     folds = set(ours) & set(rival)
-    if not folds:
-        return None
     pairs = zip(*(of_patients({fold: runs[fold] for fold in folds}, metric) for runs in (ours, rival)))
-    differences = [of_ours - of_rival for of_ours, of_rival in pairs]
-    return differences, float(np.concatenate(differences).mean())
+    return [of_ours - of_rival for of_ours, of_rival in pairs]
+
+
+def gain_text(differences: list[np.ndarray]) -> str:
+    """A mean gain with its interval; nothing without a fold."""
+    return text_of_gain((float(np.concatenate(differences).mean()), *interval(differences)) if differences else None)
 
 
 def values_of_run(content: dict) -> dict:
@@ -232,7 +240,6 @@ def read_all(folder: Path) -> dict[tuple[str, str, int], dict[int, dict]]:
 
 def report(folder: Path) -> str:
     """One table for each setting and number of fully annotated patients, on test patients."""
-    import headline
     runs, lines = read_all(folder), []
     for setting, table in SETTINGS.items():
         for full in table.full:
@@ -243,7 +250,7 @@ def report(folder: Path) -> str:
                     shown[row] = of
             if not any(ROWS[row].labels == "mixed" for row in shown):
                 continue
-            lines += [f"**{headline.WORDS[setting]}, {full} full patients**", "",
+            lines += [f"**{WORDS[setting]}, {full} full patients**", "",
                       "| row | Dice raw | Dice after | of each class | HD95 raw, mm | HD95 after, mm | NSD after | "
                       "gain raw | gain after | folds |", "|" + "---|" * 10]
             lines += [line_of(setting, row, shown) for row in shown] + [""]
@@ -260,11 +267,8 @@ def line_of(setting: str, row: str, shown: dict[str, dict[int, dict]]) -> str:
     raw, after = (np.concatenate(of_patients(folds, metric)).mean() for metric in ("dice", "dice_pp"))
 
     rival = RIVAL.get(setting, "ignore") + (LONG if row.endswith(LONG) else "")
-    gains = []
-    for metric in ("dice", "dice_pp"):
-        found = None if row == rival else gain(folds, shown.get(rival, {}), metric)
-        gains.append("" if found is None else
-                     "{:+.3f} [{:+.3f}, {:+.3f}]".format(found[1], *interval(found[0])))
+    gains = ["" if row == rival else gain_text(gain(folds, shown.get(rival, {}), metric))
+             for metric in ("dice", "dice_pp")]
     classes = " / ".join(f"{value:.3f}" for value in of_classes("dice_pp"))
     distances = f"{of_classes('hd95_mm').mean():.1f} | {of_classes('hd95_mm_pp').mean():.1f}"
     return (f"| {ROWS[row].title} (`{row}`) | {raw:.3f} | {after:.3f} | {classes} | {distances} | "
@@ -286,8 +290,9 @@ def main() -> None:
     if args.output == OUTPUT and text:
         import headline
         docs = HERE.parent / "docs"
-        insert(HERE.parent / "README.md", "headline", headline.table(OUTPUT))
-        for section, of in (("headline", headline.table(OUTPUT)), ("by fold", headline.by_fold(OUTPUT)),
+        short = headline.table(OUTPUT)
+        insert(HERE.parent / "README.md", "headline", short)
+        for section, of in (("headline", short), ("by fold", headline.by_fold(OUTPUT)),
                             ("five folds", text)):
             insert(docs / "explanation" / "results.md", section, of)
         headline.draw(OUTPUT, docs / "results.png")

@@ -12,18 +12,13 @@ import json
 from pathlib import Path
 
 import numpy as np
-from five_folds import HERE, SETTINGS, home_of, interval, of_patients, read_all
+from five_folds import HERE, SETTINGS, WORDS, gain_text, home_of, interval, of_patients, read_all
 
 OURS, STOCK, EVERYTHING = "ConfKD with hints", "nnU-Net's ignore label", "everything annotated"
 COLUMNS = {"full patients alone": ("full_only", "full_cutmix"), STOCK: ("ignore_uniform",),
            "our trainer, no teacher": ("ignore",), OURS: ("confkd_cost", "confkd_cutmix_cost"), EVERYTHING: ("all",)}
 RIVALS = tuple(COLUMNS)[:3]
 COLOURS = dict(zip(COLUMNS, ("0.65", "tab:orange", "tab:blue", "tab:red", "0.3")))
-WORDS = {"scribbles": "ACDC, scribbles", "scribbles_sparse": "ACDC, scribbles in a quarter of the slices",
-         "erosion": "ACDC, eroded masks with background",
-         "erosion_foreground": "ACDC, eroded masks without background", "unlabelled": "ACDC, unlabelled",
-         "points": "Hippocampus, points", "points_sparse": "Hippocampus, points in a quarter of the slices",
-         "points_3d": "Hippocampus 3-D, points"}
 
 
 def lines_of(folder: Path, metric: str = "dice_pp") -> list[dict]:
@@ -67,11 +62,6 @@ def lines_of(folder: Path, metric: str = "dice_pp") -> list[dict]:
                                     for rival in rivals},
                           "patients": [sorted(set(run["patients"])) for _, run in sorted(best[OURS].items())]})
     return found
-
-
-def gain_text(differences: list[np.ndarray]) -> str:
-    """A mean gain with its interval."""
-    return "{:+.3f} [{:+.3f}, {:+.3f}]".format(np.concatenate(differences).mean(), *interval(differences))
 
 
 def table(folder: Path) -> str:

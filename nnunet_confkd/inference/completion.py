@@ -184,13 +184,13 @@ def _export(completions, logits, properties, configuration_manager, plans_manage
     segmentation, maps = export_as_known(completion.known, label, logits, properties, configuration_manager,
                                          plans_manager, dataset_json, output, *args, **kwargs)
     del logits
-    labels, output = plans_manager.get_label_manager(dataset_json), Path(output)
+    labels = plans_manager.get_label_manager(dataset_json)
     normalised = normalised_entropy(maps.pop("entropy"), labels.num_segmentation_heads, labels.has_regions)
     row = completion.review(label, segmentation, maps["confidence"], normalised)
     del normalised, label, segmentation
-    name = f"{output.name}{map_ending(dataset_json['file_ending'])}"
-    write_map(output.parent.parent / CONFIDENCE / name, maps.pop("confidence"), properties, writer)
-    write_json(output.parent.parent / ROWS / f"{output.name}.json", row)
+    name = f"{completion.case}{map_ending(dataset_json['file_ending'])}"
+    write_map(completion.target / CONFIDENCE / name, maps.pop("confidence"), properties, writer)
+    write_json(completion.target / ROWS / f"{completion.case}.json", row)
 
 
 def _load_predictor(model: TrainedModel) -> tuple[_CompletingPredictor, list[str]]:
