@@ -436,7 +436,7 @@ def rng_of_batch() -> np.random.Generator:
 # ---- what is annotated ----------------------------------------------------------------------------------------------
 
 def _boxes(labels: np.ndarray, inside: np.ndarray) -> dict[int, tuple[slice, ...]]:
-    """The values that occur in the image, all of them from 0, in their order, and the bounding box of each."""
+    """The values that occur `inside` a part of the image, from 0, in their order, and the bounding box of each."""
     values = None
     if labels.size and labels.max() >= 2 ** 15:
         values, labels = np.unique(labels, return_inverse=True)
@@ -539,7 +539,7 @@ class _Class(Voxels):
             says nothing about the class); and the share in the image. `(places,)` each.
         """
         kept = (~self._is_outside(voxels)).mean(1)
-        return _look_up(self.mask, voxels - self.corner, False).mean(1) / np.maximum(kept, 1e-9), kept
+        return _look_up(self.mask, voxels - self.corner).mean(1) / np.maximum(kept, 1e-9), kept
 
     def margin(self, voxels: np.ndarray) -> np.ndarray:
         """How much of the surroundings of the voxels `(places, n, dimensions)` belongs to the class, `(places,)`.
@@ -554,7 +554,7 @@ class _Class(Voxels):
         """Which of the voxels `(..., dimensions)` do not lie in the image."""
         if self.inside is None:
             return _flat_index(self.shape, voxels) < 0
-        return ~_look_up(self.inside, voxels, False)
+        return ~_look_up(self.inside, voxels)
 
     def innermost(self, size: int, rng: np.random.Generator, touching: bool) -> np.ndarray:
         """The innermost voxels of the class; of equally deep ones those next to a random one.
@@ -653,10 +653,10 @@ def _place(pattern: Voxels, place: _Class, rng: np.random.Generator, whole: bool
     return [Voxels.of(place.innermost(pattern.size, rng, touching=rng.random() >= place.depth.value()))]
 
 
-def _look_up(mask: np.ndarray, voxels: np.ndarray, beyond: bool) -> np.ndarray:
-    """The mask at the voxels `(..., dimensions)`; `beyond` for those that lie outside of the patch."""
+def _look_up(mask: np.ndarray, voxels: np.ndarray) -> np.ndarray:
+    """The mask at the voxels `(..., dimensions)`; False beyond it."""
     place = _flat_index(mask.shape, voxels)
-    return np.where(place < 0, beyond, mask.ravel()[place])
+    return np.where(place < 0, False, mask.ravel()[place])
 
 
 def _flat_index(shape: tuple[int, ...], voxels: np.ndarray) -> np.ndarray:
