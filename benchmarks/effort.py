@@ -1,4 +1,4 @@
-"""What does annotating cost, and what does it bring: more full masks, or strokes on everything?
+"""What does annotating cost, and what does it bring: more full masks, or scribbles on everything?
 
     python benchmarks/effort.py --data .../shared/data
     python benchmarks/effort.py --report

@@ -3,7 +3,7 @@
     python benchmarks/hint_drawing.py
 
 A batch has one fully annotated patch, whose hints are simulated, and one partially annotated one, which is observed.
-The organs are those of volumes.py. The annotations are strokes through each organ, or its eroded mask, or points. The
+The organs are those of volumes.py. The annotations are scribbles through each organ, or its eroded mask, or points. The
 sampler has seen some batches before. Times are processor times, medians of the batches, because another process that
 takes the processor then does no harm. The table goes into docs/explanation/performance.md.
 """
@@ -40,7 +40,7 @@ def annotate(labels: np.ndarray, kind: str, ignore: int, rng: np.random.Generato
             continue
         if kind == "points":
             voxels = voxels[rng.integers(len(voxels), size=3)]
-        elif kind == "strokes":  # a thin line in one slice
+        elif kind == "scribbles":  # a thin line in one slice
             z, y, _ = voxels[rng.integers(len(voxels))]
             voxels = voxels[(voxels[:, 0] == z) & (abs(voxels[:, 1] - y) <= 1)]
         result[tuple(voxels.T)] = label
@@ -84,7 +84,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, help="JSON file; then docs/ is left alone")
     args = parser.parse_args(arguments)
     torch.set_num_threads(1)
-    runs = [measure(organs, kind, args.side, args.batches) for kind in ("points", "strokes", "eroded masks")
+    runs = [measure(organs, kind, args.side, args.batches) for kind in ("points", "scribbles", "eroded masks")
             for organs in ORGANS]
     machine = f"{platform.machine()} CPU, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f} at the end"
     (args.output or ROOT / "benchmarks" / "hint_drawing.json").write_text(

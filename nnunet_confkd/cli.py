@@ -20,16 +20,16 @@ from nnunet_confkd.processes import terminable
 
 COMMANDS = {  # name: (module and function, text of the help, an example), in order of work
     "inspect": ("data.inspection:main", "what folders of images and labels hold, and the mix command that fits",
-                "confkd inspect IMAGES MASKS STROKES"),
+                "confkd inspect IMAGES MASKS SCRIBBLES"),
     "mix": ("data.mix:main", "folders of full, partial and no labels to one data set",
-            "confkd mix --images IMAGES --full-labels MASKS --partial-labels STROKES --labels background liver "
+            "confkd mix --images IMAGES --full-labels MASKS --partial-labels SCRIBBLES --labels background liver "
             "--ignore-value 0 --background-value 2 --id 27"),
     "convert": ("dataset_conversion:main", "a public data set to nnU-Net's format",
                 "confkd convert acdc --source ACDC --id 27"),
     "download": ("data.download:main", "a public data set, for a first try", "confkd download hippocampus"),
     "check": ("data.check:main", "what is wrong with a data set, and which case is what", "confkd check -d 27"),
     "run": ("commands.run:main", "all of mix, check, plan, train, predict and report, which can be interrupted",
-            "confkd run --images IMAGES --full-labels MASKS --partial-labels STROKES --labels background liver "
+            "confkd run --images IMAGES --full-labels MASKS --partial-labels SCRIBBLES --labels background liver "
             "--ignore-value 0 --background-value 2 --test NEW_IMAGES --output RESULTS"),
     "plan": ("commands.plan:main", "nnUNetv2_plan_and_preprocess that keeps every annotation",
              "confkd plan -d 27 -c 3d_fullres"),

@@ -14,7 +14,7 @@ import numpy as np
 from nnunet_confkd.data.check_report import Report
 from nnunet_confkd.data.images import TIFF, Geometry, count_voxels, ending_of, read, spacing_file
 from nnunet_confkd.data.raw_format import name_problem
-from nnunet_confkd.data.strokes import Shape, shape_of
+from nnunet_confkd.data.scribbles import Shape, shape_of
 from nnunet_confkd.errors import InputError, counted, some
 
 SLAB = 2 ** 20  # how many voxels are looked at at once
@@ -45,7 +45,7 @@ class CaseContent:
         size: Voxels of the image.
         channels: The number of channels; None if an image cannot be read.
         digest: Of all the voxels, equal for equal images; None if the images are constant.
-        shape: Of a label that has no ignored voxel. It may be strokes all the same.
+        shape: Of a label that has no ignored voxel. It may be scribbles all the same.
         grid: Of the first image that can be read.
     """
     errors: list[str] = field(default_factory=list)

@@ -16,12 +16,12 @@ from nnunet_confkd.data.measures import (
     EMPTY,
     IMAGE,
     MASK,
-    STROKES,
+    SCRIBBLES,
     UNREADABLE,
     Measure,
     markers_of,
     measured,
-    tell_strokes_from_masks,
+    tell_scribbles_from_masks,
 )
 from nnunet_confkd.data.mix import arguments, mixture
 from nnunet_confkd.data.source_proposal import (
@@ -70,14 +70,14 @@ def inspect(folders: Iterable[Path], processes: int = PROCESSES) -> list[Group]:
         group.files = {path: next(measures) for path in group.files}
     groups = _joined_classes(groups)
     for alike in _with_common_classes(groups):
-        tell_strokes_from_masks({path: measure for group in alike for path, measure in group.files.items()})
+        tell_scribbles_from_masks({path: measure for group in alike for path, measure in group.files.items()})
     return groups
 
 
 def _with_common_classes(groups: list[Group]) -> Iterator[list[Group]]:
     """Part groups, so that those of a part have a class in common with the group of the most solid labels in it.
 
-    The masks of a small organ would be taken for strokes beside those of another, large one.
+    The masks of a small organ would be taken for scribbles beside those of another, large one.
     """
     rest = [group for group in groups if any(measure.kind == MASK for measure in group.files.values())]
     while rest:
@@ -125,7 +125,7 @@ def description(group: Group) -> str:
     if readable:
         lines.append(f"  size {_range(m.geometry.size for m in readable)}, "
                      f"spacing {_range(m.geometry.spacing for m in readable)} mm")
-    for kind in (MASK, STROKES, EMPTY):
+    for kind in (MASK, SCRIBBLES, EMPTY):
         held: Counter = Counter()
         for measure in group.files.values():
             held.update(measure.voxels if measure.kind == kind else {})
@@ -161,14 +161,14 @@ def propose(groups: list[Group]) -> Proposal:
     """Return the arguments of `confkd mix` for these files. It has none if no command can be made."""
     images = [group for group in groups if any(measure.kind == IMAGE for measure in group.files.values())]
     by_kind = {kind: [(group, [path for path, measure in group.files.items() if measure.kind == kind])
-                      for group in groups] for kind in (MASK, STROKES)}
+                      for group in groups] for kind in (MASK, SCRIBBLES)}
     full = [(group, paths) for group, paths in by_kind[MASK] if paths]
-    strokes = [(group, paths) for group, paths in by_kind[STROKES] if paths]
+    scribbles = [(group, paths) for group, paths in by_kind[SCRIBBLES] if paths]
     if not images or not full:
         return Proposal(notes=["no command: " + ("no file looks like an image" if not images else
                                "no label looks like a complete mask, and training needs at least one")])
     places = places_of_labels(groups)
-    proposal = propose_sources(places, groups) or _of_equal_classes(images, full, strokes, places)
+    proposal = propose_sources(places, groups) or _of_equal_classes(images, full, scribbles, places)
     if min(measure.range[0] for group in images for measure in group.files.values() if measure.kind == IMAGE) < AIR:
         for words in filter(None, (proposal.words, proposal.instead, proposal.otherwise)):
             words += ["--channels", "CT"]
@@ -178,13 +178,13 @@ def propose(groups: list[Group]) -> Proposal:
     return proposal
 
 
-def _of_equal_classes(images: list[Group], full: list, strokes: list, places: list[LabelPlace]) -> Proposal:
+def _of_equal_classes(images: list[Group], full: list, scribbles: list, places: list[LabelPlace]) -> Proposal:
     """Return the command of masks that are all annotated for the same classes."""
     proposal = Proposal(["--images", *_places([(group, list(group.files)) for group in images])])
     proposal.words += ["--full-labels", *_places(full)]
-    if strokes:
-        proposal.words += ["--partial-labels", *_places(strokes)]
-    masks, drawn = ([group.files[path] for group, paths in found for path in paths] for found in (full, strokes))
+    if scribbles:
+        proposal.words += ["--partial-labels", *_places(scribbles)]
+    masks, drawn = ([group.files[path] for group, paths in found for path in paths] for found in (full, scribbles))
     _name_labels(proposal, masks, drawn)
     proposal.otherwise = proposal_of_other_classes(places, images)
     return proposal
@@ -195,21 +195,21 @@ def _places(found: list[tuple[Group, list[Path]]]) -> list[str]:
     places: list[str] = []
     for group, paths in found:
         others = [path for path, measure in group.files.items() if path not in paths
-                  and measure.kind in (IMAGE, MASK, STROKES, UNREADABLE)]
+                  and measure.kind in (IMAGE, MASK, SCRIBBLES, UNREADABLE)]
         places += [group.place] if not others else [str(path) for path in paths]
     return list(dict.fromkeys(places))
 
 
-def _name_labels(proposal: Proposal, masks: list[Measure], strokes: list[Measure]) -> None:
+def _name_labels(proposal: Proposal, masks: list[Measure], scribbles: list[Measure]) -> None:
     """Add --labels, --ignore-value and --background-value."""
-    if any(measure.named for measure in masks + strokes):
-        _name_segments(proposal, masks, strokes)
+    if any(measure.named for measure in masks + scribbles):
+        _name_segments(proposal, masks, scribbles)
         return
     classes = {value for measure in masks for value in measure.voxels}
     held: Counter = Counter()
-    for measure in strokes:
+    for measure in scribbles:
         held.update(measure.voxels)
-    ignore = next(iter(markers_of(strokes)), max(held, key=held.__getitem__)) if held else None
+    ignore = next(iter(markers_of(scribbles)), max(held, key=held.__getitem__)) if held else None
     others = sorted(set(held) - classes - {ignore})
     if ignore != 0 or len(others) > 1:  # classes that no mask has
         classes |= set(others) if ignore != 0 else set()
@@ -226,28 +226,29 @@ def _name_labels(proposal: Proposal, masks: list[Measure], strokes: list[Measure
     if ignore is None:
         return
     proposal.words += ["--ignore-value", str(ignore)]
-    proposal.notes.append(f"{ignore} = not annotated: it is most of what the stroke-like labels hold")
+    proposal.notes.append(f"{ignore} = not annotated: it is most of what the scribble-like labels hold")
     if ignore == values[0] and others:
         proposal.words += ["--background-value", str(others[0]) if len(others) == 1 else "?"]
-        proposal.notes.append(f"{others[0]} = strokes in the background: no mask holds it" if len(others) == 1 else
-                              f"which of {some(others)} marks strokes in the background? Put it in the place of the "
+        proposal.notes.append(f"{others[0]} = scribbles in the background: no mask holds it" if len(others) == 1 else
+                              f"which of {some(others)} marks scribbles in the background? Put it in the place of the "
                               f"question mark, and name the others in --labels")
     elif ignore == values[0]:
-        proposal.notes.append("no background is annotated in the stroke-like labels; a few strokes there would help")
+        proposal.notes.append("no background is annotated in the scribble-like labels; a few scribbles there would "
+                              "help")
 
 
-def _name_segments(proposal: Proposal, masks: list[Measure], strokes: list[Measure]) -> None:
-    segments = list(spellings(masks + strokes).values())
+def _name_segments(proposal: Proposal, masks: list[Measure], scribbles: list[Measure]) -> None:
+    segments = list(spellings(masks + scribbles).values())
     background = background_of(segments)
     labels = [word_of("background", background) if background else "background"]
     labels += [word_of(plain_name(name), name) for name in segments if name != background]
     proposal.words += ["--labels", *labels]
-    others = sorted({str(name) for measure in masks + strokes for name in measure.drawn} - set(segments))
+    others = sorted({str(name) for measure in masks + scribbles for name in measure.drawn} - set(segments))
     if others:
         proposal.notes.append(f"note: {some(map(repr, others))} is taken for the class of the same name in other "
                               f"capitals, which do not count")
-    if strokes and background is None:
-        proposal.notes.append("no segment is called background; in the stroke-like labels, a segment of this name "
+    if scribbles and background is None:
+        proposal.notes.append("no segment is called background; in the scribble-like labels, a segment of this name "
                               "would help")
 
 

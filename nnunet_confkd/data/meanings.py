@@ -204,7 +204,7 @@ def _held_text(contents: Mapping[Path, Content], labels: Labels) -> str:
         return f"The labels hold {shares_text(held)}; which of them means \"not annotated\"?"
     text = (f"The labels hold {shares_text(held)}; correct {labels.ignore_option}: if {likely:g} is *not annotated*: "
             f"{labels.options(f'{likely:g}', background)}")
-    return text + (f", where {background} marks the strokes in the background" if background else "")
+    return text + (f", where {background} marks the scribbles in the background" if background else "")
 
 
 def value_problems(contents: Mapping[Path, Content], kind: str, meaning: Meaning, labels: Labels) -> dict[Path, str]:
@@ -261,19 +261,20 @@ def _value_advice(found: list, kind: str, held: Mapping, labels: Labels) -> str:
     if kind == FULL:
         options = labels.options(f"{most:g}", None if most in found else first)
         return f"If {first} is a class, {name} If {most:g} is *not annotated*, these are partial labels: {options}."
-    advice = f"If {first} marks strokes in the background: {labels.options(None, first)}. If it is a class, {name}"
+    advice = f"If {first} marks scribbles in the background: {labels.options(None, first)}. If it is a class, {name}"
     return f"If {most:g} is *not annotated*: {labels.options(f'{most:g}', None)}. {advice}" if most in found else advice
 
 
-def only_in_strokes(full: Mapping[Path, Content], partial: Mapping[Path, Content], labels: Labels) -> list[str]:
-    """List classes that no complete mask holds, but partial labels: it may be the value of background strokes."""
+def only_in_scribbles(full: Mapping[Path, Content], partial: Mapping[Path, Content], labels: Labels) -> list[str]:
+    """List classes that no complete mask holds, but partial labels: it may be the value of background scribbles."""
     notes = []
-    complete, strokes = together(full.values()), together(partial.values())
+    complete, scribbles = together(full.values()), together(partial.values())
     for value, number in labels.full.values.items():
         name = next(iter(key for key, written in labels.names.items() if written == number), None)
-        if number and name and value in strokes and value not in complete and complete:
-            notes.append(f"note: {name} (value {value}) is in partial labels only, in no full one. If it marks strokes "
-                         f"in the background, leave {name} out of --labels, and give --background-value {value}")
+        if number and name and value in scribbles and value not in complete and complete:
+            notes.append(f"note: {name} (value {value}) is in partial labels only, in no full one. If it marks "
+                         f"scribbles in the background, leave {name} out of --labels, and give "
+                         f"--background-value {value}")
     return notes
 
 

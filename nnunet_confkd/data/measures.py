@@ -1,4 +1,4 @@
-"""What the files of a folder are: images, complete masks, strokes, or empty labels."""
+"""What the files of a folder are: images, complete masks, scribbles, or empty labels."""
 from __future__ import annotations
 
 from collections import Counter
@@ -12,16 +12,16 @@ import numpy as np
 
 from nnunet_confkd.data import dicom
 from nnunet_confkd.data.images import Geometry, Picture, read
+from nnunet_confkd.data.scribbles import FOREGROUND, THIN, shape_of
 from nnunet_confkd.data.segments import has_segments, read_segments
-from nnunet_confkd.data.strokes import FOREGROUND, THIN, shape_of
 from nnunet_confkd.data.survey import value_counts
 from nnunet_confkd.errors import InputError
 
-IMAGE, MASK, STROKES, EMPTY, UNREADABLE = "image", "mask-like", "stroke-like", "empty", "unreadable"
+IMAGE, MASK, SCRIBBLES, EMPTY, UNREADABLE = "image", "mask-like", "scribble-like", "empty", "unreadable"
 FEW_VALUES = 8  # a file of so few values is a label in any case
 EVEN = 0.95  # of the neighbouring voxels of a label are equal; in images there is noise
 CORE = 0.1  # of the core of the largest masks, and
-SLIM = 0.6  # of their share of core voxels: below both, a label has strokes
+SLIM = 0.6  # of their share of core voxels: below both, a label has scribbles
 
 
 @dataclass
@@ -115,11 +115,11 @@ def _evenness(voxels: np.ndarray) -> float:
     return float(np.mean(voxels[..., 1:] == voxels[..., :-1])) if voxels.shape[-1] > 1 else 1.0
 
 
-def tell_strokes_from_masks(measures: Mapping[Path, Measure]) -> None:
-    """Set the kind of labels that have strokes.
+def tell_scribbles_from_masks(measures: Mapping[Path, Measure]) -> None:
+    """Set the kind of labels that have scribbles.
 
-    A label has strokes if only every n-th slice holds anything, or if it holds a value that marks what is not
-    annotated: the most frequent one of several labels that hold 0 as well. It also has strokes if hardly any of its
+    A label has scribbles if only every n-th slice holds anything, or if it holds a value that marks what is not
+    annotated: the most frequent one of several labels that hold 0 as well. It also has scribbles if hardly any of its
     voxels are surrounded by their own class, compared with the labels that have most of such voxels. Only the classes
     count that it has in common with these.
 
@@ -143,7 +143,7 @@ def tell_strokes_from_masks(measures: Mapping[Path, Measure]) -> None:
         little = sum(measure.drawn.values()) < FOREGROUND * sum(measure.voxels.values())
         thin = share < THIN and _core_share(measure, classes) < THIN and little
         if marked or measure.every_nth or slim or thin:
-            measure.kind = STROKES
+            measure.kind = SCRIBBLES
 
 
 class _Solid:

@@ -66,7 +66,7 @@ def mix(full: Path | None, dataset_id: int, *, processes: int = PROCESSES, link:
         InputError: With all that is wrong with the folders.
 
     Examples:
-        >>> mix(None, 27, images=["IMAGES"], full_labels=["MASKS"], partial_labels=["STROKES"],
+        >>> mix(None, 27, images=["IMAGES"], full_labels=["MASKS"], partial_labels=["SCRIBBLES"],
         ...     labels=["background", "liver"], ignore_value=0, background_value=2)  # doctest: +SKIP
         PosixPath('raw/Dataset027_Mixed')
     """
@@ -222,9 +222,9 @@ def _require_files_of_classes(source: Source, known: Labels) -> None:
 def _notes(sources: list[Source], contents: dict[Path, Content], known: Labels) -> list[str]:
     if known.source:
         return ["labels: " + ", ".join(f"{name} {value}" for name, value in known.names.items())]
-    full, strokes = ({label: contents[label] for source in sources if source.kind == kind for label in source.labels
+    full, scribbles = ({label: contents[label] for source in sources if source.kind == kind for label in source.labels
                       if label in contents} for kind in (FULL, PARTIAL))
-    return meanings.only_in_strokes(full, strokes, known)
+    return meanings.only_in_scribbles(full, scribbles, known)
 
 
 def _case(source: Source, files: CaseFiles, resample: bool) -> Case:
@@ -319,7 +319,7 @@ def arguments() -> argparse.ArgumentParser:
     places.add_argument("--images", nargs="+", default=[], metavar="FOLDER", help="an image without a label is "
                                                                                   "unlabelled")
     places.add_argument("--full-labels", nargs="+", default=[], metavar="FOLDER", help="complete masks")
-    places.add_argument("--partial-labels", nargs="+", default=[], metavar="FOLDER", help="strokes, points, or some "
+    places.add_argument("--partial-labels", nargs="+", default=[], metavar="FOLDER", help="scribbles, points, or some "
                                                                                           "slices")
     folders = parser.add_argument_group("or a folder for each kind, which holds images and labels (or imagesTr and "
                                         "labelsTr)")

@@ -11,7 +11,7 @@ import numpy as np
 from nnunet_confkd.data.check_cases import CaseContent, CaseFiles
 from nnunet_confkd.data.check_report import Report
 from nnunet_confkd.data.raw_format import label_values
-from nnunet_confkd.data.strokes import suspects
+from nnunet_confkd.data.scribbles import suspects
 from nnunet_confkd.data.supervision import FULL, PARTIAL
 from nnunet_confkd.errors import counted, some
 
@@ -36,7 +36,7 @@ def warn_of_cases(files: Mapping[str, CaseFiles], contents: Mapping[str, CaseCon
         report: It gets the warnings.
     """
     full = {case: content for case, content in contents.items() if kinds.get(case) == FULL}
-    _warn_of_strokes(full, report)
+    _warn_of_scribbles(full, report)
     _warn_of_empty_labels(files, full, report)
     _warn_of_orientations(files, contents, report)
     _warn_of_sides(files, full, report)
@@ -44,16 +44,16 @@ def warn_of_cases(files: Mapping[str, CaseFiles], contents: Mapping[str, CaseCon
 
 # ---- labels ---------------------------------------------------------------------------------------------------------
 
-def _warn_of_strokes(full: Mapping[str, CaseContent], report: Report) -> None:
-    """Warn of cases that are taken for fully annotated though their labels look like strokes."""
+def _warn_of_scribbles(full: Mapping[str, CaseContent], report: Report) -> None:
+    """Warn of cases that are taken for fully annotated though their labels look like scribbles."""
     shapes = {case: content.shape for case, content in full.items() if content.shape is not None}
-    strokes = suspects(shapes)
-    if strokes:
-        listed = some((f"{case} ({reason})" for case, reason in strokes.items()), SHOWN)
+    scribbles = suspects(shapes)
+    if scribbles:
+        listed = some((f"{case} ({reason})" for case, reason in scribbles.items()), SHOWN)
         report.warnings.append(
-            f"{len(strokes)} of {len(shapes)} fully annotated cases look like strokes and not like complete masks: "
+            f"{len(scribbles)} of {len(shapes)} fully annotated cases look like scribbles and not like complete masks: "
             f"{listed}. Look at them. Where 0 means \"not annotated\", training would take it for background: give "
-            f"such cases to confkd mix as --partial, with --ignore-value 0 and the --background-value of the strokes "
+            f"such cases to confkd mix as --partial, with --ignore-value 0 and the --background-value of the scribbles "
             f"in the background")
 
 
@@ -93,12 +93,12 @@ def warn_of_classes(files: Mapping[str, CaseFiles], folds: Folds, written: bool,
                 f"class {name}: annotated in no fully annotated training case{'' if without[0] == '' else of_folds}"
                 f"{_only_in(holding) if without[0] == '' else ''}; the teacher cannot learn it, and what it teaches "
                 f"speaks against the class. Annotate it completely in one of them" + (
-                    ". If it is no class but strokes in the background, write the data set again: confkd mix "
+                    ". If it is no class but scribbles in the background, write the data set again: confkd mix "
                     "--background-value" if without[0] == "" and holding else ""))
         if partial and not holding:
             what, remedy = "it", "annotate it in some of them"
             if name == "background":
-                what, remedy = "what is background", "draw some strokes in the background, too"
+                what, remedy = "what is background", "draw some scribbles in the background, too"
             report.warnings.append(
                 f"class {name}: annotated nowhere among the partial cases; the student learns {what} from the full "
                 f"ones alone. If they show it, {remedy}: {some((files[case].label for case in partial), SHOWN)}")

@@ -12,7 +12,7 @@ from nnunet_confkd.data.images import ENDINGS
 from nnunet_confkd.data.json_files import is_whole
 from nnunet_confkd.data.listing import CASE
 from nnunet_confkd.data.meanings import described
-from nnunet_confkd.data.measures import IMAGE, MASK, STROKES, Measure, markers_of
+from nnunet_confkd.data.measures import IMAGE, MASK, SCRIBBLES, Measure, markers_of
 from nnunet_confkd.data.sources import IMAGES, LABELS
 from nnunet_confkd.data.supervision import UNLABELLED
 from nnunet_confkd.errors import InputError, some
@@ -54,7 +54,7 @@ class LabelPlace:
 
     Attributes:
         group: The files of the place.
-        strokes: Whether the labels are stroke-like.
+        scribbles: Whether the labels are scribble-like.
         classes: {value, or name of a segment: name of the class} of the classes that the labels are annotated for.
         background: The value or the segment of the background; None: 0, or what lies in no segment. "?": it cannot be
             told.
@@ -63,7 +63,7 @@ class LabelPlace:
         regions: Whether a dataset.json beside says that the classes are regions.
     """
     group: Group
-    strokes: bool
+    scribbles: bool
     classes: dict
     background: int | str | None = None
     ignore: int | None = None
@@ -73,7 +73,7 @@ class LabelPlace:
     @property
     def measures(self) -> list[Measure]:
         """What was measured of the labels."""
-        kind = STROKES if self.strokes else MASK
+        kind = SCRIBBLES if self.scribbles else MASK
         return [measure for measure in self.group.files.values() if measure.kind == kind]
 
     @property
@@ -88,7 +88,7 @@ class LabelPlace:
                  for value, name in self.classes.items()]
         if self.background is not None:
             words.append(BACKGROUND if self.background == BACKGROUND else f"{BACKGROUND}={self.background}")
-        if self.strokes:
+        if self.scribbles:
             words.append(IGNORE if self.named else f"{IGNORE}={self.ignore}")
         return words
 
@@ -116,13 +116,13 @@ def propose_sources(places: Sequence[LabelPlace], groups: Iterable[Group]) -> Pr
         places: Those of :func:`places_of_labels`.
         groups: The files, of which some are images.
     """
-    if len({frozenset(place.classes.values()) for place in places if not place.strokes}) < 2:
+    if len({frozenset(place.classes.values()) for place in places if not place.scribbles}) < 2:
         return None
     together = {place.group.place for place in places if sum(place.group is other.group for other in places) > 1}
     if together:
-        return Proposal(notes=[f"no command: {some(sorted(together))} holds both masks and strokes, and the masks of "
-                               f"other folders are annotated for other classes; move the strokes to a folder of their "
-                               f"own, and inspect again"])
+        return Proposal(notes=[f"no command: {some(sorted(together))} holds both masks and scribbles, and the masks of "
+                               f"other folders are annotated for other classes; move the scribbles to a folder of "
+                               f"their own, and inspect again"])
     images = [group for group in groups if any(measure.kind == IMAGE for measure in group.files.values())]
     in_folders, apart = _words_of_folders(places, images), _words_of_places(places, images)
     return Proposal(in_folders or apart, instead=apart if in_folders else [], notes=_notes(places))
@@ -131,20 +131,20 @@ def propose_sources(places: Sequence[LabelPlace], groups: Iterable[Group]) -> Pr
 # ---- what the labels are annotated for ------------------------------------------------------------------------------
 
 def places_of_labels(groups: Iterable[Group]) -> list[LabelPlace]:
-    """Find the places of masks, then those of strokes, and what they are annotated for."""
+    """Find the places of masks, then those of scribbles, and what they are annotated for."""
     found = []
     for group in groups:
-        for kind in (MASK, STROKES):
+        for kind in (MASK, SCRIBBLES):
             if any(measure.kind == kind for measure in group.files.values()):
-                found.append(LabelPlace(group, kind == STROKES, {}))
-    found.sort(key=lambda place: place.strokes)
+                found.append(LabelPlace(group, kind == SCRIBBLES, {}))
+    found.sort(key=lambda place: place.scribbles)
     values: set[int] = set()
     usual = spellings(measure for place in found if place.named for measure in place.measures)
     for place in found:
         if place.named:
             _name_segments(place, usual)
-        elif place.strokes:
-            _name_strokes(place, values)
+        elif place.scribbles:
+            _name_scribbles(place, values)
         else:
             values |= _name_values(place)
     _name_sources(found)
@@ -168,7 +168,7 @@ def _name_values(place: LabelPlace) -> set[int]:
     return set(held)
 
 
-def _name_strokes(place: LabelPlace, masks: set[int]) -> None:
+def _name_scribbles(place: LabelPlace, masks: set[int]) -> None:
     """Tell the value that is not annotated, and the classes; `masks` are the values of all masks."""
     held: Counter = Counter()
     for measure in place.measures:
@@ -253,11 +253,11 @@ def _notes(places: Iterable[LabelPlace]) -> list[str]:
         if lacking:
             notes.append(f"{place.group.place}: taken to be not annotated for {some(lacking)}. If some of these were "
                          f"looked for there, add them to --classes of {place.name}")
-        if place.strokes and not place.named:
+        if place.scribbles and not place.named:
             notes.append(f"{place.group.place}: {place.ignore} = not annotated, which is most of what it holds")
         if place.background == "?":
-            notes.append(f"{place.group.place}: which of {some(place.classes)} marks strokes in the background? Put it "
-                         f"in the place of the question mark, and take it out of the classes")
+            notes.append(f"{place.group.place}: which of {some(place.classes)} marks scribbles in the background? Put "
+                         f"it in the place of the question mark, and take it out of the classes")
     if any(re.fullmatch(r"class_-?\d+", name) for name in classes):
         notes.append("a value is taken for the same class in all folders; where it is another one, give it another "
                      "name")
@@ -274,7 +274,7 @@ def proposal_of_other_classes(places: Sequence[LabelPlace], images: Sequence[Gro
     Returns:
         The arguments of `confkd mix`; none if there is one such folder, or if names tell the classes.
     """
-    if len(places) < 2 or any(place.strokes or place.named or set(place.classes.values()) != {
+    if len(places) < 2 or any(place.scribbles or place.named or set(place.classes.values()) != {
             f"class_{value}" for value in place.classes} for place in places):
         return []
     places = [replace(place, classes={value: f"{place.name}_{value}" for value in place.classes}) for place in places]

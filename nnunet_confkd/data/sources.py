@@ -202,7 +202,7 @@ def _in_one_folder(layout: Layout) -> tuple[list[Source], list[str], list[str]]:
 def _of_narrowest_pattern(labels: dict[str, list[Named]]) -> dict[str, list[Named]]:
     """Take files that fit the patterns of several kinds from all but the one that leaves the shortest name.
 
-    `{case}.nrrd` also fits the files of `{case}_strokes.nrrd`.
+    `{case}.nrrd` also fits the files of `{case}_scribbles.nrrd`.
     """
     shortest: dict[Path, int] = {}
     for label in (label for of_kind in labels.values() for label in of_kind if label.exact):

@@ -27,8 +27,8 @@ class Annotations:
         hidden: The cases that are not annotated for all classes.
 
     Examples:
-        >>> strokes = Annotations({"a": "full", "b": "partial"}, {"a": 600, "b": 60}, {"a": 900, "b": 50})
-        >>> strokes.part, strokes.foreground_is_sparser
+        >>> scribbles = Annotations({"a": "full", "b": "partial"}, {"a": 600, "b": 60}, {"a": 900, "b": 50})
+        >>> scribbles.part, scribbles.foreground_is_sparser
         (0.1, False)
     """
 
@@ -74,8 +74,8 @@ def choose(settings: Settings, annotations: Annotations, batch_size: int, ignore
         Settings of which no one of `AUTOMATIC` is null.
 
     Examples:
-        >>> strokes = Annotations({"a": "full", "b": "partial"}, {"a": 600, "b": 60}, {"a": 900, "b": 50})
-        >>> chosen = choose(Settings(), strokes, batch_size=4, ignore_label=True)
+        >>> scribbles = Annotations({"a": "full", "b": "partial"}, {"a": 600, "b": 60}, {"a": 900, "b": 50})
+        >>> chosen = choose(Settings(), scribbles, batch_size=4, ignore_label=True)
         >>> {name: getattr(chosen, name) for name in AUTOMATIC[:3]}
         {'full_share': 0.5, 'equal_kinds': True, 'teacher_trains_encoder': False}
     """

@@ -88,8 +88,8 @@ class Settings:
 
     equal_kinds: bool | None = _setting("losses", None, (),
                                         "whether L_w is the mean of the loss over the fully annotated images and that "
-                                        "over the others, so that a few strokes weigh as much as whole masks. Else it "
-                                        "is one loss over all annotated voxels. Null means true if a partially "
+                                        "over the others, so that a few scribbles weigh as much as whole masks. Else "
+                                        "it is one loss over all annotated voxels. Null means true if a partially "
                                         "annotated case has on average at least 0.055 of the annotated foreground "
                                         "voxels of a fully annotated one, and all cases are annotated for the same "
                                         "classes; without the KL on these cases they must also annotate background")

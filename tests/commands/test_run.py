@@ -16,7 +16,7 @@ from nnunet_confkd.commands import plan, report, run
 from nnunet_confkd.data import check, mix
 from nnunet_confkd.inference import postprocessing
 
-OPTIONS = ["--images", "images", "--full-labels", "masks", "--partial-labels", "strokes", "--ignore-value", "0",
+OPTIONS = ["--images", "images", "--full-labels", "masks", "--partial-labels", "scribbles", "--ignore-value", "0",
            "--background-value", "2", "--labels", "background", "a liver", "--test", "test", "--output", "out"]
 NAMES = ["mix", "check", "plan", "train", "predict", "postprocess", "report"]
 
@@ -111,7 +111,7 @@ def test_it_does_the_steps_in_order_with_the_commands_that_it_prints(steps, caps
     assert [name for name, _ in steps.calls] == ["mix", "check", "plan", "train", "train", "predict", "postprocess",
                                                  "report"]
     printed = [shlex.split(line)[2:] for line in out.splitlines() if line.startswith("$ confkd")]
-    assert printed[:2] == [["mix", "--images", "images", "--full-labels", "masks", "--partial-labels", "strokes",
+    assert printed[:2] == [["mix", "--images", "images", "--full-labels", "masks", "--partial-labels", "scribbles",
                             "--id", "100", "--labels", "background", "a liver", "--ignore-value", "0",
                             "--background-value", "2"], ["check", "-d", "100"]]
     assert [line[0] for line in printed] == [name for name, _ in steps.calls if name != "postprocess"]

@@ -1084,9 +1084,9 @@ def test_acdc_with_scribbles_is_right_and_counted_as_in_the_source(folders, test
 
 
 def test_a_large_case_is_examined_in_less_memory_than_two_images(tmp_path, monkeypatch):
-    for module in ("check_cases", "strokes"):
+    for module in ("check_cases", "scribbles"):
         monkeypatch.setattr(f"nnunet_confkd.data.{module}.SLAB", 2 ** 16)
-    monkeypatch.setattr("nnunet_confkd.data.strokes.SAMPLED", 2 ** 14)
+    monkeypatch.setattr("nnunet_confkd.data.scribbles.SAMPLED", 2 ** 14)
     voxels = np.zeros((200, 200, 200), np.int16)
     voxels[20:, 10:, ::3] = 700
     label = np.repeat(np.arange(200, dtype=np.uint8) // 2, 200 * 200).reshape(voxels.shape)

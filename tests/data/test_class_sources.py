@@ -83,13 +83,13 @@ def test_values_without_a_name_of_their_own_can_be_background_and_several_can_be
     assert (read_voxels(target / "labelsTr" / "a1.nii.gz") == 1).all()
 
 
-def test_strokes_of_some_classes(folders, nnunet_folders, tmp_path):
+def test_scribbles_of_some_classes(folders, nnunet_folders, tmp_path):
     """0 is not annotated, 9 is background: the case lists its classes, and has ignored voxels as well."""
-    folders["strokes"] = make_source(tmp_path / "S", ["s1"], [0, 1, 9])
-    target = mixed(folders, {"strokes": ["kidney=1", "background=9", "ignore=0"]})
+    folders["scribbles"] = make_source(tmp_path / "S", ["s1"], [0, 1, 9])
+    target = mixed(folders, {"scribbles": ["kidney=1", "background=9", "ignore=0"]})
     described = read_json(target / "dataset.json")
     assert described["labels"]["ignore"] == 4 and described["annotated_classes"]["s1"] == ["kidney"]
-    label = read_voxels(folders["strokes"] / "labels" / "s1.nii.gz")
+    label = read_voxels(folders["scribbles"] / "labels" / "s1.nii.gz")
     assert np.array_equal(read_voxels(target / "labelsTr" / "s1.nii.gz"), np.select([label == 0, label == 1], [4, 2]))
     assert not (read_voxels(target / "labelsTr" / "a1.nii.gz") == 4).any(), "0 stays background elsewhere"
 

@@ -15,11 +15,11 @@ from nnunet_confkd.data.measures import (
     EMPTY,
     IMAGE,
     MASK,
-    STROKES,
+    SCRIBBLES,
     UNREADABLE,
     Measure,
     measured,
-    tell_strokes_from_masks,
+    tell_scribbles_from_masks,
 )
 from nnunet_confkd.errors import InputError
 
@@ -38,7 +38,7 @@ def _mask(file: Path, organ=1, background=0, size=12):
     return write_image(file, label)
 
 
-def _strokes(file: Path, rest=0, organ=1, background=2):
+def _scribbles(file: Path, rest=0, organ=1, background=2):
     label = np.full(SHAPE, rest, np.uint8)
     label[1:4, 8, 5:15] = organ
     label[1:4, 22, 2:20] = background
@@ -47,24 +47,24 @@ def _strokes(file: Path, rest=0, organ=1, background=2):
 
 def _kinds(*files):
     measures = {file: measured(file) for file in files}
-    tell_strokes_from_masks(measures)
+    tell_scribbles_from_masks(measures)
     return [measure.kind for measure in measures.values()]
 
 
 # ---- kinds -----------------------------------------------------------------------------------------------------------
 
-def test_images_masks_strokes_and_empty_labels_are_told_apart(tmp_path):
+def test_images_masks_scribbles_and_empty_labels_are_told_apart(tmp_path):
     damaged = tmp_path / "x.nii.gz"
     damaged.write_bytes(b"x")
-    assert _kinds(_image(tmp_path / "i.nii.gz"), _mask(tmp_path / "m.nii.gz"), _strokes(tmp_path / "s.nii.gz"),
+    assert _kinds(_image(tmp_path / "i.nii.gz"), _mask(tmp_path / "m.nii.gz"), _scribbles(tmp_path / "s.nii.gz"),
                   write_image(tmp_path / "e.nii.gz", np.zeros(SHAPE, np.uint8)), damaged) == [
-        IMAGE, MASK, STROKES, EMPTY, UNREADABLE]
+        IMAGE, MASK, SCRIBBLES, EMPTY, UNREADABLE]
 
 
-def test_a_value_that_marks_what_is_not_annotated_tells_strokes_of_any_thickness(tmp_path):
+def test_a_value_that_marks_what_is_not_annotated_tells_scribbles_of_any_thickness(tmp_path):
     thick = np.full(SHAPE, 255, np.uint8)
     thick[1:4, 2:9, 2:9], thick[1:4, 15:20] = 1, 0
-    assert _kinds(_mask(tmp_path / "m.nii.gz"), write_image(tmp_path / "s.nii.gz", thick)) == [MASK, STROKES]
+    assert _kinds(_mask(tmp_path / "m.nii.gz"), write_image(tmp_path / "s.nii.gz", thick)) == [MASK, SCRIBBLES]
 
 
 def test_a_large_organ_is_no_such_value(tmp_path):
@@ -79,11 +79,11 @@ def test_a_large_organ_is_no_such_value(tmp_path):
 def test_every_third_slice_is_a_partial_label(tmp_path):
     label = np.zeros((10, 24, 24), np.uint8)
     label[1::3, 4:16, 4:16] = 1
-    assert _kinds(write_image(tmp_path / "m.nii.gz", label)) == [STROKES]
+    assert _kinds(write_image(tmp_path / "m.nii.gz", label)) == [SCRIBBLES]
 
 
 def test_the_masks_of_a_small_organ_are_compared_with_those_of_the_same_organ(tmp_path):
-    """The other masks have a large, solid organ, too; beside it the small one looks like strokes."""
+    """The other masks have a large, solid organ, too; beside it the small one looks like scribbles."""
     files = []
     for number in range(4):
         label = np.zeros(SHAPE, np.uint8)
@@ -94,10 +94,10 @@ def test_the_masks_of_a_small_organ_are_compared_with_those_of_the_same_organ(tm
     assert _kinds(*files) == [MASK] * 4
 
 
-def test_a_mask_of_another_value_is_no_stroke_file(tmp_path, nnunet_folders, capsys):
+def test_a_mask_of_another_value_is_no_scribble_file(tmp_path, nnunet_folders, capsys):
     files = [_mask(tmp_path / "masks" / f"p{number}.nii.gz", organ) for number, organ in enumerate((1, 1, 1, 255))]
     assert _kinds(*files) == [MASK] * 4
-    assert _kinds(*files, _strokes(tmp_path / "s.nii.gz", organ=7, background=8)) == [MASK] * 4 + [STROKES]
+    assert _kinds(*files, _scribbles(tmp_path / "s.nii.gz", organ=7, background=8)) == [MASK] * 4 + [SCRIBBLES]
     for number in range(4):
         _image(tmp_path / "images" / f"p{number}.nii.gz", number)
     assert cli.main(["inspect", str(tmp_path / "images"), str(tmp_path / "masks"), "--processes", "1"]) == 0
@@ -110,8 +110,8 @@ def test_a_mask_of_another_value_is_no_stroke_file(tmp_path, nnunet_folders, cap
     assert [np.unique(read_voxels(label)).tolist() for label in labels] == [[0, 1]] * 4
 
 
-def test_strokes_alone_are_told_by_their_thickness(tmp_path):
-    assert _kinds(_strokes(tmp_path / "a.nii.gz"), _strokes(tmp_path / "b.nii.gz")) == [STROKES, STROKES]
+def test_scribbles_alone_are_told_by_their_thickness(tmp_path):
+    assert _kinds(_scribbles(tmp_path / "a.nii.gz"), _scribbles(tmp_path / "b.nii.gz")) == [SCRIBBLES, SCRIBBLES]
 
 
 def test_a_picture_of_few_grey_values_is_an_image(tmp_path):
@@ -144,14 +144,14 @@ def test_files_are_grouped_by_place_and_naming(tmp_path, names, places):
 
 # ---- the command -----------------------------------------------------------------------------------------------------
 
-def _folders(tmp_path, strokes=_strokes, mask=_mask, low=0.0, **options):
+def _folders(tmp_path, scribbles=_scribbles, mask=_mask, low=0.0, **options):
     for number in range(5):
         _image(tmp_path / "images" / f"p{number}.nii.gz", number, low)
     for number in range(2):
         mask(tmp_path / "masks" / f"p{number}_seg.nii.gz")
     for number in range(2, 4):
-        strokes(tmp_path / "strokes" / f"p{number}.nii.gz", **options)
-    return propose(inspect([tmp_path / "images", tmp_path / "masks", tmp_path / "strokes"], 1))
+        scribbles(tmp_path / "scribbles" / f"p{number}.nii.gz", **options)
+    return propose(inspect([tmp_path / "images", tmp_path / "masks", tmp_path / "scribbles"], 1))
 
 
 def _options(words):
@@ -169,9 +169,9 @@ def _options(words):
     ({}, {"--labels": ["background", "class_1"], "--ignore-value": ["0"], "--background-value": ["2"]}),
     ({"rest": 255, "background": 0}, {"--labels": ["background", "class_1"], "--ignore-value": ["255"]}),
     ({"rest": 0, "background": 1}, {"--labels": ["background", "class_1"], "--ignore-value": ["0"]})])
-def test_the_values_of_strokes_are_recognised(tmp_path, values, expected):
+def test_the_values_of_scribbles_are_recognised(tmp_path, values, expected):
     options = _options(_folders(tmp_path, **values).words)
-    places = {"--images": "images", "--full-labels": "masks", "--partial-labels": "strokes"}
+    places = {"--images": "images", "--full-labels": "masks", "--partial-labels": "scribbles"}
     assert options == {option: [f"{tmp_path}/{place}"] for option, place in places.items()} | expected
 
 
@@ -186,18 +186,18 @@ def test_hounsfield_units_are_recognised(tmp_path):
 
 
 def test_what_cannot_be_told_is_asked(tmp_path):
-    def strokes(file):
-        label = read_voxels(_strokes(file))
+    def scribbles(file):
+        label = read_voxels(_scribbles(file))
         label[1:4, 20, 2:20] = 3
         write_image(file, label)
 
-    proposal = _folders(tmp_path, strokes=strokes)
+    proposal = _folders(tmp_path, scribbles=scribbles)
     assert _options(proposal.words)["--background-value"] == ["?"]
-    assert any("which of 2, 3 marks strokes in the background?" in note for note in proposal.notes)
+    assert any("which of 2, 3 marks scribbles in the background?" in note for note in proposal.notes)
 
 
 def test_without_a_complete_mask_there_is_no_command(tmp_path):
-    proposal = _folders(tmp_path, mask=_strokes)
+    proposal = _folders(tmp_path, mask=_scribbles)
     assert not proposal.words and "no label looks like a complete mask" in proposal.notes[0]
 
 
@@ -206,7 +206,7 @@ def test_a_label_on_another_grid_is_told_and_resampled(tmp_path, nnunet_folders,
     mask = tmp_path / "masks" / "p0_seg.nii.gz"
     label = read_voxels(mask)
     write_image(mask, label.repeat(2, axis=0), spacing=(1, 1, 0.5), origin=(0, 0, -0.25))
-    folders = [f"{tmp_path}/{name}" for name in ("images", "masks", "strokes")]
+    folders = [f"{tmp_path}/{name}" for name in ("images", "masks", "scribbles")]
     assert cli.main(["inspect", *folders, "--processes", "1"]) == 0
     out = capsys.readouterr().out
     assert "1 labels are on another grid than their image" in out and "--resample-labels" in out

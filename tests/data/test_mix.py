@@ -373,8 +373,8 @@ def test_where_most_voxels_have_the_value_of_background_the_right_options_are_na
         label[label == 9] = 0
         _write(file, label)
     text = _fails(folders, nnunet_folders, "no label holds the value 255", ignore_value=255)
-    assert text.endswith("if 0 is *not annotated*: --ignore-value 0 --background-value 5, where 5 marks the strokes in "
-                         "the background")
+    assert text.endswith("if 0 is *not annotated*: --ignore-value 0 --background-value 5, where 5 marks the scribbles "
+                         "in the background")
     _mix(folders, ignore_value=0, background_value=5)
 
 

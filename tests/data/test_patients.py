@@ -140,10 +140,10 @@ def test_no_fold_trains_without_a_class():
     assert {"liver_spleen0", "spleen0"} & validating
     for fold in folds:
         assert {name for case in fold["train"] for name in lists[case]} == {"liver", "kidney", "spleen"}
-    strokes = hidden_set(liver=9, kidney=1) | {"strokes": ["kidney"]}
-    folds, _ = by_class(strokes, complete=set(strokes) - {"strokes"})
-    assert "kidney0" in {case for fold in folds for case in fold["val"]}, "there are strokes to learn it from"
-    assert all("strokes" in fold["train"] for fold in folds)
+    scribbles = hidden_set(liver=9, kidney=1) | {"scribbles": ["kidney"]}
+    folds, _ = by_class(scribbles, complete=set(scribbles) - {"scribbles"})
+    assert "kidney0" in {case for fold in folds for case in fold["val"]}, "there are scribbles to learn it from"
+    assert all("scribbles" in fold["train"] for fold in folds)
 
 
 def test_there_are_no_more_folds_than_patients_of_the_most_frequent_class():

@@ -92,7 +92,8 @@ def test_a_class_in_partial_cases_alone_and_background_in_none_are_named_with_th
     assert other.startswith("class other: annotated in no fully annotated training case, but in 2 partial cases "
                             f"({cases.label('c00')}, {cases.label('c01')}); ") and "--background-value" in other
     assert background.startswith("class background: annotated nowhere among the partial cases; ")
-    assert background.endswith(f"draw some strokes in the background, too: {cases.label('c00')}, {cases.label('c01')}")
+    assert background.endswith("draw some scribbles in the background, too: "
+                               f"{cases.label('c00')}, {cases.label('c01')}")
 
 
 def test_exchanged_sides_are_named(cases):

@@ -110,23 +110,24 @@ def test_a_damaged_file_is_named(tmp_path):
 
 @pytest.fixture
 def folders(tmp_path):
-    """Two images with complete masks, the second one in another order, and one with strokes."""
+    """Two images with complete masks, the second one in another order, and one with scribbles."""
     for seed, case in enumerate(("a", "b", "c", "d")):
         _image(tmp_path / "images" / f"{case}.nrrd", seed)
     _slicer(tmp_path / "full" / "a.seg.nrrd", [("liver", LIVER), ("tumour", TUMOUR)])
     _slicer(tmp_path / "full" / "b-segmentation.seg.nrrd", [("tumour", TUMOUR), ("liver", LIVER)])
-    strokes = _mask((2, 3), (1, 7), (1, 2))
-    _slicer(tmp_path / "strokes" / "c.seg.nrrd", [("Background", _mask((2, 3), (0, 1), (0, 9))), ("liver", strokes)])
+    scribbles = _mask((2, 3), (1, 7), (1, 2))
+    background = _mask((2, 3), (0, 1), (0, 9))
+    _slicer(tmp_path / "scribbles" / "c.seg.nrrd", [("Background", background), ("liver", scribbles)])
     return tmp_path
 
 
 def _mix(folder, **options):
     return mix(None, 7, **{"images": [folder / "images"], "full_labels": [folder / "full"], "processes": 1,
-                           "partial_labels": [folder / "strokes"],
+                           "partial_labels": [folder / "scribbles"],
                            "labels": ["background", "liver", "tumour"]} | options)
 
 
-def test_segments_become_labels_and_what_no_stroke_touches_is_ignored(folders, nnunet_folders, require_integrity):
+def test_segments_become_labels_and_what_no_scribble_touches_is_ignored(folders, nnunet_folders, require_integrity):
     target = _mix(folders)
     for case in ("a", "b"):
         assert np.array_equal(read_voxels(target / "labelsTr" / f"{case}.nrrd"), EXPECTED)
@@ -141,7 +142,7 @@ def test_segments_become_labels_and_what_no_stroke_touches_is_ignored(folders, n
 def test_cropped_segments_are_padded_to_the_grid_of_the_image(folders, nnunet_folders):
     box = (slice(1, 5), slice(1, 7), slice(1, 9))
     _slicer(folders / "full" / "a.seg.nrrd", [("tumour", TUMOUR), ("liver", LIVER)], crop=box)
-    _slicer(folders / "strokes" / "c.seg.nrrd", [("liver", _mask((2, 3), (1, 7), (1, 2)))],
+    _slicer(folders / "scribbles" / "c.seg.nrrd", [("liver", _mask((2, 3), (1, 7), (1, 2)))],
             crop=(slice(2, 3), slice(1, 7), slice(1, 2)))
     target = _mix(folders)
     assert np.array_equal(read_voxels(target / "labelsTr" / "a.nrrd"), EXPECTED)

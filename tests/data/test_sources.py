@@ -13,7 +13,7 @@ from nnunet_confkd.data.mix import mix, mixture
 from nnunet_confkd.errors import InputError
 
 SHAPE = (4, 6, 5)
-FULL, STROKES, NOTHING = ("m1", "m2"), ("s1", "s2", "s3"), ("u1",)
+FULL, SCRIBBLES, NOTHING = ("m1", "m2"), ("s1", "s2", "s3"), ("u1",)
 
 
 def _image(file: Path, seed: int = 0) -> Path:
@@ -21,7 +21,7 @@ def _image(file: Path, seed: int = 0) -> Path:
 
 
 def _label(file: Path, kind: str = "full") -> Path:
-    """A mask of 0 and 1, or strokes: 0 is not annotated, 1 the organ, 2 background."""
+    """A mask of 0 and 1, or scribbles: 0 is not annotated, 1 the organ, 2 background."""
     label = np.zeros(SHAPE, np.uint8)
     label[1:3, 1:4, 1:4] = 1
     if kind != "full":
@@ -30,30 +30,30 @@ def _label(file: Path, kind: str = "full") -> Path:
     return write_image(file, label)
 
 
-WRITTEN = {0: 2, 1: 1, 2: 0}  # of strokes: not annotated becomes ignore, 2 becomes background
+WRITTEN = {0: 2, 1: 1, 2: 0}  # of scribbles: not annotated becomes ignore, 2 becomes background
 
 
 @pytest.fixture
 def folders(tmp_path):
-    """One folder of images, one of masks, one of strokes."""
-    for seed, case in enumerate((*FULL, *STROKES, *NOTHING)):
+    """One folder of images, one of masks, one of scribbles."""
+    for seed, case in enumerate((*FULL, *SCRIBBLES, *NOTHING)):
         _image(tmp_path / "images" / f"{case}.nii.gz", seed)
     for case in FULL:
         _label(tmp_path / "masks" / f"{case}_seg.nii.gz")
-    for case in STROKES:
-        _label(tmp_path / "strokes" / f"{case}-scribble.nii.gz", "partial")
+    for case in SCRIBBLES:
+        _label(tmp_path / "scribbles" / f"{case}-scribble.nii.gz", "partial")
     return tmp_path
 
 
 def _options(folder, **more):
-    return {"images": [folder / "images"], "full_labels": [folder / "masks"], "partial_labels": [folder / "strokes"],
+    return {"images": [folder / "images"], "full_labels": [folder / "masks"], "partial_labels": [folder / "scribbles"],
             "labels": ["background", "organ"], "ignore_value": 0, "background_value": 2, "processes": 1} | more
 
 
-def _require_written(target: Path, strokes: dict[str, Path]) -> None:
+def _require_written(target: Path, scribbles: dict[str, Path]) -> None:
     assert read_json(target / "dataset.json")["supervision"] == {
-        **dict.fromkeys(FULL, "full"), **dict.fromkeys(STROKES, "partial"), **dict.fromkeys(NOTHING, "unlabelled")}
-    for case, file in strokes.items():
+        **dict.fromkeys(FULL, "full"), **dict.fromkeys(SCRIBBLES, "partial"), **dict.fromkeys(NOTHING, "unlabelled")}
+    for case, file in scribbles.items():
         given, written = read_voxels(file), read_voxels(target / "labelsTr" / f"{case}.nii.gz")
         assert np.array_equal(written, np.vectorize(WRITTEN.get)(given))
     assert (read_voxels(target / "labelsTr" / "u1.nii.gz") == 2).all()
@@ -71,20 +71,20 @@ def _refused(nnunet_folders, pattern, folder, **options):
 
 # ---- one folder of images --------------------------------------------------------------------------------------------
 
-def test_images_masks_and_strokes_in_folders_of_their_own(folders, nnunet_folders):
+def test_images_masks_and_scribbles_in_folders_of_their_own(folders, nnunet_folders):
     target = mix(None, 7, **_options(folders))
-    _require_written(target, {case: folders / "strokes" / f"{case}-scribble.nii.gz" for case in STROKES})
+    _require_written(target, {case: folders / "scribbles" / f"{case}-scribble.nii.gz" for case in SCRIBBLES})
 
 
 def test_everything_in_one_folder(folders, nnunet_folders):
     everything = folders / "all"
     everything.mkdir()
-    for file in [f for name in ("images", "masks", "strokes") for f in (folders / name).iterdir()]:
+    for file in [f for name in ("images", "masks", "scribbles") for f in (folders / name).iterdir()]:
         shutil.copy(file, everything / file.name)
     options = {"images": [everything], "full_labels": [f"{everything}/*_seg.nii.gz"],
                "partial_labels": sorted(everything.glob("*-scribble.nii.gz"))}  # as a shell hands them over
     target = mix(None, 7, **_options(folders, **options))
-    _require_written(target, {case: everything / f"{case}-scribble.nii.gz" for case in STROKES})
+    _require_written(target, {case: everything / f"{case}-scribble.nii.gz" for case in SCRIBBLES})
 
 
 def test_masks_beside_their_images_need_no_pattern(folders, nnunet_folders):
@@ -95,21 +95,21 @@ def test_masks_beside_their_images_need_no_pattern(folders, nnunet_folders):
 
 
 def test_a_folder_for_each_patient(folders, nnunet_folders):
-    for case in (*FULL, *STROKES, *NOTHING):
+    for case in (*FULL, *SCRIBBLES, *NOTHING):
         (folders / "patients" / case).mkdir(parents=True)
         shutil.copy(folders / "images" / f"{case}.nii.gz", folders / "patients" / case / "T1.nii.gz")
-        for name, label in (("masks", f"{case}_seg"), ("strokes", f"{case}-scribble")):
+        for name, label in (("masks", f"{case}_seg"), ("scribbles", f"{case}-scribble")):
             if (folders / name / f"{label}.nii.gz").is_file():
                 shutil.copy(folders / name / f"{label}.nii.gz", folders / "patients" / case / f"{name}.nii.gz")
     root = folders / "patients"
     target = mix(None, 7, **_options(
         folders, images=[root], pattern=["{case}/T1.nii.gz"], full_labels=[f"{root}/{{case}}/masks.nii.gz"],
-        partial_labels=[f"{root}/{{case}}/strokes.nii.gz"]))
-    _require_written(target, {case: root / case / "strokes.nii.gz" for case in STROKES})
+        partial_labels=[f"{root}/{{case}}/scribbles.nii.gz"]))
+    _require_written(target, {case: root / case / "scribbles.nii.gz" for case in SCRIBBLES})
 
 
 def test_patterns_within_the_folder_of_each_kind(folders, nnunet_folders):
-    for kind, cases, label in (("full", FULL, "masks/{}_seg"), ("partial", STROKES, "strokes/{}-scribble"),
+    for kind, cases, label in (("full", FULL, "masks/{}_seg"), ("partial", SCRIBBLES, "scribbles/{}-scribble"),
                                ("unlabelled", NOTHING, None)):
         for case in cases:
             for channel in ("T1", "T2"):
@@ -120,14 +120,14 @@ def test_patterns_within_the_folder_of_each_kind(folders, nnunet_folders):
     target = mix(folders / "full", 7, partial=folders / "partial", unlabelled=folders / "unlabelled",
                  pattern=["{case}/T1.nii.gz", "{case}/T2.nii.gz"], label_pattern="{case}/seg.nii.gz",
                  labels=["background", "organ"], ignore_value=0, background_value=2, processes=1)
-    _require_written(target, {case: folders / "partial" / case / "seg.nii.gz" for case in STROKES})
+    _require_written(target, {case: folders / "partial" / case / "seg.nii.gz" for case in SCRIBBLES})
     assert len(list((target / "imagesTr").iterdir())) == 12
 
 
 def test_without_partial_labels_the_others_are_unlabelled(folders, nnunet_folders):
     target = mix(None, 7, **_options(folders, partial_labels=[], ignore_value=None, background_value=None))
     kinds = read_json(target / "dataset.json")["supervision"]
-    assert {case for case, kind in kinds.items() if kind == "unlabelled"} == {*STROKES, *NOTHING}
+    assert {case for case, kind in kinds.items() if kind == "unlabelled"} == {*SCRIBBLES, *NOTHING}
 
 
 def test_a_dataset_json_beside_the_masks_names_the_labels(folders, nnunet_folders):
@@ -140,7 +140,7 @@ def test_a_dataset_json_beside_the_masks_names_the_labels(folders, nnunet_folder
 
 def _command(folder, *more):
     return ["mix", "--images", f"{folder}/images", "--full-labels", f"{folder}/masks", "--partial-labels",
-            f"{folder}/strokes", "--labels", "background", "organ", "--ignore-value", "0", "--background-value", "2",
+            f"{folder}/scribbles", "--labels", "background", "organ", "--ignore-value", "0", "--background-value", "2",
             "--id", "7", "--processes", "1", *more]
 
 
@@ -151,7 +151,7 @@ def test_a_dry_run_shows_the_table_and_writes_nothing(folders, nnunet_folders, c
         f"in {folders}:", "case  kind        images            label",
         "m1    full        images/m1.nii.gz  masks/m1_seg.nii.gz",
         "m2    full        images/m2.nii.gz  masks/m2_seg.nii.gz"]
-    assert "s3    partial     images/s3.nii.gz  strokes/s3-scribble.nii.gz\n" in out
+    assert "s3    partial     images/s3.nii.gz  scribbles/s3-scribble.nii.gz\n" in out
     assert "u1    unlabelled  images/u1.nii.gz  -\n" in out
     assert out.endswith("nothing was written: this was a dry run\n")
     assert not list((nnunet_folders / "raw").iterdir())
@@ -171,12 +171,12 @@ def test_a_dry_run_finds_what_writing_finds(folders, nnunet_folders, capsys):
 def test_a_file_that_fits_two_patterns_belongs_to_the_narrower_one(folders, nnunet_folders):
     together = folders / "together"
     (folders / "masks").rename(together)
-    for case in STROKES:
-        (folders / "strokes" / f"{case}-scribble.nii.gz").rename(together / f"{case}_x_seg.nii.gz")
+    for case in SCRIBBLES:
+        (folders / "scribbles" / f"{case}-scribble.nii.gz").rename(together / f"{case}_x_seg.nii.gz")
     target = mix(None, 7, **_options(folders, full_labels=[f"{together}/{{case}}_seg.nii.gz"],
                                      partial_labels=[f"{together}/{{case}}_x_seg.nii.gz"]))
     kinds = read_json(target / "dataset.json")["supervision"]
-    assert {case for case, kind in kinds.items() if kind == "partial"} == {*STROKES}
+    assert {case for case, kind in kinds.items() if kind == "partial"} == {*SCRIBBLES}
 
 
 def test_a_resampled_mask_that_does_not_cover_its_image_is_told(folders, nnunet_folders):
@@ -210,7 +210,7 @@ def test_a_long_table_is_cut_unless_it_is_a_dry_run(folders, nnunet_folders, cap
 # ---- what is wrong ---------------------------------------------------------------------------------------------------
 
 def test_a_label_without_an_image_is_no_reason_for_an_unlabelled_case(folders, nnunet_folders):
-    (folders / "strokes" / "s1-scribble.nii.gz").rename(folders / "strokes" / "s1_JD.nii.gz")
+    (folders / "scribbles" / "s1-scribble.nii.gz").rename(folders / "scribbles" / "s1_JD.nii.gz")
     text = _refused(nnunet_folders, "has no image in", folders)
     assert "--label-pattern '{case}_JD.nii.gz'" in text
 
@@ -221,10 +221,10 @@ def test_two_labels_of_one_image(folders, nnunet_folders):
     assert "m1_seg.nii.gz" in text and "m1-label.nii.gz" in text and "images/m1.nii.gz" in text
 
 
-def test_an_image_with_a_mask_and_strokes(folders, nnunet_folders):
-    _label(folders / "strokes" / "m1.nii.gz", "partial")
+def test_an_image_with_a_mask_and_scribbles(folders, nnunet_folders):
+    _label(folders / "scribbles" / "m1.nii.gz", "partial")
     _refused(nnunet_folders, r"m1\.nii\.gz: has a full label, .*masks/m1_seg\.nii\.gz, and a partial one, "
-                             r".*strokes/m1\.nii\.gz", folders)
+                             r".*scribbles/m1\.nii\.gz", folders)
 
 
 def test_the_same_files_as_full_and_partial_labels(folders, nnunet_folders):
@@ -271,14 +271,14 @@ def test_unlabelled_images_that_are_labelled_elsewhere_are_left_out(folders, nnu
 
 def test_equal_values_are_one_message_with_the_option(folders, nnunet_folders):
     text = _refused(nnunet_folders, "^3 labels", folders, background_value=None)
-    assert "3 labels hold the values 2; a partial label may hold 0, 1. If 2 marks strokes in the background: " \
+    assert "3 labels hold the values 2; a partial label may hold 0, 1. If 2 marks scribbles in the background: " \
            "--background-value 2." in text
     assert "All that is held: 0: 95.0 %, 1: 2.5 %, 2: 2.5 %" in text and text.count("--background-value") == 1
     assert text.count("scribble.nii.gz") == 3
 
 
-def test_strokes_given_as_masks_are_told_what_they_hold(folders, nnunet_folders):
-    text = _refused(nnunet_folders, "^3 labels", folders, full_labels=[folders / "strokes"], partial_labels=[])
+def test_scribbles_given_as_masks_are_told_what_they_hold(folders, nnunet_folders):
+    text = _refused(nnunet_folders, "^3 labels", folders, full_labels=[folders / "scribbles"], partial_labels=[])
     assert "0: 95.0 %, 1: 2.5 %, 2: 2.5 %" in text
     assert "If 0 is *not annotated*, these are partial labels: --ignore-value 0 --background-value 2." in text
 
@@ -289,7 +289,7 @@ def test_a_missing_ignore_value_is_told_with_what_is_held(folders, nnunet_folder
     assert "if 0 is *not annotated*: --ignore-value 0 --background-value 2" in text
 
 
-def test_a_class_that_only_strokes_have_is_noted(folders, nnunet_folders, capsys):
+def test_a_class_that_only_scribbles_have_is_noted(folders, nnunet_folders, capsys):
     command = _command(folders)
     at = command.index("--background-value")
     assert cli.main([*command[:at], *command[at + 2:], "--labels", "background", "organ", "tumour"]) == 0
@@ -297,7 +297,7 @@ def test_a_class_that_only_strokes_have_is_noted(folders, nnunet_folders, capsys
 
 
 def test_equal_problems_of_many_files_are_one_line(folders, nnunet_folders):
-    for case in STROKES + FULL:
+    for case in SCRIBBLES + FULL:
         _image(folders / "images" / f"{case}.nii.gz").unlink()
         write_image(folders / "images" / f"{case}.nii.gz", np.full(SHAPE, np.nan, np.float32))
     text = _refused(nnunet_folders, "5 files: 120 voxels are not finite", folders)
@@ -317,9 +317,9 @@ def test_a_label_on_another_grid_is_refused_with_both_grids_and_the_option(folde
 
 
 def test_where_a_resampled_label_ends_nothing_is_annotated(folders, nnunet_folders):
-    strokes = folders / "strokes" / "s1-scribble.nii.gz"
-    given = read_voxels(strokes)
-    write_image(strokes, given[:2].copy())
+    scribbles = folders / "scribbles" / "s1-scribble.nii.gz"
+    given = read_voxels(scribbles)
+    write_image(scribbles, given[:2].copy())
     target = mix(None, 7, **_options(folders, resample_labels=True))
     written = read_voxels(target / "labelsTr" / "s1.nii.gz")
     assert (written[2:] == 2).all() and np.array_equal(written[:2], np.vectorize(WRITTEN.get)(given[:2]))

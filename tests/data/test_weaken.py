@@ -171,7 +171,7 @@ def test_fewer_full_patients_lie_within_more_and_the_weak_labels_are_the_same(so
     assert len(still_weak) == 6 and all(files[0][name] == files[1][name] == files[2][name] for name in still_weak)
 
 
-def test_seeds_differ_in_patients_and_strokes(source, folders):
+def test_seeds_differ_in_patients_and_scribbles(source, folders):
     first, second = _weaken(seed=0), _weaken(seed=1, dataset_id=3, name="Second")
     assert _split(folders, first.name) != _split(folders, second.name)
     both = [c for c, kind in read_json(first / "dataset.json")["supervision"].items()

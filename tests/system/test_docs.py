@@ -43,7 +43,7 @@ RUN_BY = {
     r"confkd convert msd .*": "dataset_conversion/test_msd.py::test_the_command_converts_and_names_what_is_wrong",
     # from the test's own server
     r"confkd download hippocampus": "data/test_download.py::test_the_command_tells_what_comes_next",
-    r"confkd inspect .*": "system/test_own_data.py::test_masks_and_strokes_whose_zero_is_not_annotated",
+    r"confkd inspect .*": "system/test_own_data.py::test_masks_and_scribbles_whose_zero_is_not_annotated",
     r"confkd mix --source .*":
         "data/test_class_sources.py::test_the_command_shows_what_it_would_do_writes_and_overwrites",
     r"confkd mix .*": "data/test_mix.py::test_the_command_says_what_it_wrote",

@@ -185,7 +185,7 @@ def test_the_text_has_the_hours_of_the_table():
 def test_what_annotating_costs_is_counted_on_the_real_labels(module, test_data, tmp_path):
     import effort
     labels = np.full((3, 4, 4), effort.IGNORE)
-    labels[1, 0, :2], labels[2, 0, 0] = (0, 2), 0  # a stroke of a class and of the background; background alone
+    labels[1, 0, :2], labels[2, 0, 0] = (0, 2), 0  # a scribble of a class and of the background; background alone
     assert effort.annotated(labels) == {"slices": 1, "voxels": 2}
     cases = json.loads(effort.FILE.read_text())
     real = effort.measure(test_data)

@@ -19,10 +19,10 @@ FULL, PARTIAL, ALL = 4, 20, 40  # cases, of which the first ones are fully annot
 
 @pytest.fixture(scope="module")
 def hearts(test_data):
-    """The images, masks and experts' strokes of 40 ACDC cases, cut to the heart, as [(name, image, mask, strokes)].
+    """The images, masks and experts' scribbles of 40 ACDC cases, cut to the heart, as [(name, image, mask, scribbles)].
 
-    The masks hold 0 and 1, the heart. The strokes are as a tool writes them whose 0 is *not annotated*: 1 is the heart,
-    and 2 is background.
+    The masks hold 0 and 1, the heart. The scribbles are as a tool writes them whose 0 is *not annotated*: 1 is the
+    heart, and 2 is background.
     """
     found = []
     for patient in range(1, 21):
@@ -31,12 +31,12 @@ def hearts(test_data):
             name = file.name[:-10]
             scribble = next((test_data / "acdc_scribbles").rglob(f"{name}_scribble.nii.gz"))
             with quiet():
-                image, mask, strokes = (sitk.ReadImage(str(f)) for f in (folder / f"{name}.nii.gz", file, scribble))
-            strokes.CopyInformation(image)
+                image, mask, scribbles = (sitk.ReadImage(str(f)) for f in (folder / f"{name}.nii.gz", file, scribble))
+            scribbles.CopyInformation(image)
             box = _box(sitk.GetArrayViewFromImage(mask))
-            image, mask, strokes = image[box], mask[box], strokes[box]
+            image, mask, scribbles = image[box], mask[box], scribbles[box]
             found.append((name, image, _recoded(mask, {0: 0, 1: 1, 2: 1, 3: 1}),
-                          _recoded(strokes, {0: 2, 1: 1, 2: 1, 3: 1, 4: 0})))
+                          _recoded(scribbles, {0: 2, 1: 1, 2: 1, 3: 1, 4: 0})))
     assert len(found) == ALL
     return found
 
@@ -69,39 +69,39 @@ def _require_right(folder: Path, hearts, classes: dict[int, int], ignore: int) -
     """Compare each written label, voxel by voxel, with what it was made of."""
     kinds = read_json(folder / "dataset.json")["supervision"]
     assert len(kinds) == ALL
-    for number, (name, image, mask, strokes) in enumerate(hearts):
+    for number, (name, image, mask, scribbles) in enumerate(hearts):
         written = read_voxels(folder / "labelsTr" / f"{name}.nii.gz")
         assert np.array_equal(read_voxels(folder / "imagesTr" / f"{name}_0000.nii.gz"), sitk.GetArrayFromImage(image))
         if number < FULL:
             expected, kind = sitk.GetArrayFromImage(mask), "full"
         elif number < FULL + PARTIAL:
-            expected, kind = np.vectorize({0: ignore, 1: 1, 2: 0}.get)(sitk.GetArrayFromImage(strokes)), "partial"
+            expected, kind = np.vectorize({0: ignore, 1: 1, 2: 0}.get)(sitk.GetArrayFromImage(scribbles)), "partial"
         else:
             expected, kind = np.full(written.shape, ignore), "unlabelled"
         assert kinds[name] == kind and np.array_equal(written, np.vectorize(classes.get)(expected)), name
 
 
 PLACES = {
-    "a folder each": ("images/{}", "masks/{}_seg", "strokes/{}_scribble"),
-    "masks and strokes together": ("images/{}", "labels/{}_seg", "labels/{}_seg"),
+    "a folder each": ("images/{}", "masks/{}_seg", "scribbles/{}_scribble"),
+    "masks and scribbles together": ("images/{}", "labels/{}_seg", "labels/{}_seg"),
     "one folder": ("data/{}", "data/{}_seg", "data/{}_scribble"),
-    "a folder for each case": ("data/{}/cine", "data/{}/seg", "data/{}/strokes")}
+    "a folder for each case": ("data/{}/cine", "data/{}/seg", "data/{}/scribbles")}
 
 
 @pytest.mark.parametrize("places", PLACES)
-def test_masks_and_strokes_whose_zero_is_not_annotated(hearts, tmp_path, nnunet_folders, capsys, monkeypatch, places):
+def test_masks_and_scribbles_whose_zero_is_not_annotated(hearts, tmp_path, nnunet_folders, capsys, monkeypatch, places):
     monkeypatch.chdir(tmp_path)
-    images, masks, strokes = PLACES[places]
-    for number, (name, image, mask, stroke) in enumerate(hearts):
+    images, masks, scribbles = PLACES[places]
+    for number, (name, image, mask, scribble) in enumerate(hearts):
         _write(image, Path(f"{images.format(name)}.nii.gz"))
         if number < FULL:
             _write(mask, Path(f"{masks.format(name)}.nii.gz"))
         elif number < FULL + PARTIAL:
-            _write(stroke, Path(f"{strokes.format(name)}.nii.gz"))
+            _write(scribble, Path(f"{scribbles.format(name)}.nii.gz"))
     folders = sorted(f.name for f in Path().iterdir() if f.name != "nnunet")
     assert cli.main(["inspect", *folders, "--processes", "1"]) == 0
     out = capsys.readouterr().out
-    assert "0 = not annotated" in out and "2 = strokes in the background" in out
+    assert "0 = not annotated" in out and "2 = scribbles in the background" in out
     assert _run_as_printed(out) == 0
     _require_right(nnunet_folders / "raw" / "Dataset100_Mixed", hearts, {0: 0, 1: 1, 2: 2}, 2)
 
@@ -126,28 +126,28 @@ def _write_slicer(image, masks: dict[str, np.ndarray], file: Path, order: int) -
 
 def test_segments_of_slicer_whose_order_differs(hearts, tmp_path, nnunet_folders, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for number, (name, image, mask, strokes) in enumerate(hearts):
+    for number, (name, image, mask, scribbles) in enumerate(hearts):
         _write(image, Path(f"images/{name}.nii.gz"))
-        mask, strokes = sitk.GetArrayFromImage(mask), sitk.GetArrayFromImage(strokes)
+        mask, scribbles = sitk.GetArrayFromImage(mask), sitk.GetArrayFromImage(scribbles)
         left = np.arange(mask.shape[2]) < mask.shape[2] // 2  # two classes, so that there is an order
         if number < FULL:
             _write_slicer(image, {"Left part": (mask == 1) & left, "right": (mask == 1) & ~left},
                           Path(f"masks/{name}.seg.nrrd"), number)
         elif number < FULL + PARTIAL:
-            _write_slicer(image, {"Background": strokes == 2, "right": (strokes == 1) & ~left,
-                                  "Left part": (strokes == 1) & left}, Path(f"strokes/{name}.seg.nrrd"), number)
-    assert cli.main(["inspect", "images", "masks", "strokes", "--processes", "1"]) == 0
+            _write_slicer(image, {"Background": scribbles == 2, "right": (scribbles == 1) & ~left,
+                                  "Left part": (scribbles == 1) & left}, Path(f"scribbles/{name}.seg.nrrd"), number)
+    assert cli.main(["inspect", "images", "masks", "scribbles", "--processes", "1"]) == 0
     out = capsys.readouterr().out
     assert "--labels background Left_part=" in out or "--labels background 'Left_part=Left part' right" in out
     assert _run_as_printed(out) == 0
     folder = nnunet_folders / "raw" / "Dataset100_Mixed"
     assert read_json(folder / "dataset.json")["labels"] == {"background": 0, "Left_part": 1, "right": 2, "ignore": 3}
-    for number, (name, _, mask, strokes) in enumerate(hearts[:FULL + PARTIAL]):
+    for number, (name, _, mask, scribbles) in enumerate(hearts[:FULL + PARTIAL]):
         written = read_voxels(folder / "labelsTr" / f"{name}.nii.gz")
-        mask, strokes = sitk.GetArrayFromImage(mask), sitk.GetArrayFromImage(strokes)
+        mask, scribbles = sitk.GetArrayFromImage(mask), sitk.GetArrayFromImage(scribbles)
         sides = np.where(np.arange(mask.shape[2]) < mask.shape[2] // 2, 1, 2)
         expected = np.where(mask == 1, sides, 0) if number < FULL else np.select(
-            [strokes == 0, strokes == 2], [3, 0], sides)
+            [scribbles == 0, scribbles == 2], [3, 0], sides)
         assert np.array_equal(written, expected), name
 
 
@@ -246,12 +246,12 @@ def test_segments_of_slicer_that_some_folders_lack(hippocampi, tmp_path, nnunet_
     assert len(described["supervision"]) == 13 and "patient_pattern" in described
 
 
-@pytest.mark.parametrize("strokes, expected", [
+@pytest.mark.parametrize("scribbles, expected", [
     ({0: 255, 1: 1, 2: 2, 3: 0}, "--classes class_1=1 class_2=2 ignore=255"),
     ({0: 0, 1: 1, 2: 2, 3: 3}, "--classes class_1=1 class_2=2 background=3 ignore=0")])
-def test_strokes_beside_folders_of_different_values(hippocampi, tmp_path, nnunet_folders, capsys, monkeypatch, strokes,
-                                                    expected):
-    """Beside masks of one class there are strokes of both: 1 and 2 in the classes, and 3 in the background."""
+def test_scribbles_beside_folders_of_different_values(hippocampi, tmp_path, nnunet_folders, capsys, monkeypatch,
+                                                      scribbles, expected):
+    """Beside masks of one class there are scribbles of both: 1 and 2 in the classes, and 3 in the background."""
     monkeypatch.chdir(tmp_path)
     for number, (name, image, mask) in enumerate(hippocampi):
         _write(image, Path(f"images/{name}.nii.gz"))
@@ -266,8 +266,8 @@ def test_strokes_beside_folders_of_different_values(hippocampi, tmp_path, nnunet
             own = 1 if number < 4 else 2
             _write(_recoded(mask, {0: 0, own: own, 3 - own: 0}), Path(f"masks_{own}/{name}.nii.gz"))
         else:
-            _write(_recoded(drawn, strokes), Path(f"strokes/{name}.nii.gz"))
-    out = _printed(capsys, "images", "masks_1", "masks_2", "strokes")
+            _write(_recoded(drawn, scribbles), Path(f"scribbles/{name}.nii.gz"))
+    out = _printed(capsys, "images", "masks_1", "masks_2", "scribbles")
     assert expected in out and "--classes class_1=1 \\\n" in out
     assert _run_as_printed(out) == 0
     folder = nnunet_folders / "raw" / "Dataset100_Mixed"
@@ -294,7 +294,7 @@ def test_folders_of_equal_values_stay_one_data_set_and_the_other_reading_is_told
     _require_lists(nnunet_folders / "raw" / "Dataset100_Mixed", hippocampi, {"front_1": 1, "back_1": 2})
 
 
-def test_masks_and_strokes_in_one_folder_beside_masks_of_other_classes(hippocampi, tmp_path, nnunet_folders, capsys,
+def test_masks_and_scribbles_in_one_folder_beside_masks_of_other_classes(hippocampi, tmp_path, nnunet_folders, capsys,
                                                                        monkeypatch):
     monkeypatch.chdir(tmp_path)
     for side, own, name, image, mask in _by_side(hippocampi):
@@ -305,4 +305,4 @@ def test_masks_and_strokes_in_one_folder_beside_masks_of_other_classes(hippocamp
         voxels = sitk.GetImageFromArray(np.where(voxels == own, own, 0).astype(np.uint8))
         voxels.CopyInformation(mask)
         _write(voxels, Path(f"{side}/{name}.nii.gz"))
-    assert "no command: front holds both masks and strokes" in _printed(capsys, "images", "front", "back")
+    assert "no command: front holds both masks and scribbles" in _printed(capsys, "images", "front", "back")

@@ -123,7 +123,7 @@ def folders_of_a_laptop(tmp_path, test_data, monkeypatch) -> Path:
         monkeypatch.setenv(name, "x")
         monkeypatch.delenv(name)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    for folder in ("images", "masks", "strokes", "test"):
+    for folder in ("images", "masks", "scribbles", "test"):
         Path(folder).mkdir()
     files = sorted((test_data / "hippocampus" / "labelsTr").glob("*.nii.gz"))[:14]
     for number, file in enumerate(files):
@@ -134,16 +134,16 @@ def folders_of_a_laptop(tmp_path, test_data, monkeypatch) -> Path:
         elif number < 10:
             label = sitk.ReadImage(str(file), sitk.sitkUInt8)
             voxels = sitk.GetArrayFromImage(label)
-            strokes = np.zeros_like(voxels)
-            strokes[::4] = np.where(voxels[::4] == 0, 3, voxels[::4])
-            new = sitk.GetImageFromArray(strokes)
+            scribbles = np.zeros_like(voxels)
+            scribbles[::4] = np.where(voxels[::4] == 0, 3, voxels[::4])
+            new = sitk.GetImageFromArray(scribbles)
             new.CopyInformation(label)
-            sitk.WriteImage(new, str(Path("strokes", file.name)))
+            sitk.WriteImage(new, str(Path("scribbles", file.name)))
     return tmp_path
 
 
-RUN = ("confkd run --images images --full-labels masks --partial-labels strokes --labels background anterior posterior "
-       "--ignore-value 0 --background-value 3 --test test --output out -c 2d -f 0 1 --quick --processes 1")
+RUN = ("confkd run --images images --full-labels masks --partial-labels scribbles --labels background anterior "
+       "posterior --ignore-value 0 --background-value 3 --test test --output out -c 2d -f 0 1 --quick --processes 1")
 
 
 @pytest.mark.slow

@@ -21,7 +21,7 @@ def annotations(full=(1000,), partial=(), unlabelled: int = 1, background: int =
     return Annotations(kinds, foreground | others, back | others, hidden)
 
 
-STROKES = annotations(partial=[300] * 5)
+SCRIBBLES = annotations(partial=[300] * 5)
 ERODED = annotations(partial=[80] * 5, background=7000)
 BLOBS = annotations(partial=[80] * 5, background=0)  # the foreground alone
 POINTS = annotations(partial=[40] * 5, background=5)
@@ -35,7 +35,7 @@ def chosen(data: Annotations, settings: Settings = Settings(), batch_size: int =
 
 
 @pytest.mark.parametrize("data, with_teacher, without", [
-    (STROKES, (0.5, True, False, 0, 0), (0.25, True, 0)), (ERODED, (0.5, True, False, 1, 0), (0.25, True, 1)),
+    (SCRIBBLES, (0.5, True, False, 0, 0), (0.25, True, 0)), (ERODED, (0.5, True, False, 1, 0), (0.25, True, 1)),
     (BLOBS, (0.5, True, True, 0, 0), (0.25, False, 0)), (POINTS, (0.75, False, True, 0, 0), (0.75, False, 0)),
     (NO_LABELS, (0.75, False, True, 0, 0.5), (0.75, False, 0)),
     (annotations(unlabelled=0), (0.75, False, True, 0, 0), (0.75, False, 0))], ids=str)
@@ -45,7 +45,7 @@ def test_each_kind_of_labels_gets_its_settings(data, with_teacher, without):
     assert (found["full_share"], found["equal_kinds"], found["prior_correction"]) == without
 
 
-@pytest.mark.parametrize("data", [STROKES, ERODED, BLOBS, POINTS])
+@pytest.mark.parametrize("data", [SCRIBBLES, ERODED, BLOBS, POINTS])
 @pytest.mark.parametrize("values", [(0.3, False, True, 0.5, 0.0), (0.4, True, False, 0.0, 0.0)], ids=str)
 def test_what_is_set_is_kept(data, values):
     block = dict(zip(AUTOMATIC, values))
@@ -82,9 +82,9 @@ def test_eroded_masks_annotate_the_foreground_less_densely(foreground, backgroun
 
 def test_equal_weights_need_two_kinds_of_images_apart():
     wanted = Settings(equal_kinds=True)
-    assert chosen(STROKES, wanted)["equal_kinds"] and not chosen(STROKES, wanted, batch_size=1)["equal_kinds"]
+    assert chosen(SCRIBBLES, wanted)["equal_kinds"] and not chosen(SCRIBBLES, wanted, batch_size=1)["equal_kinds"]
     assert not chosen(NO_LABELS, wanted)["equal_kinds"] and chosen(NO_LABELS, wanted)["cutmix"] == 0.5
-    assert not chosen(STROKES, Settings(cutmix=0.5))["equal_kinds"]
+    assert not chosen(SCRIBBLES, Settings(cutmix=0.5))["equal_kinds"]
     assert not chosen(BLOBS, Settings(kl_images="full"))["equal_kinds"], "the KL does not act on the others"
 
 
@@ -97,4 +97,4 @@ def test_cases_that_lack_classes_are_not_mixed_and_have_no_correction_of_their_o
 
 
 def test_an_encoder_that_only_the_teacher_could_train_is_trained_by_it():
-    assert chosen(STROKES, Settings(weight_student=0.0))["teacher_trains_encoder"]
+    assert chosen(SCRIBBLES, Settings(weight_student=0.0))["teacher_trains_encoder"]

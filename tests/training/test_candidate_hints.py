@@ -116,7 +116,7 @@ def test_the_teacher_is_not_shown_the_classes_that_are_hidden():
 
 
 def test_scribbles_of_some_classes_are_simulated_inside_the_listed_classes_and_the_merged_background():
-    """The background stroke of an image that lists class 1 may lie in class 2 of the full image."""
+    """The background scribble of an image that lists class 1 may lie in class 2 of the full image."""
     target = halves(-1, 1)
     label = target[1].clone()
     target[1] = IGNORE
@@ -136,7 +136,7 @@ def test_scribbles_of_some_classes_are_simulated_inside_the_listed_classes_and_t
 
 
 def test_patterns_of_each_list_of_classes_are_kept_apart():
-    """A stroke of class 1 is annotated in each image that lists it, and in each full image that simulates this list."""
+    """Class 1 has a scribble in each image that lists it, and in each full image that simulates this list."""
     target = halves(-1, 1, 2)
     target[1:, :, 0] = IGNORE  # not all voxels are annotated
     batch = batch_of(target, 1, [ALL, ONE, TWO])

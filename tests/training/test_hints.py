@@ -106,9 +106,9 @@ def test_a_pattern_that_fits_nowhere_is_moved_component_by_component(step):
     target = torch.full((2, 1, 60, 40), IGNORE, dtype=torch.int16)
     target[0] = 0
     target[0, 0, 26:32, :] = 1  # a band, 6 wide
-    stroke = np.arange(4)[:, None] * step
-    for start in ((5, 5), (25, 5)):  # two strokes, 20 apart
-        target[(1, 0, *(stroke + start).T)] = 1
+    scribble = np.arange(4)[:, None] * step
+    for start in ((5, 5), (25, 5)):  # two scribbles, 20 apart
+        target[(1, 0, *(scribble + start).T)] = 1
     draws, numbers, widths = rng(), set(), []
     for _ in range(60):
         mask = draw(target, 1, draws)[0, 0].numpy()
@@ -117,7 +117,7 @@ def test_a_pattern_that_fits_nowhere_is_moved_component_by_component(step):
         assert not (mask & ~neighbour).any()  # no component is cut into pieces
         numbers.add(int(mask.sum()))
         widths.append(np.ptp(np.nonzero(mask)[1]) if mask.any() else 0)
-    assert max(numbers) == 8 and numbers <= {0, *range(4, 9)}  # the strokes may overlap
+    assert max(numbers) == 8 and numbers <= {0, *range(4, 9)}  # the scribbles may overlap
     assert max(widths) > 10  # they lie apart
 
 

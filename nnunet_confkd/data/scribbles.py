@@ -1,4 +1,4 @@
-"""Find label maps that look like strokes among those that are taken for complete masks.
+"""Find label maps that look like scribbles among those that are taken for complete masks.
 
 This module does not import torch: `confkd check` runs it in every worker.
 """
@@ -14,8 +14,8 @@ import scipy  # its modules are loaded when they are used
 THIN = 0.2  # of the class's most solid mask: a mask below it is thin
 SOLID = 0.5  # of the same: a mask above it is one to compare volumes with
 SMALL = 0.5  # of the median volume of solid masks
-FILLED = 0.2  # of its bounding box: a small object fills more than a stroke
-FOREGROUND = 0.02  # of the image: strokes cover less
+FILLED = 0.2  # of its bounding box: a small object fills more than a scribble
+FOREGROUND = 0.02  # of the image: scribbles cover less
 SLAB = 2 ** 20  # how many voxels are looked at at once
 SAMPLED = 2 ** 21  # how many voxels tell the centers of the classes
 FLAT = 2.0  # slices that are so many times as thick as pixels are wide have been annotated one by one
@@ -23,7 +23,7 @@ FLAT = 2.0  # slices that are so many times as thick as pixels are wide have bee
 
 @dataclass
 class Shape:
-    """What tells strokes from masks in one label map.
+    """What tells scribbles from masks in one label map.
 
     Attributes:
         size: Voxels of the image.
@@ -120,7 +120,7 @@ def _every_nth(occupied: list[np.ndarray]) -> int | None:
 
 
 def suspects(shapes: Mapping[str, Shape]) -> dict[str, str]:
-    """Find the cases that look like strokes.
+    """Find the cases that look like scribbles.
 
     A case is suspect if every class that it holds is thin, and smaller than half of the class's usual volume. A mask is
     thin if an erosion with a 3x3 square in the slice leaves less than a fifth of the share that it leaves of the
@@ -149,9 +149,9 @@ def suspects(shapes: Mapping[str, Shape]) -> dict[str, str]:
     for case, shape in shapes.items():
         foreground = sum(shape.volumes.values())
         compared = [value for value in shape.volumes if any(most[axis, value] >= THIN for axis in shape.inner)]
-        strokes = [value for value in compared if shape.volumes[value] < SMALL * usual[value] and any(
+        scribbles = [value for value in compared if shape.volumes[value] < SMALL * usual[value] and any(
             shares[value] < THIN * most[axis, value] for axis, shares in shape.inner.items())]
-        if compared and strokes == compared and (len(compared) > 1 or shape.filled[compared[0]] < FILLED):
+        if compared and scribbles == compared and (len(compared) > 1 or shape.filled[compared[0]] < FILLED):
             found[case] = (f"{foreground} foreground voxels in lines or dots; complete masks of these classes have "
                            f"{sum(usual[value] for value in compared):.0f}")
         elif shape.every_nth:

@@ -1,4 +1,4 @@
-"""Strokes that are taken for complete masks are found, and complete masks are not."""
+"""Scribbles that are taken for complete masks are found, and complete masks are not."""
 from __future__ import annotations
 
 import re
@@ -10,9 +10,9 @@ import SimpleITK as sitk
 from scipy import ndimage
 
 from nnunet_confkd import cli
-from nnunet_confkd.data import strokes as strokes_module
+from nnunet_confkd.data import scribbles as scribbles_module
 from nnunet_confkd.data.check import check_dataset
-from nnunet_confkd.data.strokes import shape_of, suspects
+from nnunet_confkd.data.scribbles import shape_of, suspects
 from nnunet_confkd.data.weak_labels import case_rng, weaken
 
 SPACING = (5.0, 1.0, 1.0)
@@ -29,24 +29,24 @@ def organs(seed, size=1.0):
     return label
 
 
-def stroke(label, style="points", **options):
+def scribble(label, style="points", **options):
     """Of a mask its weak label, 0 where nothing is annotated."""
     weak = weaken(label, style, 9, case_rng("case", style, 0), spacing=SPACING, **options)
     return np.where(weak == 9, 0, weak).astype(np.uint8)
 
 
-def found(masks, strokes, spacing=SPACING):
-    """The names of suspects among masks (m0, ...) and strokes (s0, ...)."""
+def found(masks, scribbles, spacing=SPACING):
+    """The names of suspects among masks (m0, ...) and scribbles (s0, ...)."""
     labels = {
-        f"{letter}{k}": label for letter, group in (("m", masks), ("s", strokes)) for k, label in enumerate(group)
+        f"{letter}{k}": label for letter, group in (("m", masks), ("s", scribbles)) for k, label in enumerate(group)
     }
     return sorted(suspects({name: shape_of(label, spacing) for name, label in labels.items()}))
 
 
-@pytest.mark.parametrize("masks, strokes", [(4, 20), (1, 3), (20, 1)])
-def test_points_among_masks_are_found_whatever_there_are_more_of(masks, strokes):
-    assert found([organs(k) for k in range(masks)], [stroke(organs(100 + k)) for k in range(strokes)]) == sorted(
-        f"s{k}" for k in range(strokes))
+@pytest.mark.parametrize("masks, scribbles", [(4, 20), (1, 3), (20, 1)])
+def test_points_among_masks_are_found_whatever_there_are_more_of(masks, scribbles):
+    assert found([organs(k) for k in range(masks)], [scribble(organs(100 + k)) for k in range(scribbles)]) == sorted(
+        f"s{k}" for k in range(scribbles))
 
 
 def test_lines_are_found():
@@ -69,8 +69,8 @@ def test_every_third_slice_is_found_even_where_all_cases_are_so():
     assert suspects({"s": shape}) == {"s": "foreground in one slice of 2"}
 
 
-def test_where_all_cases_are_strokes_all_are_found():
-    assert found([], [stroke(organs(k)) for k in range(3)]) == ["s0", "s1", "s2"]
+def test_where_all_cases_are_scribbles_all_are_found():
+    assert found([], [scribble(organs(k)) for k in range(3)]) == ["s0", "s1", "s2"]
 
 
 def test_complete_masks_of_any_size_and_empty_ones_are_not_found():
@@ -97,7 +97,7 @@ def test_a_structure_that_is_thin_in_all_cases_is_not_found_beside_solid_ones():
         label[2:9, 10:40, 24:26] = 3  # two voxels thick, everywhere
         return (label == 3).astype(np.uint8)
 
-    assert found([wall(k) for k in range(3)], []) == ["m0", "m1", "m2"]  # alone it cannot be told from strokes
+    assert found([wall(k) for k in range(3)], []) == ["m0", "m1", "m2"]  # alone it cannot be told from scribbles
     assert found([np.where(wall(k) > 0, 3, organs(k)) for k in range(3)], []) == []
 
 
@@ -113,14 +113,14 @@ def test_a_mask_that_is_thin_in_one_class_only_or_thin_and_large_is_not_found():
 
 def test_two_dimensions_and_equal_spacings_are_measured_too():
     flat = [organs(k)[4] for k in range(4)]
-    assert found(flat, [stroke(organs(k))[4] for k in range(10, 13)], SPACING[1:]) == ["s0", "s1", "s2"]
+    assert found(flat, [scribble(organs(k))[4] for k in range(10, 13)], SPACING[1:]) == ["s0", "s1", "s2"]
     cube = (1.0, 1.0, 1.0)
     assert found(
-        [organs(k).repeat(3, 0) for k in range(3)], [stroke(organs(k)).repeat(3, 0) for k in range(10, 12)], cube
+        [organs(k).repeat(3, 0) for k in range(3)], [scribble(organs(k)).repeat(3, 0) for k in range(10, 12)], cube
     ) == ["s0", "s1"]
 
 
-# ---- real masks and strokes -----------------------------------------------------------------------------------------
+# ---- real masks and scribbles ---------------------------------------------------------------------------------------
 
 def read(file):
     sitk.ProcessObject.SetGlobalWarningDisplay(False)
@@ -140,29 +140,29 @@ def test_experts_scribbles_are_found_among_real_masks_of_acdc_and_none_of_these(
 
     scribbled = sorted(names)[1::20]
     for case in scribbled:
-        strokes, spacing = read(test_data / "acdc_scribbles" / f"{case}_scribble.nii.gz")
-        names[case] = shape_of(np.where(strokes == 4, 0, strokes), spacing)
+        scribbles, spacing = read(test_data / "acdc_scribbles" / f"{case}_scribble.nii.gz")
+        names[case] = shape_of(np.where(scribbles == 4, 0, scribbles), spacing)
     assert sorted(suspects(names)) == scribbled and len(scribbled) == 10
 
 
 # ---- the way that failed --------------------------------------------------------------------------------------------
 
-def test_strokes_with_0_for_not_annotated_given_as_full_masks_are_named_by_check(tmp_path, monkeypatch, capsys):
+def test_scribbles_with_0_for_not_annotated_given_as_full_masks_are_named_by_check(tmp_path, monkeypatch, capsys):
     for name in ("raw", "preprocessed", "results"):
         monkeypatch.setenv(f"nnUNet_{name}", str(tmp_path / name))
     for k in range(24):
-        label = organs(k) if k < 4 else stroke(organs(k))
+        label = organs(k) if k < 4 else scribble(organs(k))
         for sub, array in (
             ("images", np.random.default_rng(k).normal(size=label.shape).astype(np.float32)),
             ("labels", label),
         ):
             image = sitk.GetImageFromArray(array)
             image.SetSpacing(SPACING[::-1])
-            file = tmp_path / ("full" if k < 4 else "strokes") / sub / f"p{k:02d}.nii.gz"
+            file = tmp_path / ("full" if k < 4 else "scribbles") / sub / f"p{k:02d}.nii.gz"
             file.parent.mkdir(parents=True, exist_ok=True)
             sitk.WriteImage(image, str(file))
     command = ["mix", "--full", str(tmp_path / "full"), "--labels", "background", "one", "two", "--processes", "1"]
-    assert cli.main([*command, "--partial", str(tmp_path / "strokes"), "--ignore-value", "255", "--id", "7"]) == 1
+    assert cli.main([*command, "--partial", str(tmp_path / "scribbles"), "--ignore-value", "255", "--id", "7"]) == 1
     error = capsys.readouterr().err
     assert (
         re.search(
@@ -173,13 +173,13 @@ def test_strokes_with_0_for_not_annotated_given_as_full_masks_are_named_by_check
         and "--full" not in error
     )
 
-    for file in (tmp_path / "strokes").rglob("*.nii.gz"):  # who gives them as --full all the same
+    for file in (tmp_path / "scribbles").rglob("*.nii.gz"):  # who gives them as --full all the same
         file.rename(tmp_path / "full" / file.parent.name / file.name)
     assert cli.main([*command, "--id", "7"]) == 0
     assert cli.main(["check", "-d", "7", "--processes", "1"]) == 0
     report = check_dataset(7, 1)
-    (warning,) = [text for text in report.warnings if "look like strokes" in text]
-    assert warning.startswith("20 of 24 fully annotated cases look like strokes and not like complete masks: p04 (")
+    (warning,) = [text for text in report.warnings if "look like scribbles" in text]
+    assert warning.startswith("20 of 24 fully annotated cases look like scribbles and not like complete masks: p04 (")
     assert (
         re.search(
             r"p04 \(\d+ foreground voxels in lines or dots; complete masks of these classes have \d{4}\), "
@@ -194,7 +194,7 @@ def test_strokes_with_0_for_not_annotated_given_as_full_masks_are_named_by_check
 @pytest.mark.parametrize("spacing", [(1.0, 1.0, 1.0), SPACING, (1.0, 9.0, 1.0)])
 @pytest.mark.parametrize("dtype", [np.uint8, np.int16, np.int64, np.float32])
 def test_a_part_at_a_time_the_shape_is_that_of_the_whole(monkeypatch, slab, spacing, dtype):
-    monkeypatch.setattr(strokes_module, "SLAB", slab)
+    monkeypatch.setattr(scribbles_module, "SLAB", slab)
     rng = np.random.default_rng(3)
     label = np.where(ndimage.gaussian_filter(rng.normal(size=(3, 30, 25, 20)), (0, 2, 2, 2)) > 0.02, 1, 0)
     label = (label[0] * (1 + label[1] + 2 * label[2])).astype(dtype)
@@ -215,8 +215,8 @@ def test_a_part_at_a_time_the_shape_is_that_of_the_whole(monkeypatch, slab, spac
 
 
 def test_a_shape_needs_less_memory_than_a_mask(monkeypatch):
-    monkeypatch.setattr(strokes_module, "SLAB", 2 ** 16)
-    monkeypatch.setattr(strokes_module, "SAMPLED", 2 ** 14)
+    monkeypatch.setattr(scribbles_module, "SLAB", 2 ** 16)
+    monkeypatch.setattr(scribbles_module, "SAMPLED", 2 ** 14)
     label = np.zeros((150, 150, 150), np.uint8)
     for value in range(1, 118):
         label[value:value + 30, 5:140, 7:130] = value
@@ -234,7 +234,7 @@ def test_the_centers_of_large_labels_come_from_a_part_of_the_voxels(monkeypatch)
     label[0, 1, 1] = 3  # in no part but the whole
     exact = shape_of(label, SPACING).centers
     assert exact[1] == pytest.approx(tuple(np.argwhere(label == 1).mean(0))) and exact[3] == (0, 1, 1)
-    monkeypatch.setattr(strokes_module, "SAMPLED", label.size // 8)
+    monkeypatch.setattr(scribbles_module, "SAMPLED", label.size // 8)
     coarse = shape_of(label, SPACING).centers
     assert coarse != exact and coarse[3] == exact[3]
     assert all(np.abs(np.subtract(coarse[value], exact[value])).max() < 1 for value in exact)
