@@ -266,11 +266,11 @@ def prepare(table: Table, data: Path, scribbles: Path | None, work: Path,
 def in_some_slices(file: Path, *, case: str, fraction: float, draw: int, ignore: int):
     """Read scribbles, and keep those in a share of the slices, at equal distances. It is sent to other processes."""
     from nnunet_confkd.data.images import read
-    from nnunet_confkd.data.weak_labels import _spread, case_rng
+    from nnunet_confkd.data.weak_labels import case_rng, spread_slices
 
     picture = read(file)
     voxels = picture.voxels.copy()
-    voxels[:, ~_spread(voxels.shape[1], fraction, case_rng(case, "scribbles", SPLIT_SEED + draw))] = ignore
+    voxels[:, ~spread_slices(voxels.shape[1], fraction, case_rng(case, "scribbles", SPLIT_SEED + draw))] = ignore
     return replace(picture, voxels=voxels)
 
 

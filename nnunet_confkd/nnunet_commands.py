@@ -26,7 +26,7 @@ import nnunetv2
 
 from nnunet_confkd.device import OPTION_HELP, choose_device, cpu_threads
 from nnunet_confkd.discovery import make_findable
-from nnunet_confkd.errors import InputError
+from nnunet_confkd.errors import InputError, did_you_mean
 from nnunet_confkd.training.names import BRANCHES
 
 DEFAULT_TRAINER = "ConfKDTrainer"
@@ -438,7 +438,7 @@ def train(argv: list[str]) -> None:
     own_parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     own_parser.add_argument("--quick", action="store_true")
     own, argv = own_parser.parse_known_args(argv)
-    args = parser.parse_args(argv)
+    args = _parsed(parser, argv, own_parser)
     args.tr = args.tr or DEFAULT_TRAINER
     make_findable()
     about = prepare_quick(args) if own.quick else None
@@ -480,7 +480,7 @@ def predict(argv: list[str], afterwards: Callable[[Any], object] = lambda predic
         print(PREDICT_HELP)
         parser_of(name).print_help()
         return
-    args = parser_of(name).parse_args(argv)
+    args = _parsed(parser_of(name), argv, parser)
     make_findable()
     if not hasattr(args, "m"):
         args.tr = args.tr or DEFAULT_TRAINER
@@ -515,6 +515,16 @@ def predict(argv: list[str], afterwards: Callable[[Any], object] = lambda predic
     dataset = f" -d {args.d}" if hasattr(args, "d") else ""
     print(f"predictions: {args.o}\nnext, where there is a ground truth: confkd evaluate --truth LABELS --prediction "
           f"{shlex.quote(args.o)}{dataset}")
+
+
+def _parsed(parser: argparse.ArgumentParser, argv: list[str], own: argparse.ArgumentParser) -> argparse.Namespace:
+    """Parse nnU-Net's arguments; an unknown one is told with the option, of nnU-Net's or our own, that is most like it.
+    """
+    args, unknown = parser.parse_known_args(argv)
+    if unknown:
+        options = [*parser._option_string_actions, *own._option_string_actions]
+        raise InputError("unknown argument " + ", ".join(f"'{word}'{did_you_mean(word, options)}" for word in unknown))
+    return args
 
 
 def _prediction_command(argv: list[str]) -> str:

@@ -57,6 +57,8 @@ def tree(folder) -> list[str]:
     (("4", "2d", "0", "-p", "Mine"), "confkd plan -d 4 -c 2d -overwrite_plans_name Mine, with the options that"),
     (("4", "2d", "1"), "there is no fold 1; use all, or 0 to 0"),
     (("4", "2d", "first"), "there is no fold first; use all, or 0 to 0"),
+    (("4", "2d", "0", "--quik"), "unknown argument '--quik' (did you mean '--quick'?)"),
+    (("4", "2d", "0", "1"), "unknown argument '1'\n"),
     (("4", "2d", "0", "-tr", "ConfKDTrainr"), "-tr ConfKDTrainr: there is no such trainer"),
     (("4", "2d", "0", "--val", "-tr", "ConfKDTrainer_5epochs"),
      "has no checkpoint_final.pth, so --val has nothing to validate; finish the training first: confkd train 4 2d 0 "
@@ -208,6 +210,8 @@ def test_quick_trains_under_a_name_of_its_own_which_nnunet_predicts_with(nnunet,
 # ---- prediction -----------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("argv, expected", [
+    (("-d", "4", "-c", "2d", "--val-best"), "unknown argument '--val-best'\n"),
+    (("-d", "4", "-c", "2d", "--save-entrop"), "unknown argument '--save-entrop' (did you mean '--save-entropy'?)"),
     (("-d", "99", "-c", "2d", "-f", "0"), "there is no data set 099"),
     (("-d", "4", "-c", "3d_new", "-f", "0"),
      "ConfKDTrainer__nnUNetPlans__3d_new: there is no such model; train it first: confkd train 4 3d_new 0 -tr "

@@ -90,7 +90,7 @@ def weaken(label: np.ndarray, style: str, ignore_label: int, rng: np.random.Gene
         if fraction is None:
             fraction = SLICES_FRACTION if style == "slices" else 1
         # after all slices were annotated, so that what is drawn in one does not depend on how many stay
-        weak[~_spread(len(weak), fraction, rng)] = ignore_label
+        weak[~spread_slices(len(weak), fraction, rng)] = ignore_label
         weak = weak[0] if label.ndim == 2 else np.ascontiguousarray(np.moveaxis(weak, 0, axis))
     if not background:
         weak[weak == BACKGROUND] = ignore_label
@@ -264,10 +264,22 @@ def _slice_axis(slice_axis: int | None, spacing: Sequence[float] | None) -> int:
     return 0 if spacing is None else int(np.argmax(np.asarray(spacing) > 0.999 * max(spacing)))
 
 
-def _spread(count: int, fraction: float, rng: np.random.Generator) -> np.ndarray:
-    """Choose a share of `count` slices, at least one, at equal distances on a ring that is turned at random.
+def spread_slices(count: int, fraction: float, rng: np.random.Generator) -> np.ndarray:
+    """Choose a share of slices, at least one, at equal distances on a ring that is turned at random.
 
     Each slice has the same odds, and the slices of half the share are among those of the whole share.
+
+    Args:
+        count: The number of slices.
+        fraction: The share that is chosen, above 0 and at most 1.
+        rng: Turns the ring.
+
+    Returns:
+        True for each chosen slice, `(count,)`.
+
+    Examples:
+        >>> spread_slices(8, 0.25, np.random.default_rng(0)).sum()
+        np.int64(2)
     """
     chosen = np.zeros(count, dtype=bool)
     number = max(1, round(fraction * count))
