@@ -61,7 +61,7 @@ class Row:
     time_of: str | None = None
 
 
-EARLIER = {"full_share": 0.5, "equal_kinds": False, "teacher_trains_encoder": True}
+EARLIER = {"weight_kl": 3.0, "full_share": 0.5, "equal_kinds": False, "teacher_trains_encoder": True}
 
 
 def with_earlier_defaults(rows: Mapping[str, Row]) -> dict[str, Row]:
@@ -682,6 +682,8 @@ def differences(before: dict, now: dict) -> list[str]:
             unused += ("class_share",)  # no other row hides classes
         if settings.get("cutmix", 0) is None:
             settings["cutmix"] = 0.5 if spec["table"]["style"] == "none" and spec["row"]["labels"] == "mixed" else 0.0
+        if settings.get("weight_kl", 0) is None:
+            settings["weight_kl"] = 0.0 if spec["table"]["style"] == "points" else 3.0
         row = {key: value for key, value in spec["row"].items() if key not in ("title", "settings", "steps")}
         # what tables have got since the oldest results were obtained
         table = {"background": True, "fraction": None, "draw": 0, "fold": None, "epoch": 50,

@@ -84,6 +84,8 @@ QUESTIONS = {
 # cost" has fewer. With CutMix half of the steps have one more pass through the encoder, which is a tenth of a step.
 COST = 0.2 * 1.146 + 0.8 * 1.171
 COST_CUTMIX = COST + 0.5 * 0.1
+# Without the KL, with the share of full images that is chosen for points (0.64).
+COST_ALONE = 1 + 0.146 * 0.64 / 0.5
 COST_WIDE = 0.2 * 1.345 + 0.8 * 1.456
 
 ROWS: dict[str, Row] = with_earlier_defaults({
@@ -132,6 +134,8 @@ ROWS: dict[str, Row] = with_earlier_defaults({
     "ignore_equal_quarter": Row("the ignore label, equal weights of both kinds, a quarter of each batch full",
                                 "ConfKDTrainer_partialOnly",
                                 settings={"prior_correction": 0.0, "equal_kinds": True, "full_share": 0.25}),
+    "ignore_prior_equal": Row("the ignore label with the correction, equal weights", "ConfKDTrainer_partialOnly",
+                              settings={"equal_kinds": True}),
     "ignore_prior_equal_quarter": Row("the ignore label with the correction, equal weights, a quarter full",
                                       "ConfKDTrainer_partialOnly", settings={"equal_kinds": True, "full_share": 0.25}),
     # the teacher's supervised loss updates its decoder alone
@@ -165,10 +169,12 @@ ROWS: dict[str, Row] = with_earlier_defaults({
     "hints_0.1": Row("ConfKD, entropy of weight 0.1", settings={"weight_entropy": 0.1}),
     "hints_0.3": Row("ConfKD, entropy of weight 0.3", settings={"weight_entropy": 0.3}),
 })
-# three quarters of each batch full, as the trainer chooses it for these points
+# the share of full images that the trainer chooses for these points
 ROWS["today_cost"] = Row("ConfKD, the share chosen from the data, at equal cost",
-                         settings={"equal_kinds": False, "prior_correction": 0.0,
+                         settings={"weight_kl": 3.0, "equal_kinds": False, "prior_correction": 0.0,
                                    "teacher_trains_encoder": True}, steps=1 / COST)
+# All is chosen from the data: with points there is no KL, and the teacher only learns to complete labels.
+ROWS["default_cost"] = Row("ConfKD as it is chosen from the data, at equal cost", steps=1 / COST_ALONE)
 # Rows that are made once without bfloat16, to check that it changes nothing.
 FLOAT32 = "_float32"
 ROWS |= {name + FLOAT32: replace(ROWS[name], title=f"{ROWS[name].title}; float32")

@@ -266,7 +266,7 @@ def _uses_hints(model: Path, folds: list[str]) -> bool:
         record = read_json(file)
         try:
             settings = record["settings"]  # may be of another version of this package
-            found.append(settings["teacher_hints"] and settings["weight_kl"] > 0 and settings["kl_images"] != "full"
+            found.append(settings["teacher_hints"] and settings["weight_kl"] != 0 and settings["kl_images"] != "full"
                          and PARTIAL in record["supervision"].values())
         except (AttributeError, KeyError, TypeError) as error:
             raise InputError(f"{file}: is not the record of a ConfKD training; train again, or use --branch "

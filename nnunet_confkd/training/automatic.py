@@ -13,7 +13,8 @@ from nnunet_confkd.training.settings import Settings
 # The annotated part of the foreground, from which on partially annotated images weigh as much as full ones. In our data
 # this is right for eroded masks, from 0.063 on, and would be wrong for points, which have 0.047.
 DENSE = 0.055
-AUTOMATIC = ("full_share", "equal_kinds", "teacher_trains_encoder", "prior_correction", "cutmix")
+WEIGHT_KL = 3.0
+AUTOMATIC = ("weight_kl", "full_share", "equal_kinds", "teacher_trains_encoder", "prior_correction", "cutmix")
 
 
 @dataclass(frozen=True)
@@ -76,38 +77,45 @@ def choose(settings: Settings, annotations: Annotations, batch_size: int, ignore
     Examples:
         >>> scribbles = Annotations({"a": "full", "b": "partial"}, {"a": 600, "b": 60}, {"a": 900, "b": 50})
         >>> chosen = choose(Settings(), scribbles, batch_size=4, ignore_label=True)
-        >>> {name: getattr(chosen, name) for name in AUTOMATIC[:3]}
-        {'full_share': 0.5, 'equal_kinds': True, 'teacher_trains_encoder': False}
+        >>> {name: getattr(chosen, name) for name in AUTOMATIC[:4]}
+        {'weight_kl': 3.0, 'full_share': 0.5, 'equal_kinds': True, 'teacher_trains_encoder': False}
     """
     def unless_set(name: str, automatic):
         return automatic if getattr(settings, name) is None else getattr(settings, name)
 
     kinds = set(annotations.kinds.values())
     background = any(annotations.of(annotations.background, PARTIAL))
-    only_full_images = settings.weight_kl > 0 and settings.kl_images == "full"
+    dense = annotations.part >= DENSE
+    # With few annotations the student does better without the teacher, which then only learns to complete labels.
+    few = {FULL, PARTIAL} <= kinds and not dense
+    weight_kl = unless_set("weight_kl", WEIGHT_KL if settings.weight_teacher and not few else 0.0)
+    teaches = settings.weight_teacher > 0 and not (few and not weight_kl)
+    only_full_images = weight_kl > 0 and settings.kl_images == "full"
     unlabelled = kinds == {FULL, UNLABELLED} and not annotations.hidden
     cutmix = unless_set("cutmix", 0.5 if unlabelled and not only_full_images else 0.0)
-    dense = annotations.part >= DENSE
     apart = {FULL, PARTIAL} <= kinds and batch_size > 1 and not cutmix
     # Without annotated background the student would learn too much foreground, unless the KL acts on these images.
     equal_kinds = apart and unless_set("equal_kinds", dense and not annotations.hidden
                                        and (background or settings.kl_on_non_full))
-    trains_encoder = unless_set("teacher_trains_encoder", not (equal_kinds and background and settings.weight_student))
+    trains_encoder = unless_set("teacher_trains_encoder", not settings.weight_student
+                                or teaches and not (equal_kinds and background))
     corrected = ignore_label and annotations.of(annotations.foreground, PARTIAL, hidden=False)
     prior_correction = unless_set("prior_correction", float(annotations.foreground_is_sparser))
-    return replace(settings, cutmix=cutmix, equal_kinds=equal_kinds, teacher_trains_encoder=trains_encoder,
+    return replace(settings, weight_kl=weight_kl, cutmix=cutmix, equal_kinds=equal_kinds,
+                   teacher_trains_encoder=trains_encoder,
                    prior_correction=prior_correction if corrected else 0.0,
-                   full_share=unless_set("full_share", _full_share(annotations, dense, settings.weight_teacher > 0)))
+                   full_share=unless_set("full_share", _full_share(annotations, dense, teaches)))
 
 
-def _full_share(annotations: Annotations, dense: bool, teacher: bool) -> float:
+def _full_share(annotations: Annotations, dense: bool, teaches: bool) -> float:
     """Choose the share of fully annotated images in a batch.
 
     With few annotations in the other cases, images are drawn about as often as they have something to teach. Else they
-    are drawn as often as there are cases, because both kinds weigh as much. A teacher needs a half of each batch.
+    are drawn as often as there are cases, because both kinds weigh as much. A teacher of the student needs a half of
+    each batch.
     """
     full, partial = (annotations.of(annotations.foreground, kind) for kind in (FULL, PARTIAL))
     if not sum(full) + sum(partial):
         return 0.5
     share = len(full) / (len(full) + len(partial)) if dense else sum(full) / (sum(full) + sum(partial))
-    return min(max(share, 0.5 if teacher else 0.25), 0.75)
+    return min(max(share, 0.5 if teaches else 0.25), 0.75)

@@ -567,6 +567,11 @@ class ConfKDLoss(nn.Module):
         self.equal_kinds = equal_kinds
 
     @property
+    def teaches_all(self) -> bool:
+        """Whether the KL acts on images that are not fully annotated."""
+        return self.weights["kl"] > 0 and self.kl_images != "full"
+
+    @property
     def ddp(self) -> bool:
         """Whether the batch is that of one rank of several."""
         return getattr(self.supervised, "ddp", False)

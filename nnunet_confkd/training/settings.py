@@ -69,7 +69,10 @@ class Settings:
 
     weight_teacher: float = _setting("losses", 1.0, WEIGHTS, "weight of L_s, the teacher's supervised loss")
     weight_student: float = _setting("losses", 1.0, WEIGHTS, "weight of L_w, the student's supervised loss")
-    weight_kl: float = _setting("losses", 3.0, WEIGHTS, "weight of L_kd, the distillation from teacher to student")
+    weight_kl: float | None = _setting("losses", None, WEIGHTS,
+                                       "weight of L_kd, the distillation from teacher to student. Null means 3, but 0 "
+                                       "if partially annotated cases have few annotations (as for `equal_kinds`), "
+                                       "with which the teacher is no help to the student, or without a teacher")
     weight_entropy: float = _setting("losses", 0.01, WEIGHTS, "weight of L_ent, the student's entropy")
     kl_images: str = _setting("losses", "all", ("all", "full", "partial"),
                               "images on which the KL acts: all, the fully annotated ones, or all others")
@@ -105,7 +108,8 @@ class Settings:
                                                    "whether L_s also updates the encoder, as in the papers. If not, "
                                                    "the fully annotated images weigh less in it. Null means false if "
                                                    "both kinds of images have equal weights in L_w (`equal_kinds`) "
-                                                   "and partially annotated cases annotate background, else true")
+                                                   "and partially annotated cases annotate background, or if they "
+                                                   "have so few annotations that there is no KL; else true")
 
     cutmix: float | None = _setting("batches", None, SHARES,
                                     "share of the iterations in which the student's images exchange boxes, with their "
@@ -118,8 +122,8 @@ class Settings:
                                         "share of fully annotated images in a training batch. Null means the share "
                                         "of such cases if the others have enough annotations (as for `equal_kinds`), "
                                         "and else their share of all annotated foreground voxels. It is then at least "
-                                        "0.5 (without a teacher: 0.25) and at most 0.75, as it is if the others are "
-                                        "unlabelled")
+                                        "0.5 (if no teacher teaches the student: 0.25) and at most 0.75, as it is if "
+                                        "the others are unlabelled")
     unlabelled_share: float = _setting("batches", 0.25, SHARES,
                                        "share of unlabelled images among the others in a batch, but at most their "
                                        "share of the cases; the rest is partially annotated")
@@ -196,8 +200,8 @@ class Settings:
 
     @property
     def kl_on_non_full(self) -> bool:
-        """Whether the KL acts on images that are not fully annotated."""
-        return self.weight_kl > 0 and self.kl_images != "full"
+        """Whether the KL acts on images that are not fully annotated, or may do so if `weight_kl` is null."""
+        return self.weight_kl != 0 and self.weight_teacher > 0 and self.kl_images != "full"
 
     @property
     def uses_hints(self) -> bool:

@@ -49,7 +49,7 @@ from nnunet_confkd.errors import InputError, TrainingError, counted
 from nnunet_confkd.files import written_whole
 from nnunet_confkd.output import duration
 from nnunet_confkd.processes import terminable
-from nnunet_confkd.training.automatic import AUTOMATIC, Annotations, choose
+from nnunet_confkd.training.automatic import AUTOMATIC, WEIGHT_KL, Annotations, choose
 from nnunet_confkd.training.batches import (
     ListedClasses,
     StratifiedLoader,
@@ -182,8 +182,10 @@ class ConfKDTrainer(nnUNetTrainer):
             resolution_weights = (1.0,)  # nnU-Net gives the lowest resolution weight 0, and would divide by it here
         settings, labels = self.settings, self.label_manager
         supervised = PartialSupervision(stock, labels.ignore_label, labels.has_regions, ddp=self.is_ddp)
-        return ConfKDLoss(supervised, {term: getattr(settings, f"weight_{term}") for term in TERMS},
-                          resolution_weights=resolution_weights, regions=labels.has_regions,
+        weights = {term: getattr(settings, f"weight_{term}") for term in TERMS}
+        if weights["kl"] is None:
+            weights["kl"] = WEIGHT_KL  # until get_dataloaders has seen the annotations
+        return ConfKDLoss(supervised, weights, resolution_weights=resolution_weights, regions=labels.has_regions,
                           kl_images=settings.kl_images, extra_resolutions=settings.extra_resolutions)
 
     # ---- supervision and split --------------------------------------------------------------------------------------
@@ -286,6 +288,9 @@ class ConfKDTrainer(nnUNetTrainer):
         self.print_to_log_file("Settings that follow from the annotations, unless they are set: " + ", ".join(
             f"{name} {value:.3g}" if isinstance(value, float) else f"{name} {str(value).lower()}"
             for name, value in chosen.items()))
+        if self.settings.weight_kl is None and self.settings.weight_teacher and not chosen["weight_kl"]:
+            self.print_to_log_file("The partially annotated cases have so few annotations that the student learns from "
+                                   "the labels alone. The teacher only learns to complete labels")
         return chosen
 
     def _require_supervision(self, training: dict[str, str]) -> None:
@@ -404,7 +409,7 @@ class ConfKDTrainer(nnUNetTrainer):
         val_transforms = self._with_padding(
             self.get_validation_transforms(deep_supervision_scales, **self._label_options))
         chosen = self._choose(dataset_tr.identifiers)
-        self.loss.equal_kinds = chosen.equal_kinds
+        self.loss.equal_kinds, self.loss.weights["kl"] = chosen.equal_kinds, chosen.weight_kl
         if self.two_branches:
             unwrap(self.network).teacher_trains_encoder = chosen.teacher_trains_encoder
         complete: list = []  # in this order: hints are simulated on exchanged images
@@ -461,7 +466,7 @@ class ConfKDTrainer(nnUNetTrainer):
         with self._autocast():
             student, teacher = self._forward(data, num_full, batch.get("mix"),
                                              hints=self._hints(batch, highest_target),
-                                             teach_all=self.settings.kl_on_non_full and kl_ramp > 0)
+                                             teach_all=self.loss.teaches_all and kl_ramp > 0)
             shift = batch.get("prior_shift")
             loss, terms = self.loss(student, teacher, target, num_full, kl_ramp,
                                     None if shift is None else shift.to(self.device, non_blocking=True),
