@@ -63,7 +63,7 @@ def main() -> None:
     from nnunet_confkd.demo.data import import_dataset
     from nnunet_confkd.demo.demo import plan_and_preprocess
 
-    cases = import_dataset(Path(args.data), 901, DATASET[11:], seed=0, limits=LIMITS)
+    cases = import_dataset(Path(args.data), 901, DATASET[11:], seed=0, limits=LIMITS, style="points")
     plan_and_preprocess(901, ["2d"])
     os.environ["nnUNet_n_proc_DA"] = "0"
     split = [{"train": sorted(cases["full"] + cases["partial"]), "val": sorted(cases["validation"])}]

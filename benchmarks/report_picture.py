@@ -61,7 +61,7 @@ def train(data: Path, work: Path) -> None:
         shutil.copytree(data / name, source / name)
     (source / "dataset.json").write_text(json.dumps({"modality": {"0": "MRI"}, "labels": {
         "0": "background", "1": "anterior", "2": "posterior"}}))
-    cases = import_dataset(source, int(DATASET[7:10]), DATASET[11:], seed=0, limits=LIMITS)
+    cases = import_dataset(source, int(DATASET[7:10]), DATASET[11:], seed=0, limits=LIMITS, style="points")
     plan_and_preprocess(int(DATASET[7:10]), ["2d"])
     preprocessed = work / "preprocessed" / DATASET
     training = sorted([*cases["full"], *cases["partial"], *cases["unlabelled"]])

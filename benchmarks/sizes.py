@@ -55,7 +55,7 @@ def prepare(cases: int) -> None:
     """Write the raw data set of many small cases."""
     from nnunet_confkd.demo.synthetic import generate_dataset
     generate_dataset(Path(os.environ["nnUNet_raw"]) / DATASET, num_full=NUM_FULL, num_partial=cases // 2,
-                     num_unlabelled=0, num_test=0, num_validation=cases - cases // 2 - NUM_FULL)
+                     num_unlabelled=0, num_test=0, num_validation=cases - cases // 2 - NUM_FULL, style="points")
 
 
 # ---- measuring ------------------------------------------------------------------------------------------------------

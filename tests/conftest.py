@@ -222,8 +222,13 @@ class Workspace:
             (self.preprocessed(dataset) / "splits_final.json").write_text(json.dumps([split]))
 
     def configure(self, dataset: str, name: str, base: str, confkd: dict | None = None, **options) -> str:
-        """Add a tiny configuration to the plans under a name of its own, and return this name."""
+        """Add a tiny configuration to the plans under a name of its own, and return this name.
+
+        By default there is a KL, which our trainer would leave out with the few points of the data sets below.
+        """
         from nnunet_confkd.data.small_configuration import add_small_configuration
+        if confkd is None or isinstance(confkd, dict):
+            confkd = {"weight_kl": 3.0} | (confkd or {})
         add_small_configuration(self.preprocessed(dataset) / "nnUNetPlans.json", name, base, confkd, **TINY | options)
         return name
 
@@ -342,7 +347,7 @@ def hippocampus(nnunet, test_data) -> dict[str, list[str]]:
     5 training cases are fully annotated, 30 have points, 10 are unlabelled.
     """
     from nnunet_confkd.demo.data import import_dataset
-    roles = import_dataset(test_data / "hippocampus", 4, HIPPOCAMPUS[11:], seed=1)
+    roles = import_dataset(test_data / "hippocampus", 4, HIPPOCAMPUS[11:], seed=1, style="points")
     training = [*roles["full"], *roles["partial"], *roles["unlabelled"]]
     nnunet.prepare(HIPPOCAMPUS, ["2d", "3d_fullres"], {"train": sorted(training), "val": sorted(roles["validation"])})
     return roles

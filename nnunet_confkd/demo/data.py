@@ -20,18 +20,19 @@ LIMITS = {"test": 8, "validation": 5, "full": 5, "unlabelled": 10, "partial": 30
 
 
 def import_dataset(source: Path, dataset_id: int, name: str, seed: int = 0, limits: dict[str, int] | None = None,
-                   ) -> dict[str, list[str]]:
+                   style: str = "scribbles") -> dict[str, list[str]]:
     """Write some of the cases of `source` as a mixed data set, in the folders of nnU-Net's variables.
 
-    Fully annotated data are weakened: some cases stay as they are, some keep points only, and some keep nothing. Data
-    with an "ignore" label are mixed already and stay as they are.
+    Fully annotated data are weakened: some cases stay as they are, some keep scribbles only, and some keep nothing.
+    Data with an "ignore" label are mixed already and stay as they are.
 
     Args:
         source: A folder with `imagesTr` and `labelsTr`. Without a `dataset.json`, the labels are found in the files.
         dataset_id: The id of the data set to write.
         name: Its name, without `Dataset027_`.
-        seed: The seed for the choice of the cases and for the points.
+        seed: The seed for the choice of the cases and for the scribbles.
         limits: The largest number of cases of each role. None: `LIMITS`.
+        style: Of the partial annotations, one of :data:`nnunet_confkd.data.weak_labels.STYLES`.
 
     Returns:
         The cases of "full", "partial", "unlabelled", "validation" and "test".
@@ -68,7 +69,7 @@ def import_dataset(source: Path, dataset_id: int, name: str, seed: int = 0, limi
     dataset.training = [cases[case] for role in (FULL, "validation") for case in roles[role]]
     for kind in (PARTIAL, UNLABELLED):
         dataset.training += [replace(cases[case], kind=kind) if mixed else
-                             weakened(cases[case], kind, dataset.labels, "points", seed) for case in roles[kind]]
+                             weakened(cases[case], kind, dataset.labels, style, seed) for case in roles[kind]]
     dataset.test, dataset.validation, dataset.folds = [cases[case] for case in roles["test"]], roles["validation"], 1
     write_dataset(dataset, dataset_id, processes=1)
     return roles

@@ -19,7 +19,7 @@ LABELS = {"background": 0, "RV": 1, "MYO": 2, "LV": 3, "ignore": 4}
 
 
 def generate_dataset(folder: Path, *, num_full: int = 4, num_partial: int = 12, num_unlabelled: int = 6,
-                     num_validation: int = 4, num_test: int = 6, dimensions: int = 3,
+                     num_validation: int = 4, num_test: int = 6, dimensions: int = 3, style: str = "scribbles",
                      seed: int = 0) -> dict[str, list[str]]:
     """Write a mixed-supervision data set in nnU-Net's raw format.
 
@@ -33,6 +33,7 @@ def generate_dataset(folder: Path, *, num_full: int = 4, num_partial: int = 12, 
         num_validation: The number of validation cases, which are fully annotated.
         num_test: The number of test cases, which are fully annotated and lie in `imagesTs` and `labelsTs`.
         dimensions: 3 for volumes of about 8 x 64 x 64 voxels, 2 for a single slice per case.
+        style: Of the partial annotations, one of :data:`nnunet_confkd.data.weak_labels.STYLES`.
         seed: Other seeds give other hearts.
 
     Returns:
@@ -40,7 +41,7 @@ def generate_dataset(folder: Path, *, num_full: int = 4, num_partial: int = 12, 
 
     Raises:
         FileExistsError: The folder exists.
-        ValueError: dimensions is neither 2 nor 3.
+        ValueError: dimensions is neither 2 nor 3, or there is no such style.
 
     Examples:
         >>> from tempfile import TemporaryDirectory
@@ -65,7 +66,7 @@ def generate_dataset(folder: Path, *, num_full: int = 4, num_partial: int = 12, 
             for case in members:
                 image, label, spacing = generate_case(case, dimensions=dimensions, seed=seed)
                 if role == "partial":
-                    label = weaken(label, "points", LABELS["ignore"], case_rng(case, "points", seed))
+                    label = weaken(label, style, LABELS["ignore"], case_rng(case, style, seed))
                 elif role == "unlabelled":
                     label = nothing(label, LABELS["ignore"])
                 split = "Ts" if role == "test" else "Tr"

@@ -152,7 +152,7 @@ class Settings:
                              "learn from no label; set \"teacher_trains_encoder\": true")
         if self.weight_kl and not self.weight_teacher:
             raise InputError("confkd: weight_kl is above 0, but weight_teacher is 0: an untrained teacher would teach")
-        if self.cutmix and self.weight_kl and self.kl_images == "full":
+        if self.cutmix and self.weight_kl != 0 and self.weight_teacher and self.kl_images == "full":
             raise InputError("confkd: with kl_images 'full' the teacher sees the fully annotated images alone, but "
                              "cutmix above 0 mixes them with others; set \"cutmix\": 0")
         if self.cutmix and self.equal_kinds:

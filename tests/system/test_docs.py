@@ -388,7 +388,7 @@ def test_the_tutorial_up_to_the_training(tmp_path, monkeypatch, capsys, thread_p
     monkeypatch.chdir(tmp_path)
     first, of_page = tutorial()
     exec(first, {})
-    for folder, cases in (("full", 8), ("points", 12), ("unlabelled", 6), ("test", 6)):
+    for folder, cases in (("full", 8), ("scribbles", 12), ("unlabelled", 6), ("test", 6)):
         assert len(list(Path(folder, "images").iterdir())) == cases
     assert not Path("unlabelled", "labels").exists()
     for command in of_page[:2]:  # mkdir, export

@@ -35,32 +35,36 @@ def chosen(data: Annotations, settings: Settings = Settings(), batch_size: int =
 
 
 @pytest.mark.parametrize("data, with_teacher, without", [
-    (SCRIBBLES, (0.5, True, False, 0, 0), (0.25, True, 0)), (ERODED, (0.5, True, False, 1, 0), (0.25, True, 1)),
-    (BLOBS, (0.5, True, True, 0, 0), (0.25, False, 0)), (POINTS, (0.75, False, True, 0, 0), (0.75, False, 0)),
-    (NO_LABELS, (0.75, False, True, 0, 0.5), (0.75, False, 0)),
-    (annotations(unlabelled=0), (0.75, False, True, 0, 0), (0.75, False, 0))], ids=str)
+    (SCRIBBLES, (3, 0.5, True, False, 0, 0), (0.25, True, 0)), (ERODED, (3, 0.5, True, False, 1, 0), (0.25, True, 1)),
+    (BLOBS, (3, 0.5, True, True, 0, 0), (0.25, False, 0)), (POINTS, (0, 0.75, False, False, 0, 0), (0.75, False, 0)),
+    (NO_LABELS, (3, 0.75, False, True, 0, 0.5), (0.75, False, 0)),
+    (annotations(unlabelled=0), (3, 0.75, False, True, 0, 0), (0.75, False, 0))],
+    ids=("scribbles", "eroded", "blobs", "points", "no labels", "all full"))
 def test_each_kind_of_labels_gets_its_settings(data, with_teacher, without):
     assert chosen(data) == dict(zip(AUTOMATIC, with_teacher))
     found = chosen(data, BASELINE)
     assert (found["full_share"], found["equal_kinds"], found["prior_correction"]) == without
 
 
-@pytest.mark.parametrize("data", [SCRIBBLES, ERODED, BLOBS, POINTS])
-@pytest.mark.parametrize("values", [(0.3, False, True, 0.5, 0.0), (0.4, True, False, 0.0, 0.0)], ids=str)
+@pytest.mark.parametrize("data", [SCRIBBLES, ERODED, BLOBS, POINTS], ids=("scribbles", "eroded", "blobs", "points"))
+@pytest.mark.parametrize("values", [(2.0, 0.3, False, True, 0.5, 0.0), (0.0, 0.4, True, False, 0.0, 0.0)],
+                         ids=str)
 def test_what_is_set_is_kept(data, values):
     block = dict(zip(AUTOMATIC, values))
     assert chosen(data, Settings(**block)) == block
 
 
 @pytest.mark.parametrize("full, partial, share", [
-    # few annotations: the share of the annotated foreground
-    ([100], [5] * 30, (0.5, 0.4)), ([100] * 3, [5] * 30, (2 / 3, 2 / 3)), ([100], [5] * 99, (0.5, 0.25)),
-    ([100], [5], (0.75, 0.75)), ([90], [], (0.75, 0.75)), ([0], [0, 0], (0.5, 0.5)),
+    # few annotations: the share of the annotated foreground; the teacher does not teach, unless it is told to
+    ([100], [5] * 30, (0.4, 0.4, 0.5)), ([100] * 3, [5] * 30, (2 / 3, 2 / 3, 2 / 3)),
+    ([100], [5] * 99, (0.25, 0.25, 0.5)), ([100], [5], (0.75, 0.75, 0.75)), ([90], [], (0.75, 0.75, 0.75)),
+    ([0], [0, 0], (0.5, 0.5, 0.5)),
     # many: the share of the cases
-    ([100], [10] * 30, (0.5, 0.25)), ([100] * 20, [6] * 30, (0.5, 0.4)), ([100] * 20, [6] * 10, (2 / 3, 2 / 3)),
-    ([100] * 20, [6], (0.75, 0.75))])
+    ([100], [10] * 30, (0.5, 0.25, 0.5)), ([100] * 20, [6] * 30, (0.5, 0.4, 0.5)),
+    ([100] * 20, [6] * 10, (2 / 3, 2 / 3, 2 / 3)), ([100] * 20, [6], (0.75, 0.75, 0.75))])
 def test_the_share_of_full_images_follows_from_what_is_annotated(full, partial, share):
-    found = [chosen(annotations(full, partial), settings)["full_share"] for settings in (Settings(), BASELINE)]
+    found = [chosen(annotations(full, partial), settings)["full_share"]
+             for settings in (Settings(), BASELINE, Settings(weight_kl=3.0))]
     assert found == pytest.approx(share)
 
 
@@ -98,3 +102,15 @@ def test_cases_that_lack_classes_are_not_mixed_and_have_no_correction_of_their_o
 
 def test_an_encoder_that_only_the_teacher_could_train_is_trained_by_it():
     assert chosen(SCRIBBLES, Settings(weight_student=0.0))["teacher_trains_encoder"]
+    assert chosen(POINTS, Settings(weight_student=0.0))["teacher_trains_encoder"]
+
+
+def test_with_few_annotations_there_is_a_kl_only_if_it_is_asked_for():
+    asked = chosen(POINTS, Settings(weight_kl=1.0))
+    assert (asked["weight_kl"], asked["teacher_trains_encoder"]) == (1, True)
+    assert chosen(annotations(partial=[40], unlabelled=50))["weight_kl"] == 0, "other cases are unlabelled"
+    assert chosen(NO_LABELS)["weight_kl"] == chosen(annotations(unlabelled=0))["weight_kl"] == 3
+    assert chosen(SCRIBBLES, Settings(weight_teacher=0.0))["weight_kl"] == 0, "there is no teacher"
+    for data, weight in ((SCRIBBLES, 3), (POINTS, 0)):
+        ablation = chosen(data, Settings(weight_kl=0.0))
+        assert {**ablation, "weight_kl": weight} == chosen(data), "an ablation changes nothing else"

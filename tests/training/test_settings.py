@@ -22,8 +22,9 @@ def error_of(**settings) -> str:
 def test_the_defaults_are_valid_and_ask_for_the_whole_method():
     settings = Settings()
     assert settings == Settings.from_blocks() == Settings.from_blocks({})
-    assert min(settings.weight_teacher, settings.weight_student, settings.weight_kl, settings.weight_entropy) > 0
-    assert settings.uses_hints
+    assert min(settings.weight_teacher, settings.weight_student, settings.weight_entropy) > 0
+    assert settings.weight_kl is None and settings.uses_hints
+    assert not Settings(weight_kl=0).uses_hints and not Settings(weight_teacher=0).uses_hints
 
 
 @pytest.mark.parametrize("given, suggested", [({"wieght_kl": 1.0}, ["weight_kl"]), ({"zzz": 1}, []),
@@ -43,7 +44,7 @@ def test_a_block_that_is_no_object_is_refused(block):
 
 
 BAD_VALUES = {
-    "weight_kl": ("1.0", True, None, [1.0], NAN, INF, -0.1, 1e7),
+    "weight_kl": ("1.0", True, [1.0], NAN, INF, -0.1, 1e7),
     "kl_ramp_end": (1.1, -0.1, NAN, False),
     "full_share": (0, 1, 0.0, 1.0, NAN, True),
     "epochs": (0, -1, 1.0, 2.5, "10", True, NAN),
@@ -66,7 +67,7 @@ def test_a_bad_value_is_refused_with_key_value_and_what_is_allowed(key, value):
 
 @pytest.mark.parametrize("key, value", (
     ("weight_kl", 0), ("weight_kl", 2), ("weight_entropy", 1e6), ("full_share", 0.01), ("full_share", 0.99),
-    ("full_share", None), ("equal_kinds", None),
+    ("full_share", None), ("equal_kinds", None), ("weight_kl", None),
     ("epochs", 1), ("epochs", None), ("iterations_per_epoch", None), ("seed", None), ("seed", 0), ("seed", 2 ** 31 - 1),
     ("teacher_hints", False), ("teacher_trains_encoder", True),
     ("kl_images", "partial"), ("extra_resolutions", "all")), ids=str)
@@ -82,7 +83,7 @@ def test_values_are_checked_without_blocks_too():
 
 @pytest.mark.parametrize("refused, allowed", [
     ({"weight_teacher": 0, "weight_student": 0, "weight_kl": 0}, {"weight_teacher": 0, "weight_kl": 0}),
-    ({"weight_teacher": 0}, {"weight_student": 0, "teacher_trains_encoder": True}),  # an untrained teacher
+    ({"weight_teacher": 0, "weight_kl": 1}, {"weight_teacher": 0}),  # an untrained teacher
     ({"weight_student": 0, "teacher_trains_encoder": False}, {"teacher_trains_encoder": False}),
     ({"cutmix": 0.5, "kl_images": "full"}, {"cutmix": 0, "kl_images": "full"}),
     ({"cutmix": 0.5, "equal_kinds": True}, {"cutmix": 0.5}),

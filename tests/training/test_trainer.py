@@ -173,7 +173,7 @@ def test_fully_annotated_images_and_others_have_equal_weights_if_enough_is_annot
     """These cases have points, which are too few."""
     trainer = started(HIPPOCAMPUS, nnunet.configure(HIPPOCAMPUS, "weigh", "2d", SHORT, batch_size=4))
     log = Path(trainer.log_file)
-    assert "equal_kinds false, teacher_trains_encoder true" in log.read_text()
+    assert "weight_kl 3, full_share 0.5, equal_kinds false, teacher_trains_encoder true" in log.read_text()
     batch = next(trainer.dataloader_train)
     joint = trainer.train_step(batch)["loss_student"]
     trainer.foreground = dict.fromkeys(trainer.foreground, 100)  # as much in each case
@@ -181,6 +181,36 @@ def test_fully_annotated_images_and_others_have_equal_weights_if_enough_is_annot
     assert trainer.loss.equal_kinds and not trainer.network.teacher_trains_encoder
     assert "equal_kinds true, teacher_trains_encoder false" in log.read_text()
     assert abs(trainer.train_step(batch)["loss_student"] - joint) > 1e-3
+
+
+def test_with_few_annotations_the_teacher_only_learns_to_complete_labels(nnunet, started, monkeypatch):
+    """The student's gradients are those of the trainer without a teacher."""
+    options = SHORT | {"weight_kl": None, "weight_entropy": 0, "kl_ramp_start": 0, "kl_ramp_end": 0}
+    configuration = nnunet.configure(HIPPOCAMPUS, "few", "2d", options, batch_size=4)
+    trainer, alone = (started(HIPPOCAMPUS, configuration, f"ConfKDTrainer{variant}")
+                      for variant in ("", "_partialOnly"))
+    log = Path(trainer.log_file)
+    assert "weight_kl 0, full_share 0.5, equal_kinds false, teacher_trains_encoder false" in log.read_text()
+    assert "The teacher only learns to complete labels" in log.read_text()
+    batch, seen = next(trainer.dataloader_train), []
+    weights = {n: p for n, p in trainer.network.state_dict().items() if not n.startswith("teacher_decoder.")}
+    alone.network.load_state_dict(weights)
+    hook = trainer.network.teacher_decoder.hints.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[1]))
+    with monkeypatch.context() as patch:
+        for one in (trainer, alone):
+            patch.setattr(one, "_update_weights", lambda loss: (loss.backward(), loss.detach())[1])
+        values = trainer.train_step(batch)
+        alone.train_step(batch)
+    hook.remove()
+    assert values["loss_kl"] == 0 < values["loss_student"] and values["loss_teacher"] != 0
+    hints = torch.cat([hints.labels for hints in seen]) > 0
+    assert hints.any() and torch.equal(hints, batch["hint_mask"][:batch["num_full"]]), "it sees full images alone"
+    gradients = {n: p.grad for n, p in trainer.network.named_parameters()}
+    for name, parameter in alone.network.named_parameters():
+        torch.testing.assert_close(gradients[name], parameter.grad)
+    trainer.foreground = dict.fromkeys(trainer.foreground, 100)  # as much in each case
+    trainer.get_dataloaders()
+    assert trainer.loss.weights["kl"] == 3 and trainer.train_step(batch)["loss_kl"] > 0
 
 
 def test_the_share_of_fully_annotated_images_follows_from_the_annotations(nnunet, hippocampus, started):
