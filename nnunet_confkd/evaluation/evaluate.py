@@ -37,6 +37,7 @@ from nnunet_confkd.evaluation.tables import aligned, cases_text, mean_text, p_va
 from nnunet_confkd.processes import PROCESSES, parallel
 
 MADE_BY = "confkd evaluate"
+WROTE_SUMMARY = "wrote_summary_json"  # the key in metrics.json
 INTERVALS = "with 95 % intervals (bootstrap over the patients)"
 TOLERANCE_HELP = f"tolerance of the NSD (default: {TOLERANCE_MM:g})"
 PATTERN_HELP = ("regular expression whose first group in the name of a case is the patient; intervals and tests are by "
@@ -427,7 +428,7 @@ def compare(ours: Evaluation, theirs: Evaluation) -> dict[str, dict[str, dict[st
         `p_holm`, which is p corrected for all classes and measures.
 
     Raises:
-        InputError: The cases are not the same.
+        InputError: The cases or the classes are not the same.
 
     Examples:
         >>> ours, theirs = (evaluate_folders("labelsTs", folder) for folder in ("ours", "theirs"))  # doctest: +SKIP
@@ -438,6 +439,10 @@ def compare(ours: Evaluation, theirs: Evaluation) -> dict[str, dict[str, dict[st
     if set(ours.cases) != set(theirs.cases):
         differing = sorted(set(ours.cases) ^ set(theirs.cases))
         raise InputError(f"{ours.prediction} and {theirs.prediction} do not hold the same cases: "
+                         f"{', '.join(differing)}")
+    if set(ours.classes) != set(theirs.classes):
+        differing = sorted(set(ours.classes) ^ set(theirs.classes))
+        raise InputError(f"{ours.prediction} and {theirs.prediction} are not measured for the same classes: "
                          f"{', '.join(differing)}")
 
     def values(evaluation: Evaluation, name: str, measure: str) -> np.ndarray:
@@ -470,7 +475,7 @@ def comparison_text(found: dict, ours: Evaluation, theirs: Evaluation) -> str:
 # ---- command --------------------------------------------------------------------------------------------------------
 
 def write(evaluation: Evaluation, output: str | Path, comparison: dict | None = None) -> list[Path]:
-    """Write metrics.json, metrics.csv and, if there is none yet, nnU-Net's summary.json.
+    """Write metrics.json, metrics.csv and, unless there is one of another program, nnU-Net's summary.json.
 
     Args:
         evaluation: The measures.
@@ -487,19 +492,29 @@ def write(evaluation: Evaluation, output: str | Path, comparison: dict | None = 
     Examples:
         >>> write(evaluate_folders("labelsTs", "predictions", dataset=27), "predictions")  # doctest: +SKIP
     """
-    content = evaluation.as_dict() | ({} if comparison is None else {"comparison": without_nan(comparison)})
+    with_summary = not (Path(output) / "summary.json").exists() or _wrote_summary(Path(output) / "metrics.json")
+    content = evaluation.as_dict() | {WROTE_SUMMARY: with_summary} | (
+        {} if comparison is None else {"comparison": without_nan(comparison)})
     files: dict[str, Any] = {"metrics.json": json.dumps(content, indent=1, allow_nan=False) + "\n",
                              "metrics.csv": evaluation.table()}
-    if not (Path(output) / "summary.json").exists():
+    if with_summary:
         files["summary.json"] = json.dumps(evaluation.summary(), indent=4, sort_keys=True)
     return write_results(output, MADE_BY, files)
+
+
+def _wrote_summary(metrics: Path) -> bool:
+    """Whether the evaluation that wrote this metrics.json wrote the summary.json beside it, too."""
+    try:
+        return json.loads(metrics.read_text(encoding="utf-8"))[WROTE_SUMMARY] is True
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
 
 
 def main(argv: list[str]) -> None:
     """Run `confkd evaluate`."""
     parser = argparse.ArgumentParser(prog="confkd evaluate", description=(
         "Measure segmentations against the ground truth, for each case and class: Dice, IoU, HD95 and ASSD in mm, NSD, "
-        "volume difference in ml. Writes metrics.json, metrics.csv and, if there is none yet, nnU-Net's summary.json."))
+        "volume difference in ml. Writes metrics.json, metrics.csv and, if there is no other, nnU-Net's summary.json."))
     parser.add_argument("--truth", required=True, metavar="DIR", help="folder of the ground truth")
     parser.add_argument("--prediction", required=True, metavar="DIR", help="folder of the predictions")
     parser.add_argument("--against", metavar="DIR",
@@ -529,8 +544,13 @@ def main(argv: list[str]) -> None:
     comparison = other = None
     if args.against:
         other = evaluate_folders(args.truth, args.against, **options)
+        if set(evaluation.classes) != set(other.classes):  # neither -d nor --labels: what occurs differs
+            options["labels"] = sorted((evaluation.occurring | other.occurring) - {0, args.ignore})
+            evaluation, other = (evaluate_folders(args.truth, folder, **options)
+                                 for folder in (args.prediction, args.against))
         comparison = compare(evaluation, other)
-    files = write(evaluation, args.output or args.prediction, comparison)
+    output = Path(args.output or args.prediction)
+    files = write(evaluation, output, comparison)
     if args.json:
         print(files[0].read_text(encoding="utf-8"), end="")
         return
@@ -538,5 +558,7 @@ def main(argv: list[str]) -> None:
     if other:
         print("\n" + comparison_text(comparison, evaluation, other))
     print("\nwritten: " + ", ".join(map(str, files)))
+    if (summary := output / "summary.json") not in files:
+        print(f"kept: {summary}, which confkd evaluate has not written")
     print("next: confkd report --model MODEL shows cases and curves of a trained model"
           + ("" if other else "; confkd evaluate ... --against DIR compares with other predictions of these cases"))

@@ -122,7 +122,7 @@ class CompletedCase:
         return {"case": self.case, **case_score(entropy, predicted, missing),
                 "kind": kind_of({ignore: left, OUTSIDE: label.size - left}, ignore),
                 "annotated_voxels": annotated, "filled_voxels": label.size - annotated - left, "ignored_voxels": left,
-                "mean_confidence": float(confidence.mean(dtype=np.float64, where=missing)),
+                "mean_confidence": float(confidence.mean(dtype=np.float64, where=missing)) if missing.any() else None,
                 "agreement_with_annotations": agreement}
 
     def is_wrong(self) -> bool:

@@ -375,7 +375,7 @@ def _splits(source: str, kinds: dict[str, str], pattern: str | None, known: dict
     unknown = sorted({case for fold in splits for case in [*fold["train"], *fold["val"]]} - set(kinds))
     if unknown:
         raise InputError(f"{file}: names cases that {source} does not have: {', '.join(unknown[:10])}")
-    if splits and not any(case in known and known[case].possible for fold in splits for case in fold["val"]):
+    if splits and not any(case in known for fold in splits for case in fold["val"]):
         return splits
     try:
         return split_full_cases(kinds, patients_of(kinds, pattern))

@@ -18,7 +18,6 @@ from nnunetv2.utilities.label_handling.label_handling import determine_num_input
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunet_confkd import __version__
-from nnunet_confkd.data.annotated_classes import CLASSES_KEY
 from nnunet_confkd.data.folders import WRITTEN_BY
 from nnunet_confkd.data.json_files import read_description, read_plans
 from nnunet_confkd.data.supervision import KINDS, TABLE_KEY
@@ -30,6 +29,10 @@ from nnunet_confkd.training.network import branch_weights, has_narrow_teacher, h
 
 ORIGIN_FILE = "confkd_export.json"
 STOCK_TRAINER = "nnUNetTrainer"
+# What a dataset.json of nnU-Net says of the whole data set. Other keys may hold names of cases, or paths.
+EXPORTED = ("channel_names", "modality", "labels", "regions_class_order", "file_ending", "numTraining",
+            "overwrite_image_reader_writer", "name", "description", "reference", "licence", "license", "release",
+            "tensorImageSize")
 
 
 def export(model: str | Path, output: str | Path | None = None, branch: str = "student", install: bool = False) -> Path:
@@ -65,8 +68,7 @@ def export(model: str | Path, output: str | Path | None = None, branch: str = "s
     configuration, trainer = checkpoint["init_args"]["configuration"], checkpoint["trainer_name"]
     _require_configuration(first, configuration, plans)
     stock_plans = _stock_plans(plans, trainer, branch)
-    stock_dataset_json = {key: value for key, value in dataset_json.items()
-                          if key not in (TABLE_KEY, CLASSES_KEY, WRITTEN_BY)}
+    stock_dataset_json = {key: value for key, value in dataset_json.items() if key in EXPORTED}
     checkpoints = [path for fold in folds for path in sorted(fold.glob("checkpoint_*.pth"))]
     origin = {"model": model.name, "trainer": trainer, "plans": plans["plans_name"], "configuration": configuration,
               "branch": branch, "settings": plans["configurations"][configuration].get("confkd"),

@@ -87,7 +87,7 @@ def choose(settings: Settings, annotations: Annotations, batch_size: int, ignore
     background = any(annotations.of(annotations.background, PARTIAL))
     dense = annotations.part >= DENSE
     # With few annotations the student does better without the teacher, which then only learns to complete labels.
-    few = {FULL, PARTIAL} <= kinds and not dense
+    few = {FULL, PARTIAL} <= kinds and not dense and not annotations.hidden
     weight_kl = unless_set("weight_kl", WEIGHT_KL if settings.weight_teacher and not few else 0.0)
     teaches = settings.weight_teacher > 0 and not (few and not weight_kl)
     only_full_images = weight_kl > 0 and settings.kl_images == "full"

@@ -71,8 +71,9 @@ class Settings:
     weight_student: float = _setting("losses", 1.0, WEIGHTS, "weight of L_w, the student's supervised loss")
     weight_kl: float | None = _setting("losses", None, WEIGHTS,
                                        "weight of L_kd, the distillation from teacher to student. Null means 3, but 0 "
-                                       "if partially annotated cases have few annotations (as for `equal_kinds`), "
-                                       "with which the teacher is no help to the student, or without a teacher")
+                                       "if partially annotated cases have few annotations (less than for "
+                                       "`equal_kinds`) and are annotated for all classes, because the student then "
+                                       "does better alone; also 0 without a teacher")
     weight_entropy: float = _setting("losses", 0.01, WEIGHTS, "weight of L_ent, the student's entropy")
     kl_images: str = _setting("losses", "all", ("all", "full", "partial"),
                               "images on which the KL acts: all, the fully annotated ones, or all others")

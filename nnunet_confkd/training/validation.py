@@ -271,6 +271,7 @@ def validate(trainer, save_probabilities: bool) -> None:
         trainer: The trainer, after the training.
         save_probabilities: Whether probabilities are written, too.
     """
+    trainer.find_supervision()  # with --val nothing has done so yet
     trainer.set_deep_supervision_enabled(False)
     trainer.network.eval()
     branches = ["student", "teacher"] if isinstance(unwrap(trainer.network), TwoBranchUNet) else ["student"]

@@ -206,6 +206,18 @@ def test_two_folders_are_compared_case_by_case(folders, capsys):
     assert "+0.333 [+0.167, +0.500]" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("first, second", [("prediction", "worse"), ("worse", "prediction")])
+def test_a_label_of_one_of_two_folders_is_measured_in_both(folders, capsys, first, second):
+    """Neither the ground truth nor the other folder has it, and no option names it."""
+    save(folders / "worse" / "case0.nii.gz", label_map(classes=(1, 7)))
+    assert run(folders, "--prediction", folders / first, "--against", folders / second) == 0
+    found = read_metrics(folders / first)
+    assert set(found["comparison"]) - {"foreground"} == {"1", "2", "7"} == set(found["labels"])
+    assert found["comparison"]["7"]["Dice"]["n"] == 0, "it is absent from the ground truth and one of the folders"
+    with pytest.raises(InputError, match="not measured for the same classes: 7"):
+        compare(measured(folders, "prediction", labels=[1, 2]), measured(folders, "worse", labels=[1, 2, 7]))
+
+
 def two_cases_of_each_patient(folders):
     """Add the same cases again as a second one of each patient: p0_a, p0_b, p1_a, ..."""
     for folder in ("truth", "prediction", "worse"):
@@ -376,3 +388,24 @@ def test_foreign_files_stay_and_our_own_are_replaced(folders):
     with pytest.raises(InputError, match="has not written"):
         evaluate.write(evaluation, out)
     assert (out / "metrics.json").read_text() == '{"precious": 1}'
+
+
+def test_the_summary_follows_predictions_that_have_changed(folders, capsys):
+    """As long as it is that of an earlier evaluation, and not of nnU-Net."""
+    def means():
+        assert run(folders, "--labels", 1, 2) == 0
+        summary = json.loads((folders / "prediction" / "summary.json").read_text())
+        return summary["mean"]["1"]["Dice"], read_metrics(folders / "prediction")["mean"]["1"]["Dice"]
+
+    first = means()
+    save(folders / "prediction" / "case0.nii.gz", label_map(shift=3))
+    second = means()
+    assert first[0] == pytest.approx(first[1]) != second[0] and second[0] == pytest.approx(second[1])
+    assert "kept: " not in capsys.readouterr().out
+    (folders / "prediction" / "metrics.json").unlink()
+    (folders / "prediction" / "metrics.csv").unlink()
+    save(folders / "prediction" / "case0.nii.gz", label_map())
+    for _ in range(2):
+        assert means() == pytest.approx((second[0], first[1])), "nobody knows whose it is"
+        assert f"kept: {folders / 'prediction' / 'summary.json'}, which confkd evaluate has not written" in (
+            capsys.readouterr().out)

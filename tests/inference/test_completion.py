@@ -245,6 +245,29 @@ def test_without_a_split_only_cases_that_were_full_validate(nnunet, few, model, 
     assert sorted(case for fold in splits for case in fold["val"]) == sorted(few.full)
 
 
+def test_no_fold_validates_on_completed_voxels(nnunet, few, model, no_network):
+    """The folds of the source do, as nnU-Net's random ones, in partially annotated cases."""
+    file = nnunet.preprocessed(FEW) / "splits_final.json"
+    kept = file.read_text()
+    try:
+        first = few.weak[0]
+        file.write_text(json.dumps([{"train": sorted(set(few.kinds) - {first}), "val": [first]}]))
+        folder = complete(6, model, 63, name="RandomSplit")
+    finally:
+        file.write_text(kept)
+    splits = read_json(nnunet.preprocessed(folder.name) / "splits_final.json")
+    assert sorted(case for fold in splits for case in fold["val"]) == sorted(few.full)
+
+
+def test_a_case_that_lacks_a_class_may_have_no_voxel_of_it(tmp_path):
+    """The class that it is annotated for fills the image."""
+    label = np.ones((2, 3, 3), np.uint8)
+    case = module.CompletedCase("case", module.KnownLabel(tmp_path, None, {0: (0, 2)}), tmp_path, ".nii.gz", None, None)
+    row = case.review(label, label, np.full(label.shape, 0.9, np.float32), np.zeros(label.shape, np.float32))
+    assert row["mean_confidence"] is None and row["filled_voxels"] == 0 and row["agreement_with_annotations"] == 1
+    json.dumps(row, allow_nan=False)
+
+
 def test_the_list_tells_what_to_review_first(few, completed, predicted):
     rows = read_json(completed / "review_first.json")["cases"]
     assert sorted(row["case"] for row in rows) == sorted(few.weak) and [row["rank"] for row in rows] == [1, 2, 3]

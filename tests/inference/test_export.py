@@ -129,7 +129,14 @@ def test_nothing_in_the_exported_files_needs_or_names_the_plugin(hippocampus_mod
 
 
 def test_nothing_of_single_cases_goes_to_others(hippocampus, hippocampus_model, tmp_path):
-    model = export(hippocampus_model, tmp_path / "model")
+    trained = tmp_path / "trained"
+    shutil.copytree(hippocampus_model, trained)
+    described = json.loads((trained / "dataset.json").read_text())
+    first, second = hippocampus["partial"][:2]
+    files = {"images": [str(tmp_path / "a.nii.gz")], "label": str(tmp_path / "b.nii.gz")}
+    described |= {"completed": {"cases": {first: 7}}, "dataset": {second: files}}
+    (trained / "dataset.json").write_text(json.dumps(described))
+    model = export(trained, tmp_path / "model")
     names = [case.encode() for cases in hippocampus.values() for case in cases]
     assert any(file.name.startswith("hippocampus_") for file in hippocampus_model.rglob("*"))
     for file in model.rglob("*"):

@@ -111,6 +111,8 @@ def test_with_few_annotations_there_is_a_kl_only_if_it_is_asked_for():
     assert chosen(annotations(partial=[40], unlabelled=50))["weight_kl"] == 0, "other cases are unlabelled"
     assert chosen(NO_LABELS)["weight_kl"] == chosen(annotations(unlabelled=0))["weight_kl"] == 3
     assert chosen(SCRIBBLES, Settings(weight_teacher=0.0))["weight_kl"] == 0, "there is no teacher"
+    small_organ = replace(POINTS, hidden=[case for case, kind in POINTS.kinds.items() if kind == PARTIAL])
+    assert chosen(small_organ)["weight_kl"] == 3, "all of a small organ may be annotated"
     for data, weight in ((SCRIBBLES, 3), (POINTS, 0)):
         ablation = chosen(data, Settings(weight_kl=0.0))
         assert {**ablation, "weight_kl": weight} == chosen(data), "an ablation changes nothing else"

@@ -238,3 +238,14 @@ def test_a_whole_run_is_validated_and_recorded(own, hidden_classes, base, with_l
                    [value for value, metrics in entry["metrics"].items() if not np.isnan(metrics["TP"])]
                    for entry in summary["metric_per_case"]}
         assert counted == expected, branch
+
+
+def test_a_later_validation_leaves_out_the_same_classes(nnunet, hidden_classes):
+    """In fold all, whose cases lack classes, and without a teacher, whose hints would read the labels."""
+    block = {**SHORT, "iterations_per_epoch": 1, "weight_kl": 0}
+    configuration = nnunet.configure(HIDDEN, "later", "2d", block, max_patch=56, batch_size=2, features=(2, 4, 4))
+    options = dict(trainer="ConfKDTrainer_partialOnly", fold="all")
+    fold = nnunet.train(HIDDEN, configuration, **options)
+    first = json.loads((fold / "validation" / "summary.json").read_text())
+    nnunet.train(HIDDEN, configuration, only_run_validation=True, **options)
+    assert json.loads((fold / "validation" / "summary.json").read_text()) == first and first["confkd_not_annotated"]
