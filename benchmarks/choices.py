@@ -22,7 +22,7 @@ from equal_terms import DRAWS, HERE, SETTINGS, WORDS
 from step_time import insert
 
 TRAINERS = {"ConfKDTrainer": "with a teacher", "ConfKDTrainer_partialOnly": "without"}
-SHOWN = {"full_share": "share of full images", "equal_kinds": "equal weights",
+SHOWN = {"weight_kl": "weight of the KL", "full_share": "share of full images", "equal_kinds": "equal weights",
          "teacher_trains_encoder": "teacher trains the encoder", "prior_correction": "class-prior correction",
          "cutmix": "CutMix"}
 
@@ -53,7 +53,8 @@ def head(first: str) -> list[str]:
 def cells(name: str, found: list[dict]) -> str:
     """All values of each setting that a trainer has chosen."""
     return " | ".join(", ".join(sorted({shown(of[name][key]) for of in found}))
-                      if name == "ConfKDTrainer" or not key.startswith("teacher") else "" for key in SHOWN)
+                      if name == "ConfKDTrainer" or not key.startswith(("teacher", "weight_kl")) else ""
+                      for key in SHOWN)
 
 
 def of_folds(choices: dict) -> str:

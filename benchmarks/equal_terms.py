@@ -63,8 +63,8 @@ SHORT = {"scribbles": ("ignore_equal_quarter", "apart_cost"),
          "erosion": ("ignore_prior_equal_quarter", "apart_corrected_cost"),
          "erosion_foreground": ("ignore_quarter", "equal_cost"),
          "unlabelled": ("full_only", "full_cutmix", "cutmix_three_quarters_cost"),
-         "points_5": ("ignore", "confkd_cost"), "points_10": ("full_only", "today_cost")}
-WORDS = {"scribbles": "ACDC, expert scribbles", "erosion": "ACDC, eroded masks with background",
+         "points_5": ("full_only", "ignore", "default_cost"), "points_10": ("full_only", "default_cost")}
+WORDS = {"scribbles": "ACDC, scribbles", "erosion": "ACDC, eroded masks with background",
          "erosion_foreground": "ACDC, eroded masks without background", "unlabelled": "ACDC, unlabelled",
          "points_5": "Hippocampus, points", "points_10": "Hippocampus, points"}
 
@@ -73,8 +73,8 @@ QUESTIONS = {
     "hints": ("erosion_foreground", "decoders", ("decoders", "entropy_0.1", "paper_kl", "paper_0.1", "kl", "hints_kl",
                                                  "confkd")),
     "unlabelled": ("unlabelled", "full_only", ("full_only", "full_cutmix", "cutmix_three_quarters_cost")),
-    "points": ("points_5", "ignore", ("ignore", "confkd_cost")),
-    "more points": ("points_10", "full_only", ("full_only", "today_cost")),
+    "points": ("points_5", "ignore", ("full_only", "ignore", "confkd_cost", "default_cost")),
+    "more points": ("points_10", "full_only", ("full_only", "today_cost", "default_cost")),
     "longer": ("scribbles", "ignore_equal_quarter", ("ignore_equal_quarter", "equal_cost", "ignore_equal_quarter_long",
                                                      "equal_cost_long")),
 }
@@ -170,11 +170,11 @@ ROWS: dict[str, Row] = with_earlier_defaults({
     "hints_0.3": Row("ConfKD, entropy of weight 0.3", settings={"weight_entropy": 0.3}),
 })
 # the share of full images that the trainer chooses for these points
-ROWS["today_cost"] = Row("ConfKD, the share chosen from the data, at equal cost",
+ROWS["today_cost"] = Row("ConfKD with the KL, and the share chosen from the data, at equal cost",
                          settings={"weight_kl": 3.0, "equal_kinds": False, "prior_correction": 0.0,
                                    "teacher_trains_encoder": True}, steps=1 / COST)
 # All is chosen from the data: with points there is no KL, and the teacher only learns to complete labels.
-ROWS["default_cost"] = Row("ConfKD as it is chosen from the data, at equal cost", steps=1 / COST_ALONE)
+ROWS["default_cost"] = Row("ConfKD without the KL, as it is chosen from the data, at equal cost", steps=1 / COST_ALONE)
 # Rows that are made once without bfloat16, to check that it changes nothing.
 FLOAT32 = "_float32"
 ROWS |= {name + FLOAT32: replace(ROWS[name], title=f"{ROWS[name].title}; float32")

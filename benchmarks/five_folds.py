@@ -16,6 +16,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+import equal_terms
 import numpy as np
 from accuracy import FOLDS, TABLES, Row, Table, largest_components, predictions, prepare, run, spec_of
 from accuracy import ROWS as USUAL_ROWS
@@ -41,11 +42,10 @@ SETTINGS: dict[str, Table] = {
     "points_sparse": replace(TABLES["hippocampus"], full=(5,), fraction=0.25),
     "points_3d": TABLES["hippocampus_small_3d"],
 }
-WORDS = {"scribbles": "ACDC, scribbles", "scribbles_sparse": "ACDC, scribbles in a quarter of the slices",
-         "erosion": "ACDC, eroded masks with background",
-         "erosion_foreground": "ACDC, eroded masks without background", "unlabelled": "ACDC, unlabelled",
-         "points": "Hippocampus, points", "points_sparse": "Hippocampus, points in a quarter of the slices",
-         "points_3d": "Hippocampus 3-D, points"}
+WORDS = equal_terms.WORDS | {"scribbles_sparse": "ACDC, scribbles in a quarter of the slices",
+                             "points": "Hippocampus, points",
+                             "points_sparse": "Hippocampus, points in a quarter of the slices",
+                             "points_3d": "Hippocampus 3-D, points"}
 # Rows that do not depend on the weak labels are run in the first of these settings alone.
 SAME_IMAGES = (("scribbles", "scribbles_sparse", "erosion_foreground", "erosion", "unlabelled"),
                ("points", "points_sparse"))
