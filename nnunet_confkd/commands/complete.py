@@ -44,7 +44,11 @@ def main(argv: list[str]) -> None:
     folder = complete(args.d, model, args.id, confidence=args.confidence, name=args.name, processes=args.processes,
                       link=args.link)
     described = json.loads((folder / "dataset.json").read_text(encoding="utf-8"))
-    cases = described[KEY][-1]["cases"]
+    about = described[KEY][-1]
+    cases = about["cases"]
     filled, left = (sum(case[key] for case in cases.values()) for key in ("filled_voxels", "ignored_voxels"))
     print(f"{len(cases)} labels completed: {filled} voxels labelled by the model, {left} still ignored\n"
           f"review first: {folder / 'review_first.csv'}\n{summary(folder)}")
+    if about["branch"] == "student":
+        print("note: the student has labelled these cases. The teacher is also shown the annotations of a case, unless "
+              "it was trained without hints. With scribbles it is far better: --branch teacher, and another --id")

@@ -18,6 +18,7 @@ from nnunet_confkd.data.scribbles import Shape, shape_of
 from nnunet_confkd.errors import InputError, counted, some
 
 SLAB = 2 ** 20  # how many voxels are looked at at once
+FEW_IGNORED = 0.1  # of the voxels; with fewer, scribbles have perhaps been taken for complete masks
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ class CaseContent:
         size: Voxels of the image.
         channels: The number of channels; None if an image cannot be read.
         digest: Of all the voxels, equal for equal images; None if the images are constant.
-        shape: Of a label that has no ignored voxel. It may be scribbles all the same.
+        shape: Of a label of which nearly all voxels are annotated. It may be scribbles all the same.
         grid: Of the first image that can be read.
     """
     errors: list[str] = field(default_factory=list)
@@ -218,8 +219,10 @@ def _examine_label(files: CaseFiles, values: list[int], ignore: int | None, cont
     content.errors += problems
     if not problems:
         content.counts = counts
-        if not counts.get(ignore):
-            content.shape = shape_of(label, picture.geometry.spacing[::-1])
+        ignored = counts.get(ignore, 0)
+        if ignored < FEW_IGNORED * label.size:
+            annotated = np.where(label == ignore, 0, label) if ignored else label
+            content.shape = shape_of(annotated, picture.geometry.spacing[::-1])
 
 
 def _value_problems(file: Path, label: np.ndarray, values: list[int]) -> list[str]:

@@ -91,7 +91,8 @@ class Report:
 
     def _advice(self) -> str:
         if not self.errors:
-            return f"ready; next: confkd plan -d {int(self.dataset[7:10])}"
+            first = "look at the warnings" if self.warnings else "ready"
+            return f"{first}; next: confkd plan -d {int(self.dataset[7:10])}"
         return ("correct the errors before training" if self.cases else
                 "correct the errors before training; the images and labels were not examined")
 

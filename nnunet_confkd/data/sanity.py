@@ -35,8 +35,9 @@ def warn_of_cases(files: Mapping[str, CaseFiles], contents: Mapping[str, CaseCon
         kinds: {case: kind} of the cases whose labels can be used.
         report: It gets the warnings.
     """
-    full = {case: content for case, content in contents.items() if kinds.get(case) == FULL}
-    _warn_of_scribbles(full, report)
+    full, partial = ({case: content for case, content in contents.items() if kinds.get(case) == kind}
+                     for kind in (FULL, PARTIAL))
+    _warn_of_scribbles(full, partial, report)
     _warn_of_empty_labels(files, full, report)
     _warn_of_orientations(files, contents, report)
     _warn_of_sides(files, full, report)
@@ -44,17 +45,22 @@ def warn_of_cases(files: Mapping[str, CaseFiles], contents: Mapping[str, CaseCon
 
 # ---- labels ---------------------------------------------------------------------------------------------------------
 
-def _warn_of_scribbles(full: Mapping[str, CaseContent], report: Report) -> None:
-    """Warn of cases that are taken for fully annotated though their labels look like scribbles."""
-    shapes = {case: content.shape for case, content in full.items() if content.shape is not None}
+def _warn_of_scribbles(full: Mapping[str, CaseContent], partial: Mapping[str, CaseContent], report: Report) -> None:
+    """Warn of cases whose labels look like scribbles though all, or nearly all, of their voxels count as annotated."""
+    shapes = {case: content.shape for case, content in (full | partial).items() if content.shape is not None}
     scribbles = suspects(shapes)
-    if scribbles:
-        listed = some((f"{case} ({reason})" for case, reason in scribbles.items()), SHOWN)
-        report.warnings.append(
-            f"{len(scribbles)} of {len(shapes)} fully annotated cases look like scribbles and not like complete masks: "
-            f"{listed}. Look at them. Where 0 means \"not annotated\", training would take it for background: give "
-            f"such cases to confkd mix as --partial, with --ignore-value 0 and the --background-value of the scribbles "
-            f"in the background")
+    for cases, text, remedy in (
+            (full, "fully annotated cases look like scribbles and not like complete masks",
+             "give such cases to confkd mix as --partial, with --ignore-value 0 and the --background-value of the "
+             "scribbles in the background"),
+            (partial, "partially annotated cases look like scribbles, but nearly all their voxels count as annotated",
+             "write the data set again: confkd mix --ignore-value 0, with the --background-value of the scribbles in "
+             "the background")):
+        if found := {case: reason for case, reason in scribbles.items() if case in cases}:
+            listed = some((f"{case} ({reason})" for case, reason in found.items()), SHOWN)
+            report.warnings.append(
+                f"{len(found)} of {len(cases)} {text}: {listed}. Look at them. Where 0 means \"not annotated\", "
+                f"training would take it for background: {remedy}")
 
 
 def _warn_of_empty_labels(files: Mapping[str, CaseFiles], full: Mapping[str, CaseContent], report: Report) -> None:
@@ -91,8 +97,8 @@ def warn_of_classes(files: Mapping[str, CaseFiles], folds: Folds, written: bool,
             of_folds = f" of fold {some(without)}" + ("" if written else " that the trainer will write")
             report.warnings.append(
                 f"class {name}: annotated in no fully annotated training case{'' if without[0] == '' else of_folds}"
-                f"{_only_in(holding) if without[0] == '' else ''}; the teacher cannot learn it, and what it teaches "
-                f"speaks against the class. Annotate it completely in one of them" + (
+                f"{_only_in(holding) if without[0] == '' else ''}; the teacher cannot learn it, and takes it for "
+                f"background. Annotate it completely in one of them" + (
                     ". If it is no class but scribbles in the background, write the data set again: confkd mix "
                     "--background-value" if without[0] == "" and holding else ""))
         if partial and not holding:

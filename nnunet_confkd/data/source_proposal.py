@@ -259,8 +259,8 @@ def _notes(places: Iterable[LabelPlace]) -> list[str]:
             notes.append(f"{place.group.place}: which of {some(place.classes)} marks scribbles in the background? Put "
                          f"it in the place of the question mark, and take it out of the classes")
     if any(re.fullmatch(r"class_-?\d+", name) for name in classes):
-        notes.append("a value is taken for the same class in all folders; where it is another one, give it another "
-                     "name")
+        notes.append("equal values are taken for the same class in all folders. Where they are different classes, give "
+                     "them different names; where different values are one class, give them the same name")
     return notes
 
 

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from datetime import datetime
 from pathlib import Path
 
 from nnunet_confkd.errors import TrainingError
@@ -62,6 +63,28 @@ class Divergence:
             return None
         self.reported = True
         return f"WARNING: this step was skipped, because it is not finite: {what}"
+
+
+def set_aside_earlier(folder: str | Path) -> str | None:
+    """Move the checkpoints of an earlier training out of the way of a new one, which would overwrite them.
+
+    Args:
+        folder: Folder of the fold.
+
+    Returns:
+        A warning for the log, or None if there are no checkpoints.
+    """
+    found = sorted(Path(folder).glob("checkpoint_*.pth"))
+    if not found:
+        return None
+    written = datetime.fromtimestamp(max(file.stat().st_mtime for file in found))
+    target = Path(folder, f"earlier_{written:%Y%m%d_%H%M%S}")
+    target.mkdir(exist_ok=True)
+    for file in found:
+        file.replace(target / file.name)
+    return (f"WARNING: {folder} holds an earlier training, of {written:%Y-%m-%d %H:%M}. This one begins anew. The "
+            f"checkpoints of the earlier one are now in {target}. To go on with a training, give --c; to validate it "
+            f"again, --val.")
 
 
 def explain_stop(error: BaseException, folder: str | Path, epoch: int) -> tuple[str, str | None]:

@@ -77,7 +77,7 @@ from nnunet_confkd.training.network import HintMap, TwoBranchUNet, check_unet, n
 from nnunet_confkd.training.pseudo_dice import COUNTS, dice, hard_counts
 from nnunet_confkd.training.ranks import first_rank_first, gather
 from nnunet_confkd.training.record import write_record
-from nnunet_confkd.training.recovery import Divergence, explain_stop
+from nnunet_confkd.training.recovery import Divergence, explain_stop, set_aside_earlier
 from nnunet_confkd.training.settings import Settings
 from nnunet_confkd.training.validation import check_first_stage, validate
 
@@ -450,6 +450,8 @@ class ConfKDTrainer(nnUNetTrainer):
 
     def on_train_start(self):
         super().on_train_start()
+        if not self.continued and self.local_rank == 0 and (warning := set_aside_earlier(self.output_folder)):
+            self.print_to_log_file(warning)
         self.first_epoch = self.current_epoch
         self.print_to_log_file(f"ConfKD settings: {self.settings}")
         if warning := warning_of_spinning_threads(self.device.type):

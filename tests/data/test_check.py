@@ -644,7 +644,7 @@ def test_a_class_that_no_full_training_case_has_is_a_warning_for_each_fold(data,
     check(
         [],
         [
-            rf"^{missing} of fold 0; the teacher cannot learn it, .* speaks against the class\. Annotate it completely"
+            rf"^{missing} of fold 0; the teacher cannot learn it, and takes it for background\. Annotate it completely"
         ],
     )
     data.split([FOLD, {"train": ["p2_a", "p2_b", "p3_a", "p3_b", "p4_a"], "val": ["p1_a", "p1_b", "p5_a"]}])

@@ -190,6 +190,37 @@ def test_scribbles_with_0_for_not_annotated_given_as_full_masks_are_named_by_che
     )
 
 
+def test_scribbles_of_which_the_wrong_value_is_ignored_are_named_by_check(tmp_path, monkeypatch, capsys):
+    """0 is not annotated and 5 is background, and --ignore-value names the second."""
+    for name in ("raw", "preprocessed", "results"):
+        monkeypatch.setenv(f"nnUNet_{name}", str(tmp_path / name))
+    rng = np.random.default_rng(0)
+    for k in range(12):
+        label = organs(k)
+        if k >= 4:
+            label = np.where((organs(k) == 0) & (rng.random(label.shape) < 0.01), 5, scribble(label)).astype(np.uint8)
+        for sub, array in (("images", rng.normal(size=label.shape).astype(np.float32)), ("labels", label)):
+            image = sitk.GetImageFromArray(array)
+            image.SetSpacing(SPACING[::-1])
+            file = tmp_path / ("full" if k < 4 else "scribbles") / sub / f"p{k:02d}.nii.gz"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            sitk.WriteImage(image, str(file))
+    command = ["mix", "--full", str(tmp_path / "full"), "--labels", "background", "one", "two", "--processes", "1",
+               "--partial", str(tmp_path / "scribbles")]
+    for dataset, values, named in (("7", ("5",), True), ("8", ("0", "--background-value", "5"), False)):
+        assert cli.main([*command, "--ignore-value", *values, "--id", dataset, "--name", f"No{dataset}"]) == 0
+        report = check_dataset(int(dataset), 1)
+        assert not report.errors
+        warnings = [text for text in report.warnings if "look like scribbles" in text]
+        assert bool(warnings) == named
+        assert cli.main(["check", "-d", dataset, "--processes", "1"]) == 0
+        last, advice = capsys.readouterr().out.splitlines()[-1], "look at the warnings" if report.warnings else "ready"
+        assert last.endswith(f"{advice}; next: confkd plan -d {dataset}")
+        if named:
+            assert warnings[0].startswith("8 of 8 partially annotated cases look like scribbles, but nearly all their ")
+            assert "confkd mix --ignore-value 0, with the --background-value of the scribbles" in warnings[0]
+
+
 @pytest.mark.parametrize("slab", [1, 2000, 2 ** 20])
 @pytest.mark.parametrize("spacing", [(1.0, 1.0, 1.0), SPACING, (1.0, 9.0, 1.0)])
 @pytest.mark.parametrize("dtype", [np.uint8, np.int16, np.int64, np.float32])

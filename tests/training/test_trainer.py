@@ -17,6 +17,7 @@ from nnunet_confkd.training.checks import warning_of_spinning_threads
 from nnunet_confkd.training.hints import HintSampler
 from nnunet_confkd.training.losses import TERMS
 from nnunet_confkd.training.network import TwoBranchUNet
+from nnunet_confkd.training.recovery import explain_stop
 
 HIPPOCAMPUS = "Dataset004_Hippocampus"
 # A patch contains a whole image: one step of the sliding window. Few features, because the CPU mirrors it eight times.
@@ -538,6 +539,28 @@ def test_a_training_of_another_network_is_not_continued_and_the_setting_is_named
     checkpoint = str(hippocampus_model / "fold_0" / "checkpoint_final.pth")
     with pytest.raises(InputError, match='another network.*"teacher_width": 1 to the confkd block of 2d_narrow in nnU'):
         trainer.load_checkpoint(checkpoint)
+
+
+def test_a_training_that_begins_anew_keeps_the_checkpoints_of_the_earlier_one(nnunet, hippocampus):
+    options = {**SHORT, "iterations_per_epoch": 1, "epochs": 2}
+    configuration = nnunet.configure(HIPPOCAMPUS, "anew", "2d", options, **WHOLE)
+    fold = nnunet.train(HIPPOCAMPUS, configuration)
+    before = {file.name: file.read_bytes() for file in fold.glob("checkpoint_*.pth")}
+    trainer = nnunet.trainer(HIPPOCAMPUS, configuration)
+    trainer.on_train_start()
+    kept, = fold.glob("earlier_*")
+    assert "checkpoint_final.pth" in before and not list(fold.glob("checkpoint_*"))
+    assert {file.name: file.read_bytes() for file in kept.iterdir()} == before
+    log = Path(trainer.log_file).read_text()
+    assert "holds an earlier training" in log and f"are now in {kept}" in log
+    stopped, _ = explain_stop(KeyboardInterrupt(), fold, 1)
+    assert "There is no checkpoint to go on from yet" in stopped
+    trainer.save_checkpoint(str(fold / "checkpoint_latest.pth"))
+    again = nnunet.trainer(HIPPOCAMPUS, configuration)
+    again.initialize()
+    again.load_checkpoint(str(fold / "checkpoint_latest.pth"))
+    again.on_train_start()
+    assert (fold / "checkpoint_latest.pth").is_file() and "earlier training" not in Path(again.log_file).read_text()
 
 
 def test_a_killed_run_resumes_and_keeps_its_curves(nnunet, hippocampus):
