@@ -14,7 +14,7 @@ import numpy as np
 from nnunet_confkd.data.check_report import Report
 from nnunet_confkd.data.images import TIFF, Geometry, count_voxels, ending_of, read, spacing_file
 from nnunet_confkd.data.raw_format import name_problem
-from nnunet_confkd.data.scribbles import Shape, shape_of
+from nnunet_confkd.data.scribbles import Shape, leaves_a_margin, shape_of
 from nnunet_confkd.errors import InputError, counted, some
 
 SLAB = 2 ** 20  # how many voxels are looked at at once
@@ -46,7 +46,8 @@ class CaseContent:
         size: Voxels of the image.
         channels: The number of channels; None if an image cannot be read.
         digest: Of all the voxels, equal for equal images; None if the images are constant.
-        shape: Of a label of which nearly all voxels are annotated. It may be scribbles all the same.
+        shape: Of a label of which nearly all voxels are annotated, and whose classes border on its background. It may
+            be scribbles all the same.
         grid: Of the first image that can be read.
     """
     errors: list[str] = field(default_factory=list)
@@ -220,9 +221,10 @@ def _examine_label(files: CaseFiles, values: list[int], ignore: int | None, cont
     if not problems:
         content.counts = counts
         ignored = counts.get(ignore, 0)
-        if ignored < FEW_IGNORED * label.size:
-            annotated = np.where(label == ignore, 0, label) if ignored else label
-            content.shape = shape_of(annotated, picture.geometry.spacing[::-1])
+        if not ignored:
+            content.shape = shape_of(label, picture.geometry.spacing[::-1])
+        elif ignored < FEW_IGNORED * label.size and not leaves_a_margin(label, ignore):
+            content.shape = shape_of(np.where(label == ignore, 0, label), picture.geometry.spacing[::-1])
 
 
 def _value_problems(file: Path, label: np.ndarray, values: list[int]) -> list[str]:

@@ -80,6 +80,27 @@ def shape_of(label: np.ndarray, spacing: Iterable[float]) -> Shape:
     return Shape(size, volumes, filled, inner, _every_nth(occupied), _centers(label, found, dimensions))
 
 
+def leaves_a_margin(label: np.ndarray, ignore: int) -> bool:
+    """Whether the classes border on ignored voxels more than on background, as eroded masks do.
+
+    Args:
+        label: Of two or three dimensions; 0 is background.
+        ignore: The value of voxels that are not annotated.
+
+    Examples:
+        >>> leaves_a_margin(np.array([[0, 0, 9, 1, 1, 1, 9, 0]]), 9), leaves_a_margin(np.array([[9, 0, 1, 0, 9]]), 9)
+        (True, False)
+    """
+    borders = {0: 0, ignore: 0}
+    for axis in (-2, -1):
+        along = np.moveaxis(label, axis, 0)
+        for one, other in ((along[1:], along[:-1]), (along[:-1], along[1:])):
+            foreground = (one != 0) & (one != ignore)
+            for value in borders:
+                borders[value] += int(np.count_nonzero(foreground & (other == value)))
+    return borders[ignore] > borders[0]
+
+
 def _centers(label: np.ndarray, boxes: Mapping[int, tuple[slice, ...]], dimensions: int) -> dict[int, tuple]:
     step = int(np.ceil((label.size / SAMPLED) ** (1 / 3)))
     sample = label[::step, ::step, ::step]

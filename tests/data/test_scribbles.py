@@ -12,7 +12,7 @@ from scipy import ndimage
 from nnunet_confkd import cli
 from nnunet_confkd.data import scribbles as scribbles_module
 from nnunet_confkd.data.check import check_dataset
-from nnunet_confkd.data.scribbles import shape_of, suspects
+from nnunet_confkd.data.scribbles import leaves_a_margin, shape_of, suspects
 from nnunet_confkd.data.weak_labels import case_rng, weaken
 
 SPACING = (5.0, 1.0, 1.0)
@@ -145,6 +145,21 @@ def test_experts_scribbles_are_found_among_real_masks_of_acdc_and_none_of_these(
     assert sorted(suspects(names)) == scribbled and len(scribbled) == 10
 
 
+def test_eroded_masks_of_acdc_keep_a_margin_and_would_be_taken_for_scribbles_without_it(test_data):
+    files = sorted((test_data / "acdc" / "training").glob("patient*/*_gt.nii.gz"))[::4]
+    shapes, margins = {}, []
+    for file in files:
+        label, spacing = read(file)
+        shapes[file.name] = shape_of(label, spacing)
+        eroded = weaken(label.astype(np.uint8), "erosion", 9, case_rng(file.name, "erosion", 0))
+        margins.append(leaves_a_margin(eroded, 9))
+        shapes[f"eroded {file.name}"] = shape_of(np.where(eroded == 9, 0, eroded), spacing)
+        scribbles, _ = read(test_data / "acdc_scribbles" / f"{file.name[:-10]}_scribble.nii.gz")
+        # 4 is not annotated; a tool that writes 0 for it and 5 for background, of which 5 is ignored by mistake
+        assert not leaves_a_margin(np.select([scribbles == 4, scribbles == 0], [0, 5], scribbles), 5)
+    assert all(margins) and len(files) == 50 and any(name.startswith("eroded") for name in suspects(shapes))
+
+
 # ---- the way that failed --------------------------------------------------------------------------------------------
 
 def test_scribbles_with_0_for_not_annotated_given_as_full_masks_are_named_by_check(tmp_path, monkeypatch, capsys):
@@ -191,24 +206,30 @@ def test_scribbles_with_0_for_not_annotated_given_as_full_masks_are_named_by_che
 
 
 def test_scribbles_of_which_the_wrong_value_is_ignored_are_named_by_check(tmp_path, monkeypatch, capsys):
-    """0 is not annotated and 5 is background, and --ignore-value names the second."""
+    """0 is not annotated and 5 is background, and --ignore-value names the second. Eroded masks are not named."""
     for name in ("raw", "preprocessed", "results"):
         monkeypatch.setenv(f"nnUNet_{name}", str(tmp_path / name))
     rng = np.random.default_rng(0)
-    for k in range(12):
-        label = organs(k)
-        if k >= 4:
-            label = np.where((organs(k) == 0) & (rng.random(label.shape) < 0.01), 5, scribble(label)).astype(np.uint8)
+
+    def write(folder: str, k: int, label: np.ndarray) -> None:
         for sub, array in (("images", rng.normal(size=label.shape).astype(np.float32)), ("labels", label)):
             image = sitk.GetImageFromArray(array)
             image.SetSpacing(SPACING[::-1])
-            file = tmp_path / ("full" if k < 4 else "scribbles") / sub / f"p{k:02d}.nii.gz"
+            file = tmp_path / folder / sub / f"p{k:02d}.nii.gz"
             file.parent.mkdir(parents=True, exist_ok=True)
             sitk.WriteImage(image, str(file))
-    command = ["mix", "--full", str(tmp_path / "full"), "--labels", "background", "one", "two", "--processes", "1",
-               "--partial", str(tmp_path / "scribbles")]
-    for dataset, values, named in (("7", ("5",), True), ("8", ("0", "--background-value", "5"), False)):
-        assert cli.main([*command, "--ignore-value", *values, "--id", dataset, "--name", f"No{dataset}"]) == 0
+
+    for k in range(4):
+        write("full", k, organs(k))
+    for k in range(4, 12):
+        in_background = (organs(k) == 0) & (rng.random(organs(k).shape) < 0.01)
+        write("scribbles", k, np.where(in_background, 5, scribble(organs(k))).astype(np.uint8))
+        write("eroded", k, weaken(organs(k), "erosion", 9, case_rng(f"p{k}", "erosion", 0)))
+    command = ["mix", "--full", str(tmp_path / "full"), "--labels", "background", "one", "two", "--processes", "1"]
+    for dataset, folder, values, named in (("7", "scribbles", ("5",), True), ("9", "eroded", ("9",), False),
+                                           ("8", "scribbles", ("0", "--background-value", "5"), False)):
+        assert cli.main([*command, "--partial", str(tmp_path / folder), "--ignore-value", *values, "--id", dataset,
+                         "--name", f"No{dataset}"]) == 0
         report = check_dataset(int(dataset), 1)
         assert not report.errors
         warnings = [text for text in report.warnings if "look like scribbles" in text]
