@@ -173,7 +173,7 @@ ROWS: dict[str, Row] = with_earlier_defaults({
 ROWS["today_cost"] = Row("ConfKD with the KL, and the share chosen from the data, at equal cost",
                          settings={"weight_kl": 3.0, "equal_kinds": False, "prior_correction": 0.0,
                                    "teacher_trains_encoder": True}, steps=1 / COST)
-# All is chosen from the data: with points there is no KL, and the teacher only learns to complete labels.
+# All is chosen from the data: with points there is no KL, and the teacher does not train the encoder.
 ROWS["default_cost"] = Row("ConfKD without the KL, as it is chosen from the data, at equal cost", steps=1 / COST_ALONE)
 # Rows that are made once without bfloat16, to check that it changes nothing.
 FLOAT32 = "_float32"

@@ -86,7 +86,7 @@ def choose(settings: Settings, annotations: Annotations, batch_size: int, ignore
     kinds = set(annotations.kinds.values())
     background = any(annotations.of(annotations.background, PARTIAL))
     dense = annotations.part >= DENSE
-    # With few annotations the student does better without the teacher, which then only learns to complete labels.
+    # With few annotations the student does better if the teacher does not teach it.
     few = {FULL, PARTIAL} <= kinds and not dense and not annotations.hidden
     weight_kl = unless_set("weight_kl", WEIGHT_KL if settings.weight_teacher and not few else 0.0)
     teaches = settings.weight_teacher > 0 and not (few and not weight_kl)

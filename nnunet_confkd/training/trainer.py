@@ -290,7 +290,7 @@ class ConfKDTrainer(nnUNetTrainer):
             for name, value in chosen.items()))
         if self.settings.weight_kl is None and self.settings.weight_teacher and not chosen["weight_kl"]:
             self.print_to_log_file("The partially annotated cases have so few annotations that the student learns from "
-                                   "the labels alone. The teacher only learns to complete labels")
+                                   "the labels alone. The teacher is trained beside it, and does not teach")
         return chosen
 
     def _require_supervision(self, training: dict[str, str]) -> None:
