@@ -52,7 +52,8 @@ DRAWS, SEEDS = (0, 1), (0, 1)
 # largest components that are kept: none, of the foreground, of each class, or of the foreground and then each class
 HOW = ("", "_foreground", "_class", "_both")
 # what a row is compared with
-RIVALS = dict.fromkeys(SETTINGS, "ignore_prior") | {"unlabelled": "full_only", "points_10": "full_only"}
+RIVALS = dict.fromkeys(SETTINGS, "ignore_prior") | {"unlabelled": "full_only", "points_5": "ignore",
+                                                    "points_10": "full_only"}
 # The rows of the short table: rivals, of which the best counts, and the trainer's defaults. CutMix is one of them
 # where all other images are unlabelled. The rivals of `MORE` count where they were run as often.
 STOCK = "ignore_uniform"
@@ -68,7 +69,7 @@ WORDS = {"scribbles": "ACDC, scribbles", "erosion": "ACDC, eroded masks with bac
          "erosion_foreground": "ACDC, eroded masks without background", "unlabelled": "ACDC, unlabelled",
          "points_5": "Hippocampus, points", "points_10": "Hippocampus, points"}
 
-# The questions that the results page answers: the setting, what all are compared with, and the rows.
+# The questions that the pages answer: the setting, what all are compared with, and the rows.
 QUESTIONS = {
     "hints": ("erosion_foreground", "decoders", ("decoders", "entropy_0.1", "paper_kl", "paper_0.1", "kl", "hints_kl",
                                                  "confkd")),
@@ -410,6 +411,11 @@ def answers(folder: Path) -> dict[str, str]:
     return found
 
 
+def page_of(section: str) -> Path:
+    """The page that has the table."""
+    return HERE.parent / "docs" / "explanation" / f"{'weights_and_batches' if section == 'longer' else 'results'}.md"
+
+
 def parsed(text: str | None, output: Path, settings: dict, known_rows: dict, **defaults) -> argparse.Namespace:
     """Parse the arguments of this script or of one like it; its paths are absolute.
 
@@ -455,7 +461,7 @@ def main() -> None:
     if args.output == OUTPUT:
         insert(HERE / "README.md", "equal terms", text)
         for section, table in {"equal terms": short_table(args.output), **answers(args.output)}.items():
-            insert(HERE.parent / "docs" / "explanation" / "results.md", section, table)
+            insert(page_of(section), section, table)
     else:
         print(text)
 

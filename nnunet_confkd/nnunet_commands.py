@@ -520,11 +520,11 @@ def predict(argv: list[str], afterwards: Callable[[Any], object] = lambda predic
 def _parsed(parser: argparse.ArgumentParser, argv: list[str], own: argparse.ArgumentParser) -> argparse.Namespace:
     """Parse nnU-Net's arguments; an unknown one is told with the option, of nnU-Net's or our own, that is most like it.
     """
-    args, unknown = parser.parse_known_args(argv)
+    _, unknown = parser.parse_known_args(argv)
     if unknown:
         options = [*parser._option_string_actions, *own._option_string_actions]
         raise InputError("unknown argument " + ", ".join(f"'{word}'{did_you_mean(word, options)}" for word in unknown))
-    return args
+    return parser.parse_args(argv)
 
 
 def _prediction_command(argv: list[str]) -> str:
