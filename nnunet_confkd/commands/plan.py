@@ -62,7 +62,7 @@ def next_step(name: str, plans_name: str, configurations: list[str], only_planne
             f"{name}: none of {', '.join(configurations)} is planned, because the images are 2-D or small; next: "
             f"confkd plan -d {number} -c 2d")
     described = read_json(folder / "dataset.json")
-    mixed = "ignore" in described.get("labels", {})
+    mixed = "ignore" in described.get("labels", {}) or described.get(CLASSES_KEY)
     fold = "all" if mixed and not (folder / "splits_final.json").is_file() else "0"
     plans = "" if plans_name == "nnUNetPlans" else f" -p {plans_name}"
     # such cases need no teacher, and often there is none (docs/how-to/organs.md)
