@@ -191,7 +191,8 @@ def mix_step(work: Work) -> Path:
         work.call("mix", mix.main, nnunet_commands.as_argv(parser, args))
     if "configuration" not in work.record:
         image = sorted((target / "imagesTr").glob("*_0000.*"))[0]
-        flat = 1 in read(image).voxels.shape[1:]
+        shape = read(image).voxels.shape[1:]
+        flat = len(shape) == 2 or 1 in shape
         work.record["configuration"] = work.args.configuration or ("2d" if flat else "3d_fullres")
         validated = (preprocessed_folder() / work.name / "splits_final.json").is_file()
         work.record["folds"] = work.args.folds or ["0" if validated else "all"]

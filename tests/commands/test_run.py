@@ -26,6 +26,7 @@ class Steps:
 
     def __init__(self, monkeypatch):
         self.calls, self.interrupted, self.error, self.found = [], None, None, 0
+        self.shape = 1, 4, 4, 4
         for name, module in (("mix", mix), ("check", check), ("plan", plan), ("report", report)):
             monkeypatch.setattr(module, "main", self.command(name))
         for name in ("train", "predict"):
@@ -38,7 +39,7 @@ class Steps:
     def read(self, file):
         if not file.read_bytes():
             raise run.InputError(f"{file}: is broken")
-        return SimpleNamespace(voxels=np.zeros((1, 4, 4, 4)))
+        return SimpleNamespace(voxels=np.zeros(self.shape))
 
     def command(self, name):
         def call(argv):
@@ -230,3 +231,13 @@ def test_only_one_run_works_in_a_folder(steps, capsys):
     with FileLock(Path("out", run.LOCK)):
         assert cli.main(["run", *OPTIONS]) == 1
     assert "another confkd run is working there" in capsys.readouterr().err and steps.calls == []
+
+
+@pytest.mark.parametrize("shape, configuration", [((1, 9, 8, 7), "3d_fullres"), ((2, 9, 8), "2d"), ((1, 1, 9, 8), "2d"),
+                                                  ((1, 9, 8, 1), "2d")])
+def test_images_of_a_single_slice_are_2d(steps, shape, configuration):
+    """A 2-D NIfTI has no axis of slices; a PNG has one of length 1."""
+    steps.shape, steps.interrupted, steps.error = shape, ("train", "before"), KeyboardInterrupt()
+    with pytest.raises(SystemExit):
+        cli.main(["run", *OPTIONS])
+    assert dict(steps.calls)["plan"][2:4] == ["-c", configuration]
