@@ -224,6 +224,25 @@ def test_a_patient_pattern_is_that_of_the_names_in_the_folders(folders, nnunet_f
     assert described["patient_pattern"] == pattern and "a1" in described["supervision"], "no prefix without need"
 
 
+def test_patients_that_lack_classes_validate_if_they_are_named(folders, nnunet_folders, tmp_path):
+    mixed(folders, validation=["a2", "r1"])
+    splits = read_json(nnunet_folders / "preprocessed" / "Dataset007_Mixed" / "splits_final.json")
+    assert splits == [{"train": ["a1", "a3", "r2"], "val": ["a2", "r1"]}]
+    with pytest.raises(InputError, match="--validation 2: no patient is annotated for all classes.* a1 a2$"):
+        mixed(folders, validation=["2"], overwrite=True)
+    folders["full"] = make_source(tmp_path / "F", ["a1", "f1", "f2"], [0, 1, 2, 3])
+    folders["scribbles"] = make_source(tmp_path / "S", ["s1"], [0, 1, 9])
+    more = {"full": ["liver", "kidney", "spleen"], "scribbles": ["kidney=1", "background=9", "ignore=0"]}
+    with pytest.raises(InputError, match="cases are full, or all of whose cases lack classes alone: a1, s1$"):
+        mixed(folders, more, validation=["a1", "a2", "f1", "s1"], overwrite=True)  # a1 is full in one source alone
+    mixed(folders, more, validation=["a2", "f1"], overwrite=True)
+    split, = read_json(nnunet_folders / "preprocessed" / "Dataset007_Mixed" / "splits_final.json")
+    assert split["val"] == ["abdomen_a2", "full_f1"]
+    mixed(folders, more, validation=["1"], overwrite=True)
+    split, = read_json(nnunet_folders / "preprocessed" / "Dataset007_Mixed" / "splits_final.json")
+    assert len(split["val"]) == 1 and split["val"][0] in ("full_f1", "full_f2"), "a number chooses full ones alone"
+
+
 def test_names_that_differ_in_case_alone_are_the_same(folders, nnunet_folders, tmp_path):
     folders["upper"] = make_source(tmp_path / "U", ["A1"], [0, 1])
     described = read_json(mixed(folders, {"upper": ["liver"]}) / "dataset.json")
