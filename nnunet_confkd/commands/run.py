@@ -133,6 +133,8 @@ def begin(args: argparse.Namespace, output: Path) -> Work:
         InputError: It was begun with other options, or what it has made is gone; or the output holds other files.
     """
     file = output / RECORD
+    for left in output.glob(f".[0-9]*.{RECORD}"):  # of a process that was killed while it wrote the record
+        left.unlink()
     folders = {name: os.environ[name] for name in VARIABLES}
     given = _given(args)
     record = read_json(file) if file.is_file() else {"done": []}

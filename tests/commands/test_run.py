@@ -224,6 +224,12 @@ def test_what_is_gone_and_what_is_not_ours_is_told(steps, capsys):
     assert "are options of confkd mix alone" in capsys.readouterr().err
 
 
+def test_it_begins_anew_after_a_kill_while_the_record_was_written(steps):
+    Path("out").mkdir()
+    Path("out", ".4711.run.json").write_text('{"giv')
+    assert cli.main(["run", *OPTIONS]) == 0 and not Path("out", ".4711.run.json").exists()
+
+
 def test_only_one_run_works_in_a_folder(steps, capsys):
     from filelock import FileLock
 
