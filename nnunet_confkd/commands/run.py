@@ -8,13 +8,15 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 from nnunet_confkd import nnunet_commands
 from nnunet_confkd.commands import plan, report
 from nnunet_confkd.data import mix
-from nnunet_confkd.data.folders import folder_name, preprocessed_folder, raw_folder
+from nnunet_confkd.data.folders import WRITTEN_BY, folder_name, preprocessed_folder, raw_folder
 from nnunet_confkd.data.images import read
 from nnunet_confkd.data.json_files import read_description, read_json
 from nnunet_confkd.data.small_configuration import QUICK
@@ -130,7 +132,8 @@ def begin(args: argparse.Namespace, output: Path) -> Work:
     """Begin a run, or find how far it has come.
 
     Raises:
-        InputError: It was begun with other options, or what it has made is gone; or the output holds other files.
+        InputError: It was begun with other options or by a version without marks, the data set of its id is not its
+            own, or the output holds other files.
     """
     file = output / RECORD
     for left in output.glob(f".[0-9]*.{RECORD}"):  # of a process that was killed while it wrote the record
@@ -138,15 +141,15 @@ def begin(args: argparse.Namespace, output: Path) -> Work:
     folders = {name: os.environ[name] for name in VARIABLES}
     given = _given(args)
     record = read_json(file) if file.is_file() else {"done": []}
-    untouched = not record["done"] and not _written(record)  # such as after an error of mix, which needs other options
-    if untouched:
-        from nnunet_confkd.data.inspection import free_id
-
+    if record["done"] and "token" not in record:
+        raise InputError(f"{file}: is of an earlier version, which did not note whether the data set is that of this "
+                         f"run. Give a new --output to begin anew, or go on with confkd train, predict and report")
+    if not record["done"] and not _is_ours(record):  # such as after an error of mix, which needs other options
         if others := [path.name for path in output.iterdir() if path.name not in (*VARIABLES, RECORD, LOCK)]:
             raise InputError(f"--output {args.output}: holds other files ({', '.join(sorted(others)[:5])}); give an "
                              f"empty or a new folder")
-        work = Work(args, output, {"given": given, "folders": folders, "done": [],
-                                   "id": free_id() if args.id is None else args.id})
+        work = Work(args, output, {"given": given, "folders": folders, "done": [], "token": uuid4().hex,
+                                   "id": _id_to_write(args)})
         work.save()
         return work
     changed = [f"{_option(name)}: {shown(record['given'].get(name))} then, {shown(given.get(name))} now"
@@ -156,12 +159,37 @@ def begin(args: argparse.Namespace, output: Path) -> Work:
     if changed:
         raise InputError(f"{file}: this run was begun with other options: {'; '.join(changed)}. Give those of the "
                          f"beginning to go on, or a new --output to begin another run")
-    return Work(args, output, record)
+    work = Work(args, output, record)
+    if (raw_folder() / work.name).exists() and not _is_ours(record):
+        raise InputError(f"{raw_folder() / work.name}: is not the data set that this run wrote, but was replaced "
+                         f"since; give a new --output to begin anew")
+    return work
 
 
-def _written(record: dict) -> bool:
-    """Whether the data set of a run is there."""
-    return "id" in record and (raw_folder() / folder_name(record["id"], record["given"]["name"])).exists()
+def _id_to_write(args: argparse.Namespace) -> int:
+    """Return the id of the data set to write. Raise InputError if there is one of this id and name."""
+    if args.id is None:
+        from nnunet_confkd.data.inspection import free_id
+
+        return free_id()
+    target = raw_folder() / folder_name(args.id, args.name)
+    if target.exists():
+        raise InputError(f"--id {args.id}: {target} is there, and this run did not write it; give another --id, or "
+                         f"leave it out for a free one")
+    return args.id
+
+
+def _mark(record: dict) -> str:
+    """Return what tells the data set of a run from those of others, in its dataset.json."""
+    return f"confkd run {record['token']}"
+
+
+def _is_ours(record: dict) -> bool:
+    """Whether the data set of a run is there, and it was this run that wrote it."""
+    if "token" not in record:
+        return False
+    file = raw_folder() / folder_name(record["id"], record["given"]["name"]) / "dataset.json"
+    return file.is_file() and read_json(file).get(WRITTEN_BY) == _mark(record)
 
 
 def _option(name: str) -> str:
@@ -186,11 +214,11 @@ def _alone(output: Path) -> Iterator[None]:
 def mix_step(work: Work) -> Path:
     """Write the data set, unless this run has written it already: it is complete or not there."""
     target = raw_folder() / work.name
-    if not target.exists():
+    if not _is_ours(work.record):
         parser = mix.arguments()
         args = argparse.Namespace(**{action.dest: getattr(work.args, action.dest, None) for action in parser._actions})
         args.id = work.record["id"]
-        work.call("mix", mix.main, nnunet_commands.as_argv(parser, args))
+        work.call("mix", partial(mix.main, written_by=_mark(work.record)), nnunet_commands.as_argv(parser, args))
     if "configuration" not in work.record:
         image = sorted((target / "imagesTr").glob("*_0000.*"))[0]
         shape = read(image).voxels.shape[1:]

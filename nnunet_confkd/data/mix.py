@@ -381,8 +381,13 @@ def _add_other_arguments(parser: argparse.ArgumentParser) -> None:
                         "space, but a program that writes to one writes to the other")
 
 
-def main(argv: list[str]) -> None:
-    """Run `confkd mix`."""
+def main(argv: list[str], written_by: str = "confkd mix") -> None:
+    """Run `confkd mix`.
+
+    Args:
+        argv: The arguments.
+        written_by: What dataset.json names as the writer.
+    """
     args = vars(arguments().parse_args(argv))
     dataset_id, dry_run, link, overwrite = (args.pop(key) for key in ("id", "dry_run", "link", "overwrite"))
     if not dry_run:  # what no file can change comes first
@@ -392,6 +397,7 @@ def main(argv: list[str]) -> None:
                              f"set: --overwrite")
         require_free_id(dataset_id, tuple(folders) if overwrite else ())
     mixed = mixture(**args)
+    mixed.dataset.more[WRITTEN_BY] = written_by
     print("\n".join([table(mixed.sources, whole=dry_run), *mixed.notes, ""]))
     if dry_run:
         check_dataset(mixed.dataset, args["processes"])

@@ -42,23 +42,23 @@ class Steps:
         return SimpleNamespace(voxels=np.zeros(self.shape))
 
     def command(self, name):
-        def call(argv):
+        def call(argv, **more):
             self.calls.append((name, argv))
             if self.interrupted == (name, "before"):
                 raise self.error
-            getattr(self, name)(argv)
+            getattr(self, name)(argv, **more)
             if self.interrupted == (name, "after"):
                 raise self.error
             return self.found if name == "check" else None
         return call
 
-    def mix(self, argv):
+    def mix(self, argv, **more):
         folders = (os.environ[f"nnUNet_{name}"] for name in ("raw", "preprocessed"))
-        raw, preprocessed = (Path(folder) / "Dataset100_Mixed" for folder in folders)
+        raw, preprocessed = (Path(folder) / f"Dataset{argv[argv.index('--id') + 1]}_Mixed" for folder in folders)
         (raw / "imagesTr").mkdir(parents=True)  # it must not be there
         (raw / "imagesTr" / "a_0000.nii.gz").write_text("image")
-        (raw / "dataset.json").write_text("{}")
-        preprocessed.mkdir()
+        (raw / "dataset.json").write_text(json.dumps(more))
+        preprocessed.mkdir(parents=True)
         (preprocessed / "splits_final.json").write_text("[]")
 
     def check(self, argv):
@@ -222,6 +222,59 @@ def test_what_is_gone_and_what_is_not_ours_is_told(steps, capsys):
     assert "--output full: holds other files (thesis.txt)" in capsys.readouterr().err
     assert cli.main(["run", *OPTIONS, "--overwrite"]) == 1
     assert "are options of confkd mix alone" in capsys.readouterr().err
+
+
+@pytest.fixture
+def shared(monkeypatch, nnunet_folders):
+    """nnU-Net's folders, which several runs share."""
+    return nnunet_folders / "raw"
+
+
+def test_a_data_set_of_the_same_name_that_another_run_wrote_is_not_adopted(steps, shared, capsys):
+    assert cli.main(["run", *OPTIONS, "--id", "100"]) == 0
+    steps.calls.clear()
+    capsys.readouterr()
+    assert cli.main(["run", *OPTIONS[:-1], "other", "--id", "100"]) == 1
+    text = f"--id 100: {shared}/Dataset100_Mixed is there, and this run did not write it; give another --id"
+    assert text in capsys.readouterr().err and steps.calls == [] and not Path("other", run.RECORD).exists()
+    assert cli.main(["run", *OPTIONS, "--id", "100"]) == 0 and steps.calls == [], "the first run knows its own"
+
+
+def test_a_run_whose_mix_failed_takes_another_id_if_the_first_was_taken_meanwhile(steps, shared):
+    steps.interrupted, steps.error = ("mix", "before"), run.InputError("masks/a.nii.gz: cannot be read")
+    assert cli.main(["run", *OPTIONS[:-1], "second"]) == 1
+    steps.interrupted = ("check", "before")
+    assert cli.main(["run", *OPTIONS]) == 1
+    assert cli.main(["run", *OPTIONS[:-1], "second"]) == 1
+    ids = [argv[argv.index("--id") + 1] for name, argv in steps.calls if name == "mix"]
+    assert ids == ["100", "100", "101"]
+    marks = [json.loads((shared / f"Dataset{number}_Mixed" / "dataset.json").read_text()) for number in ids[1:]]
+    assert marks[0]["written_by"].startswith("confkd run ") and marks[0] != marks[1]
+
+
+def test_a_data_set_that_was_replaced_since_is_told(steps, capsys):
+    assert cli.main(["run", *OPTIONS]) == 0
+    Path("out", "nnUNet_raw", "Dataset100_Mixed", "dataset.json").write_text('{"written_by": "confkd mix"}')
+    steps.calls.clear()
+    assert cli.main(["run", *OPTIONS]) == 1 and steps.calls == []
+    assert "Dataset100_Mixed: is not the data set that this run wrote" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("done, expected", [(["mix", "check"], 1), ([], 0)])
+def test_a_record_of_a_version_without_marks(steps, shared, capsys, done, expected):
+    """If it says that the data set is written, this may have been that of another run. Otherwise it is mixed anew."""
+    steps.interrupted, steps.error = ("plan", "before"), KeyboardInterrupt()
+    with pytest.raises(SystemExit):
+        cli.main(["run", *OPTIONS])
+    steps.interrupted = None
+    record = json.loads(Path("out", run.RECORD).read_text())
+    del record["token"]
+    Path("out", run.RECORD).write_text(json.dumps(record | {"done": done}))
+    steps.calls.clear()
+    steps.interrupted, steps.error = ("check", "before"), run.InputError("stop")
+    assert cli.main(["run", *OPTIONS]) == 1
+    assert ("run.json: is of an earlier version" in capsys.readouterr().err) == bool(done)
+    assert [argv[argv.index("--id") + 1] for name, argv in steps.calls if name == "mix"] == [[], ["101"]][not done]
 
 
 def test_it_begins_anew_after_a_kill_while_the_record_was_written(steps):
