@@ -11,7 +11,7 @@ from typing import Any
 
 from nnunet_confkd.data import dicom, meanings
 from nnunet_confkd.data.case_files import Case
-from nnunet_confkd.data.class_sources import labels_of_sources
+from nnunet_confkd.data.class_sources import labels_of_sources, require_all_classes
 from nnunet_confkd.data.folders import WRITTEN_BY, folder_name, preprocessed_folder, raw_folder, require_free_id
 from nnunet_confkd.data.grids import Fitting, covered
 from nnunet_confkd.data.images import ENDINGS, ITK, Geometry, Volume, ending_of
@@ -120,6 +120,8 @@ def mixture(*, name: str = "Mixed", labels: list[str] | None = None, channels: l
     for source in sources:
         if source.known is not None and source.known.partly:
             source.kind = PARTIAL
+    if not layout.named:
+        require_all_classes(sources)
     contents = survey([label for source in sources for label in source.labels if segment_names(label) is None],
                       processes)
     values = _interpret(sources, contents, ignore_value, background_value)
