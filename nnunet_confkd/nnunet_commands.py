@@ -15,7 +15,7 @@ import re
 import shlex
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
@@ -438,7 +438,7 @@ def train(argv: list[str]) -> None:
     own_parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     own_parser.add_argument("--quick", action="store_true")
     own, argv = own_parser.parse_known_args(argv)
-    args = _parsed(parser, argv, own_parser)
+    args = _parsed(parser, argv, own_parser._option_string_actions)
     args.tr = args.tr or DEFAULT_TRAINER
     make_findable()
     about = prepare_quick(args) if own.quick else None
@@ -462,13 +462,15 @@ def train(argv: list[str]) -> None:
     print("\n".join(filter(None, [about, after_training(args, output)])))
 
 
-def predict(argv: list[str], afterwards: Callable[[Any], object] = lambda predicted: None) -> None:
+def predict(argv: list[str], afterwards: Callable[[Any], object] = lambda predicted: None,
+            more_options: Iterable[str] = ()) -> None:
     """Run `confkd predict`.
 
     Args:
         argv: The arguments.
         afterwards: What to do with the :class:`nnunet_confkd.inference.inputs.Predicted`, while the images still have
             the names that nnU-Net needs.
+        more_options: Options that the caller has taken out of the arguments, for the error about a mistyped one.
     """
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--branch", choices=BRANCHES, default="student")
@@ -480,7 +482,7 @@ def predict(argv: list[str], afterwards: Callable[[Any], object] = lambda predic
         print(PREDICT_HELP)
         parser_of(name).print_help()
         return
-    args = _parsed(parser_of(name), argv, parser)
+    args = _parsed(parser_of(name), argv, [*parser._option_string_actions, *more_options])
     make_findable()
     if not hasattr(args, "m"):
         args.tr = args.tr or DEFAULT_TRAINER
@@ -517,12 +519,12 @@ def predict(argv: list[str], afterwards: Callable[[Any], object] = lambda predic
           f"{shlex.quote(args.o)}{dataset}")
 
 
-def _parsed(parser: argparse.ArgumentParser, argv: list[str], own: argparse.ArgumentParser) -> argparse.Namespace:
+def _parsed(parser: argparse.ArgumentParser, argv: list[str], own: Iterable[str]) -> argparse.Namespace:
     """Parse nnU-Net's arguments; an unknown one is told with the option, of nnU-Net's or our own, that is most like it.
     """
     _, unknown = parser.parse_known_args(argv)
     if unknown:
-        options = [*parser._option_string_actions, *own._option_string_actions]
+        options = [*parser._option_string_actions, *own]
         raise InputError("unknown argument " + ", ".join(f"'{word}'{did_you_mean(word, options)}" for word in unknown))
     return parser.parse_args(argv)
 

@@ -6,6 +6,7 @@ import argparse
 from nnunet_confkd.data.annotated_classes import CLASSES_KEY
 from nnunet_confkd.data.folders import find_dataset, preprocessed_folder
 from nnunet_confkd.data.json_files import CONFIGURATIONS, read_json, read_plans
+from nnunet_confkd.nnunet_commands import DEFAULT_TRAINER
 
 
 def main(argv: list[str]) -> None:
@@ -62,10 +63,21 @@ def next_step(name: str, plans_name: str, configurations: list[str], only_planne
             f"{name}: none of {', '.join(configurations)} is planned, because the images are 2-D or small; next: "
             f"confkd plan -d {number} -c 2d")
     described = read_json(folder / "dataset.json")
-    mixed = "ignore" in described.get("labels", {})
+    mixed = "ignore" in described.get("labels", {}) or described.get(CLASSES_KEY)
     fold = "all" if mixed and not (folder / "splits_final.json").is_file() else "0"
     plans = "" if plans_name == "nnUNetPlans" else f" -p {plans_name}"
-    # such cases need no teacher, and often there is none (docs/how-to/organs.md)
-    plans += " -tr ConfKDTrainer_partialOnly" if described.get(CLASSES_KEY) else ""
+    trainer = trainer_for(described)
+    plans += f" -tr {trainer}" if trainer != DEFAULT_TRAINER else ""
     configuration = "3d_fullres" if "3d_fullres" in there else there[0]
     return (f"next: confkd train {number} {configuration} {fold}{plans}   (with --quick for a first look)")
+
+
+def trainer_for(described: dict) -> str:
+    """Return the trainer to begin with.
+
+    Cases that lack classes need no teacher, and often there is none (docs/how-to/organs.md).
+
+    Args:
+        described: The content of dataset.json.
+    """
+    return "ConfKDTrainer_partialOnly" if described.get(CLASSES_KEY) else DEFAULT_TRAINER

@@ -8,18 +8,21 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 from nnunet_confkd import nnunet_commands
 from nnunet_confkd.commands import plan, report
 from nnunet_confkd.data import mix
-from nnunet_confkd.data.folders import folder_name, preprocessed_folder, raw_folder
+from nnunet_confkd.data.annotated_classes import unlisted_classes
+from nnunet_confkd.data.folders import WRITTEN_BY, folder_name, preprocessed_folder, raw_folder
 from nnunet_confkd.data.images import read
-from nnunet_confkd.data.json_files import read_description, read_json
+from nnunet_confkd.data.json_files import read_description, read_json, split_of_fold
 from nnunet_confkd.data.small_configuration import QUICK
 from nnunet_confkd.device import OPTION_HELP
-from nnunet_confkd.errors import InputError, shown
+from nnunet_confkd.errors import InputError, shown, some
 from nnunet_confkd.files import new_folder, write_json
 
 RECORD, LOCK = "run.json", ".confkd_run.lock"
@@ -49,7 +52,8 @@ def arguments() -> argparse.ArgumentParser:
                      "of a single slice")
     own.add_argument("-f", dest="folds", nargs="+", metavar="FOLD", help="folds to train; default: 0, or all if there "
                      "are too few fully annotated cases to validate")
-    own.add_argument("-tr", dest="trainer", default=nnunet_commands.DEFAULT_TRAINER, metavar="TRAINER")
+    own.add_argument("-tr", dest="trainer", metavar="TRAINER", help=f"default: {nnunet_commands.DEFAULT_TRAINER}, or "
+                     "ConfKDTrainer_partialOnly if cases lack classes (--source)")
     own.add_argument("-device", choices=("cuda", "cpu", "mps"), help=OPTION_HELP)
     own.add_argument("--quick", action="store_true", help="a first look in minutes, as confkd train --quick")
     return parser
@@ -61,7 +65,8 @@ def _given(args: argparse.Namespace) -> dict[str, Any]:
         return [str(item) for item in value] if isinstance(value, list) else (
             str(value) if isinstance(value, Path) else value)
 
-    return {name: plain(value) for name, value in vars(args).items()} | {"started in": os.getcwd()}
+    return {name: plain(value) for name, value in vars(args).items()} | {
+        "named": [word for source in args.named for word in source.words], "started in": os.getcwd()}
 
 
 # ---- the record -----------------------------------------------------------------------------------------------------
@@ -108,7 +113,7 @@ class Work:
     @property
     def model(self) -> Path:
         """The folder of the model."""
-        return Path(os.environ["nnUNet_results"], self.name, f"{self.args.trainer}__nnUNetPlans__{self.trained}")
+        return Path(os.environ["nnUNet_results"], self.name, f"{self.record['trainer']}__nnUNetPlans__{self.trained}")
 
     @property
     def device(self) -> list[str]:
@@ -117,8 +122,9 @@ class Work:
 
     @property
     def trainer(self) -> list[str]:
-        """The option that chooses the trainer, if one was given."""
-        return ["-tr", self.args.trainer] if self.args.trainer != nnunet_commands.DEFAULT_TRAINER else []
+        """The option that chooses the trainer, if it is not the default."""
+        trainer = self.record["trainer"]
+        return ["-tr", trainer] if trainer != nnunet_commands.DEFAULT_TRAINER else []
 
     def call(self, name: str, function: Callable, argv: list[str]):
         """Print a command and call it. Return what its function returns."""
@@ -130,21 +136,24 @@ def begin(args: argparse.Namespace, output: Path) -> Work:
     """Begin a run, or find how far it has come.
 
     Raises:
-        InputError: It was begun with other options, or what it has made is gone; or the output holds other files.
+        InputError: It was begun with other options or by a version without marks, the data set of its id is not its
+            own, or the output holds other files.
     """
     file = output / RECORD
+    for left in output.glob(f".[0-9]*.{RECORD}"):  # of a process that was killed while it wrote the record
+        left.unlink()
     folders = {name: os.environ[name] for name in VARIABLES}
     given = _given(args)
     record = read_json(file) if file.is_file() else {"done": []}
-    untouched = not record["done"] and not _written(record)  # such as after an error of mix, which needs other options
-    if untouched:
-        from nnunet_confkd.data.inspection import free_id
-
+    if record["done"] and "token" not in record:
+        raise InputError(f"{file}: is of an earlier version, which did not note whether the data set is that of this "
+                         f"run. Give a new --output to begin anew, or go on with confkd train, predict and report")
+    if not record["done"] and not _is_ours(record):  # such as after an error of mix, which needs other options
         if others := [path.name for path in output.iterdir() if path.name not in (*VARIABLES, RECORD, LOCK)]:
             raise InputError(f"--output {args.output}: holds other files ({', '.join(sorted(others)[:5])}); give an "
                              f"empty or a new folder")
-        work = Work(args, output, {"given": given, "folders": folders, "done": [],
-                                   "id": free_id() if args.id is None else args.id})
+        work = Work(args, output, {"given": given, "folders": folders, "done": [], "token": uuid4().hex,
+                                   "id": _id_to_write(args)})
         work.save()
         return work
     changed = [f"{_option(name)}: {shown(record['given'].get(name))} then, {shown(given.get(name))} now"
@@ -154,12 +163,37 @@ def begin(args: argparse.Namespace, output: Path) -> Work:
     if changed:
         raise InputError(f"{file}: this run was begun with other options: {'; '.join(changed)}. Give those of the "
                          f"beginning to go on, or a new --output to begin another run")
-    return Work(args, output, record)
+    work = Work(args, output, record)
+    if (raw_folder() / work.name).exists() and not _is_ours(record):
+        raise InputError(f"{raw_folder() / work.name}: is not the data set that this run wrote, but was replaced "
+                         f"since; give a new --output to begin anew")
+    return work
 
 
-def _written(record: dict) -> bool:
-    """Whether the data set of a run is there."""
-    return "id" in record and (raw_folder() / folder_name(record["id"], record["given"]["name"])).exists()
+def _id_to_write(args: argparse.Namespace) -> int:
+    """Return the id of the data set to write. Raise InputError if there is one of this id and name."""
+    if args.id is None:
+        from nnunet_confkd.data.inspection import free_id
+
+        return free_id()
+    target = raw_folder() / folder_name(args.id, args.name)
+    if target.exists():
+        raise InputError(f"--id {args.id}: {target} is there, and this run did not write it; give another --id, or "
+                         f"leave it out for a free one")
+    return args.id
+
+
+def _mark(record: dict) -> str:
+    """Return what tells the data set of a run from those of others, in its dataset.json."""
+    return f"confkd run {record['token']}"
+
+
+def _is_ours(record: dict) -> bool:
+    """Whether the data set of a run is there, and it was this run that wrote it."""
+    if "token" not in record:
+        return False
+    file = raw_folder() / folder_name(record["id"], record["given"]["name"]) / "dataset.json"
+    return file.is_file() and read_json(file).get(WRITTEN_BY) == _mark(record)
 
 
 def _option(name: str) -> str:
@@ -184,15 +218,19 @@ def _alone(output: Path) -> Iterator[None]:
 def mix_step(work: Work) -> Path:
     """Write the data set, unless this run has written it already: it is complete or not there."""
     target = raw_folder() / work.name
-    if not target.exists():
+    if not _is_ours(work.record):
         parser = mix.arguments()
         args = argparse.Namespace(**{action.dest: getattr(work.args, action.dest, None) for action in parser._actions})
-        args.id = work.record["id"]
-        work.call("mix", mix.main, nnunet_commands.as_argv(parser, args))
+        args.id, args.named = work.record["id"], []
+        words = [word for source in work.args.named for word in source.words]
+        work.call("mix", partial(mix.main, written_by=_mark(work.record)), [*words, *nnunet_commands.as_argv(
+            parser, args)])
     if "configuration" not in work.record:
         image = sorted((target / "imagesTr").glob("*_0000.*"))[0]
-        flat = 1 in read(image).voxels.shape[1:]
+        shape = read(image).voxels.shape[1:]
+        flat = len(shape) == 2 or 1 in shape
         work.record["configuration"] = work.args.configuration or ("2d" if flat else "3d_fullres")
+        work.record["trainer"] = work.args.trainer or plan.trainer_for(read_json(target / "dataset.json"))
         validated = (preprocessed_folder() / work.name / "splits_final.json").is_file()
         work.record["folds"] = work.args.folds or ["0" if validated else "all"]
     return target / "dataset.json"
@@ -256,19 +294,30 @@ def postprocess_step(work: Work) -> Path:
     if work.record["folds"] == ["all"]:
         print("no post-processing: fold all has no validation cases to determine it on")
         return raw
+    described = read_description(work.model / "dataset.json", ("file_ending", "labels"))
+    if lacking := _validated(work) & set(unlisted_classes(described, str(work.model / "dataset.json"))):
+        print(f"no post-processing: nnU-Net would take classes that validation cases are not annotated for as absent "
+              f"({some(sorted(lacking), 3)})")
+        return raw
     truth = raw_folder() / work.name / "labelsTr"
     print("\n" + "\n".join("$ " + shlex.join(map(str, command)) for command in (
         ["nnUNetv2_determine_postprocessing", "-i", rules, "-ref", truth, "--remove_postprocessed"],
         ["nnUNetv2_apply_postprocessing", "-i", raw, "-o", target, "-pp_pkl_file", rules / "postprocessing.pkl"]))
         + f"\n({rules} holds the validation cases of all folds that were trained)\n", flush=True)
     found = postprocessing.determine(work.model, work.record["folds"], rules)
-    described = read_description(work.model / "dataset.json", ("file_ending", "labels"))
     with new_folder(target, replace=True) as folder:
         postprocessing.apply(found, work.model, folder, raw.glob(f"*{described['file_ending']}"))
         for name in ("dataset.json", "plans.json"):
             (folder / name).write_bytes((raw / name).read_bytes())
     print(found.text(described["labels"]))
     return target
+
+
+def _validated(work: Work) -> set[str]:
+    """Return the cases that the folds of a run validate on."""
+    splits = [split_of_fold(preprocessed_folder() / work.name / "splits_final.json", fold)
+              for fold in work.record["folds"]]
+    return {case for split in splits if split for case in split["val"]}
 
 
 def report_step(work: Work) -> Path:

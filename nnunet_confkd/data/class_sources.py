@@ -7,14 +7,17 @@ label is written with values that belong to the same annotated regions; whether 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from nnunet_confkd.data.annotated_classes import CLASSES_KEY, heads_of
-from nnunet_confkd.data.json_files import NEEDED, is_whole, malformed
+from nnunet_confkd.data.json_files import NEEDED, is_whole, malformed, read_json
+from nnunet_confkd.data.listing import stem
 from nnunet_confkd.data.meanings import Labels, Meaning, described
-from nnunet_confkd.data.sources import NamedFolder
+from nnunet_confkd.data.sources import NamedFolder, Source
+from nnunet_confkd.data.supervision import FULL, TABLE_KEY
 from nnunet_confkd.errors import InputError, shown, some
 
 BACKGROUND, IGNORE = "background", "ignore"  # in --classes, these are no classes
@@ -192,3 +195,59 @@ def _require_one_meaning(folder: NamedFolder, meant: Meant) -> None:
             if first.setdefault(key, name) != name:
                 raise InputError(f"{_where(folder)}: {value} means {first[key]} and {name}; give each value one "
                                  f"meaning. Regions, which share values, need a source whose dataset.json has them")
+
+
+# ---- sources of all classes -----------------------------------------------------------------------------------------
+
+def require_all_classes(sources: Iterable[Source]) -> None:
+    """Check what data sets say of labels that are given as annotated for all classes.
+
+    Where a label lacks classes, these would become background. A dataset.json counts if it lies beside the labels, or
+    in the folder above, and names the case.
+
+    Args:
+        sources: The sources, which have no classes of their own.
+
+    Raises:
+        InputError: By its dataset.json a label lacks classes, or a label that is given as full is not.
+    """
+    known: dict[Path, dict] = {}
+    lacking: dict[Path, list[str]] = defaultdict(list)
+    weaker: dict[Path, list[str]] = defaultdict(list)
+    for source in sources:
+        for label in source.labels:
+            name = stem(label)
+            for file in _descriptions(label):
+                if file not in known:
+                    known[file] = _tables(file)
+                if name in known[file]["lacking"]:
+                    lacking[file].append(name)
+                elif source.kind == FULL and known[file]["kinds"].get(name, FULL) != FULL:
+                    weaker[file].append(name)
+    problems = [f'{file}: has "{CLASSES_KEY}", by which {some(names, 3)} lack classes, which would become background; '
+                f"make a source of each list of classes: --source NAME=LABELS --classes NAME=VALUE ..."
+                for file, names in lacking.items()]
+    problems += [f'{file}: "{TABLE_KEY}" declares that {some(names, 3)} are not full; give partial labels with '
+                 f"--partial or --partial-labels, and leave out labels without annotations" for file, names in
+                 weaker.items()]
+    if problems:
+        raise InputError("\n".join(problems))
+
+
+def _descriptions(label: Path) -> list[Path]:
+    """Return the files that can describe a label, be it a link or not."""
+    return list(dict.fromkeys(folder / "dataset.json" for path in (label.absolute(), label.resolve())
+                              for folder in (path.parent, path.parent.parent)))
+
+
+def _tables(file: Path) -> dict:
+    """Return the cases that lack classes, and the kinds, that a dataset.json names. One that is none names nothing."""
+    try:
+        content = read_json(file) if file.is_file() else {}
+    except InputError:
+        content = {}
+    labels, lists, kinds = (value if isinstance(value, dict) else {}
+                            for value in map(content.get, ("labels", CLASSES_KEY, TABLE_KEY)))
+    classes = set(labels) - {BACKGROUND, IGNORE}
+    return {"lacking": {case for case, listed in lists.items() if not classes or not isinstance(listed, list)
+                        or not classes.issubset(map(str, listed))}, "kinds": kinds}

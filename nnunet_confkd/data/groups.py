@@ -1,7 +1,6 @@
 """The files below a folder, in groups of the same place and naming: images of one channel, masks, strokes."""
 from __future__ import annotations
 
-import glob
 import re
 from collections import defaultdict
 from collections.abc import Iterable
@@ -112,8 +111,3 @@ def _with_case(path: Path, level: int) -> str:
     parts = list(PurePosixPath(path.as_posix()).parts)
     case = parts[level]
     return "/".join(parts[:level] + [CASE] + [part.replace(case, CASE) for part in parts[level + 1:]])
-
-
-def escaped(path: Path) -> str:
-    """Return a path as a pattern that fits it alone."""
-    return glob.escape(str(path))

@@ -11,7 +11,7 @@ from typing import Any
 
 from nnunet_confkd.data import dicom, meanings
 from nnunet_confkd.data.case_files import Case
-from nnunet_confkd.data.class_sources import labels_of_sources
+from nnunet_confkd.data.class_sources import labels_of_sources, require_all_classes
 from nnunet_confkd.data.folders import WRITTEN_BY, folder_name, preprocessed_folder, raw_folder, require_free_id
 from nnunet_confkd.data.grids import Fitting, covered
 from nnunet_confkd.data.images import ENDINGS, ITK, Geometry, Volume, ending_of
@@ -88,8 +88,8 @@ def mixture(*, name: str = "Mixed", labels: list[str] | None = None, channels: l
             channel_0, channel_1, ... (z-score).
         ignore_value: The value of voxels that are not annotated in the partial labels; None: dataset.json's "ignore".
         background_value: The value of background there, if `ignore_value` is the background's value elsewhere.
-        validation: Patients that are held back to validate in the only fold: names, or one number. None: up to five
-            folds, in which the fully annotated patients validate in turn.
+        validation: Patients that are held back to validate in the only fold: names, or one number of fully annotated
+            ones. None: up to five folds, in which the fully annotated patients validate in turn.
         patient_pattern: A regular expression whose first group in the name of a case is the patient; None: each case is
             a patient of its own.
         seed: Of the choice of `validation`.
@@ -120,12 +120,15 @@ def mixture(*, name: str = "Mixed", labels: list[str] | None = None, channels: l
     for source in sources:
         if source.known is not None and source.known.partly:
             source.kind = PARTIAL
+    if not layout.named:
+        require_all_classes(sources)
     contents = survey([label for source in sources for label in source.labels if segment_names(label) is None],
                       processes)
     values = _interpret(sources, contents, ignore_value, background_value)
     pattern = prefix_pattern(sources, patient_pattern)
     training = [_case(source, files, resample_labels) for source in sources for files in source.cases]
-    held_back = [] if validation is None else _validation(training, pattern, seed, validation)
+    complete = {files.name for source in sources if source.kind == FULL for files in source.cases}
+    held_back = [] if validation is None else _validation(training, complete, pattern, seed, validation)
     training = [case for case in training if case.label is None or case.label.file not in values]
     cases, wrong = {case.name for case in training}, list(dict.fromkeys(values.values()))
     ending = _common_ending(training, problems)
@@ -136,9 +139,8 @@ def mixture(*, name: str = "Mixed", labels: list[str] | None = None, channels: l
         labels=with_ignore(names) if mixed else names, file_ending=ending, training=training,
         annotated_classes={files.name: list(source.listed) for source in sources if source.listed
                            for files in source.cases if files.name in cases},
-        complete={files.name for source in sources if source.kind == FULL for files in source.cases},
-        validation=[case for case in held_back if case in cases],
-        folds=1 if validation else FOLDS, patient_pattern=pattern, regions_class_order=known[0].regions,
+        complete=complete, validation=[case for case in held_back if case in cases], folds=1 if validation else FOLDS,
+        patient_pattern=pattern, regions_class_order=known[0].regions,
         licence=description.get("licence", description.get("license", "unknown")),
         reference=description.get("reference", ""), roots=layout.roots, problems=[*problems, *wrong],
         more={WRITTEN_BY: "confkd mix"})
@@ -264,10 +266,12 @@ def _channel_names(description: dict, training: list[Case]) -> list[str]:
 
 # ---- validation -----------------------------------------------------------------------------------------------------
 
-def _validation(training: list[Case], pattern: str | None, seed: int, wanted: list[str]) -> list[str]:
+def _validation(training: list[Case], complete: set[str], pattern: str | None, seed: int,
+                wanted: list[str]) -> list[str]:
     """Return the cases of the patients that are to validate.
 
-    All cases of these patients must be fully annotated, or all voxels of patients that are named for some classes.
+    All cases of these patients must be fully annotated. Patients that are named may lack classes in all cases instead,
+    if each voxel is annotated for the others. `complete` are the cases without ignored voxels.
     """
     try:
         patients = patients_of([case.name for case in training], pattern)
@@ -275,14 +279,21 @@ def _validation(training: list[Case], pattern: str | None, seed: int, wanted: li
         return []  # the writer reports it
     weak = {patients[case.name] for case in training if case.kind != FULL}
     order = sorted({patients[case.name] for case in training} - weak)
+    lacking = sorted(weak - {patients[case.name] for case in training
+                             if case.kind == FULL or case.name not in complete})
     random.Random(seed).shuffle(order)
     if not (len(wanted) == 1 and wanted[0].isdigit()):
-        unknown = sorted(set(wanted) - set(order))
+        unknown = sorted(set(wanted) - {*order, *lacking})
         if unknown:
-            raise InputError(f"--validation: these are no patients all of whose cases are full: {some(unknown)}")
+            raise InputError("--validation: these are no patients all of whose cases are full"
+                             + (", or all of whose cases lack classes alone" if lacking else "")
+                             + f": {some(unknown)}")
         chosen = set(wanted)
     else:
         count = int(wanted[0])
+        if lacking and not order:
+            raise InputError(f"--validation {count}: no patient is annotated for all classes, and a number chooses "
+                             f"among such patients alone; give names, as in --validation {' '.join(lacking[:2])}")
         if not 0 < count < len(order):
             raise InputError(f"--validation: {count} of {len(order)} fully annotated patients would leave none to "
                              f"{'train on' if count else 'validate on'}")
@@ -362,8 +373,8 @@ def arguments() -> argparse.ArgumentParser:
 
 def _add_other_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--validation", nargs="+", metavar="N|PATIENT", help="fully annotated patients that validate "
-                        "in one fold and never train: a number, or names; default: up to five folds, in which they "
-                        "validate in turn")
+                        "in one fold and never train: a number, or names, also of patients that lack classes alone; "
+                        "default: up to five folds, in which they validate in turn")
     parser.add_argument("--patient-pattern", metavar="REGEX", help="a regular expression whose first group in the name "
                         "of a case is the patient; default: each case is a patient")
     parser.add_argument("--seed", type=int, default=0, help="seed of the choice of --validation N")
@@ -372,8 +383,13 @@ def _add_other_arguments(parser: argparse.ArgumentParser) -> None:
                         "space, but a program that writes to one writes to the other")
 
 
-def main(argv: list[str]) -> None:
-    """Run `confkd mix`."""
+def main(argv: list[str], written_by: str = "confkd mix") -> None:
+    """Run `confkd mix`.
+
+    Args:
+        argv: The arguments.
+        written_by: What dataset.json names as the writer.
+    """
     args = vars(arguments().parse_args(argv))
     dataset_id, dry_run, link, overwrite = (args.pop(key) for key in ("id", "dry_run", "link", "overwrite"))
     if not dry_run:  # what no file can change comes first
@@ -383,6 +399,7 @@ def main(argv: list[str]) -> None:
                              f"set: --overwrite")
         require_free_id(dataset_id, tuple(folders) if overwrite else ())
     mixed = mixture(**args)
+    mixed.dataset.more[WRITTEN_BY] = written_by
     print("\n".join([table(mixed.sources, whole=dry_run), *mixed.notes, ""]))
     if dry_run:
         check_dataset(mixed.dataset, args["processes"])

@@ -88,6 +88,12 @@ class NamedFolder:
     folder: Path
     classes: list[str] | None = None
 
+    @property
+    def words(self) -> list[str]:
+        """The words of a command that give this source."""
+        classes = [] if self.classes is None else ["--classes", *self.classes]
+        return ["--source", f"{self.name}={self.folder}", *classes]
+
 
 @dataclass
 class Layout:

@@ -31,7 +31,7 @@ def predict(argv: list[str]) -> None:
     parser.add_argument("--preview", action="store_true")
     own, argv = parser.parse_known_args(argv)
     if not own.preview:
-        nnunet_commands.predict(argv)
+        nnunet_commands.predict(argv, more_options=["--preview"])
         return
     parser.add_argument("-o")
     output = parser.parse_known_args(argv)[0].o

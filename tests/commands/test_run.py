@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from image_files import write_image
 
 from nnunet_confkd import cli, nnunet_commands
 from nnunet_confkd.commands import plan, report, run
@@ -26,6 +27,7 @@ class Steps:
 
     def __init__(self, monkeypatch):
         self.calls, self.interrupted, self.error, self.found = [], None, None, 0
+        self.shape, self.trainer = (1, 4, 4, 4), "ConfKDTrainer"
         for name, module in (("mix", mix), ("check", check), ("plan", plan), ("report", report)):
             monkeypatch.setattr(module, "main", self.command(name))
         for name in ("train", "predict"):
@@ -38,40 +40,42 @@ class Steps:
     def read(self, file):
         if not file.read_bytes():
             raise run.InputError(f"{file}: is broken")
-        return SimpleNamespace(voxels=np.zeros((1, 4, 4, 4)))
+        return SimpleNamespace(voxels=np.zeros(self.shape))
 
     def command(self, name):
-        def call(argv):
+        def call(argv, **more):
             self.calls.append((name, argv))
             if self.interrupted == (name, "before"):
                 raise self.error
-            getattr(self, name)(argv)
+            getattr(self, name)(argv, **more)
             if self.interrupted == (name, "after"):
                 raise self.error
             return self.found if name == "check" else None
         return call
 
-    def mix(self, argv):
+    def mix(self, argv, **more):
         folders = (os.environ[f"nnUNet_{name}"] for name in ("raw", "preprocessed"))
-        raw, preprocessed = (Path(folder) / "Dataset100_Mixed" for folder in folders)
+        raw, preprocessed = (Path(folder) / f"Dataset{argv[argv.index('--id') + 1]}_Mixed" for folder in folders)
         (raw / "imagesTr").mkdir(parents=True)  # it must not be there
         (raw / "imagesTr" / "a_0000.nii.gz").write_text("image")
-        (raw / "dataset.json").write_text("{}")
-        preprocessed.mkdir()
-        (preprocessed / "splits_final.json").write_text("[]")
+        (raw / "dataset.json").write_text(json.dumps(more))
+        preprocessed.mkdir(parents=True)
+        (preprocessed / "splits_final.json").write_text('[{"train": [], "val": ["a"]}]')
 
     def check(self, argv):
         pass
 
     def plan(self, argv):
-        (Path(os.environ["nnUNet_preprocessed"]) / "Dataset100_Mixed" / "nnUNetPlans.json").touch()
+        Path(os.environ["nnUNet_preprocessed"], f"Dataset{argv[1]}_Mixed", "nnUNetPlans.json").touch()
 
     def train(self, argv):
-        model = Path(os.environ["nnUNet_results"]) / "Dataset100_Mixed" / "ConfKDTrainer__nnUNetPlans__3d_fullres"
+        name = f"Dataset{argv[0]}_Mixed"
+        model = Path(os.environ["nnUNet_results"], name, f"{self.trainer}__nnUNetPlans__{argv[1]}")
         fold = model / f"fold_{argv[2]}"
         (fold / "validation").mkdir(parents=True, exist_ok=True)
         description = {"labels": {"background": 0, "a": 1}, "channel_names": {"0": "x"}, "file_ending": ".nii.gz"}
-        (model / "dataset.json").write_text(json.dumps(description))
+        raw = json.loads(Path(os.environ["nnUNet_raw"], name, "dataset.json").read_text())
+        (model / "dataset.json").write_text(json.dumps(description | raw))
         (fold / "checkpoint_latest.pth").touch()
         if self.interrupted != ("train", "after"):
             (fold / "checkpoint_final.pth").touch()
@@ -223,6 +227,135 @@ def test_what_is_gone_and_what_is_not_ours_is_told(steps, capsys):
     assert "are options of confkd mix alone" in capsys.readouterr().err
 
 
+# ---- sources --------------------------------------------------------------------------------------------------------
+
+REAL = {"mix": mix.main, "check": check.main, "plan": plan.main}
+SOURCES = ["--source", "front=FRONT", "--classes", "anterior=1", "background=0,2", "--source", "back=BACK", "--classes",
+           "posterior=1", "-c", "2d", "--processes", "1", "--test", "test", "--output", "out"]
+
+
+@pytest.fixture
+def sources(steps, monkeypatch, thread_pools):
+    """A function that writes two folders that annotate different organs; mix, check and plan are the real ones."""
+    for name, module in (("mix", mix), ("check", check), ("plan", plan)):
+        setattr(steps, name, REAL[name])
+        monkeypatch.setattr(module, "main", steps.command(name))
+
+    def write(number):
+        rng = np.random.default_rng(0)
+        for folder, values in (("FRONT", 3), ("BACK", 2)):
+            for case in range(number):
+                image = rng.normal(size=(5, 12, 14)).astype(np.float32)
+                write_image(Path(folder, "images", f"{folder}{case}.nii.gz"), image, (1.0, 1.0, 2.0))
+                label = rng.integers(0, values, image.shape).astype(np.uint8)
+                write_image(Path(folder, "labels", f"{folder}{case}.nii.gz"), label, (1.0, 1.0, 2.0))
+    return write
+
+
+@pytest.mark.parametrize("number, fold", [(3, "0"), (1, "all")])
+def test_sources_that_annotate_different_classes(steps, sources, capsys, number, fold):
+    """The printed command of mix has the classes of each source. The trainer and the fold are those that plan names.
+    """
+    sources(number)
+    steps.trainer = "ConfKDTrainer_partialOnly"
+    assert cli.main(["run", *SOURCES]) == 0
+    out = capsys.readouterr().out
+    assert ("$ confkd mix --source front=FRONT --classes anterior=1 background=0,2 --source back=BACK --classes "
+            "posterior=1 --id 100 --processes 1\n") in out
+    described = json.loads(Path("out/nnUNet_raw/Dataset100_Mixed/dataset.json").read_text())
+    assert described["annotated_classes"]["FRONT0"] == ["anterior"] and described["written_by"][:11] == "confkd run "
+    assert Path("out/nnUNet_preprocessed/Dataset100_Mixed/nnUNetPlans_2d").is_dir()
+    assert f"next: confkd train 100 2d {fold} -tr {steps.trainer}" in out
+    called = dict(steps.calls)
+    assert called["train"] == ["100", "2d", fold, "-tr", steps.trainer]
+    assert called["predict"][-4:] == ["-f", fold, "-tr", steps.trainer]
+    assert "postprocess" not in called and not Path("out", "predictions").exists()
+    assert "no post-processing" in out and ("as absent" in out) == (fold == "0")
+    assert cli.main(["run", *SOURCES]) == 0, "the options are those of the beginning"
+    changed = [word.replace("posterior", "rear") for word in SOURCES]
+    assert cli.main(["run", *changed]) == 1
+    err = capsys.readouterr().err
+    assert '"posterior=1"] then, ' in err and '"rear=1"] now' in err
+
+
+def test_postprocessing_is_determined_where_the_validation_cases_have_all_classes(steps, monkeypatch):
+    def train(argv):
+        Steps.train(steps, argv)
+        name = f"Dataset{argv[0]}_Mixed"
+        file = Path(os.environ["nnUNet_results"], name, "ConfKDTrainer__nnUNetPlans__3d_fullres", "dataset.json")
+        described = json.loads(file.read_text())
+        described["labels"]["b"] = 2
+        file.write_text(json.dumps(described | {"annotated_classes": {"lacking": ["a"], "all": ["a", "b"]}}))
+        splits = [{"train": ["lacking"], "val": ["full", "all"]}, {"train": ["full"], "val": ["lacking"]}]
+        Path(os.environ["nnUNet_preprocessed"], name, "splits_final.json").write_text(json.dumps(splits))
+
+    steps.train = train
+    assert cli.main(["run", *OPTIONS]) == 0 and "postprocess" in dict(steps.calls)
+    steps.calls.clear()
+    assert cli.main(["run", *OPTIONS[:-1], "other", "-f", "0", "1"]) == 0 and "postprocess" not in dict(steps.calls)
+
+
+# ---- whose data set is it? ------------------------------------------------------------------------------------------
+
+@pytest.fixture
+def shared(monkeypatch, nnunet_folders):
+    """nnU-Net's folders, which several runs share."""
+    return nnunet_folders / "raw"
+
+
+def test_a_data_set_of_the_same_name_that_another_run_wrote_is_not_adopted(steps, shared, capsys):
+    assert cli.main(["run", *OPTIONS, "--id", "100"]) == 0
+    steps.calls.clear()
+    capsys.readouterr()
+    assert cli.main(["run", *OPTIONS[:-1], "other", "--id", "100"]) == 1
+    text = f"--id 100: {shared}/Dataset100_Mixed is there, and this run did not write it; give another --id"
+    assert text in capsys.readouterr().err and steps.calls == [] and not Path("other", run.RECORD).exists()
+    assert cli.main(["run", *OPTIONS, "--id", "100"]) == 0 and steps.calls == [], "the first run knows its own"
+
+
+def test_a_run_whose_mix_failed_takes_another_id_if_the_first_was_taken_meanwhile(steps, shared):
+    steps.interrupted, steps.error = ("mix", "before"), run.InputError("masks/a.nii.gz: cannot be read")
+    assert cli.main(["run", *OPTIONS[:-1], "second"]) == 1
+    steps.interrupted = ("check", "before")
+    assert cli.main(["run", *OPTIONS]) == 1
+    assert cli.main(["run", *OPTIONS[:-1], "second"]) == 1
+    ids = [argv[argv.index("--id") + 1] for name, argv in steps.calls if name == "mix"]
+    assert ids == ["100", "100", "101"]
+    marks = [json.loads((shared / f"Dataset{number}_Mixed" / "dataset.json").read_text()) for number in ids[1:]]
+    assert marks[0]["written_by"].startswith("confkd run ") and marks[0] != marks[1]
+
+
+def test_a_data_set_that_was_replaced_since_is_told(steps, capsys):
+    assert cli.main(["run", *OPTIONS]) == 0
+    Path("out", "nnUNet_raw", "Dataset100_Mixed", "dataset.json").write_text('{"written_by": "confkd mix"}')
+    steps.calls.clear()
+    assert cli.main(["run", *OPTIONS]) == 1 and steps.calls == []
+    assert "Dataset100_Mixed: is not the data set that this run wrote" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("done, expected", [(["mix", "check"], 1), ([], 0)])
+def test_a_record_of_a_version_without_marks(steps, shared, capsys, done, expected):
+    """If it says that the data set is written, this may have been that of another run. Otherwise it is mixed anew."""
+    steps.interrupted, steps.error = ("plan", "before"), KeyboardInterrupt()
+    with pytest.raises(SystemExit):
+        cli.main(["run", *OPTIONS])
+    steps.interrupted = None
+    record = json.loads(Path("out", run.RECORD).read_text())
+    del record["token"]
+    Path("out", run.RECORD).write_text(json.dumps(record | {"done": done}))
+    steps.calls.clear()
+    steps.interrupted, steps.error = ("check", "before"), run.InputError("stop")
+    assert cli.main(["run", *OPTIONS]) == 1
+    assert ("run.json: is of an earlier version" in capsys.readouterr().err) == bool(done)
+    assert [argv[argv.index("--id") + 1] for name, argv in steps.calls if name == "mix"] == [[], ["101"]][not done]
+
+
+def test_it_begins_anew_after_a_kill_while_the_record_was_written(steps):
+    Path("out").mkdir()
+    Path("out", ".4711.run.json").write_text('{"giv')
+    assert cli.main(["run", *OPTIONS]) == 0 and not Path("out", ".4711.run.json").exists()
+
+
 def test_only_one_run_works_in_a_folder(steps, capsys):
     from filelock import FileLock
 
@@ -230,3 +363,13 @@ def test_only_one_run_works_in_a_folder(steps, capsys):
     with FileLock(Path("out", run.LOCK)):
         assert cli.main(["run", *OPTIONS]) == 1
     assert "another confkd run is working there" in capsys.readouterr().err and steps.calls == []
+
+
+@pytest.mark.parametrize("shape, configuration", [((1, 9, 8, 7), "3d_fullres"), ((2, 9, 8), "2d"), ((1, 1, 9, 8), "2d"),
+                                                  ((1, 9, 8, 1), "2d")])
+def test_images_of_a_single_slice_are_2d(steps, shape, configuration):
+    """A 2-D NIfTI has no axis of slices; a PNG has one of length 1."""
+    steps.shape, steps.interrupted, steps.error = shape, ("train", "before"), KeyboardInterrupt()
+    with pytest.raises(SystemExit):
+        cli.main(["run", *OPTIONS])
+    assert dict(steps.calls)["plan"][2:4] == ["-c", configuration]

@@ -1,6 +1,7 @@
 """Sources that annotate different classes with values of their own: `confkd mix --source NAME=FOLDER --classes ...`."""
 from __future__ import annotations
 
+import json
 import re
 from functools import partial
 
@@ -198,6 +199,72 @@ def test_labels_of_no_image_are_told_for_all_sources(folders, nnunet_folders):
         mixed(labels, images=[folders["abdomen"] / "images"], unlabelled=folders["renal"])
 
 
+# ---- data sets that say themselves that their labels lack classes ---------------------------------------------------
+
+@pytest.fixture
+def lacking(folders, nnunet_folders):
+    """An nnU-Net data set in which a1 to a3 are annotated for the liver alone, and f1 and f2 for all classes."""
+    folders["full"] = make_source(folders["abdomen"].parent / "F", ["f1", "f2"], [0, 1, 2, 3])
+    return mixed(folders, {"full": ["liver", "kidney", "spleen"]})
+
+
+def _places(dataset, layout, cases):
+    """The options of mix for some of the cases, and with all labels complete masks."""
+    labels = [dataset / "labelsTr" / f"{case}.nii.gz" for case in cases]
+    return {"full": {"full": dataset}, "folder": {"images": [dataset / "imagesTr"],
+                                                  "full_labels": [dataset / "labelsTr"]},
+            "files": {"images": [dataset / "imagesTr"], "full_labels": labels}}[layout]
+
+
+@pytest.mark.parametrize("layout", ["full", "folder", "files"])
+def test_labels_that_lack_classes_are_not_taken_for_complete_ones(lacking, layout, monkeypatch):
+    """What nobody annotated would become background."""
+    options = {"labels": ["background", "liver", "kidney", "spleen"], "processes": 1}
+    places = _places(lacking, layout, ["a1", "r1", "f1"])
+    text = r'dataset.json: has "annotated_classes", by which a1, .* lack classes, which would become background; make a'
+    with pytest.raises(InputError, match=text):
+        mix(places.pop("full", None), 8, **places, **options)
+    monkeypatch.chdir(lacking / "labelsTr")
+    with pytest.raises(InputError, match=text):
+        mix(None, 8, images=["../imagesTr"], full_labels=["."], **options)
+
+
+def test_labels_that_lack_classes_are_not_taken_for_scribbles_of_all_classes(lacking):
+    options = {"labels": ["background", "liver", "kidney", "spleen"], "ignore_value": 9, "processes": 1}
+    with pytest.raises(InputError, match='has "annotated_classes", by which r1, r2 lack classes'):
+        mix(None, 8, images=[lacking / "imagesTr"], full_labels=[lacking / "labelsTr" / "f*"],
+            partial_labels=[lacking / "labelsTr" / "r*"], **options)
+
+
+def test_complete_labels_of_a_data_set_in_which_others_lack_classes_are_taken(lacking):
+    options = {"labels": ["background", "liver", "kidney", "spleen"], "processes": 1}
+    described = read_json(lacking / "dataset.json")
+    described["annotated_classes"]["f2"] = ["spleen", "kidney", "liver"]  # all of them
+    (lacking / "dataset.json").write_text(json.dumps(described))
+    target = mix(None, 8, images=[lacking / "imagesTr" / "f*"], full_labels=[lacking / "labelsTr" / "f*"], **options)
+    assert read_json(target / "dataset.json")["supervision"] == {"f1": "full", "f2": "full"}
+    named = [NamedFolder(name, lacking / "labelsTr" / f"{name}*", classes) for name, classes in (
+        ("a", ["liver=1"]), ("r", ["kidney=2", "spleen=3"]), ("f", ["liver", "kidney", "spleen"]))]
+    target = mix(None, 9, images=[lacking / "imagesTr"], named=named, processes=1)
+    assert read_json(target / "dataset.json")["annotated_classes"]["r1"] == ["kidney", "spleen"], "as the error advises"
+
+
+def test_labels_that_the_table_declares_partial_are_not_taken_for_full_ones(folders, nnunet_folders):
+    folder = folders["abdomen"]
+    described = {"labels": {"background": 0, "liver": 1, "ignore": 2},
+                 "supervision": {"a1": "full", "a2": "partial", "a3": "unlabelled"}}
+    (folder / "dataset.json").write_text(json.dumps(described))
+    with pytest.raises(InputError, match='dataset.json: "supervision" declares that a2, a3 are not full; give partial'):
+        mix(folder, 8, processes=1)
+    for name in ("a2", "a3"):
+        (folder / "labels" / f"{name}.nii.gz").unlink()
+    mix(None, 8, images=[folder / "images"], full_labels=[folder / "labels"], labels=["background", "liver"],
+        processes=1)
+    (folder / "dataset.json").write_text("no JSON")
+    mix(None, 9, images=[folder / "images"], full_labels=[folder / "labels"], labels=["background", "liver"],
+        processes=1)
+
+
 # ---- names and patients ---------------------------------------------------------------------------------------------
 
 def test_names_in_two_sources_get_prefixes_and_count_as_one_patient(folders, nnunet_folders, tmp_path, capsys):
@@ -222,6 +289,25 @@ def test_a_patient_pattern_is_that_of_the_names_in_the_folders(folders, nnunet_f
     del folders["full"]
     described = read_json(mixed(folders, patient_pattern=pattern, overwrite=True) / "dataset.json")
     assert described["patient_pattern"] == pattern and "a1" in described["supervision"], "no prefix without need"
+
+
+def test_patients_that_lack_classes_validate_if_they_are_named(folders, nnunet_folders, tmp_path):
+    mixed(folders, validation=["a2", "r1"])
+    splits = read_json(nnunet_folders / "preprocessed" / "Dataset007_Mixed" / "splits_final.json")
+    assert splits == [{"train": ["a1", "a3", "r2"], "val": ["a2", "r1"]}]
+    with pytest.raises(InputError, match="--validation 2: no patient is annotated for all classes.* a1 a2$"):
+        mixed(folders, validation=["2"], overwrite=True)
+    folders["full"] = make_source(tmp_path / "F", ["a1", "f1", "f2"], [0, 1, 2, 3])
+    folders["scribbles"] = make_source(tmp_path / "S", ["s1"], [0, 1, 9])
+    more = {"full": ["liver", "kidney", "spleen"], "scribbles": ["kidney=1", "background=9", "ignore=0"]}
+    with pytest.raises(InputError, match="cases are full, or all of whose cases lack classes alone: a1, s1$"):
+        mixed(folders, more, validation=["a1", "a2", "f1", "s1"], overwrite=True)  # a1 is full in one source alone
+    mixed(folders, more, validation=["a2", "f1"], overwrite=True)
+    split, = read_json(nnunet_folders / "preprocessed" / "Dataset007_Mixed" / "splits_final.json")
+    assert split["val"] == ["abdomen_a2", "full_f1"]
+    mixed(folders, more, validation=["1"], overwrite=True)
+    split, = read_json(nnunet_folders / "preprocessed" / "Dataset007_Mixed" / "splits_final.json")
+    assert len(split["val"]) == 1 and split["val"][0] in ("full_f1", "full_f2"), "a number chooses full ones alone"
 
 
 def test_names_that_differ_in_case_alone_are_the_same(folders, nnunet_folders, tmp_path):

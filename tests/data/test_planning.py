@@ -857,7 +857,8 @@ def test_the_default_numbers_of_processes_are_nnunets(planned, monkeypatch):
     (["2d"], "Mine", {"a": 1, "ignore": 2}, False, "next: confkd train 7 2d all -p Mine   (with --quick"),
     (["3d_lowres"], "nnUNetPlans", {"a": 1}, False, "none of 3d_lowres is planned"),
     (["2d"], "nnUNetPlans", {"a": 1}, False, "next: confkd train 7 2d 0   ("),
-    (["2d"], "nnUNetPlans", {"a": 1, "b": 2}, True, "next: confkd train 7 2d 0 -tr ConfKDTrainer_partialOnly   (")])
+    (["2d"], "nnUNetPlans", {"a": 1, "b": 2}, True, "next: confkd train 7 2d 0 -tr ConfKDTrainer_partialOnly   ("),
+    (["2d"], "nnUNetPlans", {"a": 1, "b": 2}, False, "next: confkd train 7 2d all -tr ConfKDTrainer_partialOnly   (")])
 def test_the_next_command_is_told(empty_workspace, configurations, name, labels, split, expected):
     folder = Path(os.environ["nnUNet_preprocessed"]) / "Dataset007_A"
     folder.mkdir(parents=True)

@@ -109,3 +109,11 @@ def test_an_earlier_preview_is_replaced_and_nothing_else(predicted, monkeypatch,
     (predicted.output / "preview" / "mine.txt").write_text("mine")
     assert cli.main(argv) == 1 and len(called) == 2
     assert "holds files that are not of a preview (mine.txt)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("typed, meant", [("--previw", "--preview"), ("--save-entrop", "--save-entropy"),
+                                          ("--disable_ta", "--disable_tta")])
+def test_a_mistyped_option_gets_a_suggestion(typed, meant, tmp_path, capsys):
+    """Whether it is nnU-Net's option, that of `nnunet_commands.predict`, or that of this module."""
+    assert cli.main(["predict", typed, "-i", "x", "-o", str(tmp_path), "-d", "4", "-c", "2d"]) == 1
+    assert f"unknown argument '{typed}' (did you mean '{meant}'?)" in capsys.readouterr().err
