@@ -276,10 +276,6 @@ def spread_slices(count: int, fraction: float, rng: np.random.Generator) -> np.n
 
     Returns:
         True for each chosen slice, `(count,)`.
-
-    Examples:
-        >>> spread_slices(8, 0.25, np.random.default_rng(0)).sum()
-        np.int64(2)
     """
     chosen = np.zeros(count, dtype=bool)
     number = max(1, round(fraction * count))

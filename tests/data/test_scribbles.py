@@ -160,6 +160,13 @@ def test_eroded_masks_of_acdc_keep_a_margin_and_would_be_taken_for_scribbles_wit
     assert all(margins) and len(files) == 50 and any(name.startswith("eroded") for name in suspects(shapes))
 
 
+@pytest.mark.parametrize("label, margin", [([0, 0, 9, 1, 1, 1, 9, 0], True), ([9, 0, 1, 0, 9], False),
+                                           ([0, 1, 9, 9], False), ([9, 2, 0, 9, 1, 9], True)])
+def test_a_margin_is_more_ignored_voxels_than_background_beside_the_classes(label, margin):
+    for turned in (np.array([label]), np.array([label]).T, np.array([[label]])):
+        assert leaves_a_margin(turned, 9) is margin
+
+
 # ---- the way that failed --------------------------------------------------------------------------------------------
 
 def test_scribbles_with_0_for_not_annotated_given_as_full_masks_are_named_by_check(tmp_path, monkeypatch, capsys):

@@ -22,6 +22,7 @@ ALLOWED_SIZES = {
     "nnunet_confkd/data/weaken.py: weaken_dataset": OPTIONS,
     "nnunet_confkd/demo/demo.py: run": "the six steps of the demo, one after the other",
     "nnunet_confkd/demo/synthetic.py: _draw": "not split yet",
+    "nnunet_confkd/demo/synthetic.py: generate_dataset": OPTIONS,
     "nnunet_confkd/evaluation/evaluate.py: evaluate_folders": OPTIONS,
     "nnunet_confkd/inference/completion.py: complete": OPTIONS,
     "dataset_conversion/acdc.py: convert": OPTIONS,
