@@ -5,6 +5,7 @@ The command line prints the text of these errors without a traceback. Any other 
 import difflib
 import json
 from collections.abc import Callable, Iterable
+from functools import partial
 
 
 class InputError(ValueError):
@@ -28,7 +29,10 @@ class TrainingError(RuntimeError):
     """
 
 
-def shown(value, as_text: Callable = json.dumps, longest: int = 200) -> str:
+_as_json = partial(json.dumps, ensure_ascii=False)
+
+
+def shown(value, as_text: Callable = _as_json, longest: int = 200) -> str:
     """Return a value as text for a message, cut after `longest` characters."""
     try:
         text = as_text(value)

@@ -25,7 +25,7 @@ from nnunet_confkd.device import OPTION_HELP
 from nnunet_confkd.errors import InputError, shown, some
 from nnunet_confkd.files import new_folder, write_json
 
-RECORD, LOCK = "run.json", ".confkd_run.lock"
+RECORD, LOCK, RAW_PREDICTIONS = "run.json", ".confkd_run.lock", "predictions_raw"
 VARIABLES = ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")
 STEPS = ("mix", "check", "plan", "train", "predict", "postprocess", "report")
 ONLY_MIX = ("--dry-run", "--overwrite")
@@ -156,6 +156,8 @@ def begin(args: argparse.Namespace, output: Path) -> Work:
                                    "id": _id_to_write(args)})
         work.save()
         return work
+    if not (output / RAW_PREDICTIONS).exists():
+        record["given"]["test"] = given["test"]  # nothing has been predicted yet
     changed = [f"{_option(name)}: {shown(record['given'].get(name))} then, {shown(given.get(name))} now"
                for name in {**record["given"], **given} if record["given"].get(name) != given.get(name)]
     changed += [f"{name}: {shown(record['folders'].get(name))} then, {shown(folder)} now"
@@ -237,13 +239,26 @@ def mix_step(work: Work) -> Path:
 
 
 def check_step(work: Work) -> Path:
-    """Check the data set; it is quick enough to be done anew each time."""
+    """Check the data set and the images to predict, before any training; it is quick enough to be done anew."""
     from nnunet_confkd.data import check
 
+    _require_test_images(work)
     if work.call("check", check.main, ["-d", work.number]):
         raise InputError(f"confkd check has found errors (above). Correct the files, and begin anew: remove "
                          f"{raw_folder() / work.name}, and give a new --output")
     return raw_folder() / work.name
+
+
+def _require_test_images(work: Work) -> None:
+    """Raise InputError if the images to predict are not as those to train on."""
+    from nnunet_confkd.inference.inputs import readable_images
+
+    try:
+        with readable_images(work.args.test, read_description(raw_folder() / work.name / "dataset.json",
+                                                              ("file_ending",))):
+            pass
+    except InputError as error:
+        raise InputError(str(error).replace("-i ", "--test ", 1)) from error
 
 
 def plan_step(work: Work) -> Path:
@@ -271,7 +286,7 @@ def train_step(work: Work) -> Path:
 
 def predict_step(work: Work) -> Path:
     """Predict the test images; predictions that are whole already stay."""
-    target = work.output / "predictions_raw"
+    target = work.output / RAW_PREDICTIONS
     resumed = ["--continue_prediction"] if target.is_dir() else []
     if resumed:
         ending = read_description(work.model / "dataset.json")["file_ending"]
@@ -290,7 +305,7 @@ def postprocess_step(work: Work) -> Path:
     """Determine nnU-Net's post-processing on the validation cases, and apply it to the predictions."""
     from nnunet_confkd.inference import postprocessing
 
-    raw, rules, target = (work.output / name for name in ("predictions_raw", "postprocessing", "predictions"))
+    raw, rules, target = (work.output / name for name in (RAW_PREDICTIONS, "postprocessing", "predictions"))
     if work.record["folds"] == ["all"]:
         print("no post-processing: fold all has no validation cases to determine it on")
         return raw
@@ -346,8 +361,11 @@ def carry_out(work: Work) -> None:
         try:
             made = function(work)
         except BaseException as error:
-            how = "failed" if isinstance(error, Exception) else "was interrupted"
-            print(f"confkd run: step {title} {how}. The same command goes on from here.", file=sys.stderr)
+            how = "was interrupted. The same command goes on from here"
+            if isinstance(error, Exception):
+                how = "failed. " + ("Correct what is said below, and give the same command again"
+                                    if isinstance(error, InputError) else "The same command tries it again")
+            print(f"confkd run: step {title} {how}.", file=sys.stderr)
             raise
         work.record["done"].append(name)
         work.record.setdefault("made", {})[name] = str(made)
@@ -359,6 +377,8 @@ def main(argv: list[str]) -> None:
     args = arguments().parse_args(argv)
     if args.dry_run or args.overwrite:
         raise InputError(f"{' and '.join(ONLY_MIX)} are options of confkd mix alone; leave them out")
+    if not args.test.exists():
+        raise InputError(f"--test {args.test}: there is no such file or folder")
     output = args.output.resolve()
     output.mkdir(parents=True, exist_ok=True)
     missing = [name for name in VARIABLES if not os.environ.get(name)]
@@ -373,7 +393,7 @@ def main(argv: list[str]) -> None:
         except KeyboardInterrupt:
             raise SystemExit(130) from None
     predictions = Path(work.record["made"]["postprocess"])
-    raw = f" (not post-processed: {output / 'predictions_raw'})" if predictions.name == "predictions" else ""
+    raw = f" (not post-processed: {output / RAW_PREDICTIONS})" if predictions.name == "predictions" else ""
     print(f"\npredictions: {predictions}{raw}\nreport: {output / 'report' / 'report.html'}\nmodel: {work.model}")
     if args.quick:
         print("This was a first look (--quick). The accuracy is not that of a usual training: leave out --quick, and "

@@ -58,7 +58,7 @@ class Steps:
         raw, preprocessed = (Path(folder) / f"Dataset{argv[argv.index('--id') + 1]}_Mixed" for folder in folders)
         (raw / "imagesTr").mkdir(parents=True)  # it must not be there
         (raw / "imagesTr" / "a_0000.nii.gz").write_text("image")
-        (raw / "dataset.json").write_text(json.dumps(more))
+        (raw / "dataset.json").write_text(json.dumps({"file_ending": ".nii.gz", "channel_names": {"0": "x"}} | more))
         preprocessed.mkdir(parents=True)
         (preprocessed / "splits_final.json").write_text('[{"train": [], "val": ["a"]}]')
 
@@ -106,6 +106,9 @@ def steps(monkeypatch, tmp_path):
     for name in run.VARIABLES:
         monkeypatch.setenv(name, "x")
         monkeypatch.delenv(name)
+    for folder in ("test", "others"):
+        Path(folder).mkdir()
+        Path(folder, "new.nii.gz").touch()
     return Steps(monkeypatch)
 
 
@@ -172,10 +175,10 @@ def test_a_prediction_that_was_being_written_is_made_again(steps):
 @pytest.mark.parametrize("change, expected", [
     (["--labels", "background", "kidney"], '--labels: ["background", "a liver"] then, ["background", "kidney"] now'),
     (["--quick"], "--quick: false then, true now"), (["-c", "2d"], '-c: null then, "2d" now'),
-    (["-f", "1"], '-f: null then, ["1"] now'), (["--test", "other"], '--test: "test" then, "other" now'),
-    (["--id", "7"], "--id: null then, 7 now")])
+    (["-f", "1"], '-f: null then, ["1"] now'), (["--test", "others"], '--test: "test" then, "others" now'),
+    (["--id", "7"], "--id: null then, 7 now"), (["--labels", "background", "Nödel"], '["background", "Nödel"] now')])
 def test_a_changed_option_is_refused(steps, capsys, change, expected):
-    steps.interrupted, steps.error = ("plan", "before"), KeyboardInterrupt()
+    steps.interrupted, steps.error = ("predict" if "--test" in change else "plan", "after"), KeyboardInterrupt()
     with pytest.raises(SystemExit):
         cli.main(["run", *OPTIONS])
     steps.interrupted = None
@@ -195,7 +198,7 @@ def test_another_folder_or_other_folders_of_nnunets_are_refused(steps, capsys, m
     assert f'nnUNet_raw: "{tmp_path}/out/nnUNet_raw" then, "{tmp_path}/elsewhere" now' in capsys.readouterr().err
     for name in run.VARIABLES:
         monkeypatch.delenv(name)
-    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub" / "test").mkdir(parents=True)
     monkeypatch.chdir(tmp_path / "sub")
     assert cli.main(["run", *OPTIONS[:-1], "../out"]) == 1
     assert f'started in: "{tmp_path}" then' in capsys.readouterr().err
@@ -208,6 +211,25 @@ def test_options_may_change_as_long_as_nothing_is_written(steps, capsys):
     assert "step [1/7] mix failed" in capsys.readouterr().err
     steps.interrupted = None
     assert cli.main(["run", *OPTIONS, "--ignore-value", "3"]) == 0
+
+
+@pytest.mark.parametrize("folder, expected", [
+    ("nix", "--test nix: there is no such file or folder"),
+    ("empty", "--test empty: has no image that ends with .nii.gz, as the model's training images do, and no DICOM"),
+    ("two", "--test two: a_0001.nii.gz does not end with the number of a channel")])
+def test_images_to_predict_are_checked_before_the_training_and_may_be_corrected(steps, capsys, folder, expected):
+    Path("empty").mkdir()
+    Path("two").mkdir()
+    for channel in (0, 1):
+        Path("two", f"a_000{channel}.nii.gz").touch()
+    wrong = [word if word != "test" else folder for word in OPTIONS]
+    assert cli.main(["run", *wrong]) == 1
+    err = capsys.readouterr().err
+    assert expected in err and "train" not in [name for name, _ in steps.calls]
+    if folder != "nix":
+        assert "failed. Correct what is said below, and give the same command again." in err
+    assert cli.main(["run", *OPTIONS]) == 0
+    assert ("-i", "test") in [tuple(argv[2:4]) for name, argv in steps.calls if name == "predict"]
 
 
 def test_what_is_gone_and_what_is_not_ours_is_told(steps, capsys):
