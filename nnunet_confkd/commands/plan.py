@@ -33,7 +33,7 @@ def main(argv: list[str]) -> None:
         help="three numbers, for 3d_fullres and its cascade")
     add("-overwrite_plans_name", metavar="NAME", help="default: the planner's own")
     add("-c", dest="configurations", nargs="+", default=list(CONFIGURATIONS), metavar="CONFIGURATION",
-        help="to preprocess; those that the plans lack are skipped")
+        help="to preprocess; 3d_fullres and 3d_lowres are skipped if the plans lack them")
     add("-np", dest="processes", type=int, nargs="+", metavar="N", help="processes for preprocessing: one number, or "
         "one for each configuration; default: 8 for 2d, 4 for 3d_fullres, 8 for 3d_lowres, 4 for any other")
     add("--verbose", action="store_true")
