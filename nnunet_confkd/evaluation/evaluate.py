@@ -19,6 +19,7 @@ from nnunet_confkd.data.annotated_classes import unlisted_classes
 from nnunet_confkd.data.folders import find_dataset, preprocessed_folder, raw_folder
 from nnunet_confkd.data.images import ITK, Geometry, ending_of, read, spacing_file, values_in
 from nnunet_confkd.data.json_files import read_description
+from nnunet_confkd.data.names import without_affixes
 from nnunet_confkd.data.patients import patients_of
 from nnunet_confkd.errors import InputError
 from nnunet_confkd.evaluation.label_pair import LabelPair
@@ -234,6 +235,8 @@ def evaluate_folders(truth: str | Path, prediction: str | Path, *, dataset: int 
                      patient_pattern: str | None = None, processes: int = PROCESSES) -> Evaluation:
     """Measure every segmentation of a folder against the file of the same name in another one.
 
+    The name of the ground truth may have a prefix or a suffix of annotation tools, such as _gt.
+
     Args:
         truth: The folder of the ground truth.
         prediction: The folder of the predictions.
@@ -369,14 +372,33 @@ def _pairs(truth: Path, prediction: Path, subset: bool, cases: Collection[str] |
     """Return {case: (ground truth, prediction)}. Raises InputError."""
     truths, predictions = ({case: file for case, file in _images(folder).items() if cases is None or case in cases}
                            for folder in (truth, prediction))
-    problems = [f"{file}: {truth} holds no {case}" for case, file in predictions.items() if case not in truths]
-    if not subset:
-        problems += [f"{file}: {prediction} holds no {case}" for case, file in truths.items()
-                     if case not in predictions]
+    found, ambiguous = _with_affixes(truths, predictions)
+    pairs = found | {case: file for case, file in truths.items() if case in predictions}
+    alone = [] if subset else [(case, file) for case, file in truths.items() if file not in pairs.values()]
+    problems = ambiguous + [f"{file}: {truth} holds no {case}" for case, file in predictions.items()
+                            if case not in pairs]
+    remedy = (". A prediction needs the name of its ground truth, which may have a suffix such as _gt, _seg or _mask"
+              if problems else " (--subset measures only what is predicted)")
+    problems += [f"{file}: {prediction} holds no {case}" for case, file in alone]
     if problems:
-        remedy = "" if subset else " (--subset measures only what is predicted)"
         raise InputError(f"the folders do not match{remedy}:\n  " + "\n  ".join(problems))
-    return {case: (truths[case], file) for case, file in predictions.items()}
+    return {case: (pairs[case], file) for case, file in predictions.items()}
+
+
+def _with_affixes(truths: dict[str, Path], predictions: dict[str, Path]) -> tuple[dict[str, Path], list[str]]:
+    """Find ground truths whose names have more than the prediction's: the prefixes and suffixes of annotation tools.
+
+    Returns:
+        {case: ground truth} of predictions without a ground truth of the same name, and what is ambiguous.
+    """
+    fits: dict[str, list[Path]] = {}
+    for name, file in truths.items():
+        case = next((shorter for shorter in without_affixes(name) if shorter in predictions), name)
+        if case != name and case not in truths:
+            fits.setdefault(case, []).append(file)
+    return {case: files[0] for case, files in fits.items()}, [
+        f"{predictions[case]}: two ground truths fit it, {files[0]} and {files[1]}; take one out of the folder"
+        for case, files in fits.items() if len(files) > 1]
 
 
 def _described(dataset: int | str) -> tuple[dict[str, tuple[int, ...]], int | None, str | None, dict[str, list[str]]]:
