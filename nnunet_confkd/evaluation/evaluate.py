@@ -21,7 +21,8 @@ from nnunet_confkd.data.images import ITK, Geometry, ending_of, read, spacing_fi
 from nnunet_confkd.data.json_files import read_description
 from nnunet_confkd.data.names import without_affixes
 from nnunet_confkd.data.patients import patients_of
-from nnunet_confkd.errors import InputError
+from nnunet_confkd.data.survey import MOST_VALUES
+from nnunet_confkd.errors import InputError, some
 from nnunet_confkd.evaluation.label_pair import LabelPair
 from nnunet_confkd.evaluation.metrics import (
     HIGHER_IS_BETTER,
@@ -38,6 +39,8 @@ from nnunet_confkd.evaluation.tables import aligned, cases_text, mean_text, p_va
 from nnunet_confkd.processes import PROCESSES, parallel
 
 MADE_BY = "confkd evaluate"
+MOST_UNKNOWN = 20  # values that a label may hold beside those of the data set; with more of them it looks like an image
+IS_IMAGE = "It looks like an image: give the folder of the labels"
 WROTE_SUMMARY = "wrote_summary_json"  # the key in metrics.json
 INTERVALS = "with 95 % intervals (bootstrap over the patients)"
 TOLERANCE_HELP = f"tolerance of the NSD (default: {TOLERANCE_MM:g})"
@@ -211,8 +214,11 @@ def _read_labels(file: Path, known: frozenset[int] | None) -> tuple[np.ndarray, 
     if len(wrong):
         raise InputError(f"{file}: holds values that are no labels, e.g. {wrong[0]:g}")
     occurring = set(values.astype(int).tolist())
+    if known is None and len(occurring) > MOST_VALUES:
+        raise InputError(f"{file}: holds {len(occurring)} values. {IS_IMAGE}")
     if known is not None and (unknown := sorted(occurring - known)):
-        raise InputError(f"{file}: holds labels that the data set does not have: {', '.join(map(str, unknown))}")
+        raise InputError(f"{file}: holds labels that the data set does not have: {some(unknown, 5)}"
+                         + (f". {IS_IMAGE}" if len(unknown) > MOST_UNKNOWN else ""))
     return picture.voxels[0], picture.geometry, occurring
 
 

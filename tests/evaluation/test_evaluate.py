@@ -368,6 +368,15 @@ def test_unknown_labels_of_either_folder_are_named(folders, dataset):
     assert "have: 3" in complaint(folders, dataset=dataset({"background": 0, "a": 1, "b": 2, "ignore": 3}))
 
 
+def test_an_image_in_the_place_of_a_label_is_told(folders, dataset):
+    grey = np.arange(1200, dtype=np.int16).reshape(30, 40) % 300
+    save(folders / "truth" / "case0.nii.gz", np.resize(grey, label_map().shape))
+    text = complaint(folders)
+    assert "case0.nii.gz: holds 300 values. It looks like an image: give the folder of the labels" in text
+    text = complaint(folders, dataset=dataset({"background": 0, "a": 1, "b": 2}))
+    assert "does not have: 3, 4, 5, 6, 7 and 292 more. It looks like an image" in text
+
+
 @pytest.mark.parametrize("label", ["x", "0", "1,,2", "-1"])
 def test_labels_that_are_none(folders, label):
     assert f"--labels {label}: give whole numbers from 1" in complaint(folders, labels=[label])
