@@ -187,7 +187,8 @@ def _in_one_folder(layout: Layout) -> tuple[list[Source], list[str], list[str]]:
     cases = cases_of(images, [*labels[FULL], *labels[PARTIAL]])
     sources, label_of = [], {}
     for kind, named in labels.items():
-        fits, wrong = matched(cases, named, some(layout.images))
+        option = f"--{kind}-labels '" if len([*layout.full_labels, *layout.partial_labels]) > 1 else ""
+        fits, wrong = matched(cases, named, some(layout.images), option)
         problems += wrong
         problems += [f"{cases[case][0]}: has a full label, {label_of[case].path}, and a partial one, {label.path}; "
                      f"leave one of them out" for case, label in fits.items()
@@ -306,7 +307,7 @@ def _labels_in_named_folders(layout: Layout) -> tuple[list[Source], list[str]]:
     cases = cases_of(_images(layout, {label.path for label in found_there}), found_there)
     sources, problems = [], []
     for name, of_source in labels.items():
-        fits, wrong = matched(cases, of_source, some(layout.images))
+        fits, wrong = matched(cases, of_source, some(layout.images), f"--source '{name}=" if len(labels) > 1 else "")
         problems += wrong
         sources.append(Source(FULL, [CaseFiles(case, tuple(cases[case]), label.path) for case, label in fits.items()],
                               name=name))

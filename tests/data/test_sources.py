@@ -212,7 +212,9 @@ def test_a_long_table_is_cut_unless_it_is_a_dry_run(folders, nnunet_folders, cap
 def test_a_label_without_an_image_is_no_reason_for_an_unlabelled_case(folders, nnunet_folders):
     (folders / "scribbles" / "s1-scribble.nii.gz").rename(folders / "scribbles" / "s1_JD.nii.gz")
     text = _refused(nnunet_folders, "has no image in", folders)
-    assert "--label-pattern '{case}_JD.nii.gz'" in text
+    assert f"is: --partial-labels '{folders / 'scribbles'}/{{case}}_JD.nii.gz'" in text
+    found = mixture(**_options(folders, partial_labels=[f"{folders / 'scribbles'}/{{case}}_JD.nii.gz"])).sources
+    assert [case.name for source in found if source.kind == "partial" for case in source.cases] == ["s1"]
 
 
 def test_two_labels_of_one_image(folders, nnunet_folders):
