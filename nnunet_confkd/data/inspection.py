@@ -14,6 +14,7 @@ from nnunet_confkd.data.groups import Group, grouped_files, units_below
 from nnunet_confkd.data.images import ENDINGS
 from nnunet_confkd.data.measures import (
     EMPTY,
+    FRACTIONS,
     IMAGE,
     MASK,
     SCRIBBLES,
@@ -22,6 +23,7 @@ from nnunet_confkd.data.measures import (
     markers_of,
     measured,
     tell_scribbles_from_masks,
+    tell_unusable_labels,
 )
 from nnunet_confkd.data.mix import arguments, mixture
 from nnunet_confkd.data.source_proposal import (
@@ -36,7 +38,7 @@ from nnunet_confkd.data.source_proposal import (
     word_of,
 )
 from nnunet_confkd.data.survey import shares_text
-from nnunet_confkd.errors import InputError, grouped, some
+from nnunet_confkd.errors import InputError, counted, grouped, some
 from nnunet_confkd.processes import PROCESSES, parallel
 
 FIRST_ID = 100  # of the data sets that are proposed; nnU-Net's own examples have lower ones
@@ -68,6 +70,7 @@ def inspect(folders: Iterable[Path], processes: int = PROCESSES) -> list[Group]:
     measures = iter(found)
     for group in groups:
         group.files = {path: next(measures) for path in group.files}
+        tell_unusable_labels(group.files)
     groups = _joined_classes(groups)
     for alike in _with_common_classes(groups):
         tell_scribbles_from_masks({path: measure for group in alike for path, measure in group.files.items()})
@@ -174,7 +177,11 @@ def propose(groups: list[Group]) -> Proposal:
             words += ["--channels", "CT"]
     unreadable = [path for group in groups for path, measure in group.files.items() if measure.kind == UNREADABLE]
     if unreadable:
-        proposal.notes.append(f"note: {len(unreadable)} files cannot be read: {some(unreadable, 3)}")
+        proposal.notes.append(f"note: {counted(len(unreadable), 'file')} cannot be read: {some(unreadable, 3)}")
+    broken = [path for group in groups for path, measure in group.files.items() if measure.kind == FRACTIONS]
+    if broken:
+        proposal.notes.append(f"note: the command would stop, because of values that are no integers in "
+                              f"{some(broken, 3)}")
     return proposal
 
 

@@ -119,6 +119,32 @@ def test_a_picture_of_few_grey_values_is_an_image(tmp_path):
     assert _kinds(write_image(tmp_path / "i.nii.gz", voxels)) == [IMAGE]
 
 
+@pytest.mark.parametrize("others, noise", [(1, 0), (2, 0), (2, 1)])
+def test_a_label_with_values_that_are_no_integers_is_no_image(tmp_path, nnunet_folders, capsys, others, noise):
+    _folders(tmp_path)
+    folder = tmp_path / "scribbles"
+    broken = sorted(folder.iterdir())[0]
+    if others == 2:
+        _scribbles(folder / "p4.nii.gz")
+    label = read_voxels(broken).astype(np.float32)
+    label[label == 1] = 0.9999
+    label += noise * np.random.default_rng(0).random(SHAPE, np.float32)  # more values than a label may have
+    write_image(broken, label)
+    assert cli.main(["inspect", str(tmp_path), "--processes", "1"]) == 0
+    out = capsys.readouterr().out
+    assert f"{folder}: 1 unusable label, {others} scribble-like" in out
+    assert f"{broken}: is a label with values that are no integers, such as 0." in out
+    assert f"would stop, because of values that are no integers in {broken}" in out
+    assert f"--images {tmp_path / 'images'} \\\n" in out
+
+
+def test_an_image_beside_a_label_of_the_same_naming_stays_an_image(tmp_path):
+    write_image(tmp_path / "image.nii.gz", np.random.default_rng(0).random(SHAPE, np.float32))
+    _mask(tmp_path / "mask.nii.gz")
+    (group,) = inspect([tmp_path], 1)
+    assert [measure.kind for measure in group.files.values()] == [IMAGE, MASK]
+
+
 def test_a_label_of_many_classes_is_no_image(tmp_path):
     label = np.repeat(np.arange(24, dtype=np.uint8), 24 * 24).reshape(24, 24, 24)
     assert _kinds(write_image(tmp_path / "m.nii.gz", label)) == [MASK]
