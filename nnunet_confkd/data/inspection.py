@@ -4,6 +4,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import os
+import re
 import shlex
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -209,8 +210,12 @@ def _places(found: list[tuple[Group, list[Path]]]) -> list[str]:
 
 def _name_labels(proposal: Proposal, masks: list[Measure], scribbles: list[Measure]) -> None:
     """Add --labels, --ignore-value and --background-value."""
-    if any(measure.named for measure in masks + scribbles):
-        _name_segments(proposal, masks, scribbles)
+    valued = [[measure for measure in found if not measure.named] for found in (masks, scribbles)]
+    if sum(map(len, valued)) < len(masks + scribbles):
+        if any(valued):
+            _name_segments_and_values(proposal, [m for m in masks + scribbles if m.named], *valued)
+        else:
+            _name_segments(proposal, masks, scribbles)
         return
     classes = {value for measure in masks for value in measure.voxels}
     held: Counter = Counter()
@@ -242,6 +247,18 @@ def _name_labels(proposal: Proposal, masks: list[Measure], scribbles: list[Measu
     elif ignore == values[0]:
         proposal.notes.append("no background is annotated in the scribble-like labels; a few scribbles there would "
                               "help")
+
+
+def _name_segments_and_values(proposal: Proposal, named: list[Measure], masks: list[Measure],
+                              scribbles: list[Measure]) -> None:
+    """Add the options of labels with values, with question marks for the classes, which have the segments' names."""
+    _name_labels(proposal, masks or [Measure(MASK, voxels={0: 1})], scribbles)
+    proposal.words = [re.sub(r"^class_-?\d+(?==|$)", "?", word) for word in proposal.words]
+    segments = list(spellings(named).values())
+    background = background_of(segments)
+    proposal.notes.append(f"some labels have the segments {some(name for name in segments if name != background)}, and "
+                          f"others have values. Name the classes in --labels as the segments, in the order of the "
+                          f"values, in the place of the question marks")
 
 
 def _name_segments(proposal: Proposal, masks: list[Measure], scribbles: list[Measure]) -> None:
@@ -289,7 +306,7 @@ def missing_variables() -> str:
 
 def checked(words: list[str], groups: list[Group], processes: int) -> tuple[list[str], list[str], list[str]]:
     """Try what was proposed, without writing. Return the words, with what they lack, notes, and what is wrong."""
-    if {"?", "background=?"} & set(words):
+    if any(re.match(r"(background=)?\?(=|$)", word) for word in words):
         return words, [], []
     args = vars(arguments().parse_args([*words, "--id", "1", "--processes", str(processes)]))
     for key in ("id", "dry_run", "link", "overwrite"):

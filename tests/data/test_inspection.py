@@ -10,7 +10,7 @@ from image_files import read_json, read_voxels, write_image
 
 from nnunet_confkd import cli
 from nnunet_confkd.data.groups import Group, grouped_files, units_below
-from nnunet_confkd.data.inspection import command_text, description, free_id, inspect, propose
+from nnunet_confkd.data.inspection import checked, command_text, description, free_id, inspect, propose
 from nnunet_confkd.data.measures import (
     EMPTY,
     IMAGE,
@@ -308,6 +308,24 @@ def test_what_is_not_there(tmp_path, name, text):
 
 def test_the_most_frequent_value_of_segments_is_nothing():
     assert Measure(MASK, voxels={"liver": 3, 0: 2}, named=True).drawn == {"liver": 3}
+
+
+@pytest.mark.parametrize("masks, labels, background", [
+    (Measure(MASK, voxels={0: 90, 1: 5, 2: 5}), ["background", "?", "?"], "5"),
+    (Measure(MASK, voxels={0: 90, "liver": 5, "tumour": 5}, named=True), ["background"], "?")], ids=["values", "names"])
+def test_segments_beside_values_are_told_to_be_the_same_classes(tmp_path, masks, labels, background):
+    """The values 1 and 2 are the segments liver and tumour, 5 marks scribbles in the background, 0 nothing."""
+    found = {"images": {"a": Measure(IMAGE)}, "masks": {"a": masks}, "scribbles": {
+        "b": Measure(SCRIBBLES, voxels={0: 90, 1: 1, 2: 1, 5: 1}),
+        "c": Measure(SCRIBBLES, voxels={0: 90, "liver": 1, "tumour": 1, "Background": 1}, named=True)}}
+    groups = [Group(tmp_path / name, "{case}", True, {tmp_path / name / file: measure for file, measure in of.items()})
+              for name, of in found.items()]
+    proposal = propose(groups)
+    options = _options(proposal.words)
+    assert options["--labels"] == labels and options["--ignore-value"] == ["0"]
+    assert options["--background-value"] == [background]
+    assert proposal.notes[-1].startswith("some labels have the segments liver, tumour, and others have values. Name")
+    assert checked(proposal.words, groups, 1) == (proposal.words, [], [])  # it is not tried with question marks
 
 
 @pytest.mark.parametrize("kind, count, text", [
