@@ -5,6 +5,7 @@ import argparse
 
 from nnunet_confkd.evaluation.evaluate import PATTERN_HELP, TOLERANCE_HELP
 from nnunet_confkd.evaluation.metrics import TOLERANCE_MM
+from nnunet_confkd.inference.model_folder import require_model
 from nnunet_confkd.processes import PROCESSES
 
 
@@ -20,6 +21,8 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--output", metavar="FOLDER", help="write comparison.json, .txt and .png there")
     parser.add_argument("--processes", type=int, default=PROCESSES)
     args = parser.parse_args(argv)
+    for model in args.models:
+        require_model(model)
     from nnunet_confkd.evaluation.compare import compare_models, comparison_text, write
 
     found = compare_models(args.models, args.tolerance, args.patient_pattern, args.processes)

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 from nnunet_confkd.device import OPTION_HELP
+from nnunet_confkd.inference.model_folder import require_model
 from nnunet_confkd.processes import PROCESSES
 from nnunet_confkd.training.names import BRANCHES
 
@@ -37,6 +38,7 @@ def main(argv: list[str]) -> None:
                         help="hard links instead of copies of images: no space, but what writes to one writes to the "
                              "other")
     args = parser.parse_args(argv)
+    require_model(args.model)
     from nnunet_confkd.data.raw_format import summary
     from nnunet_confkd.inference.completion import KEY, TrainedModel, complete
 

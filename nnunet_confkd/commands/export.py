@@ -3,6 +3,8 @@ from __future__ import annotations
 
 import argparse
 
+from nnunet_confkd.inference.model_folder import require_model
+
 
 def main(argv: list[str]) -> None:
     """Run `confkd export`."""
@@ -17,6 +19,7 @@ def main(argv: list[str]) -> None:
                             "name")
     parser.add_argument("--branch", choices=("student", "teacher"), default="student")
     args = parser.parse_args(argv)
+    require_model(args.model)
     from nnunet_confkd.inference.export import export
 
     written = export(args.model, args.output, args.branch, args.install)

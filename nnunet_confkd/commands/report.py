@@ -5,6 +5,7 @@ import argparse
 from pathlib import Path
 
 from nnunet_confkd.device import OPTION_HELP, choose_device
+from nnunet_confkd.inference.model_folder import require_model
 
 
 def main(argv: list[str]) -> None:
@@ -23,6 +24,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("-chk", default="checkpoint_final.pth", metavar="NAME", help="default: checkpoint_final.pth")
     parser.add_argument("-device", choices=("cpu", "cuda", "mps"), help=OPTION_HELP)
     args = parser.parse_args(argv)
+    require_model(args.model)
     import torch
 
     from nnunet_confkd.inference.expected_time import prediction_text
