@@ -24,9 +24,10 @@ from unittest import mock
 
 import nnunetv2
 
+from nnunet_confkd.arguments import unknown_arguments
 from nnunet_confkd.device import OPTION_HELP, choose_device, cpu_threads
 from nnunet_confkd.discovery import make_findable
-from nnunet_confkd.errors import InputError, did_you_mean
+from nnunet_confkd.errors import InputError
 from nnunet_confkd.training.names import BRANCHES
 
 DEFAULT_TRAINER = "ConfKDTrainer"
@@ -522,8 +523,7 @@ def _parsed(parser: argparse.ArgumentParser, argv: list[str], own: argparse.Argu
     """
     args, unknown = parser.parse_known_args(argv)
     if unknown:
-        options = [*parser._option_string_actions, *own._option_string_actions]
-        raise InputError("unknown argument " + ", ".join(f"'{word}'{did_you_mean(word, options)}" for word in unknown))
+        raise unknown_arguments(unknown, [*parser._option_string_actions, *own._option_string_actions])
     return args
 
 

@@ -1,8 +1,7 @@
 """`confkd compare`."""
 from __future__ import annotations
 
-import argparse
-
+from nnunet_confkd.arguments import Parser
 from nnunet_confkd.evaluation.evaluate import PATTERN_HELP, TOLERANCE_HELP
 from nnunet_confkd.evaluation.metrics import TOLERANCE_MM
 from nnunet_confkd.inference.model_folder import require_model
@@ -11,7 +10,7 @@ from nnunet_confkd.processes import PROCESSES
 
 def main(argv: list[str]) -> None:
     """Run `confkd compare`."""
-    parser = argparse.ArgumentParser(prog="confkd compare", description=(
+    parser = Parser(prog="confkd compare", description=(
         "Compare trained models, or seeds of one, in one table and one plot. The student and, if there is one, the "
         "teacher are measured on the validation cases of all folds, as far as all models have them. Differences to the "
         "first model are paired by case."))

@@ -1,10 +1,10 @@
 """`confkd complete`."""
 from __future__ import annotations
 
-import argparse
 import json
 from pathlib import Path
 
+from nnunet_confkd.arguments import Parser
 from nnunet_confkd.device import OPTION_HELP
 from nnunet_confkd.inference.model_folder import require_model
 from nnunet_confkd.processes import PROCESSES
@@ -13,7 +13,7 @@ from nnunet_confkd.training.names import BRANCHES
 
 def main(argv: list[str]) -> None:
     """Run `confkd complete`."""
-    parser = argparse.ArgumentParser(prog="confkd complete", description=(
+    parser = Parser(prog="confkd complete", description=(
         "The labels of partly labelled training cases, completed by a trained model, as a data set of its own."))
     parser.add_argument("-d", required=True, metavar="ID",
                         help="the data set whose labels are to be completed, id or name")

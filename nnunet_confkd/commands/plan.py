@@ -1,8 +1,7 @@
 """`confkd plan`: the options of nnUNetv2_plan_and_preprocess."""
 from __future__ import annotations
 
-import argparse
-
+from nnunet_confkd.arguments import Parser
 from nnunet_confkd.data.annotated_classes import CLASSES_KEY
 from nnunet_confkd.data.folders import find_dataset, preprocessed_folder
 from nnunet_confkd.data.json_files import CONFIGURATIONS, read_json, read_plans
@@ -10,7 +9,7 @@ from nnunet_confkd.data.json_files import CONFIGURATIONS, read_json, read_plans
 
 def main(argv: list[str]) -> None:
     """Run `confkd plan`."""
-    parser = argparse.ArgumentParser(prog="confkd plan", description=(
+    parser = Parser(prog="confkd plan", description=(
         "nnUNetv2_plan_and_preprocess, with all its options. Without an ignore label the result is the same. With one, "
         "the intensity statistics are those of annotated foreground, resampling loses no annotation, a report is "
         "printed, and splits_final.json is written."))

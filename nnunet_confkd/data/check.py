@@ -4,13 +4,13 @@ torch is imported only after the files have been read, and only by the main proc
 """
 from __future__ import annotations
 
-import argparse
 import json
 import re
 from collections.abc import Iterable
 from pathlib import Path
 from types import SimpleNamespace
 
+from nnunet_confkd.arguments import Parser
 from nnunet_confkd.data.annotated_classes import (
     CLASSES_KEY,
     Listed,
@@ -399,7 +399,7 @@ def _on_both_sides(patients: dict[str, str], train: Iterable[str],
 
 def main(argv: list[str]) -> int:
     """Run `confkd check`. Return the exit status."""
-    parser = argparse.ArgumentParser(prog="confkd check", description=(
+    parser = Parser(prog="confkd check", description=(
         "Check a data set in nnU-Net's raw format before training: files, geometry, values, supervision, split. The "
         "exit status is 0 if training would be right, with warnings or without, and 1 if it would be wrong."))
     parser.add_argument("-d", "--dataset", required=True, metavar="ID", help="the data set, id or name")

@@ -1,7 +1,6 @@
 """Say what the files in folders are, and print the `confkd mix` command that fits them."""
 from __future__ import annotations
 
-import argparse
 import itertools
 import os
 import re
@@ -10,6 +9,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from nnunet_confkd.arguments import Parser
 from nnunet_confkd.data.folders import require_free_id
 from nnunet_confkd.data.groups import Group, grouped_files, units_below
 from nnunet_confkd.data.images import ENDINGS
@@ -352,7 +352,7 @@ def _to_do(words: list[str], notes: list[str]) -> str:
 
 def main(argv: list[str]) -> None:
     """Run `confkd inspect`."""
-    parser = argparse.ArgumentParser(prog="confkd inspect", description=__doc__)
+    parser = Parser(prog="confkd inspect", description=__doc__)
     parser.add_argument("folders", nargs="+", type=Path, metavar="FOLDER", help="images, labels, or both")
     parser.add_argument("--processes", type=int, default=PROCESSES)
     args = parser.parse_args(argv)

@@ -84,7 +84,8 @@ def _of_picture(picture: Picture) -> Measure:
     counts = value_counts(picture)
     low, high = (float(voxels.min()), float(voxels.max())) if voxels.size else (0.0, 0.0)
     measure = Measure(IMAGE, picture.geometry, len(voxels), (low, high), fraction=_fraction(voxels), few=bool(counts))
-    if not counts or measure.fraction is not None or len(voxels) > 1 or (len(counts) > FEW_VALUES and _evenness(voxels[0]) < EVEN):
+    if not counts or measure.fraction is not None or len(voxels) > 1 or (
+            len(counts) > FEW_VALUES and _evenness(voxels[0]) < EVEN):
         return measure
     measure.kind, measure.voxels = MASK, {int(value): count for value, count in counts.items()}
     names = list(measure.drawn)

@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from nnunet_confkd.arguments import Parser
 from nnunet_confkd.data import dicom, meanings
 from nnunet_confkd.data.case_files import Case
 from nnunet_confkd.data.class_sources import labels_of_sources
@@ -310,7 +311,7 @@ class _AddClasses(argparse.Action):
 
 def arguments() -> argparse.ArgumentParser:
     """Return the parser of `confkd mix`."""
-    parser = argparse.ArgumentParser(prog="confkd mix", description=__doc__, epilog=(
+    parser = Parser(prog="confkd mix", description=__doc__, epilog=(
         "confkd inspect FOLDER ... prints the command that fits. A FOLDER may also be files, or a pattern such as "
         "'masks/*_seg.nii.gz' or 'data/{case}/seg.nii.gz'. Several channels have nnU-Net's names (case_0000, "
         "case_0001), or a --pattern each. Formats: " + ", ".join(ENDINGS) + ", DICOM; labels also .seg.nrrd and "

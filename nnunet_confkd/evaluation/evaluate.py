@@ -2,7 +2,6 @@
 pairs."""
 from __future__ import annotations
 
-import argparse
 import csv
 import io
 import json
@@ -15,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from nnunet_confkd.arguments import Parser
 from nnunet_confkd.data.annotated_classes import unlisted_classes
 from nnunet_confkd.data.folders import find_dataset, preprocessed_folder, raw_folder
 from nnunet_confkd.data.images import ITK, Geometry, ending_of, read, spacing_file, values_in
@@ -540,7 +540,7 @@ def _wrote_summary(metrics: Path) -> bool:
 
 def main(argv: list[str]) -> None:
     """Run `confkd evaluate`."""
-    parser = argparse.ArgumentParser(prog="confkd evaluate", description=(
+    parser = Parser(prog="confkd evaluate", description=(
         "Measure segmentations against the ground truth, for each case and class: Dice, IoU, HD95 and ASSD in mm, NSD, "
         "volume difference in ml. Writes metrics.json, metrics.csv and, if there is no other, nnU-Net's summary.json."))
     parser.add_argument("--truth", required=True, metavar="DIR", help="folder of the ground truth")
