@@ -147,8 +147,9 @@ def labels_of(folder: Path, texts: list[str] | None, description: dict) -> Label
 def _labels_of_description(folder: Path, description: dict) -> dict[str, Any]:
     """Return {name: value} of dataset.json's labels."""
     if not description.get("labels"):
-        raise InputError(f"{folder / 'dataset.json'}: has no labels; give their names, from the background on: "
-                         f"--labels background NAME ...")
+        file = folder / "dataset.json"
+        raise InputError(f"{file}: {'has no labels' if file.is_file() else 'there is no such file'}; give the names of "
+                         f"the labels, from the background on: --labels background NAME ...")
     named = dict(description["labels"])
     if all(key.isdigit() and isinstance(name, str) for key, name in named.items()):  # MSD: value to name
         named = {name: int(value) for value, name in named.items()}
@@ -160,6 +161,7 @@ def _labels_of_description(folder: Path, description: dict) -> dict[str, Any]:
 
 def _labels_of_options(texts: list[str]) -> dict[str, Any]:
     """Return {name: value or name of the segment} of texts such as "organ", "organ=3" or "organ=Liver 1"."""
+    require_separate("--labels", texts)
     named: dict[str, Any] = {}
     for number, text in enumerate(texts):
         label, _, value = text.partition("=")
@@ -172,6 +174,19 @@ def _labels_of_options(texts: list[str]) -> dict[str, Any]:
                              f"of segments; leave one of them out")
         named[label] = int(value) if re.fullmatch(r"-?\d+", value) else value or number
     return named
+
+
+def require_separate(option: str, texts: list[str]) -> None:
+    """Raise InputError if names are separated by commas, as in "background,liver" or "background, liver".
+
+    Args:
+        option: The option that they are given with.
+        texts: Its words.
+    """
+    joined = len(texts) == 1 and re.search(r"^[^=\s]+,[^=\s]+$|,[A-Za-z_]\w*=", texts[0])
+    if joined or any(re.fullmatch("[^=]+,", text) for text in texts):
+        words = " ".join(texts).replace(",", " ").split()
+        raise InputError(f"{option}: names are separated by spaces, not by commas; give {' '.join(words)}")
 
 
 # ---- do the files fit? -----------------------------------------------------------------------------------------------
