@@ -11,7 +11,7 @@ from typing import Any
 from nnunet_confkd.data.json_files import NEEDED, malformed, read_json
 from nnunet_confkd.data.raw_format import label_values
 from nnunet_confkd.data.supervision import FULL
-from nnunet_confkd.data.survey import Content, shares_text, together
+from nnunet_confkd.data.survey import MOST_STRANGE, Content, shares_text, together
 from nnunet_confkd.errors import InputError, shown, some
 
 
@@ -251,8 +251,10 @@ def value_problems(contents: Mapping[Path, Content], kind: str, meaning: Meaning
             text += (f" the segments {some(map(repr, found))}, which {labels.option} does not name. "
                      f"{_segment_advice(found, labels)}")
         else:
+            image = "It looks like an image: are the images and the labels exchanged?"
+            advice = image if len(found) > MOST_STRANGE else _value_advice(found, kind, held, labels)
             text += (f" the values {some(f'{value:g}' for value in found)}; a {kind} label may hold "
-                     f"{some(sorted(meaning.values))}. {_value_advice(found, kind, held, labels)}")
+                     f"{some(sorted(meaning.values))}. {advice}")
         text += f" All that is held: {shares_text(held)}" + ("" if len(files) == 1 else f"; in {some(files, 3)}")
         problems.update(dict.fromkeys(files, text))
     return problems

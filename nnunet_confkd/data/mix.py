@@ -206,7 +206,21 @@ def _interpret(sources: list[Source], contents: dict[Path, Content], ignore_valu
         missing = source.kind == PARTIAL and meanings.ignore_value_problem(plain, known, ignored)
         problems |= dict.fromkeys(plain, missing) if missing else meanings.value_problems(
             held, source.kind, source.meaning, known)
+    _ask_for_exchange(problems, sources, contents, ignore_value if background_value is None else background_value)
     return problems
+
+
+def _ask_for_exchange(problems: dict[Path, str], sources: list[Source], contents: dict[Path, Content],
+                      marker: int | None) -> None:
+    """Add a question if full labels hold a value that only partial ones should hold, and no partial label holds it."""
+    partial = [contents[label].voxels for source in sources if source.kind == PARTIAL for label in source.labels
+               if label in contents]
+    if not partial or any(marker in voxels for voxels in partial):
+        return
+    for source in (source for source in sources if source.kind == FULL and marker not in source.meaning.values):
+        for label in source.labels:
+            if label in problems and marker in contents[label].voxels:
+                problems[label] += ". Are the full and the partial labels exchanged?"
 
 
 def _require_files_of_classes(source: Source, known: Labels) -> None:

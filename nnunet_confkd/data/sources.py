@@ -197,7 +197,17 @@ def _in_one_folder(layout: Layout) -> tuple[list[Source], list[str], list[str]]:
         if named:
             sources.append(Source(kind, [CaseFiles(case, tuple(cases[case]), label.path)
                                          for case, label in fits.items()]))
+    if not any(source.kind == FULL and source.cases for source in sources):
+        problems += _exchanged(layout, images, labels[FULL])
     return [*sources, *_rest(cases, label_of)], problems, []
+
+
+def _exchanged(layout: Layout, images: list[Named], labels: list[Named]) -> list[str]:
+    """Ask whether images and full labels are exchanged, if the names of the images are those of labels of the others.
+    """
+    fits, _ = matched(cases_of(labels, images), images, "")
+    question = "the names are like those of labels; are --images and --full-labels exchanged?"
+    return [f"{some(layout.images)}: {question}"] if fits else []
 
 
 def _of_narrowest_pattern(labels: dict[str, list[Named]]) -> dict[str, list[Named]]:

@@ -21,7 +21,7 @@ from nnunet_confkd.data.images import ITK, Geometry, ending_of, read, spacing_fi
 from nnunet_confkd.data.json_files import read_description
 from nnunet_confkd.data.names import without_affixes
 from nnunet_confkd.data.patients import patients_of
-from nnunet_confkd.data.survey import MOST_VALUES
+from nnunet_confkd.data.survey import MOST_STRANGE, MOST_VALUES
 from nnunet_confkd.errors import InputError, some
 from nnunet_confkd.evaluation.label_pair import LabelPair
 from nnunet_confkd.evaluation.metrics import (
@@ -39,7 +39,6 @@ from nnunet_confkd.evaluation.tables import aligned, cases_text, mean_text, p_va
 from nnunet_confkd.processes import PROCESSES, parallel
 
 MADE_BY = "confkd evaluate"
-MOST_UNKNOWN = 20  # values that a label may hold beside those of the data set; with more of them it looks like an image
 IS_IMAGE = "It looks like an image: give the folder of the labels"
 WROTE_SUMMARY = "wrote_summary_json"  # the key in metrics.json
 INTERVALS = "with 95 % intervals (bootstrap over the patients)"
@@ -218,7 +217,7 @@ def _read_labels(file: Path, known: frozenset[int] | None) -> tuple[np.ndarray, 
         raise InputError(f"{file}: holds {len(occurring)} values. {IS_IMAGE}")
     if known is not None and (unknown := sorted(occurring - known)):
         raise InputError(f"{file}: holds labels that the data set does not have: {some(unknown, 5)}"
-                         + (f". {IS_IMAGE}" if len(unknown) > MOST_UNKNOWN else ""))
+                         + (f". {IS_IMAGE}" if len(unknown) > MOST_STRANGE else ""))
     return picture.voxels[0], picture.geometry, occurring
 
 

@@ -217,6 +217,27 @@ def test_a_label_without_an_image_is_no_reason_for_an_unlabelled_case(folders, n
     assert [case.name for source in found if source.kind == "partial" for case in source.cases] == ["s1"]
 
 
+def test_exchanged_folders_are_asked_about(folders, nnunet_folders):
+    question = "masks: the names are like those of labels; are --images and --full-labels exchanged?"
+    exchanged = {"images": [folders / "masks"], "full_labels": [folders / "images"]}
+    assert question in _refused(nnunet_folders, "has no image in", folders, **exchanged)
+    exchanged = {"full_labels": [folders / "scribbles"], "partial_labels": [folders / "masks"]}
+    _refused(nnunet_folders, "Are the full and the partial labels exchanged", folders, **exchanged)
+    _label(folders / "masks" / "m1_seg.nii.gz", "partial")  # the value of scribbles in a mask is no such sign
+    assert "exchanged?" not in _refused(nnunet_folders, "a full label may hold 0, 1", folders)
+    (folders / "masks" / "m1_seg.nii.gz").rename(folders / "masks" / "m1_JD.nii.gz")  # nor is a name
+    (folders / "masks" / "m2_seg.nii.gz").unlink()
+    assert "exchanged?" not in _refused(nnunet_folders, "has no image in", folders)
+
+
+@pytest.mark.parametrize("shape", [SHAPE, (8, 8, 8)], ids=["few values", "many values"])
+def test_an_image_in_the_place_of_a_label_is_told(folders, nnunet_folders, shape):
+    write_image(folders / "images" / "m1.nii.gz", np.zeros(shape, np.float32))
+    write_image(folders / "masks" / "m1_seg.nii.gz", np.arange(np.prod(shape), dtype=np.int16).reshape(shape))
+    _refused(nnunet_folders, "(?i)m1_seg.nii.gz: .*it looks like an image: are the images and the labels exchanged",
+             folders)
+
+
 def test_two_labels_of_one_image(folders, nnunet_folders):
     _label(folders / "masks" / "m1-label.nii.gz")
     text = _refused(nnunet_folders, "two labels belong to it", folders)
