@@ -375,7 +375,7 @@ def _default_split(file: Path, kinds: dict[str, str], patients: dict[str, str], 
                                      complete=report.complete_cases())
             text = f"The trainer will write {split_text(folds, kinds)}"
         except InputError as error:
-            text = str(error)
+            text = str(error).replace("confkd train ID ", f"confkd train {int(report.dataset[7:10])} ")
     shared = {patient for fold in folds for patient in _on_both_sides(patients, fold["train"], fold["val"])}
     if shared:
         text += (f". It does not know the patients: {some(sorted(shared))} would be on both sides of a fold. Write the "

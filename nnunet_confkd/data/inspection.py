@@ -323,7 +323,7 @@ def checked(words: list[str], groups: list[Group], processes: int) -> tuple[list
                   and not measures[case.label.file].named and _differs(measures, case)]
     if other_grid:
         words = [*words, "--resample-labels"]
-        notes.append(f"note: {len(other_grid)} labels are on another grid than their image ({some(other_grid, 3)}); "
+        notes.append(f"note: labels on another grid than their image: {len(other_grid)} ({some(other_grid, 3)}); "
                      f"look at them: the command resamples them")
     return words, [*mixed.notes, *notes], mixed.dataset.problems
 

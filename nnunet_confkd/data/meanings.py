@@ -247,14 +247,15 @@ def value_problems(contents: Mapping[Path, Content], kind: str, meaning: Meaning
     for (named, *found), files in strange.items():
         held = together(contents[file] for file in files)
         text = f"{files[0]}: holds" if len(files) == 1 else f"{len(files)} labels hold"
+        plural = "s" if len(found) > 1 else ""
         if named:
-            text += (f" the segments {some(map(repr, found))}, which {labels.option} does not name. "
+            text += (f" the segment{plural} {some(map(repr, found))}, which {labels.option} does not name. "
                      f"{_segment_advice(found, labels)}")
         else:
             image = "It looks like an image: are the images and the labels exchanged?"
             advice = image if len(found) > MOST_STRANGE else _value_advice(found, kind, held, labels)
-            text += (f" the values {some(f'{value:g}' for value in found)}; a {kind} label may hold "
-                     f"{some(sorted(meaning.values))}. {advice}")
+            text += (f" the value{plural} {some(f'{value:g}' for value in found)}; a {kind} "
+                     f"label may hold {some(sorted(meaning.values))}. {advice}")
         text += f" All that is held: {shares_text(held)}" + ("" if len(files) == 1 else f"; in {some(files, 3)}")
         problems.update(dict.fromkeys(files, text))
     return problems

@@ -156,7 +156,7 @@ def _notes_on_coverage(training: list[Case], contents: dict[Path, Content], proc
     shares = parallel(_share_covered, [(case.images[0], contents[case.label.file].geometry) for case in masks],
                       processes, "comparing grids")
     short = [f"{case.label.file.name} {share:.1%}" for case, share in zip(masks, shares) if share < 1]
-    return [f"note: {len(short)} full labels do not cover their image ({some(short, 3)}). What lies beyond them "
+    return [f"note: full labels that do not cover their image: {len(short)} ({some(short, 3)}). What lies beyond them "
             f"becomes background; if it may be something else, give them as partial labels"] if short else []
 
 

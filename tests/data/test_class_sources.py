@@ -263,10 +263,10 @@ def test_values_that_no_class_has_are_told_for_all_sources_at_once(folders, nnun
     with pytest.raises(InputError) as error:
         mixed(folders, {"renal": ["kidney"], "abdomen": ["liver=5"]})
     text = str(error.value)
-    assert "2 labels hold the values 2; a full label may hold 0, 1." in text
+    assert "2 labels hold the value 2; a full label may hold 0, 1." in text
     assert "name it: --classes ... NAME=2. If it is a class that you do not need, it can be background: " \
            "background=0,2." in text
-    assert "3 labels hold the values 1; a full label may hold 0, 5." in text and "--classes of abdomen: ignore=" in text
+    assert "3 labels hold the value 1; a full label may hold 0, 5." in text and "--classes of abdomen: ignore=" in text
     assert not list((nnunet_folders / "raw").iterdir())
 
 

@@ -235,7 +235,7 @@ def test_a_label_on_another_grid_is_told_and_resampled(tmp_path, nnunet_folders,
     folders = [f"{tmp_path}/{name}" for name in ("images", "masks", "scribbles")]
     assert cli.main(["inspect", *folders, "--processes", "1"]) == 0
     out = capsys.readouterr().out
-    assert "1 labels are on another grid than their image" in out and "--resample-labels" in out
+    assert "note: labels on another grid than their image: 1 (" in out and "--resample-labels" in out
     words = shlex.split(out[out.index("confkd mix"):].replace("\\\n", " "))
     assert cli.main([*words[1:], "--processes", "1"]) == 0
     assert np.array_equal(read_voxels(nnunet_folders / "raw" / "Dataset100_Mixed" / "labelsTr" / "p0.nii.gz"), label)

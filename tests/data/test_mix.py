@@ -405,7 +405,7 @@ def test_an_ignored_voxel_in_a_full_label(folders, nnunet_folders):
     label = read_voxels(file)
     label[0, 0, 0] = 9
     _write(file, label)
-    _fails(folders, nnunet_folders, r"full2\.nii\.gz: holds the values 9; a full label may hold 0, 1, 2")
+    _fails(folders, nnunet_folders, r"full2\.nii\.gz: holds the value 9; a full label may hold 0, 1, 2")
 
 
 def test_an_unlabelled_image_of_other_channels(folders, nnunet_folders):

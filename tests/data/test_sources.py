@@ -187,7 +187,7 @@ def test_a_resampled_mask_that_does_not_cover_its_image_is_told(folders, nnunet_
     write_image(wide, np.pad(read_voxels(wide), 1), origin=(-1, -1, -1))
     notes = mixture(**_options(folders), resample_labels=True).notes
     share = 1 - 1 / label.shape[1]
-    assert notes[-1].startswith(f"note: 1 full labels do not cover their image (m1_seg.nii.gz {share:.1%})")
+    assert notes[-1].startswith(f"note: full labels that do not cover their image: 1 (m1_seg.nii.gz {share:.1%})")
 
 
 def test_a_dry_run_ends_with_what_is_wrong(folders, nnunet_folders, capsys):
@@ -294,7 +294,7 @@ def test_unlabelled_images_that_are_labelled_elsewhere_are_left_out(folders, nnu
 
 def test_equal_values_are_one_message_with_the_option(folders, nnunet_folders):
     text = _refused(nnunet_folders, "^3 labels", folders, background_value=None)
-    assert "3 labels hold the values 2; a partial label may hold 0, 1. If 2 marks scribbles in the background: " \
+    assert "3 labels hold the value 2; a partial label may hold 0, 1. If 2 marks scribbles in the background: " \
            "--background-value 2." in text
     assert "All that is held: 0: 95.0 %, 1: 2.5 %, 2: 2.5 %" in text and text.count("--background-value") == 1
     assert text.count("scribble.nii.gz") == 3
