@@ -15,6 +15,7 @@ CONVERTERS = ("acdc", "brats", "la2018", "mmwhs", "mscmr", "msd", "promise12")
 
 def main(argv: list[str]) -> None:
     """Run `confkd convert`."""
+    from nnunet_confkd.arguments import Parser
     from nnunet_confkd.data.raw_format import summary
     from nnunet_confkd.processes import PROCESSES
 
@@ -27,7 +28,7 @@ def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="confkd convert", description=(
         "Write a public data set in nnU-Net's raw format, checked, with its supervision table and a split. confkd "
         "convert NAME --help lists the options of one; confkd convert --list says what each of them reads."))
-    parsers = parser.add_subparsers(dest="converter", required=True, metavar="NAME")
+    parsers = parser.add_subparsers(dest="converter", required=True, metavar="NAME", parser_class=Parser)
     for name in CONVERTERS:
         if argv and argv[0] in CONVERTERS and argv[0] != name:
             continue  # its module need not be imported

@@ -1,10 +1,11 @@
 """How nnU-Net finds the trainers: the environment variable nnUNet_extTrainer."""
 from __future__ import annotations
 
-import argparse
 import os
 from importlib.resources import files
 from pathlib import Path
+
+from nnunet_confkd.arguments import Parser
 
 VARIABLE = "nnUNet_extTrainer"
 
@@ -44,7 +45,7 @@ def make_findable() -> None:
 
 def main(argv: list[str]) -> None:
     """Run `confkd trainer-dir`."""
-    parser = argparse.ArgumentParser(prog="confkd trainer-dir", description=(
+    parser = Parser(prog="confkd trainer-dir", description=(
         "Print the folder that the environment variable nnUNet_extTrainer must name, and nothing else."))
     parser.add_argument("--export", action="store_true",
                         help="print the whole line for the shell instead; it keeps what the variable already holds")

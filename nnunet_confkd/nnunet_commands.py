@@ -24,9 +24,10 @@ from unittest import mock
 
 import nnunetv2
 
+from nnunet_confkd.arguments import unknown_arguments
 from nnunet_confkd.device import OPTION_HELP, choose_device, cpu_threads
 from nnunet_confkd.discovery import make_findable
-from nnunet_confkd.errors import InputError, did_you_mean
+from nnunet_confkd.errors import InputError
 from nnunet_confkd.training.names import BRANCHES
 
 DEFAULT_TRAINER = "ConfKDTrainer"
@@ -115,9 +116,7 @@ def check_training(args: argparse.Namespace) -> Path:
             configuration is not preprocessed; the options contradict each other; there are fewer GPUs than asked for.
     """
     _require_variables("nnUNet_preprocessed", "nnUNet_results")
-    for one, other in (("c", "val"), ("c", "pretrained_weights"), ("val_best", "disable_checkpointing")):
-        if getattr(args, one) and getattr(args, other):
-            raise InputError(f"{_flag(one)} and {_flag(other)} exclude each other; leave one out")
+    _require_no_contradiction(args)
     name = _dataset_name(args.dataset_name_or_id)
     folder = Path(os.environ["nnUNet_preprocessed"]) / name
     _require_preprocessed(folder, args.p, args.configuration)
@@ -153,7 +152,9 @@ def prepare_quick(args: argparse.Namespace) -> str:
 
     _require_variables("nnUNet_preprocessed", "nnUNet_results")
     folder = _preprocessed(args)
+    _require_no_contradiction(args)
     _require_preprocessed(folder, args.p, args.configuration)
+    _require_fold(folder, args.fold)  # before the plans are changed
     trainer = _require_trainer(args.tr)
     if not hasattr(trainer, "settings_of"):  # none of ours, which alone read the number of epochs from the plans
         raise InputError(f"--quick: -tr {args.tr} cannot be shortened by it; use {DEFAULT_TRAINER} or a variant of it")
@@ -217,6 +218,12 @@ def after_training(args: argparse.Namespace, output: Path) -> str:
     return "\n".join(lines)
 
 
+def _require_no_contradiction(args: argparse.Namespace) -> None:
+    for one, other in (("c", "val"), ("c", "pretrained_weights"), ("val_best", "disable_checkpointing")):
+        if getattr(args, one) and getattr(args, other):
+            raise InputError(f"{_flag(one)} and {_flag(other)} exclude each other; leave one out")
+
+
 def _flag(name: str) -> str:
     return f"-{name}" if name == "pretrained_weights" else f"--{name}"
 
@@ -224,8 +231,10 @@ def _flag(name: str) -> str:
 def _require_variables(*names: str) -> None:
     missing = [name for name in names if not os.environ.get(name)]
     if missing:
-        raise InputError(f"{' and '.join(missing)}, nnU-Net's environment variables, are not set; set them to your "
-                         "folders: " + "; ".join(f"export {name}=/path/to/{name}" for name in missing))
+        what = ("variable, is not set; set it to your folder" if len(missing) == 1 else
+                "variables, are not set; set them to your folders")
+        raise InputError(f"{' and '.join(missing)}, nnU-Net's environment {what}: "
+                         + "; ".join(f"export {name}=/path/to/{name}" for name in missing))
 
 
 def _dataset_name(dataset: str) -> str:
@@ -438,6 +447,7 @@ def train(argv: list[str]) -> None:
     own_parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     own_parser.add_argument("--quick", action="store_true")
     own, argv = own_parser.parse_known_args(argv)
+    _require_places(argv)
     args = _parsed(parser, argv, own_parser._option_string_actions)
     args.tr = args.tr or DEFAULT_TRAINER
     make_findable()
@@ -460,6 +470,15 @@ def train(argv: list[str]) -> None:
             argv = with_options(argv, "-pretrained_weights", weights)
         run_as(name, argv)
     print("\n".join(filter(None, [about, after_training(args, output)])))
+
+
+def _require_places(argv: list[str]) -> None:
+    """Raise InputError if the data set, the configuration or the fold is given by an option, as in `predict`."""
+    given = dict(zip(argv, argv[1:]))
+    if {"-c", "-f"} & given.keys() or re.match(r"\d|Dataset", given.get("-d", "")):
+        words = [given.get(option, word) for option, word in (("-d", "ID"), ("-c", "CONFIGURATION"), ("-f", "FOLD"))]
+        raise InputError(f"train takes the data set, the configuration and the fold without options: confkd train "
+                         f"{shlex.join(words)}")
 
 
 def predict(argv: list[str], afterwards: Callable[[Any], object] = lambda predicted: None,
@@ -524,8 +543,7 @@ def _parsed(parser: argparse.ArgumentParser, argv: list[str], own: Iterable[str]
     """
     _, unknown = parser.parse_known_args(argv)
     if unknown:
-        options = [*parser._option_string_actions, *own]
-        raise InputError("unknown argument " + ", ".join(f"'{word}'{did_you_mean(word, options)}" for word in unknown))
+        raise unknown_arguments(unknown, [*parser._option_string_actions, *own])
     return parser.parse_args(argv)
 
 

@@ -36,6 +36,13 @@ def test_the_help_of_a_command_imports_nothing_that_takes_time(command):
     assert imported_by([command, "--help"], slow) == []
 
 
+@pytest.mark.parametrize("argv", [["report", "--model", "nowhere"], ["export", "--model", "nowhere", "--output", "x"],
+                                  ["complete", "-d", "1", "--id", "2", "--model", "nowhere"], ["compare", "nowhere"]],
+                         ids=lambda argv: argv[0])
+def test_a_path_that_is_no_model_is_told_before_torch_is_imported(argv):
+    assert imported_by(argv, ("torch",)) == []
+
+
 @pytest.mark.parametrize("command", ["mix", "train"])
 def test_a_reader_who_has_gone_is_no_error_of_the_program(command):
     """As in `confkd train --help | head -1`."""

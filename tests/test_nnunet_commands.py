@@ -66,12 +66,17 @@ def tree(folder) -> list[str]:
     (("4", "2d", "0", "--val", "--c"), "--c and --val exclude each other"),
     (("4", "2d", "0", "--quick", "-tr", "nnUNetTrainer"), "--quick: -tr nnUNetTrainer cannot be shortened by it"),
     (("4", "3d_lowres", "0", "--quick"), "has no configuration 3d_lowres; it has 2d, 3d_fullres"),
+    (("4", "2d", "7", "--quick"), "there is no fold 7; use all, or 0 to 0"),
+    (("4", "2d", "0", "--quick", "--val", "--c"), "--c and --val exclude each other"),
+    (("-d", "4", "-c", "2d", "-f", "0"), "the fold without options: confkd train 4 2d 0\n"),
+    (("-d", "4"), "the fold without options: confkd train 4 CONFIGURATION FOLD\n"),
     (("4", "2d", "0", "-device", "gpu"), "-device gpu: must be cuda, cpu or mps"),
     (("4", "2d", "0", "-pretrained_weights", "no.pth"), "no.pth: there is no such checkpoint")])
 def test_a_mistake_of_train_is_one_sentence_and_leaves_nothing(nnunet, hippocampus, said, argv, expected):
-    before = tree(nnunet.folder / "results")
+    plans = nnunet.preprocessed(HIPPOCAMPUS) / "nnUNetPlans.json"
+    before = tree(nnunet.folder / "results"), plans.read_text()
     assert expected in said("train", *argv)
-    assert tree(nnunet.folder / "results") == before
+    assert (tree(nnunet.folder / "results"), plans.read_text()) == before
 
 
 def test_a_configuration_that_is_not_preprocessed_is_named_with_the_command(nnunet, hippocampus, said):
@@ -109,7 +114,8 @@ def test_variables_that_are_not_set_are_named_at_once(said, monkeypatch, tmp_pat
     text = said("train", "4", "2d", "0")
     assert "nnUNet_preprocessed and nnUNet_results, nnU-Net's environment variables, are not set" in text
     assert "export nnUNet_preprocessed=/path/to/nnUNet_preprocessed; export nnUNet_results=" in text
-    assert "export nnUNet_results=" in said("predict", "-i", tmp_path, "-o", tmp_path, "-d", "4", "-c", "2d")
+    assert "results, nnU-Net's environment variable, is not set; set it to your folder: export nnUNet_results=" in said(
+        "predict", "-i", tmp_path, "-o", tmp_path, "-d", "4", "-c", "2d")
 
 
 @pytest.mark.parametrize("fault, expected", [

@@ -1,18 +1,19 @@
 """`confkd complete`."""
 from __future__ import annotations
 
-import argparse
 import json
 from pathlib import Path
 
+from nnunet_confkd.arguments import Parser
 from nnunet_confkd.device import OPTION_HELP
+from nnunet_confkd.inference.model_folder import require_model
 from nnunet_confkd.processes import PROCESSES
 from nnunet_confkd.training.names import BRANCHES
 
 
 def main(argv: list[str]) -> None:
     """Run `confkd complete`."""
-    parser = argparse.ArgumentParser(prog="confkd complete", description=(
+    parser = Parser(prog="confkd complete", description=(
         "The labels of partly labelled training cases, completed by a trained model, as a data set of its own."))
     parser.add_argument("-d", required=True, metavar="ID",
                         help="the data set whose labels are to be completed, id or name")
@@ -37,6 +38,7 @@ def main(argv: list[str]) -> None:
                         help="hard links instead of copies of images: no space, but what writes to one writes to the "
                              "other")
     args = parser.parse_args(argv)
+    require_model(args.model)
     from nnunet_confkd.data.raw_format import summary
     from nnunet_confkd.inference.completion import KEY, TrainedModel, complete
 

@@ -1,12 +1,13 @@
 """`confkd export`."""
 from __future__ import annotations
 
-import argparse
+from nnunet_confkd.arguments import Parser
+from nnunet_confkd.inference.model_folder import require_model
 
 
 def main(argv: list[str]) -> None:
     """Run `confkd export`."""
-    parser = argparse.ArgumentParser(prog="confkd export", description=(
+    parser = Parser(prog="confkd export", description=(
         "Write one branch of a trained ConfKD model as a model of stock nnU-Net, which needs no plugin."))
     parser.add_argument("--model", required=True, metavar="FOLDER",
                         help="the trained model: TRAINER__PLANS__CONFIGURATION under nnUNet_results")
@@ -17,6 +18,7 @@ def main(argv: list[str]) -> None:
                             "name")
     parser.add_argument("--branch", choices=("student", "teacher"), default="student")
     args = parser.parse_args(argv)
+    require_model(args.model)
     from nnunet_confkd.inference.export import export
 
     written = export(args.model, args.output, args.branch, args.install)

@@ -1,8 +1,7 @@
 """`confkd plan`: the options of nnUNetv2_plan_and_preprocess."""
 from __future__ import annotations
 
-import argparse
-
+from nnunet_confkd.arguments import Parser
 from nnunet_confkd.data.annotated_classes import CLASSES_KEY
 from nnunet_confkd.data.folders import find_dataset, preprocessed_folder
 from nnunet_confkd.data.json_files import CONFIGURATIONS, read_json, read_plans
@@ -11,7 +10,7 @@ from nnunet_confkd.nnunet_commands import DEFAULT_TRAINER
 
 def main(argv: list[str]) -> None:
     """Run `confkd plan`."""
-    parser = argparse.ArgumentParser(prog="confkd plan", description=(
+    parser = Parser(prog="confkd plan", description=(
         "nnUNetv2_plan_and_preprocess, with all its options. Without an ignore label the result is the same. With one, "
         "the intensity statistics are those of annotated foreground, resampling loses no annotation, a report is "
         "printed, and splits_final.json is written."))
@@ -34,7 +33,7 @@ def main(argv: list[str]) -> None:
         help="three numbers, for 3d_fullres and its cascade")
     add("-overwrite_plans_name", metavar="NAME", help="default: the planner's own")
     add("-c", dest="configurations", nargs="+", default=list(CONFIGURATIONS), metavar="CONFIGURATION",
-        help="to preprocess; those that the plans lack are skipped")
+        help="to preprocess; 3d_fullres and 3d_lowres are skipped if the plans lack them")
     add("-np", dest="processes", type=int, nargs="+", metavar="N", help="processes for preprocessing: one number, or "
         "one for each configuration; default: 8 for 2d, 4 for 3d_fullres, 8 for 3d_lowres, 4 for any other")
     add("--verbose", action="store_true")

@@ -1,15 +1,16 @@
 """`confkd report`."""
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
+from nnunet_confkd.arguments import Parser
 from nnunet_confkd.device import OPTION_HELP, choose_device
+from nnunet_confkd.inference.model_folder import require_model
 
 
 def main(argv: list[str]) -> None:
     """Run `confkd report`."""
-    parser = argparse.ArgumentParser(prog="confkd report", description=(
+    parser = Parser(prog="confkd report", description=(
         "Write the report of a trained model: one HTML page that loads nothing from elsewhere, with its pictures as "
         "PNG files."))
     parser.add_argument("--model", required=True, type=Path, metavar="FOLDER",
@@ -23,6 +24,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("-chk", default="checkpoint_final.pth", metavar="NAME", help="default: checkpoint_final.pth")
     parser.add_argument("-device", choices=("cpu", "cuda", "mps"), help=OPTION_HELP)
     args = parser.parse_args(argv)
+    require_model(args.model)
     import torch
 
     from nnunet_confkd.inference.expected_time import prediction_text

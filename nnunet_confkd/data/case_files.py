@@ -9,6 +9,7 @@ import numpy as np
 from nnunet_confkd.data.grids import Fitting, fitted
 from nnunet_confkd.data.images import Geometry, Picture, Volume, carry_over, ending_of, parts, stands_alone, write
 from nnunet_confkd.data.supervision import FULL
+from nnunet_confkd.data.survey import MOST_STRANGE
 from nnunet_confkd.errors import InputError, some
 
 
@@ -194,7 +195,9 @@ def _label_problems(case: Case, picture: Picture, values: np.ndarray, allowed: d
         problems.append(f"{file}: holds values that are no integers: {some(values[~whole])}; correct the label")
     if strange:
         problems.append(f"{file}: holds the values {some(strange)}; a {case.kind} label may hold "
-                        f"{some(sorted(allowed))}; correct the label, or name and map these values")
+                        f"{some(sorted(allowed))}; " + (
+                            "correct the label, or name and map these values" if len(strange) <= MOST_STRANGE else
+                            "it looks like an image: are the images and the labels exchanged?"))
     return problems
 
 

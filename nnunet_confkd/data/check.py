@@ -4,13 +4,13 @@ torch is imported only after the files have been read, and only by the main proc
 """
 from __future__ import annotations
 
-import argparse
 import json
 import re
 from collections.abc import Iterable
 from pathlib import Path
 from types import SimpleNamespace
 
+from nnunet_confkd.arguments import Parser
 from nnunet_confkd.data.annotated_classes import (
     CLASSES_KEY,
     Listed,
@@ -375,7 +375,7 @@ def _default_split(file: Path, kinds: dict[str, str], patients: dict[str, str], 
                                      complete=report.complete_cases())
             text = f"The trainer will write {split_text(folds, kinds)}"
         except InputError as error:
-            text = str(error)
+            text = str(error).replace("confkd train ID ", f"confkd train {int(report.dataset[7:10])} ")
     shared = {patient for fold in folds for patient in _on_both_sides(patients, fold["train"], fold["val"])}
     if shared:
         text += (f". It does not know the patients: {some(sorted(shared))} would be on both sides of a fold. Write the "
@@ -399,7 +399,7 @@ def _on_both_sides(patients: dict[str, str], train: Iterable[str],
 
 def main(argv: list[str]) -> int:
     """Run `confkd check`. Return the exit status."""
-    parser = argparse.ArgumentParser(prog="confkd check", description=(
+    parser = Parser(prog="confkd check", description=(
         "Check a data set in nnU-Net's raw format before training: files, geometry, values, supervision, split. The "
         "exit status is 0 if training would be right, with warnings or without, and 1 if it would be wrong."))
     parser.add_argument("-d", "--dataset", required=True, metavar="ID", help="the data set, id or name")

@@ -15,7 +15,7 @@ from pathlib import Path
 from nnunet_confkd.data.annotated_classes import CLASSES_KEY, heads_of
 from nnunet_confkd.data.json_files import NEEDED, is_whole, malformed, read_json
 from nnunet_confkd.data.listing import stem
-from nnunet_confkd.data.meanings import Labels, Meaning, described
+from nnunet_confkd.data.meanings import Labels, Meaning, described, require_separate
 from nnunet_confkd.data.sources import NamedFolder, Source
 from nnunet_confkd.data.supervision import FULL, TABLE_KEY
 from nnunet_confkd.errors import InputError, shown, some
@@ -137,6 +137,7 @@ def _given_by(source: str, texts: Sequence[str]) -> Meant:
 
     Classes without a value have 1, 2, ... in their order, and the background has 0 unless that means "not annotated".
     """
+    require_separate(f"--classes of {source}", list(texts))
     meant: Meant = {}
     for text in texts:
         name, equals, value = text.partition("=")
@@ -163,7 +164,7 @@ def _described_by(folder: NamedFolder) -> tuple[Meant, _Regions | None]:
     advice = f"; name the classes: --source {folder.name}={folder.folder} --classes NAME=VALUE ..."
     labels = content.get("labels")
     if not labels:
-        raise InputError(f"{file}: has no labels{advice}")
+        raise InputError(f"{file}: {'has no labels' if file.is_file() else 'there is no such file'}{advice}")
     if all(key.isdigit() and isinstance(name, str) for key, name in labels.items()):  # MSD: value to name
         labels = {name: int(value) for value, name in labels.items()}
     if content.get(CLASSES_KEY):

@@ -1,7 +1,6 @@
 """Download a public data set for a first try from where its publishers put it."""
 from __future__ import annotations
 
-import argparse
 import platform
 import posixpath
 import tarfile
@@ -9,6 +8,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from nnunet_confkd.arguments import Parser
 from nnunet_confkd.errors import InputError
 from nnunet_confkd.files import new_folder
 
@@ -90,7 +90,7 @@ def _without_top_folder(member: tarfile.TarInfo, path: str, *, top: str) -> tarf
 
 def main(argv: list[str]) -> None:
     """Run `confkd download`."""
-    parser = argparse.ArgumentParser(prog="confkd download", description=__doc__)
+    parser = Parser(prog="confkd download", description=__doc__)
     parser.add_argument("name", choices=sorted(SOURCES))
     parser.add_argument("--target", type=Path, default=Path("."), metavar="DIR",
                         help="the folder to put it in; default: here")

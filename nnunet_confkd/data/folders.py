@@ -81,6 +81,10 @@ def require_free_id(dataset_id: int, but: tuple[Path, ...] = ()) -> None:
         folder = Path(os.environ.get(variable) or os.devnull)
         found = sorted(folder.glob(f"Dataset{dataset_id:03d}_*")) if folder.is_dir() else []
         taken = [path for path in found if path not in but]
+        other = next((path.name for path in taken if but and path.name != but[0].name), None)
+        if other:
+            raise InputError(f"the id {dataset_id} belongs to {other}: to replace this data set, give "
+                             f"--name {other[11:]}; else choose another --id")
         if taken and but:
             raise InputError(f"{taken[0]}: was made of the data set that --overwrite would replace; choose another "
                              f"--id, or remove that folder")

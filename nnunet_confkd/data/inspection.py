@@ -1,19 +1,21 @@
 """Say what the files in folders are, and print the `confkd mix` command that fits them."""
 from __future__ import annotations
 
-import argparse
 import itertools
 import os
+import re
 import shlex
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from nnunet_confkd.arguments import Parser
 from nnunet_confkd.data.folders import require_free_id
 from nnunet_confkd.data.groups import Group, grouped_files, units_below
 from nnunet_confkd.data.images import ENDINGS
 from nnunet_confkd.data.measures import (
     EMPTY,
+    FRACTIONS,
     IMAGE,
     MASK,
     SCRIBBLES,
@@ -22,6 +24,7 @@ from nnunet_confkd.data.measures import (
     markers_of,
     measured,
     tell_scribbles_from_masks,
+    tell_unusable_labels,
 )
 from nnunet_confkd.data.mix import arguments, mixture
 from nnunet_confkd.data.source_proposal import (
@@ -36,7 +39,7 @@ from nnunet_confkd.data.source_proposal import (
     word_of,
 )
 from nnunet_confkd.data.survey import shares_text
-from nnunet_confkd.errors import InputError, grouped, some
+from nnunet_confkd.errors import InputError, counted, grouped, some
 from nnunet_confkd.processes import PROCESSES, parallel
 
 FIRST_ID = 100  # of the data sets that are proposed; nnU-Net's own examples have lower ones
@@ -68,6 +71,7 @@ def inspect(folders: Iterable[Path], processes: int = PROCESSES) -> list[Group]:
     measures = iter(found)
     for group in groups:
         group.files = {path: next(measures) for path in group.files}
+        tell_unusable_labels(group.files)
     groups = _joined_classes(groups)
     for alike in _with_common_classes(groups):
         tell_scribbles_from_masks({path: measure for group in alike for path, measure in group.files.items()})
@@ -174,7 +178,11 @@ def propose(groups: list[Group]) -> Proposal:
             words += ["--channels", "CT"]
     unreadable = [path for group in groups for path, measure in group.files.items() if measure.kind == UNREADABLE]
     if unreadable:
-        proposal.notes.append(f"note: {len(unreadable)} files cannot be read: {some(unreadable, 3)}")
+        proposal.notes.append(f"note: {counted(len(unreadable), 'file')} cannot be read: {some(unreadable, 3)}")
+    broken = [path for group in groups for path, measure in group.files.items() if measure.kind == FRACTIONS]
+    if broken:
+        proposal.notes.append(f"note: the command would stop, because of values that are no integers in "
+                              f"{some(broken, 3)}")
     return proposal
 
 
@@ -202,8 +210,12 @@ def _places(found: list[tuple[Group, list[Path]]]) -> list[str]:
 
 def _name_labels(proposal: Proposal, masks: list[Measure], scribbles: list[Measure]) -> None:
     """Add --labels, --ignore-value and --background-value."""
-    if any(measure.named for measure in masks + scribbles):
-        _name_segments(proposal, masks, scribbles)
+    valued = [[measure for measure in found if not measure.named] for found in (masks, scribbles)]
+    if sum(map(len, valued)) < len(masks + scribbles):
+        if any(valued):
+            _name_segments_and_values(proposal, [m for m in masks + scribbles if m.named], *valued)
+        else:
+            _name_segments(proposal, masks, scribbles)
         return
     classes = {value for measure in masks for value in measure.voxels}
     held: Counter = Counter()
@@ -235,6 +247,18 @@ def _name_labels(proposal: Proposal, masks: list[Measure], scribbles: list[Measu
     elif ignore == values[0]:
         proposal.notes.append("no background is annotated in the scribble-like labels; a few scribbles there would "
                               "help")
+
+
+def _name_segments_and_values(proposal: Proposal, named: list[Measure], masks: list[Measure],
+                              scribbles: list[Measure]) -> None:
+    """Add the options of labels with values, with question marks for the classes, which have the segments' names."""
+    _name_labels(proposal, masks or [Measure(MASK, voxels={0: 1})], scribbles)
+    proposal.words = [re.sub(r"^class_-?\d+(?==|$)", "?", word) for word in proposal.words]
+    segments = list(spellings(named).values())
+    background = background_of(segments)
+    proposal.notes.append(f"some labels have the segments {some(name for name in segments if name != background)}, and "
+                          f"others have values. Name the classes in --labels as the segments, in the order of the "
+                          f"values, in the place of the question marks")
 
 
 def _name_segments(proposal: Proposal, masks: list[Measure], scribbles: list[Measure]) -> None:
@@ -282,7 +306,7 @@ def missing_variables() -> str:
 
 def checked(words: list[str], groups: list[Group], processes: int) -> tuple[list[str], list[str], list[str]]:
     """Try what was proposed, without writing. Return the words, with what they lack, notes, and what is wrong."""
-    if {"?", "background=?"} & set(words):
+    if any(re.match(r"(background=)?\?(=|$)", word) for word in words):
         return words, [], []
     args = vars(arguments().parse_args([*words, "--id", "1", "--processes", str(processes)]))
     for key in ("id", "dry_run", "link", "overwrite"):
@@ -299,7 +323,7 @@ def checked(words: list[str], groups: list[Group], processes: int) -> tuple[list
                   and not measures[case.label.file].named and _differs(measures, case)]
     if other_grid:
         words = [*words, "--resample-labels"]
-        notes.append(f"note: {len(other_grid)} labels are on another grid than their image ({some(other_grid, 3)}); "
+        notes.append(f"note: labels on another grid than their image: {len(other_grid)} ({some(other_grid, 3)}); "
                      f"look at them: the command resamples them")
     return words, [*mixed.notes, *notes], mixed.dataset.problems
 
@@ -328,7 +352,7 @@ def _to_do(words: list[str], notes: list[str]) -> str:
 
 def main(argv: list[str]) -> None:
     """Run `confkd inspect`."""
-    parser = argparse.ArgumentParser(prog="confkd inspect", description=__doc__)
+    parser = Parser(prog="confkd inspect", description=__doc__)
     parser.add_argument("folders", nargs="+", type=Path, metavar="FOLDER", help="images, labels, or both")
     parser.add_argument("--processes", type=int, default=PROCESSES)
     args = parser.parse_args(argv)

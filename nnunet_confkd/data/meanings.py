@@ -11,7 +11,7 @@ from typing import Any
 from nnunet_confkd.data.json_files import NEEDED, malformed, read_json
 from nnunet_confkd.data.raw_format import label_values
 from nnunet_confkd.data.supervision import FULL
-from nnunet_confkd.data.survey import Content, shares_text, together
+from nnunet_confkd.data.survey import MOST_STRANGE, Content, shares_text, together
 from nnunet_confkd.errors import InputError, shown, some
 
 
@@ -147,8 +147,9 @@ def labels_of(folder: Path, texts: list[str] | None, description: dict) -> Label
 def _labels_of_description(folder: Path, description: dict) -> dict[str, Any]:
     """Return {name: value} of dataset.json's labels."""
     if not description.get("labels"):
-        raise InputError(f"{folder / 'dataset.json'}: has no labels; give their names, from the background on: "
-                         f"--labels background NAME ...")
+        file = folder / "dataset.json"
+        raise InputError(f"{file}: {'has no labels' if file.is_file() else 'there is no such file'}; give the names of "
+                         f"the labels, from the background on: --labels background NAME ...")
     named = dict(description["labels"])
     if all(key.isdigit() and isinstance(name, str) for key, name in named.items()):  # MSD: value to name
         named = {name: int(value) for value, name in named.items()}
@@ -160,6 +161,7 @@ def _labels_of_description(folder: Path, description: dict) -> dict[str, Any]:
 
 def _labels_of_options(texts: list[str]) -> dict[str, Any]:
     """Return {name: value or name of the segment} of texts such as "organ", "organ=3" or "organ=Liver 1"."""
+    require_separate("--labels", texts)
     named: dict[str, Any] = {}
     for number, text in enumerate(texts):
         label, _, value = text.partition("=")
@@ -172,6 +174,19 @@ def _labels_of_options(texts: list[str]) -> dict[str, Any]:
                              f"of segments; leave one of them out")
         named[label] = int(value) if re.fullmatch(r"-?\d+", value) else value or number
     return named
+
+
+def require_separate(option: str, texts: list[str]) -> None:
+    """Raise InputError if names are separated by commas, as in "background,liver" or "background, liver".
+
+    Args:
+        option: The option that they are given with.
+        texts: Its words.
+    """
+    joined = len(texts) == 1 and re.search(r"^[^=\s]+,[^=\s]+$|,[A-Za-z_]\w*=", texts[0])
+    if joined or any(re.fullmatch("[^=]+,", text) for text in texts):
+        words = " ".join(texts).replace(",", " ").split()
+        raise InputError(f"{option}: names are separated by spaces, not by commas; give {' '.join(words)}")
 
 
 # ---- do the files fit? -----------------------------------------------------------------------------------------------
@@ -232,12 +247,15 @@ def value_problems(contents: Mapping[Path, Content], kind: str, meaning: Meaning
     for (named, *found), files in strange.items():
         held = together(contents[file] for file in files)
         text = f"{files[0]}: holds" if len(files) == 1 else f"{len(files)} labels hold"
+        plural = "s" if len(found) > 1 else ""
         if named:
-            text += (f" the segments {some(map(repr, found))}, which {labels.option} does not name. "
+            text += (f" the segment{plural} {some(map(repr, found))}, which {labels.option} does not name. "
                      f"{_segment_advice(found, labels)}")
         else:
-            text += (f" the values {some(f'{value:g}' for value in found)}; a {kind} label may hold "
-                     f"{some(sorted(meaning.values))}. {_value_advice(found, kind, held, labels)}")
+            image = "It looks like an image: are the images and the labels exchanged?"
+            advice = image if len(found) > MOST_STRANGE else _value_advice(found, kind, held, labels)
+            text += (f" the value{plural} {some(f'{value:g}' for value in found)}; a {kind} "
+                     f"label may hold {some(sorted(meaning.values))}. {advice}")
         text += f" All that is held: {shares_text(held)}" + ("" if len(files) == 1 else f"; in {some(files, 3)}")
         problems.update(dict.fromkeys(files, text))
     return problems

@@ -18,6 +18,7 @@ from nnunet_confkd.data.survey import value_counts
 from nnunet_confkd.errors import InputError
 
 IMAGE, MASK, SCRIBBLES, EMPTY, UNREADABLE = "image", "mask-like", "scribble-like", "empty", "unreadable"
+FRACTIONS = "unusable"  # a label with values that are no integers
 FEW_VALUES = 8  # a file of so few values is a label in any case
 EVEN = 0.95  # of the neighbouring voxels of a label are equal; in images there is noise
 CORE = 0.1  # of the core of the largest masks, and
@@ -38,7 +39,9 @@ class Measure:
             slice}.
         every_nth: Whether only every n-th slice holds anything.
         named: Whether the label has segments.
-        problem: Why it cannot be read.
+        problem: Why it cannot be read, or used.
+        fraction: A value that is no integer; None: all are.
+        few: Whether there are so few values that it may be a label.
     """
     kind: str
     geometry: Geometry | None = None
@@ -49,6 +52,8 @@ class Measure:
     every_nth: bool = False
     named: bool = False
     problem: str = ""
+    fraction: float | None = None
+    few: bool = False
 
     @property
     def rest(self):
@@ -78,9 +83,9 @@ def _of_picture(picture: Picture) -> Measure:
     voxels = picture.voxels
     counts = value_counts(picture)
     low, high = (float(voxels.min()), float(voxels.max())) if voxels.size else (0.0, 0.0)
-    measure = Measure(IMAGE, picture.geometry, len(voxels), (low, high))
-    whole = counts and all(float(value).is_integer() for value in counts)
-    if not whole or len(voxels) > 1 or (len(counts) > FEW_VALUES and _evenness(voxels[0]) < EVEN):
+    measure = Measure(IMAGE, picture.geometry, len(voxels), (low, high), fraction=_fraction(voxels), few=bool(counts))
+    if not counts or measure.fraction is not None or len(voxels) > 1 or (
+            len(counts) > FEW_VALUES and _evenness(voxels[0]) < EVEN):
         return measure
     measure.kind, measure.voxels = MASK, {int(value): count for value, count in counts.items()}
     names = list(measure.drawn)
@@ -88,6 +93,14 @@ def _of_picture(picture: Picture) -> Measure:
     for number, value in enumerate(names, 1):
         numbered[voxels[0] == value] = number
     return _with_shape(measure, numbered, names)
+
+
+def _fraction(voxels: np.ndarray) -> float | None:
+    """Return a value that is no integer; None if all are."""
+    if voxels.dtype.kind in "iub":
+        return None
+    broken = voxels[~np.isfinite(voxels) | (voxels != np.round(voxels))]
+    return float(broken[0]) if broken.size else None
 
 
 def _of_segments(path: Path) -> Measure:
@@ -113,6 +126,23 @@ def _with_shape(measure: Measure, numbered: np.ndarray, names: list) -> Measure:
 def _evenness(voxels: np.ndarray) -> float:
     """The share of voxels that are equal to their neighbour in the row."""
     return float(np.mean(voxels[..., 1:] == voxels[..., :-1])) if voxels.shape[-1] > 1 else 1.0
+
+
+def tell_unusable_labels(measures: Mapping[Path, Measure]) -> None:
+    """Set the kind of labels with values that are no integers, which look like images.
+
+    Such a file lies among labels: they are more than the images, or as many if it holds few values.
+
+    Args:
+        measures: {path: what was measured} of the files of one place and naming.
+    """
+    kinds = Counter(measure.kind for measure in measures.values())
+    for path, measure in measures.items():
+        labels = kinds[MASK] + kinds[EMPTY] + measure.few
+        if measure.kind == IMAGE and measure.fraction is not None and labels > kinds[IMAGE] and measure.channels == 1:
+            measure.kind = FRACTIONS
+            measure.problem = (f"{path}: is a label with values that are no integers, such as {measure.fraction:g}; "
+                               f"save it with integers")
 
 
 def tell_scribbles_from_masks(measures: Mapping[Path, Measure]) -> None:

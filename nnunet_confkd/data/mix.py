@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from nnunet_confkd.arguments import Parser
 from nnunet_confkd.data import dicom, meanings
 from nnunet_confkd.data.case_files import Case
 from nnunet_confkd.data.class_sources import labels_of_sources, require_all_classes
@@ -157,7 +158,7 @@ def _notes_on_coverage(training: list[Case], contents: dict[Path, Content], proc
     shares = parallel(_share_covered, [(case.images[0], contents[case.label.file].geometry) for case in masks],
                       processes, "comparing grids")
     short = [f"{case.label.file.name} {share:.1%}" for case, share in zip(masks, shares) if share < 1]
-    return [f"note: {len(short)} full labels do not cover their image ({some(short, 3)}). What lies beyond them "
+    return [f"note: full labels that do not cover their image: {len(short)} ({some(short, 3)}). What lies beyond them "
             f"becomes background; if it may be something else, give them as partial labels"] if short else []
 
 
@@ -207,7 +208,21 @@ def _interpret(sources: list[Source], contents: dict[Path, Content], ignore_valu
         missing = source.kind == PARTIAL and meanings.ignore_value_problem(plain, known, ignored)
         problems |= dict.fromkeys(plain, missing) if missing else meanings.value_problems(
             held, source.kind, source.meaning, known)
+    _ask_for_exchange(problems, sources, contents, ignore_value if background_value is None else background_value)
     return problems
+
+
+def _ask_for_exchange(problems: dict[Path, str], sources: list[Source], contents: dict[Path, Content],
+                      marker: int | None) -> None:
+    """Add a question if full labels hold a value that only partial ones should hold, and no partial label holds it."""
+    partial = [contents[label].voxels for source in sources if source.kind == PARTIAL for label in source.labels
+               if label in contents]
+    if not partial or any(marker in voxels for voxels in partial):
+        return
+    for source in (source for source in sources if source.kind == FULL and marker not in source.meaning.values):
+        for label in source.labels:
+            if label in problems and marker in contents[label].voxels:
+                problems[label] += ". Are the full and the partial labels exchanged?"
 
 
 def _require_files_of_classes(source: Source, known: Labels) -> None:
@@ -321,7 +336,7 @@ class _AddClasses(argparse.Action):
 
 def arguments() -> argparse.ArgumentParser:
     """Return the parser of `confkd mix`."""
-    parser = argparse.ArgumentParser(prog="confkd mix", description=__doc__, epilog=(
+    parser = Parser(prog="confkd mix", description=__doc__, epilog=(
         "confkd inspect FOLDER ... prints the command that fits. A FOLDER may also be files, or a pattern such as "
         "'masks/*_seg.nii.gz' or 'data/{case}/seg.nii.gz'. Several channels have nnU-Net's names (case_0000, "
         "case_0001), or a --pattern each. Formats: " + ", ".join(ENDINGS) + ", DICOM; labels also .seg.nrrd and "

@@ -72,13 +72,15 @@ def cases_of(images: Iterable[Named], labels: Iterable[Named] = ()) -> dict[str,
     return cases
 
 
-def matched(cases: Mapping[str, list[Path]], labels: Iterable[Named], where: str) -> tuple[dict[str, Named], list[str]]:
+def matched(cases: Mapping[str, list[Path]], labels: Iterable[Named], where: str,
+            option: str = "") -> tuple[dict[str, Named], list[str]]:
     """Find the case of each label. As little as possible is taken off the names.
 
     Args:
         cases: {case: its images}.
         labels: The labels.
         where: The folder of the images, for messages.
+        option: What to type before a pattern of these labels alone. Empty: one pattern is for all labels.
 
     Returns:
         {case: its label}, and what is wrong: labels that fit no case, or several, and cases that several labels fit.
@@ -103,7 +105,7 @@ def matched(cases: Mapping[str, list[Path]], labels: Iterable[Named], where: str
         elif best:
             found.setdefault(best[0], []).append(label)
         else:
-            problems.append(f"{label.path}: has no image in {where}{_advice(label, cases)}")
+            problems.append(f"{label.path}: has no image in {where}{_advice(label, cases, option)}")
     for case, several in found.items():
         if len(several) > 1:
             problems.append(f"{cases[case][0]}: two labels belong to it, {several[0].path} and {several[1].path}; "
@@ -111,10 +113,11 @@ def matched(cases: Mapping[str, list[Path]], labels: Iterable[Named], where: str
     return {case: several[0] for case, several in found.items()}, problems
 
 
-def _advice(label: Named, cases: Mapping[str, list[Path]]) -> str:
+def _advice(label: Named, cases: Mapping[str, list[Path]], option: str) -> str:
     """Return which pattern would give a label an image, if its name holds the name of a case."""
     held = max((case for case in cases if case in label.name), key=len, default="")
     if not held or label.exact:
         return ""
     pattern = label.path.name.replace(held, "{case}", 1)
-    return f"; a pattern tells what the name of the case is: --label-pattern '{pattern}'"
+    typed = f"{option}{label.path.parent}/{pattern}'" if option else f"--label-pattern '{pattern}'"
+    return f"; a pattern tells what the name of the case is: {typed}"

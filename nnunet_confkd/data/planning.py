@@ -45,7 +45,7 @@ from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
 from nnunet_confkd.data.annotated_classes import CLASSES_KEY, annotated_classes
 from nnunet_confkd.data.folders import find_dataset, preprocessed_folder, raw_folder
 from nnunet_confkd.data.images import count_voxels, quiet
-from nnunet_confkd.data.json_files import CONFIGURATIONS, read_description, read_folds, read_json
+from nnunet_confkd.data.json_files import CONFIGURATIONS, read_description, read_folds, read_json, read_plans
 from nnunet_confkd.data.patients import patients_of, split_full_cases, split_text
 from nnunet_confkd.data.resampling import KeepAnnotations
 from nnunet_confkd.data.supervision import (
@@ -60,7 +60,7 @@ from nnunet_confkd.data.supervision import (
     kind_of,
     summary,
 )
-from nnunet_confkd.errors import InputError
+from nnunet_confkd.errors import InputError, did_you_mean
 from nnunet_confkd.files import written_whole
 
 BLOCK = "confkd"  # the key of the trainer's settings in the plans
@@ -69,6 +69,7 @@ MARKER, MARK = "foreground_intensities_of", "annotated voxels"
 LACKING = "lack classes"  # heads the columns of cases that are not annotated for all classes
 PROCESSES = {"2d": 8, "3d_fullres": 4, "3d_lowres": 8}  # nnU-Net's defaults; 4 for any other
 THREADS = 8
+CASCADE = "3d_cascade_fullres"  # planned with 3d_lowres, for large images
 
 
 def plan(datasets: Sequence[int | str], *, configurations: Sequence[str] = CONFIGURATIONS,
@@ -91,7 +92,7 @@ def plan(datasets: Sequence[int | str], *, configurations: Sequence[str] = CONFI
     Raises:
         InputError: There is no such data set or class, numbers do not fit, labels cannot be read or hold values that
             dataset.json does not list, its "supervision" contradicts them, or no foreground is annotated. Nothing has
-            been written then.
+            been written then. There is no such configuration; then the plans have been written.
 
     Examples:
         >>> plan([27], configurations=["2d"])  # doctest: +SKIP
@@ -132,6 +133,7 @@ def plan(datasets: Sequence[int | str], *, configurations: Sequence[str] = CONFI
                                           overwrite_target_spacing, overwrite_plans_name)
 
     if not no_preprocessing:
+        _require_configurations(names, plans_name, configurations)
         print("Preprocessing...")
         for name in names:
             if name in corrected:
@@ -171,6 +173,16 @@ def _find_class(package: str, name: str, option: str) -> type:
     if found is None:
         raise InputError(f"{option} {name}: nnU-Net has no such class in nnunetv2.{package}")
     return found
+
+
+def _require_configurations(names: Sequence[str], plans_name: str, configurations: Sequence[str]) -> None:
+    """Raise InputError if nnU-Net knows no configuration of a name, and no data set's plans have one."""
+    files = [preprocessed_folder() / name / f"{plans_name}.json" for name in names]
+    there = list(dict.fromkeys(known for file in files for known in read_plans(file)["configurations"]))
+    for name in configurations:
+        if name not in (*there, *CONFIGURATIONS, CASCADE):
+            raise InputError(f"-c {name}: there is no configuration {name}{did_you_mean(name, there)}; the plans have "
+                             f"{', '.join(there)}")
 
 
 def _replace_json(file: Path, content) -> None:

@@ -180,7 +180,7 @@ def require_no_problems(problems: list[str]) -> None:
     """Raise InputError with all problems, if there are any. Equal ones of several files become one line."""
     lines = grouped(problems)
     if lines:
-        raise InputError(f"{len(problems)} problems; nothing was written:\n  " + "\n  ".join(lines)
+        raise InputError(f"{len(lines)} problems; nothing was written:\n  " + "\n  ".join(lines)
                          if len(lines) > 1 else lines[0])
 
 

@@ -47,7 +47,7 @@ def warn_of_cases(files: Mapping[str, CaseFiles], contents: Mapping[str, CaseCon
 
 def _warn_of_scribbles(full: Mapping[str, CaseContent], partial: Mapping[str, CaseContent], report: Report) -> None:
     """Warn of cases whose labels look like scribbles though all, or nearly all, of their voxels count as annotated."""
-    shapes = {case: content.shape for case, content in (full | partial).items() if content.shape is not None}
+    shapes = {case: content.shape for case, content in [*full.items(), *partial.items()] if content.shape is not None}
     scribbles = suspects(shapes)
     for cases, text, remedy in (
             (full, "fully annotated cases look like scribbles and not like complete masks",

@@ -193,7 +193,8 @@ def _in_one_folder(layout: Layout) -> tuple[list[Source], list[str], list[str]]:
     cases = cases_of(images, [*labels[FULL], *labels[PARTIAL]])
     sources, label_of = [], {}
     for kind, named in labels.items():
-        fits, wrong = matched(cases, named, some(layout.images))
+        option = f"--{kind}-labels '" if len([*layout.full_labels, *layout.partial_labels]) > 1 else ""
+        fits, wrong = matched(cases, named, some(layout.images), option)
         problems += wrong
         problems += [f"{cases[case][0]}: has a full label, {label_of[case].path}, and a partial one, {label.path}; "
                      f"leave one of them out" for case, label in fits.items()
@@ -202,7 +203,17 @@ def _in_one_folder(layout: Layout) -> tuple[list[Source], list[str], list[str]]:
         if named:
             sources.append(Source(kind, [CaseFiles(case, tuple(cases[case]), label.path)
                                          for case, label in fits.items()]))
+    if not any(source.kind == FULL and source.cases for source in sources):
+        problems += _exchanged(layout, images, labels[FULL])
     return [*sources, *_rest(cases, label_of)], problems, []
+
+
+def _exchanged(layout: Layout, images: list[Named], labels: list[Named]) -> list[str]:
+    """Ask whether images and full labels are exchanged, if the names of the images are those of labels of the others.
+    """
+    fits, _ = matched(cases_of(labels, images), images, "")
+    question = "the names are like those of labels; are --images and --full-labels exchanged?"
+    return [f"{some(layout.images)}: {question}"] if fits else []
 
 
 def _of_narrowest_pattern(labels: dict[str, list[Named]]) -> dict[str, list[Named]]:
@@ -312,7 +323,7 @@ def _labels_in_named_folders(layout: Layout) -> tuple[list[Source], list[str]]:
     cases = cases_of(_images(layout, {label.path for label in found_there}), found_there)
     sources, problems = [], []
     for name, of_source in labels.items():
-        fits, wrong = matched(cases, of_source, some(layout.images))
+        fits, wrong = matched(cases, of_source, some(layout.images), f"--source '{name}=" if len(labels) > 1 else "")
         problems += wrong
         sources.append(Source(FULL, [CaseFiles(case, tuple(cases[case]), label.path) for case, label in fits.items()],
                               name=name))

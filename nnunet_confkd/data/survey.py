@@ -14,6 +14,7 @@ from nnunet_confkd.errors import InputError
 from nnunet_confkd.processes import parallel
 
 MOST_VALUES = 256  # a file that holds more is an image
+MOST_STRANGE = 20  # values without a meaning that a label may hold; with more of them it looks like an image
 
 
 @dataclass

@@ -1,7 +1,6 @@
 """Make a data set of mixed supervision from a fully annotated one, for experiments on annotating less."""
 from __future__ import annotations
 
-import argparse
 import random
 from collections.abc import Iterable, Mapping
 from functools import partial
@@ -10,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from nnunet_confkd.arguments import Parser
 from nnunet_confkd.data.annotated_classes import CLASSES_KEY, heads_of
 from nnunet_confkd.data.folders import find_dataset, raw_folder
 from nnunet_confkd.data.images import Picture, Volume, read
@@ -206,7 +206,7 @@ def _read_weak(file: Path, *, case: str, style: str | None, ignore_label: int, h
 
 def main(argv: list[str]) -> None:
     """Run `confkd weaken`."""
-    parser = argparse.ArgumentParser(prog="confkd weaken", description=__doc__)
+    parser = Parser(prog="confkd weaken", description=__doc__)
     parser.add_argument("--source", required=True, metavar="ID", help="the fully annotated data set, id or name")
     parser.add_argument("--id", required=True, type=int, help="id of the data set to write")
     parser.add_argument("--name", help="its name; default: that of the source and the style")

@@ -5,12 +5,12 @@ with nnU-Net's predictor, evaluation, a picture. Everything is written into one 
 """
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import time
 from pathlib import Path
 
+from nnunet_confkd.arguments import Parser
 from nnunet_confkd.files import write_json
 
 DATASET_ID = 901
@@ -19,7 +19,7 @@ PLANS, CONFIGURATION = "nnUNetPlans", "2d_small"
 
 def main(argv: list[str]) -> None:
     """Run `confkd demo`."""
-    parser = argparse.ArgumentParser(prog="confkd demo", description=__doc__.split("\n")[0])
+    parser = Parser(prog="confkd demo", description=__doc__.split("\n")[0])
     parser.add_argument("--data", metavar="FOLDER",
                         help="a folder in the layout of an MSD task or of nnU-Net's raw format; default: a generated "
                              "cardiac-like data set")

@@ -2,7 +2,6 @@
 pairs."""
 from __future__ import annotations
 
-import argparse
 import csv
 import io
 import json
@@ -15,12 +14,15 @@ from typing import Any
 
 import numpy as np
 
+from nnunet_confkd.arguments import Parser
 from nnunet_confkd.data.annotated_classes import unlisted_classes
 from nnunet_confkd.data.folders import find_dataset, preprocessed_folder, raw_folder
 from nnunet_confkd.data.images import ITK, Geometry, ending_of, read, spacing_file, values_in
 from nnunet_confkd.data.json_files import read_description
+from nnunet_confkd.data.names import without_affixes
 from nnunet_confkd.data.patients import patients_of
-from nnunet_confkd.errors import InputError
+from nnunet_confkd.data.survey import MOST_STRANGE, MOST_VALUES
+from nnunet_confkd.errors import InputError, some
 from nnunet_confkd.evaluation.label_pair import LabelPair
 from nnunet_confkd.evaluation.metrics import (
     HIGHER_IS_BETTER,
@@ -37,6 +39,7 @@ from nnunet_confkd.evaluation.tables import aligned, cases_text, mean_text, p_va
 from nnunet_confkd.processes import PROCESSES, parallel
 
 MADE_BY = "confkd evaluate"
+IS_IMAGE = "It looks like an image: give the folder of the labels"
 WROTE_SUMMARY = "wrote_summary_json"  # the key in metrics.json
 INTERVALS = "with 95 % intervals (bootstrap over the patients)"
 TOLERANCE_HELP = f"tolerance of the NSD (default: {TOLERANCE_MM:g})"
@@ -210,8 +213,11 @@ def _read_labels(file: Path, known: frozenset[int] | None) -> tuple[np.ndarray, 
     if len(wrong):
         raise InputError(f"{file}: holds values that are no labels, e.g. {wrong[0]:g}")
     occurring = set(values.astype(int).tolist())
+    if known is None and len(occurring) > MOST_VALUES:
+        raise InputError(f"{file}: holds {len(occurring)} values. {IS_IMAGE}")
     if known is not None and (unknown := sorted(occurring - known)):
-        raise InputError(f"{file}: holds labels that the data set does not have: {', '.join(map(str, unknown))}")
+        raise InputError(f"{file}: holds labels that the data set does not have: {some(unknown, 5)}"
+                         + (f". {IS_IMAGE}" if len(unknown) > MOST_STRANGE else ""))
     return picture.voxels[0], picture.geometry, occurring
 
 
@@ -233,6 +239,8 @@ def evaluate_folders(truth: str | Path, prediction: str | Path, *, dataset: int 
                      ignore_label: int | None = None, subset: bool = False, cases: Collection[str] | None = None,
                      patient_pattern: str | None = None, processes: int = PROCESSES) -> Evaluation:
     """Measure every segmentation of a folder against the file of the same name in another one.
+
+    The name of the ground truth may have a prefix or a suffix of annotation tools, such as _gt.
 
     Args:
         truth: The folder of the ground truth.
@@ -369,14 +377,33 @@ def _pairs(truth: Path, prediction: Path, subset: bool, cases: Collection[str] |
     """Return {case: (ground truth, prediction)}. Raises InputError."""
     truths, predictions = ({case: file for case, file in _images(folder).items() if cases is None or case in cases}
                            for folder in (truth, prediction))
-    problems = [f"{file}: {truth} holds no {case}" for case, file in predictions.items() if case not in truths]
-    if not subset:
-        problems += [f"{file}: {prediction} holds no {case}" for case, file in truths.items()
-                     if case not in predictions]
+    found, ambiguous = _with_affixes(truths, predictions)
+    pairs = found | {case: file for case, file in truths.items() if case in predictions}
+    alone = [] if subset else [(case, file) for case, file in truths.items() if file not in pairs.values()]
+    problems = ambiguous + [f"{file}: {truth} holds no {case}" for case, file in predictions.items()
+                            if case not in pairs]
+    remedy = (". A prediction needs the name of its ground truth, which may have a suffix such as _gt, _seg or _mask"
+              if problems else " (--subset measures only what is predicted)")
+    problems += [f"{file}: {prediction} holds no {case}" for case, file in alone]
     if problems:
-        remedy = "" if subset else " (--subset measures only what is predicted)"
         raise InputError(f"the folders do not match{remedy}:\n  " + "\n  ".join(problems))
-    return {case: (truths[case], file) for case, file in predictions.items()}
+    return {case: (pairs[case], file) for case, file in predictions.items()}
+
+
+def _with_affixes(truths: dict[str, Path], predictions: dict[str, Path]) -> tuple[dict[str, Path], list[str]]:
+    """Find ground truths whose names have more than the prediction's: the prefixes and suffixes of annotation tools.
+
+    Returns:
+        {case: ground truth} of predictions without a ground truth of the same name, and what is ambiguous.
+    """
+    fits: dict[str, list[Path]] = {}
+    for name, file in truths.items():
+        case = next((shorter for shorter in without_affixes(name) if shorter in predictions), name)
+        if case != name and case not in truths:
+            fits.setdefault(case, []).append(file)
+    return {case: files[0] for case, files in fits.items()}, [
+        f"{predictions[case]}: two ground truths fit it, {files[0]} and {files[1]}; take one out of the folder"
+        for case, files in fits.items() if len(files) > 1]
 
 
 def _described(dataset: int | str) -> tuple[dict[str, tuple[int, ...]], int | None, str | None, dict[str, list[str]]]:
@@ -512,7 +539,7 @@ def _wrote_summary(metrics: Path) -> bool:
 
 def main(argv: list[str]) -> None:
     """Run `confkd evaluate`."""
-    parser = argparse.ArgumentParser(prog="confkd evaluate", description=(
+    parser = Parser(prog="confkd evaluate", description=(
         "Measure segmentations against the ground truth, for each case and class: Dice, IoU, HD95 and ASSD in mm, NSD, "
         "volume difference in ml. Writes metrics.json, metrics.csv and, if there is no other, nnU-Net's summary.json."))
     parser.add_argument("--truth", required=True, metavar="DIR", help="folder of the ground truth")

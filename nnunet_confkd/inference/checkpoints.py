@@ -14,6 +14,7 @@ from torch.nn import Module
 from torch.serialization import safe_globals
 
 from nnunet_confkd.errors import InputError
+from nnunet_confkd.inference.model_folder import require_model
 from nnunet_confkd.training.network import TEACHER_PREFIX, add_teacher, has_narrow_teacher, has_teacher
 
 # Besides tensors, numbers and text, nnU-Net's checkpoints hold single NumPy numbers, in the curves. NumPy 1 and NumPy 2
@@ -114,12 +115,7 @@ def fold_folders(model: str | Path) -> list[Path]:
         [PosixPath('MODEL/fold_0')]
     """
     model = Path(model)
-    if not model.is_dir():
-        raise InputError(f"{model}: there is no such folder")
-    missing = [name for name in ("plans.json", "dataset.json") if not (model / name).is_file()]
-    if missing:
-        raise InputError(f"{model}: is no trained model: {' and '.join(missing)} missing. Give the folder "
-                         f"TRAINER__PLANS__CONFIGURATION under nnUNet_results.")
+    require_model(model)
     folds = [fold for fold in sorted(model.glob("fold_*")) if any(fold.glob("checkpoint_*.pth"))]
     if not folds:
         raise InputError(f"{model}: holds no fold_*/checkpoint_*.pth: train first")

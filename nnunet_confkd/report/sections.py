@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from nnunet_confkd import __version__
+from nnunet_confkd.errors import counted
 from nnunet_confkd.evaluation.calibration import (
     Counts,
     aurc,
@@ -157,7 +158,7 @@ def _measures(folder: Path, model: Model, found: Findings) -> str:
                     box_chart("HD95 [mm]", boxes("HD95_mm"), found.names)]
         save_charts(boxes_of, folder / "measures.png")
         charts = page.charts("measures", boxes_of, wide=True)
-    caption = (f"Mean over the {len(found.cases)} cases{_of_patients(found)}. Below each mean are its "
+    caption = (f"Mean over {counted(len(found.cases), 'case')}{_of_patients(found)}. Below each mean are its "
                f"{typeset('95 %')} interval (bootstrap over the patients) and the number n of cases for which the "
                "measure is defined.")
     note = (f"The measures are those of confkd evaluate. {FOREGROUND.capitalize()}: mean of a case over its classes. "

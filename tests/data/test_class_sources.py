@@ -349,10 +349,10 @@ def test_values_that_no_class_has_are_told_for_all_sources_at_once(folders, nnun
     with pytest.raises(InputError) as error:
         mixed(folders, {"renal": ["kidney"], "abdomen": ["liver=5"]})
     text = str(error.value)
-    assert "2 labels hold the values 2; a full label may hold 0, 1." in text
+    assert "2 labels hold the value 2; a full label may hold 0, 1." in text
     assert "name it: --classes ... NAME=2. If it is a class that you do not need, it can be background: " \
            "background=0,2." in text
-    assert "3 labels hold the values 1; a full label may hold 0, 5." in text and "--classes of abdomen: ignore=" in text
+    assert "3 labels hold the value 1; a full label may hold 0, 5." in text and "--classes of abdomen: ignore=" in text
     assert not list((nnunet_folders / "raw").iterdir())
 
 
@@ -363,7 +363,8 @@ def test_values_that_no_class_has_are_told_for_all_sources_at_once(folders, nnun
     (["liver", "ignore=1,2"], "ignore takes one whole number, got 1, 2"),
     (["liver", "ignore=1"], "1 means liver and ignore"),
     (["liver=Leber", "spleen=leber"], "leber means liver and spleen"),
-    (None, "dataset.json: has no labels; name the classes: --source one=")])
+    (["liver,spleen"], "--classes of one: names are separated by spaces, not by commas; give liver spleen"),
+    (None, "dataset.json: there is no such file; name the classes: --source one=")])
 def test_classes_that_contradict_each_other(tmp_path, classes, message):
     with pytest.raises(InputError, match=re.escape(message)) as error:
         labels_of_sources([NamedFolder("one", tmp_path, classes), NamedFolder("two", tmp_path, ["x=1", "y=1"])])
@@ -374,6 +375,7 @@ def test_classes_that_contradict_each_other(tmp_path, classes, message):
     ('{"labels": {"background": 0, "whole": [1, 2]}}', 'are regions, which need "regions_class_order"'),
     ('{"labels": {"background": 0, "whole": [1, 2]}, "regions_class_order": [1, 2]}', "a list of one value for each"),
     ('{"labels": {"background": 0, "liver": "one"}}', '"labels" must be names and values'),
+    ("{}", "dataset.json: has no labels; name the classes"),
     ('{"labels": {"background": 0}}', "names no class; at least one besides the background"),
     ('{"labels": {"liver": 0, "background": 1}}', '"background" must be 0'),
     ('{"labels": {"background": 0, "liver": 1}, "annotated_classes": {"a": ["liver"]}}', "make a source of each list")])

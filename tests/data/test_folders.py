@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from nnunet_confkd.data.folders import find_dataset, folder_name, new_dataset
+from nnunet_confkd.data.folders import find_dataset, folder_name, new_dataset, require_free_id
 from nnunet_confkd.errors import InputError
 
 EMPTY = {"raw": None, "preprocessed": None, "results": None}
@@ -397,6 +397,8 @@ def test_a_data_set_of_another_name_keeps_the_id(nnunet_folders):
     _own("old")
     with pytest.raises(InputError, match="the id 7 is taken by .*Dataset007_Test"):
         _own("new", name="Other", overwrite=True)
+    with pytest.raises(InputError, match="the id 7 belongs to Dataset007_Test: .* give --name Test; else"):
+        require_free_id(7, (nnunet_folders / "raw" / "Dataset007_Other",))  # as mix --overwrite does
 
 
 KILLED = """

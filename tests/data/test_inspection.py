@@ -10,7 +10,7 @@ from image_files import read_json, read_voxels, write_image
 
 from nnunet_confkd import cli
 from nnunet_confkd.data.groups import Group, grouped_files, units_below
-from nnunet_confkd.data.inspection import command_text, description, free_id, inspect, propose
+from nnunet_confkd.data.inspection import checked, command_text, description, free_id, inspect, propose
 from nnunet_confkd.data.measures import (
     EMPTY,
     IMAGE,
@@ -119,6 +119,32 @@ def test_a_picture_of_few_grey_values_is_an_image(tmp_path):
     assert _kinds(write_image(tmp_path / "i.nii.gz", voxels)) == [IMAGE]
 
 
+@pytest.mark.parametrize("others, noise", [(1, 0), (2, 0), (2, 1)])
+def test_a_label_with_values_that_are_no_integers_is_no_image(tmp_path, nnunet_folders, capsys, others, noise):
+    _folders(tmp_path)
+    folder = tmp_path / "scribbles"
+    broken = sorted(folder.iterdir())[0]
+    if others == 2:
+        _scribbles(folder / "p4.nii.gz")
+    label = read_voxels(broken).astype(np.float32)
+    label[label == 1] = 0.9999
+    label += noise * np.random.default_rng(0).random(SHAPE, np.float32)  # more values than a label may have
+    write_image(broken, label)
+    assert cli.main(["inspect", str(tmp_path), "--processes", "1"]) == 0
+    out = capsys.readouterr().out
+    assert f"{folder}: 1 unusable label, {others} scribble-like" in out
+    assert f"{broken}: is a label with values that are no integers, such as 0." in out
+    assert f"would stop, because of values that are no integers in {broken}" in out
+    assert f"--images {tmp_path / 'images'} \\\n" in out
+
+
+def test_an_image_beside_a_label_of_the_same_naming_stays_an_image(tmp_path):
+    write_image(tmp_path / "image.nii.gz", np.random.default_rng(0).random(SHAPE, np.float32))
+    _mask(tmp_path / "mask.nii.gz")
+    (group,) = inspect([tmp_path], 1)
+    assert [measure.kind for measure in group.files.values()] == [IMAGE, MASK]
+
+
 def test_a_label_of_many_classes_is_no_image(tmp_path):
     label = np.repeat(np.arange(24, dtype=np.uint8), 24 * 24).reshape(24, 24, 24)
     assert _kinds(write_image(tmp_path / "m.nii.gz", label)) == [MASK]
@@ -209,7 +235,7 @@ def test_a_label_on_another_grid_is_told_and_resampled(tmp_path, nnunet_folders,
     folders = [f"{tmp_path}/{name}" for name in ("images", "masks", "scribbles")]
     assert cli.main(["inspect", *folders, "--processes", "1"]) == 0
     out = capsys.readouterr().out
-    assert "1 labels are on another grid than their image" in out and "--resample-labels" in out
+    assert "note: labels on another grid than their image: 1 (" in out and "--resample-labels" in out
     words = shlex.split(out[out.index("confkd mix"):].replace("\\\n", " "))
     assert cli.main([*words[1:], "--processes", "1"]) == 0
     assert np.array_equal(read_voxels(nnunet_folders / "raw" / "Dataset100_Mixed" / "labelsTr" / "p0.nii.gz"), label)
@@ -282,6 +308,24 @@ def test_what_is_not_there(tmp_path, name, text):
 
 def test_the_most_frequent_value_of_segments_is_nothing():
     assert Measure(MASK, voxels={"liver": 3, 0: 2}, named=True).drawn == {"liver": 3}
+
+
+@pytest.mark.parametrize("masks, labels, background", [
+    (Measure(MASK, voxels={0: 90, 1: 5, 2: 5}), ["background", "?", "?"], "5"),
+    (Measure(MASK, voxels={0: 90, "liver": 5, "tumour": 5}, named=True), ["background"], "?")], ids=["values", "names"])
+def test_segments_beside_values_are_told_to_be_the_same_classes(tmp_path, masks, labels, background):
+    """The values 1 and 2 are the segments liver and tumour, 5 marks scribbles in the background, 0 nothing."""
+    found = {"images": {"a": Measure(IMAGE)}, "masks": {"a": masks}, "scribbles": {
+        "b": Measure(SCRIBBLES, voxels={0: 90, 1: 1, 2: 1, 5: 1}),
+        "c": Measure(SCRIBBLES, voxels={0: 90, "liver": 1, "tumour": 1, "Background": 1}, named=True)}}
+    groups = [Group(tmp_path / name, "{case}", True, {tmp_path / name / file: measure for file, measure in of.items()})
+              for name, of in found.items()]
+    proposal = propose(groups)
+    options = _options(proposal.words)
+    assert options["--labels"] == labels and options["--ignore-value"] == ["0"]
+    assert options["--background-value"] == [background]
+    assert proposal.notes[-1].startswith("some labels have the segments liver, tumour, and others have values. Name")
+    assert checked(proposal.words, groups, 1) == (proposal.words, [], [])  # it is not tried with question marks
 
 
 @pytest.mark.parametrize("kind, count, text", [

@@ -382,7 +382,10 @@ def test_where_most_voxels_have_the_value_of_background_the_right_options_are_na
     ({"ignore_value": 1}, "--ignore-value 1 is the value of a class"),
     ({"ignore_value": 0, "background_value": 2}, "--background-value 2 is the value of a class"),
     ({"ignore_value": 9, "background_value": 9}, "are both 9"),
-    ({"labels": None}, "dataset.json: has no labels; give their names"),
+    ({"labels": None}, "dataset.json: there is no such file; give the names of the labels"),
+    ({"labels": ["background,organ,tumour"]}, "separated by spaces, not by commas; give background organ tumour"),
+    ({"labels": ["background,", "organ"]}, "separated by spaces, not by commas; give background organ"),
+    ({"labels": ["background=0,organ=1"]}, "separated by spaces, not by commas; give background=0 organ=1"),
     ({"labels": ["background", "organ", "organ"]}, "'organ'; give names, each once"),
     ({"labels": ["background=x", "organ"]}, "'background=x'"),
     ({"labels": ["background"]}, "at least two labels"),
@@ -402,7 +405,7 @@ def test_an_ignored_voxel_in_a_full_label(folders, nnunet_folders):
     label = read_voxels(file)
     label[0, 0, 0] = 9
     _write(file, label)
-    _fails(folders, nnunet_folders, r"full2\.nii\.gz: holds the values 9; a full label may hold 0, 1, 2")
+    _fails(folders, nnunet_folders, r"full2\.nii\.gz: holds the value 9; a full label may hold 0, 1, 2")
 
 
 def test_an_unlabelled_image_of_other_channels(folders, nnunet_folders):

@@ -57,6 +57,13 @@ def test_a_label_without_an_image_gets_the_advice_of_a_pattern():
                         "labels/x.nii.gz: has no image in images"]
 
 
+@pytest.mark.parametrize("option", ["--full-labels '", "--source 'X="])
+def test_the_advised_pattern_is_for_these_labels_alone_where_there_are_others(option):
+    labels = _named("p01_JD_v2", folder="labels")
+    _, (problem,) = matched({"p01": [Path("p01.nii.gz")]}, labels, "images", option)
+    assert problem.endswith(f"the name of the case is: {option}labels/{{case}}_JD_v2.nii.gz'")
+
+
 def test_the_longest_case_in_a_name_is_taken():
     _, (problem,) = _pairs(["p1", "p11"], ["p11_JD"])
     assert problem.endswith("'{case}_JD.nii.gz'")

@@ -848,8 +848,17 @@ def test_the_default_numbers_of_processes_are_nnunets(planned, monkeypatch):
     calls = []
     monkeypatch.setattr(planning, "preprocess_keeping_annotations", lambda *arguments: calls.append(arguments))
     monkeypatch.setattr(planning, "preprocessed_counts", lambda *arguments: {})
-    main(["-d", "611", "-c", "2d", "3d_fullres", "mine", "3d_lowres", "--no_pbar"])
-    assert calls == [(MIXED, "nnUNetPlans", ["2d", "3d_fullres", "mine", "3d_lowres"], [8, 4, 4, 8], False, False)]
+    names = ["2d", "3d_fullres", "3d_cascade_fullres", "3d_lowres"]
+    main(["-d", "611", "-c", *names, "--no_pbar"])
+    assert calls == [(MIXED, "nnUNetPlans", names, [8, 4, 4, 8], False, False)]
+
+
+def test_a_configuration_that_nobody_knows_is_an_error_before_preprocessing(planned, monkeypatch):
+    monkeypatch.setattr(planning, "preprocess_keeping_annotations", lambda *arguments: pytest.fail("too late"))
+    with pytest.raises(InputError, match="-c 3d: there is no configuration 3d; the plans have 2d, 3d_fullres"):
+        main(["-d", "611", "-c", "2d", "3d", "--no_pbar"])
+    with pytest.raises(InputError, match=r"no configuration 3d_fulres \(did you mean '3d_fullres'\?\)"):
+        main(["-d", "611", "-c", "3d_fulres", "--no_pbar"])
 
 
 @pytest.mark.parametrize("configurations, name, labels, split, expected", [

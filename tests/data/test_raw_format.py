@@ -18,7 +18,7 @@ from skimage import io as skio
 from nnunet_confkd.data import raw_format
 from nnunet_confkd.data.images import Volume
 from nnunet_confkd.data.patients import patients_of, split_full_cases
-from nnunet_confkd.data.raw_format import Case, Dataset, with_ignore, write_dataset
+from nnunet_confkd.data.raw_format import Case, Dataset, require_no_problems, with_ignore, write_dataset
 from nnunet_confkd.data.supervision import FULL, PARTIAL, UNLABELLED
 from nnunet_confkd.errors import InputError
 
@@ -537,6 +537,12 @@ def test_an_image_without_a_label_is_refused(source, refused, kind):
     case = replace(_case(source, "a1", kind), label=None)
     refused(_dataset(source, labels=MIXED, training=[case], validation=[]), source / "images" / "a1.nii.gz",
             "has no label; add it, or leave the image out")
+
+
+def test_the_problems_that_are_listed_are_counted():
+    problems = [f"{number}.png: is empty" for number in range(6)] + ["data: has no labels"]
+    with pytest.raises(InputError, match="^2 problems; nothing was written:\n  6 files: is empty"):
+        require_no_problems(problems)
 
 
 def test_what_the_converter_found_is_told_with_the_rest(source, refused):

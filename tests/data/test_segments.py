@@ -171,7 +171,7 @@ def test_other_names_of_segments_are_told_with_an_option_that_works(folders, nnu
     with pytest.raises(InputError) as error:
         _mix(folders)
     text = str(error.value)
-    assert text.startswith("2 labels hold the segments 'Liver 1', which --labels does not name.")
+    assert text.startswith("2 labels hold the segment 'Liver 1', which --labels does not name.")
     assert "as in --labels ... 'NAME=Liver 1'" in text and text.count("Liver 1") < 5
     target = _mix(folders, partial_labels=[], labels=["background", "liver=Liver 1", "tumour"])
     assert np.array_equal(read_voxels(target / "labelsTr" / "b.nrrd"), EXPECTED)

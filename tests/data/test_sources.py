@@ -187,7 +187,7 @@ def test_a_resampled_mask_that_does_not_cover_its_image_is_told(folders, nnunet_
     write_image(wide, np.pad(read_voxels(wide), 1), origin=(-1, -1, -1))
     notes = mixture(**_options(folders), resample_labels=True).notes
     share = 1 - 1 / label.shape[1]
-    assert notes[-1].startswith(f"note: 1 full labels do not cover their image (m1_seg.nii.gz {share:.1%})")
+    assert notes[-1].startswith(f"note: full labels that do not cover their image: 1 (m1_seg.nii.gz {share:.1%})")
 
 
 def test_a_dry_run_ends_with_what_is_wrong(folders, nnunet_folders, capsys):
@@ -212,7 +212,30 @@ def test_a_long_table_is_cut_unless_it_is_a_dry_run(folders, nnunet_folders, cap
 def test_a_label_without_an_image_is_no_reason_for_an_unlabelled_case(folders, nnunet_folders):
     (folders / "scribbles" / "s1-scribble.nii.gz").rename(folders / "scribbles" / "s1_JD.nii.gz")
     text = _refused(nnunet_folders, "has no image in", folders)
-    assert "--label-pattern '{case}_JD.nii.gz'" in text
+    assert f"is: --partial-labels '{folders / 'scribbles'}/{{case}}_JD.nii.gz'" in text
+    found = mixture(**_options(folders, partial_labels=[f"{folders / 'scribbles'}/{{case}}_JD.nii.gz"])).sources
+    assert [case.name for source in found if source.kind == "partial" for case in source.cases] == ["s1"]
+
+
+def test_exchanged_folders_are_asked_about(folders, nnunet_folders):
+    question = "masks: the names are like those of labels; are --images and --full-labels exchanged?"
+    exchanged = {"images": [folders / "masks"], "full_labels": [folders / "images"]}
+    assert question in _refused(nnunet_folders, "has no image in", folders, **exchanged)
+    exchanged = {"full_labels": [folders / "scribbles"], "partial_labels": [folders / "masks"]}
+    _refused(nnunet_folders, "Are the full and the partial labels exchanged", folders, **exchanged)
+    _label(folders / "masks" / "m1_seg.nii.gz", "partial")  # the value of scribbles in a mask is no such sign
+    assert "exchanged?" not in _refused(nnunet_folders, "a full label may hold 0, 1", folders)
+    (folders / "masks" / "m1_seg.nii.gz").rename(folders / "masks" / "m1_JD.nii.gz")  # nor is a name
+    (folders / "masks" / "m2_seg.nii.gz").unlink()
+    assert "exchanged?" not in _refused(nnunet_folders, "has no image in", folders)
+
+
+@pytest.mark.parametrize("shape", [SHAPE, (8, 8, 8)], ids=["few values", "many values"])
+def test_an_image_in_the_place_of_a_label_is_told(folders, nnunet_folders, shape):
+    write_image(folders / "images" / "m1.nii.gz", np.zeros(shape, np.float32))
+    write_image(folders / "masks" / "m1_seg.nii.gz", np.arange(np.prod(shape), dtype=np.int16).reshape(shape))
+    _refused(nnunet_folders, "(?i)m1_seg.nii.gz: .*it looks like an image: are the images and the labels exchanged",
+             folders)
 
 
 def test_two_labels_of_one_image(folders, nnunet_folders):
@@ -271,7 +294,7 @@ def test_unlabelled_images_that_are_labelled_elsewhere_are_left_out(folders, nnu
 
 def test_equal_values_are_one_message_with_the_option(folders, nnunet_folders):
     text = _refused(nnunet_folders, "^3 labels", folders, background_value=None)
-    assert "3 labels hold the values 2; a partial label may hold 0, 1. If 2 marks scribbles in the background: " \
+    assert "3 labels hold the value 2; a partial label may hold 0, 1. If 2 marks scribbles in the background: " \
            "--background-value 2." in text
     assert "All that is held: 0: 95.0 %, 1: 2.5 %, 2: 2.5 %" in text and text.count("--background-value") == 1
     assert text.count("scribble.nii.gz") == 3

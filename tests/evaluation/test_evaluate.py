@@ -323,6 +323,26 @@ def test_missing_files_are_all_named(folders):
     assert list(measured(folders, subset=True).cases) == ["case0", "case2"]
 
 
+def test_subset_is_advised_only_where_it_helps(folders):
+    (folders / "prediction" / "case1.nii.gz").unlink()
+    assert "(--subset measures only what is predicted)" in complaint(folders)
+    (folders / "truth" / "case0.nii.gz").unlink()
+    text = complaint(folders)
+    assert "--subset" not in text and "needs the name of its ground truth, which may have a suffix such as _gt" in text
+
+
+def test_the_ground_truth_may_have_a_suffix_of_annotation_tools(folders):
+    expected = measured(folders).cases
+    for i, name in enumerate(("case0_gt", "case1-mask", "case2.seg")):
+        (folders / "truth" / f"case{i}.nii.gz").rename(folders / "truth" / f"{name}.nii.gz")
+    assert measured(folders).cases == expected
+    save(folders / "truth" / "case0_seg.nii.gz", label_map())
+    assert "case0.nii.gz: two ground truths fit it" in complaint(folders, subset=True)
+    (folders / "truth" / "case0_seg.nii.gz").rename(folders / "truth" / "case0.nii.gz")  # its own name is nearer
+    assert measured(folders, subset=True).files["case0"][0].name == "case0.nii.gz"
+    assert "holds no case0_gt" in complaint(folders)
+
+
 @pytest.mark.parametrize("change, expected", [
     (lambda f: save(f, label_map()[:-1]), "size"),
     (lambda f: save(f, label_map(), spacing=(1, 1.5, 3)), "spacing"),
@@ -346,6 +366,15 @@ def test_unknown_labels_of_either_folder_are_named(folders, dataset):
     # the ignore label is for the ground truth alone
     save(folders / "prediction" / "case0.nii.gz", label_map(classes=(1, 3)))
     assert "have: 3" in complaint(folders, dataset=dataset({"background": 0, "a": 1, "b": 2, "ignore": 3}))
+
+
+def test_an_image_in_the_place_of_a_label_is_told(folders, dataset):
+    grey = np.arange(1200, dtype=np.int16).reshape(30, 40) % 300
+    save(folders / "truth" / "case0.nii.gz", np.resize(grey, label_map().shape))
+    text = complaint(folders)
+    assert "case0.nii.gz: holds 300 values. It looks like an image: give the folder of the labels" in text
+    text = complaint(folders, dataset=dataset({"background": 0, "a": 1, "b": 2}))
+    assert "does not have: 3, 4, 5, 6, 7 and 292 more. It looks like an image" in text
 
 
 @pytest.mark.parametrize("label", ["x", "0", "1,,2", "-1"])

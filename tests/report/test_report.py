@@ -316,7 +316,7 @@ def test_intervals_are_by_patient_and_training_cases_are_called_that(
     edit_json(model / "fold_0" / "confkd.json", history=[
         {"until_epoch": 1, "settings": record["settings"] | {"weight_kl": 0.125}}])
     page = read_page(report(model, output=tmp_path / "out"))
-    assert "on 2 validation cases of 1 patient" in page.text and "Mean over the 2 cases of 1 patient" in page.text
+    assert "on 2 validation cases of 1 patient" in page.text and "Mean over 2 cases of 1 patient" in page.text
     assert page.text.count("too few patients for an interval") == 3
     assert not re.search(r"95\xa0% interval [\d−+]", page.text)
     assert "fold_0: 1 of its 2 validation cases are training cases as well" in page.text
