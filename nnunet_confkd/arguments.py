@@ -4,7 +4,7 @@ from __future__ import annotations
 import argparse
 import re
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 from nnunet_confkd.errors import InputError, did_you_mean
 
@@ -19,7 +19,7 @@ class Parser(argparse.ArgumentParser):
         nnunet_confkd.errors.InputError: unknown argument '--hlep' (did you mean '--help'?)
     """
 
-    def parse_known_args(self, args: Sequence[str] | None = None, namespace=None):  # parse_args calls it
+    def parse_known_args(self, args=None, namespace=None):  # parse_args calls it
         """Parse arguments as argparse does. Raises InputError for an unknown option."""
         words = sys.argv[1:] if args is None else list(args)
         words = words[:words.index("--")] if "--" in words else words
