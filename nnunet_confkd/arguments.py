@@ -10,14 +10,7 @@ from nnunet_confkd.errors import InputError, did_you_mean
 
 
 class Parser(argparse.ArgumentParser):
-    """The parser of argparse, which tells an unknown option before all else and without its usage.
-
-    Examples:
-        >>> Parser().parse_args(["--hlep"])
-        Traceback (most recent call last):
-            ...
-        nnunet_confkd.errors.InputError: unknown argument '--hlep' (did you mean '--help'?)
-    """
+    """The parser of argparse, which tells an unknown option before all else and without its usage."""
 
     def parse_known_args(self, args=None, namespace=None):  # parse_args calls it
         """Parse arguments as argparse does. Raises InputError for an unknown option."""

@@ -15,7 +15,8 @@ FOLDERS = {"nnunet_confkd": ROOT / "nnunet_confkd", "nnunet_confkd.trainers": RO
 # From top to bottom. A room may import the rooms below it. Rooms in the same braces do not know each other.
 ORDER = [{"cli"}, {"demo", "commands"}, {"report"}, {"evaluation", "nnunet_commands"}, {"inference"},
          {"trainers"}, {"training"}, {"dataset_conversion"}, {"data"},
-         {"colours", "device", "discovery", "files", "output", "processes"}, {"errors"}, {""}]
+         {"colours", "device", "discovery", "files", "output", "processes"}, {"arguments"}, {"errors"},
+         {""}]
 # Within `training`, the parts of the method do not know the trainer.
 PARTS = ("losses", "network", "hints", "settings", "batches", "recovery", "curves", "checks", "pseudo_dice", "ranks",
          "record", "candidate_hints")
