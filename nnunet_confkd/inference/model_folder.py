@@ -18,9 +18,6 @@ def require_model(model: str | Path) -> None:
     Raises:
         InputError: There is no such folder, or it is no model's. The text names the models that it holds. For 27 or
             Dataset027_NAME it names those of this data set in nnUNet_results.
-
-    Examples:
-        >>> require_model("MODEL")  # doctest: +SKIP
     """
     model = Path(model)
     missing = [name for name in CONTENT if not (model / name).is_file()]
