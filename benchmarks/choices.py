@@ -64,7 +64,8 @@ def of_folds(choices: dict) -> str:
         of_setting = [of for key, of in choices.items() if key.rsplit("_", 1)[0] == setting]
         for name, words in TRAINERS.items() if of_setting else ():
             parts = [of["part"] for of in of_setting]
-            lines.append(f"| {five_folds.WORDS[setting]} | {min(parts):.2g} to {max(parts):.2g} | {words} | "
+            part = " to ".join(dict.fromkeys(f"{value:.2g}" for value in (min(parts), max(parts))))
+            lines.append(f"| {five_folds.WORDS[setting]} | {part} | {words} | "
                          f"{cells(name, of_setting)} |")
     return "\n".join(lines)
 
