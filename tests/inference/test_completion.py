@@ -252,7 +252,7 @@ def test_no_fold_validates_on_completed_voxels(nnunet, few, model, no_network):
     try:
         first = few.weak[0]
         file.write_text(json.dumps([{"train": sorted(set(few.kinds) - {first}), "val": [first]}]))
-        folder = complete(6, model, 63, name="RandomSplit")
+        folder = complete(6, model, 94, name="RandomSplit")
     finally:
         file.write_text(kept)
     splits = read_json(nnunet.preprocessed(folder.name) / "splits_final.json")

@@ -171,12 +171,12 @@ def test_every_section_is_there_with_its_content(page, hippocampus):
 def test_changed_settings_are_marked(page, small):
     record = json.loads((small / "fold_0" / "confkd.json").read_text())
     settings, chosen = record["settings"], record["chosen"]
-    assert f"unless it was set: full_share {json.dumps(round(chosen['full_share'], 3))}, equal_kinds" in page.text
+    assert f"unless it was set: weight_kl 3.0, full_share {round(chosen['full_share'], 3)}, equal_kinds" in page.text
     changed = {key for key, value in Settings().as_dict().items() if settings[key] != value}
-    assert changed == {"epochs", "iterations_per_epoch", "seed", "teacher_width"}  # as the fixture has set them
+    assert changed == {"weight_kl", "epochs", "iterations_per_epoch", "seed", "teacher_width"}  # by the fixture
     marked = re.findall(r'<tr class="changed"><th scope="row" class="words">(\w+)</th>', page.source)
     assert set(marked) == changed
-    assert f"4 of {len(settings)} settings differ from the default" in page.text and "weight_kl" in page.text
+    assert f"5 of {len(settings)} settings differ from the default" in page.text and "weight_kl" in page.text
 
 
 def test_the_curves_are_those_of_the_checkpoint(page, small):

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from nnunet_confkd import cli, discovery, nnunet_commands
+from nnunet_confkd.inference.model_folder import CONTENT
 
 ROOT = Path(__file__).resolve().parents[2]
 TRAINERS = ["ConfKDTrainer", "ConfKDTrainer_noEntropy", "ConfKDTrainer_noKL", "ConfKDTrainer_partialOnly",
@@ -147,9 +148,12 @@ def test_unknown_commands_and_help(capsys):
     ({}, "0"), pytest.param({"OMP_WAIT_POLICY": "ACTIVE"}, "30000000000", marks=pytest.mark.slow)])
 def test_threads_on_the_cpu_wait_without_spinning(tmp_path, given, spins):
     """libgomp reads its settings, and prints them, when torch is imported. The command must have set them before."""
-    code = "from nnunet_confkd import cli; cli.main(['report', '--model', 'none', '-device', 'cpu'])"
+    (tmp_path / "model").mkdir()
+    for name in CONTENT:
+        (tmp_path / "model" / name).write_text("{}")
+    code = "from nnunet_confkd import cli; cli.main(['report', '--model', 'model', '-device', 'cpu'])"
     result = run(sys.executable, "-c", code, cwd=tmp_path, OMP_DISPLAY_ENV="VERBOSE", **given)
-    assert f"GOMP_SPINCOUNT = '{spins}'" in result.stderr and "none: there is no such folder" in result.stderr
+    assert f"GOMP_SPINCOUNT = '{spins}'" in result.stderr and "confkd report: model" in result.stderr
 
 
 @pytest.mark.parametrize("command, name, given, handed", [
