@@ -413,7 +413,8 @@ def answers(folder: Path) -> dict[str, str]:
 
 def page_of(section: str) -> Path:
     """The page that has the table."""
-    return HERE.parent / "docs" / "explanation" / f"{'weights_and_batches' if section == 'longer' else 'results'}.md"
+    page = "weights_and_batches" if section in ("longer", "unlabelled", "more points") else "results"
+    return HERE.parent / "docs" / "explanation" / f"{page}.md"
 
 
 def parsed(text: str | None, output: Path, settings: dict, known_rows: dict, **defaults) -> argparse.Namespace:
