@@ -291,6 +291,9 @@ class ConfKDTrainer(nnUNetTrainer):
         if self.settings.weight_kl is None and self.settings.weight_teacher and not chosen["weight_kl"]:
             self.print_to_log_file("The partially annotated cases have so few annotations that the student learns from "
                                    "the labels alone. The teacher is trained beside it, and does not teach")
+        if settings.weight_kl and {self.kinds[case] for case in cases} == {FULL, UNLABELLED}:
+            self.print_to_log_file("All cases that are not fully annotated are unlabelled. In our tests the student was"
+                                   " worse with such cases than without them: compare with a training that has none")
         return chosen
 
     def _require_supervision(self, training: dict[str, str]) -> None:

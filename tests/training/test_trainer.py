@@ -214,6 +214,14 @@ def test_with_few_annotations_the_teacher_does_not_teach(nnunet, started, monkey
     assert trainer.loss.weights["kl"] == 3 and trainer.train_step(batch)["loss_kl"] > 0
 
 
+def test_unlabelled_cases_alone_are_told_to_be_no_help(nnunet, hippocampus, split, started):
+    unlabelled, partial = hippocampus["unlabelled"], hippocampus["partial"]
+    for others, told in ((unlabelled, True), (unlabelled + partial, False)):
+        split([{"train": hippocampus["full"] + others, "val": hippocampus["validation"]}])
+        trainer = started(HIPPOCAMPUS, nnunet.configure(HIPPOCAMPUS, f"alone_{told}", "2d", SHORT))
+        assert ("worse with such cases than without them" in Path(trainer.log_file).read_text()) is told
+
+
 def test_the_share_of_fully_annotated_images_follows_from_the_annotations(nnunet, hippocampus, started):
     configuration = nnunet.configure(HIPPOCAMPUS, "share", "2d", {"seed": 0, "epochs": 1}, batch_size=10)
     trainer = started(HIPPOCAMPUS, configuration)
@@ -560,7 +568,7 @@ def test_a_training_that_begins_anew_keeps_the_checkpoints_of_the_earlier_one(nn
     again.initialize()
     again.load_checkpoint(str(fold / "checkpoint_latest.pth"))
     again.on_train_start()
-    assert (fold / "checkpoint_latest.pth").is_file() and "earlier training" not in Path(again.log_file).read_text()
+    assert (fold / "checkpoint_latest.pth").is_file() and list(fold.glob("earlier_*")) == [kept]
 
 
 def test_a_killed_run_resumes_and_keeps_its_curves(nnunet, hippocampus):
