@@ -6,6 +6,7 @@ import argparse
 import random
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -238,10 +239,21 @@ def _require_files_of_classes(source: Source, known: Labels) -> None:
 
 def _notes(sources: list[Source], contents: dict[Path, Content], known: Labels) -> list[str]:
     if known.source:
-        return ["labels: " + ", ".join(f"{name} {value}" for name, value in known.names.items())]
+        return ["labels: " + ", ".join(f"{name} {value}" for name, value in known.names.items()),
+                *(f"note: are {one} and {other} one class? Then give both the same name"
+                  for one, other in combinations(known.names, 2) if _mistyped(one, other))]
     full, scribbles = ({label: contents[label] for source in sources if source.kind == kind for label in source.labels
                       if label in contents} for kind in (FULL, PARTIAL))
     return meanings.only_in_scribbles(full, scribbles, known)
+
+
+def _mistyped(one: str, other: str) -> bool:
+    """Whether two names have the same letters in another order, or one of them has one letter more."""
+    short, long = sorted((one.casefold(), other.casefold()), key=len)
+    if len(short) == len(long):
+        digits = [[letter for letter in name if letter.isdigit()] for name in (short, long)]
+        return sorted(short) == sorted(long) and digits[0] == digits[1]  # rib_12 is not rib_21
+    return any(long[i].isalpha() and long[:i] + long[i + 1:] == short for i in range(len(long)))
 
 
 def _case(source: Source, files: CaseFiles, resample: bool) -> Case:

@@ -413,3 +413,16 @@ def test_an_ignore_value_that_no_label_holds(folders, nnunet_folders):
         mixed(folders, {"renal": ["kidney", "spleen", "ignore=4"]})
     with pytest.raises(InputError, match="ignore=VALUE in --classes of renal is missing"):
         mixed(folders, {"renal": ["kidney", "spleen", "ignore"]})
+
+
+@pytest.mark.parametrize("one, other, asked", [
+    ("posterior", "posteriro", True), ("lung", "lungs", True), ("Liver", "liver", True), ("kidney", "kiddney", True),
+    ("rib_12", "rib_21", False), ("rib_1", "rib_11", False), ("kidney_left", "kidney_right", False),
+    ("RV", "LV", False), ("liver", "spleen", False)])
+def test_a_mistyped_class_is_asked_for(tmp_path, nnunet_folders, capsys, one, other, asked):
+    texts = []
+    for name, written in (("first", one), ("second", other)):
+        folder = make_source(tmp_path / name, [f"{name}1"], [0, 1])
+        texts += ["--source", f"{name}={folder}", "--classes", f"{written}=1"]
+    assert cli.main(["mix", *texts, "--id", "7", "--processes", "1", "--dry-run"]) == 0
+    assert (f"note: are {one} and {other} one class? Then give both the same name" in capsys.readouterr().out) is asked
