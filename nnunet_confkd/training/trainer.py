@@ -184,7 +184,7 @@ class ConfKDTrainer(nnUNetTrainer):
         supervised = PartialSupervision(stock, labels.ignore_label, labels.has_regions, ddp=self.is_ddp)
         weights = {term: getattr(settings, f"weight_{term}") for term in TERMS}
         if weights["kl"] is None:
-            weights["kl"] = WEIGHT_KL  # until get_dataloaders has seen the annotations
+            weights["kl"] = WEIGHT_KL if weights["teacher"] else 0.0  # until get_dataloaders has seen the annotations
         return ConfKDLoss(supervised, weights, resolution_weights=resolution_weights, regions=labels.has_regions,
                           kl_images=settings.kl_images, extra_resolutions=settings.extra_resolutions)
 

@@ -41,7 +41,8 @@ def all_settings() -> list[dict]:
               {"equal_kinds": True, "teacher_trains_encoder": False},
               {"kl_images": "full", "teacher_trains_encoder": False},
               {"kl_images": "full", "teacher_hints": False, "weight_entropy": 0.0}]
-    found = [{"iterations_per_epoch": 50, "epochs": 2, "cutmix": 0.0, **settings} for settings in found]
+    common = {"iterations_per_epoch": 50, "epochs": 2, "cutmix": 0.0, "weight_kl": 3.0}
+    found = [common | settings for settings in found]
     return [settings for settings in found if legal(settings)]
 
 
