@@ -1,4 +1,4 @@
-"""The files below a folder, in groups of the same place and naming: images of one channel, masks, strokes."""
+"""The files below a folder, in groups of the same place and naming: images of one channel, masks, scribbles."""
 from __future__ import annotations
 
 import re
