@@ -253,12 +253,9 @@ def _require_test_images(work: Work) -> None:
     """Raise InputError if the images to predict are not as those to train on."""
     from nnunet_confkd.inference.inputs import readable_images
 
-    try:
-        with readable_images(work.args.test, read_description(raw_folder() / work.name / "dataset.json",
-                                                              ("file_ending",))):
-            pass
-    except InputError as error:
-        raise InputError(str(error).replace("-i ", "--test ", 1)) from error
+    described = read_description(raw_folder() / work.name / "dataset.json", ("file_ending",))
+    with readable_images(work.args.test, described, "--test"):
+        pass
 
 
 def plan_step(work: Work) -> Path:

@@ -17,7 +17,7 @@ from nnunet_confkd.files import write_json
 
 
 @contextmanager
-def readable_images(source: Path, described: dict) -> Iterator[Path]:
+def readable_images(source: Path, described: dict, option: str = "-i") -> Iterator[Path]:
     """Yield a folder whose images have the names that nnU-Net needs: CASE_0000, CASE_0001, ... for the channels.
 
     A folder with such names is yielded as it is. A single image, or images without these numbers, are linked into a
@@ -27,6 +27,7 @@ def readable_images(source: Path, described: dict) -> Iterator[Path]:
     Args:
         source: An image, a folder of images, a folder of one DICOM series, or a folder of such folders.
         described: The model's dataset.json.
+        option: What the images are given with, for messages.
 
     Raises:
         InputError: There is no such file or folder, it has no images of the model's file ending and no DICOM series,
@@ -35,8 +36,8 @@ def readable_images(source: Path, described: dict) -> Iterator[Path]:
     ending = described["file_ending"]
     channels = list(described.get("channel_names", described.get("modality", {"0": "image"})).values())
     if not source.exists():
-        raise InputError(f"-i {source}: there is no such file or folder")
-    series = {} if _has_images(source, ending) else _series(source, ending, channels)
+        raise InputError(f"{option} {source}: there is no such file or folder")
+    series = {} if _has_images(source, ending) else _series(source, ending, channels, option)
     if series:
         with tempfile.TemporaryDirectory(prefix="confkd_images_") as folder:
             for case, inner in series.items():
@@ -48,19 +49,19 @@ def readable_images(source: Path, described: dict) -> Iterator[Path]:
     images = [file for file in inside if file.name.endswith(ending) and not file.is_dir()]
     files = [file for file in images if not file.name.startswith(".")]  # nnU-Net would take the others for images
     if not files:
-        raise InputError(f"-i {source}: has no image that ends with {ending}, as the model's training images do, and "
-                         "no DICOM series; it " + _endings(inside))
+        raise InputError(f"{option} {source}: has no image that ends with {ending}, as the model's training images do, "
+                         "and no DICOM series; it " + _endings(inside))
     cases, plain = _cases_of(files, ending, len(channels))
     expected = ", ".join(f"CASE_{i:04d}{ending} ({name})" for i, name in enumerate(channels))
     if plain and (cases or len(channels) > 1):
         mixed = f", but {next(iter(cases.values()))[0].name} has one" if cases else ""
-        raise InputError(f"-i {source}: {plain[0].name} does not end with the number of a channel{mixed}. Name the "
-                         f"files of every case {expected}")
+        raise InputError(f"{option} {source}: {plain[0].name} does not end with the number of a channel{mixed}. Name "
+                         f"the files of every case {expected}")
     incomplete = [case for case, channel_files in cases.items() if len(channel_files) != len(channels)]
     if incomplete:
         some = ", ".join(incomplete[:5]) + (", ..." if len(incomplete) > 5 else "")
-        raise InputError(f"-i {source}: {len(incomplete)} case(s) do not have all {len(channels)} channels: {some}. "
-                         f"Name the files of every case {expected}")
+        raise InputError(f"{option} {source}: {len(incomplete)} case(s) do not have all {len(channels)} channels: "
+                         f"{some}. Name the files of every case {expected}")
     if source.is_dir() and not plain and images == files:
         yield source
         return
@@ -117,20 +118,21 @@ def _has_images(source: Path, ending: str) -> bool:
     return any(file.name.endswith(ending) and not file.name.startswith(".") and file.is_file() for file in files)
 
 
-def _series(source: Path, ending: str, channels: list[str]) -> dict[str, Path]:
+def _series(source: Path, ending: str, channels: list[str], option: str) -> dict[str, Path]:
     """Find DICOM series; {} if there are none."""
     if source.is_file():
         if is_dicom_file(source):
-            raise InputError(f"-i {source}: is one file of DICOM; give the folder of its series: -i {source.parent}")
+            raise InputError(f"{option} {source}: is one file of DICOM; give the folder of its series: "
+                             f"{option} {source.parent}")
         return {}
     series = series_folders(source)
     if series and len(channels) > 1:
-        raise InputError(f"-i {source}: holds DICOM series, and the model needs {len(channels)} channels, "
+        raise InputError(f"{option} {source}: holds DICOM series, and the model needs {len(channels)} channels, "
                          f"{', '.join(channels)}, of which a series is one. Convert them to CASE_0000{ending}, "
                          f"CASE_0001{ending} and so on, on one grid")
     if series and not ending.lower().endswith(ITK):
-        raise InputError(f"-i {source}: holds DICOM series, and the model's images end with {ending}, which does not "
-                         f"keep where the voxels lie; convert them to {ending} yourself")
+        raise InputError(f"{option} {source}: holds DICOM series, and the model's images end with {ending}, which does "
+                         f"not keep where the voxels lie; convert them to {ending} yourself")
     return series
 
 
