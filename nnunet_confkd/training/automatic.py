@@ -10,11 +10,14 @@ from dataclasses import dataclass, field, replace
 from nnunet_confkd.data.supervision import FULL, PARTIAL, UNLABELLED
 from nnunet_confkd.training.settings import Settings
 
-# The annotated part of the foreground, from which on partially annotated images weigh as much as full ones. In our data
-# this is right for eroded masks, from 0.063 on, and would be wrong for points, which have 0.047.
+# The annotated part of the foreground, from which on there is a teacher, and partially annotated images weigh as much as
+# full ones. In our data this is right for eroded masks, from 0.063 on, and would be wrong for points, which have 0.047.
 DENSE = 0.055
-WEIGHT_KL = 3.0
-AUTOMATIC = ("weight_kl", "full_share", "equal_kinds", "teacher_trains_encoder", "prior_correction", "cutmix")
+WEIGHT_KL, WEIGHT_ENTROPY = 3.0, 0.01
+# They follow from the whole data set, so that the networks of all folds are alike.
+WEIGHTS = ("weight_teacher", "weight_kl", "weight_entropy")
+AUTOMATIC = (*WEIGHTS, "full_share", "equal_kinds", "teacher_trains_encoder", "prior_correction", "cutmix",
+             "unlabelled_share")
 
 
 @dataclass(frozen=True)
@@ -26,6 +29,8 @@ class Annotations:
         foreground: {case: annotated voxels of the foreground}, of these and perhaps other cases.
         background: {case: annotated voxels of the background}, likewise.
         hidden: The cases that are not annotated for all classes.
+        dataset: {case: kind} of all cases of the data set, of which `part` is computed. So all folds agree. None: of
+            the training cases.
 
     Examples:
         >>> scribbles = Annotations({"a": "full", "b": "partial"}, {"a": 600, "b": 60}, {"a": 900, "b": 50})
@@ -37,9 +42,10 @@ class Annotations:
     foreground: Mapping[str, int]
     background: Mapping[str, int]
     hidden: Collection[str] = field(default=())
+    dataset: Mapping[str, str] | None = None
 
     def of(self, voxels: Mapping[str, int], kind: str, hidden: bool = True) -> list[int]:
-        """The numbers of voxels of the cases of a kind, with or without those that lack classes."""
+        """The numbers of voxels of the training cases of a kind, with or without those that lack classes."""
         return [voxels[case] for case, of_case in self.kinds.items()
                 if of_case == kind and (hidden or case not in self.hidden)]
 
@@ -47,7 +53,8 @@ class Annotations:
     def part(self) -> float:
         """The mean number of annotated foreground voxels of a partially annotated case, as a share of that of a fully
         annotated one. It is 0 if there is no such case."""
-        full, partial = (self.of(self.foreground, kind) for kind in (FULL, PARTIAL))
+        of_dataset = replace(self, kinds=self.dataset or self.kinds)
+        full, partial = (of_dataset.of(self.foreground, kind) for kind in (FULL, PARTIAL))
         return sum(partial) / len(partial) / (sum(full) / len(full)) if partial and sum(full) else 0.0
 
     @property
@@ -86,36 +93,41 @@ def choose(settings: Settings, annotations: Annotations, batch_size: int, ignore
     kinds = set(annotations.kinds.values())
     background = any(annotations.of(annotations.background, PARTIAL))
     dense = annotations.part >= DENSE
-    # With few annotations the student does better if the teacher does not teach it.
-    few = {FULL, PARTIAL} <= kinds and not dense and not annotations.hidden
-    weight_kl = unless_set("weight_kl", WEIGHT_KL if settings.weight_teacher and not few else 0.0)
-    teaches = settings.weight_teacher > 0 and not (few and not weight_kl)
+    # With few annotations or none, the student does better without a teacher.
+    few = FULL in kinds and kinds != {FULL} and not dense and not annotations.hidden
+    needed = settings.weight_kl is not None or not settings.weight_student
+    weight_teacher = unless_set("weight_teacher", float(needed or not few))
+    weight_kl = unless_set("weight_kl", WEIGHT_KL if weight_teacher else 0.0)
+    weight_entropy = unless_set("weight_entropy", WEIGHT_ENTROPY if weight_teacher else 0.0)
     only_full_images = weight_kl > 0 and settings.kl_images == "full"
+    unlabelled_teach = weight_entropy > 0 or weight_kl > 0 and not only_full_images
     unlabelled = kinds == {FULL, UNLABELLED} and not annotations.hidden
     cutmix = unless_set("cutmix", 0.5 if unlabelled and not only_full_images else 0.0)
     apart = {FULL, PARTIAL} <= kinds and batch_size > 1 and not cutmix
     # Without annotated background the student would learn too much foreground, unless the KL acts on these images.
     equal_kinds = apart and unless_set("equal_kinds", dense and not annotations.hidden
-                                       and (background or settings.kl_on_non_full))
+                                       and (background or weight_kl > 0 and not only_full_images))
     trains_encoder = unless_set("teacher_trains_encoder", not settings.weight_student
-                                or teaches and not (equal_kinds and background))
+                                or weight_teacher > 0 and not (equal_kinds and background))
     corrected = ignore_label and annotations.of(annotations.foreground, PARTIAL, hidden=False)
     prior_correction = unless_set("prior_correction", float(annotations.foreground_is_sparser))
-    return replace(settings, weight_kl=weight_kl, cutmix=cutmix, equal_kinds=equal_kinds,
-                   teacher_trains_encoder=trains_encoder,
+    full_share = 1.0 if kinds <= ({FULL} if unlabelled_teach else {FULL, UNLABELLED}) else _full_share(
+        annotations, dense, weight_teacher > 0)
+    return replace(settings, weight_teacher=weight_teacher, weight_kl=weight_kl, weight_entropy=weight_entropy,
+                   cutmix=cutmix, equal_kinds=equal_kinds, teacher_trains_encoder=trains_encoder,
                    prior_correction=prior_correction if corrected else 0.0,
-                   full_share=unless_set("full_share", _full_share(annotations, dense, teaches)))
+                   full_share=unless_set("full_share", full_share),
+                   unlabelled_share=settings.unlabelled_share if unlabelled_teach else 0.0)
 
 
-def _full_share(annotations: Annotations, dense: bool, teaches: bool) -> float:
-    """Choose the share of fully annotated images in a batch.
+def _full_share(annotations: Annotations, dense: bool, teacher: bool) -> float:
+    """Choose the share of fully annotated images in a batch, if others have something to teach.
 
     With few annotations in the other cases, images are drawn about as often as they have something to teach. Else they
-    are drawn as often as there are cases, because both kinds weigh as much. A teacher of the student needs a half of
-    each batch.
+    are drawn as often as there are cases, because both kinds weigh as much. A teacher needs a half of each batch.
     """
     full, partial = (annotations.of(annotations.foreground, kind) for kind in (FULL, PARTIAL))
     if not sum(full) + sum(partial):
         return 0.5
     share = len(full) / (len(full) + len(partial)) if dense else sum(full) / (sum(full) + sum(partial))
-    return min(max(share, 0.5 if teaches else 0.25), 0.75)
+    return min(max(share, 0.5 if teacher else 0.25), 0.75)

@@ -67,14 +67,18 @@ class Settings:
         [0.0, 0.5, 1.0]
     """
 
-    weight_teacher: float = _setting("losses", 1.0, WEIGHTS, "weight of L_s, the teacher's supervised loss")
+    weight_teacher: float | None = _setting("losses", None, WEIGHTS,
+                                            "weight of L_s, the teacher's supervised loss; with 0 there is no teacher. "
+                                            "Null means 1, but 0 if `weight_kl` is null, too, and the cases that are "
+                                            "not fully annotated have few annotations (less than for `equal_kinds`) or "
+                                            "none, because the student then does better alone")
     weight_student: float = _setting("losses", 1.0, WEIGHTS, "weight of L_w, the student's supervised loss")
     weight_kl: float | None = _setting("losses", None, WEIGHTS,
                                        "weight of L_kd, the distillation from teacher to student. Null means 3, but 0 "
-                                       "if partially annotated cases have few annotations (less than for "
-                                       "`equal_kinds`) and are annotated for all classes, because the student then "
-                                       "does better alone; also 0 without a teacher")
-    weight_entropy: float = _setting("losses", 0.01, WEIGHTS, "weight of L_ent, the student's entropy")
+                                       "without a teacher")
+    weight_entropy: float | None = _setting("losses", None, WEIGHTS,
+                                            "weight of L_ent, the student's entropy. Null means 0.01, but 0 without a "
+                                            "teacher")
     kl_images: str = _setting("losses", "all", ("all", "full", "partial"),
                               "images on which the KL acts: all, the fully annotated ones, or all others")
     kl_ramp_start: float = _setting("losses", 0.2, SHARES,
@@ -109,8 +113,7 @@ class Settings:
                                                    "whether L_s also updates the encoder, as in the papers. If not, "
                                                    "the fully annotated images weigh less in it. Null means false if "
                                                    "both kinds of images have equal weights in L_w (`equal_kinds`) "
-                                                   "and partially annotated cases annotate background, or if they "
-                                                   "have so few annotations that there is no KL; else true")
+                                                   "and partially annotated cases annotate background; else true")
 
     cutmix: float | None = _setting("batches", None, SHARES,
                                     "share of the iterations in which the student's images exchange boxes, with their "
@@ -119,15 +122,17 @@ class Settings:
     cutmix_full: float = _setting("batches", 0.0, SHARES,
                                   "share of the iterations in which the fully annotated images exchange boxes among "
                                   "themselves, with their labels, for both branches")
-    full_share: float | None = _setting("batches", None, (0.01, 0.99),
+    full_share: float | None = _setting("batches", None, (0.01, 1),
                                         "share of fully annotated images in a training batch. Null means the share "
                                         "of such cases if the others have enough annotations (as for `equal_kinds`), "
                                         "and else their share of all annotated foreground voxels. It is then at least "
-                                        "0.5 (if no teacher teaches the student: 0.25) and at most 0.75, as it is if "
-                                        "the others are unlabelled")
+                                        "0.5 (without a teacher 0.25) and at most 0.75. It is 0.75 if the others are "
+                                        "unlabelled, and 1 if they then have nothing to teach, because there is no "
+                                        "KL on them and no entropy")
     unlabelled_share: float = _setting("batches", 0.25, SHARES,
                                        "share of unlabelled images among the others in a batch, but at most their "
-                                       "share of the cases; the rest is partially annotated")
+                                       "share of the cases; the rest is partially annotated. Without KL on them and "
+                                       "entropy no unlabelled image is drawn")
     class_share: float = _setting("batches", 0.5, SHARES,
                                   "share of the draws in which first a class and then one of its cases is drawn, if "
                                   "cases are annotated for different classes. In all other draws all cases are "
@@ -146,14 +151,14 @@ class Settings:
         hints = get_type_hints(type(self))
         for f in fields(self):
             _check(f, getattr(self, f.name), hints[f.name])
-        if not (self.weight_teacher or self.weight_student):
+        if self.weight_teacher == self.weight_student == 0:
             raise InputError("confkd: weight_teacher and weight_student are both 0: there is nothing to learn from")
         if not self.weight_student and self.teacher_trains_encoder is False:
             raise InputError("confkd: weight_student is 0, and teacher_trains_encoder is false: the encoder would "
                              "learn from no label; set \"teacher_trains_encoder\": true")
-        if self.weight_kl and not self.weight_teacher:
+        if self.weight_kl and self.weight_teacher == 0:
             raise InputError("confkd: weight_kl is above 0, but weight_teacher is 0: an untrained teacher would teach")
-        if self.cutmix and self.weight_kl != 0 and self.weight_teacher and self.kl_images == "full":
+        if self.cutmix and self.weight_kl != 0 and self.weight_teacher != 0 and self.kl_images == "full":
             raise InputError("confkd: with kl_images 'full' the teacher sees the fully annotated images alone, but "
                              "cutmix above 0 mixes them with others; set \"cutmix\": 0")
         if self.cutmix and self.equal_kinds:
@@ -201,8 +206,8 @@ class Settings:
 
     @property
     def kl_on_non_full(self) -> bool:
-        """Whether the KL acts on images that are not fully annotated, or may do so if `weight_kl` is null."""
-        return self.weight_kl != 0 and self.weight_teacher > 0 and self.kl_images != "full"
+        """Whether the KL acts on images that are not fully annotated, or may do so if weights are null."""
+        return self.weight_kl != 0 and self.weight_teacher != 0 and self.kl_images != "full"
 
     @property
     def uses_hints(self) -> bool:

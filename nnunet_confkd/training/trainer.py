@@ -9,6 +9,7 @@ import shutil
 import warnings
 from contextlib import nullcontext
 from copy import deepcopy
+from dataclasses import replace
 from functools import cached_property
 from time import time
 
@@ -49,7 +50,7 @@ from nnunet_confkd.errors import InputError, TrainingError, counted
 from nnunet_confkd.files import written_whole
 from nnunet_confkd.output import duration
 from nnunet_confkd.processes import terminable
-from nnunet_confkd.training.automatic import AUTOMATIC, WEIGHT_KL, Annotations, choose
+from nnunet_confkd.training.automatic import AUTOMATIC, WEIGHTS, Annotations, choose
 from nnunet_confkd.training.batches import (
     ListedClasses,
     StratifiedLoader,
@@ -127,9 +128,7 @@ class ConfKDTrainer(nnUNetTrainer):
         if self.settings.iterations_per_epoch is not None:
             self.num_iterations_per_epoch = self.settings.iterations_per_epoch
             self.num_val_iterations_per_epoch = max(1, self.num_iterations_per_epoch // 5)  # nnU-Net's share
-        # The plans travel with the model, and the settings that it was trained with travel in them.
-        self.plans_manager.plans["configurations"][configuration]["confkd"] = self.settings.as_dict()
-        self.configuration_manager.configuration["confkd"] = self.settings.as_dict()
+        self._put_settings_into_plans()
         if edited:
             self.print_to_log_file(f"WARNING: {edited}. This training has begun and goes on with the second.")
         self.kinds: dict[str, str] | None = None  # -> find_supervision
@@ -146,9 +145,32 @@ class ConfKDTrainer(nnUNetTrainer):
     # ---- network and loss -------------------------------------------------------------------------------------------
 
     def initialize(self):
+        if not self.was_initialized:
+            self.choose_weights()
         if self.settings.seed is not None:
             set_seed(self.settings.seed)  # equal on all ranks, which start from equal weights
         super().initialize()
+
+    def choose_weights(self) -> None:
+        """Choose the weights that are null, and with them whether there is a teacher, from the whole data set."""
+        chosen = self._choose(self.find_supervision())
+        none = chosen.weight_teacher == 0 != self.settings.weight_teacher
+        self.settings = replace(self.settings, **{name: getattr(chosen, name) for name in WEIGHTS})
+        self._put_settings_into_plans()
+        if none and PARTIAL in self.kinds.values():
+            self.print_to_log_file("The partially annotated cases have so few annotations that there is no teacher: the"
+                                   " student learns from the labels alone. For a teacher, set \"weight_kl\": 3 in the "
+                                   "confkd block of the plans")
+        elif none:
+            self.print_to_log_file("All cases that are not fully annotated are unlabelled. They are left out, because "
+                                   "in our tests the student was worse with them. To use them, set \"weight_kl\": 3 in "
+                                   "the confkd block of the plans")
+
+    def _put_settings_into_plans(self) -> None:
+        """The plans travel with the model, and the settings that it is trained with travel in them."""
+        for configuration in (self.plans_manager.plans["configurations"][self.configuration_name],
+                              self.configuration_manager.configuration):
+            configuration["confkd"] = self.settings.as_dict()
 
     @staticmethod
     def build_network_architecture(plans_manager, configuration_manager, num_input_channels, num_output_channels,
@@ -159,6 +181,8 @@ class ConfKDTrainer(nnUNetTrainer):
 
         # nnU-Net hands over the plans, and not the trainer: __init__ has put the settings into them.
         settings = Settings.from_blocks(configuration_manager.configuration.get("confkd", {}))
+        if settings.weight_teacher == 0:
+            return build(configuration_manager)
         unet, width = check_unet(build(configuration_manager)), settings.teacher_width
         network = TwoBranchUNet(unet, build(narrower(configuration_manager, width)) if width < 1 else None)
         network.teach_resolutions = settings.extra_resolutions
@@ -183,8 +207,6 @@ class ConfKDTrainer(nnUNetTrainer):
         settings, labels = self.settings, self.label_manager
         supervised = PartialSupervision(stock, labels.ignore_label, labels.has_regions, ddp=self.is_ddp)
         weights = {term: getattr(settings, f"weight_{term}") for term in TERMS}
-        if weights["kl"] is None:
-            weights["kl"] = WEIGHT_KL if weights["teacher"] else 0.0  # until get_dataloaders has seen the annotations
         return ConfKDLoss(supervised, weights, resolution_weights=resolution_weights, regions=labels.has_regions,
                           kl_images=settings.kl_images, extra_resolutions=settings.extra_resolutions)
 
@@ -288,12 +310,6 @@ class ConfKDTrainer(nnUNetTrainer):
         self.print_to_log_file("Settings that follow from the annotations, unless they are set: " + ", ".join(
             f"{name} {value:.3g}" if isinstance(value, float) else f"{name} {str(value).lower()}"
             for name, value in chosen.items()))
-        if self.settings.weight_kl is None and self.settings.weight_teacher and not chosen["weight_kl"]:
-            self.print_to_log_file("The partially annotated cases have so few annotations that the student learns from "
-                                   "the labels alone. The teacher is trained beside it, and does not teach")
-        if settings.weight_kl and {self.kinds[case] for case in cases} == {FULL, UNLABELLED}:
-            self.print_to_log_file("All cases that are not fully annotated are unlabelled. In our tests the student was"
-                                   " worse with such cases than without them: compare with a training that has none")
         return chosen
 
     def _require_supervision(self, training: dict[str, str]) -> None:
@@ -312,12 +328,13 @@ class ConfKDTrainer(nnUNetTrainer):
     def _strata(self, cases) -> dict[str, str]:
         """The stratum of each case: its kind, and `FULL` if the teacher learns from it."""
         kinds = {case: self.kinds[case] for case in cases}
-        if not (self.hidden and self.settings.weight_teacher):
+        if not self.hidden or self.settings.weight_teacher == 0:
             return kinds
         return kinds | dict.fromkeys(teaching_cases(kinds, self.hidden, self.complete), FULL)
 
     def _annotations(self, cases) -> Annotations:
-        return Annotations(self._strata(cases), self.foreground, self.background, self.hidden)
+        return Annotations(self._strata(cases), self.foreground, self.background, self.hidden,
+                           self._strata(self.kinds))
 
     def _choose(self, cases) -> Settings:
         """The settings with what is chosen from the annotations of some cases."""
@@ -342,8 +359,9 @@ class ConfKDTrainer(nnUNetTrainer):
         """A loader of batches with nnU-Net's options."""
         if loader_class is StratifiedLoader:
             strata = self._strata(cases.identifiers)
-            full_share = self._choose(cases.identifiers).full_share if FULL in strata.values() else 0
-            options |= dict(kinds=strata, full_share=full_share, unlabelled_share=self.settings.unlabelled_share)
+            chosen = self._choose(cases.identifiers)
+            options |= dict(kinds=strata, full_share=chosen.full_share if FULL in strata.values() else 0,
+                            unlabelled_share=chosen.unlabelled_share)
             if self.hidden:
                 options["probabilities"] = class_probabilities(strata, self.hidden, self.settings.class_share,
                                                                self.label_manager.has_regions)
@@ -412,7 +430,7 @@ class ConfKDTrainer(nnUNetTrainer):
         val_transforms = self._with_padding(
             self.get_validation_transforms(deep_supervision_scales, **self._label_options))
         chosen = self._choose(dataset_tr.identifiers)
-        self.loss.equal_kinds, self.loss.weights["kl"] = chosen.equal_kinds, chosen.weight_kl
+        self.loss.equal_kinds = chosen.equal_kinds
         if self.two_branches:
             unwrap(self.network).teacher_trains_encoder = chosen.teacher_trains_encoder
         complete: list = []  # in this order: hints are simulated on exchanged images
@@ -655,9 +673,9 @@ class ConfKDTrainer(nnUNetTrainer):
                 raise
             raise InputError(
                 f"{filename_or_checkpoint}: holds another network than the plans ask for. If the training is of "
-                f"version 0.1, add \"teacher_width\": 1 to the confkd block of {self.configuration_name} in "
-                f"{self.plans_manager.plans_name}.json of the preprocessed data set. Else undo what you changed in the "
-                f"plans.") from error
+                f"version 0.1, add \"weight_teacher\": 1 and \"teacher_width\": 1 to the confkd block of "
+                f"{self.configuration_name} in {self.plans_manager.plans_name}.json of the preprocessed data set. Else "
+                f"undo what you changed in the plans or in the data set.") from error
         self.continued = True
         self._add_missing_curves()
 

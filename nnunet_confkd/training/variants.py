@@ -1,8 +1,6 @@
 """The variants of ConfKDTrainer: a baseline, ablations, the published objective and other numbers of epochs."""
 from __future__ import annotations
 
-from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
-
 from nnunet_confkd.training.trainer import ConfKDTrainer
 
 
@@ -37,7 +35,6 @@ class ConfKDTrainer_partialOnly(ConfKDTrainer):
     """
 
     fixed_settings = {"weight_teacher": 0.0, "weight_student": 1.0, "weight_kl": 0.0, "weight_entropy": 0.0}
-    build_network_architecture = staticmethod(nnUNetTrainer.build_network_architecture)
 
 
 class ConfKDTrainer_MedIA2023(ConfKDTrainer):

@@ -34,11 +34,16 @@ def chosen(data: Annotations, settings: Settings = Settings(), batch_size: int =
     return {name: getattr(found, name) for name in AUTOMATIC}
 
 
+TEACHER, ALONE = (1, 3, 0.01), (0, 0, 0)
+
+
 @pytest.mark.parametrize("data, with_teacher, without", [
-    (SCRIBBLES, (3, 0.5, True, False, 0, 0), (0.25, True, 0)), (ERODED, (3, 0.5, True, False, 1, 0), (0.25, True, 1)),
-    (BLOBS, (3, 0.5, True, True, 0, 0), (0.25, False, 0)), (POINTS, (0, 0.75, False, False, 0, 0), (0.75, False, 0)),
-    (NO_LABELS, (3, 0.75, False, True, 0, 0.5), (0.75, False, 0)),
-    (annotations(unlabelled=0), (3, 0.75, False, True, 0, 0), (0.75, False, 0))],
+    (SCRIBBLES, (*TEACHER, 0.5, True, False, 0, 0, 0.25), (0.25, True, 0)),
+    (ERODED, (*TEACHER, 0.5, True, False, 1, 0, 0.25), (0.25, True, 1)),
+    (BLOBS, (*TEACHER, 0.5, True, True, 0, 0, 0.25), (0.25, False, 0)),
+    (POINTS, (*ALONE, 0.75, False, False, 0, 0, 0), (0.75, False, 0)),
+    (NO_LABELS, (*ALONE, 1, False, False, 0, 0.5, 0), (1, False, 0)),
+    (annotations(unlabelled=0), (*TEACHER, 1, False, True, 0, 0, 0.25), (1, False, 0))],
     ids=("scribbles", "eroded", "blobs", "points", "no labels", "all full"))
 def test_each_kind_of_labels_gets_its_settings(data, with_teacher, without):
     assert chosen(data) == dict(zip(AUTOMATIC, with_teacher))
@@ -47,17 +52,17 @@ def test_each_kind_of_labels_gets_its_settings(data, with_teacher, without):
 
 
 @pytest.mark.parametrize("data", [SCRIBBLES, ERODED, BLOBS, POINTS], ids=("scribbles", "eroded", "blobs", "points"))
-@pytest.mark.parametrize("values", [(2.0, 0.3, False, True, 0.5, 0.0), (0.0, 0.4, True, False, 0.0, 0.0)],
-                         ids=str)
+@pytest.mark.parametrize("values", [(1.0, 2.0, 0.1, 0.3, False, True, 0.5, 0.0, 0.2),
+                                    (1.0, 0.0, 0.0, 0.4, True, False, 0.0, 0.0, 0.0)], ids=str)
 def test_what_is_set_is_kept(data, values):
     block = dict(zip(AUTOMATIC, values))
     assert chosen(data, Settings(**block)) == block
 
 
 @pytest.mark.parametrize("full, partial, share", [
-    # few annotations: the share of the annotated foreground; the teacher does not teach, unless it is told to
+    # few annotations: the share of the annotated foreground; there is no teacher, unless a KL is asked for
     ([100], [5] * 30, (0.4, 0.4, 0.5)), ([100] * 3, [5] * 30, (2 / 3, 2 / 3, 2 / 3)),
-    ([100], [5] * 99, (0.25, 0.25, 0.5)), ([100], [5], (0.75, 0.75, 0.75)), ([90], [], (0.75, 0.75, 0.75)),
+    ([100], [5] * 99, (0.25, 0.25, 0.5)), ([100], [5], (0.75, 0.75, 0.75)), ([90], [], (1, 1, 0.75)),
     ([0], [0, 0], (0.5, 0.5, 0.5)),
     # many: the share of the cases
     ([100], [10] * 30, (0.5, 0.25, 0.5)), ([100] * 20, [6] * 30, (0.5, 0.4, 0.5)),
@@ -72,6 +77,9 @@ def test_the_share_of_full_images_follows_from_what_is_annotated(full, partial, 
                                                  ([100], [], 0), ([100, 300], [5, 15], 0.05)])
 def test_the_annotated_part_compares_partially_with_fully_annotated_cases(full, partial, part):
     assert annotations(full, partial).part == pytest.approx(part)
+    fold = annotations([1000, *full], [900, *partial])
+    whole = replace(fold, dataset={case: kind for case, kind in fold.kinds.items() if fold.foreground[case] < 900})
+    assert whole.part == pytest.approx(part), "all folds count the same cases"
 
 
 @pytest.mark.parametrize("foreground, background, sparser", [
@@ -97,7 +105,7 @@ def test_cases_that_lack_classes_are_not_mixed_and_have_no_correction_of_their_o
     assert (chosen(data)["equal_kinds"], chosen(data)["prior_correction"]) == (False, 0)
     assert chosen(data, Settings(prior_correction=1.0))["prior_correction"] == 0
     assert chosen(replace(NO_LABELS, hidden=[0]))["cutmix"] == 0, "the teacher learns from a case that lacks classes"
-    assert chosen(NO_LABELS, Settings(kl_images="full"))["cutmix"] == 0
+    assert chosen(NO_LABELS, Settings(kl_images="full", weight_kl=1.0))["cutmix"] == 0
 
 
 def test_an_encoder_that_only_the_teacher_could_train_is_trained_by_it():
@@ -105,14 +113,30 @@ def test_an_encoder_that_only_the_teacher_could_train_is_trained_by_it():
     assert chosen(POINTS, Settings(weight_student=0.0))["teacher_trains_encoder"]
 
 
-def test_with_few_annotations_there_is_a_kl_only_if_it_is_asked_for():
-    asked = chosen(POINTS, Settings(weight_kl=1.0))
-    assert (asked["weight_kl"], asked["teacher_trains_encoder"]) == (1, True)
-    assert chosen(annotations(partial=[40], unlabelled=50))["weight_kl"] == 0, "other cases are unlabelled"
-    assert chosen(NO_LABELS)["weight_kl"] == chosen(annotations(unlabelled=0))["weight_kl"] == 3
+def test_with_few_annotations_or_none_there_is_a_teacher_only_if_a_kl_is_asked_for():
+    for data in (POINTS, NO_LABELS):
+        asked, unset = chosen(data, Settings(weight_kl=1.0)), chosen(data)
+        assert [asked[name] for name in AUTOMATIC[:3]] == [1, 1, 0.01] and asked["teacher_trains_encoder"]
+        assert (asked["full_share"], asked["unlabelled_share"]) == (0.75, 0.25)
+        assert [unset[name] for name in AUTOMATIC[:3]] == [0, 0, 0]
+        assert unset == chosen(data, BASELINE), "it is the trainer without a teacher"
+        assert chosen(data, Settings(weight_kl=0.0))["weight_teacher"] == 1, "an ablation of the KL has two decoders"
+        assert chosen(data, Settings(weight_student=0.0))["weight_teacher"] == 1, "somebody must learn"
+        assert chosen(data, Settings(weight_teacher=2.0))["weight_kl"] == 3
+    assert chosen(annotations(partial=[40], unlabelled=50))["weight_teacher"] == 0, "other cases are unlabelled"
+    assert chosen(annotations(unlabelled=0))["weight_kl"] == 3
     assert chosen(SCRIBBLES, Settings(weight_teacher=0.0))["weight_kl"] == 0, "there is no teacher"
     small_organ = replace(POINTS, hidden=[case for case, kind in POINTS.kinds.items() if kind == PARTIAL])
     assert chosen(small_organ)["weight_kl"] == 3, "all of a small organ may be annotated"
-    for data, weight in ((SCRIBBLES, 3), (POINTS, 0)):
-        ablation = chosen(data, Settings(weight_kl=0.0))
-        assert {**ablation, "weight_kl": weight} == chosen(data), "an ablation changes nothing else"
+    assert {**chosen(SCRIBBLES, Settings(weight_kl=0.0)), "weight_kl": 3} == chosen(SCRIBBLES), "nothing else differs"
+
+
+def test_unlabelled_images_are_drawn_only_if_they_have_something_to_teach():
+    both = annotations(partial=[300] * 5, unlabelled=5)
+    assert chosen(both)["unlabelled_share"] == 0.25 and chosen(both, BASELINE)["unlabelled_share"] == 0
+    assert chosen(both, replace(BASELINE, weight_entropy=0.01))["unlabelled_share"] == 0.25
+    for settings, shares in ((Settings(weight_kl=1.0, kl_images="full"), (0.75, 0.25)),  # by the entropy
+                             (Settings(weight_kl=1.0, kl_images="full", weight_entropy=0.0), (1, 0)),
+                             (Settings(weight_kl=1.0, weight_entropy=0.0), (0.75, 0.25))):
+        found = chosen(NO_LABELS, settings)
+        assert (found["full_share"], found["unlabelled_share"]) == shares

@@ -22,8 +22,8 @@ def error_of(**settings) -> str:
 def test_the_defaults_are_valid_and_ask_for_the_whole_method():
     settings = Settings()
     assert settings == Settings.from_blocks() == Settings.from_blocks({})
-    assert min(settings.weight_teacher, settings.weight_student, settings.weight_entropy) > 0
-    assert settings.weight_kl is None and settings.uses_hints
+    assert settings.weight_student == 1 and settings.uses_hints
+    assert settings.weight_teacher is settings.weight_kl is settings.weight_entropy is None, "chosen from the data"
     assert not Settings(weight_kl=0).uses_hints and not Settings(weight_teacher=0).uses_hints
 
 
@@ -46,7 +46,7 @@ def test_a_block_that_is_no_object_is_refused(block):
 BAD_VALUES = {
     "weight_kl": ("1.0", True, [1.0], NAN, INF, -0.1, 1e7),
     "kl_ramp_end": (1.1, -0.1, NAN, False),
-    "full_share": (0, 1, 0.0, 1.0, NAN, True),
+    "full_share": (0, 0.0, 1.1, NAN, True),
     "epochs": (0, -1, 1.0, 2.5, "10", True, NAN),
     "seed": (-1, 2 ** 31, 1.0, "1", True, NAN),
     "cutmix": (-0.1, 1.5, NAN, True),
@@ -66,8 +66,8 @@ def test_a_bad_value_is_refused_with_key_value_and_what_is_allowed(key, value):
 
 
 @pytest.mark.parametrize("key, value", (
-    ("weight_kl", 0), ("weight_kl", 2), ("weight_entropy", 1e6), ("full_share", 0.01), ("full_share", 0.99),
-    ("full_share", None), ("equal_kinds", None), ("weight_kl", None),
+    ("weight_kl", 0), ("weight_kl", 2), ("weight_entropy", 1e6), ("full_share", 0.01), ("full_share", 1),
+    ("full_share", None), ("equal_kinds", None), ("weight_kl", None), ("weight_teacher", None),
     ("epochs", 1), ("epochs", None), ("iterations_per_epoch", None), ("seed", None), ("seed", 0), ("seed", 2 ** 31 - 1),
     ("teacher_hints", False), ("teacher_trains_encoder", True),
     ("kl_images", "partial"), ("extra_resolutions", "all")), ids=str)
@@ -167,7 +167,7 @@ def test_the_table_has_a_row_for_every_setting_under_the_heading_of_its_group():
     cells = {name: of for group in groups.values() for name, of in group.items()}
     assert list(cells) == [f.name for f in fields(Settings)]
     assert groups["teacher"].keys() == {"teacher_width", "teacher_hints", "teacher_trains_encoder"}
-    assert cells["weight_entropy"][:2] == ["0.01", "0 to 1000000"]
+    assert cells["weight_student"][:2] == ["1", "0 to 1000000"]
     assert cells["teacher_hints"][:2] == ["true", "`true`, `false`"]
     assert cells["seed"][0] == "null"
     assert cells["kl_images"][:2] == ["all", '`"all"`, `"full"`, `"partial"`']

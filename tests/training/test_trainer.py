@@ -174,7 +174,7 @@ def test_fully_annotated_images_and_others_have_equal_weights_if_enough_is_annot
     """These cases have points, which are too few."""
     trainer = started(HIPPOCAMPUS, nnunet.configure(HIPPOCAMPUS, "weigh", "2d", SHORT, batch_size=4))
     log = Path(trainer.log_file)
-    assert "weight_kl 3, full_share 0.5, equal_kinds false, teacher_trains_encoder true" in log.read_text()
+    assert "full_share 0.5, equal_kinds false, teacher_trains_encoder true" in log.read_text()
     batch = next(trainer.dataloader_train)
     joint = trainer.train_step(batch)["loss_student"]
     trainer.foreground = dict.fromkeys(trainer.foreground, 100)  # as much in each case
@@ -184,42 +184,35 @@ def test_fully_annotated_images_and_others_have_equal_weights_if_enough_is_annot
     assert abs(trainer.train_step(batch)["loss_student"] - joint) > 1e-3
 
 
-def test_with_few_annotations_the_teacher_does_not_teach(nnunet, started, monkeypatch):
-    """The student's gradients are those of the trainer without a teacher."""
-    options = SHORT | {"weight_kl": None, "weight_entropy": 0, "kl_ramp_start": 0, "kl_ramp_end": 0}
-    configuration = nnunet.configure(HIPPOCAMPUS, "few", "2d", options, batch_size=4)
-    trainer, alone = (started(HIPPOCAMPUS, configuration, f"ConfKDTrainer{variant}")
-                      for variant in ("", "_partialOnly"))
-    log = Path(trainer.log_file)
-    assert "weight_kl 0, full_share 0.5, equal_kinds false, teacher_trains_encoder false" in log.read_text()
-    assert "The teacher is trained beside it, and does not teach" in log.read_text()
-    batch, seen = next(trainer.dataloader_train), []
-    weights = {n: p for n, p in trainer.network.state_dict().items() if not n.startswith("teacher_decoder.")}
-    alone.network.load_state_dict(weights)
-    hook = trainer.network.teacher_decoder.hints.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[1]))
-    with monkeypatch.context() as patch:
-        for one in (trainer, alone):
-            patch.setattr(one, "_update_weights", lambda loss: (loss.backward(), loss.detach())[1])
-        values = trainer.train_step(batch)
-        alone.train_step(batch)
-    hook.remove()
-    assert values["loss_kl"] == 0 < values["loss_student"] and values["loss_teacher"] != 0
-    hints = torch.cat([hints.labels for hints in seen]) > 0
-    assert hints.any() and torch.equal(hints, batch["hint_mask"][:batch["num_full"]]), "it sees full images alone"
-    gradients = {n: p.grad for n, p in trainer.network.named_parameters()}
-    for name, parameter in alone.network.named_parameters():
-        torch.testing.assert_close(gradients[name], parameter.grad)
-    trainer.foreground = dict.fromkeys(trainer.foreground, 100)  # as much in each case
-    trainer.get_dataloaders()
-    assert trainer.loss.weights["kl"] == 3 and trainer.train_step(batch)["loss_kl"] > 0
+def test_with_few_annotations_there_is_no_teacher(nnunet, started):
+    """The training is that of the trainer without a teacher, to the bit."""
+    configuration = nnunet.configure(HIPPOCAMPUS, "few", "2d", SHORT | {"weight_kl": None}, batch_size=4)
+    losses = []
+    for variant in ("", "_partialOnly"):
+        trainer = started(HIPPOCAMPUS, configuration, f"ConfKDTrainer{variant}")
+        assert not isinstance(trainer.network, TwoBranchUNet)
+        losses.append([trainer.train_step(next(trainer.dataloader_train))["loss"] for _ in range(2)])
+        told = "so few annotations that there is no teacher" in Path(trainer.log_file).read_text()
+        assert told is (variant == "") and trainer.settings.weight_teacher == 0
+        written = trainer.plans_manager.plans["configurations"][configuration]["confkd"]
+        assert written["weight_teacher"] == written["weight_kl"] == written["weight_entropy"] == 0
+    assert losses[0] == losses[1]
+    asked = nnunet.configure(HIPPOCAMPUS, "few_asked", "2d", SHORT | {"weight_kl": 1.0}, batch_size=4)
+    assert isinstance(started(HIPPOCAMPUS, asked).network, TwoBranchUNet)
 
 
-def test_unlabelled_cases_alone_are_told_to_be_no_help(nnunet, hippocampus, split, started):
-    unlabelled, partial = hippocampus["unlabelled"], hippocampus["partial"]
-    for others, told in ((unlabelled, True), (unlabelled + partial, False)):
-        split([{"train": hippocampus["full"] + others, "val": hippocampus["validation"]}])
-        trainer = started(HIPPOCAMPUS, nnunet.configure(HIPPOCAMPUS, f"alone_{told}", "2d", SHORT))
-        assert ("worse with such cases than without them" in Path(trainer.log_file).read_text()) is told
+def test_unlabelled_cases_alone_are_left_out(nnunet, hippocampus, monkeypatch, started):
+    configuration = nnunet.configure(HIPPOCAMPUS, "alone", "2d", SHORT | {"weight_kl": None, "full_share": None})
+    trainer = nnunet.trainer(HIPPOCAMPUS, configuration)
+    trainer.find_supervision()
+    monkeypatch.setattr(trainer, "kinds", {case: "unlabelled" if kind == "partial" else kind
+                                           for case, kind in trainer.kinds.items()})
+    trainer.initialize()
+    trainer.on_train_start()
+    assert "They are left out" in Path(trainer.log_file).read_text()
+    assert not isinstance(trainer.network, TwoBranchUNet)
+    batch = next(trainer.dataloader_train)
+    assert batch["num_full"] == len(batch["keys"]) and set(batch["keys"]) <= set(hippocampus["full"])
 
 
 def test_the_share_of_fully_annotated_images_follows_from_the_annotations(nnunet, hippocampus, started):
