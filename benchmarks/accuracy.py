@@ -672,6 +672,12 @@ def differences(before: dict, now: dict) -> list[str]:
 
     def effective(spec: dict) -> dict:
         settings = ADDED | without_removed(spec["settings"]) if spec["settings"] else {}
+        # what null means for these tables
+        few = spec["table"]["style"] in ("points", "none") and settings.get("weight_kl") is None
+        for name, value in (("weight_teacher", float(not few)), ("weight_kl", 0.0 if few else 3.0),
+                            ("weight_entropy", 0.0 if few else 0.01)):
+            if settings.get(name, 0) is None:
+                settings[name] = value
         off = [term for term in ("kl", "entropy") if not settings.get(f"weight_{term}")]
         unused = tuple(f"{term}_" for term in off) + (("teacher_hints", "average_decay") if "kl" in off else ())
         if len(off) == 2:
@@ -682,8 +688,6 @@ def differences(before: dict, now: dict) -> list[str]:
             unused += ("class_share",)  # no other row hides classes
         if settings.get("cutmix", 0) is None:
             settings["cutmix"] = 0.5 if spec["table"]["style"] == "none" and spec["row"]["labels"] == "mixed" else 0.0
-        if settings.get("weight_kl", 0) is None:
-            settings["weight_kl"] = 0.0 if spec["table"]["style"] == "points" else 3.0
         row = {key: value for key, value in spec["row"].items() if key not in ("title", "settings", "steps")}
         # what tables have got since the oldest results were obtained
         table = {"background": True, "fraction": None, "draw": 0, "fold": None, "epoch": 50,

@@ -28,13 +28,13 @@ SHOWN = {"weight_kl": "weight of the KL", "full_share": "share of full images", 
 
 
 def choices_of(table: Table, full: int) -> dict:
-    """{"part": annotated part of the foreground, trainer: {setting of `SHOWN`: value}} of prepared data."""
+    """{"part": annotated part of the foreground in the data set, trainer: {setting of `SHOWN`: value}} of prepared data."""
     found: dict = {}
     for name in TRAINERS:
         row = Row("choices", name)
         spec = spec_of(table, "choices", full, 0, "cpu", table.epoch, "validation", row)
         trainer = build_trainer(table, spec)
-        trainer.find_supervision()
+        trainer.choose_weights()
         train, _ = trainer.do_split()
         chosen = trainer._choose(train)
         found[name] = {key: getattr(chosen, key) for key in SHOWN}

@@ -60,7 +60,7 @@ ROWS: dict[str, Row] = {
     "kl": Row("KL without hints", settings={"teacher_hints": False}),
     "confkd": Row("ConfKD with hints"),
     "confkd_cost": Row("ConfKD with hints, at equal cost", steps=1 / COST),
-    "confkd_cutmix_cost": Row("ConfKD with hints, at equal cost", steps=1 / COST_CUTMIX),
+    "confkd_cutmix_cost": Row("ConfKD, at equal cost", settings={"weight_kl": 3.0}, steps=1 / COST_CUTMIX),
     "all": replace(USUAL_ROWS["all"], title="everything annotated"),
 }
 ROWS |= longer(ROWS, ("full_only", "ignore", "confkd_cost", "all"))
