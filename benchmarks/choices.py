@@ -18,17 +18,18 @@ from pathlib import Path
 import equal_terms
 import five_folds
 from accuracy import FOLDS, Row, Table, build_trainer, environment, spec_of
-from equal_terms import DRAWS, HERE, SETTINGS, WORDS
+from equal_terms import DRAWS, HERE, SETTINGS
 from step_time import insert
 
-TRAINERS = {"ConfKDTrainer": "with a teacher", "ConfKDTrainer_partialOnly": "without"}
+TRAINERS = {"ConfKDTrainer": "`ConfKDTrainer`", "ConfKDTrainer_partialOnly": "`_partialOnly`"}
+WORDS = five_folds.WORDS | {"unlabelled": "ACDC, unlabelled"}
 SHOWN = {"weight_kl": "weight of the KL", "full_share": "share of full images", "equal_kinds": "equal weights",
          "teacher_trains_encoder": "teacher trains the encoder", "prior_correction": "class-prior correction",
          "cutmix": "CutMix"}
 
 
 def choices_of(table: Table, full: int) -> dict:
-    """{"part": annotated part of the foreground in the data set, trainer: {setting of `SHOWN`: value}} of prepared data."""
+    """{"part": annotated part of the foreground, trainer: {setting of `SHOWN`: value}} of prepared data."""
     found: dict = {}
     for name in TRAINERS:
         row = Row("choices", name)
@@ -65,7 +66,7 @@ def of_folds(choices: dict) -> str:
         for name, words in TRAINERS.items() if of_setting else ():
             parts = [of["part"] for of in of_setting]
             part = " to ".join(dict.fromkeys(f"{value:.2g}" for value in (min(parts), max(parts))))
-            lines.append(f"| {five_folds.WORDS[setting]} | {part} | {words} | "
+            lines.append(f"| {WORDS[setting]} | {part} | {words} | "
                          f"{cells(name, of_setting)} |")
     return "\n".join(lines)
 

@@ -10,8 +10,8 @@ from dataclasses import dataclass, field, replace
 from nnunet_confkd.data.supervision import FULL, PARTIAL, UNLABELLED
 from nnunet_confkd.training.settings import Settings
 
-# The annotated part of the foreground, from which on there is a teacher, and partially annotated images weigh as much as
-# full ones. In our data this is right for eroded masks, from 0.063 on, and would be wrong for points, which have 0.047.
+# The annotated part of the foreground, from which on there is a teacher and partially annotated images weigh as much as
+# full ones. In our data this is right for scribbles and eroded masks, and would be wrong for points.
 DENSE = 0.055
 WEIGHT_KL, WEIGHT_ENTROPY = 3.0, 0.01
 # They follow from the whole data set, so that the networks of all folds are alike.
@@ -85,7 +85,7 @@ def choose(settings: Settings, annotations: Annotations, batch_size: int, ignore
         >>> scribbles = Annotations({"a": "full", "b": "partial"}, {"a": 600, "b": 60}, {"a": 900, "b": 50})
         >>> chosen = choose(Settings(), scribbles, batch_size=4, ignore_label=True)
         >>> {name: getattr(chosen, name) for name in AUTOMATIC[:4]}
-        {'weight_kl': 3.0, 'full_share': 0.5, 'equal_kinds': True, 'teacher_trains_encoder': False}
+        {'weight_teacher': 1.0, 'weight_kl': 3.0, 'weight_entropy': 0.01, 'full_share': 0.5}
     """
     def unless_set(name: str, automatic):
         return automatic if getattr(settings, name) is None else getattr(settings, name)

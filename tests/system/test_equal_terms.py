@@ -112,15 +112,23 @@ def test_the_tables_show_the_runs_that_are_here(module):
 
 
 def test_confkds_row_in_the_readme_has_the_settings_that_its_trainer_chooses(module):
-    from choices import of_folds, table_text
+    from choices import TRAINERS, of_folds, table_text
     choices = json.loads((ROOT / "benchmarks" / "choices.json").read_text())
     assert table_text(choices) == between(ROOT / "docs" / "explanation" / "weights_and_batches.md", "choices")
     folds = json.loads((ROOT / "benchmarks" / "choices_folds.json").read_text())
     assert of_folds(folds) == between(ROOT / "docs" / "explanation" / "weights_and_batches.md", "choices of folds")
     for setting, rows in module.SHORT.items():
-        settings, images = module.ROWS[rows[-1]].settings, module.table_of(setting, 0).batch_size
+        row, images = module.ROWS[rows[-1]], module.table_of(setting, 0).batch_size
         for draw in module.DRAWS:
-            chosen = choices[f"{setting}_{draw}"]["ConfKDTrainer"]
+            chosen, alone = (choices[f"{setting}_{draw}"][name] for name in TRAINERS)
+            if setting == "unlabelled":  # by default it is trained as `full_cutmix`; the table shows weight_kl 3
+                assert alone == chosen and row.settings["weight_kl"] == 3
+                assert (chosen["weight_kl"], chosen["full_share"], chosen["cutmix"]) == (0, 1, 0.5)
+                continue
+            settings = row.settings
+            if row.trainer == "ConfKDTrainer_partialOnly":  # without a teacher both trainers are the same
+                assert alone == chosen and chosen["weight_kl"] == 0
+                settings = {k: v for k, v in settings.items() if not k.startswith(("teacher", "weight_kl"))}
             of_row = {name: settings.get(name, value) for name, value in chosen.items()}
             for values in (of_row, chosen):  # what counts is the number of images
                 values["full_share"] = round(images * values["full_share"])

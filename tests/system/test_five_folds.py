@@ -122,14 +122,14 @@ def test_the_headline_compares_with_the_rivals_and_is_drawn(module, tmp_path):
     assert lines[2] == ("| ACDC, scribbles | 3 | 0.400 | 0.500 | 0.600 | 0.700 | 0.900 | +0.200 [+0.150, +0.250] | "
                         "+0.100 [+0.050, +0.150] | +0.100 [+0.050, +0.150] | 2 |")
     # the full patients alone are run in the setting of the scribbles; CutMix is a rival of unlabelled images alone
-    assert lines[3] == ("| ACDC, unlabelled | 3 | 0.990 |  |  | 0.950 | 0.900 |  | -0.040 [-0.040, -0.040] | "
-                        "-0.040 [-0.040, -0.040] | 2 |")
+    assert lines[3] == ("| ACDC, unlabelled images used | 3 | 0.990 |  |  | 0.950 | 0.900 |  | "
+                        "-0.040 [-0.040, -0.040] | -0.040 [-0.040, -0.040] | 2 |")
     assert len(lines) == 4
     headline.draw(tmp_path, tmp_path / "figure.png")
     assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
     first, second = headline.by_fold(tmp_path).splitlines()[2:]
     assert first == ("| ACDC, scribbles | our trainer, no teacher | +0.050 | +0.150 | 100% | +0.100 [+0.050, +0.150] |")
-    assert second.startswith("| ACDC, unlabelled | full patients alone | -0.040 | -0.040 | 0% |")
+    assert second.startswith("| ACDC, unlabelled images used | full patients alone | -0.040 | -0.040 | 0% |")
 
 
 def test_a_row_that_was_run_in_fewer_folds_than_another_of_its_column_is_left_out(module, tmp_path):
