@@ -81,7 +81,8 @@ def build(case: Case, trainer_class, folder: Path, device: str, settings: dict |
             "data_identifier": "d", "preprocessor_name": "DefaultPreprocessor", "batch_size": case.batch,
             "patch_size": list(case.patch), "spacing": [1.0] * d, "normalization_schemes": ["ZScoreNormalization"],
             "use_mask_for_norm": [False], "batch_dice": d == 2,
-            "confkd": {"full_share": case.full_share, **(settings or {})},
+            "confkd": {"full_share": case.full_share, "weight_teacher": 1.0, "weight_kl": 3.0, "weight_entropy": 0.01,
+                       **(settings or {})},
             "architecture": {
                 "network_class_name": f"dynamic_network_architectures.architectures.unet.{case.network}",
                 "arch_kwargs": {

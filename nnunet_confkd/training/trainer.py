@@ -136,6 +136,7 @@ class ConfKDTrainer(nnUNetTrainer):
         self.complete: list[str] = []  # the cases without ignored voxels; likewise
         self.foreground: dict[str, int] = {}  # annotated voxels of the foreground in each case; likewise
         self.background: dict[str, int] = {}  # annotated voxels of the background; likewise
+        self.asked = self.settings  # before any is chosen from the data
         self.iteration = 0  # training iterations done
         self.continued = False  # -> load_checkpoint
         self.first_epoch = 0  # of this process; -> on_train_start
@@ -153,6 +154,8 @@ class ConfKDTrainer(nnUNetTrainer):
 
     def choose_weights(self) -> None:
         """Choose the weights that are null, and with them whether there is a teacher, from the whole data set."""
+        if None not in (getattr(self.settings, name) for name in WEIGHTS):
+            return
         chosen = self._choose(self.find_supervision())
         none = chosen.weight_teacher == 0 != self.settings.weight_teacher
         self.settings = replace(self.settings, **{name: getattr(chosen, name) for name in WEIGHTS})
@@ -290,7 +293,7 @@ class ConfKDTrainer(nnUNetTrainer):
         chosen = self._log_choices(train)
         if self.local_rank == 0:
             changed = write_record(self.output_folder, {
-                "trainer": type(self).__name__, "settings": self.settings.as_dict(), "chosen": chosen,
+                "trainer": type(self).__name__, "settings": self.asked.as_dict(), "chosen": chosen,
                 "supervision": training,
                 "pseudo_dice_on": list(dataset_val.identifiers), "teacher_validated_with_hints": with_hints,
                 **({CLASSES_KEY: {case: self.dataset_json[CLASSES_KEY][case] for case in train if case in self.hidden}}

@@ -171,7 +171,9 @@ def test_every_section_is_there_with_its_content(page, hippocampus):
 def test_changed_settings_are_marked(page, small):
     record = json.loads((small / "fold_0" / "confkd.json").read_text())
     settings, chosen = record["settings"], record["chosen"]
-    assert f"unless it was set: weight_kl 3.0, full_share {round(chosen['full_share'], 3)}, equal_kinds" in page.text
+    share = round(chosen["full_share"], 3)
+    told = f"weight_teacher 1.0, weight_kl 3.0, weight_entropy 0.01, full_share {share}, equal_kinds"
+    assert f"unless it was set: {told}" in page.text
     changed = {key for key, value in Settings().as_dict().items() if settings[key] != value}
     assert changed == {"weight_kl", "epochs", "iterations_per_epoch", "seed", "teacher_width"}  # by the fixture
     marked = re.findall(r'<tr class="changed"><th scope="row" class="words">(\w+)</th>', page.source)

@@ -60,7 +60,7 @@ def test_a_full_disk_leaves_the_previous_checkpoint_and_says_so(nnunet, hippocam
 def test_a_broken_preprocessed_case_is_named(nnunet, hippocampus):
     trainer = nnunet.trainer(HIPPOCAMPUS, "2d")
     folder, case = trainer.preprocessed_dataset_folder, hippocampus["partial"][0]
-    trainer.find_supervision()
+    trainer.initialize()
     for name in (f"{case}.b2nd", f"{case}_seg.b2nd"):
         path = os.path.join(folder, name)
         whole, status = open(path, "rb").read(), os.stat(path)
@@ -68,8 +68,6 @@ def test_a_broken_preprocessed_case_is_named(nnunet, hippocampus):
         try:
             with open(path, "wb") as f:
                 f.write(whole[:len(whole) // 2])
-            trainer = nnunet.trainer(HIPPOCAMPUS, "2d")
-            trainer.initialize()
             cases = TrainingCases(trainer.dataset_class(folder))
             with pytest.raises(InputError, match=f"{case}: the preprocessed case cannot be read .*preprocess again"):
                 cases.load_case(case)
