@@ -185,7 +185,7 @@ def longer(rows: Mapping[str, Row], names: Iterable[str]) -> dict[str, Row]:
                                  steps=LONGER * rows[name].steps) for name in names}
 
 
-ROWS |= longer(ROWS, ("ignore_equal_quarter", "equal_cost"))
+ROWS |= longer(ROWS, ("ignore_equal_quarter", "equal_cost", "full_cutmix", "cutmix_three_quarters_cost"))
 
 
 def table_of(setting: str, draw: int) -> Table:
