@@ -322,8 +322,10 @@ def short_table(folder: Path) -> str:
     runs = read_all(folder)
     for setting, (table, full) in SETTINGS.items():
         of_setting = runs_of(runs, setting)
+        *others, own = SHORT[setting]
+        rows = dict.fromkeys(row for row in (STOCK, *MORE, *others) if row != own)
         after = {row: {(draw, seed): run["dice_pp"] for (draw, name, seed), run in of_setting.items() if name == row}
-                 for row in sorted(dict.fromkeys((STOCK, *MORE, *SHORT[setting])), key=SHORT[setting][-1].__eq__)}
+                 for row in (*rows, own)}
         common = set.intersection(*(set(after[row]) for row in SHORT[setting]))
         if not common:
             continue

@@ -248,7 +248,7 @@ def report(folder: Path) -> str:
                 of = runs.get((home_of(setting, row), row, 0 if ROWS[row].labels == "all" else full))
                 if of:
                     shown[row] = of
-            if not any(row.startswith("confkd") for row in shown):  # its runs have begun, or it is compared with others
+            if not any(row.startswith("confkd") for row in shown):  # before, there is nothing to compare
                 continue
             lines += [f"**{WORDS[setting]}, {full} full patients**", "",
                       "| row | Dice raw | Dice after | of each class | HD95 raw, mm | HD95 after, mm | NSD after | "

@@ -69,6 +69,27 @@ class Annotations:
         return partial * full_background < partial_background * full
 
 
+def choose_weights(settings: Settings, annotations: Annotations) -> Settings:
+    """Replace each of `WEIGHTS` that is null; with them it is decided whether there is a teacher.
+
+    Args:
+        settings: Those of the plans and the trainer.
+        annotations: Those of all cases of the data set, or of the training cases if no weight is null any more.
+
+    Returns:
+        Settings of which no one of `WEIGHTS` is null.
+    """
+    kinds = set(annotations.kinds.values())
+    # With few annotations or none, the student does better without a teacher.
+    few = FULL in kinds and kinds != {FULL} and annotations.part < DENSE and not annotations.hidden
+    needed = settings.weight_kl is not None or not settings.weight_student
+    teacher, kl, entropy = (getattr(settings, name) for name in WEIGHTS)
+    teacher = float(needed or not few) if teacher is None else teacher
+    return replace(settings, weight_teacher=teacher,
+                   weight_kl=(WEIGHT_KL if teacher else 0.0) if kl is None else kl,
+                   weight_entropy=(WEIGHT_ENTROPY if teacher else 0.0) if entropy is None else entropy)
+
+
 def choose(settings: Settings, annotations: Annotations, batch_size: int, ignore_label: bool) -> Settings:
     """Replace each setting that is null, and each that has no effect on these data, by what the training does.
 
@@ -90,31 +111,25 @@ def choose(settings: Settings, annotations: Annotations, batch_size: int, ignore
     def unless_set(name: str, automatic):
         return automatic if getattr(settings, name) is None else getattr(settings, name)
 
+    settings = choose_weights(settings, annotations)
     kinds = set(annotations.kinds.values())
     background = any(annotations.of(annotations.background, PARTIAL))
     dense = annotations.part >= DENSE
-    # With few annotations or none, the student does better without a teacher.
-    few = FULL in kinds and kinds != {FULL} and not dense and not annotations.hidden
-    needed = settings.weight_kl is not None or not settings.weight_student
-    weight_teacher = unless_set("weight_teacher", float(needed or not few))
-    weight_kl = unless_set("weight_kl", WEIGHT_KL if weight_teacher else 0.0)
-    weight_entropy = unless_set("weight_entropy", WEIGHT_ENTROPY if weight_teacher else 0.0)
-    only_full_images = weight_kl > 0 and settings.kl_images == "full"
-    unlabelled_teach = weight_entropy > 0 or weight_kl > 0 and not only_full_images
+    only_full_images = settings.weight_kl and settings.kl_images == "full"
+    unlabelled_teach = settings.weight_entropy or settings.kl_on_non_full
     unlabelled = kinds == {FULL, UNLABELLED} and not annotations.hidden
     cutmix = unless_set("cutmix", 0.5 if unlabelled and not only_full_images else 0.0)
     apart = {FULL, PARTIAL} <= kinds and batch_size > 1 and not cutmix
     # Without annotated background the student would learn too much foreground, unless the KL acts on these images.
     equal_kinds = apart and unless_set("equal_kinds", dense and not annotations.hidden
-                                       and (background or weight_kl > 0 and not only_full_images))
+                                       and (background or settings.kl_on_non_full))
     trains_encoder = unless_set("teacher_trains_encoder", not settings.weight_student
-                                or weight_teacher > 0 and not (equal_kinds and background))
+                                or settings.weight_teacher > 0 and not (equal_kinds and background))
     corrected = ignore_label and annotations.of(annotations.foreground, PARTIAL, hidden=False)
     prior_correction = unless_set("prior_correction", float(annotations.foreground_is_sparser))
-    full_share = 1.0 if kinds <= ({FULL} if unlabelled_teach else {FULL, UNLABELLED}) else _full_share(
-        annotations, dense, weight_teacher > 0)
-    return replace(settings, weight_teacher=weight_teacher, weight_kl=weight_kl, weight_entropy=weight_entropy,
-                   cutmix=cutmix, equal_kinds=equal_kinds, teacher_trains_encoder=trains_encoder,
+    others_teach = kinds & ({PARTIAL, UNLABELLED} if unlabelled_teach else {PARTIAL})
+    full_share = _full_share(annotations, dense, settings.weight_teacher > 0) if others_teach else 1.0
+    return replace(settings, cutmix=cutmix, equal_kinds=equal_kinds, teacher_trains_encoder=trains_encoder,
                    prior_correction=prior_correction if corrected else 0.0,
                    full_share=unless_set("full_share", full_share),
                    unlabelled_share=settings.unlabelled_share if unlabelled_teach else 0.0)

@@ -9,7 +9,6 @@ import shutil
 import warnings
 from contextlib import nullcontext
 from copy import deepcopy
-from dataclasses import replace
 from functools import cached_property
 from time import time
 
@@ -50,7 +49,7 @@ from nnunet_confkd.errors import InputError, TrainingError, counted
 from nnunet_confkd.files import written_whole
 from nnunet_confkd.output import duration
 from nnunet_confkd.processes import terminable
-from nnunet_confkd.training.automatic import AUTOMATIC, WEIGHTS, Annotations, choose
+from nnunet_confkd.training.automatic import AUTOMATIC, WEIGHTS, Annotations, choose, choose_weights
 from nnunet_confkd.training.batches import (
     ListedClasses,
     StratifiedLoader,
@@ -156,15 +155,15 @@ class ConfKDTrainer(nnUNetTrainer):
         """Choose the weights that are null, and with them whether there is a teacher, from the whole data set."""
         if None not in (getattr(self.settings, name) for name in WEIGHTS):
             return
-        chosen = self._choose(self.find_supervision())
-        none = chosen.weight_teacher == 0 != self.settings.weight_teacher
-        self.settings = replace(self.settings, **{name: getattr(chosen, name) for name in WEIGHTS})
+        self.settings = choose_weights(self.settings, self._annotations(self.find_supervision()))
         self._put_settings_into_plans()
-        if none and PARTIAL in self.kinds.values():
+        if self.settings.weight_teacher or self.asked.weight_teacher == 0:
+            return
+        if PARTIAL in self.kinds.values():
             self.print_to_log_file("The partially annotated cases have so few annotations that there is no teacher: the"
                                    " student learns from the labels alone. For a teacher, set \"weight_kl\": 3 in the "
                                    "confkd block of the plans")
-        elif none:
+        else:
             self.print_to_log_file("All cases that are not fully annotated are unlabelled. They are left out, because "
                                    "in our tests the student was worse with them. To use them, set \"weight_kl\": 3 in "
                                    "the confkd block of the plans")
