@@ -77,6 +77,7 @@ def main() -> None:
                 "iterations_per_epoch": args.iterations,
                 "seed": seed,
                 "full_share": share,
+                "weight_kl": 3.0,  # with points the trainer would choose to have no teacher
             }
             add_small_configuration(work / "preprocessed" / DATASET / "nnUNetPlans.json", configuration, "2d", settings,
                                     batch_size=12)
