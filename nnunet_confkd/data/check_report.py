@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, field
 from statistics import median
 from textwrap import fill
 
-from nnunet_confkd.data.supervision import KINDS
+from nnunet_confkd.data.supervision import FULL, KINDS, UNLABELLED
 from nnunet_confkd.errors import counted
 
 WIDTH = 100  # of the text, in characters
@@ -109,6 +109,9 @@ class Report:
         hidden = sum(case["hidden"] > 0 for case in self.cases.values())
         if hidden:
             lines.append(f"{counted(hidden, 'case')} declared unlabelled: training does not see the annotated voxels")
+        if {kind for kind, total in self.totals.items() if total["cases"]} == {FULL, UNLABELLED, "all"}:
+            lines.append("all cases that are not fully annotated are unlabelled: by default the training leaves them "
+                         "out; to use them, set \"weight_kl\": 3 in the confkd block of the plans")
         lines += [f"fold {k}: trains on {_kinds_text(fold['train'])}; validates on {_kinds_text(fold['val'])}"
                   for k, fold in enumerate(self.split["folds"])]
         return lines

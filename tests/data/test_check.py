@@ -278,6 +278,16 @@ def test_an_ignore_label_that_no_case_uses_is_allowed(data, check):
     assert "no case uses the ignore label: every voxel is annotated" in check_dataset(7, 1).text()
 
 
+def test_it_says_that_unlabelled_images_are_left_out_if_nothing_is_partially_annotated(data):
+    def text():
+        return " ".join(check_dataset(7, 1).text().split())
+
+    kinds = {case: found["kind"] for case, found in check_dataset(7, 1).cases.items()}
+    assert "partial" in kinds.values() and "leaves them out" not in text()
+    data.describe(supervision=kinds | {case: "unlabelled" for case, kind in kinds.items() if kind == "partial"})
+    assert "by default the training leaves them out; to use them, set \"weight_kl\": 3" in text()
+
+
 def test_other_cases_use_the_ignore_label_and_then_nothing_is_said(data):
     assert "no case uses the ignore label" not in check_dataset(7, 1).text()
 
