@@ -117,8 +117,9 @@ def measured(trainer, roles: dict[str, list[str]], name: str, folder: Path) -> d
 
     Returns:
         "post_processing": what was chosen. "cases": {case: {"student": {class: metrics}}}; names with "_pp" are after
-        post-processing.
+        post-processing. "completed": of :func:`completion.measured`.
     """
+    import completion  # which imports this module
     classes = trainer.label_manager.foreground_labels
     chosen = choose_post_processing(predictions(trainer, roles["validation"], teacher=False), classes)
     cases, kept = {}, {}
@@ -129,7 +130,8 @@ def measured(trainer, roles: dict[str, list[str]], name: str, folder: Path) -> d
     np.savez_compressed(folder / f"{name}.npz", **kept)
     kept_of = [int(c) for c, keep in zip(classes, chosen[1]) if keep]
     return {"post_processing": {"foreground": chosen[0], "classes": kept_of},
-            "cases": cases}
+            "cases": cases,
+            completion.KEY: completion.measured(trainer, *chosen)}
 
 
 def choose_post_processing(predicted: Iterable[tuple], classes) -> tuple[bool, np.ndarray]:
@@ -149,15 +151,19 @@ def dice_of(truth: np.ndarray, mask: np.ndarray) -> float:
     return 2 * int((truth & mask).sum()) / size if size else float("nan")
 
 
+def post_processed(labels: np.ndarray, classes, foreground: bool, per_class) -> dict[int, np.ndarray]:
+    """{class: mask} after the post-processing that :func:`choose_post_processing` has chosen."""
+    components = largest_components(labels, classes)
+    return {c: components["both" if foreground else "class"][c] if keep else
+            components["foreground"][c] if foreground else labels == c for c, keep in zip(classes, per_class)}
+
+
 def measure_both(truth: np.ndarray, labels: np.ndarray, spacing, classes, foreground: bool, per_class) -> dict:
     """{class: metrics} before and after post-processing; see :func:`measured`."""
     from nnunet_confkd.evaluation.metrics import measure_masks
 
-    components = largest_components(labels, classes)
-    found = {}
-    for c, keep in zip(classes, per_class):
-        after = components["both" if foreground else "class"][c] if keep else (
-            components["foreground"][c] if foreground else labels == c)
+    found: dict[str, dict] = {}
+    for c, after in post_processed(labels, classes, foreground, per_class).items():
         found[str(c)] = {}
         for ending, mask in (("", labels == c), ("_pp", after)):
             of = measure_masks(truth == c, mask, spacing, tolerance_mm=TOLERANCE_MM)

@@ -176,6 +176,29 @@ def test_the_tables_and_the_text_show_the_runs_that_are_here(module):
     assert f"**What you gain** over nnU-Net's own ignore label: {over_stock:.2f} Dice" in readme
 
 
+def test_completed_labels_are_compared_by_patient_and_fold(module, tmp_path):
+    import completion
+    for fold in (0, 1):
+        for row, dice in (("ignore", 0.5), ("confkd_cost", 0.6 + 0.1 * fold)):
+            write_run(tmp_path / f"erosion_{fold}", row, 3, 0.1, range(10))
+            file = tmp_path / f"erosion_{fold}" / f"{row}_M3_s0.json"
+            cases = {f"patient{i:03}_frame{j:02}": {"1": {"dice": dice, "dice_pp": dice + 0.1, "nsd_pp": 0.3}}
+                     for i in range(4) for j in (1, 9)}
+            file.write_text(json.dumps(json.loads(file.read_text()) | {"completed": {"branch": "?", "cases": cases}}))
+    write_run(tmp_path / "scribbles_0", "confkd_cost", 3, 0.9, range(10))  # before completed labels were measured
+    first, second = completion.table(tmp_path).splitlines()[2:]
+    assert first.endswith("(`ignore`) | 0.500 | 0.600 | 0.600 | 0.300 |  |  | 2 |")
+    assert second.endswith("| 0.650 | 0.750 | 0.750 | 0.300 | +0.150 [+0.100, +0.200] | +0.150 [+0.100, +0.200] | 2 |")
+
+
+def test_a_completed_label_is_measured_as_it_is_and_after_post_processing(module):
+    import completion
+    truth = np.zeros((2, 8, 8), bool)
+    truth[:, 2:6, 2:6] = True
+    of = completion.measure(truth, truth & (np.arange(8) < 4), truth, (1.0, 1.0, 1.0))
+    assert of == {"dice": 0.6667, "dice_pp": 1.0, "nsd_pp": 1.0}
+
+
 def test_the_text_has_the_hours_of_the_table():
     import effort
     results = (ROOT / "docs" / "explanation" / "results.md").read_text()
@@ -232,3 +255,13 @@ if __name__ == "__main__":
     assert sorted(run["cases"]) == sorted(roles["test"]) and run["spec"]["table"]["fold"] == 1
     with np.load(tmp_path / "work" / "scribbles_1" / "predictions" / "confkd_cost_M3_s0.npz") as predictions:
         assert sorted(predictions) == sorted(roles["test"])
+    # the teacher of one row and the network of the other have completed the scribbled training cases
+    described = json.loads((tmp_path / "work/scribbles_1/raw/Dataset903_Mixed3/dataset.json").read_text())
+    scribbled = sorted(case for case, kind in described["supervision"].items() if kind == "partial")
+    for row, branch in (("confkd_cost", "teacher"), ("ignore", "student")):
+        completed = json.loads((tmp_path / "runs" / "scribbles_1" / f"{row}_M3_s0.json").read_text())["completed"]
+        assert completed["branch"] == branch and sorted(completed["cases"]) == scribbled
+        assert all(case.keys() == {"1", "2", "3"} for case in completed["cases"].values())
+        assert any(0 < of["dice_pp"] < 1 for case in completed["cases"].values() for of in case.values())
+    everything = json.loads((tmp_path / "runs" / "scribbles_1" / "all_s0.json").read_text())
+    assert everything["completed"] == {}, "nothing was left to complete"
