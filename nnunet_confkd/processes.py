@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -9,12 +10,14 @@ from concurrent.futures import ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from functools import cache
+from linecache import getline
 from multiprocessing import get_context, parent_process
 
 from tqdm import tqdm
 
 from nnunet_confkd.errors import InputError
 
+FORK = re.compile(r"\bos\.fork(pty)?\(|\b_?fork_exec\(")  # in a line of code
 PROCESSES = min(8, os.cpu_count() or 1)
 
 
@@ -164,9 +167,12 @@ def _after_fork_in_child() -> None:
 
 
 def _forks(frame) -> bool:
-    """Whether this thread is in the middle of a fork; frame: the innermost one of this thread."""
-    hooks = [_before_fork.__code__, _after_fork.__code__, _after_fork_in_child.__code__]
-    while frame is not None and frame.f_code not in hooks:
+    """Whether this thread is in the middle of a fork; frame: the innermost one of this thread.
+
+    The line that forks tells it, because other packages have functions around a fork, too. Those of a package that is
+    imported later are called before ours.
+    """
+    while frame is not None and not FORK.search(getline(frame.f_code.co_filename, frame.f_lineno)):
         frame = frame.f_back
     return frame is not None or getattr(_fork, "mask", None) is not None
 

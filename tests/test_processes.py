@@ -207,13 +207,21 @@ FORKING = """
 import os, signal, sys, threading, time
 from nnunet_confkd.processes import terminable
 
-number, threads = int(sys.argv[1]), int(sys.argv[2])
+number, threads, later = map(int, sys.argv[1:])
 signal.signal(signal.SIGINT, signal.default_int_handler)
 for _ in range(threads):  # it receives signals that the main thread blocks
     threading.Thread(target=time.sleep, args=(60,), daemon=True).start()
-os.register_at_fork(before=lambda: os.kill(os.getpid(), number))  # it arrives while Python prepares the fork
+
+def signalled():  # it arrives while Python prepares the fork
+    os.kill(os.getpid(), number)
+    time.sleep(0)
+
+if not later:
+    os.register_at_fork(before=signalled)
 try:
     with terminable():
+        if later:
+            os.register_at_fork(before=signalled)
         if os.fork() == 0:
             os._exit(0)
         time.sleep(30)
@@ -224,11 +232,14 @@ except (KeyboardInterrupt, SystemExit) as end:
 
 
 @forks
+@pytest.mark.parametrize("later", [0, 1])
 @pytest.mark.parametrize("threads", [0, 1])
 @pytest.mark.parametrize("number, expected", [(signal.SIGINT, "KeyboardInterrupt"), (signal.SIGTERM, "SystemExit")])
-def test_a_signal_during_a_fork_is_not_lost(number, expected, threads):
-    """Python ignores exceptions of the functions that it calls around a fork."""
-    command = [sys.executable, "-c", FORKING, str(int(number)), str(threads)]
+def test_a_signal_during_a_fork_is_not_lost(number, expected, threads, later, tmp_path):
+    """Python ignores exceptions of the functions that it calls around a fork. Some packages bring functions later."""
+    script = tmp_path / "forking.py"
+    script.write_text(FORKING)
+    command = [sys.executable, str(script), str(int(number)), str(threads), str(later)]
     found = subprocess.run(command, capture_output=True, text=True)
     assert found.stdout == f"{expected}\n" and found.stderr == ""
 
