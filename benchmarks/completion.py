@@ -7,6 +7,9 @@ After each training, five_folds.py lets its model complete the partially annotat
 If there is a teacher, it is shown their annotations. Otherwise the network predicts as always. Annotated voxels stay as
 they are. The labels are compared with the whole masks, which no training has seen, before and after post-processing.
 This script writes the table into docs/how-to/complete.md.
+
+Runs of settings whose five folds are not complete yet, and runs that were made again for this, are in
+benchmarks/completion/. The tables of the results do not use them.
 """
 from __future__ import annotations
 
@@ -19,7 +22,7 @@ from accuracy import FULL_ID
 from accuracy_report import patients_in, read_runs
 from five_folds import ROWS as TITLES
 from five_folds import SETTINGS, TOLERANCE_MM, WORDS, dice_of, gain, gain_text, of_patients, post_processed
-from step_time import ROOT, insert
+from step_time import insert
 
 from nnunet_confkd.data.folders import find_dataset, raw_folder
 from nnunet_confkd.data.images import read
@@ -27,6 +30,8 @@ from nnunet_confkd.evaluation.metrics import measure_masks
 
 ID = 990  # of the completed data set, which is removed
 KEY = "completed"  # in the JSON files of five_folds.py
+HERE = Path(__file__).resolve().parent
+FOLDERS = HERE / "five_folds", HERE / "completion"
 ROWS = ("ignore_uniform", "ignore", "confkd_cost")
 
 
@@ -78,10 +83,10 @@ def measure(truth: np.ndarray, mask: np.ndarray, after: np.ndarray, spacing) -> 
 
 # ---- report ---------------------------------------------------------------------------------------------------------
 
-def read_all(folder: Path) -> dict[tuple[str, str], dict[int, dict]]:
+def read_all(*folders: Path) -> dict[tuple[str, str], dict[int, dict]]:
     """{(setting, row): {fold: metrics `(cases, classes)`, and "patients"}} of the runs that completed labels."""
     found: dict = {}
-    for inside in sorted(folder.glob("*/")):
+    for inside in sorted(path for folder in folders for path in folder.glob("*/")):
         setting, fold = inside.name.rsplit("_", 1)
         for (row, _, _), content in read_runs(inside).items():
             if content.get(KEY):
@@ -93,9 +98,9 @@ def read_all(folder: Path) -> dict[tuple[str, str], dict[int, dict]]:
     return found
 
 
-def table(folder: Path) -> str:
+def table(*folders: Path) -> str:
     """A line for each setting and row. Gains are those of the teacher over the trainer without one."""
-    runs = read_all(folder)
+    runs = read_all(*folders)
     lines = ["| weak labels | completed by | Dice raw | Dice after | of each class | NSD after | gain raw | gain after "
              "| folds |", "|" + "---|" * 9]
     for setting in SETTINGS:
@@ -116,4 +121,4 @@ def table(folder: Path) -> str:
 
 
 if __name__ == "__main__":
-    insert(ROOT / "docs" / "how-to" / "complete.md", "completion", table(ROOT / "benchmarks" / "five_folds"))
+    insert(HERE.parent / "docs" / "how-to" / "complete.md", "completion", table(*FOLDERS))

@@ -172,6 +172,10 @@ ROWS: dict[str, Row] = with_earlier_defaults({
 ROWS["today_cost"] = Row("ConfKD with the KL, and the share chosen from the data, at equal cost",
                          settings={"weight_kl": 3.0, "equal_kinds": False, "prior_correction": 0.0,
                                    "teacher_trains_encoder": True}, steps=1 / COST)
+# What is chosen for scribbles and for eroded masks, with a weaker or a stronger KL.
+ROWS |= {f"{name}_kl{weight}": replace(ROWS[name], title=f"{ROWS[name].title}; KL of weight {weight}",
+                                       settings=ROWS[name].settings | {"weight_kl": float(weight)})
+         for name in ("apart_cost", "apart_corrected_cost") for weight in (1, 10)}
 # Rows that are made once without bfloat16, to check that it changes nothing.
 FLOAT32 = "_float32"
 ROWS |= {name + FLOAT32: replace(ROWS[name], title=f"{ROWS[name].title}; float32")

@@ -191,6 +191,12 @@ def test_completed_labels_are_compared_by_patient_and_fold(module, tmp_path):
     assert second.endswith("| 0.650 | 0.750 | 0.750 | 0.300 | +0.150 [+0.100, +0.200] | +0.150 [+0.100, +0.200] | 2 |")
 
 
+def test_the_table_of_completed_labels_shows_the_runs_that_are_here(module):
+    import completion
+    page = (ROOT / "docs" / "how-to" / "complete.md").read_text()
+    assert f"<!-- completion -->\n{completion.table(*completion.FOLDERS)}\n<!-- end of completion -->" in page
+
+
 def test_a_completed_label_is_measured_as_it_is_and_after_post_processing(module):
     import completion
     truth = np.zeros((2, 8, 8), bool)
