@@ -251,7 +251,7 @@ if __name__ == "__main__":
     command = [sys.executable, str(script), "--data", str(test_data), "--work", str(tmp_path / "work"), "--output",
                str(tmp_path / "runs"), "--settings", "scribbles", "--draws", "1", "--rows", "all", "ignore",
                "confkd_cost"]
-    first, second = (subprocess.run(command, capture_output=True, text=True, timeout=600, env=os.environ)
+    first, second = (subprocess.run(command, capture_output=True, text=True, timeout=1200, env=os.environ)
                      for _ in range(2))
     assert first.returncode == 0, first.stdout[-2000:] + first.stderr[-2000:]
     assert first.stdout.startswith("3 runs") and second.stdout.startswith("0 runs")
