@@ -13,23 +13,24 @@ benchmarks/completion/. The tables of the results do not use them.
 """
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 
 import numpy as np
 from accuracy import FULL_ID
-from accuracy_report import patients_in, read_runs
+from accuracy_report import patients_in
 from five_folds import ROWS as TITLES
-from five_folds import SETTINGS, TOLERANCE_MM, WORDS, dice_of, gain, gain_text, of_patients, post_processed
+from five_folds import SETTINGS, TOLERANCE_MM, WORDS, dice_of, gain, gain_text, of_patients, post_processed, read_all
 from step_time import insert
 
 from nnunet_confkd.data.folders import find_dataset, raw_folder
 from nnunet_confkd.data.images import read
+from nnunet_confkd.data.json_files import read_json
+from nnunet_confkd.data.supervision import PARTIAL, TABLE_KEY
 from nnunet_confkd.evaluation.metrics import measure_masks
 
 ID = 990  # of the completed data set, which is removed
-KEY = "completed"  # in the JSON files of five_folds.py
+KEY = "completed"  # in the JSON files of five_folds.py, and in the dataset.json of a completed data set
 HERE = Path(__file__).resolve().parent
 FOLDERS = HERE / "five_folds", HERE / "completion"
 ROWS = ("ignore_uniform", "ignore", "confkd_cost")
@@ -53,16 +54,15 @@ def measured(trainer, *choice) -> dict:
     from nnunet_confkd.inference.completion import TrainedModel, complete
 
     source = raw_folder() / trainer.plans_manager.dataset_name
-    if "partial" not in json.loads((source / "dataset.json").read_text()).get("supervision", {}).values():
+    if PARTIAL not in read_json(source / "dataset.json").get(TABLE_KEY, {}).values():
         return {}
     truth, ignore = raw_folder() / find_dataset(FULL_ID) / "labelsTr", trainer.label_manager.ignore_label
     branch = "teacher" if getattr(trainer, "two_branches", False) else "student"
     model, cases = Path(trainer.output_folder).parent, {}
     with FileLock(source.with_suffix(".lock")):  # runs that end at once take turns
         folder = complete(source.name, TrainedModel(model, branch, device="cpu"), ID, processes=1, link=True)
-        described = json.loads((folder / "dataset.json").read_text())
-        for case in described["completed"][-1]["cases"]:
-            file = f"{case}{described['file_ending']}"
+        for case in read_json(folder / "dataset.json")[KEY][-1]["cases"]:
+            file = f"{case}{trainer.dataset_json['file_ending']}"
             masks, annotations = read(truth / file), read(source / "labelsTr" / file).voxels[0]
             labels = read(folder / "labelsTr" / file).voxels[0]
             after = post_processed(labels, trainer.label_manager.foreground_labels, *choice)
@@ -83,37 +83,34 @@ def measure(truth: np.ndarray, mask: np.ndarray, after: np.ndarray, spacing) -> 
 
 # ---- report ---------------------------------------------------------------------------------------------------------
 
-def read_all(*folders: Path) -> dict[tuple[str, str], dict[int, dict]]:
-    """{(setting, row): {fold: metrics `(cases, classes)`, and "patients"}} of the runs that completed labels."""
-    found: dict = {}
-    for inside in sorted(path for folder in folders for path in folder.glob("*/")):
-        setting, fold = inside.name.rsplit("_", 1)
-        for (row, _, _), content in read_runs(inside).items():
-            if content.get(KEY):
-                cases = content[KEY]["cases"]
-                values = {name: np.array([[of[name] for of in case.values()] for case in cases.values()], float)
-                          for name in ("dice", "dice_pp", "nsd_pp")}
-                found.setdefault((setting, row), {})[int(fold)] = {
-                    **values, "patients": patients_in({None: {"cases": cases}})}
-    return found
+def values_of_run(content: dict) -> dict | None:
+    """The metrics of each completed case and class, `(cases, classes)`, the branch, and the patient of each case."""
+    if not content.get(KEY):
+        return None
+    cases = content[KEY]["cases"]
+    found = {name: np.array([[of[name] for of in case.values()] for case in cases.values()], float)
+             for name in ("dice", "dice_pp", "nsd_pp")}
+    return {**found, "branch": content[KEY]["branch"], "patients": patients_in({None: {"cases": cases}})}
 
 
 def table(*folders: Path) -> str:
     """A line for each setting and row. Gains are those of the teacher over the trainer without one."""
-    runs = read_all(*folders)
+    runs = read_all(*folders, values=values_of_run)
     lines = ["| weak labels | completed by | Dice raw | Dice after | of each class | NSD after | gain raw | gain after "
              "| folds |", "|" + "---|" * 9]
-    for setting in SETTINGS:
+    for setting, of_setting in SETTINGS.items():
+        full = of_setting.full[0]
         for row in ROWS:
-            folds = runs.get((setting, row))
+            folds = runs.get((setting, row, full))
             if not folds:
                 continue
             before, after, nsd = (np.concatenate(of_patients(folds, name)).mean() for name in (
                 "dice", "dice_pp", "nsd_pp"))
             classes = np.nanmean(np.concatenate([run["dice_pp"] for run in folds.values()]), 0)
-            gains = ["" if row == "ignore" else gain_text(gain(folds, runs.get((setting, "ignore"), {}), name))
+            gains = ["" if row == "ignore" else gain_text(gain(folds, runs.get((setting, "ignore", full), {}), name))
                      for name in ("dice", "dice_pp")]
-            title = "the teacher, shown the annotations" if row == "confkd_cost" else TITLES[row].title
+            teacher = all(run["branch"] == "teacher" for run in folds.values())  # with points there is none
+            title = "the teacher, shown the annotations" if teacher else TITLES[row].title
             lines.append(f"| {WORDS[setting]} | {title} (`{row}`) | {before:.3f} | {after:.3f} | "
                          f"{' / '.join(f'{dice:.3f}' for dice in classes)} | {nsd:.3f} | {' | '.join(gains)} | "
                          f"{len(folds)} |")

@@ -11,7 +11,7 @@ headline (headline.py) into the README as well, and its figure into docs/.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -234,13 +234,20 @@ def values_of_run(content: dict) -> dict:
     return {**found, "patients": patients_in({None: content})}
 
 
-def read_all(folder: Path) -> dict[tuple[str, str, int], dict[int, dict]]:
-    """{(setting, row, number of full patients): {fold: run}}; the row with all labels has 0 full patients."""
+def read_all(*folders: Path, values: Callable[[dict], dict | None] = values_of_run
+             ) -> dict[tuple[str, str, int], dict[int, dict]]:
+    """{(setting, row, number of full patients): {fold: values}}; the row with all labels has 0 full patients.
+
+    Args:
+        folders: Each holds a folder for each setting and fold.
+        values: Returns the values of a run, or None if it has none of them.
+    """
     found: dict = {}
-    for inside in sorted(folder.glob("*/")):
+    for inside in sorted(path for folder in folders for path in folder.glob("*/")):
         setting, fold = inside.name.rsplit("_", 1)
         for (row, full, _), content in read_runs(inside).items():
-            found.setdefault((setting, row, full), {})[int(fold)] = values_of_run(content)
+            if (of_run := values(content)) is not None:
+                found.setdefault((setting, row, full), {})[int(fold)] = of_run
     return found
 
 

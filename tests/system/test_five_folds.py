@@ -185,6 +185,8 @@ def test_completed_labels_are_compared_by_patient_and_fold(module, tmp_path):
             cases = {f"patient{i:03}_frame{j:02}": {"1": {"dice": dice, "dice_pp": dice + 0.1, "nsd_pp": 0.3}}
                      for i in range(4) for j in (1, 9)}
             file.write_text(json.dumps(json.loads(file.read_text()) | {"completed": {"branch": "?", "cases": cases}}))
+    other = tmp_path / "erosion_0" / "confkd_cost_M7_s0.json"  # with another number of full patients
+    other.write_text(file.read_text().replace('"full": 3', '"full": 7'))
     write_run(tmp_path / "scribbles_0", "confkd_cost", 3, 0.9, range(10))  # before completed labels were measured
     first, second = completion.table(tmp_path).splitlines()[2:]
     assert first.endswith("(`ignore`) | 0.500 | 0.600 | 0.600 | 0.300 |  |  | 2 |")
