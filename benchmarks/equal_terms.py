@@ -189,11 +189,12 @@ def longer(rows: Mapping[str, Row], names: Iterable[str]) -> dict[str, Row]:
                                  steps=LONGER * rows[name].steps) for name in names}
 
 
-ROWS |= longer(ROWS, ("ignore_equal_quarter", "equal_cost", "full_cutmix", "cutmix_three_quarters_cost"))
+ROWS |= longer(ROWS, ("ignore_equal_quarter", "equal_cost", "full_cutmix", "cutmix_three_quarters_cost",
+                      "ignore_prior_equal_quarter", "apart_corrected_cost", "ignore_quarter"))
 
 
 def table_of(setting: str, draw: int) -> Table:
-    """The table of a setting, with long epochs and bfloat16, which make runs cheap."""
+    """The table of a setting, with long epochs and bfloat16 (on CPUs that compute in it), which make runs cheap."""
     return replace(SETTINGS[setting][0], draw=draw, epoch=250, bfloat16=True)
 
 
