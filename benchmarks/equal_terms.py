@@ -176,6 +176,9 @@ ROWS["today_cost"] = Row("ConfKD with the KL, and the share chosen from the data
 ROWS |= {f"{name}_kl{weight}": replace(ROWS[name], title=f"{ROWS[name].title}; KL of weight {weight}",
                                        settings=ROWS[name].settings | {"weight_kl": float(weight)})
          for name in ("apart_cost", "apart_corrected_cost") for weight in (1, 10)}
+# The same settings with hints that stay as far from borders as real annotations; the rows above were run before.
+ROWS["apart_corrected_margins_cost"] = replace(
+    ROWS["apart_corrected_cost"], title=f"{ROWS['apart_corrected_cost'].title}; hints stay away from borders")
 # Rows that are made once without bfloat16, to check that it changes nothing.
 FLOAT32 = "_float32"
 ROWS |= {name + FLOAT32: replace(ROWS[name], title=f"{ROWS[name].title}; float32")

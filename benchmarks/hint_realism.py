@@ -4,9 +4,9 @@
 
 For each kind of weak label, on real data in 2-D and 3-D, the training loader draws batches in which half of the
 images are fully annotated and half partially. The hints of both halves are compared, class by class: how often a
-class has hints, how many voxels they have, how many of these touch another class, how far they lie from the centre of
-the patch, and how many lie in the padding. "Touch" needs the ground truth of the partially annotated images. The
-training never sees it.
+class has hints, how many voxels they have, how far the nearest of them and how far all of them lie from the border of
+the class, how far they lie from the centre of the patch, and how many lie in the padding. The distances from the border
+need the ground truth of the partially annotated images. The training never sees it.
 
 Writes hint_realism.json beside this file, and the table into docs/explanation/hints.md.
 """
@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.label_handling.label_handling import LabelManager
+from scipy import ndimage
 
 from nnunet_confkd.data.images import quiet, read
 from nnunet_confkd.data.resampling import keep_annotations
@@ -180,21 +181,16 @@ def measure(hints: np.ndarray, truth: np.ndarray, inside: np.ndarray, label: int
     number = int(shown.sum())
     if not number:
         return {"shown": 0.0}
-    other = np.zeros_like(shown)
-    for axis in range(truth.ndim):
-        a, b = (
-            tuple(slice(start, stop) if i == axis else slice(None) for i in range(truth.ndim))
-            for start, stop in ((None, -1), (1, None))
-        )
-        differs = (truth[a] != truth[b]) & inside[a] & inside[b]
-        other[a] |= differs
-        other[b] |= differs
+    # Where the patch ends the class may go on. A class without a border has no distances.
+    from_border = ndimage.distance_transform_cdt(np.pad(of_class, 1, mode="edge"), "chessboard")
+    from_border = from_border[(slice(1, -1),) * truth.ndim][shown]
+    distances = {} if of_class.all() else {"nearest": float(from_border.min()), "depth": float(from_border.mean())}
     half = (np.array(truth.shape) - 1) / 2
     distance = np.abs((np.argwhere(shown) - half) / half).mean()
     return {
         "shown": 1.0,
         "voxels": float(number),
-        "touching": float((shown & other).sum() / number),
+        **distances,
         "off centre": float(distance),
         "in padding": float((shown & ~inside).sum() / number),
     }
@@ -240,7 +236,7 @@ def geometric_mean(values: list[float]) -> float:
 
 
 def _means(rows: list[dict]) -> dict[str, float]:
-    keys = ("shown", "voxels", "touching", "off centre", "in padding")
+    keys = ("shown", "voxels", "nearest", "depth", "off centre", "in padding")
     means = {key: [row[key] for row in rows if key in row] for key in keys}
     return {"images": len(rows)} | {
         key: round(float((geometric_mean if key == "voxels" else np.mean)(values)), 4) if values else None
@@ -256,7 +252,8 @@ def cells(found: dict) -> list[list[str]]:
         for key, form in (
             ("shown", "{:.0%}"),
             ("voxels", "{:.0f}"),
-            ("touching", "{:.0%}"),
+            ("nearest", "{:.1f}"),
+            ("depth", "{:.1f}"),
             ("off centre", "{:.2f}"),
             ("in padding", "{:.0%}"),
         ):
@@ -273,8 +270,8 @@ def write_table(results: dict) -> None:
     from step_time import insert
 
     rows = [
-        "| data, network, annotation | class | has hints | voxels | touching | off centre | in padding |",
-        "|---|---|---|---|---|---|---|",
+        "| data, network, annotation | class | has hints | voxels | nearest | depth | off centre | in padding |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for name, found in results.items():
         rows += ["| " + " | ".join([name if i == 0 else "", *row]) + " |" for i, row in enumerate(cells(found))]
@@ -304,7 +301,7 @@ def main() -> None:
                 found = compare(name, style, dimension, volumes, batches)
                 results[f"{name}, {dimension}, {style}"] = found
                 print(
-                    f"\n{name}, {dimension}, {style}: shown, voxels, touching, off centre, in padding "
+                    f"\n{name}, {dimension}, {style}: shown, voxels, nearest, depth, off centre, in padding "
                     "(real / simulated)",
                     flush=True,
                 )

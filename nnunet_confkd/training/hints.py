@@ -243,6 +243,28 @@ class Depth:
         return min(1.0, max(0.0, (anywhere - real) / (anywhere - innermost)))
 
 
+class Margin:
+    """Estimates how far from the border of a class its annotations stay, in voxels: 1 is next to it.
+
+    No label of a partially annotated image tells where a class ends. But where most of an image is annotated, as in
+    eroded masks with background, what is not annotated lies along the borders. Both sides are taken to be as far from
+    the border, so that each has half of the gap between the annotations of two classes.
+    """
+
+    ENOUGH = KEPT  # images, because to find the gaps takes time
+
+    def __init__(self):
+        self.total, self.number = 0, 0
+
+    def add(self, gap: int) -> None:
+        """Add the smallest distance, in one image, from an annotated voxel of the class to one of another class."""
+        self.total, self.number = self.total + gap, self.number + 1
+
+    def value(self) -> int:
+        """The estimate; 1 without images."""
+        return max(1, round((self.total / self.number + 1) / 2)) if self.number else 1
+
+
 # ---- the sampler ----------------------------------------------------------------------------------------------------
 
 class HintSampler:
@@ -253,7 +275,8 @@ class HintSampler:
     of a hint would then tell where the class ends, which is false on real annotations. Of the places where it fits,
     the sampler takes the innermost or any, as often as the real annotations suggest (see :class:`Depth`). A pattern
     that fits nowhere is moved component by component. A component that fits nowhere is replaced by as many of the
-    innermost voxels of the class.
+    innermost voxels of the class. Where most of an image is annotated, simulated annotations stay as far from the
+    border of a class as real ones (see :class:`Margin`).
 
     A class is left out as often as it seems to be left out in real annotations: its share of the annotated images,
     divided by its share of the fully annotated ones. Thus the teacher learns how much it means that a class is *not*
@@ -274,8 +297,9 @@ class HintSampler:
         self.image_channels = image_channels
         self.patterns: dict[int, deque[Pattern]] = {}
         self.depth: dict[int, Depth] = {}
+        self.margins: dict[int, Margin] = {}
         self.profiles: deque[tuple[int, np.ndarray]] = deque(maxlen=KEPT)
-        self.images: Counter = Counter()  # "full", "annotated", and of the annotated ones those "by slices"
+        self.images: Counter = Counter()  # "full", "annotated", and of these those "by slices" and the "dense" ones
         self.with_class: dict[str, Counter] = {"annotated": Counter(), "full": Counter()}
 
     def __call__(self, batch: dict) -> dict:
@@ -360,6 +384,11 @@ class HintSampler:
             return
         present = _boxes(labels, annotated)
         self.with_class["annotated"].update(list(present))
+        if 2 * np.count_nonzero(annotated) > np.count_nonzero(inside):
+            self.images["dense"] += 1
+            if self.images["dense"] <= Margin.ENOUGH:
+                for label, gap in _gaps(labels, annotated).items():
+                    self.margins.setdefault(label, Margin()).add(gap)
         for label, box in present.items():
             voxels = Voxels((labels[box] == label) & annotated[box], _corner(box))
             self.patterns.setdefault(label, deque(maxlen=KEPT)).append(Pattern.of(voxels))
@@ -388,10 +417,17 @@ class HintSampler:
         for label, box in present.items():
             if label in self.patterns and rng.random() < self._share_annotated(label):
                 pattern = self.patterns[label][rng.integers(len(self.patterns[label]))]
-                place = _Class((labels[box] == label) & inside[box], box, labels.shape, cut, data, self.depth[label])
-                for voxels in _place(pattern.voxels(), place, rng):
-                    place.paint(hints, voxels)
+                place = _Class((labels[box] == label) & inside[box], box, labels.shape, cut, data, self.depth[label],
+                               self._margin(label, rng))
+                _place(pattern.voxels(), place, hints, rng)
         return hints
+
+    def _margin(self, label: int, rng: np.random.Generator) -> int:
+        """Draw how far from the border of a class the next annotation stays: 1 where annotated images are not dense."""
+        if label not in self.margins:
+            return 1
+        dense = self.images["dense"] / (self.images["annotated"] - self.images["by slices"])
+        return self.margins[label].value() if rng.random() < dense else 1
 
     def simulate_volume(self, data: np.ndarray, labels: np.ndarray, inside: np.ndarray, patch_size: Sequence[int],
                         rng: np.random.Generator) -> np.ndarray:
@@ -464,6 +500,27 @@ def _edge_strength(data: np.ndarray, voxels: np.ndarray) -> float:
     return total
 
 
+def _gaps(labels: np.ndarray, annotated: np.ndarray) -> dict[int, int]:
+    """The smallest distance from an annotated voxel of each class to one of another class, {class: voxels}.
+
+    Classes without another one are left out. Diagonal neighbours have the distance 1. Each voxel between the
+    annotations belongs to the nearest one, and where voxels of two classes meet, their distances add up.
+    """
+    distance, nearest = ndimage.distance_transform_cdt(~annotated, "chessboard", return_indices=True)
+    owner = labels[tuple(nearest)]
+    found: dict[int, int] = {}
+    for axis in range(labels.ndim):
+        a, b = (tuple(slice(start, stop) if i == axis else slice(None) for i in range(labels.ndim))
+                for start, stop in ((None, -1), (1, None)))
+        meet = owner[a] != owner[b]
+        gap = distance[a][meet] + distance[b][meet] + 1
+        for of_side in (owner[a][meet], owner[b][meet]):
+            for label in np.unique(of_side).tolist():
+                smallest = int(gap[of_side == label].min())
+                found[label] = min(found.get(label, smallest), smallest)
+    return found
+
+
 def _is_by_slices(labels: np.ndarray, annotated: np.ndarray, inside: np.ndarray) -> bool:
     """Whether whole slices of an image are annotated, up to the borders between classes.
 
@@ -491,6 +548,20 @@ def _slice_profile(annotated: np.ndarray, inside: np.ndarray) -> tuple[int, np.n
     return None
 
 
+def _eroded(mask: np.ndarray, distance: int) -> np.ndarray:
+    """The voxels of a mask that are at least so far from what is not in it, diagonal neighbours being 1 away."""
+    for axis in range(mask.ndim):
+        mask = np.pad(mask, [(distance - 1, distance - 1) if i == axis else (0, 0) for i in range(mask.ndim)],
+                      mode="edge")
+        length = 1  # a voxel is the minimum of so many
+        while length < 2 * distance - 1:
+            step = min(length, 2 * distance - 1 - length)
+            first, second = ((slice(None),) * axis + (part,) for part in (slice(None, -step), slice(step, None)))
+            mask = mask[first] & mask[second]
+            length += step
+    return mask
+
+
 # ---- where it is placed ---------------------------------------------------------------------------------------------
 
 def _by_profile(profile: tuple[int, np.ndarray], inside: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -511,22 +582,48 @@ class _Class(Voxels):
         inside: Bool, `(*spatial)`: where the image is. None: everywhere.
         data: The image, `(channels, *spatial)`.
         depth: How deep real annotations of the class lie.
+        margin: How far from the border of the class they stay (see :class:`Margin`).
+
+    Attributes:
+        free: Bool, of the shape of `mask`: the voxels of the class that far from its border, or farther. In a class
+            that is too thin they are the farthest ones.
+        number_free: Their number; 0 if annotations come close to the border.
     """
 
     def __init__(self, mask: np.ndarray, box: tuple[slice, ...], shape: tuple[int, ...], inside: np.ndarray | None,
-                 data: np.ndarray, depth: Depth):
+                 data: np.ndarray, depth: Depth, margin: int = 1):
         super().__init__(mask, _corner(box))
-        self.shape, self.inside, self.data, self.depth = shape, inside, data, depth
+        self.shape, self.inside, self.data, self.depth, self.free = shape, inside, data, depth, mask
+        solid = self._solid() if margin > 1 else mask
+        for distance in range(margin, 1, -1):
+            free = _eroded(solid, distance)[(slice(1, -1),) * mask.ndim] & mask
+            if free.any():
+                self.free = free
+                break
+        self.number_free = 0 if self.free is mask else np.count_nonzero(self.free)
+
+    def _solid(self) -> np.ndarray:
+        """The class and one voxel around its box, where what is outside of the image counts as the class: nobody knows
+        where a class ends that the image cuts."""
+        low, high = self.corner - 1, self.corner + self.mask.shape + 1
+        around = tuple(slice(max(0, start), min(stop, n)) for start, stop, n in zip(low, high, self.shape))
+        solid = (np.zeros([side.stop - side.start for side in around], bool) if self.inside is None
+                 else ~self.inside[around])
+        inner = tuple(slice(start - side.start, start - side.start + n)
+                      for start, side, n in zip(self.corner, around, self.mask.shape))
+        solid[inner] |= self.mask
+        return np.pad(solid, [(side.start - start, stop - side.stop) for start, stop, side in zip(low, high, around)],
+                      mode="edge")
 
     def paint(self, hints: np.ndarray, voxels: Voxels) -> None:
-        """Set those of the voxels in a mask of the patch that lie in the class."""
+        """Set those of the voxels in a mask of the patch that are free."""
         low = np.maximum(self.corner, voxels.corner)
         high = np.minimum(self.corner + self.mask.shape, voxels.corner + voxels.mask.shape)
         if (low >= high).any():
             return
         here, there, patch = (tuple(slice(a, b) for a, b in zip(low - corner, high - corner))
                               for corner in (self.corner, voxels.corner, np.zeros_like(low)))
-        hints[patch] |= self.mask[here] & voxels.mask[there]
+        hints[patch] |= self.free[here] & voxels.mask[there]
 
     def fit(self, voxels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Compare a pattern with the class at several places.
@@ -535,13 +632,13 @@ class _Class(Voxels):
             voxels: `(places, n, dimensions)`.
 
         Returns:
-            The share of the voxels in the class, of those in the image (a pattern that the end of the image cuts
+            The share of the voxels that are free, of those in the image (a pattern that the end of the image cuts
             says nothing about the class); and the share in the image. `(places,)` each.
         """
         kept = (~self._is_outside(voxels)).mean(1)
-        return _look_up(self.mask, voxels - self.corner).mean(1) / np.maximum(kept, 1e-9), kept
+        return _look_up(self.free, voxels - self.corner).mean(1) / np.maximum(kept, 1e-9), kept
 
-    def margin(self, voxels: np.ndarray) -> np.ndarray:
+    def surrounded(self, voxels: np.ndarray) -> np.ndarray:
         """How much of the surroundings of the voxels `(places, n, dimensions)` belongs to the class, `(places,)`.
 
         Nobody knows where a class ends that the image cuts: what is outside counts as the class.
@@ -557,10 +654,10 @@ class _Class(Voxels):
         return ~_look_up(self.inside, voxels)
 
     def innermost(self, size: int, rng: np.random.Generator, touching: bool) -> np.ndarray:
-        """The innermost voxels of the class; of equally deep ones those next to a random one.
+        """The innermost voxels of the class, the free ones first; of equally deep ones those next to a random one.
 
         Args:
-            size: Their number, but at most two thirds of the class.
+            size: Their number, but at most two thirds of the class, or what is free if this is more.
             rng: Source of random numbers.
             touching: Whether voxels that touch another class may be among them. They are among them in any case if
                 less than a third would be left.
@@ -568,18 +665,10 @@ class _Class(Voxels):
         Returns:
             `(n, dimensions)`.
         """
-        size = max(1, min(size, 2 * self.size // 3))
-        # The class and one voxel around it, where what is outside of the image counts as the class
-        low, high = self.corner - 1, self.corner + self.mask.shape + 1
-        around = tuple(slice(max(0, start), min(stop, n)) for start, stop, n in zip(low, high, self.shape))
-        solid = (np.zeros([side.stop - side.start for side in around], bool) if self.inside is None
-                 else ~self.inside[around])
-        inner = tuple(slice(start - side.start, start - side.start + n)
-                      for start, side, n in zip(self.corner, around, self.mask.shape))
-        solid[inner] |= self.mask
-        solid = np.pad(solid, [(side.start - start, stop - side.stop) for start, stop, side in zip(low, high, around)],
-                       mode="edge")
-        depth = ndimage.distance_transform_cdt(solid, "taxicab")[(slice(1, -1),) * solid.ndim][self.mask]
+        size = max(1, min(size, max(2 * self.size // 3, self.number_free)))
+        depth = ndimage.distance_transform_cdt(self._solid(), "taxicab")[(slice(1, -1),) * self.mask.ndim][self.mask]
+        if self.number_free:
+            depth[self.free[self.mask]] += depth.max()  # what is free comes first
         deepest = np.flatnonzero(depth == depth.max())
         centre = self.voxels(deepest[rng.integers(len(deepest), size=1)])
         candidates = np.flatnonzero(depth >= np.partition(depth, -size)[-size])  # to sort all takes longer
@@ -618,18 +707,23 @@ class _Shifted:
         return found
 
 
-def _place(pattern: Voxels, place: _Class, rng: np.random.Generator, whole: bool = True) -> list[Voxels]:
-    """Move a pattern to a place in its class where it fits.
+def _place(pattern: Voxels, place: _Class, hints: np.ndarray, rng: np.random.Generator, whole: bool = True) -> None:
+    """Move a pattern to a place in its class where it fits, and set its voxels there.
 
     Args:
         pattern: The voxels of the pattern.
         place: The class, to whose depth the edges that are found here are added.
+        hints: Bool, of the shape of the patch, which is changed.
         rng: Source of random numbers.
         whole: Whether the components may still be moved one by one.
-
-    Returns:
-        The pattern or its components. Some of the voxels may lie outside of the class.
     """
+    def set_innermost(voxels: np.ndarray) -> None:
+        hints[tuple(voxels.T)] = True
+
+    if 2 * pattern.size > place.number_free > 0 and place.size <= LARGE:
+        # Most of what is free is annotated. The pattern would leave much of it out wherever it is moved.
+        set_innermost(place.innermost(pattern.size, rng, touching=False))
+        return
     shifts = (place.voxels(rng.integers(place.size, size=PLACES))
               - pattern.voxels(rng.integers(pattern.size, size=PLACES)))
     shifts = np.concatenate((shifts, np.zeros_like(shifts[:1])))
@@ -637,20 +731,27 @@ def _place(pattern: Voxels, place: _Class, rng: np.random.Generator, whole: bool
     fit, kept = place.fit(moved)
     good = np.flatnonzero((fit >= FITS) & (kept >= 0.9 * kept[fit >= FITS].max(initial=0.5)))
     if len(good):
-        margins = place.margin(moved[good])
-        best = good[margins.argmax()]
-        deepest, seen = pattern.moved(shifts[best]), moved[best]
+        surrounded = place.surrounded(moved[good])
+        best = good[surrounded.argmax()]
+        innermost, seen = None, moved[best]
         if place.size <= LARGE:
-            innermost = place.innermost(pattern.size, rng, touching=False)
-            of_innermost = innermost[_spread(len(innermost))]
-            if place.margin(of_innermost[None])[0] > margins.max():
-                deepest, seen = Voxels.of(innermost), of_innermost
-        place.depth.add("anywhere", _edge_strength(place.data, moved[good[0]]))
-        place.depth.add("innermost", _edge_strength(place.data, seen))
-        return [deepest if rng.random() < place.depth.value() else pattern.moved(shifts[good[0]])]
-    if whole:
-        return [moved for part in pattern.components() for moved in _place(part, place, rng, whole=False)]
-    return [Voxels.of(place.innermost(pattern.size, rng, touching=rng.random() >= place.depth.value()))]
+            voxels = place.innermost(pattern.size, rng, touching=False)
+            some = voxels[_spread(len(voxels))]
+            if place.surrounded(some[None])[0] > surrounded.max():
+                innermost, seen = voxels, some
+        if not place.number_free:
+            place.depth.add("anywhere", _edge_strength(place.data, moved[good[0]]))
+            place.depth.add("innermost", _edge_strength(place.data, seen))
+        deep = rng.random() < place.depth.value()
+        if deep and innermost is not None:
+            set_innermost(innermost)
+        else:
+            place.paint(hints, pattern.moved(shifts[best if deep else good[0]]))
+    elif whole:
+        for part in pattern.components():
+            _place(part, place, hints, rng, whole=False)
+    else:
+        set_innermost(place.innermost(pattern.size, rng, touching=rng.random() >= place.depth.value()))
 
 
 def _look_up(mask: np.ndarray, voxels: np.ndarray) -> np.ndarray:

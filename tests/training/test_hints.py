@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from nnunetv2.utilities.label_handling.label_handling import LabelManager
+from scipy import ndimage
 
 from nnunet_confkd.training import hints as hints_module
 from nnunet_confkd.training.hints import (
@@ -135,6 +136,73 @@ def test_where_nothing_fits_the_innermost_voxels_of_the_class_are_shown(deep):
         assert mask[11:19, 11:19].all()  # 64 that touch no other class
         # of 80 voxels two thirds of the class, 100 voxels; without those that touch another class if it is deep
         assert int(mask.sum()) == (64 if deep else 66)
+
+
+@pytest.mark.parametrize("ndim", (2, 3))
+@pytest.mark.parametrize("distance", (1, 2, 3, 5))
+def test_eroded_voxels_are_those_that_far_from_the_border(ndim, distance):
+    mask = ndimage.binary_dilation(rng(distance).random([24, 17, 13][:ndim]) < 0.03, iterations=4)
+    around = np.pad(mask, 8, mode="edge")  # beyond the end of the array it goes on
+    expected = ndimage.distance_transform_cdt(around, "chessboard")[(slice(8, -8),) * ndim] >= distance
+    assert expected.any() and not expected.all()
+    np.testing.assert_array_equal(hints_module._eroded(mask, distance), expected)
+
+
+@pytest.mark.parametrize("ndim", (2, 3))
+def test_gaps_are_the_smallest_distances_between_annotations_of_two_classes(ndim):
+    labels, annotated = np.zeros([30] * ndim, int), np.zeros([30] * ndim, bool)
+    middle = [15] * (ndim - 1)
+    for at, label in ((2, 0), (3, 0), (9, 4), (20, 2)):
+        labels[(at, *middle)], annotated[(at, *middle)] = label, True
+    assert hints_module._gaps(labels, annotated) == {0: 6, 4: 6, 2: 11}
+    assert hints_module._gaps(labels, annotated & (labels == 0)) == {}
+
+
+def diamond_and_annotations(dense: bool) -> torch.Tensor:
+    """A full image of a diamond, and eight others. Both classes are annotated at least 5 voxels from the border between
+    them: everywhere there, or in a square of 3 x 3."""
+    y, x = np.mgrid[:72, :72]
+    distance = np.abs(y - 36) + np.abs(x - 36) - 20.5
+    target = np.full((9, 1, 72, 72), IGNORE, np.int16)
+    target[0] = distance < 0
+    deep = hints_module._eroded(distance < 0, 5), hints_module._eroded(distance > 0, 5)
+    for label, mask in zip((1, 0), deep):
+        target[1:, 0][:, mask] = label
+    if not dense:
+        square = np.zeros((72, 72), bool)
+        square[35:38, 35:38] = square[2:5, 2:5] = True
+        target[1:, 0][:, ~square] = IGNORE
+    return torch.from_numpy(target)
+
+
+def test_where_most_is_annotated_hints_keep_the_margin_of_real_annotations():
+    """As in eroded masks with background: the border lies in the middle of the gap, and all around it."""
+    target = diamond_and_annotations(dense=True)
+    sampler, draws = HintSampler(IGNORE, no_hints=0), rng()
+    draw(target[1:], 0, draws, sampler)
+    assert {label: margin.value() for label, margin in sampler.margins.items()} == {0: 5, 1: 5}
+    full = target[0, 0].numpy()
+    for _ in range(20):
+        mask = draw(target, 1, draws, sampler)[0, 0].numpy()
+        for label in (0, 1):
+            of_class = np.pad(full == label, 8, mode="edge")
+            distance = ndimage.distance_transform_cdt(of_class, "chessboard")[8:-8, 8:-8]
+            assert (distance[mask & (full == label)] >= 5).all()
+            assert mask[distance >= 5].mean() > 0.9
+
+
+def test_where_little_is_annotated_a_wide_gap_tells_nothing():
+    """Two clicks may lie far apart because there are only two."""
+    target = diamond_and_annotations(dense=False)
+    sampler, draws = HintSampler(IGNORE, no_hints=0), rng()
+    draw(target[1:], 0, draws, sampler)
+    assert not sampler.margins
+    full, nearest = target[0, 0].numpy(), []
+    inside = ndimage.distance_transform_cdt(full == 1, "chessboard")
+    for _ in range(60):
+        mask = draw(target, 1, draws, sampler)[0, 0].numpy() & (full == 1)
+        nearest.append(inside[mask].min())
+    assert min(nearest) <= 2
 
 
 @pytest.mark.parametrize("ndim", (2, 3))
