@@ -61,7 +61,7 @@ MORE = ("ignore", "ignore_prior", "ignore_quarter", "ignore_prior_quarter", "ign
         "ignore_equal", "ignore_equal_quarter", "ignore_prior_equal_quarter")
 # ConfKD's row, the last, has the settings that its trainer chooses from these data. With points there is no teacher.
 SHORT = {"scribbles": ("ignore_equal_quarter", "apart_cost"),
-         "erosion": ("ignore_prior_equal_quarter", "apart_corrected_cost"),
+         "erosion": ("ignore_prior_equal_quarter", "apart_corrected_margins_cost"),
          "erosion_foreground": ("ignore_quarter", "equal_cost"),
          "unlabelled": ("full_only", "full_cutmix", "cutmix_three_quarters_cost"),
          "points_5": ("full_only", "ignore"), "points_10": ("full_only", "ignore_three_quarters")}
