@@ -236,9 +236,10 @@ def test_real_signals_in_real_processes_lose_nothing(folders_of_a_laptop):
 
 
 def largest(voxels: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """Keep the largest component of the union of these labels."""
+    """Keep the largest component of the union of these labels; as nnU-Net, all of them where several are equally large."""
     parts, number = ndimage.label(np.isin(voxels, labels), np.ones((3, 3, 3)))
     if number == 0:
         return voxels
-    sizes = np.bincount(parts.ravel())[1:]
-    return np.where((parts > 0) & (parts != sizes.argmax() + 1), 0, voxels)
+    sizes = np.bincount(parts.ravel())
+    sizes[0] = 0
+    return np.where((parts > 0) & (sizes[parts] < sizes.max()), 0, voxels)
