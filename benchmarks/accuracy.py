@@ -446,7 +446,10 @@ def run(spec: dict, work: Path, output: Path, teacher: bool = True, dataset_id: 
 
     table = Table(**{k: tuple(v) if isinstance(v, list) else v for k, v in spec["table"].items()})
     if spec["device"] == "cpu":
+        from tiles import many_at_once
+
         torch.set_num_threads(1)
+        many_at_once()
     start = time.time()
     trainer = build_trainer(table, spec, dataset_id)
     latest, made_with = (Path(trainer.output_folder) / name for name in ("checkpoint_latest.pth", "spec.json"))

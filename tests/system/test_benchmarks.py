@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -96,3 +97,25 @@ def test_large_volumes_measures_every_step(folders, tmp_path):
     assert set(result["predictions"]) == {"report", "entropy", "complete"}
     table = large_volumes.table_of(result)
     assert all(step in table for step in large_volumes.STEPS) and result["validation"]["command"]["peak_mib"] > 0
+
+
+@pytest.mark.parametrize("spatial", ((3, 21, 18), (5, 8, 9)))
+def test_several_tiles_at_once_give_the_logits_of_nnunet(folders, monkeypatch, spatial):
+    import tiles
+    import torch
+    from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
+    torch.manual_seed(0)
+    predictor = nnUNetPredictor(use_mirroring=True, perform_everything_on_device=False, device=torch.device("cpu"))
+    predictor.network = torch.nn.Conv2d(2, 3, 3, padding=1)
+    predictor.allowed_mirroring_axes = (0, 1)
+    predictor.configuration_manager = SimpleNamespace(patch_size=(8, 8))
+    predictor.label_manager = SimpleNamespace(num_segmentation_heads=3)
+    image = torch.randn(2, *spatial)
+    expected = predictor.predict_sliding_window_return_logits(image)
+    # monkeypatch puts nnU-Net's own function back at the end
+    monkeypatch.setattr(nnUNetPredictor, "_internal_predict_sliding_window_return_logits", None)
+    monkeypatch.setattr(tiles, "AT_ONCE", 4)  # not a divisor of the number of tiles
+    tiles.many_at_once()
+    found = predictor.predict_sliding_window_return_logits(image)
+    assert found.dtype == expected.dtype == torch.half and found.shape == (3, *spatial)
+    assert torch.allclose(found.float(), expected.float(), atol=0.01) and expected.std() > 0.1
