@@ -236,7 +236,7 @@ def test_real_signals_in_real_processes_lose_nothing(folders_of_a_laptop):
 
 
 def largest(voxels: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """Keep the largest component of the union of these labels. If several are equally large, all stay, as in nnU-Net."""
+    """Keep the largest component of the union of these labels. All of several equally large ones stay."""
     parts, number = ndimage.label(np.isin(voxels, labels), np.ones((3, 3, 3)))
     if number == 0:
         return voxels
