@@ -61,7 +61,7 @@ class Row:
     time_of: str | None = None
 
 
-EARLIER = {"weight_kl": 3.0, "full_share": 0.5, "equal_kinds": False, "teacher_trains_encoder": True}
+EARLIER = {"weight_kl": 3.0, "full_share": 0.5, "equal_kinds": False, "teacher_trains_encoder": True, "hint_reach": 0}
 
 
 def with_earlier_defaults(rows: Mapping[str, Row]) -> dict[str, Row]:
@@ -685,11 +685,13 @@ def differences(before: dict, now: dict) -> list[str]:
             if settings.get(name, 0) is None:
                 settings[name] = value
         off = [term for term in ("kl", "entropy") if not settings.get(f"weight_{term}")]
-        unused = tuple(f"{term}_" for term in off) + (("teacher_hints", "average_decay") if "kl" in off else ())
+        unused = tuple(f"{term}_" for term in off)
+        if "kl" in off:
+            unused += ("teacher_hints", "hint_", "average_decay")
         if len(off) == 2:
             unused += ("extra_resolutions",)
         if not settings.get("weight_teacher"):
-            unused += ("teacher_",)
+            unused += ("teacher_", "hint_")
         if spec["row"]["labels"] != "listed":
             unused += ("class_share",)  # no other row hides classes
         if settings.get("cutmix", 0) is None:

@@ -179,6 +179,11 @@ ROWS |= {f"{name}_kl{weight}": replace(ROWS[name], title=f"{ROWS[name].title}; K
 # The same settings with hints that stay as far from borders as real annotations; the rows above were run before.
 ROWS["apart_corrected_margins_cost"] = replace(
     ROWS["apart_corrected_cost"], title=f"{ROWS['apart_corrected_cost'].title}; hints stay away from borders")
+# The same with hints that reach their neighbourhood, and a background that is annotated round the foreground.
+ROWS |= {name: replace(ROWS[of], title=f"{ROWS[of].title}; hints that reach further",
+                       settings=ROWS[of].settings | {"hint_reach": 4})
+         for name, of in (("apart_reach_cost", "apart_cost"), ("equal_reach_cost", "equal_cost"),
+                          ("apart_corrected_reach_cost", "apart_corrected_margins_cost"))}
 # Rows that are made once without bfloat16, to check that it changes nothing.
 FLOAT32 = "_float32"
 ROWS |= {name + FLOAT32: replace(ROWS[name], title=f"{ROWS[name].title}; float32")

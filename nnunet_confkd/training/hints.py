@@ -197,17 +197,31 @@ class Voxels:
         return [Voxels.of(voxels[of_voxel == part]) for part in range(parts)]
 
 
+class Cloud(NamedTuple):
+    """Where voxels lie, roughly."""
+
+    centre: np.ndarray  # their mean place, `(dimensions,)`
+    spread: float  # the root of their mean squared distance from it, in voxels; at least 1
+
+    @classmethod
+    def of(cls, mask: np.ndarray) -> Cloud | None:
+        """Describe the voxels of a mask; None if there are none."""
+        voxels = np.argwhere(mask)
+        return cls(voxels.mean(0), max(1.0, float(np.sqrt(voxels.var(0).sum())))) if len(voxels) else None
+
+
 class Pattern(NamedTuple):
     """The annotated voxels of one class in one image."""
 
     corner: np.ndarray  # of their bounding box, `(dimensions,)`
     shape: tuple[int, ...]  # of their bounding box
     bits: np.ndarray  # the voxels in it, packed, because dozens of patterns of large patches are kept
+    foreground: Cloud | None  # the image's annotations of other classes than the background
 
     @classmethod
-    def of(cls, voxels: Voxels) -> Pattern:
+    def of(cls, voxels: Voxels, foreground: Cloud | None = None) -> Pattern:
         """Pack voxels."""
-        return cls(voxels.corner, voxels.mask.shape, np.packbits(voxels.mask))
+        return cls(voxels.corner, voxels.mask.shape, np.packbits(voxels.mask), foreground)
 
     def voxels(self) -> Voxels:
         """Unpack the voxels."""
@@ -389,9 +403,10 @@ class HintSampler:
             if self.images["dense"] <= Margin.ENOUGH:
                 for label, gap in _gaps(labels, annotated).items():
                     self.margins.setdefault(label, Margin()).add(gap)
+        foreground = Cloud.of(annotated & (labels != 0))
         for label, box in present.items():
             voxels = Voxels((labels[box] == label) & annotated[box], _corner(box))
-            self.patterns.setdefault(label, deque(maxlen=KEPT)).append(Pattern.of(voxels))
+            self.patterns.setdefault(label, deque(maxlen=KEPT)).append(Pattern.of(voxels, foreground))
             self.depth.setdefault(label, Depth()).add("real", _edge_strength(data, voxels.sample()))
 
     def simulate(self, data: np.ndarray, labels: np.ndarray, inside: np.ndarray,
@@ -414,12 +429,17 @@ class HintSampler:
                 return hints
             return _by_profile(self.profiles[rng.integers(len(self.profiles))], inside, rng)
         cut = None if inside.all() else inside
-        for label, box in present.items():
+        for label, box in sorted(present.items(), key=lambda item: item[0] == 0):  # the background last
             if label in self.patterns and rng.random() < self._share_annotated(label):
-                pattern = self.patterns[label][rng.integers(len(self.patterns[label]))]
                 place = _Class((labels[box] == label) & inside[box], box, labels.shape, cut, data, self.depth[label],
                                self._margin(label, rng))
-                _place(pattern.voxels(), place, hints, rng)
+                patterns, foreground = self.patterns[label], Cloud.of(hints)
+                if label == 0 and foreground and not place.number_free:
+                    around = _around(foreground, patterns, place, rng)
+                    if around is not None:
+                        place.paint(hints, around)
+                        continue
+                _place(patterns[rng.integers(len(patterns))].voxels(), place, hints, rng)
         return hints
 
     def _margin(self, label: int, rng: np.random.Generator) -> int:
@@ -752,6 +772,35 @@ def _place(pattern: Voxels, place: _Class, hints: np.ndarray, rng: np.random.Gen
             _place(part, place, hints, rng, whole=False)
     else:
         set_innermost(place.innermost(pattern.size, rng, touching=rng.random() >= place.depth.value()))
+
+
+def _around(foreground: Cloud, patterns: Sequence[Pattern], place: _Class, rng: np.random.Generator) -> Voxels | None:
+    """Move a pattern of the background to where it lay around the annotated foreground of its own image.
+
+    The background is nearly everywhere, so that its extent does not tell where it is annotated. Annotators often mark
+    it round the organs.
+
+    Args:
+        foreground: The hints of the other classes.
+        patterns: Of the background. Those whose image had about as large a foreground are tried first.
+        place: The background of the image.
+        rng: Source of random numbers.
+
+    Returns:
+        The voxels; None if no pattern fits there.
+    """
+    known = [pattern for pattern in patterns if pattern.foreground]
+    known.sort(key=lambda pattern: abs(np.log(pattern.foreground.spread / foreground.spread)) + 0.1 * rng.random())
+    for pattern in known:
+        voxels, reach = pattern.voxels(), np.array(place.shape) // 16
+        shifts = rng.integers(-reach, reach + 1, (PLACES // 2, len(reach)))
+        shifts[0] = 0
+        shifts += np.rint(foreground.centre - pattern.foreground.centre).astype(int)
+        fit, kept = place.fit(voxels.sample() + shifts[:, None])
+        good = np.flatnonzero((fit >= FITS) & (kept >= 0.9 * kept[fit >= FITS].max(initial=0.5)))
+        if len(good):
+            return voxels.moved(shifts[good[0]])
+    return None
 
 
 def _look_up(mask: np.ndarray, voxels: np.ndarray) -> np.ndarray:

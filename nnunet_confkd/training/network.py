@@ -5,7 +5,7 @@ The decoder that nnU-Net built becomes the *student* and keeps its name, so that
 """
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from copy import deepcopy
@@ -24,6 +24,7 @@ from nnunet_confkd.errors import InputError
 from nnunet_confkd.training.names import BRANCHES
 
 TEACHER_PREFIX = "teacher_decoder."
+FADE = 0.8  # what is left of a hint one voxel further, at a lower resolution
 
 _predicted_branch: ContextVar[str] = ContextVar("predicted_branch", default="student")
 
@@ -286,8 +287,9 @@ def _unchanged(batch_norms: list[_BatchNorm]) -> Iterator[None]:
 class Hints(nn.Module):
     """Adds the hints to the features that the teacher gets.
 
-    At each resolution a learnt vector for each class is added wherever a voxel is annotated. Without hints nothing is
-    added: the teacher is a stock decoder.
+    At each resolution a learnt vector for each class is added wherever a voxel is annotated. At lower resolutions it is
+    also added in the neighbourhood, and fades with the distance: how far the nearest annotations of each class are
+    tells much of where a border is. Without hints nothing is added: the teacher is a stock decoder.
 
     nnU-Net gives the name `seg_layers` to layers whose shape depends on the number of classes, and -pretrained_weights
     leaves them out.
@@ -296,11 +298,15 @@ class Hints(nn.Module):
         convolution: `nn.Conv2d` or `nn.Conv3d`.
         channels: Number of channels of the features at each resolution.
         num_heads: Number of output channels.
+
+    Attributes:
+        reach: How many voxels of a lower resolution a hint reaches. 0: the annotated voxels alone.
     """
 
     def __init__(self, convolution: type[nn.Module], channels: Sequence[int], num_heads: int):
         super().__init__()
         self.seg_layers = nn.ModuleList(convolution(num_heads + 1, number, 1, bias=False) for number in channels)
+        self.reach = 0
 
     def forward(self, skips: list[Tensor], hints: Tensor | HintMap) -> list[Tensor]:
         """Add the hints to the features.
@@ -313,10 +319,10 @@ class Hints(nn.Module):
         Returns:
             The features with hints. At a lower resolution a voxel has a hint if any voxel that it covers has it.
         """
-        hinted = []
+        hinted, size = [], (hints.labels if isinstance(hints, HintMap) else hints).shape[2:]
         layer: Any
         for skip, layer in zip(skips, self.seg_layers):
-            if isinstance(hints, HintMap) and hints.labels.shape[2:] == skip.shape[2:]:
+            if isinstance(hints, HintMap) and size == skip.shape[2:]:
                 hinted.append(skip + _look_up(layer.weight.to(skip.dtype), hints))
                 continue
             of_hints = hints.labels if isinstance(hints, HintMap) else hints
@@ -326,10 +332,30 @@ class Hints(nn.Module):
             elif any(step > 1 for step in ratio):
                 # From resolution to resolution: the largest is read once. Adaptive pooling of volumes has no kernel on
                 # Apple's MPS.
-                pool = F.max_pool2d if hints.ndim == 4 else F.max_pool3d
-                hints = pool(hints, ratio, ceil_mode=True)
-            hinted.append(skip + layer(hints))
+                hints = _max_pool(hints)(hints, ratio, ceil_mode=True)
+            hinted.append(skip + layer(hints if size == skip.shape[2:] else _reaching(hints, self.reach)))
         return hinted
+
+
+def _max_pool(values: Tensor) -> Callable[..., Tensor]:
+    return F.max_pool2d if values.ndim == 4 else F.max_pool3d
+
+
+def _reaching(hints: Tensor, reach: int) -> Tensor:
+    """Let hints, `(B, heads + 1, *spatial)`, reach their neighbourhood and fade with the (chessboard) distance."""
+    for _ in range(reach):
+        hints = torch.maximum(hints, FADE * _of_neighbours(hints))
+    return hints
+
+
+def _of_neighbours(values: Tensor) -> Tensor:
+    """The maximum of each voxel and its neighbours; on a CPU PyTorch's pooling takes several times as long."""
+    for axis in range(2, values.ndim):
+        if (size := values.shape[axis]) > 1:
+            pairs = torch.maximum(values.narrow(axis, 0, size - 1), values.narrow(axis, 1, size - 1))
+            inner = torch.maximum(pairs.narrow(axis, 0, size - 2), pairs.narrow(axis, 1, size - 2))
+            values = torch.cat((pairs.narrow(axis, 0, 1), inner, pairs.narrow(axis, size - 2, 1)), axis)
+    return values
 
 
 def _look_up(weight: Tensor, hints: HintMap) -> Tensor:

@@ -19,7 +19,7 @@ REMOVED: dict[str, Any] = {
     "entropy_ramp_start": 0.0, "entropy_ramp_end": 0.0}
 
 # Settings that came later, and what earlier trainings did. A model of theirs still loads.
-ADDED: dict[str, Any] = {"class_share": 0.0, "cutmix": 0.0, "cutmix_full": 0.0, "equal_kinds": False,
+ADDED: dict[str, Any] = {"class_share": 0.0, "cutmix": 0.0, "cutmix_full": 0.0, "equal_kinds": False, "hint_reach": 0,
                          "prior_correction": 0.0, "teacher_trains_encoder": True, "teacher_width": 1.0}
 
 
@@ -108,6 +108,9 @@ class Settings:
                                    "whether the teacher also sees annotated voxels: real annotations on partially "
                                    "annotated images, simulated ones on fully annotated images. It does so only if "
                                    "the KL acts on images that are not fully annotated")
+
+    hint_reach: int = _setting("teacher", 4, (0, 100), "how many voxels a hint reaches at each of the lower "
+                               "resolutions, where it fades with the distance. 0: the annotated voxels alone")
 
     teacher_trains_encoder: bool | None = _setting("teacher", None, (),
                                                    "whether L_s also updates the encoder, as in the papers. If not, "

@@ -188,6 +188,7 @@ class ConfKDTrainer(nnUNetTrainer):
         unet, width = check_unet(build(configuration_manager)), settings.teacher_width
         network = TwoBranchUNet(unet, build(narrower(configuration_manager, width)) if width < 1 else None)
         network.teach_resolutions = settings.extra_resolutions
+        network.teacher_decoder.hints.reach = settings.hint_reach
         return network
 
     @property

@@ -121,7 +121,7 @@ def test_scribbles_of_some_classes_are_simulated_inside_the_listed_classes_and_t
     label = target[1].clone()
     target[1] = IGNORE
     target[1, 0, 3:6, 4] = label[0, 3:6, 4]  # in class 1
-    target[1, 0, 10:15, 4] = 0
+    target[1, 0, 12:17, 14] = 0  # where the full image has class 2
     batch = batch_of(target, 1, [ALL, ONE])
     sampler, touched = CandidateHints(IGNORE, no_hints=0), 0
     np.random.seed(0)

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import pickle
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
@@ -408,6 +409,61 @@ def test_the_last_patterns_of_each_class_are_kept():
     lengths = {int(draw(full, 1, draws, sampler).sum()) for _ in range(600)}
     # at the end of the image up to half of a pattern may be cut off
     assert 2 * KEPT in lengths and lengths - {0} <= set(range((KEPT + 1) // 2, 2 * KEPT + 1))
+
+
+def with_ring(place: tuple[int, ...], radius: int, annotated: bool, ring: bool = True) -> torch.Tensor:
+    """An image of 64 x 64 with a disc of class 1. If it is annotated: a smaller disc, and the background round it."""
+    distance = np.hypot(*(np.indices((64, 64)) - np.reshape(place, (2, 1, 1))))
+    label = (distance <= radius).astype(np.int16)
+    if annotated:
+        shown = distance < radius / 2
+        if ring:
+            shown |= np.abs(distance - radius - 3) < 0.7
+        label[~shown] = IGNORE
+    return torch.from_numpy(label)[None, None]
+
+
+def rings(target: torch.Tensor, number: int, places: Sequence[tuple[int, ...]], radii: Sequence[int]) -> list[float]:
+    """How far the simulated background of a disc lies from its border, of each draw that shows some."""
+    sampler, draws, found = HintSampler(IGNORE, no_hints=0), rng(), []
+    for place, radius in zip(places, radii):
+        draw(with_ring(place, radius, True), 0, draws, sampler)
+    away = ndimage.distance_transform_edt(target[0, 0] == 0)
+    for _ in range(number):
+        shown = draw(target, 1, draws, sampler)[0, 0].numpy() & (target[0, 0].numpy() == 0)
+        found += [float(away[shown].mean())] if shown.any() else []
+    return found
+
+
+@pytest.mark.parametrize("place", ((20, 40), (44, 22)))
+def test_the_background_is_annotated_round_the_foreground_as_in_real_images(place):
+    """A ring has also room elsewhere in the background, and lay there before."""
+    found = rings(with_ring(place, 6, False), 60, [(30, 30), (32, 25), (25, 36)], (6, 6, 6))
+    assert len(found) > 50 and np.mean(found) < 5 and np.percentile(found, 90) < 7
+
+
+@pytest.mark.parametrize("radius", (5, 12))
+def test_the_background_comes_from_an_image_whose_foreground_is_about_as_large(radius):
+    sampler = HintSampler(IGNORE)
+    for other in 4 * (5, 12):
+        draw(with_ring((30, 30), other, True), 0, rng(), sampler)
+    background = with_ring((32, 34), radius, False)[0, 0].numpy() == 0
+    box = (slice(0, 64), slice(0, 64))
+    place = hints_module._Class(background, box, (64, 64), None, np.zeros((1, 64, 64)), Depth())
+    foreground = hints_module.Cloud.of(with_ring((32, 34), radius, True, False)[0, 0].numpy() == 1)
+    for seed in range(20):
+        found = hints_module._around(foreground, sampler.patterns[0], place, rng(seed)).voxels()
+        assert np.hypot(*(found - [32, 34]).T).mean() == pytest.approx(radius + 3, abs=2)
+
+
+def test_where_no_foreground_is_annotated_the_background_may_be_anywhere():
+    sampler, draws = HintSampler(IGNORE, no_hints=0), rng()
+    alone = torch.full((1, 1, 64, 64), IGNORE, dtype=torch.int16)
+    alone[..., 10:14, 10] = 0
+    draw(alone, 0, draws, sampler)
+    target = with_ring((32, 32), 6, False)
+    places = [np.argwhere(draw(target, 1, draws, sampler)[0, 0].numpy()).mean(0) for _ in range(60)]
+    assert np.std(places, 0).min() > 8
 
 
 @pytest.mark.parametrize("ignore", (None, IGNORE))

@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from nnunet_confkd.errors import InputError
 from nnunet_confkd.training.hints import hint_channels, hint_map
 from nnunet_confkd.training.network import (
+    FADE,
     TEACHER_PREFIX,
     HintMap,
     TwoBranchUNet,
@@ -430,14 +431,15 @@ def labelled(sizes: tuple[int, ...], with_lists: bool):
 
 @pytest.mark.parametrize("sizes", ((16, 16), (15, 9), (8, 16, 12), (7, 6, 13)), ids=str)
 @pytest.mark.parametrize("with_lists", (False, True), ids=("all", "lists"))
-@pytest.mark.parametrize("narrow", (False, True))
-def test_a_map_of_hints_adds_what_their_channels_add(sizes, with_lists, narrow):
+@pytest.mark.parametrize("narrow, reach", ((False, 0), (True, 0), (True, 3)))
+def test_a_map_of_hints_adds_what_their_channels_add(sizes, with_lists, narrow, reach):
     """And so do the gradients."""
     network = two_branches(PlainConvUNet, len(sizes)).double()
     if narrow:
         network = TwoBranchUNet(stock(ndim=len(sizes)), stock(ndim=len(sizes), features=(4, 6, 8, 8))).double()
     hints, channels = labelled(sizes, with_lists)
     layers = network.teacher_decoder.hints
+    layers.reach = reach
     skips = [skip.detach().requires_grad_() for skip in network.narrowed(
         network.encoder(torch.randn(BATCH, 1, *sizes, dtype=torch.float64)))]
     leaves, found = [*skips, *layers.parameters()], []
@@ -447,6 +449,23 @@ def test_a_map_of_hints_adds_what_their_channels_add(sizes, with_lists, narrow):
     for result, expected in zip(*found, strict=True):
         torch.testing.assert_close(result, expected)
     assert all((hinted - skip).detach().abs().max() > 0.1 for hinted, skip in zip(found[0], skips))
+
+
+@pytest.mark.parametrize("ndim", (2, 3))
+def test_at_lower_resolutions_a_hint_reaches_its_neighbourhood_and_fades(ndim):
+    layers = two_branches(PlainConvUNet, ndim).double().teacher_decoder.hints
+    layers.reach = 3
+    labels = torch.zeros(1, 1, *ndim * [32], dtype=torch.int16)
+    labels[(0, 0, *ndim * [16])] = 2  # a hint of class 1
+    channels = [layer.weight.shape[0] for layer in layers.seg_layers]
+    skips = [torch.zeros(1, number, *ndim * [size], dtype=torch.float64) for number, size in zip(channels, (32, 16, 8))]
+    fine, *coarse = layers(skips, HintMap(labels))
+    assert [voxel.tolist() for voxel in fine[0].abs().sum(0).nonzero()] == [ndim * [16]]
+    for hinted, layer, size in zip(coarse, layers.seg_layers[1:], (16, 8)):
+        distance = (torch.stack(torch.meshgrid(*ndim * [torch.arange(size)], indexing="ij")) - size // 2).abs().amax(0)
+        strength = torch.where(distance <= 3, FADE ** distance, 0.0)
+        vector = (layer.weight[:, 1] + layer.weight[:, -1]).flatten()
+        torch.testing.assert_close(hinted[0], vector.view(-1, *ndim * [1]) * strength)
 
 
 @pytest.mark.parametrize("sizes", ((16, 16), (15, 9), (8, 16, 12), (7, 6, 13)), ids=str)
