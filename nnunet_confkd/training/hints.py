@@ -206,8 +206,15 @@ class Cloud(NamedTuple):
     @classmethod
     def of(cls, mask: np.ndarray) -> Cloud | None:
         """Describe the voxels of a mask; None if there are none."""
-        voxels = np.argwhere(mask)
-        return cls(voxels.mean(0), max(1.0, float(np.sqrt(voxels.var(0).sum())))) if len(voxels) else None
+        if not mask.any():
+            return None
+        centre, variance = [], 0.0
+        for axis in range(mask.ndim):  # a list of the voxels of many organs would take longer
+            weights = np.count_nonzero(mask, axis=tuple(i for i in range(mask.ndim) if i != axis))
+            places = np.arange(len(weights))
+            centre.append(np.average(places, weights=weights))
+            variance += np.average((places - centre[-1]) ** 2, weights=weights)
+        return cls(np.array(centre), max(1.0, float(np.sqrt(variance))))
 
 
 class Pattern(NamedTuple):
@@ -433,12 +440,12 @@ class HintSampler:
             if label in self.patterns and rng.random() < self._share_annotated(label):
                 place = _Class((labels[box] == label) & inside[box], box, labels.shape, cut, data, self.depth[label],
                                self._margin(label, rng))
-                patterns, foreground = self.patterns[label], Cloud.of(hints)
-                if label == 0 and foreground and not place.number_free:
-                    around = _around(foreground, patterns, place, rng)
-                    if around is not None:
-                        place.paint(hints, around)
-                        continue
+                patterns = self.patterns[label]
+                foreground = Cloud.of(hints) if label == 0 and not place.number_free else None
+                around = _around(foreground, patterns, place, rng) if foreground else None
+                if around is not None:
+                    place.paint(hints, around)
+                    continue
                 _place(patterns[rng.integers(len(patterns))].voxels(), place, hints, rng)
         return hints
 
