@@ -691,7 +691,7 @@ def differences(before: dict, now: dict) -> list[str]:
         if len(off) == 2:
             unused += ("extra_resolutions",)
         if not settings.get("weight_teacher"):
-            unused += ("teacher_", "hint_")
+            unused += ("teacher_",)
         if spec["row"]["labels"] != "listed":
             unused += ("class_share",)  # no other row hides classes
         if settings.get("cutmix", 0) is None:

@@ -223,7 +223,7 @@ class Pattern(NamedTuple):
     corner: np.ndarray  # of their bounding box, `(dimensions,)`
     shape: tuple[int, ...]  # of their bounding box
     bits: np.ndarray  # the voxels in it, packed, because dozens of patterns of large patches are kept
-    foreground: Cloud | None  # the image's annotations of other classes than the background
+    foreground: Cloud | None  # the image's annotations of other classes, if the background is annotated
 
     @classmethod
     def of(cls, voxels: Voxels, foreground: Cloud | None = None) -> Pattern:
@@ -296,7 +296,8 @@ class HintSampler:
     of a hint would then tell where the class ends, which is false on real annotations. Of the places where it fits,
     the sampler takes the innermost or any, as often as the real annotations suggest (see :class:`Depth`). A pattern
     that fits nowhere is moved component by component. A component that fits nowhere is replaced by as many of the
-    innermost voxels of the class. Where most of an image is annotated, simulated annotations stay as far from the
+    innermost voxels of the class. The background is annotated round the foreground, as it was in the image that its
+    pattern comes from. Where most of an image is annotated, simulated annotations stay as far from the
     border of a class as real ones (see :class:`Margin`).
 
     A class is left out as often as it seems to be left out in real annotations: its share of the annotated images,
@@ -410,7 +411,7 @@ class HintSampler:
             if self.images["dense"] <= Margin.ENOUGH:
                 for label, gap in _gaps(labels, annotated).items():
                     self.margins.setdefault(label, Margin()).add(gap)
-        foreground = Cloud.of(annotated & (labels != 0))
+        foreground = Cloud.of(annotated & (labels != 0)) if 0 in present else None
         for label, box in present.items():
             voxels = Voxels((labels[box] == label) & annotated[box], _corner(box))
             self.patterns.setdefault(label, deque(maxlen=KEPT)).append(Pattern.of(voxels, foreground))
@@ -652,18 +653,20 @@ class _Class(Voxels):
                               for corner in (self.corner, voxels.corner, np.zeros_like(low)))
         hints[patch] |= self.free[here] & voxels.mask[there]
 
-    def fit(self, voxels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Compare a pattern with the class at several places.
+    def fitting(self, voxels: np.ndarray) -> np.ndarray:
+        """Find the places where a pattern fits, and where the end of the image cuts little of it.
+
+        A pattern that the end of the image cuts says nothing about the class, so only its voxels in the image count.
 
         Args:
-            voxels: `(places, n, dimensions)`.
+            voxels: Those of the pattern at several places, `(places, n, dimensions)`.
 
         Returns:
-            The share of the voxels that are free, of those in the image (a pattern that the end of the image cuts
-            says nothing about the class); and the share in the image. `(places,)` each.
+            The numbers of the places.
         """
         kept = (~self._is_outside(voxels)).mean(1)
-        return _look_up(self.free, voxels - self.corner).mean(1) / np.maximum(kept, 1e-9), kept
+        fit = _look_up(self.free, voxels - self.corner).mean(1) / np.maximum(kept, 1e-9)
+        return np.flatnonzero((fit >= FITS) & (kept >= 0.9 * kept[fit >= FITS].max(initial=0.5)))
 
     def surrounded(self, voxels: np.ndarray) -> np.ndarray:
         """How much of the surroundings of the voxels `(places, n, dimensions)` belongs to the class, `(places,)`.
@@ -755,8 +758,7 @@ def _place(pattern: Voxels, place: _Class, hints: np.ndarray, rng: np.random.Gen
               - pattern.voxels(rng.integers(pattern.size, size=PLACES)))
     shifts = np.concatenate((shifts, np.zeros_like(shifts[:1])))
     moved = pattern.sample() + shifts[:, None]
-    fit, kept = place.fit(moved)
-    good = np.flatnonzero((fit >= FITS) & (kept >= 0.9 * kept[fit >= FITS].max(initial=0.5)))
+    good = place.fitting(moved)
     if len(good):
         surrounded = place.surrounded(moved[good])
         best = good[surrounded.argmax()]
@@ -803,8 +805,7 @@ def _around(foreground: Cloud, patterns: Sequence[Pattern], place: _Class, rng: 
         shifts = rng.integers(-reach, reach + 1, (PLACES // 2, len(reach)))
         shifts[0] = 0
         shifts += np.rint(foreground.centre - pattern.foreground.centre).astype(int)
-        fit, kept = place.fit(voxels.sample() + shifts[:, None])
-        good = np.flatnonzero((fit >= FITS) & (kept >= 0.9 * kept[fit >= FITS].max(initial=0.5)))
+        good = place.fitting(voxels.sample() + shifts[:, None])
         if len(good):
             return voxels.moved(shifts[good[0]])
     return None

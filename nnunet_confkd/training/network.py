@@ -5,7 +5,7 @@ The decoder that nnU-Net built becomes the *student* and keeps its name, so that
 """
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from copy import deepcopy
@@ -332,13 +332,10 @@ class Hints(nn.Module):
             elif any(step > 1 for step in ratio):
                 # From resolution to resolution: the largest is read once. Adaptive pooling of volumes has no kernel on
                 # Apple's MPS.
-                hints = _max_pool(hints)(hints, ratio, ceil_mode=True)
+                pool = F.max_pool2d if hints.ndim == 4 else F.max_pool3d
+                hints = pool(hints, ratio, ceil_mode=True)
             hinted.append(skip + layer(hints if size == skip.shape[2:] else _reaching(hints, self.reach)))
         return hinted
-
-
-def _max_pool(values: Tensor) -> Callable[..., Tensor]:
-    return F.max_pool2d if values.ndim == 4 else F.max_pool3d
 
 
 def _reaching(hints: Tensor, reach: int) -> Tensor:

@@ -237,9 +237,7 @@ def test_real_signals_in_real_processes_lose_nothing(folders_of_a_laptop):
 
 def largest(voxels: np.ndarray, labels: np.ndarray) -> np.ndarray:
     """Keep the largest component of the union of these labels. All of several equally large ones stay."""
-    parts, number = ndimage.label(np.isin(voxels, labels), np.ones((3, 3, 3)))
-    if number == 0:
-        return voxels
+    parts, _ = ndimage.label(np.isin(voxels, labels), np.ones((3, 3, 3)))
     sizes = np.bincount(parts.ravel())
     sizes[0] = 0
     return np.where((parts > 0) & (sizes[parts] < sizes.max()), 0, voxels)
