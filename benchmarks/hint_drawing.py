@@ -23,7 +23,8 @@ import volumes
 from scipy import ndimage
 from step_time import ROOT, insert
 
-from nnunet_confkd.training.hints import KEPT, HintSampler
+from nnunet_confkd.training.hint_patterns import KEPT
+from nnunet_confkd.training.hints import HintSampler
 
 ORGANS = (3, 25, 117)
 

@@ -14,7 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nnunet_confkd.training.hints import KEPT, HintSampler, class_map, rng_of_batch
+from nnunet_confkd.training.hint_patterns import KEPT
+from nnunet_confkd.training.hints import HintSampler, class_map, rng_of_batch
 from nnunet_confkd.training.losses import annotated_voxels, hide_unlisted
 
 Lists = tuple[bool, ...]  # for each head, whether an image is annotated for it

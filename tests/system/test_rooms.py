@@ -18,8 +18,8 @@ ORDER = [{"cli"}, {"demo", "commands"}, {"report"}, {"evaluation", "nnunet_comma
          {"colours", "device", "discovery", "files", "output", "processes"}, {"arguments"}, {"errors"},
          {""}]
 # Within `training`, the parts of the method do not know the trainer.
-PARTS = ("losses", "network", "hints", "settings", "batches", "recovery", "curves", "checks", "pseudo_dice", "ranks",
-         "record", "candidate_hints")
+PARTS = ("losses", "network", "hints", "hint_patterns", "hint_places", "settings", "batches", "recovery", "curves",
+         "checks", "pseudo_dice", "ranks", "record", "candidate_hints")
 
 
 def modules() -> dict[str, ast.Module]:

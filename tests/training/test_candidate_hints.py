@@ -9,7 +9,8 @@ import torch
 from nnunetv2.utilities.label_handling.label_handling import LabelManager
 
 from nnunet_confkd.training.candidate_hints import CandidateHints
-from nnunet_confkd.training.hints import KEPT, NO_HINTS, hint_channels, image_hints
+from nnunet_confkd.training.hint_patterns import KEPT
+from nnunet_confkd.training.hints import NO_HINTS, hint_channels, image_hints
 
 HEADS, IGNORE = 3, 3
 ONE, TWO, ALL = (True, True, False), (True, False, True), (True, True, True)

@@ -9,19 +9,9 @@ import torch
 from nnunetv2.utilities.label_handling.label_handling import LabelManager
 from scipy import ndimage
 
-from nnunet_confkd.training import hints as hints_module
-from nnunet_confkd.training.hints import (
-    KEPT,
-    NO_HINTS,
-    SAMPLE,
-    Depth,
-    HintSampler,
-    Pattern,
-    Voxels,
-    class_map,
-    hint_channels,
-    image_hints,
-)
+from nnunet_confkd.training.hint_patterns import KEPT, PARTS, SAMPLE, Cloud, Depth, Pattern, Voxels, gaps_of
+from nnunet_confkd.training.hint_places import Place, background_around, eroded
+from nnunet_confkd.training.hints import NO_HINTS, HintSampler, class_map, hint_channels, image_hints
 
 IGNORE = 3
 
@@ -145,7 +135,7 @@ def test_eroded_voxels_are_those_that_far_from_the_border(ndim, distance):
     around = np.pad(mask, 8, mode="edge")  # beyond the end of the array it goes on
     expected = ndimage.distance_transform_cdt(around, "chessboard")[(slice(8, -8),) * ndim] >= distance
     assert expected.any() and not expected.all()
-    np.testing.assert_array_equal(hints_module._eroded(mask, distance), expected)
+    np.testing.assert_array_equal(eroded(mask, distance), expected)
 
 
 @pytest.mark.parametrize("ndim", (2, 3))
@@ -154,8 +144,8 @@ def test_gaps_are_the_smallest_distances_between_annotations_of_two_classes(ndim
     middle = [15] * (ndim - 1)
     for at, label in ((2, 0), (3, 0), (9, 4), (20, 2)):
         labels[(at, *middle)], annotated[(at, *middle)] = label, True
-    assert hints_module._gaps(labels, annotated) == {0: 6, 4: 6, 2: 11}
-    assert hints_module._gaps(labels, annotated & (labels == 0)) == {}
+    assert gaps_of(labels, annotated) == {0: 6, 4: 6, 2: 11}
+    assert gaps_of(labels, annotated & (labels == 0)) == {}
 
 
 def diamond_and_annotations(dense: bool) -> torch.Tensor:
@@ -165,7 +155,7 @@ def diamond_and_annotations(dense: bool) -> torch.Tensor:
     distance = np.abs(y - 36) + np.abs(x - 36) - 20.5
     target = np.full((9, 1, 72, 72), IGNORE, np.int16)
     target[0] = distance < 0
-    deep = hints_module._eroded(distance < 0, 5), hints_module._eroded(distance > 0, 5)
+    deep = eroded(distance < 0, 5), eroded(distance > 0, 5)
     for label, mask in zip((1, 0), deep):
         target[1:, 0][:, mask] = label
     if not dense:
@@ -390,7 +380,7 @@ def test_of_a_pattern_only_what_lies_in_the_class_is_shown(corner):
     """Wherever it is moved to: beyond the class, and beyond the image."""
     draws = rng(3)
     mask, pattern = draws.random((5, 6)) < 0.7, Voxels(draws.random((4, 5)) < 0.7, corner)
-    place = hints_module._Class(mask, (slice(2, 7), slice(3, 9)), (9, 10), None, np.zeros((1, 9, 10)), Depth())
+    place = Place(mask, (slice(2, 7), slice(3, 9)), (9, 10), None, np.zeros((1, 9, 10)), Depth())
     shown = np.zeros((9, 10), bool)
     place.paint(shown, pattern)
     of_class = {tuple(voxel) for voxel in place.voxels().tolist()}
@@ -443,10 +433,10 @@ def test_the_background_comes_from_an_image_whose_foreground_is_about_as_large(r
         draw(with_ring((30, 30), other, True), 0, rng(), sampler)
     background = with_ring((32, 34), radius, False)[0, 0].numpy() == 0
     box = (slice(0, 64), slice(0, 64))
-    place = hints_module._Class(background, box, (64, 64), None, np.zeros((1, 64, 64)), Depth())
-    foreground = hints_module.Cloud.of(with_ring((32, 34), radius, True, False)[0, 0].numpy() == 1)
+    place = Place(background, box, (64, 64), None, np.zeros((1, 64, 64)), Depth())
+    foreground = Cloud.of(with_ring((32, 34), radius, True, False)[0, 0].numpy() == 1)
     for seed in range(20):
-        found = hints_module._around(foreground, sampler.patterns[0], place, rng(seed)).voxels()
+        found = background_around(foreground, sampler.patterns[0], place, rng(seed)).voxels()
         assert np.hypot(*(found - [32, 34]).T).mean() == pytest.approx(radius + 3, abs=2)
 
 
@@ -585,7 +575,7 @@ def test_a_pattern_of_very_many_components_is_split_into_few_groups_of_neighbour
     """Each one is placed on its own, which would take seconds for a patch of scattered voxels."""
     voxels = np.argwhere(np.random.default_rng(0).random((40, 60, 60)) < 0.02)
     parts = [part.voxels() for part in Voxels.of(voxels).components()]
-    assert len(parts) == hints_module.PARTS and min(map(len, parts)) > 0
+    assert len(parts) == PARTS and min(map(len, parts)) > 0
     np.testing.assert_array_equal(np.concatenate(parts)[np.lexsort(np.concatenate(parts).T[::-1])], voxels)
     # neighbours: along the first axis the groups follow each other
     assert all(np.ptp(part[:, 0]) < 8 for part in parts)
