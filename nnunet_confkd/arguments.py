@@ -1,16 +1,17 @@
-"""The parser of the commands: a mistyped option is told with the option that is most like it."""
+"""The parser of the commands: errors are short, and a mistyped option is told with the option that is most like it."""
 from __future__ import annotations
 
 import argparse
 import re
 import sys
 from collections.abc import Iterable
+from typing import NoReturn
 
 from nnunet_confkd.errors import InputError, did_you_mean
 
 
 class Parser(argparse.ArgumentParser):
-    """The parser of argparse, which tells an unknown option before all else and without its usage."""
+    """The parser of argparse, which tells an unknown option before all else, and errors without the list of options."""
 
     def parse_known_args(self, args=None, namespace=None):  # parse_args calls it
         """Parse arguments as argparse does. Raises InputError for an unknown option."""
@@ -20,6 +21,10 @@ class Parser(argparse.ArgumentParser):
         if unknown:
             raise unknown_arguments(unknown, self._option_string_actions)
         return super().parse_known_args(args, namespace)
+
+    def error(self, message: str) -> NoReturn:
+        """Exit with what is wrong. argparse would list all options before it."""
+        self.exit(2, f"{self.prog}: {message}\n'{self.prog} --help' shows an example and all options.\n")
 
     def _is_unknown(self, word: str) -> bool:
         """Whether a word is an option, as argparse sees it, and none of the parser's, nor short for one."""

@@ -47,3 +47,14 @@ def test_commands_suggest_and_print_no_usage(capsys, command):
     assert cli.main([*command.split(), "--hepl"]) == 1
     err = capsys.readouterr().err
     assert err == f"confkd {command.split()[0]}: unknown argument '--hepl' (did you mean '--help'?)\n"
+
+
+@pytest.mark.parametrize("command, missing", [
+    ("mix", "--id"), ("complete -d 1 --id 2", "--model"), ("check", "-d/--dataset")])
+def test_what_is_missing_is_told_in_two_lines(capsys, command, missing):
+    with pytest.raises(SystemExit) as end:
+        cli.main(command.split())
+    prog = f"confkd {command.split()[0]}"
+    assert end.value.code == 2
+    assert capsys.readouterr().err == (f"{prog}: the following arguments are required: {missing}\n"
+                                       f"'{prog} --help' shows an example and all options.\n")
