@@ -425,7 +425,7 @@ def run_in_bfloat16(network) -> None:
 
 
 def run(spec: dict, work: Path, output: Path, teacher: bool = True, dataset_id: int | None = None,
-        measured: Callable[..., dict] | None = None) -> str:
+        measured: Callable[..., dict] | None = None, begin: Callable | None = None) -> str:
     """Train, predict the validation or test cases, and write the run's JSON file; a training that was cut off goes on
     from its last checkpoint. Returns a line to print.
 
@@ -437,6 +437,7 @@ def run(spec: dict, work: Path, output: Path, teacher: bool = True, dataset_id: 
         dataset_id: Of another data set than the row's.
         measured: Called with the trainer, {role: cases} and the run's name, in place of :func:`predict_and_measure`.
             It returns what the JSON file gets: "cases", {case: {branch: {class: metrics}}}, and more.
+        begin: Called with the initialised trainer before a training that does not go on from a checkpoint.
     """
     from importlib.metadata import version
 
@@ -462,6 +463,8 @@ def run(spec: dict, work: Path, output: Path, teacher: bool = True, dataset_id: 
         run_in_bfloat16(trainer.network)
     if resumed:
         trainer.load_checkpoint(str(latest))
+    elif begin:
+        begin(trainer)
     trainer.run_training()
     seconds = time.time() - start
     roles = json.loads((work / "roles.json").read_text())

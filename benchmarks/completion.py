@@ -38,12 +38,14 @@ ROWS = ("ignore_uniform", "ignore", "confkd_cost")
 
 # ---- one run --------------------------------------------------------------------------------------------------------
 
-def measured(trainer, *choice) -> dict:
+def measured(trainer, *choice, dataset_id: int = ID, keep: bool = False) -> dict:
     """Complete the partially annotated training cases, and measure their labels before and after post-processing.
 
     Args:
         trainer: After its training.
         choice: The post-processing that was chosen on the validation cases, of :func:`equal_terms.choice_of`.
+        dataset_id: The id of the completed data set.
+        keep: Whether the completed data set stays.
 
     Returns:
         {"branch": which branch predicted, "cases": {case: {class: {"dice", "dice_pp", "nsd_pp"}}}}; empty if no case is
@@ -60,7 +62,8 @@ def measured(trainer, *choice) -> dict:
     branch = "teacher" if getattr(trainer, "two_branches", False) else "student"
     model, cases = Path(trainer.output_folder).parent, {}
     with FileLock(source.with_suffix(".lock")):  # runs that end at once take turns
-        folder = complete(source.name, TrainedModel(model, branch, device="cpu"), ID, processes=1, link=True)
+        folder = complete(source.name, TrainedModel(model, branch, device="cpu"), dataset_id,
+                          name=f"Completed{dataset_id}", processes=1, link=True)
         for case in read_json(folder / "dataset.json")[KEY][-1]["cases"]:
             file = f"{case}{trainer.dataset_json['file_ending']}"
             masks, annotations = read(truth / file), read(source / "labelsTr" / file).voxels[0]
@@ -70,8 +73,9 @@ def measured(trainer, *choice) -> dict:
                                            np.where(annotations == ignore, mask, annotations == c),
                                            masks.geometry.spacing[::-1])
                            for c, mask in after.items()}
-        shutil.rmtree(folder)
-        shutil.rmtree(Path(trainer.preprocessed_dataset_folder_base).parent / folder.name)
+        if not keep:
+            shutil.rmtree(folder)
+            shutil.rmtree(Path(trainer.preprocessed_dataset_folder_base).parent / folder.name)
     return {"branch": branch, "cases": cases}
 
 

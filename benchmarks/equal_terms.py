@@ -79,6 +79,8 @@ QUESTIONS = {
     "more points": ("points_10", "full_only", ("full_only", "today_cost", "ignore_three_quarters")),
     "longer": ("scribbles", "ignore_equal_quarter", ("ignore_equal_quarter", "equal_cost", "ignore_equal_quarter_long",
                                                      "equal_cost_long")),
+    "longer erosion": ("erosion", "ignore_prior_equal_quarter_long", ("ignore_prior_equal_quarter_long",
+                                                                      "apart_corrected_reach_cost_long")),
 }
 
 # A step takes this many of the rival's, on average over a training: for a plain 2-D U-Net and half of a batch full,
@@ -425,7 +427,7 @@ def answers(folder: Path) -> dict[str, str]:
 
 def page_of(section: str) -> Path:
     """The page that has the table."""
-    page = "weights_and_batches" if section in ("longer", "unlabelled", "more points") else "results"
+    page = "weights_and_batches" if section in ("longer", "longer erosion", "unlabelled", "more points") else "results"
     return HERE.parent / "docs" / "explanation" / f"{page}.md"
 
 

@@ -1,0 +1,157 @@
+"""Does it pay to train again on completed labels?
+
+    python benchmarks/two_stages.py --data .../shared/data --work FOLDER --settings erosion --rows confkd_long
+    python benchmarks/two_stages.py --report
+
+Half of the cost of a training goes to a first network. It completes the labels of its training cases, as `confkd
+complete` does; a teacher is shown their annotations. The other half goes to a stock network that starts from the
+student's weights (`-pretrained_weights`), and learns from the completed labels. To complete takes time as well, which
+does not grow with the length of the training and is not counted.
+
+The protocol is that of equal_terms.py: validation patients, raw and after post-processing. The rivals are its trainings
+of the same length. Each run writes the JSON files of both stages into benchmarks/two_stages/SETTING_DRAW/. `--report`
+writes the table into docs/how-to/complete.md.
+"""
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import equal_terms
+import numpy as np
+from accuracy import Row, planned, predict_and_measure, run, run_name, spec_of
+from completion import KEY, measured
+from equal_terms import (
+    COST,
+    LONG,
+    LONGER,
+    gain_text,
+    measure_all,
+    paired_gain,
+    parsed,
+    prepare_data,
+    runs_of,
+    table_of,
+)
+from step_time import insert
+
+HERE = Path(__file__).resolve().parent
+OUTPUT = HERE / "two_stages"
+FIRST = "_first"  # the name of a first stage is that of the row and this
+# {setting: {row: the first stage, a row of equal_terms.py}}: what the trainers choose there
+FIRST_STAGES = {"scribbles": {"ignore": "ignore_equal_quarter", "confkd": "apart_reach_cost"},
+                "erosion": {"ignore": "ignore_prior_equal_quarter", "confkd": "apart_corrected_reach_cost"},
+                "erosion_foreground": {"ignore": "ignore_quarter", "confkd": "equal_reach_cost"}}
+SETTINGS = {name: equal_terms.SETTINGS[name] for name in FIRST_STAGES}
+TITLES = {"ignore": "our trainer without a teacher", "confkd": "ConfKD with hints"}
+ROWS = [row + length for row in TITLES for length in ("", LONG)]
+
+
+def specs_of(setting: str, draw: int, rows: list[str], seeds: list[int]) -> list[dict]:
+    """The second stages of some rows; "first" of each is the spec of its first stage."""
+    table, full, specs = table_of(setting, draw), SETTINGS[setting][1], []
+    for seed in seeds:
+        for name in rows:
+            row = name.removesuffix(LONG)
+            first = equal_terms.ROWS[FIRST_STAGES[setting][row]]
+            total, cost = table.iterations * (LONGER if name.endswith(LONG) else 1), COST if row == "confkd" else 1.0
+            iterations = int(total / 2 / cost / table.epoch) * table.epoch
+            rest = int((total - iterations * cost) / table.epoch) * table.epoch
+            second = Row(f"{TITLES[row]}, then stock nnU-Net on the completed labels", "nnUNetTrainer", "completed")
+            specs.append(spec_of(table, name, full, seed, "cpu", rest, "validation", second) | {
+                "first": spec_of(table, name + FIRST, full, seed, "cpu", iterations, "validation", first)})
+    return specs
+
+
+# ---- one run --------------------------------------------------------------------------------------------------------
+
+def run_both(spec: dict, work: Path, output: Path) -> str:
+    """Run both stages; a finished first stage is not run again. Returns a line to print."""
+    dataset_id = 950 + 10 * spec["seed"] + ROWS.index(spec["name"])
+    weights = work / f"{run_name(spec)}.pth"
+
+    def complete(trainer, roles: dict[str, list[str]], _: str) -> dict:
+        """Complete labels, keep the weights, and measure both."""
+        none = False, np.zeros(len(trainer.label_manager.foreground_labels), bool)
+        completed = measured(trainer, *none, dataset_id=dataset_id, keep=True)
+        cases = predict_and_measure(trainer, roles["validation"], False)
+        shutil.copy(Path(trainer.output_folder) / "checkpoint_final.pth", weights)
+        return {"cases": cases, KEY: completed}
+
+    def from_student(trainer) -> None:
+        from nnunetv2.run.load_pretrained_weights import load_pretrained_weights
+
+        load_pretrained_weights(trainer.network, str(weights))
+
+    name = f"Dataset{dataset_id:03d}_Completed{dataset_id}"
+    if not (output / f"{run_name(spec['first'])}.json").is_file():
+        for folder in (work / "raw", work / "preprocessed"):
+            shutil.rmtree(folder / name, ignore_errors=True)
+        print(run(spec["first"], work, output, measured=complete), flush=True)
+    if not (work / "preprocessed" / name / "nnUNetPlans.json").is_file():
+        planned(equal_terms.Table(**spec["table"]), [dataset_id])
+    text = run(spec, work, output, teacher=False, dataset_id=dataset_id, begin=from_student)
+    for folder in (work / "raw", work / "preprocessed"):
+        shutil.rmtree(folder / name)
+    os.remove(weights)
+    return text
+
+
+# ---- report ---------------------------------------------------------------------------------------------------------
+
+def table(folder: Path, single: Path = equal_terms.OUTPUT) -> str:
+    """A line for each setting, length and row, of the draws and seeds of which the trainer without a teacher has been
+    trained once for the whole length. Gains are over that training."""
+    lines = ["| weak labels | length | first training | Dice of the completed labels | then Dice raw | then Dice after "
+             "| HD95 after, mm | gain raw | gain after | runs |", "|" + "---|" * 10]
+    both, once = equal_terms.read_all(folder), equal_terms.read_all(single)
+    for setting in SETTINGS:
+        for length in ("", LONG):
+            rival = FIRST_STAGES[setting]["ignore"] + length
+            rivals = {key[::2]: run for key, run in runs_of(once, setting).items() if key[1] == rival}
+            mine = runs_of(both, setting)
+            for row in TITLES:
+                runs = {key[::2]: run for key, run in mine.items() if key[1] == row + length and key[::2] in rivals}
+                if runs:
+                    lines.append(_line(folder, setting, row + length, runs, {key: rivals[key] for key in runs}))
+    return "\n".join(lines)
+
+
+def _line(folder: Path, setting: str, name: str, runs: dict, rivals: dict) -> str:
+    """The line of a row."""
+    dice, after, hd95 = (np.mean([np.nanmean(np.nanmean(run[metric], 0)) for run in runs.values()])
+                         for metric in ("dice", "dice_pp", "hd95_mm_pp"))
+    patients = next(iter(runs.values()))["patients"]
+    gains = [gain_text(paired_gain(*({key: run[metric] for key, run in of.items()} for of in (runs, rivals)), patients))
+             for metric in ("dice", "dice_pp")]
+    labels = np.mean([completed_dice(folder / f"{setting}_{draw}", name, seed) for draw, seed in runs])
+    length, title = LONGER if name.endswith(LONG) else 1, TITLES[name.removesuffix(LONG)]
+    cells = [f"{labels:.3f}", f"{dice:.3f}", f"{after:.3f}", f"{hd95:.1f}", *gains, str(len(runs))]
+    return f"| {equal_terms.WORDS[setting]} | {length}x | {title} (`{name}`) | {' | '.join(cells)} |"
+
+
+def completed_dice(folder: Path, name: str, seed: int) -> float:
+    """The mean Dice of the labels that the first stage of a run completed."""
+    (file,) = folder.glob(f"{name}{FIRST}_M*_s{seed}.json")
+    cases = json.loads(file.read_text())[KEY]["cases"]
+    return float(np.nanmean(np.nanmean([[of["dice"] for of in case.values()] for case in cases.values()], 0)))
+
+
+def main() -> None:
+    args = parsed(__doc__, OUTPUT, SETTINGS, ROWS)
+    if args.prepare:
+        return prepare_data(args.prepare[0], int(args.prepare[1]), args.data, args.work)
+    if args.run:
+        return print(run_both(json.loads(args.run), args.work, args.output))
+    if not args.report:
+        measure_all(args, __file__, specs_of)
+    if args.output == OUTPUT:
+        insert(HERE.parent / "docs" / "how-to" / "complete.md", "two stages", table(args.output))
+    else:
+        print(table(args.output))
+
+
+if __name__ == "__main__":
+    main()
