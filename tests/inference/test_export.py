@@ -162,10 +162,12 @@ def test_stock_nnunet_continues_an_exported_checkpoint_with_the_optimiser_of_its
         assert torch.equal(ours, source["optimizer_state"]["state"][two.index(twin)]["momentum_buffer"])
 
 
-def test_an_exported_model_is_taken_as_pretrained_weights_by_stock_nnunet(hippocampus_model, tmp_path):
+@pytest.mark.parametrize("exported", [True, False])
+def test_a_model_is_taken_as_pretrained_weights_by_stock_nnunet(hippocampus_model, tmp_path, exported):
+    """Of a model that is not exported, too, stock nnU-Net takes the student."""
     from nnunetv2.run.load_pretrained_weights import load_pretrained_weights
     from nnunetv2.run.run_training import get_trainer_from_args
-    model = export(hippocampus_model, tmp_path / "model")
+    model = export(hippocampus_model, tmp_path / "model") if exported else hippocampus_model
     trainer = get_trainer_from_args(HIPPOCAMPUS, "2d_export", 0, "nnUNetTrainer", device=torch.device("cpu"))
     trainer.initialize()
     load_pretrained_weights(trainer.network, str(model / "fold_0" / "checkpoint_final.pth"))
