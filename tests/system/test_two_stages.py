@@ -53,7 +53,11 @@ def test_gains_are_over_single_trainings_of_the_same_length(module, tmp_path):
 
 def test_the_page_shows_the_runs_that_are_here(module):
     page = (ROOT / "docs" / "how-to" / "complete.md").read_text()
-    assert f"<!-- two stages -->\n{module.table(module.OUTPUT)}\n<!-- end of two stages -->" in page
+    table = module.table(module.OUTPUT)
+    assert f"<!-- two stages -->\n{table}\n<!-- end of two stages -->" in page
+    text = page.split("<!-- end of two stages -->")[1]
+    for line in table.splitlines()[2:]:
+        assert line.split(" | ")[5] in text  # the Dice after post-processing
 
 
 @pytest.mark.slow  # two trainings in fresh processes
