@@ -687,6 +687,9 @@ def differences(before: dict, now: dict) -> list[str]:
                             ("weight_entropy", 0.0 if few else 0.01)):
             if settings.get(name, 0) is None:
                 settings[name] = value
+        if settings.get("hint_reach", 0) is None:
+            background = spec["table"].get("background", True) and spec["row"]["labels"] != "listed"
+            settings["hint_reach"] = 4 if background else 0
         off = [term for term in ("kl", "entropy") if not settings.get(f"weight_{term}")]
         unused = tuple(f"{term}_" for term in off)
         if "kl" in off:

@@ -35,7 +35,7 @@ def choices_of(table: Table, full: int) -> dict:
         row = Row("choices", name)
         spec = spec_of(table, "choices", full, 0, "cpu", table.epoch, "validation", row)
         trainer = build_trainer(table, spec)
-        trainer.choose_weights()
+        trainer.choose_network()
         train, _ = trainer.do_split()
         chosen = trainer._choose(train)
         found[name] = {key: getattr(chosen, key) for key in SHOWN}

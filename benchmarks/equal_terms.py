@@ -59,8 +59,8 @@ RIVALS = dict.fromkeys(SETTINGS, "ignore_prior") | {"unlabelled": "full_only", "
 STOCK = "ignore_uniform"
 MORE = ("ignore", "ignore_prior", "ignore_quarter", "ignore_prior_quarter", "ignore_three_quarters", "cutmix_full",
         "ignore_equal", "ignore_equal_quarter", "ignore_prior_equal_quarter")
-# ConfKD's row, the last, has the settings that its trainer chooses from these data, and hints
-# as they were before `hint_reach`. With points there is no teacher.
+# ConfKD's row, the last, has the settings that its trainer chooses from these data, but for
+# `hint_reach`, which is 0 in all of them. With points there is no teacher.
 SHORT = {"scribbles": ("ignore_equal_quarter", "apart_cost"),
          "erosion": ("ignore_prior_equal_quarter", "apart_corrected_margins_cost"),
          "erosion_foreground": ("ignore_quarter", "equal_cost"),

@@ -14,10 +14,12 @@ from nnunet_confkd.training.settings import Settings
 # full ones. In our data this is right for scribbles and eroded masks, and would be wrong for points.
 DENSE = 0.055
 WEIGHT_KL, WEIGHT_ENTROPY = 3.0, 0.01
-# They follow from the whole data set, so that the networks of all folds are alike.
+HINT_REACH = 4  # voxels
 WEIGHTS = ("weight_teacher", "weight_kl", "weight_entropy")
-AUTOMATIC = (*WEIGHTS, "full_share", "equal_kinds", "teacher_trains_encoder", "prior_correction", "cutmix",
-             "unlabelled_share")
+# They follow from the whole data set, so that the networks of all folds are alike.
+OF_NETWORK = (*WEIGHTS, "hint_reach")
+AUTOMATIC = (*WEIGHTS, "full_share", "equal_kinds", "teacher_trains_encoder", "hint_reach", "prior_correction",
+             "cutmix", "unlabelled_share")
 
 
 @dataclass(frozen=True)
@@ -69,15 +71,15 @@ class Annotations:
         return partial * full_background < partial_background * full
 
 
-def choose_weights(settings: Settings, annotations: Annotations) -> Settings:
-    """Replace each of `WEIGHTS` that is null; with them it is decided whether there is a teacher.
+def choose_network(settings: Settings, annotations: Annotations) -> Settings:
+    """Replace each of `OF_NETWORK` that is null; with the weights it is decided whether there is a teacher.
 
     Args:
         settings: Those of the plans and the trainer.
-        annotations: Those of all cases of the data set, or of the training cases if no weight is null any more.
+        annotations: Those of all cases of the data set, or of the training cases if none of them is null any more.
 
     Returns:
-        Settings of which no one of `WEIGHTS` is null.
+        Settings of which no one of `OF_NETWORK` is null.
     """
     kinds = set(annotations.kinds.values())
     # With few annotations or none, the student does better without a teacher.
@@ -85,7 +87,11 @@ def choose_weights(settings: Settings, annotations: Annotations) -> Settings:
     needed = settings.weight_kl is not None or not settings.weight_student
     teacher, kl, entropy = (getattr(settings, name) for name in WEIGHTS)
     teacher = float(needed or not few) if teacher is None else teacher
+    # Without annotated background, nothing tells how far from a border real annotations stay. Simulated ones come
+    # closer, and a teacher that is told the distance from them would expect the border too close to real ones.
+    reach = HINT_REACH if any(annotations.of(annotations.background, PARTIAL, hidden=False)) else 0
     return replace(settings, weight_teacher=teacher,
+                   hint_reach=reach if settings.hint_reach is None else settings.hint_reach,
                    weight_kl=(WEIGHT_KL if teacher else 0.0) if kl is None else kl,
                    weight_entropy=(WEIGHT_ENTROPY if teacher else 0.0) if entropy is None else entropy)
 
@@ -111,7 +117,7 @@ def choose(settings: Settings, annotations: Annotations, batch_size: int, ignore
     def unless_set(name: str, automatic):
         return automatic if getattr(settings, name) is None else getattr(settings, name)
 
-    settings = choose_weights(settings, annotations)
+    settings = choose_network(settings, annotations)
     kinds = set(annotations.kinds.values())
     background = any(annotations.of(annotations.background, PARTIAL))
     dense = annotations.part >= DENSE

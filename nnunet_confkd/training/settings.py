@@ -109,8 +109,9 @@ class Settings:
                                    "annotated images, simulated ones on fully annotated images. It does so only if "
                                    "the KL acts on images that are not fully annotated")
 
-    hint_reach: int = _setting("teacher", 4, (0, 100), "how many voxels a hint reaches at each of the lower "
-                               "resolutions, where it fades with the distance. 0: the annotated voxels alone")
+    hint_reach: int | None = _setting("teacher", None, (0, 100), "how many voxels a hint reaches at each of the lower "
+                                      "resolutions, where it fades with the distance. 0: the annotated voxels alone. "
+                                      "Null means 4 if partially annotated cases annotate background, else 0")
 
     teacher_trains_encoder: bool | None = _setting("teacher", None, (),
                                                    "whether L_s also updates the encoder, as in the papers. If not, "

@@ -49,7 +49,7 @@ from nnunet_confkd.errors import InputError, TrainingError, counted
 from nnunet_confkd.files import written_whole
 from nnunet_confkd.output import duration
 from nnunet_confkd.processes import terminable
-from nnunet_confkd.training.automatic import AUTOMATIC, WEIGHTS, Annotations, choose, choose_weights
+from nnunet_confkd.training.automatic import AUTOMATIC, OF_NETWORK, Annotations, choose, choose_network
 from nnunet_confkd.training.batches import (
     ListedClasses,
     StratifiedLoader,
@@ -146,16 +146,16 @@ class ConfKDTrainer(nnUNetTrainer):
 
     def initialize(self):
         if not self.was_initialized:
-            self.choose_weights()
+            self.choose_network()
         if self.settings.seed is not None:
             set_seed(self.settings.seed)  # equal on all ranks, which start from equal weights
         super().initialize()
 
-    def choose_weights(self) -> None:
-        """Choose the weights that are null, and with them whether there is a teacher, from the whole data set."""
-        if None not in (getattr(self.settings, name) for name in WEIGHTS):
+    def choose_network(self) -> None:
+        """Choose what the network depends on and is null, such as whether there is a teacher, from the whole data."""
+        if None not in (getattr(self.settings, name) for name in OF_NETWORK):
             return
-        self.settings = choose_weights(self.settings, self._annotations(self.find_supervision()))
+        self.settings = choose_network(self.settings, self._annotations(self.find_supervision()))
         self._put_settings_into_plans()
         if self.settings.weight_teacher or self.asked.weight_teacher == 0:
             return
@@ -188,7 +188,7 @@ class ConfKDTrainer(nnUNetTrainer):
         unet, width = check_unet(build(configuration_manager)), settings.teacher_width
         network = TwoBranchUNet(unet, build(narrower(configuration_manager, width)) if width < 1 else None)
         network.teach_resolutions = settings.extra_resolutions
-        network.teacher_decoder.hints.reach = settings.hint_reach
+        network.teacher_decoder.hints.reach = settings.hint_reach or 0
         return network
 
     @property
@@ -306,7 +306,7 @@ class ConfKDTrainer(nnUNetTrainer):
         """Log the settings that are chosen from the annotations of the training cases, and return them."""
         settings = self._choose(cases)
         chosen = {name: getattr(settings, name) for name in AUTOMATIC
-                  if settings.weight_teacher or not name.startswith("teacher")}
+                  if settings.weight_teacher or not name.startswith(("teacher", "hint"))}
         if part := self._annotations(cases).part:
             self.print_to_log_file("A partially annotated case has on average about "
                                    f"{part:.2g} of the annotated foreground of a fully annotated one")

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -109,6 +110,20 @@ def test_the_tables_show_the_runs_that_are_here(module):
     assert between(ROOT / "benchmarks" / "README.md", "equal terms") == module.report(module.OUTPUT)
     for question, table in module.answers(module.OUTPUT).items():
         assert between(module.page_of(question), question) == table and table.count("\n") > 2
+
+
+def test_the_text_on_hints_has_the_means_of_the_rows(module):
+    text = (ROOT / "docs" / "explanation" / "hints.md").read_text().split("**What reaching further gains.**")[1]
+    expected = []
+    for setting, row, before in (("erosion", "apart_corrected_reach_cost", "apart_corrected_margins_cost"),
+                                 ("scribbles", "apart_reach_cost", "apart_cost"),
+                                 ("erosion_foreground", "equal_reach_cost", "equal_cost")):
+        runs = module.runs_of(module.read_all(module.OUTPUT), setting)
+        both = [(draw, seed) for draw, name, seed in runs if name == row and (draw, before, seed) in runs]
+        for name in (row, before):
+            dice = [np.nanmean(np.nanmean(runs[draw, name, seed]["dice_pp"], 0)) for draw, seed in both]
+            expected.append(f"{np.mean(dice):.3f}")
+    assert re.findall(r"\d\.\d{3}", text.split("\n\n")[0]) == expected
 
 
 def test_confkds_row_in_the_readme_has_the_settings_that_its_trainer_chooses(module):

@@ -38,12 +38,12 @@ TEACHER, ALONE = (1, 3, 0.01), (0, 0, 0)
 
 
 @pytest.mark.parametrize("data, with_teacher, without", [
-    (SCRIBBLES, (*TEACHER, 0.5, True, False, 0, 0, 0.25), (0.25, True, 0)),
-    (ERODED, (*TEACHER, 0.5, True, False, 1, 0, 0.25), (0.25, True, 1)),
-    (BLOBS, (*TEACHER, 0.5, True, True, 0, 0, 0.25), (0.25, False, 0)),
-    (POINTS, (*ALONE, 0.75, False, False, 0, 0, 0), (0.75, False, 0)),
-    (NO_LABELS, (*ALONE, 1, False, False, 0, 0.5, 0), (1, False, 0)),
-    (annotations(unlabelled=0), (*TEACHER, 1, False, True, 0, 0, 0.25), (1, False, 0))],
+    (SCRIBBLES, (*TEACHER, 0.5, True, False, 4, 0, 0, 0.25), (0.25, True, 0)),
+    (ERODED, (*TEACHER, 0.5, True, False, 4, 1, 0, 0.25), (0.25, True, 1)),
+    (BLOBS, (*TEACHER, 0.5, True, True, 0, 0, 0, 0.25), (0.25, False, 0)),
+    (POINTS, (*ALONE, 0.75, False, False, 4, 0, 0, 0), (0.75, False, 0)),
+    (NO_LABELS, (*ALONE, 1, False, False, 0, 0, 0.5, 0), (1, False, 0)),
+    (annotations(unlabelled=0), (*TEACHER, 1, False, True, 0, 0, 0, 0.25), (1, False, 0))],
     ids=("scribbles", "eroded", "blobs", "points", "no labels", "all full"))
 def test_each_kind_of_labels_gets_its_settings(data, with_teacher, without):
     assert chosen(data) == dict(zip(AUTOMATIC, with_teacher))
@@ -52,8 +52,8 @@ def test_each_kind_of_labels_gets_its_settings(data, with_teacher, without):
 
 
 @pytest.mark.parametrize("data", [SCRIBBLES, ERODED, BLOBS, POINTS], ids=("scribbles", "eroded", "blobs", "points"))
-@pytest.mark.parametrize("values", [(1.0, 2.0, 0.1, 0.3, False, True, 0.5, 0.0, 0.2),
-                                    (1.0, 0.0, 0.0, 0.4, True, False, 0.0, 0.0, 0.0)], ids=str)
+@pytest.mark.parametrize("values", [(1.0, 2.0, 0.1, 0.3, False, True, 2, 0.5, 0.0, 0.2),
+                                    (1.0, 0.0, 0.0, 0.4, True, False, 0, 0.0, 0.0, 0.0)], ids=str)
 def test_what_is_set_is_kept(data, values):
     block = dict(zip(AUTOMATIC, values))
     assert chosen(data, Settings(**block)) == block
@@ -106,6 +106,14 @@ def test_cases_that_lack_classes_are_not_mixed_and_have_no_correction_of_their_o
     assert chosen(data, Settings(prior_correction=1.0))["prior_correction"] == 0
     assert chosen(replace(NO_LABELS, hidden=[0]))["cutmix"] == 0, "the teacher learns from a case that lacks classes"
     assert chosen(NO_LABELS, Settings(kl_images="full", weight_kl=1.0))["cutmix"] == 0
+
+
+def test_hints_reach_further_where_background_is_annotated():
+    assert [chosen(data)["hint_reach"] for data in (SCRIBBLES, ERODED, BLOBS, NO_LABELS)] == [4, 4, 0, 0]
+    for data, reach in ((BLOBS, 2), (ERODED, 0)):
+        assert chosen(data, Settings(hint_reach=reach))["hint_reach"] == reach
+    hidden = replace(ERODED, hidden=[case for case, kind in ERODED.kinds.items() if kind == PARTIAL])
+    assert chosen(hidden)["hint_reach"] == 0, "a value of 0 need not be background"
 
 
 def test_an_encoder_that_only_the_teacher_could_train_is_trained_by_it():

@@ -345,8 +345,9 @@ def test_settings_are_recorded_with_the_model(hippocampus_model):
     block = plans["configurations"]["2d_export"]["confkd"]
     assert block["seed"] == 3 and block["weight_teacher"] == 1.0 and block["full_share"] is None
     record = json.loads((hippocampus_model / "fold_0" / "confkd.json").read_text())
-    asked = {"weight_teacher": None, "weight_entropy": None}  # the plans say what follows from the data
-    assert record["settings"] == block | asked and block["weight_entropy"] == 0.01
+    asked = {"weight_teacher": None, "weight_entropy": None, "hint_reach": None}
+    assert record["settings"] == block | asked, "the plans say what follows from the data"
+    assert (block["weight_entropy"], block["hint_reach"]) == (0.01, 4)
     assert set(record["supervision"].values()) == {"full", "partial", "unlabelled"}
 
 
