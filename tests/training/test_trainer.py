@@ -174,7 +174,8 @@ def test_fully_annotated_images_and_others_have_equal_weights_if_enough_is_annot
     """These cases have points, which are too few."""
     trainer = started(HIPPOCAMPUS, nnunet.configure(HIPPOCAMPUS, "weigh", "2d", SHORT, batch_size=4))
     log = Path(trainer.log_file)
-    assert "full_share 0.5, equal_kinds false, teacher_trains_encoder true" in log.read_text()
+    assert "full_share 0.5, equal_kinds false, teacher_trains_encoder true, hint_reach 4" in log.read_text()
+    assert trainer.network.teacher_decoder.hints.reach == 4, "the points of the background are hints, too"
     batch = next(trainer.dataloader_train)
     joint = trainer.train_step(batch)["loss_student"]
     trainer.foreground = dict.fromkeys(trainer.foreground, 100)  # as much in each case
