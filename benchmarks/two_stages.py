@@ -93,8 +93,8 @@ def run_both(spec: dict, work: Path, output: Path) -> str:
     if not (work / "preprocessed" / name / "nnUNetPlans.json").is_file():
         planned(equal_terms.Table(**spec["table"]), [dataset_id])
     text = run(spec, work, output, teacher=False, dataset_id=dataset_id, begin=from_student)
-    for folder in (work / "raw", work / "preprocessed"):
-        shutil.rmtree(folder / name)
+    for folder in ("raw", "preprocessed", "results"):
+        shutil.rmtree(work / folder / name)
     os.remove(weights)
     return text
 
