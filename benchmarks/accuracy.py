@@ -677,6 +677,7 @@ def still_to_do(specs: list[dict], output: Path) -> list[dict]:
 
 def differences(before: dict, now: dict) -> list[str]:
     """Entries in which two runs differ: settings of terms of weight 0 decide nothing, and a row's title does not."""
+    from nnunet_confkd.training.automatic import HINT_REACH
     from nnunet_confkd.training.settings import ADDED, without_removed
 
     def effective(spec: dict) -> dict:
@@ -689,7 +690,7 @@ def differences(before: dict, now: dict) -> list[str]:
                 settings[name] = value
         if settings.get("hint_reach", 0) is None:
             background = spec["table"].get("background", True) and spec["row"]["labels"] != "listed"
-            settings["hint_reach"] = 4 if background else 0
+            settings["hint_reach"] = HINT_REACH if background else 0
         off = [term for term in ("kl", "entropy") if not settings.get(f"weight_{term}")]
         unused = tuple(f"{term}_" for term in off)
         if "kl" in off:

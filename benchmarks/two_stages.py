@@ -23,6 +23,7 @@ import equal_terms
 import numpy as np
 from accuracy import Row, planned, predict_and_measure, run, run_name, spec_of
 from completion import KEY, measured
+from completion import values_of_run as values_of_labels
 from equal_terms import (
     COST,
     LONG,
@@ -70,7 +71,12 @@ def specs_of(setting: str, draw: int, rows: list[str], seeds: list[int]) -> list
 def run_both(spec: dict, work: Path, output: Path) -> str:
     """Run both stages; a finished first stage is not run again. Returns a line to print."""
     dataset_id = 950 + 10 * spec["seed"] + ROWS.index(spec["name"])
-    weights = work / f"{run_name(spec)}.pth"
+    name, weights = f"Dataset{dataset_id:03d}_Completed{dataset_id}", work / f"{run_name(spec)}.pth"
+
+    def remove() -> None:
+        """Remove the completed labels, and what was made of them."""
+        for folder in ("raw", "preprocessed", "results"):
+            shutil.rmtree(work / folder / name, ignore_errors=True)
 
     def complete(trainer, roles: dict[str, list[str]], _: str) -> dict:
         """Complete labels, keep the weights, and measure both."""
@@ -85,16 +91,13 @@ def run_both(spec: dict, work: Path, output: Path) -> str:
 
         load_pretrained_weights(trainer.network, str(weights))
 
-    name = f"Dataset{dataset_id:03d}_Completed{dataset_id}"
     if not (output / f"{run_name(spec['first'])}.json").is_file():
-        for folder in (work / "raw", work / "preprocessed"):
-            shutil.rmtree(folder / name, ignore_errors=True)
+        remove()  # of a first stage that was cut off
         print(run(spec["first"], work, output, measured=complete), flush=True)
     if not (work / "preprocessed" / name / "nnUNetPlans.json").is_file():
         planned(equal_terms.Table(**spec["table"]), [dataset_id])
     text = run(spec, work, output, teacher=False, dataset_id=dataset_id, begin=from_student)
-    for folder in ("raw", "preprocessed", "results"):
-        shutil.rmtree(work / folder / name)
+    remove()
     os.remove(weights)
     return text
 
@@ -135,8 +138,7 @@ def _line(folder: Path, setting: str, name: str, runs: dict, rivals: dict) -> st
 def completed_dice(folder: Path, name: str, seed: int) -> float:
     """The mean Dice of the labels that the first stage of a run completed."""
     (file,) = folder.glob(f"{name}{FIRST}_M*_s{seed}.json")
-    cases = json.loads(file.read_text())[KEY]["cases"]
-    return float(np.nanmean(np.nanmean([[of["dice"] for of in case.values()] for case in cases.values()], 0)))
+    return float(np.nanmean(np.nanmean(values_of_labels(json.loads(file.read_text()))["dice"], 0)))
 
 
 def main() -> None:

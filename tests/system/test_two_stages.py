@@ -42,7 +42,8 @@ def test_gains_are_over_single_trainings_of_the_same_length(module, tmp_path):
     for name, dice in (("confkd_first", 0.2), ("confkd_long_first", 0.3)):
         file = both / "erosion_0" / f"{name}_M3_s0.json"
         write_run(both / "erosion_0", name, 0, 0.0)
-        completed = {"cases": {"a": {"1": {"dice": dice}, "2": {"dice": dice + 0.2}}}}
+        completed = {"branch": "teacher", "cases": {"patient001_frame01": {
+            str(c): dict.fromkeys(("dice", "dice_pp", "nsd_pp"), of) for c, of in ((1, dice), (2, dice + 0.2))}}}
         file.write_text(json.dumps(json.loads(file.read_text()) | {"completed": completed}))
     short, long = module.table(both, once).splitlines()[2:]
     assert short.endswith("(`confkd`) | 0.300 | 0.400 | 0.600 | 10.0 | -0.100 [-0.100, -0.100] | "
