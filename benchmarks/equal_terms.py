@@ -187,6 +187,10 @@ ROWS |= {name: replace(ROWS[of], title=f"{ROWS[of].title}; hints that reach furt
                        settings=ROWS[of].settings | {"hint_reach": 4})
          for name, of in (("apart_reach_cost", "apart_cost"), ("equal_reach_cost", "equal_cost"),
                           ("apart_corrected_reach_cost", "apart_corrected_margins_cost"))}
+# What the trainers choose, with a teacher that is not shown the annotations.
+ROWS |= {name.replace("_cost", "_nohints_cost"): replace(ROWS[name], title=f"{ROWS[name].title}; no hints",
+                                                         settings=ROWS[name].settings | {"teacher_hints": False})
+         for name in ("apart_cost", "apart_corrected_cost")}
 # Rows that are made once without bfloat16, to check that it changes nothing.
 FLOAT32 = "_float32"
 ROWS |= {name + FLOAT32: replace(ROWS[name], title=f"{ROWS[name].title}; float32")
