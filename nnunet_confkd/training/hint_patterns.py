@@ -163,13 +163,21 @@ class Margin:
 
 def boxes_of(labels: np.ndarray, inside: np.ndarray) -> dict[int, tuple[slice, ...]]:
     """The values that occur `inside` a part of the image, from 0, in their order, and the bounding box of each."""
-    values = None
-    if labels.size and labels.max() >= 2 ** 15:
-        values, labels = np.unique(labels, return_inverse=True)
-        labels = labels.reshape(inside.shape)
-    numbered = np.where(inside, labels + 1, 0)
-    boxes = enumerate(ndimage.find_objects(numbered)) if labels.size else ()
-    return {number if values is None else int(values[number]): box for number, box in boxes if box is not None}
+    if not (labels.size and inside.any()):
+        return {}
+    # Runs of equal voxels within a row: there are far fewer of them than voxels.
+    flat, within = labels.ravel(), inside.ravel()
+    changes = (flat[1:] != flat[:-1]) | (within[1:] != within[:-1])
+    changes[labels.shape[-1] - 1::labels.shape[-1]] = True
+    first = np.concatenate(([0], np.flatnonzero(changes) + 1))
+    last = np.append(first[1:], labels.size) - 1
+    chosen = np.flatnonzero(within[first])
+    chosen = chosen[np.argsort(flat[first[chosen]], kind="stable")]
+    values, begin = np.unique(flat[first[chosen]], return_index=True)
+    low, high = (np.stack(np.unravel_index(ends[chosen], labels.shape)) for ends in (first, last))
+    starts, stops = np.minimum.reduceat(low, begin, 1), np.maximum.reduceat(high, begin, 1) + 1
+    return {value: tuple(map(slice, *ends)) for value, *ends in zip(values.tolist(), starts.T.tolist(),
+                                                                    stops.T.tolist())}
 
 
 def corner_of(box: tuple[slice, ...]) -> np.ndarray:
@@ -183,11 +191,10 @@ def evenly(number: int) -> np.ndarray | slice:
 
 def edge_strength(data: np.ndarray, voxels: np.ndarray) -> float:
     """Mean absolute central difference of an image `(channels, *spatial)` at voxels `(n, dims)`, summed over axes."""
-    last, total = np.array(data.shape[1:]) - 1, 0.0
-    for step in np.eye(voxels.shape[-1], dtype=int):
-        before, after = (data[(slice(None), *np.clip(voxels + sign * step, 0, last).T)] for sign in (-1, 1))
-        total += float(np.abs(after - before).mean())
-    return total
+    steps, last = np.eye(voxels.shape[-1], dtype=int)[:, None], np.array(data.shape[1:]) - 1
+    before, after = (data[(slice(None), *np.moveaxis(np.clip(voxels + sign * steps, 0, last), -1, 0))]
+                     for sign in (-1, 1))
+    return float(np.abs(after - before).mean((0, 2)).sum())
 
 
 def gaps_of(labels: np.ndarray, annotated: np.ndarray) -> dict[int, int]:

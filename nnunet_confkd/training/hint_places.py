@@ -74,6 +74,12 @@ class Place(Voxels):
                               for corner in (self.corner, voxels.corner, np.zeros_like(low)))
         hints[patch] |= self.free[here] & voxels.mask[there]
 
+    def set(self, hints: np.ndarray, numbers: np.ndarray) -> None:
+        """Set some voxels of the class, by their numbers, in a mask of the patch."""
+        chosen = np.zeros(self.mask.size, bool)
+        chosen[self.of_mask[numbers]] = True
+        hints[tuple(map(slice, self.corner, self.corner + self.mask.shape))] |= chosen.reshape(self.mask.shape)
+
     def fitting(self, voxels: np.ndarray) -> np.ndarray:
         """Find the places where a pattern fits, and where the end of the image cuts little of it.
 
@@ -114,7 +120,7 @@ class Place(Voxels):
                 less than a third would be left.
 
         Returns:
-            `(n, dimensions)`.
+            Their numbers in the class, in ascending order, `(n,)`.
         """
         size = max(1, min(size, max(2 * self.size // 3, self.number_free)))
         depth = ndimage.distance_transform_cdt(self._solid(), "taxicab")[(slice(1, -1),) * self.mask.ndim][self.mask]
@@ -122,11 +128,12 @@ class Place(Voxels):
             depth[self.free[self.mask]] += depth.max()  # what is free comes first
         deepest = np.flatnonzero(depth == depth.max())
         centre = self.voxels(deepest[rng.integers(len(deepest), size=1)])
-        candidates = np.flatnonzero(depth >= np.partition(depth, -size)[-size])  # to sort all takes longer
-        voxels, depth = self.voxels(candidates), depth[candidates]
-        chosen = np.lexsort((((voxels - centre) ** 2).sum(1), -depth))[:size]
-        untouched = chosen[depth[chosen] > 1]
-        return voxels[untouched if not touching and 3 * len(untouched) >= size else chosen]
+        least = np.partition(depth, -size)[-size]  # to sort all takes longer
+        chosen, equal = depth > least, np.flatnonzero(depth == least)
+        nearest = np.argsort(((self.voxels(equal) - centre) ** 2).sum(1), kind="stable")
+        chosen[equal[nearest[:size - np.count_nonzero(chosen)]]] = True
+        untouched = chosen & (depth > 1)
+        return np.flatnonzero(untouched if not touching and 3 * np.count_nonzero(untouched) >= size else chosen)
 
 
 class _Shifted:
@@ -169,12 +176,9 @@ def place_pattern(pattern: Voxels, place: Place, hints: np.ndarray, rng: np.rand
         rng: Source of random numbers.
         whole: Whether the components may still be moved one by one.
     """
-    def set_innermost(voxels: np.ndarray) -> None:
-        hints[tuple(voxels.T)] = True
-
     if 2 * pattern.size > place.number_free > 0 and place.size <= LARGE:
         # Most of what is free is annotated. The pattern would leave much of it out wherever it is moved.
-        set_innermost(place.innermost(pattern.size, rng, touching=False))
+        place.set(hints, place.innermost(pattern.size, rng, touching=False))
         return
     shifts = (place.voxels(rng.integers(place.size, size=PLACES))
               - pattern.voxels(rng.integers(pattern.size, size=PLACES)))
@@ -186,23 +190,23 @@ def place_pattern(pattern: Voxels, place: Place, hints: np.ndarray, rng: np.rand
         best = good[surrounded.argmax()]
         innermost, seen = None, moved[best]
         if place.size <= LARGE:
-            voxels = place.innermost(pattern.size, rng, touching=False)
-            some = voxels[evenly(len(voxels))]
+            numbers = place.innermost(pattern.size, rng, touching=False)
+            some = place.voxels(numbers[evenly(len(numbers))])
             if place.surrounded(some[None])[0] > surrounded.max():
-                innermost, seen = voxels, some
+                innermost, seen = numbers, some
         if not place.number_free:
             place.depth.add("anywhere", edge_strength(place.data, moved[good[0]]))
             place.depth.add("innermost", edge_strength(place.data, seen))
         deep = rng.random() < place.depth.value()
         if deep and innermost is not None:
-            set_innermost(innermost)
+            place.set(hints, innermost)
         else:
             place.paint(hints, pattern.moved(shifts[best if deep else good[0]]))
     elif whole:
         for part in pattern.components():
             place_pattern(part, place, hints, rng, whole=False)
     else:
-        set_innermost(place.innermost(pattern.size, rng, touching=rng.random() >= place.depth.value()))
+        place.set(hints, place.innermost(pattern.size, rng, touching=rng.random() >= place.depth.value()))
 
 
 def background_around(foreground: Cloud, patterns: Sequence[Pattern], place: Place,

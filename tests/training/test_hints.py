@@ -9,7 +9,7 @@ import torch
 from nnunetv2.utilities.label_handling.label_handling import LabelManager
 from scipy import ndimage
 
-from nnunet_confkd.training.hint_patterns import KEPT, PARTS, SAMPLE, Cloud, Depth, Pattern, Voxels, gaps_of
+from nnunet_confkd.training.hint_patterns import KEPT, PARTS, SAMPLE, Cloud, Depth, Pattern, Voxels, boxes_of, gaps_of
 from nnunet_confkd.training.hint_places import Place, background_around, eroded
 from nnunet_confkd.training.hints import NO_HINTS, HintSampler, class_map, hint_channels, image_hints
 
@@ -136,6 +136,20 @@ def test_eroded_voxels_are_those_that_far_from_the_border(ndim, distance):
     expected = ndimage.distance_transform_cdt(around, "chessboard")[(slice(8, -8),) * ndim] >= distance
     assert expected.any() and not expected.all()
     np.testing.assert_array_equal(eroded(mask, distance), expected)
+
+
+@pytest.mark.parametrize("shape", [(7,), (5, 6), (4, 1, 5), (3, 4, 5)])
+@pytest.mark.parametrize("factor", [1, 2 ** 40 + 1])
+def test_the_box_of_each_value_is_that_of_its_voxels(shape, factor):
+    rng = np.random.default_rng(len(shape))
+    for share in (0.0, 0.3, 1.0):
+        labels, inside = rng.integers(4, size=shape) * factor, rng.random(shape) < share
+        found = boxes_of(labels, inside)
+        assert list(found) == np.unique(labels[inside]).tolist()
+        for value, box in found.items():
+            voxels = np.argwhere((labels == value) & inside)
+            assert box == tuple(map(slice, voxels.min(0), voxels.max(0) + 1))
+    assert boxes_of(np.zeros((0, 3), int), np.zeros((0, 3), bool)) == {}
 
 
 @pytest.mark.parametrize("ndim", (2, 3))
