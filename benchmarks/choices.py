@@ -5,6 +5,7 @@
 
 FOLDER is that of equal_terms.py, or of five_folds.py, which has prepared the data there. Nothing is trained. The script
 writes choices.json (choices_folds.json) beside this file, and the table into docs/explanation/weights_and_batches.md.
+What is there of data that FOLDER lacks is kept.
 """
 from __future__ import annotations
 
@@ -24,8 +25,9 @@ from step_time import insert
 TRAINERS = {"ConfKDTrainer": "`ConfKDTrainer`", "ConfKDTrainer_partialOnly": "`_partialOnly`"}
 WORDS = five_folds.WORDS | {"unlabelled": "ACDC, unlabelled"}
 SHOWN = {"weight_kl": "weight of the KL", "full_share": "share of full images", "equal_kinds": "equal weights",
-         "teacher_trains_encoder": "teacher trains the encoder", "prior_correction": "class-prior correction",
-         "cutmix": "CutMix"}
+         "teacher_trains_encoder": "teacher trains the encoder", "hint_reach": "reach of hints",
+         "prior_correction": "class-prior correction", "cutmix": "CutMix"}
+OF_TEACHER = ("teacher_trains_encoder", "weight_kl", "hint_reach")
 
 
 def choices_of(table: Table, full: int) -> dict:
@@ -52,10 +54,9 @@ def head(first: str) -> list[str]:
 
 
 def cells(name: str, found: list[dict]) -> str:
-    """All values of each setting that a trainer has chosen."""
-    return " | ".join(", ".join(sorted({shown(of[name][key]) for of in found}))
-                      if name == "ConfKDTrainer" or not key.startswith(("teacher", "weight_kl")) else ""
-                      for key in SHOWN)
+    """All values of each setting that a trainer has chosen; none of a setting that was added later."""
+    return " | ".join(", ".join(sorted({shown(of[name][key]) for of in found if key in of[name]}))
+                      if name == "ConfKDTrainer" or key not in OF_TEACHER else "" for key in SHOWN)
 
 
 def of_folds(choices: dict) -> str:
@@ -94,7 +95,8 @@ def main() -> None:
         full = table.full[0] if args.folds else SETTINGS[setting][1]
         print("CHOICES " + json.dumps(choices_of(table, full)))
         return
-    found, flag = {}, ["--folds"] * args.folds
+    file = HERE / ("choices_folds.json" if args.folds else "choices.json")
+    found, flag = json.loads(file.read_text()) if file.is_file() else {}, ["--folds"] * args.folds
     for setting in protocol.SETTINGS:
         for number in range(FOLDS) if args.folds else DRAWS:
             work = protocol.work_folder(args.work.resolve(), setting, number)
@@ -105,8 +107,7 @@ def main() -> None:
                                      env=os.environ | environment(work, "cpu")).stdout
             found[f"{setting}_{number}"] = json.loads(printed.split("CHOICES ")[1])
     section, text = ("choices of folds", of_folds(found)) if args.folds else ("choices", table_text(found))
-    file = "choices_folds.json" if args.folds else "choices.json"
-    (HERE / file).write_text(json.dumps(found, indent=1) + "\n")
+    file.write_text(json.dumps(found, indent=1) + "\n")
     insert(HERE.parent / "docs" / "explanation" / "weights_and_batches.md", section, text)
     print(text)
 

