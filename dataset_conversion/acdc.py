@@ -26,7 +26,7 @@ LICENCE = "CC BY-NC-SA 4.0"
 REFERENCE = "Bernard et al., IEEE TMI 2018, doi 10.1109/TMI.2018.2837502"
 SCRIBBLE_REFERENCE = "scribbles: Valvano et al., IEEE TMI 2021, doi 10.1109/TMI.2021.3069634"
 TWINS = ("patient074", "patient076")  # the same images under two names, as published
-PATIENT_PATTERN = r"(patient\d+)_frame\d+"
+PATIENT_PATTERN = r"(patient07(?=[46]_)|patient\d+)[46]?_frame\d+"  # the twins are one patient
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -86,7 +86,6 @@ def convert(source: Path, dataset_id: int, *, scribbles: Path | None = None, ful
         name=name, channel_names=["cineMRI"], labels=labels, file_ending=".nii.gz", training=training, test=test,
         validation=[case for case, patient in patients.items() if roles.get(patient) == "validation"], folds=folds,
         patient_pattern=PATIENT_PATTERN,
-        patients={case: TWINS[0] if patient in TWINS else patient for case, patient in patients.items()},
         licence=LICENCE, reference=REFERENCE + (f"; {SCRIBBLE_REFERENCE}" if scribbles is not None else ""),
         roots=(source,) if scribbles is None else (source, Path(scribbles)), problems=problems,
     ), dataset_id, processes, link)

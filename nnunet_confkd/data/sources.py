@@ -353,7 +353,9 @@ def prefix_pattern(sources: Iterable[Source], pattern: str | None) -> str | None
         pattern: A patient pattern for the names in the folders; None: each case is a patient. Cases of the same name in
             several sources are cases of the same patient then.
     """
-    prefixes = [re.escape(source.name) for source in sources if source.prefixed]
+    # the longest name first: of "heart" and "heart_2" the shorter one also begins the cases of the other
+    names = sorted((source.name for source in sources if source.prefixed), key=len, reverse=True)
+    prefixes = [re.escape(name) for name in names]
     if not prefixes:
         return pattern
     try:

@@ -124,7 +124,9 @@ def choose(settings: Settings, annotations: Annotations, batch_size: int, ignore
     only_full_images = settings.weight_kl and settings.kl_images == "full"
     unlabelled_teach = settings.weight_entropy or settings.kl_on_non_full
     unlabelled = kinds == {FULL, UNLABELLED} and not annotations.hidden
-    cutmix = unless_set("cutmix", 0.5 if unlabelled and not only_full_images else 0.0)
+    # a mixed step teaches the encoder through the student alone
+    mixes = unlabelled and not only_full_images and settings.weight_student
+    cutmix = unless_set("cutmix", 0.5 if mixes else 0.0)
     apart = {FULL, PARTIAL} <= kinds and batch_size > 1 and not cutmix
     # Without annotated background the student would learn too much foreground, unless the KL acts on these images.
     equal_kinds = apart and unless_set("equal_kinds", dense and not annotations.hidden

@@ -497,6 +497,9 @@ class PartialSupervision(nn.Module):
             # nnU-Net gathers the sums of the Dice over the ranks, and equal shapes are needed for that. Folding the
             # batch axis into space, (1, C, B, *spatial), keeps the sums.
             logits, target = logits.transpose(0, 1)[None], target.transpose(0, 1)[None]
+            if not target.numel() and self.regions and self.ignore_label is None:
+                # the cross-entropy of no voxels is not a number, and nnU-Net leaves it out only with an ignore label
+                return self.loss.weight_dice * dice_factor * self.loss.dc(logits, target)
         elif not len(logits):
             return 0
         if ce_factor == dice_factor == 1:

@@ -138,12 +138,16 @@ class TwoBranchUNet(nn.Module):
         self.teacher_decoder.narrowing = nn.ModuleList(convolution(many, few, 1) for many, few in zip(
             unet.encoder.output_channels, channels) if narrow)
         self.teacher_decoder.hints = Hints(convolution, channels, unet.decoder.num_classes)
-        self.batch_norms = [module for module in self.teacher_decoder.modules()
-                            if isinstance(module, _BatchNorm) and module.track_running_stats]
+        self.find_batch_norms()
         self.branch = _predicted_branch.get()
         self.hints_in_input = 0
         self.teach_resolutions = "all"
         self.teacher_trains_encoder = True
+
+    def find_batch_norms(self) -> None:
+        """List the teacher's batch normalisations; call this again if they are replaced, as DDP replaces them."""
+        self.batch_norms = [module for module in self.teacher_decoder.modules()
+                            if isinstance(module, _BatchNorm) and module.track_running_stats]
 
     def set_deep_supervision(self, enabled: bool) -> None:
         """Let both decoders return the logits of all resolutions, or of the highest alone."""

@@ -7,6 +7,7 @@ from datetime import datetime
 from pathlib import Path
 
 from nnunet_confkd.errors import TrainingError
+from nnunet_confkd.training.record import RECORD
 
 
 class Divergence:
@@ -66,25 +67,28 @@ class Divergence:
 
 
 def set_aside_earlier(folder: str | Path) -> str | None:
-    """Move the checkpoints of an earlier training out of the way of a new one, which would overwrite them.
+    """Move what an earlier training has left out of the way of a new one, which would overwrite it.
+
+    These are its checkpoints, its validation and its record. Without this, the validation of the earlier network would
+    be taken for that of the new one until this is validated, too.
 
     Args:
         folder: Folder of the fold.
 
     Returns:
-        A warning for the log, or None if there are no checkpoints.
+        A warning for the log, or None if there is neither a checkpoint nor a validation.
     """
-    found = sorted(Path(folder).glob("checkpoint_*.pth"))
+    found = sorted(path for pattern in ("checkpoint_*.pth", "validation*") for path in Path(folder).glob(pattern))
     if not found:
         return None
-    written = datetime.fromtimestamp(max(file.stat().st_mtime for file in found))
+    written = datetime.fromtimestamp(max(path.stat().st_mtime for path in found))
     target = Path(folder, f"earlier_{written:%Y%m%d_%H%M%S}")
     target.mkdir(exist_ok=True)
-    for file in found:
-        file.replace(target / file.name)
+    for path in (*found, *Path(folder).glob(RECORD)):
+        path.replace(target / path.name)
     return (f"WARNING: {folder} holds an earlier training, of {written:%Y-%m-%d %H:%M}. This one begins anew. The "
-            f"checkpoints of the earlier one are now in {target}. To go on with a training, give --c; to validate it "
-            f"again, --val.")
+            f"checkpoints, the validation and the record of the earlier one are now in {target}. To go on with a "
+            f"training, give --c; to validate it again, --val.")
 
 
 def explain_stop(error: BaseException, folder: str | Path, epoch: int) -> tuple[str, str | None]:

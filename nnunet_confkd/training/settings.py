@@ -160,6 +160,9 @@ class Settings:
         if not self.weight_student and self.teacher_trains_encoder is False:
             raise InputError("confkd: weight_student is 0, and teacher_trains_encoder is false: the encoder would "
                              "learn from no label; set \"teacher_trains_encoder\": true")
+        if not self.weight_student and self.cutmix:
+            raise InputError("confkd: weight_student is 0, and cutmix is above 0: in a mixed step the encoder would "
+                             "learn from no label; set \"cutmix\": 0")
         if self.weight_kl and self.weight_teacher == 0:
             raise InputError("confkd: weight_kl is above 0, but weight_teacher is 0: an untrained teacher would teach")
         if self.cutmix and self.weight_kl != 0 and self.weight_teacher != 0 and self.kl_images == "full":

@@ -15,7 +15,7 @@ from time import time
 import numpy as np
 import torch
 import torch.distributed as dist
-from batchgenerators.utilities.file_and_folder_operations import isfile, join, save_json
+from batchgenerators.utilities.file_and_folder_operations import isfile, join
 from nnunetv2.training.dataloading.data_loader import nnUNetDataLoader
 from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
 from nnunetv2.training.loss.deep_supervision import DeepSupervisionWrapper
@@ -46,7 +46,7 @@ from nnunet_confkd.data.supervision import (
     summary,
 )
 from nnunet_confkd.errors import InputError, TrainingError, counted
-from nnunet_confkd.files import written_whole
+from nnunet_confkd.files import write_json, written_whole
 from nnunet_confkd.output import duration
 from nnunet_confkd.processes import terminable
 from nnunet_confkd.training.automatic import AUTOMATIC, OF_NETWORK, Annotations, choose, choose_network
@@ -150,6 +150,8 @@ class ConfKDTrainer(nnUNetTrainer):
         if self.settings.seed is not None:
             set_seed(self.settings.seed)  # equal on all ranks, which start from equal weights
         super().initialize()
+        if self.two_branches:
+            unwrap(self.network).find_batch_norms()
 
     def choose_network(self) -> None:
         """Choose what the network depends on and is null, such as whether there is a teacher, from the whole data."""
@@ -271,7 +273,7 @@ class ConfKDTrainer(nnUNetTrainer):
         lists = {case: self.dataset_json[CLASSES_KEY][case] for case in self.hidden}
         splits = split_full_cases(kinds, patients_of(kinds, pattern), lists=lists, complete=self.complete)
         self.print_to_log_file(f"Writing {file}: {split_text(splits, kinds)}.")
-        save_json(splits, file)
+        write_json(file, splits)  # at once: another fold may be reading it
 
     def get_tr_and_val_datasets(self):
         kinds = self.find_supervision()
@@ -290,16 +292,12 @@ class ConfKDTrainer(nnUNetTrainer):
             check_first_stage(self)
         dataset_val.identifiers = [case for case in val if kinds[case] == FULL] or val
         with_hints = self.validation_hints is not None  # on all ranks, because they read the split together
-        chosen = self._log_choices(train)
-        if self.local_rank == 0:
-            changed = write_record(self.output_folder, {
-                "trainer": type(self).__name__, "settings": self.asked.as_dict(), "chosen": chosen,
-                "supervision": training,
-                "pseudo_dice_on": list(dataset_val.identifiers), "teacher_validated_with_hints": with_hints,
-                **({CLASSES_KEY: {case: self.dataset_json[CLASSES_KEY][case] for case in train if case in self.hidden}}
-                   if self.hidden else {})}, self.current_epoch if self.continued else None)
-            if changed:
-                self.print_to_log_file(f"WARNING: {changed}")
+        self.record = {
+            "trainer": type(self).__name__, "settings": self.asked.as_dict(), "chosen": self._log_choices(train),
+            "supervision": training,
+            "pseudo_dice_on": list(dataset_val.identifiers), "teacher_validated_with_hints": with_hints,
+            **({CLASSES_KEY: {case: self.dataset_json[CLASSES_KEY][case] for case in train if case in self.hidden}}
+               if self.hidden else {})}
         return self._training_cases(dataset_tr), dataset_val
 
     def _log_choices(self, cases: list[str]) -> dict:
@@ -474,8 +472,12 @@ class ConfKDTrainer(nnUNetTrainer):
 
     def on_train_start(self):
         super().on_train_start()
-        if not self.continued and self.local_rank == 0 and (warning := set_aside_earlier(self.output_folder)):
-            self.print_to_log_file(warning)
+        if self.local_rank == 0:  # not before all is ready: a start that fails must leave an earlier training alone
+            if not self.continued and (warning := set_aside_earlier(self.output_folder)):
+                self.print_to_log_file(warning)
+            changed = write_record(self.output_folder, self.record, self.current_epoch if self.continued else None)
+            if changed:
+                self.print_to_log_file(f"WARNING: {changed}")
         self.first_epoch = self.current_epoch
         self.print_to_log_file(f"ConfKD settings: {self.settings}")
         if warning := warning_of_spinning_threads(self.device.type):

@@ -14,7 +14,7 @@ from nnunet_confkd.data.annotated_classes import annotated_classes
 from nnunet_confkd.data.class_sources import labels_of_sources
 from nnunet_confkd.data.mix import mix
 from nnunet_confkd.data.patients import patients_of
-from nnunet_confkd.data.sources import NamedFolder
+from nnunet_confkd.data.sources import NamedFolder, Source, prefix_pattern
 from nnunet_confkd.errors import InputError
 
 _write = partial(write_image, spacing=(1.0, 2.0, 3.0))
@@ -278,6 +278,13 @@ def test_names_in_two_sources_get_prefixes_and_count_as_one_patient(folders, nnu
     splits = read_json(nnunet_folders / "preprocessed" / "Dataset007_Mixed" / "splits_final.json")
     validating = {case for fold in splits for case in fold["val"]}
     assert validating == {"abdomen_a2", "abdomen_a3", "renal_r1"}, "a1 and r2 have a case on either side otherwise"
+
+
+def test_a_source_whose_name_begins_another_ones_name_does_not_swallow_it():
+    sources = [Source("partial", [], name=name, prefixed=True) for name in ("organs", "organs_2")]
+    for pattern in (None, r"(\w+)", r"\w+"):
+        patients = patients_of(["organs_p0", "organs_2_p0"], prefix_pattern(sources, pattern))
+        assert set(patients.values()) == {"p0"}
 
 
 @pytest.mark.parametrize("pattern, patient", [(r"(a|r|f)\d", "a"), (r"a|r|f", "a"), (r"[arf]\d", "a1")])

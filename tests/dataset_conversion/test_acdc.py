@@ -12,7 +12,7 @@ import SimpleITK as sitk
 from nnunet_confkd.dataset_conversion import acdc
 
 from nnunet_confkd.cli import main
-from nnunet_confkd.data.patients import split_full_cases
+from nnunet_confkd.data.patients import patients_of, split_full_cases
 from nnunet_confkd.data.raw_format import folds_of
 from nnunet_confkd.errors import InputError
 
@@ -123,6 +123,11 @@ def test_two_patients_who_are_one_stay_on_one_side(test_data, monkeypatch):
         0,
         1,
     }  # by names
+    again = split_full_cases(kinds := {case.name: case.kind for case in written[-1].training},
+                             patients_of(kinds, written[-1].patient_pattern))
+    assert {len({"patient074", "patient076"} & {case[:10] for case in fold["val"]}) for fold in again} == {0, 2}, (
+        "a split that is written anew keeps them together, too")
+    assert len(set(patients_of(kinds, written[-1].patient_pattern).values())) == 99
 
 
 def test_images_are_the_published_bytes_and_labels_the_published_voxels(real, test_data, described):
@@ -155,7 +160,7 @@ def test_it_says_whose_data_they_are(described):
         "file_ending": ".nii.gz",
         "name": "ACDC",
         "licence": "CC BY-NC-SA 4.0",
-        "patient_pattern": r"(patient\d+)_frame\d+",
+        "patient_pattern": r"(patient07(?=[46]_)|patient\d+)[46]?_frame\d+",
         "reference": f"{REFERENCE}; scribbles: Valvano et al., IEEE TMI 2021, doi 10.1109/TMI.2021.3069634",
         "supervision": described["supervision"],
     }

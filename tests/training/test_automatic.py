@@ -119,6 +119,8 @@ def test_hints_reach_further_where_background_is_annotated():
 def test_an_encoder_that_only_the_teacher_could_train_is_trained_by_it():
     assert chosen(SCRIBBLES, Settings(weight_student=0.0))["teacher_trains_encoder"]
     assert chosen(POINTS, Settings(weight_student=0.0))["teacher_trains_encoder"]
+    assert (chosen(NO_LABELS, Settings(weight_kl=1.0))["cutmix"], chosen(
+        NO_LABELS, Settings(weight_kl=1.0, weight_student=0.0))["cutmix"]) == (0.5, 0), "it would learn from no label"
 
 
 def test_with_few_annotations_or_none_there_is_a_teacher_only_if_a_kl_is_asked_for():

@@ -357,6 +357,18 @@ def test_no_image_gives_a_zero_with_a_graph(regions):
     assert logits.grad.shape == logits.shape
 
 
+def test_a_rank_without_images_of_regions_without_ignore_label_has_a_finite_loss(monkeypatch):
+    """It takes part in the Dice of all ranks, but the cross-entropy of no voxels is not a number."""
+    monkeypatch.setattr("nnunet_confkd.training.losses.rank_factors",
+                        lambda counts: (torch.ones(2), counts + 1))  # another rank has an annotated voxel
+    dice = {"batch_dice": True, "do_bg": True, "smooth": 1e-5, "ddp": False}
+    loss = DC_and_BCE_loss({}, dice, use_ignore_label=False, dice_class=MemoryEfficientSoftDiceLoss)
+    logits = random_logits(0, CHANNELS, 6, 5).requires_grad_()
+    found = PartialSupervision(loss, None, regions=True, ddp=True)(logits, torch.zeros(0, CHANNELS, 6, 5))
+    found.backward()
+    assert torch.isfinite(found) and logits.grad is not None
+
+
 def test_a_plain_zero_of_the_loss_becomes_one_with_a_graph():
     logits = torch.zeros(1, CHANNELS, 4, 4, requires_grad=True)
     value = PartialSupervision(lambda x, y: 0, None)(logits, torch.zeros(1, 1, 4, 4))

@@ -533,6 +533,14 @@ def test_images_that_are_not_full_do_not_change_the_teachers_running_statistics(
     assert all(layer.track_running_stats for layer in networks[0].batch_norms) and networks[0].batch_norms
 
 
+def test_batch_normalisations_that_were_replaced_can_be_found_again():
+    unet = PlainConvUNet(1, 2, [4, 8], nn.Conv2d, 3, [1, 2], 1, CLASSES, 1, True, nn.BatchNorm2d, {})
+    network = nn.SyncBatchNorm.convert_sync_batchnorm(TwoBranchUNet(unet))  # nnU-Net does so with several GPUs
+    network.find_batch_norms()
+    inside = [module for module in network.teacher_decoder.modules() if isinstance(module, nn.SyncBatchNorm)]
+    assert inside and [*map(id, network.batch_norms)] == [*map(id, inside)]
+
+
 # ---- the branch that predicts ---------------------------------------------------------------------------------------
 
 @deep_or_not

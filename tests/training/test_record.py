@@ -25,6 +25,19 @@ def test_earlier_settings_are_kept_with_the_epoch_until_which_they_were_used(tmp
     assert write(tmp_path, OLD, epoch=6)[1]["history"] == [kept, {**kept, "until_epoch": 6, "settings": NEW}]
 
 
+def test_cases_that_were_trained_on_before_stay_in_the_record(tmp_path):
+    def write_cases(epoch, cases, **more) -> tuple[str | None, dict]:
+        changed = write_record(tmp_path, {"settings": OLD, "supervision": cases, **more}, epoch)
+        return changed, json.loads((tmp_path / RECORD).read_text())
+
+    write_cases(None, {"a": "full", "b": "partial"}, annotated_classes={"b": ["organ"]})
+    changed, record = write_cases(4, {"a": "full", "c": "full"})
+    assert "other cases than before: 1 training case left out (b), 1 training case added (c)" in changed
+    assert record["supervision"] == {"a": "full", "b": "partial", "c": "full"} and record["history"] == []
+    assert record["annotated_classes"] == {"b": ["organ"]}, "compare still knows what b was annotated for"
+    assert write_cases(None, {"c": "full"})[1]["supervision"] == {"c": "full"}, "it begins anew"
+
+
 def test_a_training_that_begins_anew_forgets_the_earlier_settings(tmp_path):
     write(tmp_path, OLD)
     changed, record = write(tmp_path, NEW)

@@ -85,6 +85,7 @@ def test_values_are_checked_without_blocks_too():
     ({"weight_teacher": 0, "weight_student": 0, "weight_kl": 0}, {"weight_teacher": 0, "weight_kl": 0}),
     ({"weight_teacher": 0, "weight_kl": 1}, {"weight_teacher": 0}),  # an untrained teacher
     ({"weight_student": 0, "teacher_trains_encoder": False}, {"teacher_trains_encoder": False}),
+    ({"weight_student": 0, "cutmix": 0.5}, {"weight_student": 0, "cutmix": 0}),
     ({"cutmix": 0.5, "kl_images": "full"}, {"cutmix": 0, "kl_images": "full"}),
     ({"cutmix": 0.5, "equal_kinds": True}, {"cutmix": 0.5}),
     ({"kl_ramp_start": 0.5, "kl_ramp_end": 0.25}, {"kl_ramp_start": 0.5, "kl_ramp_end": 0.5})], ids=str)

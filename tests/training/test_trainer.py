@@ -546,16 +546,25 @@ def test_a_training_of_another_network_is_not_continued_and_the_setting_is_named
         trainer.load_checkpoint(checkpoint)
 
 
-def test_a_training_that_begins_anew_keeps_the_checkpoints_of_the_earlier_one(nnunet, hippocampus):
+def test_a_training_that_begins_anew_keeps_the_earlier_one(nnunet, hippocampus, monkeypatch):
     options = {**SHORT, "iterations_per_epoch": 1, "epochs": 2}
     configuration = nnunet.configure(HIPPOCAMPUS, "anew", "2d", options, **WHOLE)
     fold = nnunet.train(HIPPOCAMPUS, configuration)
-    before = {file.name: file.read_bytes() for file in fold.glob("checkpoint_*.pth")}
+    before = {file.name: file.read_bytes() for file in (*fold.glob("checkpoint_*.pth"), fold / "confkd.json")}
+    validation = (fold / "validation" / "summary.json").read_text()
+    trainer = nnunet.trainer(HIPPOCAMPUS, configuration)
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer, "_loader", lambda *_, **__: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            trainer.on_train_start()
+    assert {name: (fold / name).read_bytes() for name in before} == before, "a start that fails leaves all as it was"
     trainer = nnunet.trainer(HIPPOCAMPUS, configuration)
     trainer.on_train_start()
     kept, = fold.glob("earlier_*")
+    assert (kept / "validation" / "summary.json").read_text() == validation
+    assert not list(fold.glob("validation*")) and (fold / "confkd.json").is_file()
     assert "checkpoint_final.pth" in before and not list(fold.glob("checkpoint_*"))
-    assert {file.name: file.read_bytes() for file in kept.iterdir()} == before
+    assert {file.name: file.read_bytes() for file in kept.iterdir() if file.is_file()} == before
     log = Path(trainer.log_file).read_text()
     assert "holds an earlier training" in log and f"are now in {kept}" in log
     stopped, _ = explain_stop(KeyboardInterrupt(), fold, 1)
