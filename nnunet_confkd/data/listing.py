@@ -19,7 +19,8 @@ def listed(places: Iterable[str | Path], patterns: Iterable[str] | None = None, 
     """Find images or labels.
 
     Args:
-        places: Folders, files, patterns of a shell (`masks/*_seg.nii.gz`), or patterns with {case} in them.
+        places: Folders, files, patterns of a shell (`masks/*_seg.nii.gz`), or patterns with {case} in them. If two of
+            these find a case, each is one channel.
         patterns: Patterns with {case} in them, for the folders among `places`: one for each channel.
         labels: Whether to find labels. They may be folders with one file for each class, too.
 
@@ -27,9 +28,11 @@ def listed(places: Iterable[str | Path], patterns: Iterable[str] | None = None, 
         InputError: There is no such folder or file, or a pattern is wrong.
     """
     found: dict[Path, Named] = {}
-    for place in map(str, places):
+    texts = [str(place) for place in places]
+    channels = _channels_of([place for place in texts if CASE in place])
+    for place in texts:
         if CASE in place:
-            several = _by_template(place)
+            several = _by_template(place, channels[place])
         elif Path(place).is_dir() and patterns:
             several = [named for number, pattern in enumerate(patterns)
                        for named in _by_template(f"{glob.escape(place)}/{pattern}", number)]
@@ -69,6 +72,12 @@ def _in_folder(folder: Path, labels: bool) -> list[Named]:
     folders = [entry for entry in entries if entry.is_dir()
                and (is_dicom_folder(entry) or labels and not files and holds_masks(entry))]
     return [Named(entry, stem(entry)) for entry in [*files, *dicom, *folders]]
+
+
+def _channels_of(templates: list[str]) -> dict[str, int]:
+    """Return the channel of each pattern: their order if two of them find a case, else 0."""
+    names = [name for template in templates for name in {named.name for named in _by_template(template)}]
+    return {template: number * (len(names) > len(set(names))) for number, template in enumerate(templates)}
 
 
 def _by_template(template: str, channel: int = 0) -> list[Named]:

@@ -2,9 +2,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+from nnunet_confkd.errors import some
 
 CHANNEL = re.compile(r"(.+)_(\d{4})")
 _LABEL = ("segmentations?|segs?|labelmaps?|labels?|masks?|ground_?truth|gt|manual|scribbles?|strokes?|points|"
@@ -70,6 +72,42 @@ def cases_of(images: Iterable[Named], labels: Iterable[Named] = ()) -> dict[str,
         numbered = match and (channels or image.name not in labelled and match[1] in labelled)
         cases.setdefault(match[1] if numbered else image.name, []).append(image.path)
     return cases
+
+
+def channel_problems(cases: Mapping[str, list[Path]], images: Iterable[Named],
+                     patterns: Sequence[str | Path] = ()) -> list[str]:
+    """Find cases that lack a channel, or have one twice: their other channels would get the wrong numbers.
+
+    Args:
+        cases: Those of :func:`cases_of`.
+        images: The images.
+        patterns: Those that found them, one for each channel, if any did.
+
+    Returns:
+        A text for each such case.
+    """
+    found, problems = {image.path: image for image in images}, []
+    last = max((image.channel for image in found.values()), default=0)
+    for case, files in cases.items():
+        numbers = [CHANNEL.fullmatch(found[file].name) for file in files]
+        if all(found[file].exact for file in files):
+            channels: list[int | None] = [found[file].channel for file in files]
+            names = [str(pattern).replace("{case}", case) for pattern in patterns] or [case]
+            wanted, remedy = range(last + 1), "give one pattern for each channel, which fits one file of each case"
+        else:
+            channels = [int(match[2]) if match and match[1] == case else None for match in numbers]
+            if channels == [None]:
+                continue
+            names = [f"{case}_{i:04d}" for i in range(len(files))]
+            wanted, remedy = range(len(files)), "number the channels of a case from 0000 on, and rename the others"
+        missing = [names[i] for i in wanted if i not in channels]
+        if len(channels) > len(set(channels)):
+            problems.append(f"{files[0]}: the case '{case}' has several files of one channel, {some(files, 3)}; "
+                            f"{remedy}")
+        elif missing:
+            problems.append(f"{files[0]}: the case '{case}' has no image {some(missing)}, so its channels would get "
+                            f"other numbers; add it, or leave out the case")
+    return problems
 
 
 def matched(cases: Mapping[str, list[Path]], labels: Iterable[Named], where: str,

@@ -10,9 +10,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from nnunet_confkd.data.images import ENDINGS
-from nnunet_confkd.data.listing import listed
+from nnunet_confkd.data.listing import CASE, listed
 from nnunet_confkd.data.meanings import Labels, Meaning
-from nnunet_confkd.data.names import Named, cases_of, looks_like_label, matched
+from nnunet_confkd.data.names import Named, cases_of, channel_problems, looks_like_label, matched
 from nnunet_confkd.data.supervision import FULL, PARTIAL, UNLABELLED
 from nnunet_confkd.errors import InputError, some
 
@@ -191,6 +191,7 @@ def _in_one_folder(layout: Layout) -> tuple[list[Source], list[str], list[str]]:
     problems = [f"{path}: is given as a full label and as a partial one; give patterns, as in --full-labels "
                 f"'masks/*_seg.nii.gz'" for path in dict.fromkeys(paths) if paths.count(path) > 1]
     cases = cases_of(images, [*labels[FULL], *labels[PARTIAL]])
+    problems += _channel_problems(cases, images, layout)
     sources, label_of = [], {}
     for kind, named in labels.items():
         option = f"--{kind}-labels '" if len([*layout.full_labels, *layout.partial_labels]) > 1 else ""
@@ -236,6 +237,10 @@ def _images(layout: Layout, labels: Collection[Path]) -> list[Named]:
     return images
 
 
+def _channel_problems(cases: Mapping[str, list[Path]], images: list[Named], layout: Layout) -> list[str]:
+    return channel_problems(cases, images, layout.pattern or [place for place in layout.images if CASE in str(place)])
+
+
 def _rest(cases: Mapping[str, list[Path]], labelled: Container[str], name: str = "") -> list[Source]:
     """Return a source of the cases without a label, if there are any."""
     rest = [CaseFiles(case, tuple(files)) for case, files in cases.items() if case not in labelled]
@@ -262,10 +267,16 @@ def _in_three_folders(layout: Layout) -> tuple[list[Source], list[str], list[str
     sources, problems = [], []
     for kind, folder in ((FULL, layout.full), (PARTIAL, layout.partial), (UNLABELLED, layout.unlabelled)):
         if folder is not None:
-            source, wrong = _of_one_kind(Path(folder), kind, layout)
+            source, wrong = _of_one_kind(Path(folder), kind, layout, _files_of_a_case(sources))
             sources.append(source)
             problems += wrong
     return sources, problems, _leave_out_labelled(sources)
+
+
+def _files_of_a_case(sources: list[Source]) -> int | None:
+    """Return how many images each case has; None if there are no cases, or if they differ."""
+    numbers = {len(case.images) for source in sources for case in source.cases}
+    return numbers.pop() if len(numbers) == 1 else None
 
 
 def _leave_out_labelled(sources: list[Source]) -> list[str]:
@@ -309,7 +320,7 @@ def _in_named_folders(layout: Layout) -> tuple[list[Source], list[str], list[str
     if layout.unlabelled is not None:
         given.append((UNLABELLED, layout.unlabelled, UNLABELLED))
     for name, folder, kind in given:
-        source, wrong = _of_one_kind(Path(folder), kind, layout)
+        source, wrong = _of_one_kind(Path(folder), kind, layout, _files_of_a_case(sources))
         source.name = name
         sources.append(source)
         problems += wrong
@@ -320,8 +331,9 @@ def _labels_in_named_folders(layout: Layout) -> tuple[list[Source], list[str]]:
     """Find the cases of sources whose folders hold labels, of images that are given apart."""
     labels = _of_narrowest_pattern({named.name: _labels(layout, [named.folder]) for named in layout.named})
     found_there = [label for of_source in labels.values() for label in of_source]
-    cases = cases_of(_images(layout, {label.path for label in found_there}), found_there)
-    sources, problems = [], []
+    images = _images(layout, {label.path for label in found_there})
+    cases = cases_of(images, found_there)
+    sources, problems = [], _channel_problems(cases, images, layout)
     for name, of_source in labels.items():
         fits, wrong = matched(cases, of_source, some(layout.images), f"--source '{name}=" if len(labels) > 1 else "")
         problems += wrong
@@ -365,7 +377,8 @@ def prefix_pattern(sources: Iterable[Source], pattern: str | None) -> str | None
     return f"(?:{'|'.join(prefixes)})_(?:{grouped})"
 
 
-def _of_one_kind(folder: Path, kind: str, layout: Layout) -> tuple[Source, list[str]]:
+def _of_one_kind(folder: Path, kind: str, layout: Layout, channels: int | None = None) -> tuple[Source, list[str]]:
+    """Find the cases of a folder; `channels` is how many files a labelled case has, if that is known."""
     if not folder.is_dir():
         raise InputError(f"{folder}: there is no such folder")
     images = next((folder / name for name in IMAGES if (folder / name).is_dir()),
@@ -380,14 +393,19 @@ def _of_one_kind(folder: Path, kind: str, layout: Layout) -> tuple[Source, list[
     if not image_files:
         raise InputError(f"{images}: holds no images ({', '.join(ENDINGS)}, folders of DICOM slices)")
     if kind == UNLABELLED:
-        return Source(kind, [CaseFiles(name, tuple(files)) for name, files in cases_of(image_files).items()]), []
+        cases = cases_of(image_files)
+        if channels == 1 and len(cases) == 1 and not layout.pattern:
+            # scan_0000, scan_0001, ...: the numbers are those of cases, and not of channels
+            cases = {image.name: [image.path] for image in image_files}
+        return Source(kind, [CaseFiles(name, tuple(files)) for name, files in cases.items()]), _channel_problems(
+            cases, image_files, layout)
     label_files = listed([labels], layout.label_patterns, labels=True)
     cases = cases_of(image_files, label_files)
     fits, problems = matched(cases, label_files, str(images))
     without = [f"{file}: has no label in {labels}" for case, files in cases.items() if case not in fits
                for file in files]
     return Source(kind, [CaseFiles(case, tuple(cases[case]), label.path) for case, label in fits.items()]), [
-        *without, *problems]
+        *_channel_problems(cases, image_files, layout), *without, *problems]
 
 
 # ---- what was matched ------------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ import io
 import json
 import math
 import os
+from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,10 +18,11 @@ import numpy as np
 from nnunet_confkd.arguments import Parser
 from nnunet_confkd.data.annotated_classes import unlisted_classes
 from nnunet_confkd.data.folders import find_dataset, preprocessed_folder, raw_folder
-from nnunet_confkd.data.images import ITK, Geometry, ending_of, read, spacing_file, values_in
+from nnunet_confkd.data.images import ITK, Geometry, Picture, ending_of, read, spacing_file, values_in
 from nnunet_confkd.data.json_files import read_description
 from nnunet_confkd.data.names import without_affixes
 from nnunet_confkd.data.patients import patients_of
+from nnunet_confkd.data.segments import has_segments, read_as_label
 from nnunet_confkd.data.survey import MOST_STRANGE, MOST_VALUES
 from nnunet_confkd.errors import InputError, some
 from nnunet_confkd.evaluation.label_pair import LabelPair
@@ -61,6 +63,7 @@ class Evaluation(CaseMeasures):
         no_spacing: Cases whose files store no voxel spacing.
         partly_annotated: Cases whose ground truth contains the ignore label.
         occurring: The labels that occur in any of the files.
+        meetings: {(class of the ground truth, other class of the prediction): voxels that have both}, of all cases.
     """
     truth: Path
     prediction: Path
@@ -71,6 +74,7 @@ class Evaluation(CaseMeasures):
     no_spacing: list[str]
     partly_annotated: list[str]
     occurring: set[int]
+    meetings: Mapping[tuple[str, str], int] = field(default_factory=dict)
 
     def cases_text(self) -> str:
         """Write how many cases there are of how many patients."""
@@ -133,7 +137,24 @@ class Evaluation(CaseMeasures):
         if self.partly_annotated:
             lines.append(f"WARNING: {len(self.partly_annotated)} of the {len(self.cases)} cases are only partially "
                          f"annotated, and only their annotated voxels count: {', '.join(self.partly_annotated)}")
-        return "\n".join(lines)
+        return "\n".join([*lines, *self._warnings_of_values()])
+
+    def _warnings_of_values(self) -> list[str]:
+        """Warn of classes that only one of the folders has, and of classes that seem to have another one's label."""
+        question, lines = "do both folders use the same values?", []
+        voxels = {name: [sum(of_case[name][key] for of_case in self.counts.values()) for key in ("n_ref", "n_pred")]
+                  for name in self.classes}
+        for name, (true, predicted) in voxels.items():
+            if bool(true) != bool(predicted):
+                without = "prediction" if true else "ground truth"
+                lines.append(f"WARNING: no {without} has a voxel of the class '{name}'; {question}")
+        for (one, other), both in self.meetings.items():
+            share_labels = set(self.classes[one]) & set(self.classes[other])  # regions
+            if not share_labels and 4 * both > voxels[one][0] + voxels[other][1]:
+                lines.append(f"WARNING: the class '{one}' of the ground truths mostly is the class '{other}' of the "
+                             f"predictions; {question} `confkd mix` may have given your classes other ones: see "
+                             f"\"labels\" in dataset.json")
+        return lines
 
 
 # ---- one case -------------------------------------------------------------------------------------------------------
@@ -149,6 +170,7 @@ class Task:
         ignore_label: Label of the voxels of the ground truth that are not annotated, or None.
         tolerance_mm: Tolerance of the NSD.
         known: The labels that may occur. None: any may.
+        segments: {class in lower case: its label}, of files whose segments have names. None: the names are not known.
     """
     truth: Path
     prediction: Path
@@ -156,6 +178,7 @@ class Task:
     ignore_label: int | None
     tolerance_mm: float
     known: frozenset[int] | None
+    segments: Mapping[str, int] | None
 
 
 @dataclass
@@ -168,6 +191,7 @@ class Result:
     measures: dict[str, dict[str, float]] = field(default_factory=dict)
     counts: dict[str, dict[str, int]] = field(default_factory=dict)
     occurring: set[int] = field(default_factory=set)
+    meetings: dict[tuple[str, str], int] = field(default_factory=dict)
     has_spacing: bool = True
     annotated: int = 0
     partly_annotated: bool = False
@@ -178,7 +202,8 @@ def evaluate_case(task: Task) -> Result:
     result, labels = Result(), []
     for file, allowed in ((task.truth, {task.ignore_label}), (task.prediction, set())):
         try:
-            voxels, geometry, occurring = _read_labels(file, None if task.known is None else task.known | allowed)
+            voxels, geometry, occurring = _read_labels(file, None if task.known is None else task.known | allowed,
+                                                       task.segments)
         except InputError as error:
             result.problems.append(str(error))
         else:
@@ -200,12 +225,14 @@ def evaluate_case(task: Task) -> Result:
     result.measures = measure_pair(pair, spacing, task.tolerance_mm)
     result.annotated, result.partly_annotated = pair.annotated, pair.annotated < pair.size
     result.counts = {name: _confusion(*pair.counts(name), pair.annotated) for name in classes}
+    result.meetings = pair.meetings()
     return result
 
 
-def _read_labels(file: Path, known: frozenset[int] | None) -> tuple[np.ndarray, Geometry, set[int]]:
+def _read_labels(file: Path, known: frozenset[int] | None,
+                 segments: Mapping[str, int] | None) -> tuple[np.ndarray, Geometry, set[int]]:
     """Read a segmentation: its voxels, its geometry, and the labels that occur. Raises InputError."""
-    picture = read(file)
+    picture = _read_segments(file, segments) if has_segments(file) else read(file)
     if len(picture.voxels) != 1:
         raise InputError(f"{file}: has {len(picture.voxels)} channels; a segmentation has one")
     values = values_in(picture.voxels)
@@ -219,6 +246,18 @@ def _read_labels(file: Path, known: frozenset[int] | None) -> tuple[np.ndarray, 
         raise InputError(f"{file}: holds labels that the data set does not have: {some(unknown, 5)}"
                          + (f". {IS_IMAGE}" if len(unknown) > MOST_STRANGE else ""))
     return picture.voxels[0], picture.geometry, occurring
+
+
+def _read_segments(file: Path, segments: Mapping[str, int] | None) -> Picture:
+    """Read segments by their names: their values and order say nothing."""
+    if segments is None:
+        raise InputError(f"{file}: its segments have names, and their values do not say which classes they are; give "
+                         f"the data set of these classes with -d")
+    try:
+        return read_as_label(file, values=segments, outside=0)
+    except InputError as error:
+        raise InputError(str(error).replace("which --labels does not name", "which the data set does not have; it has "
+                                            + some(segments))) from error
 
 
 def has_spacing(file: Path) -> bool:
@@ -272,13 +311,17 @@ def evaluate_folders(truth: str | Path, prediction: str | Path, *, dataset: int 
     if not (isinstance(tolerance_mm, (int, float)) and 0 <= tolerance_mm < math.inf):
         raise InputError(f"the tolerance must be a number of mm from 0, not {tolerance_mm!r}")
     files = _pairs(truth, prediction, subset, cases)
-    known = classes = None
+    known = classes = segments = None
     lists: dict[str, list[str]] = {}
     if dataset is not None:
         classes, ignore_label, pattern_of_dataset, lists = _described(dataset)
         of_dataset = classes
         patient_pattern = patient_pattern or pattern_of_dataset
         known = frozenset({0, *(label for values in classes.values() for label in values)})
+        segments = {"background": 0} | {name.casefold(): values[0] for name, values in classes.items()
+                                        if len(values) == 1}
+        if ignore_label is not None:
+            segments["ignore"] = ignore_label
     patients = patients_by(patient_pattern, files)
     if labels:
         classes = _given_classes(labels)
@@ -286,7 +329,7 @@ def evaluate_folders(truth: str | Path, prediction: str | Path, *, dataset: int 
             raise InputError(f"--labels: data set {dataset} has no {', '.join(map(str, sorted(unknown)))}; it has "
                              f"{', '.join(map(str, sorted(known - {0})))}")
     results = _evaluate(files, processes=processes, classes=classes, ignore_label=ignore_label,
-                        tolerance_mm=tolerance_mm, known=known)
+                        tolerance_mm=tolerance_mm, known=known, segments=segments)
     if classes is None:
         classes = _add_absent(results)
         if not classes:
@@ -301,7 +344,8 @@ def evaluate_folders(truth: str | Path, prediction: str | Path, *, dataset: int 
         counts={case: result.counts for case, result in results.items()}, files=files, patients=patients,
         no_spacing=[case for case, result in results.items() if not result.has_spacing],
         partly_annotated=[case for case, result in results.items() if result.partly_annotated],
-        occurring=set().union(*(result.occurring for result in results.values())))
+        occurring=set().union(*(result.occurring for result in results.values())),
+        meetings=sum((Counter(result.meetings) for result in results.values()), Counter()))
 
 
 def patients_by(pattern: str | None, cases: Iterable[str]) -> dict[str, str]:

@@ -162,6 +162,16 @@ class LabelPair:
         rows = self.table[codes]
         return int(rows[:, codes].sum()), int(rows.sum()), int(self.table[:, codes].sum())
 
+    def meetings(self) -> dict[tuple[str, str], int]:
+        """Return how many voxels of each class of the ground truth have each other class in the prediction, if any."""
+        found = {}
+        for name, codes in self.codes.items():
+            of_truth = self.table[codes].sum(0)
+            for other, others in self.codes.items():
+                if name != other and of_truth.any() and (voxels := int(of_truth[others].sum())):
+                    found[name, other] = voxels
+        return found
+
     def surface_distances(self, name: str, spacing: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
         """Measure the distances between the two surfaces of a class, which is in both maps.
 

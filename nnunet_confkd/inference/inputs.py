@@ -10,9 +10,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from nnunet_confkd.data.dicom import is_dicom_file, read_series, series_folders
-from nnunet_confkd.data.images import ITK, parts, read, spacing_file, write
-from nnunet_confkd.errors import InputError, some
+from nnunet_confkd.data.dicom import is_dicom_file, is_dicom_folder, read_series, series_folders
+from nnunet_confkd.data.images import ITK, ending_of, parts, read, spacing_file, write
+from nnunet_confkd.errors import InputError, counted, some
 from nnunet_confkd.files import write_json
 
 
@@ -51,6 +51,11 @@ def readable_images(source: Path, described: dict, option: str = "-i") -> Iterat
     if not files:
         raise InputError(f"{option} {source}: has no image that ends with {ending}, as the model's training images do, "
                          "and no DICOM series; it " + _endings(inside))
+    left_out = [file.name for file in inside if file not in images and not file.name.startswith(".")
+                and (is_dicom_folder(file) if file.is_dir() else ending_of(file))]
+    if left_out:
+        print(f"WARNING: {option} {source}: {counted(len(left_out), 'image')} left out, because the model's images end "
+              f"with {ending}: {some(left_out)}. Convert them, or predict them from a folder of their own")
     cases, plain = _cases_of(files, ending, len(channels))
     expected = ", ".join(f"CASE_{i:04d}{ending} ({name})" for i, name in enumerate(channels))
     if plain and (cases or len(channels) > 1):
@@ -59,9 +64,8 @@ def readable_images(source: Path, described: dict, option: str = "-i") -> Iterat
                          f"the files of every case {expected}")
     incomplete = [case for case, channel_files in cases.items() if len(channel_files) != len(channels)]
     if incomplete:
-        some = ", ".join(incomplete[:5]) + (", ..." if len(incomplete) > 5 else "")
         raise InputError(f"{option} {source}: {len(incomplete)} case(s) do not have all {len(channels)} channels: "
-                         f"{some}. Name the files of every case {expected}")
+                         f"{some(incomplete, 5)}. Name the files of every case {expected}")
     if source.is_dir() and not plain and images == files:
         yield source
         return

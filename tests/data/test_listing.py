@@ -56,3 +56,13 @@ def test_what_is_not_there(folder, place, patterns, text):
     with pytest.raises(InputError) as error:
         listed([f"{folder}/{place}"], patterns)
     assert text in str(error.value)
+
+
+def test_patterns_that_find_the_same_cases_are_channels_and_others_are_not(tmp_path):
+    for file in ("p1/T1.nii.gz", "p1/T2.nii.gz", "p2/T1.nii.gz", "p2/T2.nii.gz", "p3/t1.nii.gz"):
+        (tmp_path / file).parent.mkdir(exist_ok=True)
+        (tmp_path / file).touch()
+    both = [f"{tmp_path}/{{case}}/T1.nii.gz", f"{tmp_path}/{{case}}/T2.nii.gz"]
+    assert [(named.name, named.channel) for named in listed(both)] == [("p1", 0), ("p2", 0), ("p1", 1), ("p2", 1)]
+    other = [both[0], f"{tmp_path}/{{case}}/t1.nii.gz"]
+    assert [(named.name, named.channel) for named in listed(other)] == [("p1", 0), ("p2", 0), ("p3", 0)]

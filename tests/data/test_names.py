@@ -4,7 +4,14 @@ from pathlib import Path
 
 import pytest
 
-from nnunet_confkd.data.names import Named, cases_of, looks_like_label, matched, without_affixes
+from nnunet_confkd.data.names import (
+    Named,
+    cases_of,
+    channel_problems,
+    looks_like_label,
+    matched,
+    without_affixes,
+)
 
 
 def _named(*names, folder="images", **more):
@@ -86,6 +93,30 @@ def test_names_that_a_pattern_found_are_exact():
 def test_channels_are_told_from_numbers_of_cases(images, labels, cases):
     found = cases_of(_named(*images), _named(*labels))
     assert {case: len(files) for case, files in found.items()} == cases
+
+
+@pytest.mark.parametrize("images, problem", [
+    (["a_0000", "a_0001", "b_0001", "b_0002"], "the case 'b' has no image b_0000"),
+    (["a_0000", "b_0001"], "the case 'b' has no image b_0000"),
+    (["a_0000", "a_0001", "b_0000", "b_0002"], "the case 'b' has no image b_0001"),
+    (["a_0000", "a_0001", "b"], None), (["a", "b"], None), (["scan_0001", "scan_0002"], None)])
+def test_a_case_without_its_first_channels_is_told(images, problem):
+    named = _named(*images)
+    found = channel_problems(cases_of(named, _named("a", "b")), named)
+    assert [problem in text for text in found] == [True] * bool(problem)
+
+
+def test_a_case_has_a_file_of_each_pattern_and_not_two_of_one():
+    def problems(*files: tuple[str, int]) -> list[str]:
+        named = [Named(Path(f"{case}/{number}.nii.gz"), case, True, channel)
+                 for number, (case, channel) in enumerate(files)]
+        return channel_problems(cases_of(named), named, ["{case}/T1.nii.gz", "{case}/T2.nii.gz"])
+
+    assert problems(("a", 0), ("a", 1), ("b", 0), ("b", 1)) == []
+    (text,) = problems(("a", 0), ("a", 1), ("b", 1))
+    assert "the case 'b' has no image b/T2.nii.gz" not in text and "the case 'b' has no image b/T1.nii.gz" in text
+    (text,) = problems(("a", 0), ("a", 0))
+    assert "several files of one channel" in text and "give one pattern for each channel" in text
 
 
 def test_several_patterns_are_the_channels_in_their_order():

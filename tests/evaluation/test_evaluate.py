@@ -74,6 +74,41 @@ def measured(folders: Path, prediction="prediction", **options) -> Evaluation:
     return evaluate_folders(folders / "truth", folders / prediction, **{"processes": 1, **options})
 
 
+def test_other_values_in_one_of_the_folders_are_told(folders, dataset):
+    assert "same values" not in measured(folders).text()
+    for case in range(3):
+        save(folders / "exchanged" / f"case{case}.nii.gz", label_map(classes=(2, 1)))
+        save(folders / "wide" / f"case{case}.nii.gz", label_map(classes=(1, 255)))
+    text = measured(folders, "exchanged", dataset=dataset({"background": 0, "a": 1, "b": 2})).text()
+    assert "the class 'a' of the ground truths mostly is the class 'b' of the predictions; do both" in text
+    text = measured(folders, "wide").text()
+    assert "WARNING: no ground truth has a voxel of the class '255'" in text
+    assert "WARNING: no prediction has a voxel of the class '2'" in text
+    regions = dataset({"background": 0, "whole": [1, 2], "b": 2}, regions_class_order=[1, 2])
+    assert "same values" not in measured(folders, dataset=regions).text(), "a region holds another one's voxels"
+
+
+def test_segments_are_read_by_their_names(folders, dataset, tmp_path):
+    for case, (first, second) in enumerate([("A", "b"), ("b", "A"), ("A", "b")]):  # the order says nothing
+        labels = label_map(shift=0, classes=(1, 2) if first == "A" else (2, 1))
+        image = sitk.GetImageFromArray(labels)
+        image.SetSpacing(SPACING)
+        for number, name in enumerate((first, second)):
+            for key, value in (("Name", name), ("LabelValue", str(number + 1)), ("Layer", "0")):
+                image.SetMetaData(f"Segment{number}_{key}", value)
+        (folders / "named").mkdir(exist_ok=True)
+        sitk.WriteImage(image, str(folders / "named" / f"case{case}.seg.nrrd"))
+        save(folders / "predicted" / f"case{case}.nii.gz", label_map())
+    options = {"processes": 1, "dataset": dataset({"background": 0, "a": 1, "b": 2})}
+    found = evaluate_folders(folders / "named", folders / "predicted", **options)
+    assert all(of["Dice"] == 1 for measures in found.cases.values() for of in measures.values())
+    with pytest.raises(InputError, match="case0.seg.nrrd: its segments have names.*with -d"):
+        evaluate_folders(folders / "named", folders / "predicted", processes=1)
+    with pytest.raises(InputError, match="holds the segments A, which the data set does not have; it has back"):
+        evaluate_folders(folders / "named", folders / "predicted", processes=1,
+                         dataset=dataset({"background": 0, "c": 1, "b": 2}))
+
+
 def complaint(folders: Path, **options) -> str:
     with pytest.raises(InputError) as error:
         measured(folders, **options)

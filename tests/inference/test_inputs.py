@@ -82,11 +82,19 @@ def test_series_become_images_of_the_model_s_format_on_their_grid(tmp_path, endi
         assert not images.exists()
 
 
-def test_images_beside_dicom_are_the_images(tmp_path):
+def test_images_beside_dicom_are_the_images_and_what_is_left_out_is_named(tmp_path, capsys):
     write_series(tmp_path / "in" / "p1", VOXELS[:2])
-    (tmp_path / "in" / "a.nii.gz").touch()
+    for name in ("a.nii.gz", "b.nii", "c.NII.GZ", "d.nrrd", "notes.txt"):
+        (tmp_path / "in" / name).touch()
     with readable_images(tmp_path / "in", ONE_CHANNEL) as images:
         assert list(cases_of(images, ".nii.gz")) == ["a"]
+    printed = capsys.readouterr().out
+    assert "4 images left out" in printed and ": b.nii, c.NII.GZ, d.nrrd, p1." in printed and "notes" not in printed
+    for name in ("b.nii", "c.NII.GZ", "d.nrrd"):
+        (tmp_path / "in" / name).unlink()
+    (tmp_path / "in" / "p1").rename(tmp_path / "p1")
+    with readable_images(tmp_path / "in", ONE_CHANNEL):
+        assert capsys.readouterr().out == ""
 
 
 @pytest.mark.parametrize("source, described, expected", [
