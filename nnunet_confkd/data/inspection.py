@@ -12,7 +12,7 @@ from pathlib import Path
 from nnunet_confkd.arguments import Parser
 from nnunet_confkd.data.folders import require_free_id
 from nnunet_confkd.data.groups import Group, grouped_files, units_below
-from nnunet_confkd.data.images import ENDINGS
+from nnunet_confkd.data.images import ENDINGS, Geometry
 from nnunet_confkd.data.measures import (
     EMPTY,
     FRACTIONS,
@@ -316,11 +316,16 @@ def checked(words: list[str], groups: list[Group], processes: int) -> tuple[list
     except InputError as error:
         return words, [], [str(error)]
     measures = {path: measure for group in groups for path, measure in group.files.items()}
-    names = [case.name.removeprefix(f"{source.name}_" if source.prefixed else "")
-             for source in mixed.sources for case in source.cases]
-    notes = _patient_notes(list(dict.fromkeys(names)))
-    other_grid = [case.label.file for case in mixed.dataset.training if case.label is not None
-                  and not measures[case.label.file].named and _differs(measures, case)]
+    notes = []
+    differing = [case for case in mixed.dataset.training if case.label is not None
+                 and not measures[case.label.file].named and _differs(measures, case)]
+    other_grid = [case.label.file for case in differing]
+    if differing and all(_lost_header(measures[case.label.file].geometry, measures[case.images[0].file].geometry)
+                         for case in differing):
+        return words, mixed.notes, [*mixed.dataset.problems, (
+            f"labels as large as their image, but without a place: {len(other_grid)} ({some(other_grid, 3)}). Their "
+            f"header was probably lost when they were saved, so do not resample them. If their voxels lie on those of "
+            f"the image, copy its header, with SimpleITK in Python: label.CopyInformation(image)")]
     if other_grid:
         words = [*words, "--resample-labels"]
         notes.append(f"note: labels on another grid than their image: {len(other_grid)} ({some(other_grid, 3)}); "
@@ -328,13 +333,10 @@ def checked(words: list[str], groups: list[Group], processes: int) -> tuple[list
     return words, [*mixed.notes, *notes], mixed.dataset.problems
 
 
-def _patient_notes(cases: list[str]) -> list[str]:
-    """Say that names begin alike, if they all have the form PATIENT_REST and some share PATIENT."""
-    beginnings = Counter(case.partition("_")[0] for case in cases if "_" in case)
-    if sum(beginnings.values()) < len(cases) or not 1 < len(beginnings) < len(cases):
-        return []
-    return [f"note: {len(cases)} cases have {len(beginnings)} beginnings, such as {next(iter(beginnings))}_. If these "
-            f"are patients, add --patient-pattern '([^_]+)_', so that none is on both sides of a fold"]
+def _lost_header(label: Geometry | None, image: Geometry | None) -> bool:
+    """Whether a label is as large as its image, and has the place and the spacing of a file without any."""
+    return bool(label and image and label.size == image.size and not any(label.origin)
+                and all(edge == 1 for edge in label.spacing))
 
 
 def _differs(measures: dict[Path, Measure], case) -> bool:

@@ -18,7 +18,7 @@ from nnunet_confkd.data.folders import WRITTEN_BY, folder_name, preprocessed_fol
 from nnunet_confkd.data.grids import Fitting, covered
 from nnunet_confkd.data.images import ENDINGS, ITK, Geometry, Volume, ending_of
 from nnunet_confkd.data.meanings import Labels
-from nnunet_confkd.data.patients import FOLDS, patients_of
+from nnunet_confkd.data.patients import FOLDS, notes_on_names, patients_of
 from nnunet_confkd.data.raw_format import (
     Dataset,
     check_dataset,
@@ -31,7 +31,7 @@ from nnunet_confkd.data.segments import has_segments, read_as_label, segment_nam
 from nnunet_confkd.data.sources import CaseFiles, Layout, NamedFolder, Source, found, prefix_pattern, table
 from nnunet_confkd.data.supervision import FULL, PARTIAL, UNLABELLED
 from nnunet_confkd.data.survey import Content, survey
-from nnunet_confkd.errors import InputError, some
+from nnunet_confkd.errors import InputError, counted, some
 from nnunet_confkd.processes import PROCESSES, parallel
 
 
@@ -146,7 +146,11 @@ def mixture(*, name: str = "Mixed", labels: list[str] | None = None, channels: l
         licence=description.get("licence", description.get("license", "unknown")),
         reference=description.get("reference", ""), roots=layout.roots, problems=[*problems, *wrong],
         more={WRITTEN_BY: "confkd mix"})
-    notes += _notes(sources, contents, known[0])
+    notes += [*_notes(sources, contents, known[0]), *_notes_on_missing_files(sources)]
+    if patient_pattern is None:
+        names_given = (files.name.removeprefix(f"{source.name}_" if source.prefixed else "")
+                       for source in sources for files in source.cases)
+        notes += notes_on_names(list(dict.fromkeys(names_given)))
     if resample_labels:
         notes += _notes_on_coverage(training, contents, processes)
     return Mixture(sources, dataset, notes)
@@ -247,6 +251,21 @@ def _notes(sources: list[Source], contents: dict[Path, Content], known: Labels) 
     return meanings.only_in_scribbles(full, scribbles, known)
 
 
+def _notes_on_missing_files(sources: list[Source]) -> list[str]:
+    """Name full labels, folders of one file for each class, that lack the file of a class that others have."""
+    notes = []
+    for source in sources:
+        held = {label: {name.casefold() for name in segment_names(label) or []} for label in source.labels
+                if source.kind == FULL and label.is_dir()}
+        for name, number in (source.known.full.segments if source.known and held else {}).items():
+            lacking = [label for label, names in held.items() if name not in names]
+            if number and 0 < len(lacking) < len(held):
+                notes.append(f"WARNING: {counted(len(lacking), 'full label')} without a file of '{name}', which is "
+                             f"taken to be absent there: {some(lacking, 3)}. If nobody annotated it, leave the case "
+                             f"out, or give a --source for each set of classes")
+    return notes
+
+
 def _mistyped(one: str, other: str) -> bool:
     """Whether two names have the same letters in another order, or one of them has one letter more."""
     short, long = sorted((one.casefold(), other.casefold()), key=len)
@@ -274,7 +293,7 @@ def _common_ending(training: list[Case], problems: list[str]) -> str:
 
     It is a problem if other images cannot get it.
     """
-    endings = [(case, ending_of(case.images[0].file) or ".nii.gz") for case in training]
+    endings = [(case, (ending_of(case.images[0].file) or ".nii.gz").lower()) for case in training]
     of_full = [ending for case, ending in endings if case.kind == FULL] or [ending for _, ending in endings]
     ending = max(sorted(set(of_full)), key=of_full.count) if of_full else ".nii.gz"
     problems += [f"{case.images[0].file}: cannot be converted to {ending}, the format of the other images"

@@ -5,7 +5,7 @@ import argparse
 import random
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 from nnunet_confkd.data.supervision import FULL, UNLABELLED
 from nnunet_confkd.errors import InputError, some
@@ -40,6 +40,20 @@ def patients_of(cases: Iterable[str], pattern: str | None) -> dict[str, str]:
     if without:
         raise InputError(f"the patient pattern {pattern!r} does not match these cases; correct it: {some(without)}")
     return patients
+
+
+def notes_on_names(cases: Collection[str]) -> list[str]:
+    """Say that names begin alike, if they all have the form PATIENT_REST and some share PATIENT.
+
+    Examples:
+        >>> notes_on_names(["p1_a", "p1_b", "p2_a"])[0][:50]
+        'note: 3 cases have 2 beginnings, such as p1_. If t'
+    """
+    beginnings = Counter(case.partition("_")[0] for case in cases if "_" in case)
+    if sum(beginnings.values()) < len(cases) or not 1 < len(beginnings) < len(cases):
+        return []
+    return [f"note: {len(cases)} cases have {len(beginnings)} beginnings, such as {next(iter(beginnings))}_. If these "
+            f"are patients, add --patient-pattern '([^_]+)_', so that none is on both sides of a fold"]
 
 
 def experiment_arguments(parser: argparse.ArgumentParser) -> None:

@@ -241,6 +241,19 @@ def test_a_label_on_another_grid_is_told_and_resampled(tmp_path, nnunet_folders,
     assert np.array_equal(read_voxels(nnunet_folders / "raw" / "Dataset100_Mixed" / "labelsTr" / "p0.nii.gz"), label)
 
 
+def test_a_label_whose_header_was_lost_is_not_resampled(tmp_path, nnunet_folders, capsys):
+    for name in ("p0", "p1"):
+        write_image(tmp_path / "images" / f"{name}.nii.gz", np.random.default_rng(0).normal(size=(6, 7, 8)),
+                    spacing=(1, 1, 2), origin=(5, 6, 7))
+        label = np.zeros((6, 7, 8), np.uint8)
+        label[2:4, 2:4, 2:4] = 1
+        write_image(tmp_path / "masks" / f"{name}.nii.gz", label, spacing=(1, 1, 1), origin=(0, 0, 0))
+    assert cli.main(["inspect", f"{tmp_path}/images", f"{tmp_path}/masks", "--processes", "1"]) == 0
+    out = capsys.readouterr().out
+    assert "header was probably lost" in out and "CopyInformation" in out and "would stop" in out
+    assert "--resample-labels" not in out
+
+
 def test_folders_with_one_file_for_each_class_are_recognised(tmp_path, nnunet_folders, capsys):
     for number in range(3):
         _image(tmp_path / f"s{number}" / "ct.nii.gz", number, -1000)

@@ -61,9 +61,9 @@ def _require_written(target: Path, scribbles: dict[str, Path]) -> None:
     assert np.array_equal(np.unique(full), [0, 1]) and full.sum() == 18
 
 
-def _refused(nnunet_folders, pattern, folder, **options):
+def _refused(nnunet_folders, expected, folder, **options):
     before = file_states(folder)
-    with pytest.raises(InputError, match=pattern) as caught:
+    with pytest.raises(InputError, match=expected) as caught:
         mix(None, 7, **_options(folder, **options))
     assert not list((nnunet_folders / "raw").iterdir()) and file_states(folder) == before
     return str(caught.value)
@@ -85,6 +85,59 @@ def test_everything_in_one_folder(folders, nnunet_folders):
                "partial_labels": sorted(everything.glob("*-scribble.nii.gz"))}  # as a shell hands them over
     target = mix(None, 7, **_options(folders, **options))
     _require_written(target, {case: everything / f"{case}-scribble.nii.gz" for case in SCRIBBLES})
+
+
+def test_capital_endings_are_those_of_the_format(folders, nnunet_folders):
+    file = folders / "images" / "m1.nii.gz"
+    file.rename(file.with_name("m1.NII.GZ"))
+    target = mix(None, 7, **_options(folders))
+    assert read_json(target / "dataset.json")["file_ending"] == ".nii.gz"
+    _require_written(target, {})
+    for file in (folders / "images").glob("*.nii.gz"):
+        file.rename(file.with_name(file.name.replace(".nii.gz", ".NII.GZ")))
+    target = mix(None, 8, **_options(folders))
+    assert read_json(target / "dataset.json")["file_ending"] == ".nii.gz"
+    _require_written(target, {})
+
+
+def test_a_case_without_a_channel_that_others_have_is_refused(folders, nnunet_folders):
+    for case in (*FULL, *SCRIBBLES, *NOTHING):
+        for channel in ("T1", "T2"):
+            (folders / "p" / case).mkdir(parents=True, exist_ok=True)
+            shutil.copy(folders / "images" / f"{case}.nii.gz", folders / "p" / case / f"{channel}.nii.gz")
+    (folders / "p" / "s2" / "T1.nii.gz").unlink()
+    options = {"images": [folders / "p"], "pattern": ["{case}/T1.nii.gz", "{case}/T2.nii.gz"]}
+    _refused(nnunet_folders, r"the case 's2' has no image s2/T1\.nii\.gz", folders, **options)
+    both = [f"{folders}/p/{{case}}/{channel}.nii.gz" for channel in ("T1", "T2")]
+    _refused(nnunet_folders, r"the case 's2' has no image .*/p/s2/T1\.nii\.gz", folders, images=both)
+    (folders / "p" / "s2" / "T2.nii.gz").rename(folders / "p" / "s2" / "T1.nii.gz")
+    options["pattern"] = ["{case}/T*.nii.gz"]
+    _refused(nnunet_folders, "the case 'm1' has several files of one channel", folders, **options)
+
+
+def test_numbers_of_unlabelled_images_are_cases_if_labelled_cases_have_one_channel(folders, nnunet_folders):
+    for kind, cases in (("full", FULL), ("unlabelled", ("scan_0000", "scan_0001", "scan_0002"))):
+        for number, case in enumerate(cases):
+            _image(folders / kind / "images" / f"{case}.nii.gz", number)
+            if kind == "full":
+                _label(folders / kind / "labels" / f"{case}.nii.gz")
+    target = mix(folders / "full", 7, unlabelled=folders / "unlabelled", labels=["background", "organ"], processes=1)
+    assert {"scan_0000", "scan_0001", "scan_0002"} < set(read_json(target / "dataset.json")["supervision"])
+
+
+def test_cases_of_one_patient_and_a_missing_file_of_a_class_are_noted(folders, nnunet_folders):
+    for number, case in enumerate(("p1_a", "p1_b", "p2_a", "p2_b")):
+        _image(folders / "scans" / f"{case}.nii.gz", number)
+        for organ in ("liver", "spleen")[:1 + (case != "p2_b")]:
+            label = np.zeros(SHAPE, np.uint8)
+            label[1, 1 + (organ == "spleen"), 1:4] = 1
+            write_image(folders / "organs" / case / f"{organ}.nii.gz", label)
+    options = {"images": [folders / "scans"], "full_labels": [f"{folders}/organs/{{case}}"], "processes": 1,
+               "labels": ["background", "liver", "spleen"], "name": "Notes"}
+    notes = mixture(**options).notes
+    assert any("4 cases have 2 beginnings, such as p1_" in note for note in notes)
+    assert any("1 full label without a file of 'spleen'" in note and "organs/p2_b" in note for note in notes)
+    assert not any("beginnings" in note for note in mixture(**options, patient_pattern="(p.)_").notes)
 
 
 def test_masks_beside_their_images_need_no_pattern(folders, nnunet_folders):
