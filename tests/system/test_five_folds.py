@@ -146,6 +146,7 @@ def test_a_row_that_was_run_in_fewer_folds_than_another_of_its_column_is_left_ou
 
 
 def test_the_tables_and_the_text_show_the_runs_that_are_here(module):
+    import completion
     import headline
 
     from nnunet_confkd.demo.picture import STORED
@@ -167,6 +168,9 @@ def test_the_tables_and_the_text_show_the_runs_that_are_here(module):
             r"[+-]\d\.\d{3}", headline.gain_text(line["gains"][rival]) + headline.gain_text(before["gains"][rival]))
         assert common + re.findall(r"[+-]?\d\.\d{3}", item) == numbers
     gains = [f"{abs(np.concatenate(line['gains'][rival]).mean()):.3f}" for line, rival in zip(lines, rivals)]
+    runs = completion.read_all(*completion.FOLDERS, values=completion.values_of_run)
+    teacher, alone = (runs["erosion", row, 3] for row in ("confkd_cost", "ignore"))
+    gains.append(f"{np.concatenate(module.gain(teacher, alone, 'dice_pp')).mean():.3f}")  # of completed labels
     for text in (results.split("**In short.**")[1].split("\n\n")[0],
                  readme.split("**What you gain**")[1].split("\n- **Do")[0]):
         assert re.findall(r"\d\.\d{3}", text) == gains
