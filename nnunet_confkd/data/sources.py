@@ -14,7 +14,7 @@ from nnunet_confkd.data.listing import CASE, listed
 from nnunet_confkd.data.meanings import Labels, Meaning
 from nnunet_confkd.data.names import Named, cases_of, channel_problems, looks_like_label, matched
 from nnunet_confkd.data.supervision import FULL, PARTIAL, UNLABELLED
-from nnunet_confkd.errors import InputError, some
+from nnunet_confkd.errors import InputError, counted, some
 
 IMAGES, LABELS = ("images", "imagesTr"), ("labels", "labelsTr")
 ROWS = 5  # of a source, in a table that is not to show all
@@ -206,7 +206,16 @@ def _in_one_folder(layout: Layout) -> tuple[list[Source], list[str], list[str]]:
                                          for case, label in fits.items()]))
     if not any(source.kind == FULL and source.cases for source in sources):
         problems += _exchanged(layout, images, labels[FULL])
-    return [*sources, *_rest(cases, label_of)], problems, []
+    rest = _rest(cases, label_of)
+    return [*sources, *rest], problems, _notes_on_leftovers(rest, cases)
+
+
+def _notes_on_leftovers(rest: list[Source], cases: Container[str]) -> list[str]:
+    """Ask whether unlabelled images are labels, if they are named as another case with a word behind it."""
+    found = [case.images[0] for source in rest for case in source.cases
+             if any(case.name[:end.start()] in cases for end in re.finditer(r"[_\-. ](?=\D)", case.name))]
+    return [f"WARNING: {counted(len(found), 'image')} without a label, and named as another case with a word behind "
+            f"it: {some(found, 3)}. If these are labels, move them away"] if found else []
 
 
 def _exchanged(layout: Layout, images: list[Named], labels: list[Named]) -> list[str]:

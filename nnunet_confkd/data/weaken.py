@@ -25,9 +25,9 @@ from nnunet_confkd.data.raw_format import (
     with_ignore,
     write_dataset,
 )
-from nnunet_confkd.data.supervision import FULL, PARTIAL, UNLABELLED
+from nnunet_confkd.data.supervision import FULL, PARTIAL, TABLE_KEY, UNLABELLED
 from nnunet_confkd.data.weak_labels import STYLES, case_rng, weaken
-from nnunet_confkd.errors import InputError, some
+from nnunet_confkd.errors import InputError, counted, some
 from nnunet_confkd.processes import PROCESSES
 
 
@@ -75,6 +75,10 @@ def weaken_dataset(source: int | str, dataset_id: int, *, full: list[str], style
     found = find_dataset(source)
     folder = raw_folder() / found
     described, cases = read_raw(folder)
+    weak = sorted(case for case, kind in described.get(TABLE_KEY, {}).items() if kind != FULL)
+    if weak:
+        raise InputError(f"{folder / 'dataset.json'}: {counted(len(weak), 'case')} of {len(cases)} not fully annotated "
+                         f"({some(weak, 3)}); give a data set of full masks alone")
     pattern = patient_pattern or described.get("patient_pattern")
     patients = patients_of(cases, pattern)
     validation = validation_patients(found, patients)

@@ -125,6 +125,14 @@ def test_numbers_of_unlabelled_images_are_cases_if_labelled_cases_have_one_chann
     assert {"scan_0000", "scan_0001", "scan_0002"} < set(read_json(target / "dataset.json")["supervision"])
 
 
+def test_leftover_labels_in_a_shared_folder_are_told(folders, nnunet_folders):
+    shutil.copy(folders / "masks" / "m1_seg.nii.gz", folders / "images" / "m1_pred.nii.gz")
+    shutil.copy(folders / "masks" / "m2_seg.nii.gz", folders / "images" / "u1_label_old.nii.gz")
+    _image(folders / "images" / "m1_2.nii.gz")
+    (warning,) = [note for note in mixture(**_options(folders), name="X").notes if "WARNING" in note]
+    assert "2 images without a label" in warning and "m1_pred" in warning and "u1_label_old" in warning
+
+
 def test_cases_of_one_patient_and_a_missing_file_of_a_class_are_noted(folders, nnunet_folders):
     for number, case in enumerate(("p1_a", "p1_b", "p2_a", "p2_b")):
         _image(folders / "scans" / f"{case}.nii.gz", number)

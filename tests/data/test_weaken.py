@@ -56,6 +56,14 @@ def _weaken(**options):
     return weaken_dataset(options.pop("source", SOURCE), options.pop("dataset_id"), **options)
 
 
+def test_a_data_set_that_is_not_fully_annotated_is_refused(source):
+    described = json.loads((source / "dataset.json").read_text())
+    described["supervision"] = {f"p{i}_{visit}": "partial" if i < 2 else "full" for i in range(10) for visit in "ab"}
+    (source / "dataset.json").write_text(json.dumps(described))
+    with pytest.raises(InputError, match="dataset.json: 4 cases of 20 not fully annotated .p0_a, p0_b, p1_a and 1"):
+        _weaken()
+
+
 def _split(folders, name):
     """What every fold trains on, and what all of them together validate on."""
     folds = read_json(folders / "preprocessed" / name / "splits_final.json")
