@@ -4,6 +4,7 @@ from __future__ import annotations
 import glob
 import os
 import re
+import unicodedata
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -49,9 +50,14 @@ def listed(places: Iterable[str | Path], patterns: Iterable[str] | None = None, 
 
 
 def stem(path: Path) -> str:
-    """Return the name of a file without its ending, or that of a folder."""
+    """Return the name of a file without its ending, or that of a folder, with composed accents."""
     ending = None if path.is_dir() else ending_of(path, (*ENDINGS, ".dcm"))
-    return path.name[:len(path.name) - len(ending or "")]
+    return composed(path.name[:len(path.name) - len(ending or "")])
+
+
+def composed(name: str) -> str:
+    """Return a name with composed accents: macOS writes an umlaut as two characters, which look like one."""
+    return unicodedata.normalize("NFC", name)
 
 
 def holds_masks(folder: Path) -> bool:
@@ -104,7 +110,7 @@ def _by_template(template: str, channel: int = 0) -> list[Named]:
     for path in sorted(base.glob(re.sub(r"/+", "/", shell))):
         match = re.fullmatch(expression, path.relative_to(base).as_posix())
         if match:
-            found.append(Named(path, match["case"], exact=True, channel=channel))
+            found.append(Named(path, composed(match["case"]), exact=True, channel=channel))
     if not found:
         raise InputError(f"{base}: nothing in it fits the pattern {rest!r}")
     return found

@@ -194,7 +194,8 @@ def _in_one_folder(layout: Layout) -> tuple[list[Source], list[str], list[str]]:
     problems += _channel_problems(cases, images, layout)
     sources, label_of = [], {}
     for kind, named in labels.items():
-        option = f"--{kind}-labels '" if len([*layout.full_labels, *layout.partial_labels]) > 1 else ""
+        places = [*layout.full_labels, *layout.partial_labels]
+        option = f"--{kind}-labels '" if len(places) > 1 or not Path(places[0]).is_dir() else ""
         fits, wrong = matched(cases, named, some(layout.images), option)
         problems += wrong
         problems += [f"{cases[case][0]}: has a full label, {label_of[case].path}, and a partial one, {label.path}; "

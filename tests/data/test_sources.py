@@ -125,6 +125,20 @@ def test_numbers_of_unlabelled_images_are_cases_if_labelled_cases_have_one_chann
     assert {"scan_0000", "scan_0001", "scan_0002"} < set(read_json(target / "dataset.json")["supervision"])
 
 
+def test_names_with_accents_of_macos_and_patterns_of_a_shell(folders, nnunet_folders):
+    for place, name in (("images", "m1"), ("masks", "m1_seg")):
+        file = folders / place / f"{name}.nii.gz"
+        file.rename(file.with_name(("M\u00fcller" if place == "images" else "Mu\u0308ller") + ".nii.gz"))
+    target = mix(None, 7, **_options(folders))
+    assert read_json(target / "dataset.json")["supervision"]["M\u00fcller"] == "full"
+    file = folders / "masks" / "m2_seg.nii.gz"
+    file.rename(file.with_name("m2_JD_v2.nii.gz"))
+    (folders / "masks" / "Mu\u0308ller.nii.gz").unlink()
+    with pytest.raises(InputError, match=r"--full-labels '.*/masks/\{case\}_JD_v2\.nii\.gz'") as caught:
+        mix(None, 8, **_options(folders, full_labels=[f"{folders}/masks/*v2.nii.gz"], partial_labels=[]))
+    assert "--label-pattern" not in str(caught.value)
+
+
 def test_leftover_labels_in_a_shared_folder_are_told(folders, nnunet_folders):
     shutil.copy(folders / "masks" / "m1_seg.nii.gz", folders / "images" / "m1_pred.nii.gz")
     shutil.copy(folders / "masks" / "m2_seg.nii.gz", folders / "images" / "u1_label_old.nii.gz")
