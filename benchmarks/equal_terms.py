@@ -5,7 +5,7 @@
 
 The protocol is in benchmarks/README.md. All figures are of validation patients. Each run writes one JSON file into
 benchmarks/equal_terms/SETTING_DRAW/, and runs that have one are skipped. `--report` writes the tables into
-benchmarks/README.md, and the short one and those of the questions into docs/explanation/results.md.
+benchmarks/README.md, and the short one and those of the questions into docs/explanation/ (see :func:`page_of`).
 """
 from __future__ import annotations
 
@@ -74,6 +74,9 @@ WORDS = {"scribbles": "ACDC, scribbles", "erosion": "ACDC, eroded masks with bac
 QUESTIONS = {
     "hints": ("erosion_foreground", "decoders", ("decoders", "entropy_0.1", "paper_kl", "paper_0.1", "kl", "hints_kl",
                                                  "confkd")),
+    "hints with scribbles": ("scribbles", "ignore_equal", ("ignore_equal", "apart_nohints_cost", "apart_cost")),
+    "hints with eroded masks": ("erosion", "ignore_prior_equal", ("ignore_prior_equal", "apart_corrected_nohints_cost",
+                                                                  "apart_corrected_margins_cost")),
     "unlabelled": ("unlabelled", "full_only", ("full_only", "full_cutmix", "cutmix_three_quarters_cost")),
     "points": ("points_5", "ignore", ("full_only", "ignore", "confkd_cost")),
     "more points": ("points_10", "full_only", ("full_only", "today_cost", "ignore_three_quarters")),
@@ -431,7 +434,8 @@ def answers(folder: Path) -> dict[str, str]:
 
 def page_of(section: str) -> Path:
     """The page that has the table."""
-    page = "weights_and_batches" if section in ("longer", "longer erosion", "unlabelled", "more points") else "results"
+    pages = dict.fromkeys(("longer", "longer erosion", "unlabelled", "more points"), "weights_and_batches")
+    page = (pages | dict.fromkeys(("hints with scribbles", "hints with eroded masks"), "hints")).get(section, "results")
     return HERE.parent / "docs" / "explanation" / f"{page}.md"
 
 

@@ -126,6 +126,15 @@ def test_the_text_on_hints_has_the_means_of_the_rows(module):
     assert re.findall(r"\d\.\d{3}", text.split("\n\n")[0]) == expected
 
 
+def test_the_text_on_kl_without_hints_has_the_figures_of_its_tables(module):
+    text = (ROOT / "docs" / "explanation" / "results.md").read_text().split("**Without hints it does harm**")[1]
+    expected = []
+    for question in ("hints with scribbles", "hints with eroded masks"):
+        rows = [line.split(" | ") for line in module.answers(module.OUTPUT)[question].splitlines()[3:]]
+        expected += [cells[2] for cells in rows]  # without hints, and with
+    assert re.findall(r"\d\.\d{3}", text.split("\n\n")[0]) == expected
+
+
 def test_confkds_row_in_the_readme_has_the_settings_that_its_trainer_chooses(module):
     from choices import OF_TEACHER, TRAINERS, of_folds, table_text
     choices = json.loads((ROOT / "benchmarks" / "choices.json").read_text())
