@@ -43,12 +43,7 @@ def patients_of(cases: Iterable[str], pattern: str | None) -> dict[str, str]:
 
 
 def notes_on_names(cases: Collection[str]) -> list[str]:
-    """Say that names begin alike, if they all have the form PATIENT_REST and some share PATIENT.
-
-    Examples:
-        >>> notes_on_names(["p1_a", "p1_b", "p2_a"])[0][:50]
-        'note: 3 cases have 2 beginnings, such as p1_. If t'
-    """
+    """Say that names begin alike, if they all have the form PATIENT_REST and some share PATIENT."""
     beginnings = Counter(case.partition("_")[0] for case in cases if "_" in case)
     if sum(beginnings.values()) < len(cases) or not 1 < len(beginnings) < len(cases):
         return []

@@ -138,6 +138,7 @@ class ConfKDTrainer(nnUNetTrainer):
         self.asked = self.settings  # before any is chosen from the data
         self.iteration = 0  # training iterations done
         self.continued = False  # -> load_checkpoint
+        self.record: dict = {}  # -> get_tr_and_val_datasets
         self.first_epoch = 0  # of this process; -> on_train_start
         self.divergence = Divergence(self.settings.max_nonfinite_steps)
         self._add_missing_curves()
@@ -475,8 +476,8 @@ class ConfKDTrainer(nnUNetTrainer):
         if self.local_rank == 0:  # not before all is ready: a start that fails must leave an earlier training alone
             if not self.continued and (warning := set_aside_earlier(self.output_folder)):
                 self.print_to_log_file(warning)
-            changed = write_record(self.output_folder, self.record, self.current_epoch if self.continued else None)
-            if changed:
+            done = self.current_epoch if self.continued else None
+            if self.record and (changed := write_record(self.output_folder, self.record, done)):
                 self.print_to_log_file(f"WARNING: {changed}")
         self.first_epoch = self.current_epoch
         self.print_to_log_file(f"ConfKD settings: {self.settings}")

@@ -19,6 +19,7 @@ from nnunet_confkd.evaluation.metrics import MEASURES, measure_case, statistics
 from nnunet_confkd.inference.export import export
 from nnunet_confkd.report import sections
 from nnunet_confkd.report.report import PAGE, report
+from nnunet_confkd.training.record import write_record
 from nnunet_confkd.training.settings import Settings
 
 HIPPOCAMPUS, PLANS_2D = "Dataset004_Hippocampus", "nnUNetPlans_2d"
@@ -58,6 +59,7 @@ def untrained(nnunet, dataset: str, configuration: str, trainer: str) -> Path:
     made = nnunet.trainer(dataset, configuration, trainer)
     made.initialize()
     made.get_tr_and_val_datasets()
+    write_record(made.output_folder, made.record, None)
     curves = made.logger.local_logger.my_fantastic_logging
     for key in curves:
         curves[key] = [0.5, 0.25]
