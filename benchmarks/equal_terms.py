@@ -86,6 +86,10 @@ QUESTIONS = {
                                                                       "apart_corrected_reach_cost_long")),
 }
 
+# of the questions that are not on the page of the results
+PAGES = (dict.fromkeys(("hints with scribbles", "hints with eroded masks"), "hints")
+         | dict.fromkeys(("longer", "longer erosion", "unlabelled", "more points"), "weights_and_batches"))
+
 # A step takes this many of the rival's, on average over a training: for a plain 2-D U-Net and half of a batch full,
 # before the KL has a weight and from then on (step_time.py on a CPU; bounds by FLOPs 1.091 and 1.121). A row "at equal
 # cost" has fewer. With CutMix half of the steps have one more pass through the encoder, which is a tenth of a step.
@@ -434,9 +438,7 @@ def answers(folder: Path) -> dict[str, str]:
 
 def page_of(section: str) -> Path:
     """The page that has the table."""
-    pages = dict.fromkeys(("longer", "longer erosion", "unlabelled", "more points"), "weights_and_batches")
-    page = (pages | dict.fromkeys(("hints with scribbles", "hints with eroded masks"), "hints")).get(section, "results")
-    return HERE.parent / "docs" / "explanation" / f"{page}.md"
+    return HERE.parent / "docs" / "explanation" / f"{PAGES.get(section, 'results')}.md"
 
 
 def parsed(text: str | None, output: Path, settings: dict, known_rows: dict, **defaults) -> argparse.Namespace:

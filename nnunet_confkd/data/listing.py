@@ -6,6 +6,7 @@ import os
 import re
 import unicodedata
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 
 from nnunet_confkd.data.dicom import is_dicom_file, is_dicom_folder
@@ -30,10 +31,10 @@ def listed(places: Iterable[str | Path], patterns: Iterable[str] | None = None, 
     """
     found: dict[Path, Named] = {}
     texts = [str(place) for place in places]
-    channels = _channels_of([place for place in texts if CASE in place])
+    templates = _by_templates([place for place in texts if CASE in place])
     for place in texts:
         if CASE in place:
-            several = _by_template(place, channels[place])
+            several = templates[place]
         elif Path(place).is_dir() and patterns:
             several = [named for number, pattern in enumerate(patterns)
                        for named in _by_template(f"{glob.escape(place)}/{pattern}", number)]
@@ -80,10 +81,14 @@ def _in_folder(folder: Path, labels: bool) -> list[Named]:
     return [Named(entry, stem(entry)) for entry in [*files, *dicom, *folders]]
 
 
-def _channels_of(templates: list[str]) -> dict[str, int]:
-    """Return the channel of each pattern: their order if two of them find a case, else 0."""
-    names = [name for template in templates for name in {named.name for named in _by_template(template)}]
-    return {template: number * (len(names) > len(set(names))) for number, template in enumerate(templates)}
+def _by_templates(templates: list[str]) -> dict[str, list[Named]]:
+    """Return what each pattern finds. If two of them find a case, their order numbers the channels."""
+    found = {template: _by_template(template) for template in templates}
+    names = [name for several in found.values() for name in {named.name for named in several}]
+    if len(names) > len(set(names)):
+        for channel, (template, several) in enumerate(found.items()):
+            found[template] = [replace(named, channel=channel) for named in several]
+    return found
 
 
 def _by_template(template: str, channel: int = 0) -> list[Named]:

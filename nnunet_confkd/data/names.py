@@ -89,12 +89,12 @@ def channel_problems(cases: Mapping[str, list[Path]], images: Iterable[Named],
     found, problems = {image.path: image for image in images}, []
     last = max((image.channel for image in found.values()), default=0)
     for case, files in cases.items():
-        numbers = [CHANNEL.fullmatch(found[file].name) for file in files]
         if all(found[file].exact for file in files):
             channels: list[int | None] = [found[file].channel for file in files]
             names = [str(pattern).replace("{case}", case) for pattern in patterns] or [case]
             wanted, remedy = range(last + 1), "give one pattern for each channel, which fits one file of each case"
         else:
+            numbers = [CHANNEL.fullmatch(found[file].name) for file in files]
             channels = [int(match[2]) if match and match[1] == case else None for match in numbers]
             if channels == [None]:
                 continue

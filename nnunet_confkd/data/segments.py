@@ -118,13 +118,15 @@ def _read_folder(folder: Path, wanted: Iterable[str] | None) -> Segments:
     return Segments(masks, first[1])
 
 
-def read_as_label(path: Path, *, values: Mapping[str, int], outside: int) -> Picture:
+def read_as_label(path: Path, *, values: Mapping[str, int], outside: int,
+                  unknown_text: str = "which --labels does not name") -> Picture:
     """Read segments as a label map. This function is at module level because it is sent to other processes.
 
     Args:
         path: As in :func:`read_segments`.
         values: {name of a segment, in lower case: value to write}.
         outside: The value of voxels in no segment.
+        unknown_text: What an error says of segments that are not in `values`.
 
     Raises:
         InputError: As :func:`read_segments`, or a segment that is not empty is not in `values`, or segments of
@@ -133,7 +135,7 @@ def read_as_label(path: Path, *, values: Mapping[str, int], outside: int) -> Pic
     segments = read_segments(path, values)
     unknown = sorted(name for name in segments.volumes if name.casefold() not in values)
     if unknown:
-        raise InputError(f"{path}: holds the segments {some(unknown)}, which --labels does not name")
+        raise InputError(f"{path}: holds the segments {some(unknown)}, {unknown_text}")
     size = segments.geometry.size[::-1]
     label = np.full(size, outside, np.uint8 if max(*values.values(), outside) < 256 else np.uint16)
     taken = np.zeros(size, bool)

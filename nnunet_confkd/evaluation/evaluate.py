@@ -253,11 +253,8 @@ def _read_segments(file: Path, segments: Mapping[str, int] | None) -> Picture:
     if segments is None:
         raise InputError(f"{file}: its segments have names, and their values do not say which classes they are; give "
                          f"the data set of these classes with -d")
-    try:
-        return read_as_label(file, values=segments, outside=0)
-    except InputError as error:
-        raise InputError(str(error).replace("which --labels does not name", "which the data set does not have; it has "
-                                            + some(segments))) from error
+    return read_as_label(file, values=segments, outside=0,
+                         unknown_text=f"which the data set does not have; it has {some(segments)}")
 
 
 def has_spacing(file: Path) -> bool:
