@@ -216,6 +216,9 @@ def summary(folder: Path) -> str:
     if splits.is_file():
         text = _folds_text(json.loads(splits.read_text(encoding="utf-8")), kinds, patients_of(kinds, pattern),
                            "patients" if pattern else "cases")
+    elif CLASSES_KEY in described:  # whether the trainer makes folds depends on the voxels of each case
+        text = (f"no split was written. The trainer makes one if enough cases are annotated in all of their voxels: "
+                f"confkd check -d {number} names its folds")
     else:
         completed = " (labels that a model has completed do not count)" if "completed" in described else ""
         text = (f"no split was written{completed}: it takes two fully annotated patients to spare one for "

@@ -11,9 +11,11 @@ from image_files import file_states, read_json, read_voxels, write_image
 
 from nnunet_confkd import cli
 from nnunet_confkd.data.annotated_classes import annotated_classes
+from nnunet_confkd.data.check import check_dataset
 from nnunet_confkd.data.class_sources import labels_of_sources
 from nnunet_confkd.data.mix import mix
 from nnunet_confkd.data.patients import patients_of
+from nnunet_confkd.data.raw_format import summary
 from nnunet_confkd.data.sources import NamedFolder, Source, prefix_pattern
 from nnunet_confkd.errors import InputError
 
@@ -93,6 +95,20 @@ def test_scribbles_of_some_classes(folders, nnunet_folders, tmp_path):
     label = read_voxels(folders["scribbles"] / "labels" / "s1.nii.gz")
     assert np.array_equal(read_voxels(target / "labelsTr" / "s1.nii.gz"), np.select([label == 0, label == 1], [4, 2]))
     assert not (read_voxels(target / "labelsTr" / "a1.nii.gz") == 4).any(), "0 stays background elsewhere"
+
+
+def test_the_summary_does_not_advise_fold_all_where_the_trainer_makes_folds(nnunet_folders, tmp_path):
+    """Some labels of each source have ignored voxels. The trainer validates on the others, each for its own class."""
+    folders = {}
+    for name in ("A", "B"):
+        folders[name] = make_source(tmp_path / name, [f"{name}{i}" for i in range(3)], [1, 9])
+        make_source(tmp_path / name, [f"{name}3"], [0, 1, 9])
+    target = mixed(folders, {name: [f"{organ}=1", "background=9", "ignore=0"]
+                             for name, organ in (("A", "liver"), ("B", "kidney"))})
+    assert not list(target.parents[1].rglob("splits_final.json"))
+    text = summary(target)
+    assert "no split was written" in text and "fold 'all'" not in text and "confkd check -d 7 names its folds" in text
+    assert any("The trainer will write 3 folds" in warning for warning in check_dataset("7", processes=1).warnings)
 
 
 def test_unlabelled_images_go_with_sources(folders, nnunet_folders, tmp_path):
