@@ -67,7 +67,9 @@ ROWS |= longer(ROWS, ("full_only", "ignore", "confkd_cost", "all"))
 # What all rows of a table are compared with, in the rows of the same length.
 RIVAL = {"unlabelled": "full_only"}
 USUAL = ("full_only", "ignore_uniform", "ignore", "confkd_cost", "all")
-ROWS_OF = dict.fromkeys(SETTINGS, USUAL) | {
+NO_TEACHER = tuple(name for name in SETTINGS if name.startswith("points"))  # there ConfKD is the row "ignore"
+ROWS_OF = dict.fromkeys(SETTINGS, USUAL) | dict.fromkeys(NO_TEACHER, ("full_only", "ignore_uniform", "ignore", "all"))
+ROWS_OF |= {
     "scribbles": tuple(name for name in ROWS if name != "confkd_cutmix_cost"),
     "erosion_foreground": tuple(name for name in ROWS if "cutmix" not in name),
     "unlabelled": ("full_only", "full_cutmix", "confkd_cutmix_cost", "all")}

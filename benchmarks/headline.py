@@ -3,8 +3,8 @@
 A line is one kind of labels and one number of fully annotated patients. The columns are what a reader compares: the
 fully annotated patients alone, nnU-Net's own ignore label, our trainer without a teacher, ConfKD with hints, and
 everything annotated. Of several rows in a column the best counts, so that the rivals get the benefit of every doubt.
-ConfKD has one row, its default at equal cost. A row that was run in fewer folds than another one of its column is left
-out.
+ConfKD has one row, its default at equal cost. With points it has no teacher by default, so its trainings are those of
+our trainer without a teacher. A row that was run in fewer folds than another one of its column is left out.
 """
 from __future__ import annotations
 
@@ -12,11 +12,12 @@ import json
 from pathlib import Path
 
 import numpy as np
-from five_folds import HERE, SETTINGS, WORDS, gain_text, home_of, interval, of_patients, read_all
+from five_folds import HERE, NO_TEACHER, SETTINGS, WORDS, gain_text, home_of, interval, of_patients, read_all
 
 OURS, STOCK, EVERYTHING = "ConfKD with hints", "nnU-Net's ignore label", "everything annotated"
+ALONE = "our trainer, no teacher"
 COLUMNS = {"full patients alone": ("full_only", "full_cutmix"), STOCK: ("ignore_uniform",),
-           "our trainer, no teacher": ("ignore",), OURS: ("confkd_cost", "confkd_cutmix_cost"), EVERYTHING: ("all",)}
+           ALONE: ("ignore",), OURS: ("confkd_cost", "confkd_cutmix_cost"), EVERYTHING: ("all",)}
 RIVALS = tuple(COLUMNS)[:3]
 COLOURS = dict(zip(COLUMNS, ("0.65", "tab:orange", "tab:blue", "tab:red", "0.3")))
 
@@ -30,15 +31,15 @@ def lines_of(folder: Path, metric: str = "dice_pp") -> list[dict]:
 
     Returns:
         For each line "setting", "full", "folds", "means" and "intervals" of the columns, the "rival", which is the
-        best of `RIVALS`, the "gains" over each rival (one array of differences by patient for each fold), and the names
-        of these "patients". All are of the folds that all columns have.
+        best of `RIVALS` that are other trainings, the "gains" over each rival (one array of differences by patient for
+        each fold), and the names of these "patients". All are of the folds that all columns have.
     """
     runs, found = read_all(folder), []
     for setting, table in SETTINGS.items():
         for full in table.full:
             rows: dict[str, dict[str, dict[int, dict]]] = {column: {} for column in COLUMNS}
             for column, names in COLUMNS.items():
-                for row in names:
+                for row in COLUMNS[ALONE] if column == OURS and setting in NO_TEACHER else names:
                     of = runs.get((home_of(setting, row), row, 0 if column == EVERYTHING else full))
                     if of and not (setting != "unlabelled" and "cutmix" in row):
                         rows[column][row] = of
@@ -54,7 +55,8 @@ def lines_of(folder: Path, metric: str = "dice_pp") -> list[dict]:
                     for column, choices in rows.items()}
             patients = {column: of_patients(of, metric) for column, of in best.items()}
             means = {column: float(np.concatenate(of).mean()) for column, of in patients.items()}
-            rivals = [rival for rival in RIVALS if rival in means]
+            rivals = [rival for rival in RIVALS
+                      if rival in means and not (rival == ALONE and setting in NO_TEACHER)]
             found.append({"setting": setting, "full": full, "folds": sorted(folds), "means": means,
                           "intervals": {column: interval(of) for column, of in patients.items()},
                           "rival": max(rivals, key=means.__getitem__),

@@ -4,7 +4,7 @@ Nothing is read here. :mod:`nnunet_confkd.data.check_cases` has measured the cas
 """
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 
 import numpy as np
 
@@ -26,7 +26,7 @@ AXES = ("left and right", "front and back", "top and bottom")  # of x, y, z
 
 
 def warn_of_cases(files: Mapping[str, CaseFiles], contents: Mapping[str, CaseContent], kinds: Mapping[str, str],
-                  report: Report) -> None:
+                  report: Report, predicted: Container[str] = ()) -> None:
     """Warn of labels and grids that are not like those of the other cases.
 
     Args:
@@ -34,10 +34,12 @@ def warn_of_cases(files: Mapping[str, CaseFiles], contents: Mapping[str, CaseCon
         contents: {training case: what they hold}.
         kinds: {case: kind} of the cases whose labels can be used.
         report: It gets the warnings.
+        predicted: Cases whose labels a model has predicted. They are no scribbles, however little they hold.
     """
     full, partial = ({case: content for case, content in contents.items() if kinds.get(case) == kind}
                      for kind in (FULL, PARTIAL))
-    _warn_of_scribbles(full, partial, report)
+    _warn_of_scribbles(*({case: content for case, content in of.items() if case not in predicted}
+                         for of in (full, partial)), report)
     _warn_of_empty_labels(files, full, report)
     _warn_of_orientations(files, contents, report)
     _warn_of_sides(files, full, report)

@@ -1,6 +1,7 @@
 """Scribbles that are taken for complete masks are found, and complete masks are not."""
 from __future__ import annotations
 
+import json
 import re
 import tracemalloc
 
@@ -210,6 +211,11 @@ def test_scribbles_with_0_for_not_annotated_given_as_full_masks_are_named_by_che
         )
         and "give such cases to confkd mix as --partial, with --ignore-value 0" in warning
     )
+
+    file = next((tmp_path / "raw").glob("Dataset007_*/dataset.json"))  # as confkd complete writes it
+    described = json.loads(file.read_text())
+    file.write_text(json.dumps({**described, "completed": [{"cases": {f"p{k:02d}": {} for k in range(4, 24)}}]}))
+    assert not [text for text in check_dataset(7, 1).warnings if "look like scribbles" in text], "a model's labels"
 
 
 def test_scribbles_of_which_the_wrong_value_is_ignored_are_named_by_check(tmp_path, monkeypatch, capsys):
