@@ -213,7 +213,10 @@ def evaluate_case(task: Task) -> Result:
         return result
     (truth, geometry), (prediction, other) = labels
     if differences := geometry.differences(other):
-        result.problems.append(f"{task.prediction}: does not lie on the grid of {task.truth}: {'; '.join(differences)}")
+        result.problems.append(
+            f"{task.prediction}: does not lie on the grid of {task.truth}: {'; '.join(differences)}. If both show the "
+            f"same place, write the truth on the prediction's grid: SimpleITK.Resample(truth, prediction, "
+            f"SimpleITK.Transform(), SimpleITK.sitkNearestNeighbor)")
         return result
     classes = task.classes
     if classes is None:

@@ -393,6 +393,22 @@ def test_a_bad_prediction_is_named_with_every_other(folders, change, expected):
     assert not (folders / "prediction" / "metrics.json").exists()
 
 
+def test_a_truth_of_another_orientation_is_measured_once_it_is_resampled_as_the_error_says(folders):
+    for i in range(3):
+        file = folders / "truth" / f"case{i}.nii.gz"
+        prediction = sitk.ReadImage(str(folders / "prediction" / file.name))
+        sitk.WriteImage(sitk.DICOMOrient(prediction, "RPI"), str(file))
+    text = complaint(folders)
+    assert "direction" in text and (advice := "SimpleITK.Resample(truth, prediction, SimpleITK.Transform(), "
+                                              "SimpleITK.sitkNearestNeighbor)") in text
+    for i in range(3):
+        file = folders / "truth" / f"case{i}.nii.gz"
+        images = {"truth": sitk.ReadImage(str(file)), "SimpleITK": sitk,
+                  "prediction": sitk.ReadImage(str(folders / "prediction" / file.name))}
+        sitk.WriteImage(eval(advice, images), str(file))
+    assert all(of["Dice"] == 1 for case in measured(folders).cases.values() for of in case.values())
+
+
 def test_unknown_labels_of_either_folder_are_named(folders, dataset):
     save(folders / "prediction" / "case0.nii.gz", label_map(classes=(1, 7)))
     save(folders / "truth" / "case1.nii.gz", label_map(classes=(1, 9)))
