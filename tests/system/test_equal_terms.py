@@ -135,6 +135,16 @@ def test_the_text_on_kl_without_hints_has_the_figures_of_its_tables(module):
     assert re.findall(r"\d\.\d{3}", text.split("\n\n")[0]) == expected
 
 
+def test_the_text_on_longer_trainings_has_the_figures_of_its_tables(module):
+    text = (ROOT / "docs" / "explanation" / "results.md").read_text().split("## Three times as long")[1]
+    answers = {question: [line.strip("| ").split(" | ") for line in table.splitlines()[2:]]
+               for question, table in module.answers(module.OUTPUT).items() if question.startswith("longer")}
+    *_, alone, ours = answers["longer"]
+    expected = [ours[2], alone[2]]
+    expected += re.findall(r"\d\.\d{3}", answers["longer erosion"][-1][6])  # the gain, and its interval
+    assert re.findall(r"\d\.\d{3}", text.split("\n## ")[0]) == expected
+
+
 def test_confkds_row_in_the_readme_has_the_settings_that_its_trainer_chooses(module):
     from choices import OF_TEACHER, TRAINERS, of_folds, table_text
     choices = json.loads((ROOT / "benchmarks" / "choices.json").read_text())
