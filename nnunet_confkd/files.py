@@ -97,7 +97,7 @@ def new_folder(target: str | Path, replace: bool = False) -> Iterator[Path]:
         ...     [file.name for file in Path(folder).iterdir()]
         ['result']
     """
-    target = Path(target)
+    target = Path(target) if Path(target).name else Path(target).resolve()  # "." has no name
     aside, old = (target.with_name(f".{target.name}.{what}{os.getpid()}") for what in ("part", "old"))
     if target.exists() and not replace:
         raise FileExistsError(f"{target}: exists already")

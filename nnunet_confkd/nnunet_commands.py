@@ -513,7 +513,7 @@ def predict(argv: list[str], afterwards: Callable[[Any], object] = lambda predic
     from nnunet_confkd.data.json_files import read_description
     from nnunet_confkd.inference import postprocessing
     from nnunet_confkd.inference.expected_time import prediction_text
-    from nnunet_confkd.inference.inputs import Predicted, name_source, readable_images
+    from nnunet_confkd.inference.inputs import Predicted, name_source, readable_images, require_other_files
     from nnunet_confkd.training.network import predicting
 
     found = postprocessing.required(model, args.f, own.postprocessing)
@@ -521,8 +521,10 @@ def predict(argv: list[str], afterwards: Callable[[Any], object] = lambda predic
     source, described = Path(args.i), read_description(model / "dataset.json", ("file_ending", "labels"))
     with (readable_images(source, described) as images, predicting(own.branch), _threads(device),
           _entropy_too() if own.save_entropy else contextlib.nullcontext()):
+        require_other_files(source, images, Path(args.o), described["file_ending"])
         run_as(name, with_options(argv, "-device", device, "-i", str(images)))
-        predicted = Predicted.of(images, model, Path(args.o), described)
+        part = slice(getattr(args, "part_id", 0), None, getattr(args, "num_parts", 1))
+        predicted = Predicted.of(images, model, Path(args.o), described, own.save_entropy, part)
         warning = predicted.warning_of_empty()
         afterwards(postprocessing.applied(found, predicted, own.postprocessing is not None))
     if images != source:

@@ -23,10 +23,9 @@ def is_dicom_file(file: Path) -> bool:
 
 
 def is_dicom_folder(folder: Path) -> bool:
-    """Whether the first file of a folder that is not hidden is DICOM. A DICOMDIR only lists other files."""
-    files = (file for file in sorted(folder.iterdir())
-             if not file.name.startswith(".") and file.name != "DICOMDIR" and file.is_file())
-    return is_dicom_file(next(files, folder))
+    """Whether a folder holds a file of DICOM that is not hidden. A DICOMDIR only lists other files."""
+    return any(is_dicom_file(file) for file in sorted(folder.iterdir())
+               if not file.name.startswith(".") and file.name != "DICOMDIR" and file.is_file())
 
 
 def series_folders(folder: Path) -> dict[str, Path]:

@@ -14,6 +14,7 @@ In both cases `confkd` blocks of settings in the plans survive when the data set
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -44,7 +45,7 @@ from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
 
 from nnunet_confkd.data.annotated_classes import CLASSES_KEY, annotated_classes
 from nnunet_confkd.data.folders import find_dataset, preprocessed_folder, raw_folder
-from nnunet_confkd.data.images import count_voxels, quiet
+from nnunet_confkd.data.images import TIFF, count_voxels, ending_of, quiet, spacing_file
 from nnunet_confkd.data.json_files import CONFIGURATIONS, read_description, read_folds, read_json, read_plans
 from nnunet_confkd.data.patients import patients_of, split_full_cases, split_text
 from nnunet_confkd.data.resampling import KeepAnnotations
@@ -403,8 +404,11 @@ def preprocess_keeping_annotations(name: str, plans_name: str, configurations: S
         if planned:
             print(f"{configuration}: its preprocessor, {used}, is used as it is and may lose single annotated voxels.")
         preprocess_dataset(_id(name), plans_name, [configuration], [number], verbose, show_progress_bar)
-    # copies the labels to gt_segmentations
+    # copies the labels to gt_segmentations, but not the files with the spacing of TIFF
     preprocess_dataset(_id(name), plans_name, [], [], verbose, show_progress_bar)
+    for label in (raw_folder() / name / "labelsTr").iterdir():
+        if ending_of(label, TIFF) and spacing_file(label).is_file():
+            shutil.copy(spacing_file(label), preprocessed_folder() / name / "gt_segmentations")
 
 
 def preprocessed_counts(name: str, plans_name: str, configurations: Sequence[str], labels: RawLabels,

@@ -38,8 +38,9 @@ def warn_of_cases(files: Mapping[str, CaseFiles], contents: Mapping[str, CaseCon
     """
     full, partial = ({case: content for case, content in contents.items() if kinds.get(case) == kind}
                      for kind in (FULL, PARTIAL))
-    _warn_of_scribbles(*({case: content for case, content in of.items() if case not in predicted}
-                         for of in (full, partial)), report)
+    drawn_full, drawn_partial = ({case: content for case, content in of.items() if case not in predicted}
+                                 for of in (full, partial))
+    _warn_of_scribbles(drawn_full, drawn_partial, report)
     _warn_of_empty_labels(files, full, report)
     _warn_of_orientations(files, contents, report)
     _warn_of_sides(files, full, report)

@@ -18,7 +18,7 @@ import numpy as np
 from nnunet_confkd.arguments import Parser
 from nnunet_confkd.data.annotated_classes import unlisted_classes
 from nnunet_confkd.data.folders import find_dataset, preprocessed_folder, raw_folder
-from nnunet_confkd.data.images import ITK, Geometry, Picture, ending_of, read, spacing_file, values_in
+from nnunet_confkd.data.images import ITK, TIFF, Geometry, Picture, ending_of, read, spacing_file, values_in
 from nnunet_confkd.data.json_files import read_description
 from nnunet_confkd.data.names import without_affixes
 from nnunet_confkd.data.patients import patients_of
@@ -45,6 +45,7 @@ IS_IMAGE = "It looks like an image: give the folder of the labels"
 WROTE_SUMMARY = "wrote_summary_json"  # the key in metrics.json
 INTERVALS = "with 95 % intervals (bootstrap over the patients)"
 TOLERANCE_HELP = f"tolerance of the NSD (default: {TOLERANCE_MM:g})"
+DISTANCES = ("HD95_mm", "ASSD_mm")
 PATTERN_HELP = ("regular expression whose first group in the name of a case is the patient; intervals and tests are by "
                 "patient. Default: \"patient_pattern\" in the dataset.json of {}; without one, every case is a patient")
 
@@ -79,6 +80,10 @@ class Evaluation(CaseMeasures):
     def cases_text(self) -> str:
         """Write how many cases there are of how many patients."""
         return cases_text(len(self.cases), len(set(self.patient_of_each)))
+
+    def one_empty(self, name: str) -> int:
+        """Count the cases in which only one of the two masks of a class is empty, also where no spacing is known."""
+        return sum((of[name]["n_ref"] == 0) != (of[name]["n_pred"] == 0) for of in self.counts.values())
 
     def as_dict(self) -> dict:
         """Return what metrics.json holds: None stands for what is undefined, since JSON has no NaN."""
@@ -212,7 +217,12 @@ def evaluate_case(task: Task) -> Result:
     if result.problems:
         return result
     (truth, geometry), (prediction, other) = labels
-    if differences := geometry.differences(other):
+    known = [grid for file, grid in ((task.truth, geometry), (task.prediction, other)) if has_spacing(file)]
+    if len(known) == 2 or geometry.size != other.size:
+        differences = geometry.differences(other)
+    else:  # only TIFF, of which nnU-Net does not copy the file with the spacing
+        differences = []
+    if differences:
         result.problems.append(
             f"{task.prediction}: does not lie on the grid of {task.truth}: {'; '.join(differences)}. If both show the "
             f"same place, write the truth on the prediction's grid: SimpleITK.Resample(truth, prediction, "
@@ -221,8 +231,8 @@ def evaluate_case(task: Task) -> Result:
     classes = task.classes
     if classes is None:
         classes = {str(label): (label,) for label in sorted(result.occurring - {0})}
-    result.has_spacing = has_spacing(task.truth)
-    spacing = geometry.spacing[::-1][-truth.ndim:] if result.has_spacing else None
+    result.has_spacing = bool(known)
+    spacing = known[0].spacing[::-1][-truth.ndim:] if known else None
     pair = LabelPair(truth, prediction, classes, task.ignore_label)
     del labels, truth, prediction  # the surfaces are all that is needed from here on
     result.measures = measure_pair(pair, spacing, task.tolerance_mm)
@@ -262,7 +272,7 @@ def _read_segments(file: Path, segments: Mapping[str, int] | None) -> Picture:
 
 def has_spacing(file: Path) -> bool:
     """Return whether the spacing of an image is known: from its format, or from nnU-Net's file beside it."""
-    return ending_of(file).lower() in ITK or spacing_file(file).is_file()
+    return bool(ending_of(file, ITK) or ending_of(file, TIFF) and spacing_file(file).is_file())
 
 
 def _confusion(both: int, true: int, predicted: int, annotated: int) -> dict[str, int]:
@@ -335,8 +345,8 @@ def evaluate_folders(truth: str | Path, prediction: str | Path, *, dataset: int 
         if not classes:
             raise InputError(f"{truth}: no file holds a label other than 0; nothing to measure")
     for case in set(lists) & set(results):
-        _leave_out_unlisted(results[case], classes, {value for name in lists[case] for value in of_dataset[name]},
-                            None if labels else lists[case])
+        _leave_out_unlisted(results[case], classes, {name: of_dataset[name] for name in lists[case]}, known,
+                            by_name=not labels)
     return Evaluation(
         truth=truth, prediction=prediction, classes=classes, ignore_label=ignore_label,
         tolerance_mm=float(tolerance_mm),
@@ -371,18 +381,24 @@ def _absent(result: Result) -> tuple[dict[str, float], dict[str, int]]:
     return dict.fromkeys(MEASURES, math.nan), _confusion(0, 0, 0, result.annotated)
 
 
-def _leave_out_unlisted(result: Result, classes: dict[str, tuple[int, ...]], values: set[int],
-                        names: list[str] | None) -> None:
+def _leave_out_unlisted(result: Result, classes: dict[str, tuple[int, ...]], listed: dict[str, tuple[int, ...]],
+                        known: Iterable[int], by_name: bool) -> None:
     """Take a case out of the measures of classes that its ground truth is not annotated for.
 
     Args:
         result: Of the case.
         classes: {class: labels}.
-        values: The labels of the classes that the case is annotated for.
-        names: The names of these classes. None: `classes` are no names of the data set, so the labels decide.
+        listed: The same of the classes that the case is annotated for.
+        known: All labels of the data set.
+        by_name: Whether `classes` have the names of the data set. Otherwise the labels decide: those that belong to
+            the same listed classes cannot be told apart.
     """
+    groups: dict[tuple[bool, ...], set[int]] = {}
+    for label in known:
+        groups.setdefault(tuple(label in labels for labels in listed.values()), set()).add(label)
     for name, labels in classes.items():
-        if not (values.issuperset(labels) if names is None else name in names):
+        if not (name in listed if by_name else all(group.issubset(labels) or group.isdisjoint(labels)
+                                                   for group in groups.values())):
             result.measures[name], result.counts[name] = _absent(result)
 
 
@@ -488,7 +504,8 @@ def _given_classes(labels: Sequence[str | int]) -> dict[str, tuple[int, ...]]:
 def compare(ours: Evaluation, theirs: Evaluation) -> dict[str, dict[str, dict[str, float]]]:
     """Compare two sets of predictions of the same cases, in pairs.
 
-    Of the volume differences, the absolute values are compared.
+    Of the volume differences, the absolute values of each class are compared. The distances of the foreground are means
+    over the classes that have a distance in both sets.
 
     Args:
         ours: The measures of the first set.
@@ -516,14 +533,16 @@ def compare(ours: Evaluation, theirs: Evaluation) -> dict[str, dict[str, dict[st
         raise InputError(f"{ours.prediction} and {theirs.prediction} are not measured for the same classes: "
                          f"{', '.join(differing)}")
 
-    def values(evaluation: Evaluation, name: str, measure: str) -> np.ndarray:
-        of_case = dict(zip(evaluation.cases, evaluation.values(name, measure)))
-        found = np.array([of_case[case] for case in ours.cases])
-        return found if measure in HIGHER_IS_BETTER else np.abs(found)
+    def compared(name: str, measure: str) -> dict[str, float | int]:
+        classes = [name] if name in ours.classes else list(ours.classes)
+        values = np.array([[[evaluation.cases[case][of][measure] for of in classes] for case in ours.cases]
+                           for evaluation in (ours, theirs)], float)
+        if measure in DISTANCES:  # a set that misses a difficult class must not gain by it
+            values = np.where(np.isnan(values).any(0), np.nan, values)
+        means = defined_mean(values if measure in HIGHER_IS_BETTER else np.abs(values))
+        return paired_statistics(means[0], means[1], ours.patient_of_each)
 
-    patients = ours.patient_of_each
-    found = {name: {measure: paired_statistics(values(ours, name, measure), values(theirs, name, measure), patients)
-                    for measure in MEASURES} for name in ours.names}
+    found = {name: {measure: compared(name, measure) for measure in MEASURES} for name in ours.names}
     tests = [described for measures in found.values() for described in measures.values()]
     for described, p in zip(tests, holm([described["p"] for described in tests])):
         described["p_holm"] = p

@@ -159,8 +159,8 @@ class CaseMeasures:
 
     @property
     def names(self) -> list[str]:
-        """The classes and, if there are several, `FOREGROUND`."""
-        return [*self.classes, *([FOREGROUND] if len(self.classes) > 1 else [])]
+        """The classes and, if there are several and none has this name, `FOREGROUND`."""
+        return [*self.classes, *([FOREGROUND] if len(self.classes) > 1 and FOREGROUND not in self.classes else [])]
 
     @property
     def patient_of_each(self) -> list[str]:
@@ -169,7 +169,7 @@ class CaseMeasures:
 
     def values(self, name: str, measure: str) -> np.ndarray:
         """Return a measure of a class, or of `FOREGROUND`, for every case, `(cases,)`; NaN where it is undefined."""
-        names = list(self.classes) if name == FOREGROUND else [name]
+        names = [name] if name in self.classes else list(self.classes)
         return defined_mean(np.array([[case[n][measure] for n in names] for case in self.cases.values()], float))
 
     def describe(self, name: str, measure: str) -> dict[str, float | int]:

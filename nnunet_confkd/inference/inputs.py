@@ -20,9 +20,10 @@ from nnunet_confkd.files import write_json
 def readable_images(source: Path, described: dict, option: str = "-i") -> Iterator[Path]:
     """Yield a folder whose images have the names that nnU-Net needs: CASE_0000, CASE_0001, ... for the channels.
 
-    A folder with such names is yielded as it is. A single image, or images without these numbers, are linked into a
-    temporary folder. The predictions then have the names of the images. DICOM series are written there, in the file
-    format of the model's data set; the predictions then have the names of their folders.
+    A folder with such names is yielded as it is. A file may also hold all channels, as a picture with colours does.
+    A single image, or images without these numbers, are linked into a temporary folder. The predictions then have the
+    names of the images. DICOM series are written there, in the file format of the model's data set; the predictions
+    then have the names of their folders.
 
     Args:
         source: An image, a folder of images, a folder of one DICOM series, or a folder of such folders.
@@ -57,12 +58,20 @@ def readable_images(source: Path, described: dict, option: str = "-i") -> Iterat
         print(f"WARNING: {option} {source}: {counted(len(left_out), 'image')} left out, because the model's images end "
               f"with {ending}: {some(left_out)}. Convert them, or predict them from a folder of their own")
     cases, plain = _cases_of(files, ending, len(channels))
+
+    def complete(of_case: list[Path]) -> bool:
+        """Colours, or the channels of a NIfTI file with four dimensions, are several channels in one file."""
+        try:
+            return len(of_case) == len(channels) or sum(len(read(file).voxels) for file in of_case) == len(channels)
+        except InputError:
+            return False
+
     expected = ", ".join(f"CASE_{i:04d}{ending} ({name})" for i, name in enumerate(channels))
-    if plain and (cases or len(channels) > 1):
+    if plain and (cases or not all(complete([file]) for file in plain)):
         mixed = f", but {next(iter(cases.values()))[0].name} has one" if cases else ""
         raise InputError(f"{option} {source}: {plain[0].name} does not end with the number of a channel{mixed}. Name "
                          f"the files of every case {expected}")
-    incomplete = [case for case, channel_files in cases.items() if len(channel_files) != len(channels)]
+    incomplete = [case for case, channel_files in cases.items() if not complete(channel_files)]
     if incomplete:
         raise InputError(f"{option} {source}: {len(incomplete)} case(s) do not have all {len(channels)} channels: "
                          f"{some(incomplete, 5)}. Name the files of every case {expected}")
@@ -84,6 +93,22 @@ def cases_of(images: Path, ending: str) -> dict[str, Path]:
     return {match[1]: file for match, file in found if match}
 
 
+def require_other_files(source: Path, images: Path, output: Path, ending: str) -> None:
+    """Raise InputError if a prediction would be written over an image that was given.
+
+    Args:
+        source: The image or the folder of images that was given.
+        images: The folder that :func:`readable_images` has yielded for it.
+        output: The folder of the predictions.
+        ending: The file ending of images and predictions.
+    """
+    given = {file.resolve() for file in ([source] if source.is_file() else source.iterdir())}
+    lost = [target for case in cases_of(images, ending) if (target := output / f"{case}{ending}").resolve() in given]
+    if lost:
+        raise InputError(f"-o {output}: the predictions would be written over the images themselves: {some(lost)}. "
+                         f"Name another folder")
+
+
 @dataclass(frozen=True)
 class Predicted:
     """What `confkd predict` has predicted.
@@ -94,19 +119,32 @@ class Predicted:
         output: The folder of the predictions.
         model: The folder of the model.
         described: Its dataset.json.
+        entropy: Whether the entropy of these predictions was written. Maps in the folder may be of earlier ones.
     """
     images: dict[str, Path]
     segmentations: dict[str, Path]
     output: Path
     model: Path
     described: dict
+    entropy: bool = False
 
     @classmethod
-    def of(cls, images: Path, model: Path, output: Path, described: dict) -> Predicted:
-        """Find the files of a prediction. images: a folder of images with nnU-Net's names."""
-        cases = cases_of(images, described["file_ending"])
+    def of(cls, images: Path, model: Path, output: Path, described: dict, entropy: bool = False,
+           part: slice = slice(None)) -> Predicted:
+        """Find the files of a prediction.
+
+        Args:
+            images: A folder of images with nnU-Net's names.
+            model: The folder of the model.
+            output: The folder of the predictions.
+            described: The model's dataset.json.
+            entropy: Whether their entropy was written.
+            part: Which of the cases, sorted, were predicted. Others may be written by other processes.
+        """
+        cases = dict(sorted(cases_of(images, described["file_ending"]).items())[part])
         files = {case: output / f"{case}{described['file_ending']}" for case in cases}
-        return cls(cases, {case: file for case, file in files.items() if file.is_file()}, output, model, described)
+        return cls(cases, {case: file for case, file in files.items() if file.is_file()}, output, model, described,
+                   entropy)
 
     def warning_of_empty(self) -> str | None:
         """Name the predicted segmentations without any foreground; None if there are none."""
@@ -137,6 +175,11 @@ def _series(source: Path, ending: str, channels: list[str], option: str) -> dict
     if series and not ending.lower().endswith(ITK):
         raise InputError(f"{option} {source}: holds DICOM series, and the model's images end with {ending}, which does "
                          f"not keep where the voxels lie; convert them to {ending} yourself")
+    left_out = [folder.name for folder in sorted(source.iterdir()) if folder.is_dir() and folder.name[0] != "."
+                and not any(inner.is_relative_to(folder) for inner in series.values())]
+    if series and left_out and source not in series.values():
+        print(f"WARNING: {option} {source}: {counted(len(left_out), 'folder')} left out, because no file in "
+              f"{'them' if len(left_out) > 1 else 'it'} is an image in DICOM: {some(left_out)}")
     return series
 
 

@@ -5,9 +5,11 @@ execute anything.
 """
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from nnunetv2.configuration import default_num_processes
 from nnunetv2.evaluation.accumulate_cv_results import accumulate_cv_results
@@ -23,7 +25,7 @@ from nnunet_confkd.data.annotated_classes import CLASSES_KEY
 from nnunet_confkd.data.folders import raw_folder
 from nnunet_confkd.data.json_files import read_json, read_plans
 from nnunet_confkd.errors import InputError, shown
-from nnunet_confkd.files import new_folder, written_whole
+from nnunet_confkd.files import new_folder
 from nnunet_confkd.inference.inputs import Predicted
 from nnunet_confkd.processes import PROCESSES, parallel
 
@@ -159,9 +161,11 @@ def apply(found: PostProcessing, model: Path, target: Path, files: Iterable[Path
 
 
 def _apply_to_file(file: Path, target: Path, reader: type, steps: tuple[tuple[int, ...], ...]) -> None:
-    with written_whole(target) as aside:
-        load_postprocess_save(str(file), str(aside), reader(), [FUNCTION] * len(steps),
+    with TemporaryDirectory(prefix=".", dir=target.parent) as aside:  # the writer may add a file with the spacing
+        load_postprocess_save(str(file), str(Path(aside) / target.name), reader(), [FUNCTION] * len(steps),
                               [{"labels_or_regions": list(step)} for step in steps])
+        for written in Path(aside).iterdir():
+            os.replace(written, target.parent / written.name)
 
 
 def required(model: Path, folds: Iterable[int | str], asked: str | None) -> PostProcessing | None:

@@ -289,7 +289,8 @@ class Findings:
             segmentations["given"] = given
             content.segmentations = np.stack([*content.segmentations, prediction.to_preprocessed(given)[content.index]])
         spacing = list(properties["spacing"])
-        planar = spacing[0] == 999  # nnU-Net's readers give an image without a third axis this spacing
+        # nnU-Net's readers give an image without a third axis this spacing
+        planar = truth.shape[1] == 1 and bool(np.isclose(spacing[0], 999 * max(spacing[1:])))
         first = 1 if planar else 0
         unlisted = {of: dict.fromkeys(MEASURES, math.nan) for of in self.model.unlisted.get(case, ())}
         for branch, segmentation in segmentations.items():

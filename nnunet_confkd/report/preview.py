@@ -44,8 +44,8 @@ def write(predicted: Predicted) -> Path:
     """Write a picture of each case, and a page of them, to the folder `preview` of the predictions.
 
     Args:
-        predicted: What was predicted. Where there is an entropy of each voxel, it is shown, too, and the most uncertain
-            cases come first.
+        predicted: What was predicted. If its entropy was written, it is shown, too, and the most uncertain cases come
+            first.
 
     Returns:
         The page.
@@ -95,6 +95,8 @@ def _scores(predicted: Predicted) -> dict[str, float]:
     """Return {case: its uncertainty} of the cases of which it is known."""
     from nnunet_confkd.inference import uncertainty
 
+    if not predicted.entropy:
+        return {}
     files = {case: predicted.output / uncertainty.FOLDER / uncertainty.SCORES / f"{case}.json"
              for case in predicted.segmentations}
     return {case: float(json.loads(file.read_text(encoding="utf-8"))["score"]) for case, file in files.items()
@@ -114,7 +116,8 @@ def _cells(predicted: Predicted, case: str, classes: dict[str, set[int]]) -> tup
     segmentation = read(predicted.segmentations[case]).voxels[0]
     entropy_file = (predicted.output / uncertainty.FOLDER / uncertainty.NORMALISED /
                     f"{case}{uncertainty.map_ending(predicted.described['file_ending'])}")
-    volumes = [image.voxels[0], segmentation] + ([read(entropy_file).voxels[0]] if entropy_file.is_file() else [])
+    show = predicted.entropy and entropy_file.is_file()
+    volumes = [image.voxels[0], segmentation] + ([read(entropy_file).voxels[0]] if show else [])
     axis = 0
     if segmentation.ndim == 2:
         volumes, spacing = [volume[None] for volume in volumes], (1.0, *spacing)

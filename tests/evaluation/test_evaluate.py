@@ -203,6 +203,18 @@ def test_a_class_counts_only_in_cases_that_are_annotated_for_it(folders, dataset
     assert without.cases["case1"][unlisted]["Dice"] == 0
 
 
+def test_given_labels_of_nested_regions_count_only_where_a_case_tells_them_apart(folders, dataset):
+    """case1 is annotated for the whole alone, so nobody said where in it the core lies."""
+    save(folders / "truth" / "case1.nii.gz", np.minimum(label_map(), 1))
+    lists = {"annotated_classes": {"case1": ["whole"]}}
+    number = dataset({"background": 0, "whole": [1, 2], "core": 2}, regions_class_order=[1, 2], **lists)
+    by_name, given = measured(folders, dataset=number), measured(folders, dataset=number, labels=[2])
+    for evaluation, name in ((by_name, "core"), (given, "2")):
+        dice = {case: of[name]["Dice"] for case, of in evaluation.cases.items()}
+        assert dice["case0"] == 1 and math.isnan(dice["case1"])
+    assert by_name.cases["case1"]["whole"]["Dice"] > 0.5
+
+
 def test_unknown_annotated_classes_are_named(folders, dataset):
     lists = {"case1": ["liver"]}
     text = complaint(folders, dataset=dataset({"background": 0, "a": 1, "b": 2}, annotated_classes=lists))
@@ -251,6 +263,32 @@ def test_a_label_of_one_of_two_folders_is_measured_in_both(folders, capsys, firs
     assert found["comparison"]["7"]["Dice"]["n"] == 0, "it is absent from the ground truth and one of the folders"
     with pytest.raises(InputError, match="not measured for the same classes: 7"):
         compare(measured(folders, "prediction", labels=[1, 2]), measured(folders, "worse", labels=[1, 2, 7]))
+
+
+def test_the_foreground_is_compared_class_by_class(folders):
+    """Ours misses class 2, which is the difficult one, and its volumes are wrong in both directions."""
+    truth, ours, theirs = label_map(), label_map(1, classes=(1, 0)), label_map(1)
+    theirs[2:6, 8:19, 10:12] = 2
+    for i in range(3):
+        save(folders / "truth" / f"case{i}.nii.gz", truth)
+        save(folders / "prediction" / f"case{i}.nii.gz", ours)
+        save(folders / "worse" / f"case{i}.nii.gz", theirs)
+    found = compare(measured(folders), measured(folders, "worse"))
+    for measure in ("HD95_mm", "ASSD_mm"):
+        assert found["foreground"][measure]["mean"] == found["1"][measure]["mean"] == 0
+        assert math.isnan(found["2"][measure]["mean"])
+    volumes = [found[name]["volume_difference_ml"]["mean"] for name in ("1", "2", "foreground")]
+    assert volumes[2] == pytest.approx(np.mean(volumes[:2])) and volumes[1] > 0
+
+
+def test_volumes_that_are_wrong_in_both_directions_do_not_cancel(folders):
+    for i in range(3):
+        one = label_map()
+        one[2:6, 4:6, 2:8], one[2:6, 10:12, 10:16] = 0, 2  # a third of class 1 less, and of class 2 more
+        save(folders / "prediction" / f"case{i}.nii.gz", one)
+        save(folders / "worse" / f"case{i}.nii.gz", label_map())
+    found = compare(measured(folders), measured(folders, "worse"))
+    assert found["foreground"]["volume_difference_ml"]["mean"] > 0
 
 
 def two_cases_of_each_patient(folders):
@@ -308,6 +346,28 @@ def test_images_without_spacing_have_no_distances(tmp_path):
     assert evaluation.cases["a"]["1"]["Dice"] == pytest.approx(4 / 6)
     assert math.isnan(evaluation.cases["a"]["1"]["HD95_mm"])
     assert evaluation.one_empty("1") == 0 and "1 images have no spacing" in evaluation.text()
+
+
+def test_a_missed_class_of_a_picture_is_counted_and_a_json_of_another_program_is_no_spacing(tmp_path):
+    for folder, labels in (("truth", label_map()[3]), ("prediction", 0 * label_map()[3])):
+        (tmp_path / folder).mkdir()
+        sitk.WriteImage(sitk.GetImageFromArray(labels), str(tmp_path / folder / "a.png"))
+    (tmp_path / "truth" / "a.json").write_text('{"shapes": []}')  # as labelme writes it
+    evaluation = measured(tmp_path)
+    assert evaluation.no_spacing == ["a"] and math.isnan(evaluation.cases["a"]["1"]["volume_difference_ml"])
+    assert evaluation.one_empty("1") == 1
+
+
+def test_of_tiff_the_spacing_of_one_of_the_files_suffices(tmp_path):
+    from nnunetv2.imageio.tif_reader_writer import Tiff3DIO
+    for folder, shift in (("truth", 0), ("prediction", 1)):
+        (tmp_path / folder).mkdir()
+        Tiff3DIO().write_seg(label_map(shift), str(tmp_path / folder / "a.tif"), {"spacing": SPACING[::-1]})
+    both = measured(tmp_path)
+    (tmp_path / "truth" / "a.json").unlink()  # nnU-Net copies the labels to gt_segmentations without it
+    assert measured(tmp_path).cases == both.cases and both.cases["a"]["1"]["HD95_mm"] == 1.5
+    (tmp_path / "prediction" / "a.json").unlink()
+    assert measured(tmp_path).no_spacing == ["a"]
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ import SimpleITK as sitk
 from dicom_files import VOXELS, write_series
 
 from nnunet_confkd.errors import InputError
-from nnunet_confkd.inference.inputs import Predicted, cases_of, readable_images
+from nnunet_confkd.inference.inputs import Predicted, cases_of, readable_images, require_other_files
 
 ONE_CHANNEL = {"channel_names": {"0": "MRI"}, "file_ending": ".nii.gz"}
 TWO_CHANNELS = {"channel_names": {"0": "T1", "1": "T2"}, "file_ending": ".nii.gz"}
@@ -127,3 +127,59 @@ def test_predicted_segmentations_without_foreground_are_named(tmp_path):
 
     assert warning("b") is None and warning() is None
     assert "2 of 3 predicted segmentations have no foreground: a, c. Was" in warning("a", "b", "c")
+
+
+@pytest.mark.parametrize("source, output", [("p01.nii.gz", "."), (".", "."), (".", "other")])
+def test_a_prediction_is_never_written_over_an_image(tmp_path, source, output):
+    folder = tmp_path / "scans"
+    (folder / "other").mkdir(parents=True)
+    for name in ("p01", "p02"):
+        sitk.WriteImage(sitk.GetImageFromArray(np.zeros((2, 3, 4), np.float32)), str(folder / f"{name}.nii.gz"))
+    if output == "other":  # a link to the image, through which SimpleITK writes
+        (folder / "other" / "p02.nii.gz").symlink_to(folder / "p02.nii.gz")
+    with readable_images(folder / source, ONE_CHANNEL) as images:
+        with pytest.raises(InputError, match=r"written over the images themselves: .*p0"):
+            require_other_files(folder / source, images, folder / output, ".nii.gz")
+        require_other_files(folder / source, images, folder / "new", ".nii.gz")
+
+
+def test_names_with_channels_leave_room_for_predictions_in_the_same_folder(tmp_path):
+    sitk.WriteImage(sitk.GetImageFromArray(np.zeros((2, 3, 4), np.float32)), str(tmp_path / "p01_0000.nii.gz"))
+    with readable_images(tmp_path, ONE_CHANNEL) as images:
+        require_other_files(tmp_path, images, tmp_path, ".nii.gz")
+
+
+@pytest.mark.parametrize("names", [("a_0000.png", "b_0000.png"), ("a.png", "b.png")])
+def test_pictures_hold_all_colours_in_one_file(tmp_path, names):
+    colours = {"channel_names": {"0": "R", "1": "G", "2": "B"}, "file_ending": ".png"}
+    for name in names:
+        sitk.WriteImage(sitk.GetImageFromArray(np.zeros((5, 6, 3), np.uint8), isVector=True), str(tmp_path / name))
+    with readable_images(tmp_path, colours) as images:
+        assert sorted(file.name for file in images.iterdir()) == ["a_0000.png", "b_0000.png"]
+    sitk.WriteImage(sitk.GetImageFromArray(np.zeros((5, 6), np.uint8)), str(tmp_path / names[0]))  # grey
+    with pytest.raises(InputError, match="a"), readable_images(tmp_path, colours):
+        pass
+
+
+def test_a_dicom_series_is_found_beside_other_files_and_a_folder_without_one_is_named(tmp_path, capsys):
+    for patient, stray in (("p1", None), ("p2", "Thumbs.db"), ("p3", "README.txt")):
+        write_series(tmp_path / patient)
+        if stray:
+            (tmp_path / patient / stray).write_bytes(b"not an image")
+    (tmp_path / "p4").mkdir()
+    (tmp_path / "p4" / "notes.txt").write_text("none")
+    with readable_images(tmp_path, ONE_CHANNEL) as images:
+        assert list(cases_of(images, ".nii.gz")) == ["p1", "p2", "p3"]
+    assert "1 folder left out, because no file in it is an image in DICOM: p4" in capsys.readouterr().out
+
+
+def test_the_cases_of_other_parts_are_left_to_them(tmp_path):
+    for case in "abc":
+        for name in (f"in/{case}_0000.nii.gz", f"out/{case}.nii.gz"):
+            (tmp_path / name).parent.mkdir(exist_ok=True)
+            sitk.WriteImage(sitk.GetImageFromArray(np.ones((2, 3, 4), np.uint8)), str(tmp_path / name))
+    whole = tmp_path / "out" / "b.nii.gz"
+    whole.write_bytes(whole.read_bytes()[:-20])  # another part is writing it
+    described = {"file_ending": ".nii.gz"}
+    of_part = Predicted.of(tmp_path / "in", tmp_path, tmp_path / "out", described, part=slice(0, None, 2))
+    assert list(of_part.segmentations) == ["a", "c"] and of_part.warning_of_empty() is None

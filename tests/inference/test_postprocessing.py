@@ -10,6 +10,7 @@ import pytest
 from image_files import read_voxels, write_image
 from nnunetv2.postprocessing.remove_connected_components import apply_postprocessing_to_folder, determine_postprocessing
 
+from nnunet_confkd.data.images import read
 from nnunet_confkd.errors import InputError
 from nnunet_confkd.inference import postprocessing
 from nnunet_confkd.inference.inputs import Predicted
@@ -105,6 +106,19 @@ def test_a_region_is_one_component(model, tmp_path, monkeypatch):
     folder = tmp_path / postprocessing.FOLDER
     postprocessing.apply(found, model, folder, [tmp_path / "a.nii.gz"])
     assert np.array_equal(read_voxels(folder / "a.nii.gz"), blobs(0)[0])
+
+
+def test_tiff_keeps_its_file_with_the_spacing(tmp_path):
+    from nnunetv2.imageio.tif_reader_writer import Tiff3DIO
+    kept, voxels = blobs(1)
+    (tmp_path / "raw").mkdir()
+    Tiff3DIO().write_seg(voxels.astype(np.uint8), str(tmp_path / "raw" / "a.tif"), {"spacing": (3.0, 2.0, 1.0)})
+    folder = tmp_path / "postprocessed"
+    folder.mkdir()
+    postprocessing._apply_to_file(tmp_path / "raw" / "a.tif", folder / "a.tif", Tiff3DIO, ((1, 2),))
+    assert sorted(file.name for file in folder.iterdir()) == ["a.json", "a.tif"]
+    picture = read(folder / "a.tif")
+    assert picture.geometry.spacing == (1.0, 2.0, 3.0) and np.array_equal(picture.voxels[0], kept)
 
 
 def test_the_folds_that_predict_decide(model):

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -30,7 +31,7 @@ def predicted(tmp_path):
         segmentations[case] = write_image(output / f"{case}.nii.gz", label, SPACING)
     images["missing"] = images["a"]
     return Predicted(images, segmentations, output, tmp_path / "Trainer__plans__2d",
-                     {"labels": LABELS, "file_ending": ".nii.gz"})
+                     {"labels": LABELS, "file_ending": ".nii.gz"}, entropy=True)
 
 
 def add_entropy(predicted, scores):
@@ -63,6 +64,13 @@ def test_the_most_uncertain_cases_come_first_with_their_entropy(predicted, read_
     assert order == sorted(order) and "uncertainty 0.400" in text and "entropy, from 0" in text
     assert len(page.all("img")) == 7 + 7 + 3
     assert (predicted.output / "preview" / "case_01_b_c.png").is_file()
+
+
+def test_the_entropy_of_an_earlier_prediction_is_not_shown(predicted, read_page):
+    add_entropy(predicted, {"a": 0.1, "b & c": 0.4})
+    page = read_page(preview.write(replace(predicted, entropy=False)))
+    text = page.by_section["cases"]
+    assert "uncertainty" not in text and "entropy" not in text and text.index("a") < text.index("b & c")
 
 
 def test_slices_with_most_foreground_are_shown():
