@@ -332,9 +332,8 @@ def choose_roles(
     if fold is not None:
         rest = [patient for i, patient in enumerate(patients) if (i - fold) % FOLDS > 1]
         random.Random(100 + fold).shuffle(rest)
-        patients = [*patients[fold::FOLDS][:test], *patients[(fold + 1) % FOLDS::FOLDS][:validation], *rest]
-        test, validation = (min(size, len(patients[start % FOLDS::FOLDS]))
-                            for size, start in ((test, fold), (validation, fold + 1)))
+        to_test, to_validate = patients[fold::FOLDS][:test], patients[(fold + 1) % FOLDS::FOLDS][:validation]
+        test, validation, patients = len(to_test), len(to_validate), [*to_test, *to_validate, *rest]
     if test + validation + train > len(patients) + len(twins):
         raise SystemExit(f"{test} + {validation} + {train} patients are needed, there are {len(patients)}")
     groups = {"test": patients[:test], "validation": patients[test:test + validation],

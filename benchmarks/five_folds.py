@@ -31,6 +31,8 @@ OUTPUT = HERE / "five_folds"
 TOLERANCE_MM = 2.0  # of the NSD
 METRICS = {"dice": "Dice", "hd95_mm": "HD95_mm", "nsd": "NSD"}  # the name in a JSON file: that of evaluation.metrics
 
+HIPPOCAMPUS = (40, 20, 120)  # patients to test, to validate and to train: a fifth, half a fifth and the rest of 200
+
 # name: the table. `full` are the numbers of fully annotated patients.
 SETTINGS: dict[str, Table] = {
     "scribbles": replace(TABLES["acdc_small"], full=(3, 1, 7)),
@@ -38,9 +40,9 @@ SETTINGS: dict[str, Table] = {
     "erosion_foreground": replace(TABLES["acdc_small_erosion"], background=False),
     "erosion": TABLES["acdc_small_erosion"],
     "unlabelled": TABLES["acdc_small_none"],
-    "points": replace(TABLES["hippocampus"], full=(5, 3, 10)),
-    "points_sparse": replace(TABLES["hippocampus"], full=(5,), fraction=0.25),
-    "points_3d": TABLES["hippocampus_small_3d"],
+    "points": replace(TABLES["hippocampus"], patients=HIPPOCAMPUS, full=(5, 3, 10)),
+    "points_sparse": replace(TABLES["hippocampus"], patients=HIPPOCAMPUS, full=(5,), fraction=0.25),
+    "points_3d": replace(TABLES["hippocampus_small_3d"], patients=HIPPOCAMPUS),
 }
 WORDS = equal_terms.WORDS | {"scribbles_sparse": "ACDC, scribbles in a quarter of the slices",
                              "points": "Hippocampus, points",

@@ -460,7 +460,9 @@ def report(name: str, configuration: str, labels: RawLabels, after: dict[str, di
     for value in map(int, labels.manager.all_labels):
         holding = [label for label, content in labels.manager.label_dict.items()
                    if value in np.atleast_1d(content) and label != "ignore"]
-        numbers = [sum(counts[case].get(v, 0) for case in cases for v in ([0, OUTSIDE] if value == 0 else [value]))
+        numbers = [sum(counts[case].get(value, 0) for case in cases)
+                   + (sum(counts[case].get(OUTSIDE, 0) for case in cases if kind_of(counts[case], ignore) == FULL)
+                      if value == 0 else 0)
                    for cases in groups.values() for counts in (labels.counts, after)]
         rows.append([f"{value} {', '.join(holding)}", *map(str, numbers)])
     width = max(len(row[0]) for row in rows)

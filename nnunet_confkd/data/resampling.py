@@ -1,9 +1,16 @@
-"""Label resampling that keeps annotations. nnU-Net's own resampling erases isolated annotated voxels."""
+"""nnU-Net's preprocessing for labels with ignored voxels.
+
+nnU-Net's own resampling erases isolated annotated voxels. Its normalisation takes ignored voxels in the empty
+surroundings of an image for a part of it.
+"""
 from __future__ import annotations
 
 import numpy as np
+from nnunetv2.preprocessing.cropping.cropping import create_nonzero_mask
 from nnunetv2.preprocessing.preprocessors.default_preprocessor import DefaultPreprocessor
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
+
+from nnunet_confkd.data.supervision import OUTSIDE
 
 
 def keep_annotations(seg: np.ndarray, resampled: np.ndarray, ignore_label: int) -> np.ndarray:
@@ -62,17 +69,58 @@ def keep_annotations(seg: np.ndarray, resampled: np.ndarray, ignore_label: int) 
     return kept
 
 
+def outside_marked(seg: np.ndarray, data: np.ndarray, ignore_label: int) -> np.ndarray:
+    """Mark ignored voxels in the empty surroundings of an image as nnU-Net marks the others there, by -1.
+
+    nnU-Net does so with voxels of value 0 alone. Where it normalises the part of an image that is not -1, as with the
+    brain in BraTS, the intensities of a scribbled or unlabelled image would then be others than those of a fully
+    annotated one, and of an image to predict.
+
+    Args:
+        seg: Label map, `(1, *spatial)`.
+        data: The image before any change, `(C, *spatial)`.
+        ignore_label: The value of voxels that are not annotated.
+
+    Returns:
+        A new label map, or `seg` itself if it has no ignored voxel.
+
+    Examples:
+        >>> image = np.array([[[0, 5, 6, 0]] * 3])
+        >>> outside_marked(np.array([[[9, 9, 1, 0]] * 3]), image, ignore_label=9)[0, 0].tolist()
+        [-1, 9, 1, 0]
+    """
+    ignored = seg == ignore_label
+    if not ignored.any():
+        return seg
+    return np.where(ignored & ~create_nonzero_mask(data), seg.dtype.type(OUTSIDE), seg)
+
+
 class KeepAnnotations(DefaultPreprocessor):
-    """nnU-Net's preprocessor, with :func:`keep_annotations` for labels with ignored voxels.
+    """nnU-Net's preprocessor for labels with ignored voxels: with :func:`keep_annotations`, :func:`outside_marked`,
+    and patches that are placed on annotated voxels of the image, not on its empty surroundings.
 
     The plans do not name it. They keep naming nnU-Net's, which gives the same predictions.
     """
 
+    ignore_label: int | None = None
+
     def run_case_npy(self, data, seg, properties, plans_manager, configuration_manager, dataset_json):
-        ignore_label = plans_manager.get_label_manager(dataset_json).ignore_label
-        if ignore_label is not None:
-            configuration_manager = _KeepingConfiguration(configuration_manager.configuration, ignore_label)
+        self.ignore_label = plans_manager.get_label_manager(dataset_json).ignore_label
+        if self.ignore_label is not None:
+            if seg is not None and any(configuration_manager.use_mask_for_norm):
+                seg = outside_marked(seg, data, self.ignore_label)
+            configuration_manager = _KeepingConfiguration(configuration_manager.configuration, self.ignore_label)
         return super().run_case_npy(data, seg, properties, plans_manager, configuration_manager, dataset_json)
+
+    def _sample_foreground_locations(self, seg, classes_or_regions, *args, **kwargs):
+        """nnU-Net's method. In its list of all labels it has -1, which training ignores in such a label."""
+        locations = super()._sample_foreground_locations
+        if self.ignore_label is None or not (seg == self.ignore_label).any():
+            return locations(seg, classes_or_regions, *args, **kwargs)
+        names = [tuple(of) if isinstance(of, (tuple, list)) else of for of in classes_or_regions]
+        inside = [[label for label in of if label != OUTSIDE] if isinstance(of, tuple) else of for of in names]
+        found = locations(seg, inside, *args, **kwargs)
+        return {name: found[tuple(of) if isinstance(of, list) else of] for name, of in zip(names, inside)}
 
 
 class _KeepingConfiguration(ConfigurationManager):
@@ -87,5 +135,9 @@ class _KeepingConfiguration(ConfigurationManager):
         stock = super().resampling_fn_seg
 
         def resample(seg, *grid):
-            return keep_annotations(seg, stock(seg, *grid), self.ignore_label)
+            resampled = stock(seg, *grid)
+            if not (seg == self.ignore_label).any():
+                return resampled
+            # nobody annotated -1, so it must not spread
+            return keep_annotations(np.where(seg == OUTSIDE, self.ignore_label, seg), resampled, self.ignore_label)
         return resample

@@ -32,7 +32,7 @@ OUTSIDE = -1  # nnU-Net's label of padding and of the empty surroundings of an i
 # ---- counting -------------------------------------------------------------------------------------------------------
 
 def kind_of(counts: dict[int, int], ignore_label: int | None) -> str:
-    """Return the kind of a case.
+    """Return the kind of a case. Where some voxels are ignored, training also ignores those of `OUTSIDE`.
 
     Args:
         counts: {label: voxels}, those of `ignore_label` and of `OUTSIDE` included.
@@ -42,10 +42,10 @@ def kind_of(counts: dict[int, int], ignore_label: int | None) -> str:
         >>> kind_of({0: 90, 1: 10}, 2), kind_of({0: 5, 1: 5, 2: 90}, 2), kind_of({2: 100}, 2)
         ('full', 'partial', 'unlabelled')
     """
-    ignored = counts.get(ignore_label, 0)
-    if not ignored:
+    if not counts.get(ignore_label, 0):
         return FULL
-    return PARTIAL if sum(counts.values()) > ignored else UNLABELLED
+    annotated = sum(number for label, number in counts.items() if label not in (ignore_label, OUTSIDE))
+    return PARTIAL if annotated else UNLABELLED
 
 
 def annotation_counts(folder: str | Path, cases: Iterable[str], label_manager: LabelManager,

@@ -12,7 +12,7 @@ import numpy as np
 
 from nnunet_confkd.data.images import Picture, count_voxels, read
 from nnunet_confkd.data.raw_format import Case
-from nnunet_confkd.data.supervision import OUTSIDE, kind_of
+from nnunet_confkd.data.supervision import kind_of
 from nnunet_confkd.errors import InputError
 from nnunet_confkd.inference.review import case_score, map_ending
 
@@ -120,7 +120,7 @@ class CompletedCase:
         agreement = np.count_nonzero((predicted == label) & ~missing) / annotated if annotated else None
         ignore = -2 if self.ignore is None else self.ignore
         return {"case": self.case, **case_score(entropy, predicted, missing),
-                "kind": kind_of({ignore: left, OUTSIDE: label.size - left}, ignore),
+                "kind": kind_of({ignore: left, 0: label.size - left}, ignore),
                 "annotated_voxels": annotated, "filled_voxels": label.size - annotated - left, "ignored_voxels": left,
                 "mean_confidence": float(confidence.mean(dtype=np.float64, where=missing)) if missing.any() else None,
                 "agreement_with_annotations": agreement}

@@ -47,7 +47,8 @@ class TrainingCases:
         except Exception as error:  # whatever the broken bytes lead to
             raise unreadable(self.dataset.source_folder, case, error) from error
         if case in self.hidden:
-            seg = np.full(seg.shape, self.ignore_label, np.int16)
+            # -1 stays: nnU-Net keeps these voxels of the image at 0
+            seg = np.where(np.asarray(seg) == OUTSIDE, OUTSIDE, self.ignore_label).astype(np.int16)
             properties = {**properties, "class_locations": {c: [] for c in properties["class_locations"]}}
         return data, seg, seg_prev, properties
 
@@ -157,6 +158,32 @@ def label_padding(transforms: BasicTransform, ignore_label: int | None) -> Label
 # ---- batches --------------------------------------------------------------------------------------------------------
 
 
+def rounding_text(batch_size: int, share: float, cutmix: float, gpus: bool) -> str:
+    """Say what becomes of shares in small batches.
+
+    Args:
+        batch_size: Number of images on each GPU.
+        share: Wanted share of fully annotated images.
+        cutmix: Share of the iterations that are to be mixed.
+        gpus: Whether there are several GPUs.
+
+    Returns:
+        Sentences, empty if the shares are those that are asked for.
+
+    Examples:
+        >>> rounding_text(2, 0.25, 0.0, gpus=False)
+        '1 of 2 images of each batch is fully annotated (full_share 0.25, rounded).'
+    """
+    images, texts = f"{batch_size} images of each batch" + (" on each GPU" if gpus else ""), []
+    number = full_images_per_batch(batch_size, share, share < 1)
+    if batch_size > 1 and abs(number / batch_size - share) > 0.05:
+        texts.append(f"{number} of {images} {'is' if number == 1 else 'are'} fully annotated (full_share {share:.3g}, "
+                     f"rounded).")
+    if batch_size == 1 and cutmix:
+        texts.append("There is no CutMix, because a batch" + (" on each GPU" if gpus else "") + " has one image.")
+    return " ".join(texts)
+
+
 def full_images_per_batch(batch_size: int, share: float, others: bool) -> int:
     """Compute the number of fully annotated images in a batch of two or more.
 
@@ -229,7 +256,8 @@ class StratifiedLoader(nnUNetDataLoader):
         args: Further arguments of nnU-Net's loader.
         kinds: Kind of each case of the data set.
         full_share: Share of fully annotated images. In batches of one it is the share of the batches.
-        unlabelled_share: Share of unlabelled images among the others, but at most their share of the cases.
+        unlabelled_share: Share of unlabelled images among the others, but at most their share of the cases. If all
+            others are unlabelled it is 1, and with 0 none is drawn.
         offset: The rank. It shifts the turns of the strata, so that ranks and workers do not all have the same one at
             the same time.
         complete: Each of these gets a batch in turn and returns it, for example with more entries.
@@ -250,6 +278,8 @@ class StratifiedLoader(nnUNetDataLoader):
         self.strata = {kind: [case for case in data.identifiers if kinds[case] == kind] for kind in KINDS}
         if full_share and not self.strata[FULL]:
             raise InputError("no fully annotated case to draw from")
+        if not unlabelled_share:
+            self.strata[UNLABELLED] = []
         unlabelled = len(self.strata[UNLABELLED])
         others = len(self.strata[PARTIAL]) + unlabelled
         self.unlabelled_share = min(unlabelled_share, unlabelled / others) if self.strata[PARTIAL] else 1.0

@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Container, Iterable
+from collections.abc import Container, Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -11,7 +11,7 @@ from nnunetv2.paths import nnUNet_preprocessed, nnUNet_raw, nnUNet_results
 
 from nnunet_confkd.data.json_files import changed_since_planning, number_of_folds, planning_text, read_json
 from nnunet_confkd.data.patients import patients_of, single_patient_text
-from nnunet_confkd.data.supervision import FULL
+from nnunet_confkd.data.supervision import FULL, OUTSIDE
 from nnunet_confkd.errors import InputError
 
 
@@ -130,3 +130,28 @@ def warning_of_spinning_threads(device: str) -> str | None:
     return ("threads that wait for each other keep the cores busy, which can slow a training on a CPU down several "
             "times. Stop it, type export OMP_WAIT_POLICY=PASSIVE, and start it again; or use confkd train, which sets "
             "this.")
+
+
+def warning_of_intensities(counts: Mapping[str, Mapping[int, int]], ignore_label: int | None, dataset: str,
+                           configuration: str) -> str | None:
+    """Warn of data with intensities that depend on the kind of a case (see :mod:`nnunet_confkd.data.resampling`).
+
+    Args:
+        counts: {case: {label: voxels}} of the preprocessed labels.
+        ignore_label: The data set's; None: no voxel is ignored.
+        dataset: The name of the data set.
+        configuration: The name of a configuration whose normalisation leaves out the surroundings of an image.
+
+    Returns:
+        The warning; None if the surroundings of an image are marked in labels with ignored voxels, too.
+    """
+    shares: dict[bool, list[float]] = {True: [], False: []}  # of voxels in the surroundings; True: some are ignored
+    for count in counts.values():
+        shares[bool(count.get(ignore_label, 0))].append(count.get(OUTSIDE, 0) / max(1, sum(count.values())))
+    few, usual = (sum(of) / len(of) if of else 0.0 for of in (shares[True], shares[False]))
+    if not shares[True] or few >= usual / 2:
+        return None
+    return (f"nnU-Net's own preprocessing has normalised {len(shares[True])} case(s) with ignored voxels together with "
+            f"the empty surroundings of their images, so their intensities are not those of the fully annotated ones. "
+            f"Preprocess them again: confkd plan -d {int(dataset[7:10])} -c {configuration}, with the options of the "
+            f"first time")

@@ -51,11 +51,13 @@ from nnunet_confkd.output import duration
 from nnunet_confkd.processes import terminable
 from nnunet_confkd.training.automatic import AUTOMATIC, OF_NETWORK, Annotations, choose, choose_network
 from nnunet_confkd.training.batches import (
+    LabelPadding,
     ListedClasses,
     StratifiedLoader,
     TrainingCases,
     class_probabilities,
     label_padding,
+    rounding_text,
     set_seed,
     start_augmenter,
 )
@@ -65,6 +67,7 @@ from nnunet_confkd.training.checks import (
     check_plans,
     edited_after_planning,
     has_begun,
+    warning_of_intensities,
     warning_of_spinning_threads,
     warnings_of_split,
 )
@@ -236,6 +239,10 @@ class ConfKDTrainer(nnUNetTrainer):
                                    + (f"; {len(hidden)} not annotated for all classes" if hidden else ""))
             if self.local_rank == 0:
                 self._warn_of_lost_annotations(kinds, table or {})
+                if any(self.configuration_manager.use_mask_for_norm) and (
+                        warning := warning_of_intensities(counts, self.label_manager.ignore_label,
+                                                          self.plans_manager.dataset_name, self.configuration_name)):
+                    self.print_to_log_file(f"WARNING: {warning}")
         self.hidden = {case: listed for case, listed in hidden.items() if kinds[case] == PARTIAL}
         self.complete = [case for case, count in counts.items() if not count.get(self.label_manager.ignore_label, 0)]
         classes = [label for label in self.label_manager.all_labels if label]
@@ -251,8 +258,9 @@ class ConfKDTrainer(nnUNetTrainer):
             self.dataset_json["file_ending"], self.plans_manager.image_reader_writer_class(),
             self.label_manager.ignore_label)
         if lost:
-            self.print_to_log_file(f"WARNING: resampling dropped every annotated voxel of {len(lost)} partially "
-                                   f"annotated case(s), which count as unlabelled now: {', '.join(lost)}")
+            self.print_to_log_file(f"WARNING: {len(lost)} partially annotated case(s) count as unlabelled now: "
+                                   f"resampling dropped all of their annotated voxels, or these lie in the empty "
+                                   f"surroundings of the image: {', '.join(lost)}")
 
     def do_split(self):
         """nnU-Net's split, which is never random, and by default never validates on partial annotations."""
@@ -432,6 +440,8 @@ class ConfKDTrainer(nnUNetTrainer):
         val_transforms = self._with_padding(
             self.get_validation_transforms(deep_supervision_scales, **self._label_options))
         chosen = self._choose(dataset_tr.identifiers)
+        if text := rounding_text(self.batch_size, chosen.full_share, chosen.cutmix, self.is_ddp):
+            self.print_to_log_file(text)
         self.loss.equal_kinds = chosen.equal_kinds
         if self.two_branches:
             unwrap(self.network).teacher_trains_encoder = chosen.teacher_trains_encoder
@@ -454,6 +464,9 @@ class ConfKDTrainer(nnUNetTrainer):
             hints = [deepcopy(self.validation_hints)] if self.validation_hints else []
             dl_val = self._loader(dataset_val, self.batch_size, patch_size, val_transforms, complete=hints)
         else:
+            for step in val_transforms.transforms:
+                if isinstance(step, LabelPadding):  # nobody annotated the surroundings of these images
+                    step.full = False
             dl_val = self._loader(dataset_val, self.batch_size, patch_size, val_transforms, nnUNetDataLoader)
 
         seed = self.settings.seed

@@ -22,7 +22,7 @@ import SimpleITK as sitk
 import torch
 from batchgeneratorsv2.transforms.utils.compose import ComposeTransforms
 from batchgeneratorsv2.transforms.utils.remove_label import RemoveLabelTransform
-from image_files import read_json, write_image
+from image_files import read_json, read_voxels, write_image
 from nnunetv2.experiment_planning import plan_and_preprocess_entrypoints
 from nnunetv2.experiment_planning.dataset_fingerprint.fingerprint_extractor import DatasetFingerprintExtractor
 from nnunetv2.experiment_planning.plan_and_preprocess_api import extract_fingerprints, plan_experiments, preprocess
@@ -472,12 +472,15 @@ def _load(folder, configuration, case):
 
 
 def _expected_points(label, configuration):
-    """{place: class}; two slices are cropped, and each axis that is resampled has half as many voxels."""
+    """{place: class}; two slices are cropped, and each axis that is resampled has half as many voxels.
+
+    Points where the image is empty are none: training ignores what nnU-Net calls -1.
+    """
     corner = np.zeros(SHAPE, dtype=bool)
     corner[OUTSIDE] = True
     z_scale = 2 if configuration == "3d_fullres" else 1
-    return {((z - 2) // z_scale, y // 2, x // 2): -1 if corner[z, y, x] else int(label[z, y, x])
-            for z, y, x in np.argwhere(label != IGNORE).tolist()}
+    return {((z - 2) // z_scale, y // 2, x // 2): int(label[z, y, x])
+            for z, y, x in np.argwhere((label != IGNORE) & ~corner).tolist()}
 
 
 @pytest.mark.parametrize("configuration", ["2d", "3d_fullres"])
@@ -485,10 +488,11 @@ def test_every_point_survives_preprocessing_and_is_found_by_patch_sampling(mixed
     for case in ("c03", "c04"):
         data, seg, properties = _load(mixed.preprocessed, configuration, case)
         expected = _expected_points(mixed.cases[case][1], configuration)
-        assert len(expected) == 60 and set(expected.values()) == {-1, 0, 1, 2}
-        assert {tuple(p[1:]): int(seg[tuple(p)]) for p in np.argwhere(seg != IGNORE).tolist()} == expected
+        assert len(expected) == 59 and set(expected.values()) == {0, 1, 2}
+        annotated = np.argwhere((seg != IGNORE) & (seg != -1)).tolist()
+        assert {tuple(p[1:]): int(seg[tuple(p)]) for p in annotated} == expected
         locations = properties["class_locations"]
-        for key, classes in ((1, [1]), (2, [2]), ((-1, 0, 1, 2), [-1, 0, 1, 2])):
+        for key, classes in ((1, [1]), (2, [2]), ((-1, 0, 1, 2), [0, 1, 2])):
             assert {tuple(p[1:]) for p in np.asarray(locations[key]).tolist()} == {
                 place for place, value in expected.items() if value in classes}
 
@@ -506,7 +510,7 @@ def test_completion_shows_the_teacher_what_training_would_show_it(mixed):
         hints = item["data"][None, 1:]
         shown = hint_channels(hints - 1, hints > 0, 3)[0]  # as the network gets them, patch by patch
         seg = nnUNetDatasetBlosc2(str(folder), [case]).load_case(case)[1][:]
-        assert (seg == -1).any() and shown.shape[1:] == seg.shape[1:]
+        assert shown.shape[1:] == seg.shape[1:]
         # the whole case, and some of its surroundings, as a patch of a training batch
         margin = 2
         patch = [n + 2 * margin for n in seg.shape[1:]]
@@ -536,6 +540,7 @@ def test_completion_shows_the_teacher_what_training_would_show_it(mixed):
             1
         ]
         assert ((stock != IGNORE) & (stock != -1)).sum() < annotated / 2
+        assert (read_voxels(label) != IGNORE)[OUTSIDE].any(), "a point of background lies where the image is empty"
 
 
 @pytest.mark.parametrize("configuration", ["2d", "3d_fullres"])
@@ -620,7 +625,7 @@ def test_the_report_counts_annotated_voxels_before_and_after(mixed, configuratio
     after = [value for label in partial for value in _expected_points(label, configuration).values()]
     full = [_load(mixed.preprocessed, configuration, case)[1] for case in ("c00", "c01", "c02")]
     for value, name in enumerate(("background", "a", "b")):
-        values = [value, -1] if value == 0 else [value]  # outside of the non-zero region is background
+        values = [value, -1] if value == 0 else [value]  # in full labels, outside of the non-zero region is background
         before = sum(np.count_nonzero(label == value) for label in partial)
         if value == 0:
             before += 16 * 20  # the plane of the cropped case

@@ -38,7 +38,7 @@ WITHOUT_IGNORE = LabelManager({"background": 0, "a": 1, "b": 2}, None)
     ([0, 1, 2, 0], FULL),
     ([OUTSIDE, 0, 1, 1], FULL),  # background outside of the non-zero part is annotated
     ([IGNORE, IGNORE, 1, IGNORE], PARTIAL),
-    ([IGNORE, IGNORE, OUTSIDE, IGNORE], PARTIAL),
+    ([IGNORE, IGNORE, OUTSIDE, IGNORE], UNLABELLED),  # where some voxels are ignored, training ignores -1, too
     ([IGNORE, IGNORE, IGNORE, IGNORE], UNLABELLED)])
 def test_kind_follows_from_the_ignored_voxels(label, kind):
     assert kind_of(count_voxels(np.array(label), [OUTSIDE, 0, 1, 2, IGNORE]), IGNORE) == kind

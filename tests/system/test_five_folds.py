@@ -34,6 +34,11 @@ def test_every_patient_is_tested_once_and_has_one_role_in_each_fold(module):
         role_of = {accuracy.patient_of(case): role for role, of in roles.items() for case in of}
         assert role_of[twins[0]] == role_of[twins[1]]
     assert folds[0]["train"][:6] != folds[2]["train"][:6]
+    names = [f"hippocampus_{i:03d}" for i in range(200)]
+    folds = [accuracy.choose_roles(names, module.HIPPOCAMPUS, fold=fold) for fold in range(module.FOLDS)]
+    assert sorted(case for roles in folds for case in roles["test"]) == names
+    assert all({role: len(of) for role, of in roles.items()} == {"test": 40, "validation": 20, "train": 120}
+               and len({case for of in roles.values() for case in of}) == 180 for roles in folds)
 
 
 def test_rows_that_do_not_depend_on_weak_labels_are_run_once(module):

@@ -23,6 +23,7 @@ from nnunet_confkd.training.batches import (
     full_images_per_batch,
     label_padding,
     real_hints,
+    rounding_text,
 )
 
 IGNORE = 3
@@ -118,6 +119,26 @@ def test_without_other_cases_all_images_are_full():
     assert full_images_per_batch(4, 0.5, others=False) == 4
     batch = next(loader(4, kinds={"f0": FULL, "f1": FULL}))
     assert batch["num_full"] == 4
+
+
+def test_unlabelled_images_that_teach_nothing_are_not_drawn():
+    """Also with a set share of full images, and if all other images are unlabelled."""
+    kinds = {"f0": FULL, "f1": FULL, "u0": UNLABELLED, "u1": UNLABELLED}
+    for more, numbers in (({}, [4]), ({"p": PARTIAL}, [2])):
+        dl = loader(4, kinds=kinds | more, unlabelled_share=0)
+        for _ in range(10):
+            batch = next(dl)
+            assert [batch["num_full"]] == numbers and not {"u0", "u1"} & set(batch["keys"])
+    assert next(loader(4, kinds=kinds))["num_full"] == 2
+
+
+@pytest.mark.parametrize("batch_size, share, cutmix, gpus, expected", [
+    (4, 0.25, 0.5, False, ""), (2, 0.5, 0.5, True, ""), (1, 0.25, 0.0, False, ""), (2, 1.0, 0.5, False, ""),
+    (2, 0.75, 0.0, False, "1 of 2 images of each batch is fully annotated (full_share 0.75, rounded)."),
+    (3, 0.5, 0.0, True, "2 of 3 images of each batch on each GPU are fully annotated (full_share 0.5, rounded)."),
+    (1, 0.5, 0.5, True, "There is no CutMix, because a batch on each GPU has one image.")])
+def test_what_small_batches_make_of_shares_is_said(batch_size, share, cutmix, gpus, expected):
+    assert rounding_text(batch_size, share, cutmix, gpus) == expected
 
 
 def test_without_a_full_case_there_is_nothing_to_draw_from():

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from nnunet_confkd.errors import InputError
-from nnunet_confkd.training.checks import warning_of_spinning_threads
+from nnunet_confkd.training.checks import warning_of_intensities, warning_of_spinning_threads
 from nnunet_confkd.training.hints import HintSampler
 from nnunet_confkd.training.losses import TERMS
 from nnunet_confkd.training.network import TwoBranchUNet
@@ -459,6 +459,35 @@ def test_partially_annotated_validation_cases_are_left_out_of_the_pseudo_dice(nn
     assert "1 validation case(s) are not fully annotated" in text and "Delete splits_final.json" in text
 
 
+def test_the_surroundings_of_partially_annotated_validation_cases_do_not_count(nnunet, hippocampus, split, monkeypatch):
+    """If a fold validates on no other cases, the pseudo-Dice is that of their annotated voxels alone."""
+    monkeypatch.setenv("nnUNet_n_proc_DA", "0")
+    val = hippocampus["partial"][:2]
+    split([{"train": hippocampus["full"] + hippocampus["partial"][2:], "val": val}])
+    trainer = nnunet.trainer(HIPPOCAMPUS, "2d")
+    trainer.initialize()
+    _, loader = trainer.get_dataloaders()
+    cases = trainer.dataset_class(trainer.preprocessed_dataset_folder, val)
+    annotated = max((~np.isin(np.asarray(cases.load_case(case)[1][:]), (-1, 3))).sum((0, 2, 3)).max() for case in val)
+    for _ in range(4):
+        batch = next(loader)
+        assert set(batch["keys"]) <= set(val)
+        labels = batch["target"][0] if isinstance(batch["target"], list) else batch["target"]
+        assert (labels != 3).flatten(1).sum(1).max() <= annotated
+
+
+def test_intensities_that_depend_on_the_kind_of_a_case_are_told():
+    head, full = {-1: 60, 0: 30, 1: 10, 3: 0}, {"f": {-1: 60, 0: 30, 1: 10, 3: 0}}
+    stock = {"u": {-1: 0, 0: 0, 1: 0, 3: 100}, "p": {-1: 4, 0: 2, 1: 1, 3: 93}}
+    text = warning_of_intensities(full | stock, 3, "Dataset027_Heads", "3d_fullres")
+    assert "2 case(s)" in text and "confkd plan -d 27 -c 3d_fullres" in text
+    ours = {"u": {-1: 60, 0: 0, 1: 0, 3: 40}, "p": {-1: 60, 0: 2, 1: 1, 3: 37}}
+    assert warning_of_intensities(full | ours, 3, "Dataset027_Heads", "3d_fullres") is None
+    assert warning_of_intensities({"f": head}, None, "Dataset027_Heads", "2d") is None
+    whole = {"f": {-1: 0, 0: 90, 3: 0}, "u": {-1: 0, 0: 0, 3: 90}}  # no image has empty surroundings
+    assert warning_of_intensities(whole, 3, "Dataset027_Heads", "2d") is None
+
+
 def test_a_case_declared_unlabelled_is_trained_without_its_annotations(nnunet, hippocampus):
     files = [folder / "dataset.json" for folder in (nnunet.raw(HIPPOCAMPUS), nnunet.preprocessed(HIPPOCAMPUS))]
     before = [file.read_text() for file in files]
@@ -469,7 +498,7 @@ def test_a_case_declared_unlabelled_is_trained_without_its_annotations(nnunet, h
         trainer = nnunet.trainer(HIPPOCAMPUS, "2d")
         data, _ = trainer.get_tr_and_val_datasets()
         assert trainer.kinds[lowered] == "unlabelled"
-        assert (data.load_case(lowered)[1] == 3).all()
+        assert np.isin(data.load_case(lowered)[1], (-1, 3)).all()  # -1: the surroundings, which become 3 in training
         assert not (np.asarray(data.load_case(hippocampus["full"][1])[1][:]) == 3).any()
     finally:
         for file, text in zip(files, before):
