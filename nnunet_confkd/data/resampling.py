@@ -83,11 +83,6 @@ def outside_marked(seg: np.ndarray, data: np.ndarray, ignore_label: int) -> np.n
 
     Returns:
         A new label map, or `seg` itself if it has no ignored voxel.
-
-    Examples:
-        >>> image = np.array([[[0, 5, 6, 0]] * 3])
-        >>> outside_marked(np.array([[[9, 9, 1, 0]] * 3]), image, ignore_label=9)[0, 0].tolist()
-        [-1, 9, 1, 0]
     """
     ignored = seg == ignore_label
     if not ignored.any():

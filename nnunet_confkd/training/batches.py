@@ -169,10 +169,6 @@ def rounding_text(batch_size: int, share: float, cutmix: float, gpus: bool) -> s
 
     Returns:
         Sentences, empty if the shares are those that are asked for.
-
-    Examples:
-        >>> rounding_text(2, 0.25, 0.0, gpus=False)
-        '1 of 2 images of each batch is fully annotated (full_share 0.25, rounded).'
     """
     images, texts = f"{batch_size} images of each batch" + (" on each GPU" if gpus else ""), []
     number = full_images_per_batch(batch_size, share, share < 1)

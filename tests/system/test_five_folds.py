@@ -183,6 +183,9 @@ def test_the_tables_and_the_text_show_the_runs_that_are_here(module):
     assert {title: round(eroded["means"][title], 3) for title in STORED} == STORED
     over_stock = np.concatenate(eroded["gains"]["nnU-Net's ignore label"]).mean()
     assert f"**What you gain** over nnU-Net's own ignore label: {over_stock:.2f} Dice" in readme
+    with_background = next(line for line in lines if line["setting"] == "erosion")
+    over_stock = np.concatenate(with_background["gains"]["nnU-Net's ignore label"]).mean()
+    assert f"eroded masks without background, and {over_stock:.2f} with background" in readme
 
 
 def test_completed_labels_are_compared_by_patient_and_fold(module, tmp_path):
