@@ -119,6 +119,14 @@ def test_an_existing_folder_is_replaced_only_if_this_is_asked_for(tmp_path):
     assert contents(tmp_path) == {"folder": None, "folder/file": "new"}
 
 
+def test_the_working_folder_may_be_replaced(tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    with new_folder(".", replace=True) as new:
+        (new / "a").write_text("a")
+    assert [file.name for file in (tmp_path / "here").iterdir()] == ["a"]
+
+
 def test_the_old_folder_comes_back_if_the_new_one_cannot_take_its_place(tmp_path, monkeypatch):
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / "old").write_text("old")

@@ -4,7 +4,7 @@ from __future__ import annotations
 import io
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -289,8 +289,7 @@ class Findings:
             segmentations["given"] = given
             content.segmentations = np.stack([*content.segmentations, prediction.to_preprocessed(given)[content.index]])
         spacing = list(properties["spacing"])
-        # nnU-Net's readers give an image without a third axis this spacing
-        planar = truth.shape[1] == 1 and bool(np.isclose(spacing[0], 999 * max(spacing[1:])))
+        planar = is_flat(truth, spacing)
         first = 1 if planar else 0
         unlisted = {of: dict.fromkeys(MEASURES, math.nan) for of in self.model.unlisted.get(case, ())}
         for branch, segmentation in segmentations.items():
@@ -400,6 +399,14 @@ def _read_given(path: Path, reader, truth: np.ndarray, properties: dict) -> np.n
         raise InputError(f"{path}: shape {given.shape[1:]} and spacing {tuple(other['spacing'])} are not those of the "
                          f"ground truth, {truth.shape[1:]} and {tuple(properties['spacing'])}")
     return _integers(given[0])
+
+
+def is_flat(labels: np.ndarray, spacing: Sequence[float]) -> bool:
+    """Whether labels as nnU-Net reads them, `(1, Z, Y, X)`, are of an image without a third axis.
+
+    Its readers give such an image a third axis, with 999 times the larger of the two spacings.
+    """
+    return labels.shape[1] == 1 and bool(np.isclose(spacing[0], 999 * max(spacing[1:])))
 
 
 def _integers(labels: np.ndarray) -> np.ndarray:

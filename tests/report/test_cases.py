@@ -1,12 +1,14 @@
 """Predictions of cases, one at a time."""
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import SimpleITK as sitk
 import torch
+from nnunetv2.imageio.reader_writer_registry import determine_reader_writer_from_file_ending
 
 from nnunet_confkd.errors import InputError
 from nnunet_confkd.evaluation.metrics import MEASURES, CaseMeasures
@@ -19,6 +21,7 @@ from nnunet_confkd.report.cases import (
     Slice,
     _read_given,
     _spread,
+    is_flat,
 )
 from nnunet_confkd.report.model import Model
 from nnunet_confkd.training import validation
@@ -173,3 +176,14 @@ def test_a_class_that_a_case_is_not_annotated_for_has_no_measures(predicted, sma
     for branch in BRANCHES:
         measures = result.evaluations[branch].cases[case]
         assert not np.isnan(measures[first]["Dice"]) and all(np.isnan(measures[second][name]) for name in MEASURES)
+
+
+@pytest.mark.parametrize("name, shape, flat", [("a.png", (8, 6), True), ("a.nii.gz", (8, 6), True),
+                                               ("a.mha", (8, 6), True), ("a.nii.gz", (1, 8, 6), False)])
+def test_images_without_a_third_axis_are_known_by_what_nnunets_readers_return(tmp_path, name, shape, flat):
+    image = sitk.GetImageFromArray(np.zeros(shape, np.uint8))
+    image.SetSpacing([0.5, 0.25, 3.0][:len(shape)])
+    sitk.WriteImage(image, str(tmp_path / name))
+    reader = determine_reader_writer_from_file_ending(Path(name).suffix, str(tmp_path / name), verbose=False)()
+    labels, properties = reader.read_seg(str(tmp_path / name))
+    assert is_flat(labels, properties["spacing"]) == flat
