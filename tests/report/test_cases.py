@@ -1,7 +1,6 @@
 """Predictions of cases, one at a time."""
 from __future__ import annotations
 
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -184,6 +183,6 @@ def test_images_without_a_third_axis_are_known_by_what_nnunets_readers_return(tm
     image = sitk.GetImageFromArray(np.zeros(shape, np.uint8))
     image.SetSpacing([0.5, 0.25, 3.0][:len(shape)])
     sitk.WriteImage(image, str(tmp_path / name))
-    reader = determine_reader_writer_from_file_ending(Path(name).suffix, str(tmp_path / name), verbose=False)()
+    reader = determine_reader_writer_from_file_ending("." + name.split(".", 1)[1], str(tmp_path / name), verbose=False)()
     labels, properties = reader.read_seg(str(tmp_path / name))
     assert is_flat(labels, properties["spacing"]) == flat
