@@ -183,6 +183,7 @@ def test_images_without_a_third_axis_are_known_by_what_nnunets_readers_return(tm
     image = sitk.GetImageFromArray(np.zeros(shape, np.uint8))
     image.SetSpacing([0.5, 0.25, 3.0][:len(shape)])
     sitk.WriteImage(image, str(tmp_path / name))
-    reader = determine_reader_writer_from_file_ending("." + name.split(".", 1)[1], str(tmp_path / name), verbose=False)()
-    labels, properties = reader.read_seg(str(tmp_path / name))
+    file = str(tmp_path / name)
+    reader = determine_reader_writer_from_file_ending(name[1:], file, verbose=False)()
+    labels, properties = reader.read_seg(file)
     assert is_flat(labels, properties["spacing"]) == flat
