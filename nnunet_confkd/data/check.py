@@ -111,13 +111,17 @@ def check_dataset(dataset: int | str, processes: int = PROCESSES, patient_patter
                                  f"confkd train {int(name[7:10])} CONFIGURATION all")
     if single:
         report.warnings.append(single)
-    predicted = {case for run in described.get("completed", ()) for case in run["cases"]}
-    warn_of_cases(training, contents, kinds, report, predicted)
+    warn_of_cases(training, contents, kinds, report, _predicted_cases(described))
     warn_of_classes(training, folds, splits_file.is_file(), report)
     check_copies(training, contents, test_contents, patients, written, report)
     _check_planned(described, report)
     report.warnings += [f"test: {text}" for text in (*test_report.errors, *test_report.warnings)]
     return report
+
+
+def _predicted_cases(described: dict) -> set[str]:
+    """The cases whose labels `confkd complete` has predicted."""
+    return {case for run in described.get("completed", ()) for case in run["cases"]}
 
 
 # ---- dataset.json ---------------------------------------------------------------------------------------------------

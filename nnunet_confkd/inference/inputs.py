@@ -52,26 +52,14 @@ def readable_images(source: Path, described: dict, option: str = "-i") -> Iterat
     if not files:
         raise InputError(f"{option} {source}: has no image that ends with {ending}, as the model's training images do, "
                          "and no DICOM series; it " + _endings(inside))
-    left_out = [file.name for file in inside if file not in images and not file.name.startswith(".")
-                and (is_dicom_folder(file) if file.is_dir() else ending_of(file))]
-    if left_out:
-        print(f"WARNING: {option} {source}: {counted(len(left_out), 'image')} left out, because the model's images end "
-              f"with {ending}: {some(left_out)}. Convert them, or predict them from a folder of their own")
+    _warn_of_others(inside, images, f"{option} {source}", ending)
     cases, plain = _cases_of(files, ending, len(channels))
-
-    def complete(of_case: list[Path]) -> bool:
-        """Colours, or the channels of a NIfTI file with four dimensions, are several channels in one file."""
-        try:
-            return len(of_case) == len(channels) or sum(len(read(file).voxels) for file in of_case) == len(channels)
-        except InputError:
-            return False
-
     expected = ", ".join(f"CASE_{i:04d}{ending} ({name})" for i, name in enumerate(channels))
-    if plain and (cases or not all(complete([file]) for file in plain)):
+    if plain and (cases or not all(_are_complete([file], len(channels)) for file in plain)):
         mixed = f", but {next(iter(cases.values()))[0].name} has one" if cases else ""
         raise InputError(f"{option} {source}: {plain[0].name} does not end with the number of a channel{mixed}. Name "
                          f"the files of every case {expected}")
-    incomplete = [case for case, channel_files in cases.items() if not complete(channel_files)]
+    incomplete = [case for case, channel_files in cases.items() if not _are_complete(channel_files, len(channels))]
     if incomplete:
         raise InputError(f"{option} {source}: {len(incomplete)} case(s) do not have all {len(channels)} channels: "
                          f"{some(incomplete, 5)}. Name the files of every case {expected}")
@@ -84,6 +72,23 @@ def readable_images(source: Path, described: dict, option: str = "-i") -> Iterat
             for number, file in enumerate(channel_files):
                 _link(file, Path(folder) / f"{case}_{number:04d}{ending}")
         yield Path(folder)
+
+
+def _warn_of_others(inside: list[Path], images: list[Path], where: str, ending: str) -> None:
+    """Name the images of a folder that do not have the ending of the model's."""
+    left_out = [file.name for file in inside if file not in images and not file.name.startswith(".")
+                and (is_dicom_folder(file) if file.is_dir() else ending_of(file))]
+    if left_out:
+        print(f"WARNING: {where}: {counted(len(left_out), 'image')} left out, because the model's images end with "
+              f"{ending}: {some(left_out)}. Convert them, or predict them from a folder of their own")
+
+
+def _are_complete(files: list[Path], channels: int) -> bool:
+    """Whether files have all channels. A picture with colours and a NIfTI file of four dimensions have several."""
+    try:
+        return len(files) == channels or sum(len(read(file).voxels) for file in files) == channels
+    except InputError:
+        return False
 
 
 def cases_of(images: Path, ending: str) -> dict[str, Path]:
