@@ -87,7 +87,7 @@ QUESTIONS = {
 }
 
 # of the questions that are not on the page of the results
-PAGES = (dict.fromkeys(("hints with scribbles", "hints with eroded masks"), "hints")
+PAGES = (dict.fromkeys(("hints with scribbles", "hints with eroded masks"), "hints") | {"points": "tried"}
          | dict.fromkeys(("longer", "longer erosion", "unlabelled", "more points"), "weights_and_batches"))
 
 # A step takes this many of the rival's, on average over a training: for a plain 2-D U-Net and half of a batch full,
