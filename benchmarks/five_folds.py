@@ -66,10 +66,10 @@ ROWS: dict[str, Row] = {
     "all": replace(USUAL_ROWS["all"], title="everything annotated"),
 }
 ROWS |= longer(ROWS, ("full_only", "ignore", "confkd_cost", "all"))
-# What all rows of a table are compared with, in the rows of the same length.
-RIVAL = {"unlabelled": "full_only"}
+# RIVAL: what all rows of a table are compared with, in the rows of the same length; else "ignore".
 USUAL = ("full_only", "ignore_uniform", "ignore", "confkd_cost", "all")
 NO_TEACHER = tuple(name for name in SETTINGS if name.startswith("points"))  # there ConfKD is the row "ignore"
+RIVAL = dict.fromkeys(("unlabelled", *NO_TEACHER), "full_only")
 ROWS_OF = dict.fromkeys(SETTINGS, USUAL) | dict.fromkeys(NO_TEACHER, ("full_only", "ignore_uniform", "ignore", "all"))
 ROWS_OF |= {
     "scribbles": tuple(name for name in ROWS if name != "confkd_cutmix_cost"),
@@ -265,7 +265,8 @@ def report(folder: Path) -> str:
                 of = runs.get((home_of(setting, row), row, 0 if ROWS[row].labels == "all" else full))
                 if of:
                     shown[row] = of
-            if not any(row.startswith("confkd") for row in shown):  # before, there is nothing to compare
+            ours = "ignore" if setting in NO_TEACHER else "confkd"
+            if not any(row.startswith(ours) for row in shown):  # before, there is nothing to compare
                 continue
             lines += [f"**{WORDS[setting]}, {full} full patients**", "",
                       "| row | Dice raw | Dice after | of each class | HD95 raw, mm | HD95 after, mm | NSD after | "
