@@ -66,9 +66,9 @@ ROWS: dict[str, Row] = {
     "all": replace(USUAL_ROWS["all"], title="everything annotated"),
 }
 ROWS |= longer(ROWS, ("full_only", "ignore", "confkd_cost", "all"))
-# RIVAL: what all rows of a table are compared with, in the rows of the same length; else "ignore".
 USUAL = ("full_only", "ignore_uniform", "ignore", "confkd_cost", "all")
 NO_TEACHER = tuple(name for name in SETTINGS if name.startswith("points"))  # there ConfKD is the row "ignore"
+# What all rows of a table are compared with, in the rows of the same length; else "ignore".
 RIVAL = dict.fromkeys(("unlabelled", *NO_TEACHER), "full_only")
 ROWS_OF = dict.fromkeys(SETTINGS, USUAL) | dict.fromkeys(NO_TEACHER, ("full_only", "ignore_uniform", "ignore", "all"))
 ROWS_OF |= {

@@ -56,7 +56,7 @@ def lines_of(folder: Path, metric: str = "dice_pp") -> list[dict]:
             patients = {column: of_patients(of, metric) for column, of in best.items()}
             means = {column: float(np.concatenate(of).mean()) for column, of in patients.items()}
             rivals = [rival for rival in RIVALS
-                      if rival in means and not (rival == ALONE and setting in NO_TEACHER)]
+                      if rival in means and rows[rival].keys() != rows[OURS].keys()]  # else the same trainings
             found.append({"setting": setting, "full": full, "folds": sorted(folds), "means": means,
                           "intervals": {column: interval(of) for column, of in patients.items()},
                           "rival": max(rivals, key=means.__getitem__),

@@ -113,9 +113,10 @@ class KeepAnnotations(DefaultPreprocessor):
         if self.ignore_label is None or not (seg == self.ignore_label).any():
             return locations(seg, classes_or_regions, *args, **kwargs)
         names = [tuple(of) if isinstance(of, (tuple, list)) else of for of in classes_or_regions]
-        inside = [[label for label in of if label != OUTSIDE] if isinstance(of, tuple) else of for of in names]
-        found = locations(seg, inside, *args, **kwargs)
-        return {name: found[tuple(of) if isinstance(of, list) else of] for name, of in zip(names, inside)}
+        inside = {name: tuple(label for label in name if label != OUTSIDE) if isinstance(name, tuple) else name
+                  for name in names}
+        found = locations(seg, list(inside.values()), *args, **kwargs)
+        return {name: found[of] for name, of in inside.items()}
 
 
 class _KeepingConfiguration(ConfigurationManager):

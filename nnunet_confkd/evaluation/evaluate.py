@@ -218,11 +218,9 @@ def evaluate_case(task: Task) -> Result:
         return result
     (truth, geometry), (prediction, other) = labels
     known = [grid for file, grid in ((task.truth, geometry), (task.prediction, other)) if has_spacing(file)]
-    if len(known) == 2 or geometry.size != other.size:
-        differences = geometry.differences(other)
-    else:  # only TIFF, of which nnU-Net does not copy the file with the spacing
-        differences = []
-    if differences:
+    # One of two TIFF files may lack its spacing, because nnU-Net does not copy the file that holds it.
+    comparable = len(known) == 2 or geometry.size != other.size
+    if comparable and (differences := geometry.differences(other)):
         result.problems.append(
             f"{task.prediction}: does not lie on the grid of {task.truth}: {'; '.join(differences)}. If both show the "
             f"same place, write the truth on the prediction's grid: SimpleITK.Resample(truth, prediction, "

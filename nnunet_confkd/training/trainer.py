@@ -51,7 +51,6 @@ from nnunet_confkd.output import duration
 from nnunet_confkd.processes import terminable
 from nnunet_confkd.training.automatic import AUTOMATIC, OF_NETWORK, Annotations, choose, choose_network
 from nnunet_confkd.training.batches import (
-    LabelPadding,
     ListedClasses,
     StratifiedLoader,
     TrainingCases,
@@ -381,10 +380,11 @@ class ConfKDTrainer(nnUNetTrainer):
                             oversample_foreground_percent=self.oversample_foreground_percent,
                             probabilistic_oversampling=self.probabilistic_oversampling, **options)
 
-    def _with_padding(self, transforms):
-        """nnU-Net's transforms; in data sets with other than full labels the loader decides what the padding is."""
+    def _with_padding(self, transforms, full: bool = True):
+        """nnU-Net's transforms; in data sets with other than full labels the padding is that of full labels or not,
+        which the stratified loader decides for each image."""
         if self.label_manager.has_ignore_label or self.hidden:
-            label_padding(transforms, self.label_manager.ignore_label)
+            label_padding(transforms, self.label_manager.ignore_label).full = full
         return transforms
 
     def _hint_sampler(self, **options) -> HintSampler:
@@ -437,8 +437,9 @@ class ConfKDTrainer(nnUNetTrainer):
         tr_transforms = self._with_padding(self.get_training_transforms(
             patch_size, rotation_for_DA, deep_supervision_scales, mirror_axes, do_dummy_2d_data_aug,
             use_mask_for_norm=self.configuration_manager.use_mask_for_norm, **self._label_options))
+        validates_full = all(self.kinds[case] == FULL for case in dataset_val.identifiers)
         val_transforms = self._with_padding(
-            self.get_validation_transforms(deep_supervision_scales, **self._label_options))
+            self.get_validation_transforms(deep_supervision_scales, **self._label_options), validates_full)
         chosen = self._choose(dataset_tr.identifiers)
         if text := rounding_text(self.batch_size, chosen.full_share, chosen.cutmix, self.is_ddp):
             self.print_to_log_file(text)
@@ -460,13 +461,10 @@ class ConfKDTrainer(nnUNetTrainer):
             complete.append(self._class_prior(chosen.prior_correction))
         dl_tr = self._loader(dataset_tr, self.batch_size, initial_patch_size, tr_transforms, offset=self.local_rank,
                              complete=complete)
-        if all(self.kinds[case] == FULL for case in dataset_val.identifiers):
+        if validates_full:
             hints = [deepcopy(self.validation_hints)] if self.validation_hints else []
             dl_val = self._loader(dataset_val, self.batch_size, patch_size, val_transforms, complete=hints)
         else:
-            for step in val_transforms.transforms:
-                if isinstance(step, LabelPadding):  # nobody annotated the surroundings of these images
-                    step.full = False
             dl_val = self._loader(dataset_val, self.batch_size, patch_size, val_transforms, nnUNetDataLoader)
 
         seed = self.settings.seed
