@@ -65,14 +65,16 @@ ROWS: dict[str, Row] = {
     "confkd_cutmix_cost": Row("ConfKD, at equal cost", settings={"weight_kl": 3.0}, steps=1 / COST_CUTMIX),
     "all": replace(USUAL_ROWS["all"], title="everything annotated"),
 }
-ROWS |= longer(ROWS, ("full_only", "ignore", "confkd_cost", "all"))
 USUAL = ("full_only", "ignore_uniform", "ignore", "confkd_cost", "all")
+ALSO_LONGER = ("full_only", "ignore", "confkd_cost", "all")
+ROWS |= longer(ROWS, ALSO_LONGER)
 NO_TEACHER = tuple(name for name in SETTINGS if name.startswith("points"))  # there ConfKD is the row "ignore"
 # What all rows of a table are compared with, in the rows of the same length; else "ignore".
 RIVAL = dict.fromkeys(("unlabelled", *NO_TEACHER), "full_only")
 ROWS_OF = dict.fromkeys(SETTINGS, USUAL) | dict.fromkeys(NO_TEACHER, ("full_only", "ignore_uniform", "ignore", "all"))
 ROWS_OF |= {
     "scribbles": tuple(name for name in ROWS if name != "confkd_cutmix_cost"),
+    "erosion": (*USUAL, *(name + LONG for name in ALSO_LONGER)),
     "erosion_foreground": tuple(name for name in ROWS if "cutmix" not in name),
     "unlabelled": ("full_only", "full_cutmix", "confkd_cutmix_cost", "all")}
 
