@@ -7,7 +7,18 @@ from pathlib import Path
 import numpy as np
 
 from nnunet_confkd.data.grids import Fitting, fitted
-from nnunet_confkd.data.images import Geometry, Picture, Volume, carry_over, ending_of, parts, stands_alone, write
+from nnunet_confkd.data.images import (
+    TIFF,
+    Geometry,
+    Picture,
+    Volume,
+    carry_over,
+    ending_of,
+    parts,
+    spacing_file,
+    stands_alone,
+    write,
+)
 from nnunet_confkd.data.supervision import FULL
 from nnunet_confkd.data.survey import MOST_STRANGE
 from nnunet_confkd.errors import InputError, some
@@ -98,7 +109,9 @@ def _write_images(case: Case, target: Target) -> tuple[list[str], Geometry | Non
         channels += len(picture.voxels)
     if not problems and channels != len(target.channel_names):
         problems.append(f"{case.images[0].file}: the case has {channels} channels; {len(target.channel_names)} are "
-                        f"expected ({', '.join(target.channel_names)})")
+                        f"expected ({', '.join(target.channel_names)})"
+                        + (". Numbers such as _0000 at the end of names are those of channels; if these are images of "
+                           "their own, rename them" if len(case.images) > len(target.channel_names) else ""))
     return problems, grid
 
 
@@ -155,6 +168,8 @@ def _write_label(case: Case, target: Target, grid: Geometry | None) -> list[str]
     except InputError as error:
         return [str(error)]
     grid = grid or picture.geometry
+    if is_placed_by_image(case, picture.geometry, grid):
+        picture = replace(picture, geometry=grid)
     values = np.unique(picture.voxels)
     of_full = target.values - {target.ignore} if case.kind == FULL else target.values
     allowed = case.values or {value: value for value in of_full}
@@ -184,6 +199,18 @@ def _write_label(case: Case, target: Target, grid: Geometry | None) -> list[str]
     return []
 
 
+def is_placed_by_image(case: Case, own: Geometry, grid: Geometry) -> bool:
+    """Whether a label has no place, and voxels for those of its image: TIFF files without nnU-Net's JSON file.
+
+    Args:
+        case: The case, which has a label.
+        own: The grid that the label was read with.
+        grid: That of the image.
+    """
+    return bool(own.size == grid.size and ending_of(case.label.file, TIFF) and ending_of(case.images[0].file, TIFF)
+                and not spacing_file(case.label.file).is_file())
+
+
 def _label_problems(case: Case, picture: Picture, values: np.ndarray, allowed: dict[int, int]) -> list[str]:
     file = case.label.file
     if len(picture.voxels) != 1:
@@ -205,5 +232,5 @@ def _require_inside(file: Path, roots: tuple[Path, ...]) -> None:
     """Raise InputError if a file, or one that its header names, is not in the given folders (a link leads anywhere)."""
     for part in parts(file) if roots else ():
         if not any(part.resolve().is_relative_to(root.resolve()) for root in roots):
-            raise InputError(f"{part}: leads out of the source folder, to {part.resolve()}; copy it there, or give the "
-                             f"folder that holds it")
+            raise InputError(f"{part}: leads out of the source folder, to {part.resolve()}; give the folder that holds "
+                             f"it, or copy what links lead to: cp -rL FOLDER COPY")

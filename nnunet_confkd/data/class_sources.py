@@ -15,12 +15,12 @@ from pathlib import Path
 from nnunet_confkd.data.annotated_classes import CLASSES_KEY, heads_of
 from nnunet_confkd.data.json_files import NEEDED, is_whole, malformed, read_json
 from nnunet_confkd.data.listing import stem
-from nnunet_confkd.data.meanings import Labels, Meaning, described, require_separate
+from nnunet_confkd.data.meanings import BACKGROUND, Labels, Meaning, described, require_separate
 from nnunet_confkd.data.sources import NamedFolder, Source
 from nnunet_confkd.data.supervision import FULL, TABLE_KEY
 from nnunet_confkd.errors import InputError, shown, some
 
-BACKGROUND, IGNORE = "background", "ignore"  # in --classes, these are no classes
+IGNORE = "ignore"  # in --classes, this and the background are no classes
 Meant = dict[str, list]  # {class, "background" or "ignore": values, and names of segments}
 
 

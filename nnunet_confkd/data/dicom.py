@@ -11,6 +11,8 @@ from nnunet_confkd.errors import InputError, some
 
 GAP = 0.02  # of the distance of slices: series that differ by more lack slices
 MODALITY, DESCRIPTION, POSITION, NORMAL = "0008|0060", "0008|103e", "0020|0032", "0020|0037"
+SPACING, INTERCEPT, SLOPE = "0028|0030", "0028|1052", "0028|1053"
+SAME_AXES = 1e-3  # of a unit vector: series whose slices differ by more are no box of voxels
 
 
 def is_dicom_file(file: Path) -> bool:
@@ -49,7 +51,8 @@ def read_series(folder: Path) -> Picture:
     """Read the one series of images that a folder holds.
 
     Raises:
-        InputError: It holds no series of images or several of them, or slices are missing.
+        InputError: It holds no series of images or several of them, or its slices are no box of voxels: some are
+            missing, tilted, of different spacing, or at one place.
     """
     import SimpleITK as sitk
 
@@ -64,9 +67,12 @@ def read_series(folder: Path) -> Picture:
             raise InputError(f"{folder}: holds " + (f"several DICOM series: {some(series)}; put each into a folder of "
                                                     f"its own" if series else "no DICOM series of images"))
         files, = series.values()
-        _require_even_slices(folder, files)
+        tags = [_tags(file) for file in files]
+        _require_even_slices(folder, tags)
         reader = sitk.ImageSeriesReader()
         reader.SetFileNames(files)
+        if len({(of.get(SLOPE), of.get(INTERCEPT)) for of in tags}) > 1:  # else all voxels get the type of the first
+            reader.SetOutputPixelType(sitk.sitkFloat32)
         image = reader.Execute()
         if image.GetNumberOfComponentsPerPixel() != 1:
             raise InputError(f"{folder}: holds colours; nnU-Net needs a file for each channel")
@@ -83,19 +89,37 @@ def _tags(file: str) -> dict[str, str]:
     return {key: reader.GetMetaData(key).strip() for key in reader.GetMetaDataKeys()}
 
 
-def _require_even_slices(folder: Path, files: tuple[str, ...]) -> None:
-    """Raise InputError if the distances of the slices differ. ITK would only warn, and place them wrongly."""
-    places = []
-    for file in files:
-        tags = _tags(file)
-        if POSITION not in tags or NORMAL not in tags:
-            return  # a single file of many frames, or one without a place
-        row, column = np.reshape([float(x) for x in tags[NORMAL].split("\\")], (2, 3))
-        places.append(float(np.cross(row, column) @ [float(x) for x in tags[POSITION].split("\\")]))
-    distances = np.diff(places)
-    if len(distances) and np.ptp(distances) > GAP * abs(np.median(distances)):
+def _require_even_slices(folder: Path, tags: list[dict[str, str]]) -> None:
+    """Raise InputError if the slices are no box of voxels. ITK would only warn, and place them wrongly.
+
+    Args:
+        folder: That of the series.
+        tags: Those of each slice, in their order.
+    """
+    if len(tags) < 2 or any(POSITION not in of or NORMAL not in of for of in tags):
+        return  # a single file of many frames, or one without a place
+    places, axes = (np.array([[float(x) for x in of[tag].split("\\")] for of in tags]) for tag in (POSITION, NORMAL))
+    edges = {of.get(SPACING) for of in tags}
+    if np.ptp(axes, 0).max() > SAME_AXES or len(edges) > 1:
+        raise InputError(f"{folder}: its slices differ in {'their pixel spacing' if len(edges) > 1 else 'direction'}; "
+                         f"are there several series in one?")
+    normal = np.cross(axes[0, :3], axes[0, 3:])
+    steps = np.diff(places, axis=0)
+    distances = steps @ normal
+    typical = abs(float(np.median(distances)))
+    if typical == 0:
+        raise InputError(f"{folder}: its slices lie at one place, as in a series over time; put each volume into a "
+                         f"folder of its own")
+    if np.ptp(distances) > GAP * typical:
         raise InputError(f"{folder}: its slices are {np.abs(distances).min():.4g} to {np.abs(distances).max():.4g} mm "
                          f"apart; are some missing, or are there several series in one?")
+    pixel = min((float(edge) for edge in (edges.pop() or "1").split("\\")), default=1.0)
+    path = places - places[0]
+    shift = float(np.linalg.norm(path - np.outer(path @ normal, normal), axis=1).max())
+    if shift > pixel / 2:
+        raise InputError(f"{folder}: its slices are shifted against each other, by up to {shift:.4g} mm (the gantry "
+                         f"was tilted?). An image of nnU-Net cannot say this: resample the series, for example by "
+                         f"dcm2niix")
 
 
 def is_segmentation(folder: Path) -> bool:

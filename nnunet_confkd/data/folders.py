@@ -142,7 +142,7 @@ def _require_free(raw: Path, preprocessed: Path, replaced: bool) -> None:
 
 
 def _require_replaceable(raw: Path) -> None:
-    """Raise InputError if `confkd mix` did not write a data set, or its labels were changed since."""
+    """Raise InputError if `confkd mix` did not write a data set, or something in it was added or changed since."""
     file = raw / "dataset.json"
     try:
         ours = WRITTEN_BY in json.loads(file.read_text(encoding="utf-8"))
@@ -152,11 +152,19 @@ def _require_replaceable(raw: Path) -> None:
     if not ours:
         raise InputError(f"{raw}: was not written by confkd mix, or by an early version of it, so --overwrite "
                          f"does not replace it; choose another --id, or remove it yourself")
-    changed = sorted(label.name for folder in ("labelsTr", "labelsTs") for label in (raw / folder).glob("*")
-                     if label.stat().st_mtime > written + CLOCK)
+    files = [path for path in sorted(raw.rglob("*")) if path.is_file() and not path.name.startswith(".")]
+    changed = [path.relative_to(raw).as_posix() for path in files if _last_change(path) > written + CLOCK
+               or path != file and path.parent not in (raw / "imagesTr", raw / "labelsTr")]
     if changed:
-        raise InputError(f"{raw}: these labels were changed after the data set was written: {some(changed)}; copy what "
-                         f"you need, and remove the folder yourself")
+        raise InputError(f"{raw}: these files were added or changed after the data set was written: {some(changed)}; "
+                         f"copy what you need, and remove the folder yourself")
+
+
+def _last_change(file: Path) -> float:
+    """When a file came to be as it is, by the clock. A copy may have the time of its original."""
+    state = file.stat()
+    # the other links of an image that --link made also change the time of this one
+    return max(state.st_mtime, state.st_ctime) if state.st_nlink == 1 else state.st_mtime
 
 
 @contextmanager

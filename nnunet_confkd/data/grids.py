@@ -17,10 +17,12 @@ class Fitting:
         outside: The value to write where the label has no voxel.
         padded: Whether the label may be a part of the image's grid.
         resampled: Whether it may be on any other grid.
+        kept: Whether no annotated voxel may get lost then, as in partial labels.
     """
     outside: int
     padded: bool = False
     resampled: bool = False
+    kept: bool = False
 
 
 def fitted(label: np.ndarray, own: Geometry, grid: Geometry, fitting: Fitting) -> np.ndarray:
@@ -47,7 +49,7 @@ def fitted(label: np.ndarray, own: Geometry, grid: Geometry, fitting: Fitting) -
                          f"place, --resample-labels brings the label onto the image's grid (nearest neighbour)")
     if len(own.size) != len(grid.size):
         raise InputError(f"it has {len(own.size)} dimensions, and the image {len(grid.size)}")
-    return _resampled(label, own, grid, fitting.outside)
+    return _resampled(label, own, grid, fitting)
 
 
 def covered(own: Geometry, grid: Geometry) -> float:
@@ -105,7 +107,7 @@ def _padded(label: np.ndarray, offset: np.ndarray, grid: Geometry, outside: int)
     return padded
 
 
-def _resampled(label: np.ndarray, own: Geometry, grid: Geometry, outside: int) -> np.ndarray:
+def _resampled(label: np.ndarray, own: Geometry, grid: Geometry, fitting: Fitting) -> np.ndarray:
     import SimpleITK as sitk
 
     image = sitk.GetImageFromArray(label)
@@ -118,9 +120,27 @@ def _resampled(label: np.ndarray, own: Geometry, grid: Geometry, outside: int) -
     resampler.SetOutputOrigin(grid.origin)
     resampler.SetOutputDirection(grid.direction)
     resampler.SetInterpolator(sitk.sitkNearestNeighbor)
-    resampler.SetDefaultPixelValue(outside)
+    resampler.SetDefaultPixelValue(fitting.outside)
     resampled = sitk.GetArrayFromImage(resampler.Execute(image))
-    drawn = (label != outside).any()
-    if drawn and not (resampled != outside).any():
+    if fitting.kept:
+        _keep_annotations(resampled, label, own, grid, fitting.outside)
+    drawn = (label != fitting.outside).any()
+    if drawn and not (resampled != fitting.outside).any():
         raise InputError("nothing of it lies in the image; is it the label of another image?")
     return resampled
+
+
+def _keep_annotations(resampled: np.ndarray, label: np.ndarray, own: Geometry, grid: Geometry, outside: int) -> None:
+    """Annotate the voxels in which an annotated voxel lies that nearest neighbours have passed over, in place."""
+    dimensions, flat = len(grid.size), label.reshape(-1)
+    axes, own_axes = (np.reshape(geometry.direction, (dimensions,) * 2) for geometry in (grid, own))
+    drawn = np.flatnonzero(flat != outside)
+    for part in (drawn[start:start + 2 ** 20] for start in range(0, len(drawn), 2 ** 20)):
+        index = np.stack(np.unravel_index(part, label.shape)[::-1])  # x, y, z
+        places = own_axes @ (index * np.reshape(own.spacing, (-1, 1))) + np.reshape(own.origin, (-1, 1))
+        found = axes.T @ (places - np.reshape(grid.origin, (-1, 1))) / np.reshape(grid.spacing, (-1, 1))
+        found = np.rint(found).astype(int)
+        inside = ((found >= 0) & (found < np.reshape(grid.size, (-1, 1)))).all(0)
+        where = tuple(found[::-1, inside])
+        free = resampled[where] == outside
+        resampled[tuple(axis[free] for axis in where)] = flat[part[inside][free]]

@@ -323,7 +323,8 @@ def _is_nifti2(start: bytes | bytearray) -> bool:
 def _geometry_of_nifti2(header) -> Geometry:
     """Return the geometry, which ITK cannot read. The affine's axes point right, front, up; ITK's left, back, up."""
     n = min(len(header.get_data_shape()), 3)
-    affine = np.diag((-1, -1, 1, 1)) @ header.get_best_affine()
+    mm = {"meter": 1000.0, "micron": 0.001}.get(header.get_xyzt_units()[0], 1.0)  # as ITK, without a unit it is mm
+    affine = np.diag((-mm, -mm, mm, 1)) @ header.get_best_affine()
     spacing = np.linalg.norm(affine[:3, :3], axis=0)
     direction = (affine[:3, :3] / spacing)[:n, :n]
     return Geometry(tuple(header.get_data_shape()[:n]), tuple(spacing[:n].tolist()), tuple(affine[:n, 3].tolist()),
@@ -467,6 +468,19 @@ def spacing_file(file: Path) -> Path:
     stem = file.name[:-len(ending_of(file))]
     own = file.with_name(f"{stem}.json")
     return own if own.is_file() else file.with_name(re.sub(r"_\d{4}$", "", stem) + ".json")
+
+
+def has_spacing(file: Path) -> bool:
+    """Return whether the spacing of an image is known: from its format, or from nnU-Net's file beside it.
+
+    nnU-Net does not read such a file beside a two-dimensional TIFF image, so it does not count there.
+    """
+    if ending_of(file, TIFF) and spacing_file(file).is_file():
+        from tifffile import TiffFile
+
+        with TiffFile(file) as content:
+            return len(content.pages) > 1
+    return bool(ending_of(file, ITK))
 
 
 def write(file: Path, voxels: np.ndarray, geometry: Geometry) -> None:

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from nnunet_confkd.arguments import Parser
+from nnunet_confkd.data.case_files import is_placed_by_image
 from nnunet_confkd.data.folders import require_free_id
 from nnunet_confkd.data.groups import Group, grouped_files, units_below
 from nnunet_confkd.data.images import ENDINGS, Geometry
@@ -320,10 +321,11 @@ def checked(words: list[str], groups: list[Group], processes: int) -> tuple[list
     differing = [case for case in mixed.dataset.training if case.label is not None
                  and not measures[case.label.file].named and _differs(measures, case)]
     other_grid = [case.label.file for case in differing]
-    if differing and all(_lost_header(measures[case.label.file].geometry, measures[case.images[0].file].geometry)
-                         for case in differing):
+    lost = [case.label.file for case in differing
+            if _lost_header(measures[case.label.file].geometry, measures[case.images[0].file].geometry)]
+    if lost:
         return words, mixed.notes, [*mixed.dataset.problems, (
-            f"labels as large as their image, but without a place: {len(other_grid)} ({some(other_grid, 3)}). Their "
+            f"labels as large as their image, but without a place: {len(lost)} ({some(lost, 3)}). Their "
             f"header was probably lost when they were saved, so do not resample them. If their voxels lie on those of "
             f"the image, copy its header, with SimpleITK in Python: label.CopyInformation(image)")]
     if other_grid:
@@ -342,7 +344,8 @@ def _lost_header(label: Geometry | None, image: Geometry | None) -> bool:
 def _differs(measures: dict[Path, Measure], case) -> bool:
     image, label = measures.get(case.images[0].file), measures.get(case.label.file)
     return bool(image and label and image.geometry and label.geometry
-                and label.geometry.differences(image.geometry))
+                and label.geometry.differences(image.geometry)
+                and not is_placed_by_image(case, label.geometry, image.geometry))
 
 
 def _to_do(words: list[str], notes: list[str]) -> str:

@@ -14,6 +14,8 @@ from nnunet_confkd.data.supervision import FULL
 from nnunet_confkd.data.survey import MOST_STRANGE, Content, shares_text, together
 from nnunet_confkd.errors import InputError, shown, some
 
+BACKGROUND = "background"  # nnU-Net's name of label 0
+
 
 @dataclass(frozen=True)
 class Meaning:
@@ -134,6 +136,10 @@ def labels_of(folder: Path, texts: list[str] | None, description: dict) -> Label
         raise InputError(f"two labels have the same value: {named}")
     if len(named) < 2:
         raise InputError("at least two labels are needed, the background and one more")
+    if BACKGROUND not in named:
+        raise InputError(f"{'--labels' if texts else folder / 'dataset.json'}: none of {some(named)} is called "
+                         f"\"{BACKGROUND}\", which nnU-Net needs; call it so")
+    named = {BACKGROUND: named[BACKGROUND], **named}  # a file may name it anywhere, e.g. sorted by name
     names = {name: number for number, name in enumerate(named)}
     values = {named[name]: number for name, number in names.items() if isinstance(named[name], int)}
     segments = {str(named[name] if isinstance(named[name], str) else name).casefold(): number

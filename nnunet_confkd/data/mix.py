@@ -18,7 +18,7 @@ from nnunet_confkd.data.folders import WRITTEN_BY, folder_name, preprocessed_fol
 from nnunet_confkd.data.grids import Fitting, covered
 from nnunet_confkd.data.images import ENDINGS, ITK, Geometry, Volume, ending_of
 from nnunet_confkd.data.meanings import Labels
-from nnunet_confkd.data.patients import FOLDS, notes_on_names, patients_of
+from nnunet_confkd.data.patients import FOLDS, is_number, notes_on_names, patients_of
 from nnunet_confkd.data.raw_format import (
     Dataset,
     check_dataset,
@@ -119,13 +119,12 @@ def mixture(*, name: str = "Mixed", labels: list[str] | None = None, channels: l
         source.known = of_source
     if not any(source.cases for source in sources if source.kind == FULL) and not problems:
         raise InputError(f"{layout.roots[0]}: holds no images with labels")
-    for source in sources:
-        if source.known is not None and source.known.partly:
-            source.kind = PARTIAL
     if not layout.named:
         require_all_classes(sources)
     contents = survey([label for source in sources for label in source.labels if segment_names(label) is None],
                       processes)
+    described = {named.name for named in layout.named if named.classes is None}
+    sources = [part for source in sources for part in _by_completeness(source, contents, source.name in described)]
     values = _interpret(sources, contents, ignore_value, background_value)
     pattern = prefix_pattern(sources, patient_pattern)
     training = [_case(source, files, resample_labels) for source in sources for files in source.cases]
@@ -156,14 +155,36 @@ def mixture(*, name: str = "Mixed", labels: list[str] | None = None, channels: l
     return Mixture(sources, dataset, notes)
 
 
+def _by_completeness(source: Source, contents: dict[Path, Content], described: bool) -> list[Source]:
+    """Divide a source that has a value for voxels that are not annotated: labels that lack this value are complete.
+
+    Args:
+        source: The source.
+        contents: What its labels hold.
+        described: Whether its dataset.json gives the value. Otherwise the user does, and no label may hold it because
+            it is wrong; then all stay partial, and the error says what they hold.
+    """
+    if source.known is None or not source.known.partly:
+        return [source]
+    voxels = {label: contents[label].voxels for label in source.labels if label in contents
+              and not contents[label].named and not contents[label].problem}
+    complete = {label for label, held in voxels.items() if source.known.ignore not in held}
+    if len(complete) == len(voxels) and not described:
+        complete = set()
+    parts = {kind: [files for files in source.cases if (files.label in complete) == (kind == FULL)]
+             for kind in (FULL, PARTIAL)}
+    return [replace(source, kind=kind, cases=cases) for kind, cases in parts.items() if cases]
+
+
 def _notes_on_coverage(training: list[Case], contents: dict[Path, Content], processes: int) -> list[str]:
-    """Say which complete masks do not cover their image: what lies beyond them becomes background."""
-    masks = [case for case in training if case.kind == FULL and case.label is not None
-             and (content := contents.get(case.label.file)) and content.geometry and not content.named]
+    """Say which labels do not cover their image, if what lies beyond them becomes background."""
+    masks = [case for case in training if case.fitting is not None and case.fitting.outside == 0
+             and case.label is not None and (content := contents.get(case.label.file)) and content.geometry
+             and not content.named]
     shares = parallel(_share_covered, [(case.images[0], contents[case.label.file].geometry) for case in masks],
                       processes, "comparing grids")
     short = [f"{case.label.file.name} {share:.1%}" for case, share in zip(masks, shares) if share < 1]
-    return [f"note: full labels that do not cover their image: {len(short)} ({some(short, 3)}). What lies beyond them "
+    return [f"note: labels that do not cover their image: {len(short)} ({some(short, 3)}). What lies beyond them "
             f"becomes background; if it may be something else, give them as partial labels"] if short else []
 
 
@@ -285,7 +306,8 @@ def _case(source: Source, files: CaseFiles, resample: bool) -> Case:
         reader = partial(read_as_label, values=meaning.segments, outside=meaning.outside)
         label = Volume(files.label, reader=reader)
         values = {value: value for value in (*meaning.segments.values(), meaning.outside)}
-    return Case(files.name, images, label, kind, dict(values), Fitting(meaning.outside, named, resample))
+    return Case(files.name, images, label, kind, dict(values),
+                Fitting(meaning.outside, named, resample, kept=source.kind == PARTIAL))
 
 
 def _common_ending(training: list[Case], problems: list[str]) -> str:
@@ -328,7 +350,7 @@ def _validation(training: list[Case], complete: set[str], pattern: str | None, s
     lacking = sorted(weak - {patients[case.name] for case in training
                              if case.kind == FULL or case.name not in complete})
     random.Random(seed).shuffle(order)
-    if not (len(wanted) == 1 and wanted[0].isdigit()):
+    if not is_number(wanted, patients.values()):
         unknown = sorted(set(wanted) - {*order, *lacking})
         if unknown:
             raise InputError("--validation: these are no patients all of whose cases are full"

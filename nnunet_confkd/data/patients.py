@@ -79,7 +79,7 @@ def choose_patients(patients: Iterable[str], seed: int, full: list[str],
     """
     order = sorted(set(patients))
     random.Random(seed).shuffle(order)
-    named = [] if _is_number(full) else list(full)
+    named = [] if is_number(full, order) else list(full)
     unknown = sorted(set(named) - set(order))
     if unknown:
         raise InputError(f"no such patients: {some(unknown)}; there are {some(sorted(order))}")
@@ -94,7 +94,7 @@ def choose_patients(patients: Iterable[str], seed: int, full: list[str],
         raise InputError(f"these patients validate and cannot be among the full ones: "
                          f"{some(sorted(validation & set(named)))}")
     rest = [patient for patient in order if patient not in validation]
-    if _is_number(full):
+    if is_number(full, order):
         if not least <= int(full[0]) <= len(rest):
             raise InputError(f"{full[0]} full patients are asked for; besides the {len(validation)} that validate "
                              f"there are {len(rest)} to choose from")
@@ -103,8 +103,15 @@ def choose_patients(patients: Iterable[str], seed: int, full: list[str],
             for patient in order}
 
 
-def _is_number(full: list[str]) -> bool:
-    return len(full) == 1 and str(full[0]).isdecimal()
+def is_number(texts: Sequence[str], patients: Iterable[str]) -> bool:
+    """Whether an option of patients is their number. A text such as 003 is the name of a patient if there is one.
+
+    Args:
+        texts: The words of the option.
+        patients: The names of all patients.
+    """
+    text = str(texts[0]) if len(texts) == 1 else ""
+    return text.isdecimal() and not (text != str(int(text)) and text in set(patients))
 
 
 def split_full_cases(kinds: Mapping[str, str], patients: Mapping[str, str] | None = None,

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from nnunet_confkd.data import dicom
-from nnunet_confkd.data.images import Geometry, Picture, ending_of, read, read_layers
+from nnunet_confkd.data.images import Geometry, Picture, ending_of, read, read_layers, values_in
 from nnunet_confkd.errors import InputError, some
 
 
@@ -80,6 +80,7 @@ def read_segments(path: Path, wanted: Iterable[str] | None = None) -> Segments:
 def _read_slicer(file: Path) -> Segments:
     picture, fields = read_layers(file)
     masks: dict[str, np.ndarray] = {}
+    values: list[set[int]] = [{0} for _ in picture.voxels]
     for key in sorted(fields, key=lambda key: (len(key), key)):
         match = re.fullmatch(r"(Segment\d+)_Name", key)
         if match is None:
@@ -92,7 +93,17 @@ def _read_slicer(file: Path) -> Segments:
         if name in masks:
             raise InputError(f"{file}: has two segments of the name {name!r}; rename one")
         masks[name] = picture.voxels[layer] == int(value)
+        values[layer].add(int(value))
+    for layer, voxels in enumerate(picture.voxels):
+        if nameless := sorted(set(values_in(voxels).tolist()) - values[layer]):
+            raise InputError(f"{file}: holds the values {some(nameless)}, but its header names no segment for them; "
+                             f"programs other than 3D Slicer drop these names. Export it anew in 3D Slicer; or, if its "
+                             f"values are those of your labels, call it {_stem(file)}.nrrd")
     return Segments(masks, picture.geometry)
+
+
+def _stem(file: Path) -> str:
+    return file.name[:-len(ending_of(file, (".seg.nrrd", ".nrrd")) or "")]
 
 
 def _read_folder(folder: Path, wanted: Iterable[str] | None) -> Segments:
@@ -108,7 +119,7 @@ def _read_folder(folder: Path, wanted: Iterable[str] | None) -> Segments:
         if different:
             raise InputError(f"{file}: is on another grid than {first[0]}: {'; '.join(different)}")
         values = np.unique(picture.voxels)
-        if len(values) > 2 or len(picture.voxels) > 1:
+        if len(values) > 2 or len(values) == 2 and 0 not in values or len(picture.voxels) > 1:
             raise InputError(f"{file}: holds the values {some(values)}; in a folder with one file for each class, a "
                              f"file holds 0 and one more value")
         masks[name] = picture.voxels[0] != 0

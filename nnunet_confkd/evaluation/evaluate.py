@@ -9,6 +9,7 @@ import math
 import os
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,8 @@ import numpy as np
 from nnunet_confkd.arguments import Parser
 from nnunet_confkd.data.annotated_classes import unlisted_classes
 from nnunet_confkd.data.folders import find_dataset, preprocessed_folder, raw_folder
-from nnunet_confkd.data.images import ITK, TIFF, Geometry, Picture, ending_of, read, spacing_file, values_in
+from nnunet_confkd.data.grids import Fitting, fitted
+from nnunet_confkd.data.images import Geometry, Picture, ending_of, has_spacing, read, values_in
 from nnunet_confkd.data.json_files import read_description
 from nnunet_confkd.data.names import without_affixes
 from nnunet_confkd.data.patients import patients_of
@@ -186,6 +188,9 @@ class Task:
     segments: Mapping[str, int] | None
 
 
+_Labels = tuple[np.ndarray, Geometry]
+
+
 @dataclass
 class Result:
     """What was found in one case. With `problems`, nothing was measured.
@@ -216,15 +221,17 @@ def evaluate_case(task: Task) -> Result:
             result.occurring |= occurring - allowed
     if result.problems:
         return result
-    (truth, geometry), (prediction, other) = labels
+    (truth, geometry), (prediction, other) = _on_one_grid(task, *labels)
     known = [grid for file, grid in ((task.truth, geometry), (task.prediction, other)) if has_spacing(file)]
     # One of two TIFF files may lack its spacing, because nnU-Net does not copy the file that holds it.
     comparable = len(known) == 2 or geometry.size != other.size
     if comparable and (differences := geometry.differences(other)):
-        result.problems.append(
-            f"{task.prediction}: does not lie on the grid of {task.truth}: {'; '.join(differences)}. If both show the "
-            f"same place, write the truth on the prediction's grid: SimpleITK.Resample(truth, prediction, "
-            f"SimpleITK.Transform(), SimpleITK.sitkNearestNeighbor)")
+        remedy = ("export the segments in 3D Slicer on the grid of the image (its reference volume)"
+                  if has_segments(task.truth) or has_segments(task.prediction) else
+                  "write the truth on the prediction's grid: SimpleITK.Resample(truth, prediction, "
+                  "SimpleITK.Transform(), SimpleITK.sitkNearestNeighbor)")
+        result.problems.append(f"{task.prediction}: does not lie on the grid of {task.truth}: "
+                               f"{'; '.join(differences)}. If both show the same place, {remedy}")
         return result
     classes = task.classes
     if classes is None:
@@ -238,6 +245,17 @@ def evaluate_case(task: Task) -> Result:
     result.counts = {name: _confusion(*pair.counts(name), pair.annotated) for name in classes}
     result.meetings = pair.meetings()
     return result
+
+
+def _on_one_grid(task: Task, truth: _Labels, prediction: _Labels) -> tuple[_Labels, _Labels]:
+    """Pad segments, which may cover a part of the image alone, to the grid of the other segmentation."""
+    labels = [truth, prediction]
+    for own, file in enumerate((task.truth, task.prediction)):
+        (voxels, geometry), grid = labels[own], labels[1 - own][1]
+        if has_segments(file) and geometry.differences(grid):
+            with suppress(InputError):  # the grids still differ, which is told
+                labels[own] = fitted(voxels, geometry, grid, Fitting(0, padded=True)), grid
+    return labels[0], labels[1]
 
 
 def _read_labels(file: Path, known: frozenset[int] | None,
@@ -266,11 +284,6 @@ def _read_segments(file: Path, segments: Mapping[str, int] | None) -> Picture:
                          f"the data set of these classes with -d")
     return read_as_label(file, values=segments, outside=0,
                          unknown_text=f"which the data set does not have; it has {some(segments)}")
-
-
-def has_spacing(file: Path) -> bool:
-    """Return whether the spacing of an image is known: from its format, or from nnU-Net's file beside it."""
-    return bool(ending_of(file, ITK) or ending_of(file, TIFF) and spacing_file(file).is_file())
 
 
 def _confusion(both: int, true: int, predicted: int, annotated: int) -> dict[str, int]:

@@ -16,12 +16,12 @@ from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
 from tqdm import tqdm
 
+from nnunet_confkd.data.images import has_spacing
 from nnunet_confkd.data.patients import patients_of
 from nnunet_confkd.data.supervision import PARTIAL
 from nnunet_confkd.discovery import make_findable
 from nnunet_confkd.errors import InputError
 from nnunet_confkd.evaluation.calibration import Counts, count
-from nnunet_confkd.evaluation.evaluate import has_spacing
 from nnunet_confkd.evaluation.metrics import FOREGROUND, MEASURES, CaseMeasures, measure_case
 from nnunet_confkd.inference.prediction import normalised_entropy
 from nnunet_confkd.report.model import Fold, Model

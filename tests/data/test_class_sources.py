@@ -11,11 +11,9 @@ from image_files import file_states, read_json, read_voxels, write_image
 
 from nnunet_confkd import cli
 from nnunet_confkd.data.annotated_classes import annotated_classes
-from nnunet_confkd.data.check import check_dataset
 from nnunet_confkd.data.class_sources import labels_of_sources
 from nnunet_confkd.data.mix import mix
 from nnunet_confkd.data.patients import patients_of
-from nnunet_confkd.data.raw_format import summary
 from nnunet_confkd.data.sources import NamedFolder, Source, prefix_pattern
 from nnunet_confkd.errors import InputError
 
@@ -97,18 +95,34 @@ def test_scribbles_of_some_classes(folders, nnunet_folders, tmp_path):
     assert not (read_voxels(target / "labelsTr" / "a1.nii.gz") == 4).any(), "0 stays background elsewhere"
 
 
-def test_the_summary_does_not_advise_fold_all_where_the_trainer_makes_folds(nnunet_folders, tmp_path):
-    """Some labels of each source have ignored voxels. The trainer validates on the others, each for its own class."""
+def test_labels_of_a_source_without_ignored_voxels_are_complete(nnunet_folders, tmp_path):
+    """Some labels of each source have ignored voxels. The folds validate on the others, each for its own class."""
     folders = {}
     for name in ("A", "B"):
         folders[name] = make_source(tmp_path / name, [f"{name}{i}" for i in range(3)], [1, 9])
         make_source(tmp_path / name, [f"{name}3"], [0, 1, 9])
     target = mixed(folders, {name: [f"{organ}=1", "background=9", "ignore=0"]
                              for name, organ in (("A", "liver"), ("B", "kidney"))})
-    assert not list(target.parents[1].rglob("splits_final.json"))
-    text = summary(target)
-    assert "no split was written" in text and "fold 'all'" not in text and "confkd check -d 7 names its folds" in text
-    assert any("The trainer will write 3 folds" in warning for warning in check_dataset("7", processes=1).warnings)
+    folds = read_json(next(target.parents[1].rglob("splits_final.json")))
+    assert sorted(sum((fold["val"] for fold in folds), [])) == ["A0", "A1", "A2", "B0", "B1", "B2"]
+    assert all({"A3", "B3"} <= set(fold["train"]) for fold in folds)
+
+
+def test_labels_of_all_classes_are_full_where_nothing_is_ignored(nnunet_folders, tmp_path):
+    """The dataset.json of a source has a value for what is not annotated, which some of its labels use, or none."""
+    described = {"labels": {"background": 0, "liver": 1, "ignore": 2}}
+    for source in ("A", "B"):
+        folder = make_source(tmp_path / source, [f"{source}{i}" for i in range(3)], [0, 1])
+        (folder / "dataset.json").write_text(json.dumps(described))
+    make_source(tmp_path / "A", ["A3"], [0, 1, 2])
+    kinds = read_json(mixed({name: tmp_path / name for name in ("A", "B")}, dict.fromkeys(("A", "B"))) / "dataset.json")
+    assert kinds["labels"] == {"background": 0, "liver": 1, "ignore": 2}
+    assert kinds["supervision"] == {**dict.fromkeys(["A0", "A1", "A2", "B0", "B1", "B2"], "full"), "A3": "partial"}
+
+
+def test_a_wrong_value_for_what_is_not_annotated_is_noticed(folders, nnunet_folders):
+    with pytest.raises(InputError, match="no label holds the value 7, which is said to mark what is not annotated"):
+        mixed(folders, {"abdomen": ["liver=1", "ignore=7"]})
 
 
 def test_unlabelled_images_go_with_sources(folders, nnunet_folders, tmp_path):

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import highdicom
 import numpy as np
+import pydicom
 import pytest
 import SimpleITK as sitk
 from dicom_files import ORIGIN, SHAPE, SIDE, SPACING, VOXELS, write_series
@@ -50,6 +51,44 @@ def test_a_missing_slice_is_noticed(tmp_path):
     write_series(tmp_path / "p", left_out=(2,))
     with pytest.raises(InputError, match="p: its slices are 3 to 6 mm apart; are some missing"):
         read_series(tmp_path / "p")
+
+
+def _changed(folder: Path, change) -> Path:
+    """A series whose data sets `change` has changed; it gets each of them, and its number."""
+    for number, file in enumerate(sorted(write_series(folder) and folder.iterdir(), key=lambda file: int(file.stem))):
+        content = pydicom.dcmread(file)
+        change(content, number)
+        content.save_as(file)
+    return folder
+
+
+@pytest.mark.parametrize("change, text", [
+    (lambda slice_, _: setattr(slice_, "ImagePositionPatient", list(ORIGIN)), "its slices lie at one place"),
+    (lambda slice_, number: setattr(slice_, "PixelSpacing", [0.8, 0.7] if number % 2 else [1.6, 1.4]),
+     "its slices differ in their pixel spacing"),
+    (lambda slice_, number: setattr(slice_, "ImageOrientationPatient", [1, 0, 0, 0, 1, 0] if number else
+                                    [0, 1, 0, 0, 0, 1]), "its slices differ in direction"),
+    (lambda slice_, number: setattr(slice_, "ImagePositionPatient", [
+        float(x) for x in np.add(slice_.ImagePositionPatient, np.multiply(number, SIDE[1::3]))]),
+     "by up to 5 mm .the gantry was tilted.*dcm2niix")])
+def test_series_that_are_no_box_of_voxels_are_refused(tmp_path, change, text):
+    with pytest.raises(InputError, match=text):
+        read_series(_changed(tmp_path / "p", change))
+
+
+def test_positions_of_few_decimals_are_no_tilt(tmp_path):
+    def rounded(slice_, _):
+        slice_.ImagePositionPatient = [round(float(x), 2) for x in slice_.ImagePositionPatient]
+
+    assert np.array_equal(read_series(_changed(tmp_path / "p", rounded)).voxels[0], VOXELS)
+
+
+def test_each_slice_keeps_its_own_rescaling(tmp_path):
+    def rescaled(slice_, number):
+        slice_.RescaleSlope, slice_.RescaleIntercept = (1 if number == 0 else 0.125), 0
+
+    voxels = read_series(_changed(tmp_path / "p", rescaled)).voxels[0]
+    assert np.allclose(voxels, [(of + 1024) * (1 if number == 0 else 0.125) for number, of in enumerate(VOXELS)])
 
 
 def test_two_series_in_a_folder_are_named(tmp_path):

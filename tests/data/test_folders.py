@@ -379,9 +379,33 @@ def test_labels_that_were_changed_since_are_not_lost(nnunet_folders):
     label = nnunet_folders / "raw" / "Dataset007_Test" / "labelsTr" / "a.nii.gz"
     later = label.stat().st_mtime + 60
     os.utime(label, (later, later))
-    with pytest.raises(InputError, match=r"labels were changed after the data set was written: a\.nii\.gz"):
+    with pytest.raises(InputError, match=r"added or changed after the data set was written: labelsTr/a\.nii\.gz"):
         _own("new", overwrite=True)
     assert _texts(nnunet_folders) == ("old", "old")
+
+
+@pytest.mark.parametrize("name", ["NOTES.txt", "labelsTs/b.nii.gz", "imagesTs/b_0000.nii.gz"])
+def test_files_that_were_added_are_not_lost(nnunet_folders, name):
+    _own("old")
+    added = nnunet_folders / "raw" / "Dataset007_Test" / name
+    added.parent.mkdir(exist_ok=True)
+    added.write_text("mine")
+    os.utime(added, (0, 0))  # as cp -p does
+    with pytest.raises(InputError, match=f"after the data set was written: {re.escape(name)}; copy what you need"):
+        _own("new", overwrite=True)
+    assert added.read_text() == "mine"
+
+
+def test_a_copy_with_the_time_of_its_original_is_a_change(nnunet_folders):
+    _own("old")
+    raw = nnunet_folders / "raw" / "Dataset007_Test"
+    os.utime(raw / "dataset.json", (10 ** 9, 10 ** 9))
+    for file in (raw / "labelsTr").iterdir():
+        file.write_text("corrected")
+        os.utime(file, (10 ** 9 - 60, 10 ** 9 - 60))
+    with pytest.raises(InputError, match="added or changed after"):
+        _own("new", overwrite=True)
+    assert (raw / "labelsTr" / "a.nii.gz").read_text() == "corrected"
 
 
 def test_a_data_set_with_models_is_not_replaced(nnunet_folders):

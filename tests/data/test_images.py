@@ -161,6 +161,17 @@ def test_nifti2_is_read_as_its_twin_in_nifti1(tmp_path, voxels, ending):
         assert [stands_alone(file) for file in twins] == [True, False]  # SimpleITK does not read the second
 
 
+@pytest.mark.parametrize("unit", ["meter", "mm", "micron", "unknown"])
+def test_units_of_nifti2_are_those_of_nifti1(tmp_path, unit):
+    spacings = []
+    for kind in (nibabel.Nifti1Image, nibabel.Nifti2Image):
+        image = kind(np.zeros((3, 4, 5), np.float32), np.diag([200.0, 300.0, 400.0, 1.0]))
+        image.header.set_xyzt_units(unit)
+        image.to_filename(tmp_path / f"{kind.__name__}.nii")
+        spacings.append(read(tmp_path / f"{kind.__name__}.nii").geometry.spacing)
+    np.testing.assert_allclose(*spacings, rtol=1e-6)
+
+
 def test_the_spacing_is_pixdims_where_the_affine_has_unit_scale(tmp_path, voxels):
     """As in ACDC: sform without scale, and no qform."""
     image = nibabel.Nifti1Image(voxels.T, None)

@@ -254,6 +254,18 @@ def test_a_label_whose_header_was_lost_is_not_resampled(tmp_path, nnunet_folders
     assert "--resample-labels" not in out
 
 
+def test_labels_without_a_header_are_not_resampled_beside_others_that_are(tmp_path, nnunet_folders, capsys):
+    _folders(tmp_path)
+    mask, fine = (tmp_path / "masks" / f"p{number}_seg.nii.gz" for number in (0, 1))
+    write_image(fine, read_voxels(fine).repeat(2, axis=0), spacing=(1, 1, 0.5), origin=(0, 0, -0.25))
+    image = next((tmp_path / "images").glob("p0*"))
+    write_image(image, read_voxels(image), spacing=(1, 1, 2), origin=(5, 6, 7))
+    folders = [f"{tmp_path}/{name}" for name in ("images", "masks", "scribbles")]
+    cli.main(["inspect", *folders, "--processes", "1"])
+    out = capsys.readouterr().out
+    assert f"without a place: 1 ({mask})" in out and "--resample-labels" not in out
+
+
 def test_folders_with_one_file_for_each_class_are_recognised(tmp_path, nnunet_folders, capsys):
     for number in range(3):
         _image(tmp_path / f"s{number}" / "ct.nii.gz", number, -1000)

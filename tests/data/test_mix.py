@@ -408,6 +408,36 @@ def test_an_ignored_voxel_in_a_full_label(folders, nnunet_folders):
     _fails(folders, nnunet_folders, r"full2\.nii\.gz: holds the value 9; a full label may hold 0, 1, 2")
 
 
+def test_the_background_is_0_wherever_it_is_named(folders, nnunet_folders):
+    labels = {"tumour": 2, "organ": 1, "background": 0}  # as a program may have sorted them
+    (folders["full"] / "dataset.json").write_text(json.dumps({"labels": labels}))
+    target = _mix(folders, labels=None)
+    assert read_json(target / "dataset.json")["labels"] == {"background": 0, "tumour": 1, "organ": 2, "ignore": 3}
+    label = read_voxels(folders["full"] / "labels" / "full0.nii.gz")
+    assert np.array_equal(read_voxels(target / "labelsTr" / "full0.nii.gz"), np.array([0, 2, 1])[label])
+
+
+def test_a_name_of_digits_is_the_name_of_a_patient(folders, nnunet_folders):
+    for number in range(10):
+        for file in (folders["full"]).glob(f"*/full{number}.nii.gz"):
+            file.rename(file.with_name(f"{number:03d}.nii.gz"))
+    _mix(folders, validation=["003"])
+    assert [fold["val"] for fold in _folds(nnunet_folders)] == [["003"]]
+
+
+def test_a_tiff_label_without_a_spacing_has_that_of_its_image(tmp_path, nnunet_folders):
+    from nnunetv2.imageio.tif_reader_writer import Tiff3DIO
+    label = np.zeros((6, 8, 10), np.uint8)
+    label[1:4, 2:5, 2:5], label[4, 6, 6] = 1, 2
+    for case in ("a", "b"):
+        for folder, voxels in (("images", label * 3), ("labels", label)):
+            (tmp_path / folder).mkdir(exist_ok=True)
+            Tiff3DIO().write_seg(voxels, str(tmp_path / folder / f"{case}.tif"), {"spacing": (3.0, 0.5, 0.5)})
+        (tmp_path / "labels" / f"{case}.json").unlink()
+    target = mix(tmp_path, 7, labels=CLASSES, processes=1)
+    assert np.array_equal(Tiff3DIO().read_seg(str(target / "labelsTr" / "a.tif"))[0][0], label)
+
+
 def test_an_unlabelled_image_of_other_channels(folders, nnunet_folders):
     file = folders["unlabelled"] / "unlabelled1.nii.gz"
     for other in folders["unlabelled"].glob("*.nii.gz"):

@@ -69,6 +69,32 @@ def test_segments_are_read_by_name_whatever_their_order(tmp_path, layers, order)
     assert np.allclose(picture.geometry.direction, TURNED)
 
 
+@pytest.mark.parametrize("named", [(), ("Liver",)])
+def test_values_without_a_segment_are_refused(tmp_path, named):
+    """SimpleITK writes the voxels of a .seg.nrrd file without the names of its segments."""
+    file = _slicer(tmp_path / "p.seg.nrrd", [("Liver", LIVER), ("tumour", TUMOUR)])
+    image = sitk.ReadImage(str(file))
+    plain = sitk.GetImageFromArray(sitk.GetArrayFromImage(image))
+    for key in image.GetMetaDataKeys():
+        if named and key.startswith("Segment0_"):
+            plain.SetMetaData(key, image.GetMetaData(key))
+    sitk.WriteImage(plain, str(file))
+    with pytest.raises(InputError, match=rf"p\.seg\.nrrd: holds the values {'2' if named else '1, 2'}, but its header "
+                                         r"names no segment for them.*call it p\.nrrd"):
+        _label(file)
+
+
+def test_an_empty_segmentation_is_read(tmp_path):
+    write_image(tmp_path / "p.seg.nrrd", np.zeros(SHAPE, np.uint8))
+    assert not _label(tmp_path / "p.seg.nrrd").voxels.any()
+
+
+def test_a_file_of_a_class_holds_0_and_one_more_value(tmp_path):
+    write_image(tmp_path / "p" / "liver.nii.gz", LIVER.astype(np.uint8) + 1)
+    with pytest.raises(InputError, match=r"liver\.nii\.gz: holds the values 1, 2; .*holds 0 and one more value"):
+        _label(tmp_path / "p")
+
+
 def test_segments_are_known_without_the_usual_ending(tmp_path):
     file = _slicer(tmp_path / "p.nrrd", [("Liver", LIVER)])
     plain = write_image(tmp_path / "q.nrrd", EXPECTED.astype(np.uint8))

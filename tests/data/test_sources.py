@@ -262,7 +262,20 @@ def test_a_resampled_mask_that_does_not_cover_its_image_is_told(folders, nnunet_
     write_image(wide, np.pad(read_voxels(wide), 1), origin=(-1, -1, -1))
     notes = mixture(**_options(folders), resample_labels=True).notes
     share = 1 - 1 / label.shape[1]
-    assert notes[-1].startswith(f"note: full labels that do not cover their image: 1 (m1_seg.nii.gz {share:.1%})")
+    assert notes[-1].startswith(f"note: labels that do not cover their image: 1 (m1_seg.nii.gz {share:.1%})")
+
+
+def test_no_stroke_is_lost_on_a_coarser_grid(folders, nnunet_folders):
+    """A partial label of half the spacing, in which single voxels are drawn that nearest neighbours pass over."""
+    file = folders / "scribbles" / f"{SCRIBBLES[0]}-scribble.nii.gz"
+    label = read_voxels(file)
+    fine = np.zeros([2 * size for size in label.shape], label.dtype)
+    drawn = np.argwhere(label == 1)[::3]
+    fine[tuple((2 * drawn + [1, 0, 1]).T)] = 1
+    write_image(file, fine, spacing=(0.5, 0.5, 0.5), origin=(-0.25, -0.25, -0.25))
+    target = mix(None, 7, **_options(folders), resample_labels=True)
+    written = read_voxels(target / "labelsTr" / f"{SCRIBBLES[0]}.nii.gz")
+    assert sorted(map(tuple, np.argwhere(written == 1))) == sorted(map(tuple, drawn))
 
 
 def test_a_dry_run_ends_with_what_is_wrong(folders, nnunet_folders, capsys):

@@ -403,6 +403,7 @@ def test_a_patient_who_is_a_link_to_elsewhere_is_refused(source, refused, tmp_pa
     (source / "training" / "patient001").rename(tmp_path / "patient001")
     (source / "training" / "patient001").symlink_to(tmp_path / "patient001")
     refused(*(f"{source / 'training' / 'patient001' / file}: leads out of the source folder, to "
-              f"{tmp_path / 'patient001' / file}; copy it there, or give the folder that holds it" for file in (
+              f"{tmp_path / 'patient001' / file}; give the folder that holds it, or copy what links lead to: cp -rL "
+              "FOLDER COPY" for file in (
                   "patient001_frame01.nii.gz", "patient001_frame01_gt.nii.gz", "patient001_frame12.nii.gz",
                   "patient001_frame12_gt.nii.gz")))

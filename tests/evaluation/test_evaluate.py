@@ -109,6 +109,27 @@ def test_segments_are_read_by_their_names(folders, dataset, tmp_path):
                          dataset=dataset({"background": 0, "c": 1, "b": 2}))
 
 
+def test_segments_may_be_cut_to_a_part_of_the_image(folders, dataset):
+    """3D Slicer writes them so. Where the grids do not fit, the remedy keeps the names of the segments."""
+    labels, options = label_map(), {"processes": 1, "dataset": dataset({"background": 0, "a": 1, "b": 2})}
+    (folders / "named").mkdir()
+    for origin, error in ((SPACING[1] * 2, None), (SPACING[1] * 2.5, "export the segments in 3D Slicer on the grid")):
+        for case in range(3):
+            image = sitk.GetImageFromArray(labels[:, 2:])
+            image.SetSpacing(SPACING)
+            image.SetOrigin((0, origin, 0))
+            for number, name in enumerate("ab"):
+                for key, value in (("Name", name), ("LabelValue", str(number + 1)), ("Layer", "0")):
+                    image.SetMetaData(f"Segment{number}_{key}", value)
+            sitk.WriteImage(image, str(folders / "named" / f"case{case}.seg.nrrd"))
+        if error:
+            with pytest.raises(InputError, match=error):
+                evaluate_folders(folders / "named", folders / "prediction", **options)
+        else:
+            found = evaluate_folders(folders / "named", folders / "prediction", **options)
+            assert found.cases == evaluate_folders(folders / "truth", folders / "prediction", **options).cases
+
+
 def complaint(folders: Path, **options) -> str:
     with pytest.raises(InputError) as error:
         measured(folders, **options)
@@ -368,6 +389,16 @@ def test_of_tiff_the_spacing_of_one_of_the_files_suffices(tmp_path):
     assert measured(tmp_path).cases == both.cases and both.cases["a"]["1"]["HD95_mm"] == 1.5
     (tmp_path / "prediction" / "a.json").unlink()
     assert measured(tmp_path).no_spacing == ["a"]
+
+
+def test_of_a_two_dimensional_tiff_there_is_no_spacing(tmp_path):
+    """nnU-Net reads none, whatever lies beside it."""
+    for folder, shift in (("truth", 0), ("prediction", 5)):
+        (tmp_path / folder).mkdir()
+        sitk.WriteImage(sitk.GetImageFromArray(label_map(shift)[3]), str(tmp_path / folder / "a.tif"))
+        (tmp_path / folder / "a.json").write_text('{"spacing": [999, 0.1, 0.1]}')
+    evaluation = measured(tmp_path)
+    assert evaluation.no_spacing == ["a"] and math.isnan(evaluation.cases["a"]["1"]["HD95_mm"])
 
 
 @pytest.fixture
