@@ -12,6 +12,7 @@ import json
 from pathlib import Path
 
 import numpy as np
+from accuracy import patient_of
 from five_folds import HERE, NO_TEACHER, SETTINGS, WORDS, gain_text, home_of, interval, of_patients, read_all
 
 OURS, STOCK, EVERYTHING = "ConfKD with hints", "nnU-Net's ignore label", "everything annotated"
@@ -84,7 +85,7 @@ def table(folder: Path) -> str:
 
 def by_fold(folder: Path) -> str:
     """The gains over the best rival in each fold, and without the patients that have decided the defaults."""
-    decided = {case.split("_")[0] for file in (HERE / "equal_terms" / "scribbles_0").glob("*.json")
+    decided = {patient_of(case) for file in (HERE / "equal_terms").glob("*_0/*.json")
                for case in json.loads(file.read_text())["cases"]}
     lines = lines_of(folder)
     most = max((len(line["folds"]) for line in lines), default=0)

@@ -16,7 +16,7 @@ DENSE = 0.055
 WEIGHT_KL, WEIGHT_ENTROPY = 3.0, 0.01
 HINT_REACH = 4  # voxels
 WEIGHTS = ("weight_teacher", "weight_kl", "weight_entropy")
-# They follow from the whole data set, so that the networks of all folds are alike.
+# They follow from the cases of all folds, so that the networks of all folds are alike.
 OF_NETWORK = (*WEIGHTS, "hint_reach")
 AUTOMATIC = (*WEIGHTS, "full_share", "equal_kinds", "teacher_trains_encoder", "hint_reach", "prior_correction",
              "cutmix", "unlabelled_share")
@@ -31,8 +31,8 @@ class Annotations:
         foreground: {case: annotated voxels of the foreground}, of these and perhaps other cases.
         background: {case: annotated voxels of the background}, likewise.
         hidden: The cases that are not annotated for all classes.
-        dataset: {case: kind} of all cases of the data set, of which `part` is computed. So all folds agree. None: of
-            the training cases.
+        dataset: {case: kind} of the training cases of all folds, of which `part` is computed. So all folds agree. None:
+            of the training cases of this one.
 
     Examples:
         >>> scribbles = Annotations({"a": "full", "b": "partial"}, {"a": 600, "b": 60}, {"a": 900, "b": 50})
@@ -76,7 +76,7 @@ def choose_network(settings: Settings, annotations: Annotations) -> Settings:
 
     Args:
         settings: Those of the plans and the trainer.
-        annotations: Those of all cases of the data set, or of the training cases if none of them is null any more.
+        annotations: Those of all cases, or of the training cases if none of these settings is null any more.
 
     Returns:
         Settings of which no one of `OF_NETWORK` is null.

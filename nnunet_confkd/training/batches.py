@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from math import floor
 
 import numpy as np
 import torch
@@ -197,7 +198,7 @@ def full_images_per_batch(batch_size: int, share: float, others: bool) -> int:
     """
     if not others or not share:
         return batch_size if share else 0
-    return min(max(round(share * batch_size), 1), batch_size - 1)
+    return min(max(floor(share * batch_size + 0.5), 1), batch_size - 1)  # halves are rounded up
 
 
 def class_probabilities(kinds: Mapping[str, str], hidden: Mapping[str, Sequence[bool]], share: float,
@@ -343,7 +344,7 @@ class StratifiedLoader(nnUNetDataLoader):
             pad = max(pad, patch - image)
             low, high = -pad // 2, image + pad // 2 + pad % 2 - patch  # nnU-Net's bounds of a random crop
             # The patch that the network gets lies in the middle of the one that is augmented. Its middle half contains
-            # the voxel: anywhere in it, patches would show less of what is annotated, which costs accuracy.
+            # the voxel: anywhere in it, patches would show less of what is annotated.
             wanted = place - np.random.randint(final // 4, final - final // 4) - (patch - final) // 2
             corner.append(int(min(max(wanted, low), high)))
         return corner, [start + size for start, size in zip(corner, self.patch_size)]

@@ -101,16 +101,16 @@ def warnings_of_split(fold: int | str, train: Iterable[str], val: Iterable[str],
         single = single_patient_text(folds, kinds, patients_of(kinds, pattern), command)
         found += [f"{single}."] if single else []
     if all(kinds[case] == FULL for case in train):
-        found.append("every training case is fully annotated. Nothing is left for the student to learn from partial "
-                     "annotations; this is nnU-Net with self-distillation.")
+        found.append("every training case is fully annotated. Nothing is left to learn from partial annotations.")
     full = [case for case in val if kinds[case] == FULL]
     lacking = [case for case in val if case in hidden]
     if len(full) < len(val) and (full or len(lacking) < len(val)):
         found.append(f"{len(val) - len(full)} validation case(s) are not fully annotated. "
                      + ("The pseudo-Dice is that of the others" if full else
                         "There is no other: the pseudo-Dice counts annotated voxels only")
-                     + ", and in the final validation what nobody annotated does not count. Delete splits_final.json "
-                       "in nnUNet_preprocessed, and the next training writes one without such cases.")
+                     + ", and in the final validation what nobody annotated does not count."
+                     + ("" if fold == "all" else " Delete splits_final.json in nnUNet_preprocessed, and the next "
+                        "training writes one without such cases."))
     if lacking:
         found.append(f"{len(lacking)} validation case(s) are not annotated for all classes. In the pseudo-Dice and in "
                      f"validation/summary.json they count for their own classes only. "

@@ -32,6 +32,7 @@ from nnunet_confkd.data.annotated_classes import (
     require_annotated,
     teaching_cases,
 )
+from nnunet_confkd.data.json_files import read_folds
 from nnunet_confkd.data.patients import patients_of, split_full_cases, split_text
 from nnunet_confkd.data.supervision import (
     FULL,
@@ -157,7 +158,7 @@ class ConfKDTrainer(nnUNetTrainer):
             unwrap(self.network).find_batch_norms()
 
     def choose_network(self) -> None:
-        """Choose what the network depends on and is null, such as whether there is a teacher, from the whole data."""
+        """Choose what the network depends on and is null, such as whether there is a teacher, for all folds alike."""
         if None not in (getattr(self.settings, name) for name in OF_NETWORK):
             return
         self.settings = choose_network(self.settings, self._annotations(self.find_supervision()))
@@ -343,7 +344,15 @@ class ConfKDTrainer(nnUNetTrainer):
 
     def _annotations(self, cases) -> Annotations:
         return Annotations(self._strata(cases), self.foreground, self.background, self.hidden,
-                           self._strata(self.kinds))
+                           self._strata(self._cases_that_train()))
+
+    def _cases_that_train(self) -> list[str]:
+        """The cases that train in some fold. The masks of those that are held back must not decide anything."""
+        file = join(self.preprocessed_dataset_folder_base, "splits_final.json")
+        if self.fold == "all" or not isfile(file):  # in a split that this class writes, each case trains in some fold
+            return list(self.kinds)
+        training = {case for fold in read_folds(file) for case in fold["train"]}
+        return [case for case in self.kinds if case in training]
 
     def _choose(self, cases) -> Settings:
         """The settings with what is chosen from the annotations of some cases."""

@@ -476,8 +476,8 @@ def check_first_stage(trainer) -> None:
     if full:
         remedy = (f"The first stage lacks {len(lacking)} of {len(folds)} folds; train them first: "
                   f"{_commands(trainer, stage, lacking)}" if lacking else
-                  f"No fold of {splits_file} validates these cases. Without this file the next training writes folds "
-                  f"that do; train the folds of both stages then.")
+                  f"No fold of {splits_file} validates these cases. If the split is your own, let a fold do so, and "
+                  f"train the folds of both stages again.")
         trainer.print_to_log_file(
             f"WARNING: the first stage, {stage}, predicted {len(full)} fully annotated training case(s) with a network "
             f"that was trained on these very cases. Its predictions of new images are worse, so that the second stage "

@@ -104,6 +104,7 @@ def test_full_images_come_first_in_the_set_number():
         (2, 0.01, 1),
         (2, 0.99, 1),
         (16, 0.99, 15),
+        (5, 0.5, 3),
     ):
         dl = loader(batch_size, share)
         for _ in range(20):

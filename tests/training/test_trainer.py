@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from nnunet_confkd.errors import InputError
-from nnunet_confkd.training.checks import warning_of_intensities, warning_of_spinning_threads
+from nnunet_confkd.training.checks import warning_of_intensities, warning_of_spinning_threads, warnings_of_split
 from nnunet_confkd.training.hints import HintSampler
 from nnunet_confkd.training.losses import TERMS
 from nnunet_confkd.training.network import TwoBranchUNet
@@ -42,6 +42,31 @@ def plans_of(nnunet, dataset: str = HIPPOCAMPUS):
     file = nnunet.preprocessed(dataset) / "nnUNetPlans.json"
     plans = json.loads(file.read_text())
     return plans, lambda: file.write_text(json.dumps(plans))
+
+
+# ---- choices --------------------------------------------------------------------------------------------------------
+
+def test_masks_that_are_held_back_decide_nothing(nnunet, hippocampus, split):
+    trainer = nnunet.trainer(HIPPOCAMPUS, nnunet.configure(HIPPOCAMPUS, "held_back", "2d", SHORT))
+    kinds = trainer.find_supervision()
+    held_back, *full = (case for case in kinds if kinds[case] == "full")
+    others = [case for case in kinds if kinds[case] != "full"]
+
+    def parts():  # the mask of the case counts little, or much
+        for trainer.foreground[held_back] in (1, 10 ** 6):
+            yield trainer._annotations(kinds).part
+
+    split([{"train": [*full, *others], "val": [held_back]}])
+    assert len(set(parts())) == 1
+    split([{"train": [*full, *others], "val": [held_back]}, {"train": [held_back, *others], "val": full}])
+    assert len(set(parts())) == 2, "in another fold it trains"
+
+
+def test_fold_all_is_not_told_to_delete_a_split(nnunet):
+    kinds = {"a": "full", "b": "partial", "c": "unlabelled"}
+    told = [warnings_of_split(fold, ["a", "b"], ["b", "c"], kinds, None, "", ()) for fold in (0, "all")]
+    assert ["Delete splits_final.json" in "".join(texts) for texts in told] == [True, False]
+    assert all("2 validation case(s) are not fully annotated" in "".join(texts) for texts in told)
 
 
 # ---- steps ----------------------------------------------------------------------------------------------------------
