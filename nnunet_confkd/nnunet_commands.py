@@ -27,7 +27,7 @@ import nnunetv2
 from nnunet_confkd.arguments import unknown_arguments
 from nnunet_confkd.device import OPTION_HELP, choose_device, cpu_threads
 from nnunet_confkd.discovery import make_findable
-from nnunet_confkd.errors import InputError
+from nnunet_confkd.errors import InputError, some
 from nnunet_confkd.training.names import BRANCHES
 
 DEFAULT_TRAINER = "ConfKDTrainer"
@@ -513,7 +513,13 @@ def predict(argv: list[str], afterwards: Callable[[Any], object] = lambda predic
     from nnunet_confkd.data.json_files import read_description
     from nnunet_confkd.inference import postprocessing
     from nnunet_confkd.inference.expected_time import prediction_text
-    from nnunet_confkd.inference.inputs import Predicted, name_source, readable_images, require_other_files
+    from nnunet_confkd.inference.inputs import (
+        Predicted,
+        name_source,
+        readable_images,
+        require_other_files,
+        require_readable,
+    )
     from nnunet_confkd.training.network import predicting
 
     found = postprocessing.required(model, args.f, own.postprocessing)
@@ -522,8 +528,9 @@ def predict(argv: list[str], afterwards: Callable[[Any], object] = lambda predic
     with (readable_images(source, described) as images, predicting(own.branch), _threads(device),
           _entropy_too() if own.save_entropy else contextlib.nullcontext()):
         require_other_files(source, images, Path(args.o), described["file_ending"])
-        run_as(name, with_options(argv, "-device", device, "-i", str(images)))
         part = slice(getattr(args, "part_id", 0), None, getattr(args, "num_parts", 1))
+        require_readable(images, described, part)
+        run_as(name, with_options(argv, "-device", device, "-i", str(images)))
         predicted = Predicted.of(images, model, Path(args.o), described, own.save_entropy, part)
         warning = predicted.warning_of_empty()
         afterwards(postprocessing.applied(found, predicted, own.postprocessing is not None))
@@ -533,11 +540,24 @@ def predict(argv: list[str], afterwards: Callable[[Any], object] = lambda predic
         from nnunet_confkd.inference.uncertainty import list_cases
 
         print("look at these cases first:", list_cases(Path(args.o)))
+    elif earlier := _earlier_entropy(Path(args.o)):
+        print(earlier)
     if warning:
         print(warning)
     dataset = f" -d {args.d}" if hasattr(args, "d") else ""
     print(f"predictions: {args.o}\nnext, where there is a ground truth: confkd evaluate --truth LABELS --prediction "
           f"{shlex.quote(args.o)}{dataset}")
+
+
+def _earlier_entropy(output: Path) -> str | None:
+    """Warn of an entropy of segmentations that have been replaced; None if there is none."""
+    if not (output / "uncertainty").is_dir():
+        return None
+    from nnunet_confkd.inference.uncertainty import outdated
+
+    cases = [score.stem for score in outdated(output)]
+    return (f"WARNING: {output / 'uncertainty'}: is of earlier predictions of {some(cases)}; remove it, or predict "
+            f"with --save-entropy") if cases else None
 
 
 def _parsed(parser: argparse.ArgumentParser, argv: list[str], own: Iterable[str]) -> argparse.Namespace:

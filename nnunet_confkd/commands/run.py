@@ -22,7 +22,7 @@ from nnunet_confkd.data.images import read
 from nnunet_confkd.data.json_files import read_description, read_json, split_of_fold
 from nnunet_confkd.data.small_configuration import QUICK
 from nnunet_confkd.device import OPTION_HELP
-from nnunet_confkd.errors import InputError, shown, some
+from nnunet_confkd.errors import InputError, counted, shown, some
 from nnunet_confkd.files import new_folder, write_json
 
 RECORD, LOCK, RAW_PREDICTIONS = "run.json", ".confkd_run.lock", "predictions_raw"
@@ -251,11 +251,11 @@ def check_step(work: Work) -> Path:
 
 def _require_test_images(work: Work) -> None:
     """Raise InputError if the images to predict are not as those to train on."""
-    from nnunet_confkd.inference.inputs import readable_images
+    from nnunet_confkd.inference.inputs import readable_images, require_readable
 
     described = read_description(raw_folder() / work.name / "dataset.json", ("file_ending",))
-    with readable_images(work.args.test, described, "--test"):
-        pass
+    with readable_images(work.args.test, described, "--test") as images:
+        require_readable(images, described)
 
 
 def plan_step(work: Work) -> Path:
@@ -296,6 +296,19 @@ def predict_step(work: Work) -> Path:
         "-d", work.number, "-i", str(work.args.test), "-o", str(target), "-c", work.trained, "-f",
         *work.record["folds"], *work.trainer, *work.device, *resumed])
     return target
+
+
+def _tell_new_images(work: Work) -> None:
+    """Name images that were added to --test after the others had been predicted."""
+    from nnunet_confkd.inference.inputs import cases_of, readable_images
+
+    ending = read_description(work.model / "dataset.json", ("file_ending",))["file_ending"]
+    with readable_images(work.args.test, read_description(work.model / "dataset.json"), "--test") as images:
+        new = [case for case in cases_of(images, ending)
+               if not (work.output / RAW_PREDICTIONS / f"{case}{ending}").is_file()]
+    if new:
+        print(f"WARNING: --test: {counted(len(new), 'image')} added since, which this run does not predict: "
+              f"{some(new)}. confkd predict does, or a new --output")
 
 
 def postprocess_step(work: Work) -> Path:
@@ -353,6 +366,8 @@ def carry_out(work: Work) -> None:
                 raise InputError(f"{made}: was made by this run, and is gone; restore it, or begin anew with a new "
                                  f"--output")
             print(f"=== {title}: done")
+            if name == "predict":
+                _tell_new_images(work)
             continue
         print(f"\n=== {title}", flush=True)
         try:

@@ -37,6 +37,9 @@ def series_folders(folder: Path) -> dict[str, Path]:
         {name: folder of a series}, empty if there are none. The name is that of the folder, if it is a series itself;
         that of the folder in it, such as one for each patient, where this holds one series; else it has all names
         between, joined by "_".
+
+    Raises:
+        InputError: Two series would have the same name.
     """
     if is_dicom_folder(folder):
         return {folder.resolve().name: folder}
@@ -44,7 +47,13 @@ def series_folders(folder: Path) -> dict[str, Path]:
              if inner.is_dir() and is_dicom_folder(inner) and not is_segmentation(inner)]
     tops = Counter(inner.relative_to(folder).parts[0] for inner in found)
     parts = {inner: inner.relative_to(folder).parts for inner in found}
-    return {names[0] if tops[names[0]] == 1 else "_".join(names): inner for inner, names in parts.items()}
+    named: dict[str, Path] = {}
+    for inner, names in parts.items():
+        name = names[0] if tops[names[0]] == 1 else "_".join(names)
+        if name in named:
+            raise InputError(f"{named[name]} and {inner} would both be called {name}; rename one of these folders")
+        named[name] = inner
+    return named
 
 
 def read_series(folder: Path) -> Picture:

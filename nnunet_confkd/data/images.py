@@ -10,7 +10,7 @@ import os
 import re
 import shutil
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -468,6 +468,23 @@ def spacing_file(file: Path) -> Path:
     stem = file.name[:-len(ending_of(file))]
     own = file.with_name(f"{stem}.json")
     return own if own.is_file() else file.with_name(re.sub(r"_\d{4}$", "", stem) + ".json")
+
+
+def is_flat(shape: Sequence[int], spacing: Sequence[float]) -> bool:
+    """Whether an image is one without a third axis, which nnU-Net has given one.
+
+    Its spacing there is 999 mm, or 999 times the larger of the two others, and means nothing.
+
+    Args:
+        shape: `(Z, Y, X)`, or `(Y, X)`.
+        spacing: In the same order.
+
+    Examples:
+        >>> is_flat((1, 40, 40), (999, 1, 1)), is_flat((1, 40, 40), (5, 1, 1)), is_flat((40, 40), (1, 1))
+        (True, False, False)
+    """
+    return len(shape) == 3 and shape[0] == 1 and any(np.isclose(spacing[0], 999 * unit)
+                                                     for unit in (1, max(spacing[1:])))
 
 
 def has_spacing(file: Path) -> bool:

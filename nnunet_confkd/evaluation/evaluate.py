@@ -20,7 +20,7 @@ from nnunet_confkd.arguments import Parser
 from nnunet_confkd.data.annotated_classes import unlisted_classes
 from nnunet_confkd.data.folders import find_dataset, preprocessed_folder, raw_folder
 from nnunet_confkd.data.grids import Fitting, fitted
-from nnunet_confkd.data.images import Geometry, Picture, ending_of, has_spacing, read, values_in
+from nnunet_confkd.data.images import Geometry, Picture, ending_of, has_spacing, is_flat, read, values_in
 from nnunet_confkd.data.json_files import read_description
 from nnunet_confkd.data.names import without_affixes
 from nnunet_confkd.data.patients import patients_of
@@ -238,6 +238,8 @@ def evaluate_case(task: Task) -> Result:
         classes = {str(label): (label,) for label in sorted(result.occurring - {0})}
     result.has_spacing = bool(known)
     spacing = known[0].spacing[::-1][-truth.ndim:] if known else None
+    if spacing and is_flat(truth.shape, spacing):
+        truth, prediction, spacing = truth[0], prediction[0], spacing[1:]
     pair = LabelPair(truth, prediction, classes, task.ignore_label)
     del labels, truth, prediction  # the surfaces are all that is needed from here on
     result.measures = measure_pair(pair, spacing, task.tolerance_mm)

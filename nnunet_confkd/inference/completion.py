@@ -25,10 +25,10 @@ from nnunet_confkd.data.json_files import read_description, read_folds, read_jso
 from nnunet_confkd.data.patients import patients_of, split_full_cases
 from nnunet_confkd.data.raw_format import Case, Dataset, raw_dataset, with_ignore, write_into
 from nnunet_confkd.data.resampling import KeepAnnotations
-from nnunet_confkd.data.supervision import PARTIAL, TABLE_KEY, check_labels, decide_kinds
+from nnunet_confkd.data.supervision import PARTIAL, TABLE_KEY, UNLABELLED, check_labels, decide_kinds, kind_of
 from nnunet_confkd.device import choose_device
 from nnunet_confkd.discovery import make_findable
-from nnunet_confkd.errors import InputError
+from nnunet_confkd.errors import InputError, counted, some
 from nnunet_confkd.files import write_json
 from nnunet_confkd.inference.checkpoints import fold_folders, load_checkpoint, require_teacher
 from nnunet_confkd.inference.completed_case import CONFIDENCE, PREDICTED, ROWS, CompletedCase, KnownLabel, check_case
@@ -357,8 +357,14 @@ def _check_cases(folder: Path, described: dict, dataset: Dataset,
     possible = {case: possible_values(described["labels"], listed) for case, listed in hidden.items()}
     for of_case in possible.values():
         require_possible(labels, of_case)
-    known = {case.name: KnownLabel(case.label.file, labels.ignore_label, possible.get(case.name, {}))
-             for case in dataset.training if possible.get(case.name) or counts[case.name].get(labels.ignore_label)}
+    ignore = labels.ignore_label
+    known = {case.name: KnownLabel(case.label.file, ignore, possible.get(case.name, {}))
+             for case in dataset.training if possible.get(case.name) or counts[case.name].get(ignore)}
+    unused = [case for case in known if kinds[case] == UNLABELLED != kind_of(counts[case], ignore)]
+    if unused:  # their annotations may be wrong, and stay in a completed label
+        print(f"left as they are: {counted(len(unused), 'case')} declared unlabelled, though annotated: "
+              f"{some(unused, 5)}. To have them completed, remove their annotations")
+    known = {case: label for case, label in known.items() if case not in unused}
     if not known:
         raise InputError(f"{folder}: no training case has an ignored voxel or lacks classes; there is nothing to "
                          f"complete")

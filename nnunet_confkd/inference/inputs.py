@@ -1,6 +1,7 @@
 """The images of a prediction, under the names that nnU-Net needs."""
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import shutil
@@ -63,15 +64,52 @@ def readable_images(source: Path, described: dict, option: str = "-i") -> Iterat
     if incomplete:
         raise InputError(f"{option} {source}: {len(incomplete)} case(s) do not have all {len(channels)} channels: "
                          f"{some(incomplete, 5)}. Name the files of every case {expected}")
-    if source.is_dir() and not plain and images == files:
+    if source.is_dir() and not plain and images == files and not any(
+            len(of_case) < len(channels) and ending_of(of_case[0], ITK) for of_case in cases.values()):
         yield source
         return
     cases |= {file.name[:-len(ending)]: [file] for file in plain}
     with tempfile.TemporaryDirectory(prefix="confkd_images_") as folder:
         for case, channel_files in cases.items():
+            if len(channel_files) < len(channels) and ending_of(channel_files[0], ITK):
+                # four-dimensional, of which nnU-Net could not write a segmentation
+                picture = read(channel_files[0])
+                for number, voxels in enumerate(picture.voxels):
+                    write(Path(folder) / f"{case}_{number:04d}{ending}", voxels, picture.geometry)
+                continue
             for number, file in enumerate(channel_files):
                 _link(file, Path(folder) / f"{case}_{number:04d}{ending}")
         yield Path(folder)
+
+
+def require_readable(images: Path, described: dict, part: slice = slice(None)) -> None:
+    """Read all images of a prediction, so that broken ones are named before it begins.
+
+    nnU-Net does not notice that a compressed file was cut short, and would segment what is left of it.
+
+    Args:
+        images: A folder that :func:`readable_images` has yielded.
+        described: The model's dataset.json.
+        part: Which of the cases, sorted, are to be predicted.
+
+    Raises:
+        InputError: Some cannot be read, or the files of the channels hold several channels each. All are listed.
+    """
+    ending, problems = described["file_ending"], []
+    for case, first in sorted(cases_of(images, ending).items())[part]:
+        names = (first.with_name(f"{case}_{number:04d}{ending}") for number in itertools.count())
+        files = list(itertools.takewhile(Path.is_file, names))
+        for file in files:
+            try:
+                count = len(read(file.resolve()).voxels)
+            except InputError as error:
+                problems.append(str(error))
+            else:
+                if count > 1 and (len(files) > 1 or ending_of(file, ITK)):
+                    problems.append(f"{file.resolve()}: holds {count} channels; a file of a numbered channel holds one")
+    if problems:
+        raise InputError(f"{len(problems)} images; nothing was predicted:\n  " + "\n  ".join(problems)
+                         if len(problems) > 1 else problems[0])
 
 
 def _warn_of_others(inside: list[Path], images: list[Path], where: str, ending: str) -> None:

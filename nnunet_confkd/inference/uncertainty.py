@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
+from nnunet_confkd.data.images import ending_of
 from nnunet_confkd.files import write_json, written_whole
 from nnunet_confkd.inference.prediction import ExportingPredictor, export_and_measure, normalised_entropy
 from nnunet_confkd.inference.review import IN_DOUBT, REVIEW, case_score, map_ending, write_review_list
@@ -99,10 +100,16 @@ class EntropyPredictor(ExportingPredictor):
             return lists
         endings = [self.dataset_json["file_ending"]] + [".npz"] * save_probabilities
         missing = [i for i, file in enumerate(lists[1])
-                   if not all(Path(file + ending).is_file() for ending in endings) or not _score_file(file).is_file()]
+                   if not all(Path(file + ending).is_file() for ending in endings)
+                   or not _is_of(_score_file(file), Path(file + endings[0]))]
         print(f"{len(lists[1]) - len(missing)} of these cases have a prediction and its entropy already; "
               f"{len(missing)} are predicted")
         return tuple([items[i] for i in missing] for items in lists)
+
+
+def _is_of(score: Path, segmentation: Path) -> bool:
+    """Whether a score is that of a segmentation. Its prediction has written it afterwards."""
+    return score.is_file() and score.stat().st_mtime >= segmentation.stat().st_mtime
 
 
 def _score_file(output: str) -> Path:
@@ -128,6 +135,17 @@ def _export_with_entropy(logits, properties, configuration_manager, plans_manage
     write_json(score_file, {"case": Path(output).name, "branch": branch, **case_score(normalised, segmentation)})
 
 
+def outdated(output: Path) -> list[Path]:
+    """Find the scores of segmentations that a later prediction without the entropy has replaced.
+
+    Args:
+        output: The folder of the predictions.
+    """
+    files = {file.name[:-len(ending)]: file for file in output.iterdir() if (ending := ending_of(file))}
+    return [score for score in sorted((output / FOLDER / SCORES).glob("*.json"))
+            if (file := files.get(score.stem)) and not _is_of(score, file)]
+
+
 def list_cases(output: Path) -> Path:
     """Write the review list of all cases in an output folder, also of earlier runs and of other parts.
 
@@ -143,7 +161,7 @@ def list_cases(output: Path) -> Path:
     """
     folder = output / FOLDER
     rows = [json.loads(file.read_text(encoding="utf-8")) for file in sorted((folder / SCORES).glob("*.json"))
-            if not file.name.startswith(".")]  # another part may be writing one
+            if not file.name.startswith(".") and file not in outdated(output)]  # another part may be writing one
     folder.mkdir(exist_ok=True)
     write_review_list(folder, rows, {"about": "The cases to review first. score: mean normalised entropy of the voxels "
                                               f"predicted as foreground or of a normalised entropy of {IN_DOUBT} or "

@@ -4,7 +4,7 @@ from __future__ import annotations
 import io
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import redirect_stdout
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,7 +16,7 @@ from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
 from tqdm import tqdm
 
-from nnunet_confkd.data.images import has_spacing
+from nnunet_confkd.data.images import has_spacing, is_flat, read
 from nnunet_confkd.data.patients import patients_of
 from nnunet_confkd.data.supervision import PARTIAL
 from nnunet_confkd.discovery import make_findable
@@ -285,11 +285,11 @@ class Findings:
         prediction.segmentations.clear()
         segmentations = {branch: original.segmentation for branch, original in prediction.originals.items()}
         if self.predictions is not None:
-            given = _read_given(self.predictions / (case + ending), reader, truth, properties)
+            given = _read_given(self.predictions / (case + ending), truth_file, reader, truth)
             segmentations["given"] = given
             content.segmentations = np.stack([*content.segmentations, prediction.to_preprocessed(given)[content.index]])
         spacing = list(properties["spacing"])
-        planar = is_flat(truth, spacing)
+        planar = is_flat(truth.shape[1:], spacing)
         first = 1 if planar else 0
         unlisted = {of: dict.fromkeys(MEASURES, math.nan) for of in self.model.unlisted.get(case, ())}
         for branch, segmentation in segmentations.items():
@@ -389,24 +389,17 @@ def _check_predictions(folder: Path, cases: list[str], ending: str) -> None:
                          "of every validation case; confkd evaluate measures other predictions.")
 
 
-def _read_given(path: Path, reader, truth: np.ndarray, properties: dict) -> np.ndarray:
+def _read_given(path: Path, truth_file: Path, reader, truth: np.ndarray) -> np.ndarray:
     """Read a segmentation that was given. Raises InputError if it does not lie on the grid of the ground truth."""
-    try:
-        given, other = reader.read_seg(str(path))
-    except Exception as error:  # the readers raise whatever the broken bytes lead to
-        raise InputError(f"{path}: cannot be read ({error})") from error
-    if given.shape != truth.shape or not np.allclose(other["spacing"], properties["spacing"], rtol=1e-3):
-        raise InputError(f"{path}: shape {given.shape[1:]} and spacing {tuple(other['spacing'])} are not those of the "
-                         f"ground truth, {truth.shape[1:]} and {tuple(properties['spacing'])}")
+    own, other = (read(file).geometry for file in (path, truth_file))
+    known = has_spacing(path) and has_spacing(truth_file)
+    if (known or own.size != other.size) and (differences := own.differences(other)):
+        raise InputError(f"{path}: does not lie on the grid of the ground truth, {truth_file}: "
+                         f"{'; '.join(differences)}")
+    given = reader.read_seg(str(path))[0]
+    if given.shape != truth.shape:
+        raise InputError(f"{path}: has the shape {given.shape[1:]}, and the ground truth {truth.shape[1:]}")
     return _integers(given[0])
-
-
-def is_flat(labels: np.ndarray, spacing: Sequence[float]) -> bool:
-    """Whether labels as nnU-Net reads them, `(1, Z, Y, X)`, are of an image without a third axis.
-
-    Its readers give such an image a third axis, with 999 times the larger of the two spacings.
-    """
-    return labels.shape[1] == 1 and bool(np.isclose(spacing[0], 999 * max(spacing[1:])))
 
 
 def _integers(labels: np.ndarray) -> np.ndarray:

@@ -69,8 +69,9 @@ class Divergence:
 def set_aside_earlier(folder: str | Path) -> str | None:
     """Move what an earlier training has left out of the way of a new one, which would overwrite it.
 
-    These are its checkpoints, its validation and its record. Without this, the validation of the earlier network would
-    be taken for that of the new one until this is validated, too.
+    These are its checkpoints, its validation and its record, and the post-processing that nnU-Net has determined with
+    it. Without this, the validation of the earlier network would be taken for that of the new one until this is
+    validated, too.
 
     Args:
         folder: Folder of the fold.
@@ -84,7 +85,9 @@ def set_aside_earlier(folder: str | Path) -> str | None:
     written = datetime.fromtimestamp(max(path.stat().st_mtime for path in found))
     target = Path(folder, f"earlier_{written:%Y%m%d_%H%M%S}")
     target.mkdir(exist_ok=True)
-    for path in (*found, *Path(folder).glob(RECORD)):
+    model = Path(folder).parent  # what nnU-Net has found out from the validation of this and of other folds
+    shared = [path for pattern in ("crossval_results_folds_*", "postprocessing.*") for path in model.glob(pattern)]
+    for path in (*found, *Path(folder).glob(RECORD), *shared):
         path.replace(target / path.name)
     return (f"WARNING: {folder} holds an earlier training, of {written:%Y-%m-%d %H:%M}. This one begins anew. The "
             f"checkpoints, the validation and the record of the earlier one are now in {target}. To go on with a "

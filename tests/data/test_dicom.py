@@ -117,6 +117,13 @@ def test_series_are_found_however_deep_they_lie(tmp_path):
     assert series_folders(tmp_path / "all" / "p1") == {"p1": tmp_path / "all" / "p1"}
 
 
+def test_two_series_of_the_same_name_are_refused(tmp_path):
+    for folder in ("p_1/2", "p_1/3", "p_1_2/scan"):
+        write_series(tmp_path / folder, VOXELS[:2])
+    with pytest.raises(InputError, match="p_1/2 and .*p_1_2/scan would both be called p_1_2"):
+        series_folders(tmp_path)
+
+
 def test_a_folder_of_other_files_is_no_series(tmp_path):
     (tmp_path / "x.txt").write_text("x")
     assert not is_dicom_folder(tmp_path)

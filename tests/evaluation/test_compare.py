@@ -64,6 +64,26 @@ def test_models_stand_side_by_side_with_both_branches(models, tmp_path, capsys):
     assert (tmp_path / "out" / "comparison.png").stat().st_size > 5000
 
 
+def test_fold_all_does_not_count_beside_others(models):
+    expected = compare_models(models, processes=1)
+    shutil.copytree(models[0] / "fold_0", models[0] / "fold_all")
+    for i in range(4):
+        save(models[0] / "fold_all" / "validation" / f"case{i}.nii.gz", 0)
+    found = compare_models(models, processes=1)
+    assert [row["statistics"] for row in found["rows"]] == [row["statistics"] for row in expected["rows"]]
+    assert any("fold_all is left out" in note for note in found["notes"])
+
+
+@pytest.mark.parametrize("shift, told", [(0, False), (1, True)])
+def test_other_patients_of_the_same_names_are_told(models, tmp_path, shift, told):
+    other = shutil.copytree(models[1], tmp_path / "results" / "Dataset028_Other" / models[1].name)
+    for i in range(4):
+        save(tmp_path / "preprocessed" / "Dataset028_Other" / "gt_segmentations" / f"case{i}.nii.gz", shift * (i == 2))
+    notes = compare_models([models[0], other], processes=1)["notes"]
+    assert any("the ground truths of 1 of the 3 common cases differ between" in note and "case2" in note
+               for note in notes) == told
+
+
 def test_a_class_counts_only_in_cases_that_are_annotated_for_it(models):
     """Of the stock model, the part is far off in case 1, which is not annotated for it, and in case 2, which is."""
     whole = compare_models(models, processes=1)

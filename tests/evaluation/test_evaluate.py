@@ -401,6 +401,15 @@ def test_of_a_two_dimensional_tiff_there_is_no_spacing(tmp_path):
     assert evaluation.no_spacing == ["a"] and math.isnan(evaluation.cases["a"]["1"]["HD95_mm"])
 
 
+@pytest.mark.parametrize("shape", [(20, 20), (1, 20, 20)])
+def test_a_slice_with_the_thickness_of_nnunet_is_two_dimensional(tmp_path, shape):
+    for folder, rows in (("truth", 5), ("prediction", 9)):
+        labels = np.zeros((20, 20), np.uint8)
+        labels[2:2 + rows, 2:12] = 1
+        save(tmp_path / folder / "a.nii.gz", labels.reshape(shape), spacing=(1.0, 1.0, 999.0))
+    assert measured(tmp_path).cases["a"]["1"]["volume_difference_ml"] == pytest.approx(0.04)
+
+
 @pytest.fixture
 def real(test_data, tmp_path):
     """Real labels as the ground truth. Predictions: the first moved by a voxel, the others eroded."""

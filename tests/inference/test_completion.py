@@ -695,6 +695,17 @@ def test_a_case_declared_lower_than_its_label_keeps_its_kind(few, spoilt, model,
     assert few.full[0] not in described["completed"][-1]["cases"]
 
 
+def test_a_case_declared_unlabelled_though_annotated_is_left_as_it_is(few, spoilt, model, no_network, capsys):
+    """Its annotations may be wrong. In a completed label they would count as true."""
+    _described(spoilt, supervision={few.partial[0]: "unlabelled"})
+    folder = complete(7, model, 74, name="Unused")
+    described, file = read_json(folder / "dataset.json"), f"labelsTr/{few.partial[0]}.nii.gz"
+    assert described["supervision"][few.partial[0]] == "unlabelled"
+    assert described["supervision"][few.partial[1]] == "full"
+    np.testing.assert_array_equal(read_voxels(folder / file), read_voxels(spoilt / file))
+    assert f"1 case declared unlabelled, though annotated: {few.partial[0]}" in capsys.readouterr().out
+
+
 # ---- processes ------------------------------------------------------------------------------------------------------
 
 def test_the_processes_that_read_and_write_cases_do_not_import_pytorch(few, model, no_network, monkeypatch, tmp_path):

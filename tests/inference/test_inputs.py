@@ -5,9 +5,16 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 from dicom_files import VOXELS, write_series
+from image_files import write_image
 
 from nnunet_confkd.errors import InputError
-from nnunet_confkd.inference.inputs import Predicted, cases_of, readable_images, require_other_files
+from nnunet_confkd.inference.inputs import (
+    Predicted,
+    cases_of,
+    readable_images,
+    require_other_files,
+    require_readable,
+)
 
 ONE_CHANNEL = {"channel_names": {"0": "MRI"}, "file_ending": ".nii.gz"}
 TWO_CHANNELS = {"channel_names": {"0": "T1", "1": "T2"}, "file_ending": ".nii.gz"}
@@ -60,6 +67,40 @@ def test_where_links_are_not_permitted_images_are_copied_with_what_belongs_to_th
     (tmp_path / "b.raw").write_bytes(b"x")
     with readable_images(tmp_path / "b.nrrd", ONE_CHANNEL | {"file_ending": ".nrrd"}) as images:
         assert sorted(file.name for file in images.iterdir()) == ["b.raw", "b_0000.nrrd"]
+
+
+@pytest.mark.parametrize("ending", [".nii.gz", ".nrrd"])
+def test_images_that_were_cut_short_are_named_before_the_prediction(tmp_path, ending):
+    described = ONE_CHANNEL | {"file_ending": ending}
+    for name in ("a_0000", "b_0000", "c_0000"):
+        write_image(tmp_path / f"{name}{ending}", np.random.default_rng(0).normal(size=(6, 7, 8)))
+    require_readable(tmp_path, described)
+    for name in ("a_0000", "c_0000"):
+        file = tmp_path / f"{name}{ending}"
+        file.write_bytes(file.read_bytes()[:-500])
+    with pytest.raises(InputError, match=r"2 images; nothing was predicted:\n.*a_0000.* cannot be read(.|\n)*c_0000"):
+        require_readable(tmp_path, described)
+    require_readable(tmp_path, described, slice(1, None, 2))  # what another process predicts
+
+
+def test_an_image_of_four_dimensions_becomes_one_of_each_channel(tmp_path):
+    channels = [sitk.GetImageFromArray(np.full((3, 4, 5), value, np.float32)) for value in (1, 2)]
+    for channel in channels:
+        channel.SetSpacing((1, 2, 3))
+    sitk.WriteImage(sitk.JoinSeries(channels), str(tmp_path / "a.nii.gz"))
+    for name in ("a.nii.gz", "a_0000.nii.gz"):
+        (tmp_path / "a.nii.gz").rename(tmp_path / name)
+        with readable_images(tmp_path, TWO_CHANNELS) as images:
+            require_readable(images, TWO_CHANNELS)
+            for number in (0, 1):
+                image = sitk.ReadImage(str(images / f"a_{number:04d}.nii.gz"))
+                assert image.GetSpacing() == (1, 2, 3)
+                assert (sitk.GetArrayFromImage(image) == number + 1).all()
+        (tmp_path / name).rename(tmp_path / "a.nii.gz")
+    (tmp_path / "a.nii.gz").rename(tmp_path / "a_0000.nii.gz")
+    (tmp_path / "a_0001.nii.gz").write_bytes((tmp_path / "a_0000.nii.gz").read_bytes())
+    with readable_images(tmp_path, TWO_CHANNELS) as images, pytest.raises(InputError, match="a_0001.*holds 2 channels"):
+        require_readable(images, TWO_CHANNELS)
 
 
 # ---- DICOM ----------------------------------------------------------------------------------------------------------

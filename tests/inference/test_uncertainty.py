@@ -6,6 +6,7 @@ import json
 import math
 import os
 import shutil
+import time
 import tracemalloc
 
 import nibabel
@@ -17,7 +18,7 @@ import torch
 
 from nnunet_confkd import cli
 from nnunet_confkd.inference.review import IN_DOUBT, case_score, map_ending, write_review_list
-from nnunet_confkd.inference.uncertainty import list_cases, write_map
+from nnunet_confkd.inference.uncertainty import list_cases, outdated, write_map
 
 HIPPOCAMPUS = "Dataset004_Hippocampus"
 BRANCHES = ("student", "teacher", "mean")
@@ -166,6 +167,20 @@ def test_a_continued_prediction_predicts_what_lacks_a_segmentation_or_an_entropy
     predict(images, tmp_path / "out", "--save-entropy", "--continue_prediction")
     assert (tmp_path / "out" / f"{first}.nii.gz").is_file() and kept.read_bytes() != b"not predicted again"
     assert review_rows(tmp_path / "out") == review_rows(predictions / "student")
+
+
+def test_an_entropy_of_an_earlier_prediction_does_not_count(predictions, images, tmp_path):
+    """A prediction without the entropy has replaced a segmentation since."""
+    out = shutil.copytree(predictions / "student", tmp_path / "out")
+    first, second = (row["case"] for row in review_rows(out))
+    later = time.time() + 5
+    os.utime(out / f"{first}.nii.gz", (later, later))
+    assert [file.stem for file in outdated(out)] == [first]
+    list_cases(out)
+    assert [row["case"] for row in review_rows(out)] == [second]
+    (out / f"{first}.nii.gz").unlink()
+    predict(images, out, "--save-entropy", "--continue_prediction")
+    assert not outdated(out) and review_rows(out) == review_rows(predictions / "student")
 
 
 def test_an_ensemble_of_folds_has_the_entropy_of_the_mean_logits(hippocampus_model, images, tmp_path, predictions):

@@ -9,6 +9,7 @@ import SimpleITK as sitk
 import torch
 from nnunetv2.imageio.reader_writer_registry import determine_reader_writer_from_file_ending
 
+from nnunet_confkd.data.images import is_flat
 from nnunet_confkd.errors import InputError
 from nnunet_confkd.evaluation.metrics import MEASURES, CaseMeasures
 from nnunet_confkd.report.cases import (
@@ -20,7 +21,6 @@ from nnunet_confkd.report.cases import (
     Slice,
     _read_given,
     _spread,
-    is_flat,
 )
 from nnunet_confkd.report.model import Model
 from nnunet_confkd.training import validation
@@ -135,17 +135,19 @@ def test_a_segmentation_is_moved_to_the_preprocessed_grid(predicted, truths):
 def test_a_segmentation_on_another_grid_is_refused(predicted, truths, tmp_path):
     case, found = next(iter(predicted.items()))
     reader = found.model.plans_manager.image_reader_writer_class()
-    truth, properties = reader.read_seg(str(truths / f"{case}.nii.gz"))
-    np.testing.assert_array_equal(_read_given(truths / f"{case}.nii.gz", reader, truth, properties), truth[0])
-    image = sitk.ReadImage(str(truths / f"{case}.nii.gz"))
+    file = truths / f"{case}.nii.gz"
+    truth = reader.read_seg(str(file))[0]
+    np.testing.assert_array_equal(_read_given(file, file, reader, truth), truth[0])
+    image = sitk.ReadImage(str(file))
     sitk.WriteImage(image[1:], str(tmp_path / "smaller.nii.gz"))
+    sitk.WriteImage(sitk.Flip(image, (False, True, False)), str(tmp_path / "mirrored.nii.gz"))
     image.SetSpacing((1, 1, 2))
     sitk.WriteImage(image, str(tmp_path / "thicker.nii.gz"))
     (tmp_path / "broken.nii.gz").write_bytes(b"broken")
-    for name, text in (("smaller", "shape .* are not those of the ground truth"),
-                       ("thicker", "spacing .* are not those"), ("broken", "broken.nii.gz: cannot be read")):
+    for name, text in (("smaller", "not lie on the grid of the ground truth, .*: size "), ("thicker", "spacing"),
+                       ("mirrored", "origin .*; direction"), ("broken", "broken.nii.gz: cannot be read")):
         with pytest.raises(InputError, match=text):
-            _read_given(tmp_path / f"{name}.nii.gz", reader, truth, properties)
+            _read_given(tmp_path / f"{name}.nii.gz", file, reader, truth)
 
 
 @pytest.mark.parametrize("dice, expected", [
@@ -186,4 +188,4 @@ def test_images_without_a_third_axis_are_known_by_what_nnunets_readers_return(tm
     file = str(tmp_path / name)
     reader = determine_reader_writer_from_file_ending(name[1:], file, verbose=False)()
     labels, properties = reader.read_seg(file)
-    assert is_flat(labels, properties["spacing"]) == flat
+    assert is_flat(labels.shape[1:], properties["spacing"]) == flat

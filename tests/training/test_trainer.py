@@ -612,9 +612,13 @@ def test_a_training_that_begins_anew_keeps_the_earlier_one(nnunet, hippocampus, 
         with pytest.raises(ZeroDivisionError):
             trainer.on_train_start()
     assert {name: (fold / name).read_bytes() for name in before} == before, "a start that fails leaves all as it was"
+    rules = fold.parent / "crossval_results_folds_0" / "postprocessing.json"  # of nnUNetv2_find_best_configuration
+    rules.parent.mkdir()
+    rules.write_text("{}")
     trainer = nnunet.trainer(HIPPOCAMPUS, configuration)
     trainer.on_train_start()
     kept, = fold.glob("earlier_*")
+    assert not rules.exists() and (kept / "crossval_results_folds_0" / "postprocessing.json").is_file()
     assert (kept / "validation" / "summary.json").read_text() == validation
     assert not list(fold.glob("validation*")) and (fold / "confkd.json").is_file()
     assert "checkpoint_final.pth" in before and not list(fold.glob("checkpoint_*"))
