@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 import torch
+from image_files import write_image
 
 from nnunet_confkd import cli, nnunet_commands
 from nnunet_confkd.data import small_configuration
@@ -401,7 +402,7 @@ def handed(monkeypatch, tmp_path):
     monkeypatch.setattr("nnunet_confkd.data.json_files.read_description", lambda *_: ONE_CHANNEL)
     monkeypatch.setattr(nnunet_commands, "run_as", run)
     monkeypatch.setattr(nnunet_commands, "expected_training_time", lambda args: None)
-    (tmp_path / "a_0000.nii.gz").touch()
+    write_image(tmp_path / "a_0000.nii.gz", np.zeros((2, 3, 4)))
     return seen
 
 

@@ -107,8 +107,7 @@ def steps(monkeypatch, tmp_path):
         monkeypatch.setenv(name, "x")
         monkeypatch.delenv(name)
     for folder in ("test", "others"):
-        Path(folder).mkdir()
-        Path(folder, "new.nii.gz").touch()
+        write_image(Path(folder, "whole.nii.gz"), np.zeros((2, 3, 4)))
     return Steps(monkeypatch)
 
 
@@ -132,6 +131,14 @@ def test_it_does_the_steps_in_order_with_the_commands_that_it_prints(steps, caps
     steps.calls.clear()
     assert cli.main(["run", *OPTIONS, "-f", "0", "1", "-device", "cpu"]) == 0 and steps.calls == []
     assert capsys.readouterr().out.count(": done") == 7
+
+
+def test_images_that_were_added_after_the_prediction_are_named(steps, capsys):
+    assert cli.main(["run", *OPTIONS]) == 0
+    write_image(Path("test", "added.nii.gz"), np.zeros((2, 3, 4)))
+    assert "added since" not in capsys.readouterr().out
+    assert cli.main(["run", *OPTIONS]) == 0
+    assert "WARNING: --test: 1 image added since, which this run does not predict: added." in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("error, status", [(KeyboardInterrupt(), 130), (SystemExit(143), 143)],
