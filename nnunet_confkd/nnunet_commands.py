@@ -536,25 +536,21 @@ def predict(argv: list[str], afterwards: Callable[[Any], object] = lambda predic
         afterwards(postprocessing.applied(found, predicted, own.postprocessing is not None))
     if images != source:
         name_source(Path(args.o), source)
-    if own.save_entropy:
-        from nnunet_confkd.inference.uncertainty import list_cases
-
-        print("look at these cases first:", list_cases(Path(args.o)))
-    elif earlier := _earlier_entropy(Path(args.o)):
-        print(earlier)
-    if warning:
-        print(warning)
     dataset = f" -d {args.d}" if hasattr(args, "d") else ""
-    print(f"predictions: {args.o}\nnext, where there is a ground truth: confkd evaluate --truth LABELS --prediction "
-          f"{shlex.quote(args.o)}{dataset}")
+    print("\n".join(filter(None, [
+        _entropy_text(Path(args.o), own.save_entropy), warning,
+        f"predictions: {args.o}\nnext, where there is a ground truth: confkd evaluate --truth LABELS --prediction "
+        f"{shlex.quote(args.o)}{dataset}"])))
 
 
-def _earlier_entropy(output: Path) -> str | None:
-    """Warn of an entropy of segmentations that have been replaced; None if there is none."""
-    if not (output / "uncertainty").is_dir():
+def _entropy_text(output: Path, saved: bool) -> str | None:
+    """Say where the review list is, or warn of an entropy of segmentations that have been replaced."""
+    if not saved and not (output / "uncertainty").is_dir():
         return None
-    from nnunet_confkd.inference.uncertainty import outdated
+    from nnunet_confkd.inference.uncertainty import list_cases, outdated
 
+    if saved:
+        return f"look at these cases first: {list_cases(output)}"
     cases = [score.stem for score in outdated(output)]
     return (f"WARNING: {output / 'uncertainty'}: is of earlier predictions of {some(cases)}; remove it, or predict "
             f"with --save-entropy") if cases else None

@@ -12,7 +12,7 @@ def main(argv: list[str]) -> None:
     """Run `confkd plan`."""
     parser = Parser(prog="confkd plan", description=(
         "nnUNetv2_plan_and_preprocess, with all its options. Without an ignore label the result is the same. With one, "
-        "the intensity statistics are those of annotated foreground, resampling loses no annotation, a report is "
+        "the intensity statistics are those of annotated foreground, resampling keeps annotated voxels, a report is "
         "printed, and splits_final.json is written."))
     add = parser.add_argument
     add("-d", dest="datasets", nargs="+", required=True, metavar="DATASET", help="ids or names of data sets in "

@@ -478,10 +478,6 @@ def is_flat(shape: Sequence[int], spacing: Sequence[float]) -> bool:
     Args:
         shape: `(Z, Y, X)`, or `(Y, X)`.
         spacing: In the same order.
-
-    Examples:
-        >>> is_flat((1, 40, 40), (999, 1, 1)), is_flat((1, 40, 40), (5, 1, 1)), is_flat((40, 40), (1, 1))
-        (True, False, False)
     """
     return len(shape) == 3 and shape[0] == 1 and any(np.isclose(spacing[0], 999 * unit)
                                                      for unit in (1, max(spacing[1:])))

@@ -3,7 +3,7 @@
 Without an ignore label these are nnU-Net's own steps and results. With one,
 
 - the intensity statistics are those of annotated foreground; nnU-Net takes ignored voxels for foreground;
-- resampling loses no annotation;
+- resampling keeps annotated voxels;
 - the default split validates on fully annotated cases only;
 - a report compares the annotations before and after.
 

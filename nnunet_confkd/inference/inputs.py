@@ -65,14 +65,13 @@ def readable_images(source: Path, described: dict, option: str = "-i") -> Iterat
         raise InputError(f"{option} {source}: {len(incomplete)} case(s) do not have all {len(channels)} channels: "
                          f"{some(incomplete, 5)}. Name the files of every case {expected}")
     if source.is_dir() and not plain and images == files and not any(
-            len(of_case) < len(channels) and ending_of(of_case[0], ITK) for of_case in cases.values()):
+            _is_4d(of_case, len(channels)) for of_case in cases.values()):
         yield source
         return
     cases |= {file.name[:-len(ending)]: [file] for file in plain}
     with tempfile.TemporaryDirectory(prefix="confkd_images_") as folder:
         for case, channel_files in cases.items():
-            if len(channel_files) < len(channels) and ending_of(channel_files[0], ITK):
-                # four-dimensional, of which nnU-Net could not write a segmentation
+            if _is_4d(channel_files, len(channels)):
                 picture = read(channel_files[0])
                 for number, voxels in enumerate(picture.voxels):
                     write(Path(folder) / f"{case}_{number:04d}{ending}", voxels, picture.geometry)
@@ -80,6 +79,11 @@ def readable_images(source: Path, described: dict, option: str = "-i") -> Iterat
             for number, file in enumerate(channel_files):
                 _link(file, Path(folder) / f"{case}_{number:04d}{ending}")
         yield Path(folder)
+
+
+def _is_4d(files: list[Path], channels: int) -> bool:
+    """Whether the file of a case holds all channels, and nnU-Net could not write a segmentation of it."""
+    return len(files) < channels and bool(ending_of(files[0], ITK))
 
 
 def require_readable(images: Path, described: dict, part: slice = slice(None)) -> None:

@@ -10,7 +10,9 @@ import zipfile
 from importlib.metadata import distribution, entry_points
 from pathlib import Path
 
+import numpy as np
 import pytest
+from image_files import write_image
 
 from nnunet_confkd import cli, discovery, nnunet_commands
 from nnunet_confkd.inference.model_folder import CONTENT
@@ -169,7 +171,7 @@ def test_arguments_are_handed_on_and_defaults_are_added(monkeypatch, tmp_path, c
     # nnU-Net also takes this older name of the channels
     model = {"file_ending": ".nii.gz", "modality": {"0": "CT"}, "labels": {"background": 0, "organ": 1}}
     (tmp_path / "dataset.json").write_text(json.dumps(model))
-    (tmp_path / "a_0000.nii.gz").touch()
+    write_image(tmp_path / "a_0000.nii.gz", np.zeros((2, 3, 4)))
     for check in ("check_training", "check_model"):
         monkeypatch.setattr(nnunet_commands, check, lambda args: tmp_path)
     monkeypatch.setattr(nnunet_commands, "run_as", lambda name, argv: seen.append((name, argv)))
