@@ -60,7 +60,7 @@ def readable_images(source: Path, described: dict, option: str = "-i") -> Iterat
         mixed = f", but {next(iter(cases.values()))[0].name} has one" if cases else ""
         raise InputError(f"{option} {source}: {plain[0].name} does not end with the number of a channel{mixed}. Name "
                          f"the files of every case {expected}")
-    incomplete = [case for case, channel_files in cases.items() if not _are_complete(channel_files, len(channels))]
+    incomplete = [case for case, of_case in cases.items() if not _are_complete(of_case, len(channels))]
     if incomplete:
         raise InputError(f"{option} {source}: {len(incomplete)} case(s) do not have all {len(channels)} channels: "
                          f"{some(incomplete, 5)}. Name the files of every case {expected}")
@@ -70,15 +70,20 @@ def readable_images(source: Path, described: dict, option: str = "-i") -> Iterat
         return
     cases |= {file.name[:-len(ending)]: [file] for file in plain}
     with tempfile.TemporaryDirectory(prefix="confkd_images_") as folder:
-        for case, channel_files in cases.items():
-            if _is_4d(channel_files, len(channels)):
-                picture = read(channel_files[0])
-                for number, voxels in enumerate(picture.voxels):
-                    write(Path(folder) / f"{case}_{number:04d}{ending}", voxels, picture.geometry)
-                continue
-            for number, file in enumerate(channel_files):
-                _link(file, Path(folder) / f"{case}_{number:04d}{ending}")
+        for case, of_case in cases.items():
+            _put(of_case, [Path(folder) / f"{case}_{number:04d}{ending}" for number in range(len(channels))])
         yield Path(folder)
+
+
+def _put(files: list[Path], targets: list[Path]) -> None:
+    """Link the files of a case to these names, one for each channel; divide a file that holds all channels."""
+    if _is_4d(files, len(targets)):
+        picture = read(files[0])
+        for target, voxels in zip(targets, picture.voxels):
+            write(target, voxels, picture.geometry)
+    else:
+        for file, target in zip(files, targets):
+            _link(file, target)
 
 
 def _is_4d(files: list[Path], channels: int) -> bool:
