@@ -522,7 +522,7 @@ def predict(argv: list[str], afterwards: Callable[[Any], object] = lambda predic
     )
     from nnunet_confkd.training.network import predicting
 
-    found = postprocessing.required(model, args.f, own.postprocessing)
+    found = postprocessing.required(model, args.f, own.postprocessing, own.branch)
     device = choose_device(args.device, lambda: prediction_text(model, len(args.f), not args.disable_tta))
     source, described = Path(args.i), read_description(model / "dataset.json", ("file_ending", "labels"))
     with (readable_images(source, described) as images, predicting(own.branch), _threads(device),

@@ -46,6 +46,7 @@ class PostProcessing:
         file: Its postprocessing.json.
         steps: For each step the labels whose union is reduced to its largest component.
         dice: The mean Dice of the validation cases without and with it; None if the file does not tell.
+        branch: The branch that predicts, if it is not the student, whose validation nnU-Net has looked at.
 
     Examples:
         >>> PostProcessing(Path("postprocessing.json"), ((1, 2, 3), (1,)), None).steps[0]  # first all of the foreground
@@ -54,6 +55,7 @@ class PostProcessing:
     file: Path
     steps: tuple[tuple[int, ...], ...]
     dice: tuple[float, float] | None
+    branch: str = ""
 
     def text(self, labels: dict) -> str:
         """Say what it does. labels: as in dataset.json."""
@@ -65,7 +67,8 @@ class PostProcessing:
                  for step in self.steps]
         gain = f" (mean Dice of the validation cases {self.dice[0]:.3f}, and {self.dice[1]:.3f} with it)" \
             if self.dice else ""
-        return f"post-processing keeps the largest component {', '.join(parts)} alone{gain}"
+        branch = f"; the student's predictions were looked at for this, not those of {self.branch}" if self.branch else ""
+        return f"post-processing keeps the largest component {', '.join(parts)} alone{gain}{branch}"
 
 
 def find(model: Path, folds: Iterable[int | str]) -> PostProcessing | None:
@@ -168,13 +171,15 @@ def _apply_to_file(file: Path, target: Path, reader: type, steps: tuple[tuple[in
             os.replace(written, target.parent / written.name)
 
 
-def required(model: Path, folds: Iterable[int | str], asked: str | None) -> PostProcessing | None:
+def required(model: Path, folds: Iterable[int | str], asked: str | None,
+             branch: str = "student") -> PostProcessing | None:
     """Find the post-processing of a model, before it predicts.
 
     Args:
         model: Its folder.
         folds: Those that predict.
         asked: The value of --postprocessing: a folder, "" for that of the model, or None if it is not to be applied.
+        branch: The branch that predicts.
 
     Returns:
         The post-processing, or None if there is none.
@@ -192,7 +197,7 @@ def required(model: Path, folds: Iterable[int | str], asked: str | None) -> Post
         raise
     if found is None and asked is not None:
         raise InputError(f"--postprocessing: there is none for {model}. {HOW_TO.format(model=model)}")
-    return found
+    return replace(found, branch=branch) if found and branch != "student" else found
 
 
 def applied(found: PostProcessing | None, predicted: Predicted, asked: bool) -> Predicted:
