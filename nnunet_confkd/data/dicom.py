@@ -12,7 +12,7 @@ from nnunet_confkd.errors import InputError, some
 GAP = 0.02  # of the distance of slices: series that differ by more lack slices
 MODALITY, DESCRIPTION, POSITION, NORMAL = "0008|0060", "0008|103e", "0020|0032", "0020|0037"
 SPACING, INTERCEPT, SLOPE = "0028|0030", "0028|1052", "0028|1053"
-SAME_AXES = 1e-3  # of a unit vector: series whose slices differ by more are no box of voxels
+SAME_AXES = 1e-3  # of a unit vector, or of a pixel: series whose slices differ by more are no box of voxels
 
 
 def is_dicom_file(file: Path) -> bool:
@@ -108,10 +108,11 @@ def _require_even_slices(folder: Path, tags: list[dict[str, str]]) -> None:
     if len(tags) < 2 or any(POSITION not in of or NORMAL not in of for of in tags):
         return  # a single file of many frames, or one without a place
     places, axes = (np.array([[float(x) for x in of[tag].split("\\")] for of in tags]) for tag in (POSITION, NORMAL))
-    edges = {of.get(SPACING) for of in tags}
-    if np.ptp(axes, 0).max() > SAME_AXES or len(edges) > 1:
-        raise InputError(f"{folder}: its slices differ in {'their pixel spacing' if len(edges) > 1 else 'direction'}; "
-                         f"are there several series in one?")
+    pixels = np.array([[float(edge) for edge in of.get(SPACING, "1\\1").split("\\")] for of in tags])
+    turned, scaled = np.ptp(axes, 0).max() > SAME_AXES, np.ptp(pixels, 0).max() > SAME_AXES * pixels.min()
+    if turned or scaled:
+        raise InputError(f"{folder}: its slices differ in {'their pixel spacing' if scaled else 'direction'}; are "
+                         f"there several series in one?")
     normal = np.cross(axes[0, :3], axes[0, 3:])
     steps = np.diff(places, axis=0)
     distances = steps @ normal
@@ -122,10 +123,9 @@ def _require_even_slices(folder: Path, tags: list[dict[str, str]]) -> None:
     if np.ptp(distances) > GAP * typical:
         raise InputError(f"{folder}: its slices are {np.abs(distances).min():.4g} to {np.abs(distances).max():.4g} mm "
                          f"apart; are some missing, or are there several series in one?")
-    pixel = min((float(edge) for edge in (edges.pop() or "1").split("\\")), default=1.0)
     path = places - places[0]
     shift = float(np.linalg.norm(path - np.outer(path @ normal, normal), axis=1).max())
-    if shift > pixel / 2:
+    if shift > pixels.min() / 2:
         raise InputError(f"{folder}: its slices are shifted against each other, by up to {shift:.4g} mm (the gantry "
                          f"was tilted?). An image of nnU-Net cannot say this: resample the series, for example by "
                          f"dcm2niix")

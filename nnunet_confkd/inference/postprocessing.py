@@ -67,7 +67,7 @@ class PostProcessing:
                  for step in self.steps]
         gain = f" (mean Dice of the validation cases {self.dice[0]:.3f}, and {self.dice[1]:.3f} with it)" \
             if self.dice else ""
-        branch = f"; the student's predictions were looked at for this, not those of {self.branch}" if self.branch else ""
+        branch = f"; the student's predictions were looked at for this, not the {self.branch}'s" if self.branch else ""
         return f"post-processing keeps the largest component {', '.join(parts)} alone{gain}{branch}"
 
 

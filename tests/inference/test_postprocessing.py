@@ -174,7 +174,7 @@ def test_one_that_is_there_is_mentioned_and_applied_only_if_asked_for(model, tmp
     assert "raw. Post-processing keeps the largest component of the whole foreground" in capsys.readouterr().out
     assert not (tmp_path / "out" / "postprocessed").exists()
     text = postprocessing.required(model, ["0"], "", "teacher").text(LABELS)
-    assert text.endswith("; the student's predictions were looked at for this, not those of teacher")
+    assert text.endswith("; the student's predictions were looked at for this, not the teacher's")
     new = postprocessing.applied(postprocessing.required(model, ["0"], str(model)), predicted, True)
     assert new.segmentations == {"a": tmp_path / "out" / "postprocessed" / "a.nii.gz"}
     assert "post-processed predictions: " in capsys.readouterr().out
