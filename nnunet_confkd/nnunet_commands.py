@@ -529,7 +529,7 @@ def predict(argv: list[str], afterwards: Callable[[Any], object] = lambda predic
           _entropy_too() if own.save_entropy else contextlib.nullcontext()):
         require_other_files(source, images, Path(args.o), described["file_ending"])
         part = slice(getattr(args, "part_id", 0), None, getattr(args, "num_parts", 1))
-        require_readable(images, described, part)
+        require_readable(images, described, part, Path(args.o) if args.continue_prediction else None)
         run_as(name, with_options(argv, "-device", device, "-i", str(images)))
         predicted = Predicted.of(images, model, Path(args.o), described, own.save_entropy, part)
         warning = predicted.warning_of_empty()

@@ -52,6 +52,5 @@ def main(argv: list[str]) -> None:
     print(f"{len(cases)} labels completed: {filled} voxels labelled by the model, {left} still ignored\n"
           f"review first: {folder / 'review_first.csv'}\n{summary(folder)}")
     if about["branch"] == "student":
-        print("note: the student has labelled these cases. The teacher is also shown the annotations of a case, unless "
-              "it was trained without hints. On ACDC it completed labels better than networks that were not: --branch "
-              "teacher, and another --id")
+        print("note: the student has labelled these cases from the images alone. A teacher with hints also sees the "
+              "annotations of a case, and completed labels better on ACDC: add --branch teacher, and another --id")

@@ -300,12 +300,13 @@ def predict_step(work: Work) -> Path:
 
 def _tell_new_images(work: Work) -> None:
     """Name images that were added to --test after the others had been predicted."""
-    from nnunet_confkd.inference.inputs import cases_of, readable_images
+    from nnunet_confkd.inference.inputs import names_of
 
-    ending = read_description(work.model / "dataset.json", ("file_ending",))["file_ending"]
-    with readable_images(work.args.test, read_description(work.model / "dataset.json"), "--test") as images:
-        new = [case for case in cases_of(images, ending)
-               if not (work.output / RAW_PREDICTIONS / f"{case}{ending}").is_file()]
+    described = read_description(work.model / "dataset.json", ("file_ending",))
+    if not Path(work.args.test).exists():
+        return  # the other steps do not need it
+    new = [case for case in names_of(Path(work.args.test), described)
+           if not (work.output / RAW_PREDICTIONS / f"{case}{described['file_ending']}").is_file()]
     if new:
         print(f"WARNING: --test: {counted(len(new), 'image')} added since, which this run does not predict: "
               f"{some(new)}. confkd predict does, or a new --output")

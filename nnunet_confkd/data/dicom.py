@@ -80,7 +80,8 @@ def read_series(folder: Path) -> Picture:
         _require_even_slices(folder, tags)
         reader = sitk.ImageSeriesReader()
         reader.SetFileNames(files)
-        if len({(of.get(SLOPE), of.get(INTERCEPT)) for of in tags}) > 1:  # else all voxels get the type of the first
+        if len({str([*_numbers(of, SLOPE), *_numbers(of, INTERCEPT)]) for of in tags}) > 1:
+            # else all voxels get the type of the first
             reader.SetOutputPixelType(sitk.sitkFloat32)
         image = reader.Execute()
         if image.GetNumberOfComponentsPerPixel() != 1:
@@ -98,6 +99,16 @@ def _tags(file: str) -> dict[str, str]:
     return {key: reader.GetMetaData(key).strip() for key in reader.GetMetaDataKeys()}
 
 
+def _numbers(tags: dict[str, str], tag: str) -> list[float]:
+    """Return the numbers of a tag; NaN where they are missing, or are not as many as there should be."""
+    count = {POSITION: 3, NORMAL: 6, SPACING: 2}.get(tag, 1)
+    try:
+        found = [float(text) for text in tags.get(tag, "").split("\\")]
+    except ValueError:
+        found = []
+    return found if len(found) == count else [float("nan")] * count
+
+
 def _require_even_slices(folder: Path, tags: list[dict[str, str]]) -> None:
     """Raise InputError if the slices are no box of voxels. ITK would only warn, and place them wrongly.
 
@@ -105,10 +116,10 @@ def _require_even_slices(folder: Path, tags: list[dict[str, str]]) -> None:
         folder: That of the series.
         tags: Those of each slice, in their order.
     """
-    if len(tags) < 2 or any(POSITION not in of or NORMAL not in of for of in tags):
+    places, axes, pixels = (np.array([_numbers(of, tag) for of in tags]) for tag in (POSITION, NORMAL, SPACING))
+    if len(tags) < 2 or np.isnan(places).any() or np.isnan(axes).any():
         return  # a single file of many frames, or one without a place
-    places, axes = (np.array([[float(x) for x in of[tag].split("\\")] for of in tags]) for tag in (POSITION, NORMAL))
-    pixels = np.array([[float(edge) for edge in of.get(SPACING, "1\\1").split("\\")] for of in tags])
+    pixels = np.nan_to_num(pixels, nan=1.0)  # as ITK, without a spacing it is 1
     turned, scaled = np.ptp(axes, 0).max() > SAME_AXES, np.ptp(pixels, 0).max() > SAME_AXES * pixels.min()
     if turned or scaled:
         raise InputError(f"{folder}: its slices differ in {'their pixel spacing' if scaled else 'direction'}; are "

@@ -14,6 +14,7 @@ from nnunet_confkd.processes import terminable
 
 WRITTEN_BY = "written_by"  # the key in dataset.json by which confkd mix knows its own data sets
 CLOCK = 2.0  # seconds between the times of files that were written together, by clocks that differ
+ARRIVAL = 60.0  # seconds that all files of a data set may take to be copied, or to get other permissions
 
 
 def raw_folder() -> Path:
@@ -152,19 +153,16 @@ def _require_replaceable(raw: Path) -> None:
     if not ours:
         raise InputError(f"{raw}: was not written by confkd mix, or by an early version of it, so --overwrite "
                          f"does not replace it; choose another --id, or remove it yourself")
-    files = [path for path in sorted(raw.rglob("*")) if path.is_file() and not path.name.startswith(".")]
-    changed = [path.relative_to(raw).as_posix() for path in files if _last_change(path) > written + CLOCK
+    files = [path for path in sorted(raw.rglob("*")) if path.is_file() and not path.name.startswith(".")
+             and path.name.lower() not in ("thumbs.db", "desktop.ini")]
+    # A copy may have the time of its original, and then differs from all other files in the time of its arrival.
+    arrived = max(path.stat().st_ctime for path in files if path.parent != raw / "labelsTr") + ARRIVAL
+    changed = [path.relative_to(raw).as_posix() for path in files if path.stat().st_mtime > written + CLOCK
+               or path.parent == raw / "labelsTr" and path.stat().st_ctime > arrived
                or path != file and path.parent not in (raw / "imagesTr", raw / "labelsTr")]
     if changed:
         raise InputError(f"{raw}: these files were added or changed after the data set was written: {some(changed)}; "
                          f"copy what you need, and remove the folder yourself")
-
-
-def _last_change(file: Path) -> float:
-    """When a file came to be as it is, by the clock. A copy may have the time of its original."""
-    state = file.stat()
-    # the other links of an image that --link made also change the time of this one
-    return max(state.st_mtime, state.st_ctime) if state.st_nlink == 1 else state.st_mtime
 
 
 @contextmanager

@@ -1,7 +1,6 @@
 """Compare trained models, or seeds of one, by their validation cases: `confkd compare`."""
 from __future__ import annotations
 
-import glob
 import json
 import math
 from dataclasses import dataclass, field
@@ -13,7 +12,7 @@ import numpy as np
 from nnunet_confkd.colours import BRANCH_COLOURS
 from nnunet_confkd.data.annotated_classes import unlisted_classes
 from nnunet_confkd.data.folders import preprocessed_folder
-from nnunet_confkd.data.images import ending_of, read
+from nnunet_confkd.data.images import read
 from nnunet_confkd.data.json_files import read_description, read_record, split_of_fold
 from nnunet_confkd.errors import InputError, some
 from nnunet_confkd.evaluation.evaluate import (
@@ -53,12 +52,14 @@ class Validation:
         notes: What the reader must know about the choice of the cases, a sentence each.
         unlisted: {case: classes that it is not annotated for}. Their measures are NaN.
         truth: The folder of the ground truth.
+        file_ending: That of its files.
     """
     classes: list[str]
     cases: dict[str, dict[str, dict[str, dict[str, float]]]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     unlisted: dict[str, set[str]] = field(default_factory=dict)
     truth: Path = Path()
+    file_ending: str = ""
 
     def leave_out(self, unlisted: dict[str, set[str]]) -> None:
         """Take cases out of the measures of classes that they are not annotated for, `unlisted`."""
@@ -95,7 +96,8 @@ def validation_of(model: str | Path, tolerance_mm: float = TOLERANCE_MM, process
     described = read_description(model / "dataset.json", ["labels", "file_ending"])
     texts = {name: ",".join(map(str, values)) if isinstance(values, (list, tuple)) else str(values)
              for name, values in described["labels"].items() if name != "ignore" and values != 0}
-    found = Validation(list(texts), unlisted=unlisted_classes(described, str(model / "dataset.json")), truth=truth)
+    found = Validation(list(texts), unlisted=unlisted_classes(described, str(model / "dataset.json")), truth=truth,
+                       file_ending=described["file_ending"])
     if len(folds) > 1 and (everything := [fold for fold in folds if fold.name == "fold_all"]):
         folds = [fold for fold in folds if fold not in everything]
         found.notes.append("fold_all is left out, because it was trained on the cases that the other folds validate")
@@ -230,19 +232,20 @@ def compare_models(models: list[str | Path], tolerance_mm: float = TOLERANCE_MM,
     if any(row["n"] > len(common) for row in rows):
         notes.insert(0, "the rows do not have the same cases; every figure is over the "
                         f"{len(common)} that all of them have")
-    notes += _notes_on_truths({validation.truth for validation in validations}, common)
+    notes += _notes_on_truths({of.truth: of.file_ending for of in validations}, common)
     patients = patients_by(patient_pattern or _common_pattern(patterns - {None}), common)
     _add_statistics(rows, common, patients)
     return {"made_by": MADE_BY, "tolerance_mm": tolerance_mm, "notes": notes, "patients": patients, "rows": rows,
             "not_annotated": {case: sorted(unlisted[case]) for case in common if case in unlisted}}
 
 
-def _notes_on_truths(folders: set[Path], cases: list[str]) -> list[str]:
+def _notes_on_truths(folders: dict[Path, str], cases: list[str]) -> list[str]:
     """Say in how many cases the ground truths of several data sets differ: names such as case_001 are common."""
     first, *others = sorted(folders)
     notes = []
     for other in others:
-        different = [case for case in cases if not _same_truth(first, other, case)]
+        different = [case for case in cases if not _same_truth(*(folder / f"{case}{folders[folder]}"
+                                                                 for folder in (first, other)))]
         if different:
             notes.append(f"the ground truths of {len(different)} of the {len(cases)} common cases differ between "
                          f"{first} and {other}: {some(different, 3)}. If they are other patients, nothing here can be "
@@ -250,12 +253,11 @@ def _notes_on_truths(folders: set[Path], cases: list[str]) -> list[str]:
     return notes
 
 
-def _same_truth(first: Path, other: Path, case: str) -> bool:
-    """Whether two folders hold the same ground truth of a case."""
-    files = [next(filter(ending_of, folder.glob(f"{glob.escape(case)}.*"))) for folder in (first, other)]
-    if files[0].read_bytes() == files[1].read_bytes():
+def _same_truth(first: Path, other: Path) -> bool:
+    """Whether two files hold the same ground truth."""
+    if first.read_bytes() == other.read_bytes():
         return True
-    one, two = (read(file).voxels for file in files)
+    one, two = (read(file).voxels for file in (first, other))
     return one.shape == two.shape and bool(np.array_equal(one, two))
 
 

@@ -360,10 +360,11 @@ def _check_cases(folder: Path, described: dict, dataset: Dataset,
     ignore = labels.ignore_label
     known = {case.name: KnownLabel(case.label.file, ignore, possible.get(case.name, {}))
              for case in dataset.training if possible.get(case.name) or counts[case.name].get(ignore)}
-    unused = [case for case in known if kinds[case] == UNLABELLED != kind_of(counts[case], ignore)]
+    unused = [case for case in known if kinds[case] == UNLABELLED and kind_of(counts[case], ignore) != UNLABELLED]
     if unused:  # their annotations may be wrong, and stay in a completed label
-        print(f"left as they are: {counted(len(unused), 'case')} declared unlabelled, though annotated: "
-              f"{some(unused, 5)}. To have them completed, remove their annotations")
+        print(f"left as they are: {counted(len(unused), 'case')} that \"{TABLE_KEY}\" in dataset.json declares "
+              f"unlabelled, though annotated: {some(unused, 5)}. To complete them, fill their labels with the ignore "
+              f"label, or take them out of \"{TABLE_KEY}\"")
     known = {case: label for case, label in known.items() if case not in unused}
     if not known:
         raise InputError(f"{folder}: no training case has an ignored voxel or lacks classes; there is nothing to "

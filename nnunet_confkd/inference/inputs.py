@@ -15,6 +15,9 @@ from nnunet_confkd.data.dicom import is_dicom_file, is_dicom_folder, read_series
 from nnunet_confkd.data.images import ITK, ending_of, parts, read, spacing_file, write
 from nnunet_confkd.errors import InputError, counted, some
 from nnunet_confkd.files import write_json
+from nnunet_confkd.processes import PROCESSES, parallel
+
+MANY = 20  # images, which several processes read
 
 
 @contextmanager
@@ -91,7 +94,7 @@ def _is_4d(files: list[Path], channels: int) -> bool:
     return len(files) < channels and bool(ending_of(files[0], ITK))
 
 
-def require_readable(images: Path, described: dict, part: slice = slice(None)) -> None:
+def require_readable(images: Path, described: dict, part: slice = slice(None), done: Path | None = None) -> None:
     """Read all images of a prediction, so that broken ones are named before it begins.
 
     nnU-Net does not notice that a compressed file was cut short, and would segment what is left of it.
@@ -100,25 +103,50 @@ def require_readable(images: Path, described: dict, part: slice = slice(None)) -
         images: A folder that :func:`readable_images` has yielded.
         described: The model's dataset.json.
         part: Which of the cases, sorted, are to be predicted.
+        done: A folder of predictions, whose cases are not predicted again.
 
     Raises:
         InputError: Some cannot be read, or the files of the channels hold several channels each. All are listed.
     """
-    ending, problems = described["file_ending"], []
+    ending, tasks = described["file_ending"], []
     for case, first in sorted(cases_of(images, ending).items())[part]:
         names = (first.with_name(f"{case}_{number:04d}{ending}") for number in itertools.count())
         files = list(itertools.takewhile(Path.is_file, names))
-        for file in files:
-            try:
-                count = len(read(file.resolve()).voxels)
-            except InputError as error:
-                problems.append(str(error))
-            else:
-                if count > 1 and (len(files) > 1 or ending_of(file, ITK)):
-                    problems.append(f"{file.resolve()}: holds {count} channels; a file of a numbered channel holds one")
+        if done is None or not (done / f"{case}{ending}").is_file():
+            tasks += [(file.resolve(), len(files)) for file in files]
+    # other processes take a while to start
+    problems = list(filter(None, parallel(_problem, tasks, PROCESSES if len(tasks) > MANY else 1, "reading images")))
     if problems:
         raise InputError(f"{len(problems)} images; nothing was predicted:\n  " + "\n  ".join(problems)
                          if len(problems) > 1 else problems[0])
+
+
+def _problem(file: Path, channels: int) -> str | None:
+    """Say what is wrong with one of the files of a case; None if nothing is."""
+    try:
+        count = len(read(file).voxels)
+    except InputError as error:
+        return str(error)
+    if count > 1 and (channels > 1 or ending_of(file, ITK)):
+        return f"{file}: holds {count} channels; a file of a numbered channel holds one"
+    return None
+
+
+def names_of(source: Path, described: dict) -> list[str]:
+    """Return the names of the cases that :func:`readable_images` would yield, of images with right names.
+
+    Args:
+        source: As there.
+        described: The model's dataset.json.
+    """
+    ending = described["file_ending"]
+    if not _has_images(source, ending):
+        return sorted(series_folders(source))
+    channels = len(described.get("channel_names", described.get("modality", {"0": "image"})))
+    files = [source] if source.is_file() else [file for file in sorted(source.iterdir()) if not file.is_dir()
+                                               and file.name.endswith(ending) and not file.name.startswith(".")]
+    cases, plain = _cases_of(files, ending, channels)
+    return [*cases, *(file.name[:-len(ending)] for file in plain)]
 
 
 def _warn_of_others(inside: list[Path], images: list[Path], where: str, ending: str) -> None:

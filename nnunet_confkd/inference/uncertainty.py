@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from nnunet_confkd.data.images import ending_of
+from nnunet_confkd.errors import some
 from nnunet_confkd.files import write_json, written_whole
 from nnunet_confkd.inference.prediction import ExportingPredictor, export_and_measure, normalised_entropy
 from nnunet_confkd.inference.review import IN_DOUBT, REVIEW, case_score, map_ending, write_review_list
@@ -159,9 +160,12 @@ def list_cases(output: Path) -> Path:
         >>> list_cases(Path("predictions"))  # doctest: +SKIP
         PosixPath('predictions/uncertainty/review_first.csv')
     """
-    folder = output / FOLDER
+    folder, earlier = output / FOLDER, outdated(output)
+    if earlier:
+        print(f"left out of the review list, because a later prediction has replaced the segmentations: "
+              f"{some([file.stem for file in earlier])}")
     rows = [json.loads(file.read_text(encoding="utf-8")) for file in sorted((folder / SCORES).glob("*.json"))
-            if not file.name.startswith(".") and file not in outdated(output)]  # another part may be writing one
+            if not file.name.startswith(".") and file not in earlier]  # another part may be writing one
     folder.mkdir(exist_ok=True)
     write_review_list(folder, rows, {"about": "The cases to review first. score: mean normalised entropy of the voxels "
                                               f"predicted as foreground or of a normalised entropy of {IN_DOUBT} or "

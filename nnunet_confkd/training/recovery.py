@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 
@@ -85,12 +86,15 @@ def set_aside_earlier(folder: str | Path) -> str | None:
     written = datetime.fromtimestamp(max(path.stat().st_mtime for path in found))
     target = Path(folder, f"earlier_{written:%Y%m%d_%H%M%S}")
     target.mkdir(exist_ok=True)
-    model = Path(folder).parent  # what nnU-Net has found out from the validation of this and of other folds
-    shared = [path for pattern in ("crossval_results_folds_*", "postprocessing.*") for path in model.glob(pattern)]
-    for path in (*found, *Path(folder).glob(RECORD), *shared):
+    for path in (*found, *Path(folder).glob(RECORD)):
         path.replace(target / path.name)
+    model = Path(folder).parent  # what nnU-Net has found out from the validation of this and of other folds
+    for path in (path for pattern in ("crossval_results_folds_*", "postprocessing.*") for path in model.glob(pattern)):
+        with suppress(FileNotFoundError):  # another fold that begins anew has moved it
+            path.replace(target / path.name)
     return (f"WARNING: {folder} holds an earlier training, of {written:%Y-%m-%d %H:%M}. This one begins anew. The "
-            f"checkpoints, the validation and the record of the earlier one are now in {target}. To go on with a "
+            f"checkpoints, the validation and the record of the earlier one are now in {target}, and so is the model's "
+            f"post-processing, if it had one. To go on with a "
             f"training, give --c; to validate it again, --val.")
 
 

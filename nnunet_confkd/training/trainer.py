@@ -161,7 +161,8 @@ class ConfKDTrainer(nnUNetTrainer):
         """Choose what the network depends on and is null, such as whether there is a teacher, for all folds alike."""
         if None not in (getattr(self.settings, name) for name in OF_NETWORK):
             return
-        self.settings = choose_network(self.settings, self._annotations(self.find_supervision()))
+        self.find_supervision()
+        self.settings = choose_network(self.settings, self._annotations(self._cases_that_train()))
         self._put_settings_into_plans()
         if self.settings.weight_teacher or self.asked.weight_teacher == 0:
             return
@@ -352,7 +353,7 @@ class ConfKDTrainer(nnUNetTrainer):
         if self.fold == "all" or not isfile(file):  # in a split that this class writes, each case trains in some fold
             return list(self.kinds)
         training = {case for fold in read_folds(file) for case in fold["train"]}
-        return [case for case in self.kinds if case in training]
+        return [case for case in self.kinds if case in training] or list(self.kinds)
 
     def _choose(self, cases) -> Settings:
         """The settings with what is chosen from the annotations of some cases."""

@@ -83,6 +83,22 @@ def test_positions_of_few_decimals_are_no_tilt(tmp_path):
     assert np.array_equal(read_series(_changed(tmp_path / "p", rounded)).voxels[0], VOXELS)
 
 
+def test_slices_without_a_pixel_spacing_are_read(tmp_path):
+    for number, left in enumerate(("", None)):
+        def without(slice_, index):
+            if left is None and index:
+                del slice_.PixelSpacing
+            elif left == "":
+                slice_.PixelSpacing = ""
+
+        folder = _changed(tmp_path / str(number), without)
+        if left == "":
+            assert np.array_equal(read_series(folder).voxels[0], VOXELS)
+        else:
+            with pytest.raises(InputError, match="differ in their pixel spacing"):
+                read_series(folder)
+
+
 def test_each_slice_keeps_its_own_rescaling(tmp_path):
     def rescaled(slice_, number):
         slice_.RescaleSlope, slice_.RescaleIntercept = (1 if number == 0 else 0.125), 0

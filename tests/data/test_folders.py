@@ -396,16 +396,25 @@ def test_files_that_were_added_are_not_lost(nnunet_folders, name):
     assert added.read_text() == "mine"
 
 
-def test_a_copy_with_the_time_of_its_original_is_a_change(nnunet_folders):
+def test_a_copy_with_the_time_of_its_original_is_a_change(nnunet_folders, monkeypatch):
     _own("old")
     raw = nnunet_folders / "raw" / "Dataset007_Test"
-    os.utime(raw / "dataset.json", (10 ** 9, 10 ** 9))
+    monkeypatch.setattr("nnunet_confkd.data.folders.ARRIVAL", 0.5)
+    time.sleep(1)
     for file in (raw / "labelsTr").iterdir():
         file.write_text("corrected")
-        os.utime(file, (10 ** 9 - 60, 10 ** 9 - 60))
+        os.utime(file, (10 ** 9, 10 ** 9))
     with pytest.raises(InputError, match="added or changed after"):
         _own("new", overwrite=True)
     assert (raw / "labelsTr" / "a.nii.gz").read_text() == "corrected"
+
+
+def test_other_permissions_are_no_change(nnunet_folders):
+    _own("old")
+    for path in (nnunet_folders / "raw" / "Dataset007_Test").rglob("*"):
+        path.chmod(0o755)
+    _own("new", overwrite=True)
+    assert _texts(nnunet_folders) == ("new", "new")
 
 
 def test_a_data_set_with_models_is_not_replaced(nnunet_folders):

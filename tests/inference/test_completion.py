@@ -703,7 +703,7 @@ def test_a_case_declared_unlabelled_though_annotated_is_left_as_it_is(few, spoil
     assert described["supervision"][few.partial[0]] == "unlabelled"
     assert described["supervision"][few.partial[1]] == "full"
     np.testing.assert_array_equal(read_voxels(folder / file), read_voxels(spoilt / file))
-    assert f"1 case declared unlabelled, though annotated: {few.partial[0]}" in capsys.readouterr().out
+    assert f"declares unlabelled, though annotated: {few.partial[0]}. To complete them" in capsys.readouterr().out
 
 
 # ---- processes ------------------------------------------------------------------------------------------------------
