@@ -175,8 +175,9 @@ def test_the_tables_and_the_text_show_the_runs_that_are_here(module):
         assert common + re.findall(r"[+-]?\d\.\d{3}", item) == numbers
     gains = [f"{abs(np.concatenate(line['gains'][rival]).mean()):.3f}" for line, rival in zip(lines, rivals)]
     runs = completion.read_all(*completion.FOLDERS, values=completion.values_of_run)
-    teacher, alone = (runs["erosion", row, 3] for row in ("confkd_cost", "ignore"))
-    gains.append(f"{np.concatenate(module.gain(teacher, alone, 'dice_pp')).mean():.3f}")  # of completed labels
+    for setting in ("erosion", "scribbles"):  # of completed labels
+        teacher, alone = (runs[setting, row, 3] for row in ("confkd_cost", "ignore"))
+        gains.append(f"{np.concatenate(module.gain(teacher, alone, 'dice_pp')).mean():.3f}")
     for text in (results.split("**In short.**")[1].split("\n\n")[0],
                  readme.split("**What you gain**")[1].split("\n- **Do")[0]):
         assert re.findall(r"\d\.\d{3}", text) == gains
