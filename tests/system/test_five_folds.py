@@ -188,6 +188,8 @@ def test_the_tables_and_the_text_show_the_runs_that_are_here(module):
     with_background = next(line for line in lines if line["setting"] == "erosion")
     over_stock = np.concatenate(with_background["gains"]["nnU-Net's ignore label"]).mean()
     assert f"eroded masks without background, and {over_stock:.2f} with background" in readme
+    over_stock = np.concatenate(lines[-1]["gains"]["nnU-Net's ignore label"]).mean()
+    assert lines[-1]["setting"] == "points" and f"With points on Hippocampus it is {over_stock:.2f}" in readme
 
 
 def test_completed_labels_are_compared_by_patient_and_fold(module, tmp_path):
