@@ -68,12 +68,18 @@ def covered(own: Geometry, grid: Geometry) -> float:
     dimensions = len(grid.size)
     sample = np.stack(np.meshgrid(*(np.unique(np.linspace(0, size - 1, 40).round()) for size in grid.size),
                                   indexing="ij")).reshape(dimensions, -1)
-    axes, own_axes = (np.reshape(geometry.direction, (dimensions,) * 2) for geometry in (grid, own))
-    places = axes @ (sample * np.reshape(grid.spacing, (-1, 1))) + np.reshape(grid.origin, (-1, 1))
-    index = (own_axes.T @ (places - np.reshape(own.origin, (-1, 1)))) / np.reshape(own.spacing, (-1, 1))
+    index = _indices_in(own, sample, grid)
     # half a voxel on each side belongs to the grid; the rest is for rounding
     inside = (index > -0.501) & (index < np.reshape(own.size, (-1, 1)) - 0.499)
     return float(inside.all(0).mean())
+
+
+def _indices_in(grid: Geometry, index: np.ndarray, own: Geometry) -> np.ndarray:
+    """Return where voxels lie in a grid. `index`, their numbers in their `own` grid, is (x, y, z) by voxels, as is the
+    result."""
+    axes, own_axes = (np.reshape(geometry.direction, (len(geometry.size),) * 2) for geometry in (grid, own))
+    places = own_axes @ (index * np.reshape(own.spacing, (-1, 1))) + np.reshape(own.origin, (-1, 1))
+    return (axes.T @ (places - np.reshape(grid.origin, (-1, 1)))) / np.reshape(grid.spacing, (-1, 1))
 
 
 def _text(geometry: Geometry) -> str:
@@ -132,14 +138,11 @@ def _resampled(label: np.ndarray, own: Geometry, grid: Geometry, fitting: Fittin
 
 def _keep_annotations(resampled: np.ndarray, label: np.ndarray, own: Geometry, grid: Geometry, outside: int) -> None:
     """Annotate the voxels in which an annotated voxel lies that nearest neighbours have passed over, in place."""
-    dimensions, flat = len(grid.size), label.reshape(-1)
-    axes, own_axes = (np.reshape(geometry.direction, (dimensions,) * 2) for geometry in (grid, own))
+    flat = label.reshape(-1)
     drawn = np.flatnonzero(flat != outside)
     for part in (drawn[start:start + 2 ** 20] for start in range(0, len(drawn), 2 ** 20)):
         index = np.stack(np.unravel_index(part, label.shape)[::-1])  # x, y, z
-        places = own_axes @ (index * np.reshape(own.spacing, (-1, 1))) + np.reshape(own.origin, (-1, 1))
-        found = axes.T @ (places - np.reshape(grid.origin, (-1, 1))) / np.reshape(grid.spacing, (-1, 1))
-        found = np.rint(found).astype(int)
+        found = np.rint(_indices_in(grid, index, own)).astype(int)
         inside = ((found >= 0) & (found < np.reshape(grid.size, (-1, 1)))).all(0)
         where = tuple(found[::-1, inside])
         free = resampled[where] == outside

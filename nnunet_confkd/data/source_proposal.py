@@ -6,12 +6,12 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from nnunet_confkd.data.class_sources import BACKGROUND, IGNORE
+from nnunet_confkd.data.class_sources import IGNORE
 from nnunet_confkd.data.groups import Group
 from nnunet_confkd.data.images import ENDINGS
 from nnunet_confkd.data.json_files import is_whole
 from nnunet_confkd.data.listing import CASE
-from nnunet_confkd.data.meanings import described
+from nnunet_confkd.data.meanings import BACKGROUND, described
 from nnunet_confkd.data.measures import IMAGE, MASK, SCRIBBLES, Measure, markers_of
 from nnunet_confkd.data.sources import IMAGES, LABELS
 from nnunet_confkd.data.supervision import UNLABELLED

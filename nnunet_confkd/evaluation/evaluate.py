@@ -254,7 +254,7 @@ def _on_one_grid(task: Task, truth: _Labels, prediction: _Labels) -> tuple[_Labe
     labels = [truth, prediction]
     for own, file in enumerate((task.truth, task.prediction)):
         (voxels, geometry), grid = labels[own], labels[1 - own][1]
-        if has_segments(file) and geometry.differences(grid):
+        if geometry.differences(grid) and has_segments(file):
             with suppress(InputError):  # the grids still differ, which is told
                 labels[own] = fitted(voxels, geometry, grid, Fitting(0, padded=True)), grid
     return labels[0], labels[1]

@@ -39,10 +39,11 @@ def readable_images(source: Path, described: dict, option: str = "-i") -> Iterat
             or the names or the series cannot be understood.
     """
     ending = described["file_ending"]
-    channels = list(described.get("channel_names", described.get("modality", {"0": "image"})).values())
+    channels = _channel_names(described)
     if not source.exists():
         raise InputError(f"{option} {source}: there is no such file or folder")
-    series = {} if _has_images(source, ending) else _series(source, ending, channels, option)
+    files = _images_of(source, ending)
+    series = {} if files else _series(source, ending, channels, option)
     if series:
         with tempfile.TemporaryDirectory(prefix="confkd_images_") as folder:
             for case, inner in series.items():
@@ -52,7 +53,6 @@ def readable_images(source: Path, described: dict, option: str = "-i") -> Iterat
         return
     inside = [source] if source.is_file() else sorted(source.iterdir())
     images = [file for file in inside if file.name.endswith(ending) and not file.is_dir()]
-    files = [file for file in images if not file.name.startswith(".")]  # nnU-Net would take the others for images
     if not files:
         raise InputError(f"{option} {source}: has no image that ends with {ending}, as the model's training images do, "
                          "and no DICOM series; it " + _endings(inside))
@@ -67,6 +67,7 @@ def readable_images(source: Path, described: dict, option: str = "-i") -> Iterat
     if incomplete:
         raise InputError(f"{option} {source}: {len(incomplete)} case(s) do not have all {len(channels)} channels: "
                          f"{some(incomplete, 5)}. Name the files of every case {expected}")
+    # nnU-Net would take hidden files for images
     if source.is_dir() and not plain and images == files and not any(
             _is_4d(of_case, len(channels)) for of_case in cases.values()):
         yield source
@@ -140,12 +141,10 @@ def names_of(source: Path, described: dict) -> list[str]:
         described: The model's dataset.json.
     """
     ending = described["file_ending"]
-    if not _has_images(source, ending):
+    files = _images_of(source, ending)
+    if not files:
         return sorted(series_folders(source))
-    channels = len(described.get("channel_names", described.get("modality", {"0": "image"})))
-    files = [source] if source.is_file() else [file for file in sorted(source.iterdir()) if not file.is_dir()
-                                               and file.name.endswith(ending) and not file.name.startswith(".")]
-    cases, plain = _cases_of(files, ending, channels)
+    cases, plain = _cases_of(files, ending, len(_channel_names(described)))
     return [*cases, *(file.name[:-len(ending)] for file in plain)]
 
 
@@ -235,9 +234,14 @@ class Predicted:
                 f"{some(empty)}. Was the model trained long enough, and are these images like those of its training?")
 
 
-def _has_images(source: Path, ending: str) -> bool:
-    files = [source] if source.is_file() else source.iterdir()
-    return any(file.name.endswith(ending) and not file.name.startswith(".") and file.is_file() for file in files)
+def _images_of(source: Path, ending: str) -> list[Path]:
+    """Return an image that was given, or those of a folder that are not hidden; none if the ending is another one."""
+    files = [source] if source.is_file() else sorted(source.iterdir())
+    return [file for file in files if file.name.endswith(ending) and file.name[0] != "." and not file.is_dir()]
+
+
+def _channel_names(described: dict) -> list[str]:
+    return list(described.get("channel_names", described.get("modality", {"0": "image"})).values())
 
 
 def _series(source: Path, ending: str, channels: list[str], option: str) -> dict[str, Path]:

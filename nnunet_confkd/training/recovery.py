@@ -94,8 +94,7 @@ def set_aside_earlier(folder: str | Path) -> str | None:
             path.replace(target / path.name)
     return (f"WARNING: {folder} holds an earlier training, of {written:%Y-%m-%d %H:%M}. This one begins anew. The "
             f"checkpoints, the validation and the record of the earlier one are now in {target}, and so is the model's "
-            f"post-processing, if it had one. To go on with a "
-            f"training, give --c; to validate it again, --val.")
+            f"post-processing, if it had one. To go on with a training, give --c; to validate it again, --val.")
 
 
 def explain_stop(error: BaseException, folder: str | Path, epoch: int) -> tuple[str, str | None]:
