@@ -61,7 +61,8 @@ class Row:
     time_of: str | None = None
 
 
-EARLIER = {"weight_kl": 3.0, "full_share": 0.5, "equal_kinds": False, "teacher_trains_encoder": True, "hint_reach": 0}
+EARLIER = {"weight_kl": 3.0, "full_share": 0.5, "equal_kinds": False, "teacher_trains_encoder": True, "hint_reach": 0,
+           "hint_watershed": False}
 
 
 def with_earlier_defaults(rows: Mapping[str, Row]) -> dict[str, Row]:
@@ -687,9 +688,10 @@ def differences(before: dict, now: dict) -> list[str]:
                             ("weight_entropy", 0.0 if few else 0.01)):
             if settings.get(name, 0) is None:
                 settings[name] = value
-        if settings.get("hint_reach", 0) is None:
-            background = spec["table"].get("background", True) and spec["row"]["labels"] != "listed"
-            settings["hint_reach"] = HINT_REACH if background else 0
+        background = spec["table"].get("background", True) and spec["row"]["labels"] != "listed"
+        for name, value in (("hint_reach", HINT_REACH if background else 0), ("hint_watershed", background)):
+            if settings.get(name, 0) is None:
+                settings[name] = value
         off = [term for term in ("kl", "entropy") if not settings.get(f"weight_{term}")]
         unused = tuple(f"{term}_" for term in off)
         if "kl" in off:

@@ -26,8 +26,9 @@ TRAINERS = {"ConfKDTrainer": "`ConfKDTrainer`", "ConfKDTrainer_partialOnly": "`_
 WORDS = five_folds.WORDS | {"unlabelled": "ACDC, unlabelled"}
 SHOWN = {"weight_kl": "weight of the KL", "full_share": "share of full images", "equal_kinds": "equal weights",
          "teacher_trains_encoder": "teacher trains the encoder", "hint_reach": "reach of hints",
+         "hint_watershed": "watershed of hints",
          "prior_correction": "class-prior correction", "cutmix": "CutMix"}
-OF_TEACHER = ("teacher_trains_encoder", "weight_kl", "hint_reach")
+OF_TEACHER = ("teacher_trains_encoder", "weight_kl", "hint_reach", "hint_watershed")
 
 
 def choices_of(table: Table, full: int) -> dict:

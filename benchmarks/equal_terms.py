@@ -60,7 +60,7 @@ STOCK = "ignore_uniform"
 MORE = ("ignore", "ignore_prior", "ignore_quarter", "ignore_prior_quarter", "ignore_three_quarters", "cutmix_full",
         "ignore_equal", "ignore_equal_quarter", "ignore_prior_equal_quarter")
 # ConfKD's row, the last, has the settings that its trainer chooses from these data, but for
-# `hint_reach`, which is 0 in all of them. With points there is no teacher.
+# `hint_reach`, which is 0 in all of them, and `hint_watershed`, which is false. With points there is no teacher.
 SHORT = {"scribbles": ("ignore_equal_quarter", "apart_cost"),
          "erosion": ("ignore_prior_equal_quarter", "apart_corrected_margins_cost"),
          "erosion_foreground": ("ignore_quarter", "equal_cost"),
@@ -194,6 +194,11 @@ ROWS |= {name: replace(ROWS[of], title=f"{ROWS[of].title}; hints that reach furt
                        settings=ROWS[of].settings | {"hint_reach": 4})
          for name, of in (("apart_reach_cost", "apart_cost"), ("equal_reach_cost", "equal_cost"),
                           ("apart_corrected_reach_cost", "apart_corrected_margins_cost"))}
+# The same with hints that a watershed also spreads over the image.
+ROWS |= {name: replace(ROWS[of], title=f"{ROWS[of].title}; a watershed spreads the hints",
+                       settings=ROWS[of].settings | {"hint_watershed": True})
+         for name, of in (("apart_watershed_cost", "apart_reach_cost"),
+                          ("apart_corrected_watershed_cost", "apart_corrected_reach_cost"))}
 # What the trainers choose, with a teacher that is not shown the annotations.
 ROWS |= {name.replace("_cost", "_nohints_cost"): replace(ROWS[name], title=f"{ROWS[name].title}; no hints",
                                                          settings=ROWS[name].settings | {"teacher_hints": False})

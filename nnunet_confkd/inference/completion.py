@@ -25,7 +25,16 @@ from nnunet_confkd.data.json_files import read_description, read_folds, read_jso
 from nnunet_confkd.data.patients import patients_of, split_full_cases
 from nnunet_confkd.data.raw_format import Case, Dataset, raw_dataset, with_ignore, write_into
 from nnunet_confkd.data.resampling import KeepAnnotations
-from nnunet_confkd.data.supervision import PARTIAL, TABLE_KEY, UNLABELLED, check_labels, decide_kinds, kind_of
+from nnunet_confkd.data.supervision import (
+    OUTSIDE,
+    PARTIAL,
+    TABLE_KEY,
+    UNLABELLED,
+    check_labels,
+    decide_kinds,
+    kind_of,
+)
+from nnunet_confkd.data.watershed import spread_volume
 from nnunet_confkd.device import choose_device
 from nnunet_confkd.discovery import make_findable
 from nnunet_confkd.errors import InputError, counted, some
@@ -119,9 +128,9 @@ def complete(source: int | str, model: TrainedModel, dataset_id: int, *, confide
              "hints": hints, "folds": folds, "checkpoint": model.checkpoint, "confidence": confidence,
              "nnunet_confkd": __version__, "note": NOTE}
     with new_dataset(dataset_id, dataset.name) as (target, preprocessed):
-        known, kinds, hidden = _check_cases(folder, described, dataset, processes)
+        known, kinds, hidden = check_cases(folder, described, dataset, processes)
         incomplete = [case for case in dataset.training if case.name in known]
-        splits = _splits(source, kinds, dataset.patient_pattern, known)
+        splits = splits_of(source, kinds, dataset.patient_pattern, known)
         if confidence is not None:
             dataset.labels = with_ignore(dataset.labels)  # for voxels of which the model is not that sure
         ignore: Any = dataset.labels.get("ignore")
@@ -294,9 +303,11 @@ def _predict(predictor: _CompletingPredictor, cases: list[Case], folder: Path, p
         network: Any = unwrap(predictor.network)
         manager = predictor.label_manager
         sets = manager.has_regions or hidden  # otherwise hints are labels, in one channel
-        network.hints_in_input = manager.num_segmentation_heads + 1 if sets else 1
+        watershed = network.teacher_decoder.spread_hints is not None
+        network.hints_in_input = manager.num_segmentation_heads + 1 if sets else 1 + watershed
         labels = [str(case.label.file) for case in cases]
-        predictor.predict_from_data_iterator(_with_hints(predictor, sources, labels, outputs, hidden),
+        predictor.predict_from_data_iterator(_with_hints(predictor, sources, labels, outputs, hidden,
+                                                         watershed and not sets),
                                              num_processes_segmentation_export=number)
     elif processes <= 1:
         predictor.predict_from_files_sequential(sources, outputs)
@@ -306,7 +317,7 @@ def _predict(predictor: _CompletingPredictor, cases: list[Case], folder: Path, p
 
 
 def _with_hints(predictor: _CompletingPredictor, sources: list[list[str]], labels: list[str],
-                outputs: list[str], hidden: dict[str, Listed]) -> Iterator[dict]:
+                outputs: list[str], hidden: dict[str, Listed], watershed: bool = False) -> Iterator[dict]:
     """Yield the preprocessed cases for nnU-Net's predictor; the hints are further channels of the data."""
     plans, configuration, described = predictor.plans_manager, predictor.configuration_manager, predictor.dataset_json
     manager = plans.get_label_manager(described)
@@ -315,18 +326,21 @@ def _with_hints(predictor: _CompletingPredictor, sources: list[list[str]], label
         data, seg, properties = KeepAnnotations(verbose=False).run_case(images, label, plans, configuration, described)
         properties.pop("class_locations", None)
         target, mask = map(torch.from_numpy, real_hints(seg, manager.ignore_label))
-        listed = None
+        listed, spread = None, None
         if hidden:  # all cases then have sets of classes as hints, and the same number of channels
             of_case = hidden.get(Path(output).name, (True,) * manager.num_segmentation_heads)
             listed = torch.tensor(of_case)[None]
-        hints = image_hints(target, mask, manager, listed)
+        if watershed:
+            spread = spread_volume(data, target[0].numpy(), mask[0].numpy(), seg[0] != OUTSIDE,
+                                   configuration.patch_size)
+        hints = image_hints(target, mask, manager, listed, spread)
         yield {"data": torch.cat((torch.from_numpy(data).float(), hints.float())), "data_properties": properties,
                "ofile": output}
 
 
 # ---- the data -------------------------------------------------------------------------------------------------------
 
-def _check_cases(folder: Path, described: dict, dataset: Dataset,
+def check_cases(folder: Path, described: dict, dataset: Dataset,
                  processes: int) -> tuple[dict[str, KnownLabel], dict[str, str], dict[str, Listed]]:
     """Read all training cases, so that all problems are found before the prediction.
 
@@ -372,7 +386,8 @@ def _check_cases(folder: Path, described: dict, dataset: Dataset,
     return known, kinds, hidden
 
 
-def _splits(source: str, kinds: dict[str, str], pattern: str | None, known: dict[str, KnownLabel]) -> list[dict] | None:
+def splits_of(source: str, kinds: dict[str, str], pattern: str | None,
+              known: dict[str, KnownLabel]) -> list[dict] | None:
     """Return the folds of the source if they validate on none of the completed cases, which are `known`.
 
     Otherwise, return folds that validate on the cases that were fully annotated before, or None if they are too few.

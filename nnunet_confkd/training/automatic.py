@@ -8,6 +8,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 
 from nnunet_confkd.data.supervision import FULL, PARTIAL, UNLABELLED
+from nnunet_confkd.errors import InputError
 from nnunet_confkd.training.settings import Settings
 
 # The annotated part of the foreground, from which on there is a teacher and partially annotated images weigh as much as
@@ -17,8 +18,9 @@ WEIGHT_KL, WEIGHT_ENTROPY = 3.0, 0.01
 HINT_REACH = 4  # voxels
 WEIGHTS = ("weight_teacher", "weight_kl", "weight_entropy")
 # They follow from the cases of all folds, so that the networks of all folds are alike.
-OF_NETWORK = (*WEIGHTS, "hint_reach")
-AUTOMATIC = (*WEIGHTS, "full_share", "equal_kinds", "teacher_trains_encoder", "hint_reach", "prior_correction",
+OF_NETWORK = (*WEIGHTS, "hint_reach", "hint_watershed")
+AUTOMATIC = (*WEIGHTS, "full_share", "equal_kinds", "teacher_trains_encoder", "hint_reach", "hint_watershed",
+             "prior_correction",
              "cutmix", "unlabelled_share")
 
 
@@ -71,15 +73,19 @@ class Annotations:
         return partial * full_background < partial_background * full
 
 
-def choose_network(settings: Settings, annotations: Annotations) -> Settings:
+def choose_network(settings: Settings, annotations: Annotations, regions: bool = False) -> Settings:
     """Replace each of `OF_NETWORK` that is null; with the weights it is decided whether there is a teacher.
 
     Args:
         settings: Those of the plans and the trainer.
         annotations: Those of all cases, or of the training cases if none of these settings is null any more.
+        regions: Whether the labels are regions, which may overlap.
 
     Returns:
         Settings of which no one of `OF_NETWORK` is null.
+
+    Raises:
+        InputError: `hint_watershed` is true, and hints are not labels. The text says why.
     """
     kinds = set(annotations.kinds.values())
     # With few annotations or none, the student does better without a teacher.
@@ -89,9 +95,16 @@ def choose_network(settings: Settings, annotations: Annotations) -> Settings:
     teacher = float(needed or not few) if teacher is None else teacher
     # Without annotated background, nothing tells how far from a border real annotations stay. Simulated ones come
     # closer, and a teacher that is told the distance from them would expect the border too close to real ones.
-    reach = HINT_REACH if any(annotations.of(annotations.background, PARTIAL, hidden=False)) else 0
+    background = any(annotations.of(annotations.background, PARTIAL, hidden=False))
+    reach = HINT_REACH if background else 0
+    if settings.hint_watershed and (regions or annotations.hidden):
+        reason = "the labels are regions" if regions else "some cases are not annotated for all classes"
+        raise InputError(f'confkd: hint_watershed is true, but {reason}; set "hint_watershed": false')
+    # A watershed without seeds of the background would fill the image with foreground.
+    watershed = background and not regions and not annotations.hidden
     return replace(settings, weight_teacher=teacher,
                    hint_reach=reach if settings.hint_reach is None else settings.hint_reach,
+                   hint_watershed=watershed if settings.hint_watershed is None else settings.hint_watershed,
                    weight_kl=(WEIGHT_KL if teacher else 0.0) if kl is None else kl,
                    weight_entropy=(WEIGHT_ENTROPY if teacher else 0.0) if entropy is None else entropy)
 

@@ -20,6 +20,7 @@ from batchgeneratorsv2.transforms.utils.seg_to_regions import ConvertSegmentatio
 from nnunetv2.utilities.label_handling.label_handling import LabelManager
 from torch import Tensor
 
+from nnunet_confkd.data.watershed import spread
 from nnunet_confkd.training.hint_patterns import (
     KEPT,
     Cloud,
@@ -82,19 +83,21 @@ def hint_channels(target: Tensor, hint_mask: Tensor, num_heads: int, regions: bo
     return torch.cat((torch.where(background, merged, labels) & hint_mask, hint_mask), 1).float()
 
 
-def hint_map(target: Tensor, hint_mask: Tensor, listed: Tensor | None = None) -> HintMap:
+def hint_map(target: Tensor, hint_mask: Tensor, listed: Tensor | None = None, spread: Tensor | None = None) -> HintMap:
     """Make the teacher's second input of labels: what :func:`hint_channels` makes, in less memory.
 
     Args:
         target: A label map `(B, 1, *spatial)`.
         hint_mask: Bool, `(B, 1, *spatial)`: which voxels are hints.
         listed: Bool, `(B, num_heads)`, on the CPU: for which heads the hints of each image are. None: all.
+        spread: As of :class:`HintMap`.
     """
     labels = torch.where(hint_mask, hide_unlisted(target, listed) + 1, 0)
-    return HintMap(labels, None if listed is None else listed.to(target.device, non_blocking=True))
+    return HintMap(labels, None if listed is None else listed.to(target.device, non_blocking=True), spread)
 
 
-def image_hints(label: Tensor, hint_mask: Tensor, label_manager: LabelManager, listed: Tensor | None = None) -> Tensor:
+def image_hints(label: Tensor, hint_mask: Tensor, label_manager: LabelManager, listed: Tensor | None = None,
+                spread: np.ndarray | None = None) -> Tensor:
     """Make the teacher's hints of a whole image, which follow the channels of the image in predictions.
 
     Args:
@@ -102,14 +105,17 @@ def image_hints(label: Tensor, hint_mask: Tensor, label_manager: LabelManager, l
         hint_mask: Bool, `(1, *spatial)`: which voxels are hints.
         label_manager: nnU-Net's, with the classes or regions.
         listed: Bool, `(1, heads)`: for which heads the hints are, which are sets of classes then. None: for all.
+        spread: Of labels: what :func:`nnunet_confkd.data.watershed.spread_volume` makes of the hints, if the
+            teacher sees it.
 
     Returns:
         Of labels one channel, those of a :class:`HintMap`, `(1, *spatial)`: label + 1 where there is a hint, 0
-        elsewhere. Of regions, which may overlap, and of sets of classes, the channels of :func:`hint_channels`,
-        `(heads + 1, *spatial)`.
+        elsewhere. `spread` is a second one. Of regions, which may overlap, and of sets of classes, the channels of
+        :func:`hint_channels`, `(heads + 1, *spatial)`.
     """
     if not label_manager.has_regions and listed is None:
-        return torch.where(hint_mask, label.int() + 1, 0)
+        labels = torch.where(hint_mask, label.int() + 1, 0)
+        return labels if spread is None else torch.cat((labels, torch.from_numpy(spread).to(labels)[None]))
     target = regions_of(label, label_manager)[None]
     return hint_channels(target, hint_mask[None], label_manager.num_segmentation_heads, label_manager.has_regions,
                          listed)[0]
@@ -175,12 +181,13 @@ class HintSampler:
         no_hints: Share of the fully annotated images without hints.
         image_channels: Number of channels of the image itself, which come first. In a cascade the prediction of the
             previous stage follows, and its borders are no edges of the image. None: all channels.
+        watershed: Whether the annotations are also spread over the image.
     """
 
     def __init__(self, ignore_label: int | None, regions: bool = False, no_hints: float = NO_HINTS,
-                 image_channels: int | None = None):
+                 image_channels: int | None = None, watershed: bool = False):
         self.ignore_label, self.regions, self.no_hints = ignore_label, regions, no_hints
-        self.image_channels = image_channels
+        self.image_channels, self.watershed = image_channels, watershed
         self.patterns: dict[int, deque[Pattern]] = {}
         self.depth: dict[int, Depth] = {}
         self.margins: dict[int, Margin] = {}
@@ -189,10 +196,19 @@ class HintSampler:
         self.with_class: dict[str, Counter] = {"annotated": Counter(), "full": Counter()}
 
     def __call__(self, batch: dict) -> dict:
-        """Add `hint_mask` (see :meth:`draw`) to a batch of the stratified loader, which holds `inside`."""
+        """Add `hint_mask` (see :meth:`draw`) to a batch of the stratified loader, which holds `inside`.
+
+        With `watershed` also add `hint_spread`, the spread annotations, int16 `(B, 1, *spatial)`.
+        """
         target = batch["target"][0] if isinstance(batch["target"], list) else batch["target"]
         rng = rng_of_batch()
-        return {**batch, "hint_mask": self.draw(batch["data"], target, batch["inside"], batch["num_full"], rng)}
+        batch = {**batch, "hint_mask": self.draw(batch["data"], target, batch["inside"], batch["num_full"], rng)}
+        if self.watershed:
+            images, masks = batch["data"][:, :self.image_channels].numpy(), (batch["hint_mask"], batch["inside"])
+            batch["hint_spread"] = torch.from_numpy(np.stack([
+                spread(*of_image) for of_image in zip(images, class_map(target, self.regions), *(
+                    mask[:, 0].numpy() for mask in masks))]))[:, None]
+        return batch
 
     @property
     def has_seen_enough(self) -> bool:

@@ -62,10 +62,13 @@ class HintMap(NamedTuple):
             not annotated do not occur: they are background.
         listed: Bool, `(B, heads)`: for which heads the hints of each image are. The background then stands for all
             others, too. None: all.
+        spread: Integers, `(B, 1, *spatial)`: the same annotations, spread over the image by a watershed (see
+            :func:`nnunet_confkd.data.watershed.spread`). None: not shown to the teacher.
     """
 
     labels: Tensor
     listed: Tensor | None = None
+    spread: Tensor | None = None
 
     def of(self, images: slice) -> HintMap:
         """Return the hints of some of the images."""
@@ -109,6 +112,7 @@ class TwoBranchUNet(nn.Module):
             of logits, highest resolution first, if `decoder.deep_supervision` is set), and no others.
         narrow: A network of the same plans with fewer features. Its decoder becomes the teacher, which costs less time
             and memory. None: the teacher has the shape of the student.
+        watershed: Whether the teacher also sees the annotations spread over the image (`HintMap.spread`).
 
     Raises:
         InputError: The network has other parts. The text names its architecture.
@@ -118,7 +122,7 @@ class TwoBranchUNet(nn.Module):
     decoder: Any  # modules with the attributes of a UNetDecoder
     teacher_decoder: Any
 
-    def __init__(self, unet, narrow=None):
+    def __init__(self, unet, narrow=None, watershed: bool = False):
         super().__init__()
         check_unet(unet)
         self.encoder = unet.encoder
@@ -138,6 +142,8 @@ class TwoBranchUNet(nn.Module):
         self.teacher_decoder.narrowing = nn.ModuleList(convolution(many, few, 1) for many, few in zip(
             unet.encoder.output_channels, channels) if narrow)
         self.teacher_decoder.hints = Hints(convolution, channels, unet.decoder.num_classes)
+        self.teacher_decoder.spread_hints = (Hints(convolution, channels, unet.decoder.num_classes) if watershed
+                                             else None)
         self.find_batch_norms()
         self.branch = _predicted_branch.get()
         self.hints_in_input = 0
@@ -160,7 +166,7 @@ class TwoBranchUNet(nn.Module):
 
         Args:
             x: Images, `(B, C, *spatial)`. Because nnU-Net's predictor passes one tensor, the last `hints_in_input`
-                channels are the hints: one with the labels of a :class:`HintMap`, or the channels of `hint_channels`.
+                channels are the hints: those of `image_hints`.
             num_full: In training the number of fully annotated images, which come first. None in predictions.
             hints: The teacher's hints, a :class:`HintMap` or `(B, heads + 1, *spatial)`. None: no hints.
             teach_all: In training whether the teacher is also run on the other images, which do not update it. With
@@ -174,7 +180,9 @@ class TwoBranchUNet(nn.Module):
         """
         if self.hints_in_input:
             x, last = x.tensor_split([x.shape[1] - self.hints_in_input], 1)
-            hints = HintMap(last) if self.hints_in_input == 1 else last
+            map_channels = 1 if self.teacher_decoder.spread_hints is None else 2
+            hints = HintMap(last[:, :1], None, last[:, 1:] if self.hints_in_input == 2 else None) \
+                if self.hints_in_input <= map_channels else last
         if num_full is None:
             skips = self.encoder(x)
             if self.branch == "student":
@@ -191,7 +199,8 @@ class TwoBranchUNet(nn.Module):
         if hints is None:
             # DDP fails on parameters without gradient. The sum of nothing gives the weights of the hints a gradient of
             # zero at no cost.
-            anchor = sum(p.flatten()[:0].sum() for p in self.teacher_decoder.hints.parameters())
+            parts = self.teacher_decoder.hints, self.teacher_decoder.spread_hints
+            anchor = sum(p.flatten()[:0].sum() for part in parts if part is not None for p in part.parameters())
             skips = [*skips[:-1], skips[-1] + anchor]
         return student, self.run_teacher(skips, hints, student, num_full, teach_all)
 
@@ -234,7 +243,11 @@ class TwoBranchUNet(nn.Module):
 
     def _teach(self, skips: list[Tensor], hints: Tensor | HintMap | None):
         skips = self.narrowed(skips)
-        return self.teacher_decoder(skips if hints is None else self.teacher_decoder.hints(skips, hints))
+        if hints is not None:
+            skips = self.teacher_decoder.hints(skips, hints)
+            if isinstance(hints, HintMap) and hints.spread is not None:
+                skips = self.teacher_decoder.spread_hints(skips, HintMap(hints.spread))
+        return self.teacher_decoder(skips)
 
     def narrowed(self, skips: list[Tensor]) -> list[Tensor]:
         """Return the encoder's features with as many channels as the teacher has, without hints."""

@@ -20,7 +20,8 @@ REMOVED: dict[str, Any] = {
 
 # Settings that came later, and what earlier trainings did. A model of theirs still loads.
 ADDED: dict[str, Any] = {"class_share": 0.0, "cutmix": 0.0, "cutmix_full": 0.0, "equal_kinds": False, "hint_reach": 0,
-                         "prior_correction": 0.0, "teacher_trains_encoder": True, "teacher_width": 1.0}
+                         "hint_watershed": False, "prior_correction": 0.0, "teacher_trains_encoder": True,
+                         "teacher_width": 1.0}
 
 
 def without_removed(block: Mapping[str, Any]) -> dict[str, Any]:
@@ -112,6 +113,11 @@ class Settings:
     hint_reach: int | None = _setting("teacher", None, (0, 100), "how many voxels a hint reaches at each of the lower "
                                       "resolutions, where it fades with the distance. 0: the annotated voxels alone. "
                                       "Null means 4 if partially annotated cases annotate background, else 0")
+
+    hint_watershed: bool | None = _setting("teacher", None, (), "whether the teacher also sees the annotations spread "
+                                           "over the whole image by a watershed. Null means true if partially "
+                                           "annotated cases annotate background. It must be false with regions, and "
+                                           "if some cases are not annotated for all classes; null means false then")
 
     teacher_trains_encoder: bool | None = _setting("teacher", None, (),
                                                    "whether L_s also updates the encoder, as in the papers. If not, "

@@ -159,10 +159,11 @@ class ConfKDTrainer(nnUNetTrainer):
 
     def choose_network(self) -> None:
         """Choose what the network depends on and is null, such as whether there is a teacher, for all folds alike."""
-        if None not in (getattr(self.settings, name) for name in OF_NETWORK):
+        if None not in (getattr(self.settings, name) for name in OF_NETWORK) and not self.settings.hint_watershed:
             return
         self.find_supervision()
-        self.settings = choose_network(self.settings, self._annotations(self._cases_that_train()))
+        self.settings = choose_network(self.settings, self._annotations(self._cases_that_train()),
+                                       self.label_manager.has_regions)
         self._put_settings_into_plans()
         if self.settings.weight_teacher or self.asked.weight_teacher == 0:
             return
@@ -193,7 +194,8 @@ class ConfKDTrainer(nnUNetTrainer):
         if settings.weight_teacher == 0:
             return build(configuration_manager)
         unet, width = check_unet(build(configuration_manager)), settings.teacher_width
-        network = TwoBranchUNet(unet, build(narrower(configuration_manager, width)) if width < 1 else None)
+        network = TwoBranchUNet(unet, build(narrower(configuration_manager, width)) if width < 1 else None,
+                                bool(settings.hint_watershed))
         network.teach_resolutions = settings.extra_resolutions
         network.teacher_decoder.hints.reach = settings.hint_reach or 0
         return network
@@ -401,6 +403,7 @@ class ConfKDTrainer(nnUNetTrainer):
         """A sampler that has not seen any batch."""
         channels = self.dataset_json["modality" if "modality" in self.dataset_json else "channel_names"]
         sampler_class = CandidateHints if self.hidden else HintSampler
+        options["watershed"] = bool(self.settings.hint_watershed)
         return sampler_class(self.label_manager.ignore_label, self.label_manager.has_regions,
                              image_channels=len(channels), **options)
 
@@ -555,7 +558,8 @@ class ConfKDTrainer(nnUNetTrainer):
         mask, listed = batch["hint_mask"].to(self.device, non_blocking=True), batch.get("hint_listed")
         if self.label_manager.has_regions:
             return hint_channels(target, mask, self.label_manager.num_segmentation_heads, True, listed)
-        return hint_map(target, mask, listed)
+        spread = batch.get("hint_spread")
+        return hint_map(target, mask, listed, None if spread is None else spread.to(self.device, non_blocking=True))
 
     def _forward(self, data: torch.Tensor, num_full: int, mix: Mix | None = None, **options):
         """The outputs of student and teacher; None for the teacher if the network has none."""

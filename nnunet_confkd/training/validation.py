@@ -34,6 +34,7 @@ from nnunetv2.utilities.label_handling.label_handling import convert_labelmap_to
 
 from nnunet_confkd.data.json_files import read_folds, read_json
 from nnunet_confkd.data.supervision import FULL, OUTSIDE
+from nnunet_confkd.data.watershed import spread_volume
 from nnunet_confkd.errors import InputError, TrainingError, some
 from nnunet_confkd.files import written_whole
 from nnunet_confkd.training.batches import label_outside
@@ -167,7 +168,11 @@ def simulated_hints(trainer, case: str, data: np.ndarray, seg: np.ndarray) -> to
     mask, listed = sampler.draw_volume(data, regions_of(label, labels)[None], seg[0] != OUTSIDE,
                                        trainer.configuration_manager.patch_size,
                                        np.random.default_rng(crc32(case.encode())))
-    return image_hints(label, mask[0], labels, None if listed is None or listed.all() else listed)
+    spread = None
+    if trainer.settings.hint_watershed:
+        spread = spread_volume(data[:sampler.image_channels], label[0].numpy(), mask[0, 0].numpy(),
+                               seg[0] != OUTSIDE, trainer.configuration_manager.patch_size)
+    return image_hints(label, mask[0], labels, None if listed is None or listed.all() else listed, spread)
 
 
 # ---- writing in other processes -------------------------------------------------------------------------------------

@@ -74,7 +74,8 @@ def _changed_copy(model, folder, change):
 
 
 def _hint_vectors(weights):
-    found = [w for name, w in weights.items() if name.startswith("teacher_decoder.hints.")]
+    found = [w for name, w in weights.items() if name.startswith(("teacher_decoder.hints.",
+                                                                  "teacher_decoder.spread_hints."))]
     assert found
     return found
 
@@ -496,7 +497,7 @@ def test_regions_that_no_value_can_tell_are_not_completed(few, lacking_regions, 
     for file in (lacking_regions / "labelsTr").iterdir():
         _label(file, lambda label: np.where(label == IGNORE, 5, label).astype(np.uint8))
     with pytest.raises(InputError, match=r"known to have one of the values 1, 4 could get 2 by"):
-        module._check_cases(lacking_regions, read_json(lacking_regions / "dataset.json"),
+        module.check_cases(lacking_regions, read_json(lacking_regions / "dataset.json"),
                             module.raw_dataset(lacking_regions, "x"), 1)
 
 
@@ -553,6 +554,12 @@ def test_hints_are_the_annotations_behind_the_channels(few, model, region_model,
     assert item["ofile"] == "out" and item["data"].shape == (1 + len(expected), *before.shape)
     for channel, voxels in zip(item["data"][1:], expected):  # spacing as in the plans: nothing is resampled
         np.testing.assert_array_equal(channel.numpy(), voxels)
+    if not regions:
+        item, = module._with_hints(predictor, [[str(image)]], [str(label)], ["out"], {}, watershed=True)
+        hints, spread = item["data"][1:].numpy()
+        np.testing.assert_array_equal(hints, expected[0])
+        np.testing.assert_array_equal(spread[hints > 0], hints[hints > 0])
+        assert np.array_equal((spread > 0).any((1, 2)), (hints > 0).any((1, 2))), "a 2-D network: slice by slice"
 
 
 # ---- models ---------------------------------------------------------------------------------------------------------

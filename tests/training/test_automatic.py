@@ -6,7 +6,8 @@ from dataclasses import replace
 import pytest
 
 from nnunet_confkd.data.supervision import FULL, PARTIAL, UNLABELLED
-from nnunet_confkd.training.automatic import AUTOMATIC, Annotations, choose
+from nnunet_confkd.errors import InputError
+from nnunet_confkd.training.automatic import AUTOMATIC, Annotations, choose, choose_network
 from nnunet_confkd.training.settings import Settings
 
 BASELINE = Settings(weight_teacher=0.0, weight_kl=0.0, weight_entropy=0.0)
@@ -38,12 +39,12 @@ TEACHER, ALONE = (1, 3, 0.01), (0, 0, 0)
 
 
 @pytest.mark.parametrize("data, with_teacher, without", [
-    (SCRIBBLES, (*TEACHER, 0.5, True, False, 4, 0, 0, 0.25), (0.25, True, 0)),
-    (ERODED, (*TEACHER, 0.5, True, False, 4, 1, 0, 0.25), (0.25, True, 1)),
-    (BLOBS, (*TEACHER, 0.5, True, True, 0, 0, 0, 0.25), (0.25, False, 0)),
-    (POINTS, (*ALONE, 0.75, False, False, 4, 0, 0, 0), (0.75, False, 0)),
-    (NO_LABELS, (*ALONE, 1, False, False, 0, 0, 0.5, 0), (1, False, 0)),
-    (annotations(unlabelled=0), (*TEACHER, 1, False, True, 0, 0, 0, 0.25), (1, False, 0))],
+    (SCRIBBLES, (*TEACHER, 0.5, True, False, 4, True, 0, 0, 0.25), (0.25, True, 0)),
+    (ERODED, (*TEACHER, 0.5, True, False, 4, True, 1, 0, 0.25), (0.25, True, 1)),
+    (BLOBS, (*TEACHER, 0.5, True, True, 0, False, 0, 0, 0.25), (0.25, False, 0)),
+    (POINTS, (*ALONE, 0.75, False, False, 4, True, 0, 0, 0), (0.75, False, 0)),
+    (NO_LABELS, (*ALONE, 1, False, False, 0, False, 0, 0.5, 0), (1, False, 0)),
+    (annotations(unlabelled=0), (*TEACHER, 1, False, True, 0, False, 0, 0, 0.25), (1, False, 0))],
     ids=("scribbles", "eroded", "blobs", "points", "no labels", "all full"))
 def test_each_kind_of_labels_gets_its_settings(data, with_teacher, without):
     assert chosen(data) == dict(zip(AUTOMATIC, with_teacher))
@@ -52,8 +53,8 @@ def test_each_kind_of_labels_gets_its_settings(data, with_teacher, without):
 
 
 @pytest.mark.parametrize("data", [SCRIBBLES, ERODED, BLOBS, POINTS], ids=("scribbles", "eroded", "blobs", "points"))
-@pytest.mark.parametrize("values", [(1.0, 2.0, 0.1, 0.3, False, True, 2, 0.5, 0.0, 0.2),
-                                    (1.0, 0.0, 0.0, 0.4, True, False, 0, 0.0, 0.0, 0.0)], ids=str)
+@pytest.mark.parametrize("values", [(1.0, 2.0, 0.1, 0.3, False, True, 2, True, 0.5, 0.0, 0.2),
+                                    (1.0, 0.0, 0.0, 0.4, True, False, 0, False, 0.0, 0.0, 0.0)], ids=str)
 def test_what_is_set_is_kept(data, values):
     block = dict(zip(AUTOMATIC, values))
     assert chosen(data, Settings(**block)) == block
@@ -114,6 +115,18 @@ def test_hints_reach_further_where_background_is_annotated():
         assert chosen(data, Settings(hint_reach=reach))["hint_reach"] == reach
     hidden = replace(ERODED, hidden=[case for case, kind in ERODED.kinds.items() if kind == PARTIAL])
     assert chosen(hidden)["hint_reach"] == 0, "a value of 0 need not be background"
+
+
+def test_a_watershed_needs_annotated_background_and_hints_that_are_labels():
+    found = [chosen(data)["hint_watershed"] for data in (SCRIBBLES, ERODED, BLOBS, NO_LABELS)]
+    assert found == [True, True, False, False]
+    assert chosen(BLOBS, Settings(hint_watershed=True))["hint_watershed"]
+    assert not choose_network(Settings(), SCRIBBLES, regions=True).hint_watershed
+    one_lacks_classes = replace(SCRIBBLES, hidden=[1])
+    assert chosen(one_lacks_classes)["hint_reach"] == 4 and not chosen(one_lacks_classes)["hint_watershed"]
+    for data, regions, reason in ((SCRIBBLES, True, "regions"), (one_lacks_classes, False, "not annotated for all")):
+        with pytest.raises(InputError, match=rf'hint_watershed is true, but .*{reason}.*set "hint_watershed": false'):
+            choose_network(Settings(hint_watershed=True), data, regions)
 
 
 def test_an_encoder_that_only_the_teacher_could_train_is_trained_by_it():

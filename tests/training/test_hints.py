@@ -9,6 +9,7 @@ import torch
 from nnunetv2.utilities.label_handling.label_handling import LabelManager
 from scipy import ndimage
 
+from nnunet_confkd.data.watershed import spread
 from nnunet_confkd.training.hint_patterns import KEPT, PARTS, SAMPLE, Cloud, Depth, Pattern, Voxels, boxes_of, gaps_of
 from nnunet_confkd.training.hint_places import Place, background_around, eroded
 from nnunet_confkd.training.hints import NO_HINTS, HintSampler, class_map, hint_channels, image_hints
@@ -538,6 +539,22 @@ def test_the_mask_is_of_the_highest_resolution(regions):
     assert torch.equal(mask[2:], batch()[2:] != IGNORE)
     without_deep_supervision = HintSampler(IGNORE, regions)({**whole, "target": target})["hint_mask"]
     assert torch.equal(without_deep_supervision, mask)
+
+
+def test_hints_are_spread_over_each_image_within_its_borders():
+    target, inside = batch(), torch.ones(5, 1, 20, 20, dtype=torch.bool)
+    inside[..., 17:] = False
+    data = torch.from_numpy(np.random.default_rng(0).normal(size=(5, 2, 20, 20)))
+    whole = {"data": data, "num_full": 2, "inside": inside, "target": [target, target[..., ::2, ::2]]}
+    drawn = HintSampler(IGNORE, image_channels=1, watershed=True, no_hints=0)(whole)
+    mask, found = drawn["hint_mask"], drawn["hint_spread"]
+    assert found.dtype == torch.int16 and mask.flatten(1).any(1).tolist() == [True] * 4 + [False]
+    assert torch.equal(found[mask], (target[mask] + 1).to(torch.int16))
+    assert torch.equal(found[:4] > 0, inside[:4]) and not found[4].any(), "wherever the image is, if it has hints"
+    for image, labels, hints, spread_map in zip(data, target, mask, found):
+        expected = spread(image[:1].numpy(), labels[0].numpy(), hints[0].numpy(), inside[0, 0].numpy())
+        assert np.array_equal(spread_map[0], expected), "of the image's own channels"
+    assert "hint_spread" not in HintSampler(IGNORE)(whole)
 
 
 def test_channels_tell_class_and_place_of_what_is_shown():

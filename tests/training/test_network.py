@@ -408,6 +408,55 @@ def test_without_hints_none_are_computed_and_their_weights_have_a_gradient_of_ze
     assert weights and all(p.grad is not None and not p.grad.any() for p in weights)
 
 
+def spread_labels(ndim: int) -> HintMap:
+    """A hint in each image, and labels everywhere."""
+    generator = torch.Generator().manual_seed(3)
+    spread = torch.randint(1, CLASSES + 1, (BATCH, 1, *ndim * [16]), generator=generator, dtype=torch.int16)
+    hinted = torch.zeros_like(spread)
+    hinted[..., :2] = spread[..., :2]
+    return HintMap(hinted, None, spread)
+
+
+@pytest.mark.parametrize("ndim", (2, 3))
+def test_spread_hints_are_a_second_map_with_weights_of_its_own(ndim):
+    network = TwoBranchUNet(stock(ndim=ndim), stock(ndim=ndim, features=(4, 6, 8, 8)), watershed=True)
+    hints, skips = spread_labels(ndim), network.encoder(images(ndim))
+    narrow = network.narrowed(skips)
+    expected = network.teacher_decoder.spread_hints(
+        network.teacher_decoder.hints(narrow, HintMap(hints.labels)), HintMap(hints.spread))
+    student, teacher = network(images(ndim), BATCH, hints)
+    assert equal(teacher, network.teacher_decoder(expected))
+    assert not equal(teacher, network(images(ndim), BATCH, HintMap(hints.labels))[1])
+    total(teacher).backward()
+    assert all(p.grad.any() for p in network.teacher_decoder.spread_hints.parameters())
+    # the teacher of other images sees their own map
+    one = network(images(ndim), 1, hints, teach_all=True)[1]
+    for result, whole in zip(one, teacher):
+        torch.testing.assert_close(result, whole[:len(result)])
+
+
+def test_for_predictions_spread_hints_are_the_last_channel():
+    network = TwoBranchUNet(stock(deep_supervision=False), watershed=True)
+    hints, channels = spread_labels(2), hints_at(2, 1)  # sets of classes are channels, and are not spread
+    inputs = ((hints.labels, hints.spread), hints), ((hints.labels,), HintMap(hints.labels)), ((channels,), channels)
+    expected = [network(images(), BATCH, shown)[1] for _, shown in inputs]
+    network.branch = "teacher"
+    for (last, _), teacher in zip(inputs, expected):
+        last = torch.cat(last, 1)
+        network.hints_in_input = last.shape[1]
+        assert equal(network(torch.cat((images(), last), 1)), teacher)
+    assert not equal(expected[0], expected[1])
+
+
+def test_without_hints_the_weights_of_spread_ones_have_a_gradient_of_zero():
+    network = TwoBranchUNet(stock(), watershed=True)
+    total(network(images(), BATCH)[1]).backward()
+    weights = list(network.teacher_decoder.spread_hints.parameters())
+    assert weights and all(p.grad is not None and not p.grad.any() for p in weights)
+    assert all(".seg_layers." in name for name, _ in network.teacher_decoder.named_parameters() if "spread" in name), (
+        "-pretrained_weights leaves them out")
+
+
 class Operators(TorchDispatchMode):
     """The names of all operators that run in this context."""
 

@@ -89,9 +89,14 @@ def test_hints_as_labels_are_a_channel_for_each_class(hippocampus, trained):
     np.testing.assert_array_equal(labels["student"], plain["student"])
     assert (labels["teacher"] - plain["teacher"]).abs().max() > 0.1
     # what the validation hands to it
-    found = simulated_hints(trained, hippocampus["validation"][0], data[:], seg[:])
+    both = simulated_hints(trained, hippocampus["validation"][0], data[:], seg[:])
+    found, spread = both[:1], both[1:]
     assert found.shape == label.shape and set(found.unique().tolist()) <= {0, 1, 2, 3} and (found > 0).any()
     assert (found[found > 0] == label[found > 0] + 1).all()
+    assert (spread[found > 0] == found[found > 0]).all() and (spread > 0).sum() > 3 * (found > 0).sum()
+    with_both = predict(data[:], None, both)
+    np.testing.assert_array_equal(with_both["student"], plain["student"])
+    assert (with_both["teacher"] - predict(data[:], None, found)["teacher"]).abs().max() > 0.1
 
 
 def test_each_case_is_handed_over_once_and_its_logits_are_not_pickled(hippocampus, trained, tmp_path):
