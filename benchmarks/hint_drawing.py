@@ -4,7 +4,7 @@
 
 A batch has one fully annotated patch, whose hints are simulated, and one partially annotated one, which is observed.
 The organs are those of volumes.py. The annotations are scribbles through each organ, or its eroded mask, or points. The
-sampler has seen some batches before. Times are processor times, medians of the batches, because another process that
+sampler has seen some batches before. The watershed then spreads the hints of both patches. Times are processor times, medians of the batches, because another process that
 takes the processor then does no harm. The table goes into docs/explanation/performance.md.
 """
 from __future__ import annotations
@@ -23,6 +23,7 @@ import volumes
 from scipy import ndimage
 from step_time import ROOT, insert
 
+from nnunet_confkd.data.watershed import spread
 from nnunet_confkd.training.hint_patterns import KEPT
 from nnunet_confkd.training.hints import HintSampler
 
@@ -49,10 +50,11 @@ def annotate(labels: np.ndarray, kind: str, ignore: int, rng: np.random.Generato
 
 
 def measure(organs: int, kind: str, side: int, batches: int) -> dict:
-    """Milliseconds of a batch, and of the check where voxels are annotated, which no sampler can do without."""
+    """Milliseconds of a batch, of the watershed, and of the check where voxels are annotated, which no sampler can do
+    without."""
     rng, ignore = np.random.default_rng(0), organs + 1
     patches = [volumes.organs((side,) * 3, organs, seed)[0].astype(np.int16) for seed in range(4)]
-    sampler, spent, bare = HintSampler(ignore), [], []
+    sampler, spent, bare, flooded = HintSampler(ignore), [], [], []
     inside = torch.ones(2, 1, side, side, side, dtype=torch.bool)
     annotated = [annotate(patch, kind, ignore, rng) for patch in patches[2:]]
     images = [torch.from_numpy(volumes.ct(patch.astype(np.uint8)).astype(np.float32)) for patch in patches]
@@ -63,19 +65,24 @@ def measure(organs: int, kind: str, side: int, batches: int) -> dict:
         start = time.process_time()
         ((target != ignore) & inside).clone()
         between = time.process_time()
-        sampler.draw(data, target, inside, 1, rng)
+        mask = sampler.draw(data, target, inside, 1, rng)
         if turn >= KEPT:
             spent.append(time.process_time() - between)
             bare.append(between - start)
+            start = time.process_time()
+            for image, labels, hints in zip(data.numpy(), target[:, 0].numpy(), mask[:, 0].numpy()):
+                spread(image, labels, hints)
+            flooded.append(time.process_time() - start)
     return {"organs": organs, "kind": kind, "side": side, "batches": batches,
-            "ms": round(1000 * statistics.median(spent), 2), "mask_ms": round(1000 * statistics.median(bare), 2)}
+            **{name: round(1000 * statistics.median(times), 2)
+               for name, times in (("ms", spent), ("watershed_ms", flooded), ("mask_ms", bare))}}
 
 
 def table_of(runs: list[dict]) -> str:
-    lines = ["| organs | annotations | hints of a batch of two patches | finding the annotated voxels |",
-             "|---|---|---|---|"]
-    return "\n".join(lines + [f"| {run['organs']} | {run['kind']} | {run['ms']:.1f} ms | {run['mask_ms']:.1f} ms |"
-                              for run in runs])
+    lines = ["| organs | annotations | hints of a batch of two patches | spreading them by a watershed | "
+             "finding the annotated voxels |", "|" + "---|" * 5]
+    return "\n".join(lines + [f"| {run['organs']} | {run['kind']} | {run['ms']:.1f} ms | {run['watershed_ms']:.1f} ms | "
+                              f"{run['mask_ms']:.1f} ms |" for run in runs])
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -109,7 +109,8 @@ def choose_network(settings: Settings, annotations: Annotations, regions: bool =
                    weight_entropy=(WEIGHT_ENTROPY if teacher else 0.0) if entropy is None else entropy)
 
 
-def choose(settings: Settings, annotations: Annotations, batch_size: int, ignore_label: bool) -> Settings:
+def choose(settings: Settings, annotations: Annotations, batch_size: int, ignore_label: bool,
+           regions: bool = False) -> Settings:
     """Replace each setting that is null, and each that has no effect on these data, by what the training does.
 
     Args:
@@ -117,9 +118,13 @@ def choose(settings: Settings, annotations: Annotations, batch_size: int, ignore
         annotations: Those of the training cases.
         batch_size: The number of images in a batch.
         ignore_label: Whether the data set has an ignore label.
+        regions: Whether the labels are regions, which may overlap.
 
     Returns:
         Settings of which no one of `AUTOMATIC` is null.
+
+    Raises:
+        InputError: As of :func:`choose_network`.
 
     Examples:
         >>> scribbles = Annotations({"a": "full", "b": "partial"}, {"a": 600, "b": 60}, {"a": 900, "b": 50})
@@ -130,7 +135,7 @@ def choose(settings: Settings, annotations: Annotations, batch_size: int, ignore
     def unless_set(name: str, automatic):
         return automatic if getattr(settings, name) is None else getattr(settings, name)
 
-    settings = choose_network(settings, annotations)
+    settings = choose_network(settings, annotations, regions)
     kinds = set(annotations.kinds.values())
     background = any(annotations.of(annotations.background, PARTIAL))
     dense = annotations.part >= DENSE

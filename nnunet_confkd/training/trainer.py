@@ -159,7 +159,7 @@ class ConfKDTrainer(nnUNetTrainer):
 
     def choose_network(self) -> None:
         """Choose what the network depends on and is null, such as whether there is a teacher, for all folds alike."""
-        if None not in (getattr(self.settings, name) for name in OF_NETWORK) and not self.settings.hint_watershed:
+        if None not in (getattr(self.settings, name) for name in OF_NETWORK):
             return
         self.find_supervision()
         self.settings = choose_network(self.settings, self._annotations(self._cases_that_train()),
@@ -360,7 +360,7 @@ class ConfKDTrainer(nnUNetTrainer):
     def _choose(self, cases) -> Settings:
         """The settings with what is chosen from the annotations of some cases."""
         return choose(self.settings, self._annotations(cases), self.configuration_manager.batch_size,
-                      self.label_manager.has_ignore_label)
+                      self.label_manager.has_ignore_label, self.label_manager.has_regions)
 
     # ---- batches ----------------------------------------------------------------------------------------------------
 

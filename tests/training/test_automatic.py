@@ -126,7 +126,7 @@ def test_a_watershed_needs_annotated_background_and_hints_that_are_labels():
     assert chosen(one_lacks_classes)["hint_reach"] == 4 and not chosen(one_lacks_classes)["hint_watershed"]
     for data, regions, reason in ((SCRIBBLES, True, "regions"), (one_lacks_classes, False, "not annotated for all")):
         with pytest.raises(InputError, match=rf'hint_watershed is true, but .*{reason}.*set "hint_watershed": false'):
-            choose_network(Settings(hint_watershed=True), data, regions)
+            choose(Settings(hint_watershed=True), data, batch_size=4, ignore_label=True, regions=regions)
 
 
 def test_an_encoder_that_only_the_teacher_could_train_is_trained_by_it():
