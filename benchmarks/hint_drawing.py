@@ -4,8 +4,9 @@
 
 A batch has one fully annotated patch, whose hints are simulated, and one partially annotated one, which is observed.
 The organs are those of volumes.py. The annotations are scribbles through each organ, or its eroded mask, or points. The
-sampler has seen some batches before. The watershed then spreads the hints of both patches. Times are processor times, medians of the batches, because another process that
-takes the processor then does no harm. The table goes into docs/explanation/performance.md.
+sampler has seen some batches before. The watershed then spreads the hints of both patches. Times are processor times,
+medians of the batches, because another process that takes the processor then does no harm. The table goes into
+docs/explanation/performance.md.
 """
 from __future__ import annotations
 
@@ -81,8 +82,8 @@ def measure(organs: int, kind: str, side: int, batches: int) -> dict:
 def table_of(runs: list[dict]) -> str:
     lines = ["| organs | annotations | hints of a batch of two patches | spreading them by a watershed | "
              "finding the annotated voxels |", "|" + "---|" * 5]
-    return "\n".join(lines + [f"| {run['organs']} | {run['kind']} | {run['ms']:.1f} ms | {run['watershed_ms']:.1f} ms | "
-                              f"{run['mask_ms']:.1f} ms |" for run in runs])
+    return "\n".join(lines + [f"| {run['organs']} | {run['kind']} | {run['ms']:.1f} ms | "
+                              f"{run['watershed_ms']:.1f} ms | {run['mask_ms']:.1f} ms |" for run in runs])
 
 
 def main(arguments: list[str] | None = None) -> None:
