@@ -6,7 +6,8 @@
 Half of the cost of a training goes to a first network. It completes the labels of its training cases, as `confkd
 complete` does; a teacher is shown their annotations. The other half goes to a stock network that starts from the
 student's weights (`-pretrained_weights`), and learns from the completed labels. To complete takes time as well, which
-does not grow with the length of the training and is not counted.
+does not grow with the length of the training and is not counted. In the row `watershed` a watershed completes the
+labels (`confkd complete --watershed`), and a stock network learns from them for the whole time.
 
 The protocol is that of equal_terms.py: validation patients, raw and after post-processing. The rivals are its trainings
 of the same length. Each run writes the JSON files of both stages into benchmarks/two_stages/SETTING_DRAW/. `--report`
@@ -17,12 +18,13 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import equal_terms
 import numpy as np
-from accuracy import Row, planned, predict_and_measure, run, run_name, spec_of
-from completion import KEY, measured
+from accuracy import FULL_ID, Row, planned, predict_and_measure, run, run_name, spec_of
+from completion import KEY, measure, measured
 from completion import values_of_run as values_of_labels
 from equal_terms import (
     COST,
@@ -38,6 +40,11 @@ from equal_terms import (
 )
 from step_time import insert
 
+from nnunet_confkd.data.folders import find_dataset, raw_folder
+from nnunet_confkd.data.images import read
+from nnunet_confkd.data.json_files import read_json
+from nnunet_confkd.inference.watershed_completion import complete_by_watershed
+
 HERE = Path(__file__).resolve().parent
 OUTPUT = HERE / "two_stages"
 FIRST = "_first"  # the name of a first stage is that of the row and this
@@ -46,7 +53,8 @@ FIRST_STAGES = {"scribbles": {"ignore": "ignore_equal_quarter", "confkd": "apart
                 "erosion": {"ignore": "ignore_prior_equal_quarter", "confkd": "apart_corrected_reach_cost"},
                 "erosion_foreground": {"ignore": "ignore_quarter", "confkd": "equal_reach_cost"}}
 SETTINGS = {name: equal_terms.SETTINGS[name] for name in FIRST_STAGES}
-TITLES = {"ignore": "our trainer without a teacher", "confkd": "ConfKD with hints"}
+WATERSHED = "watershed"
+TITLES = {"ignore": "our trainer without a teacher", "confkd": "ConfKD with hints", WATERSHED: "none: a watershed"}
 ROWS = [row + length for row in TITLES for length in ("", LONG)]
 
 
@@ -56,10 +64,14 @@ def specs_of(setting: str, draw: int, rows: list[str], seeds: list[int]) -> list
     for seed in seeds:
         for name in rows:
             row = name.removesuffix(LONG)
-            first = equal_terms.ROWS[FIRST_STAGES[setting][row]]
             total, cost = table.iterations * (LONGER if name.endswith(LONG) else 1), COST if row == "confkd" else 1.0
+            if row == WATERSHED:
+                stock = Row("stock nnU-Net on the labels that a watershed completed", "nnUNetTrainer", "completed")
+                specs.append(spec_of(table, name, full, seed, "cpu", total, "validation", stock))
+                continue
             iterations = int(total / 2 / cost / table.epoch) * table.epoch
             rest = int((total - iterations * cost) / table.epoch) * table.epoch
+            first = equal_terms.ROWS[FIRST_STAGES[setting][row]]
             second = Row(f"{TITLES[row]}, then stock nnU-Net on the completed labels", "nnUNetTrainer", "completed")
             specs.append(spec_of(table, name, full, seed, "cpu", rest, "validation", second) | {
                 "first": spec_of(table, name + FIRST, full, seed, "cpu", iterations, "validation", first)})
@@ -91,6 +103,8 @@ def run_both(spec: dict, work: Path, output: Path) -> str:
 
         load_pretrained_weights(trainer.network, str(weights))
 
+    if "first" not in spec:
+        return run_on_watershed(spec, work, output, dataset_id, remove)
     if not (output / f"{run_name(spec['first'])}.json").is_file():
         remove()  # of a first stage that was cut off
         print(run(spec["first"], work, output, measured=complete), flush=True)
@@ -100,6 +114,37 @@ def run_both(spec: dict, work: Path, output: Path) -> str:
     remove()
     os.remove(weights)
     return text
+
+
+def run_on_watershed(spec: dict, work: Path, output: Path, dataset_id: int, remove: Callable[[], None]) -> str:
+    """Complete the labels by a watershed, and train a stock network on them. Returns a line to print."""
+    name = f"Completed{dataset_id}"
+    if not (work / "preprocessed" / f"Dataset{dataset_id:03d}_{name}" / "nnUNetPlans.json").is_file():
+        remove()
+        complete_by_watershed(FULL_ID + spec["full"], dataset_id, name=name, processes=1, link=True)
+        planned(equal_terms.Table(**spec["table"]), [dataset_id])
+
+    def found(trainer, roles: dict[str, list[str]], _: str) -> dict:
+        return {"cases": predict_and_measure(trainer, roles["validation"], False),
+                KEY: {"branch": None, "cases": labels_of(trainer, roles)}}
+
+    text = run(spec, work, output, teacher=False, dataset_id=dataset_id, measured=found)
+    remove()
+    return text
+
+
+def labels_of(trainer, roles: dict[str, list[str]]) -> dict:
+    """Measure the completed labels of the training cases; voxels that are still ignored count as background."""
+    folder, truth = (raw_folder() / find_dataset(name) / "labelsTr"
+                     for name in (trainer.plans_manager.dataset_name, FULL_ID))
+    found = {}
+    for case in read_json(folder.parent / "dataset.json")[KEY][-1]["cases"]:
+        if case not in roles["validation"]:
+            labels, masks = (read(of / f"{case}{trainer.dataset_json['file_ending']}") for of in (folder, truth))
+            found[case] = {str(c): measure(masks.voxels[0] == c, labels.voxels[0] == c, labels.voxels[0] == c,
+                                           masks.geometry.spacing[::-1])
+                           for c in trainer.label_manager.foreground_labels}
+    return found
 
 
 # ---- report ---------------------------------------------------------------------------------------------------------
@@ -137,7 +182,8 @@ def _line(folder: Path, setting: str, name: str, runs: dict, rivals: dict) -> st
 
 def completed_dice(folder: Path, name: str, seed: int) -> float:
     """The mean Dice of the labels that the first stage of a run completed."""
-    (file,) = folder.glob(f"{name}{FIRST}_M*_s{seed}.json")
+    first = "" if name.startswith(WATERSHED) else FIRST
+    (file,) = folder.glob(f"{name}{first}_M*_s{seed}.json")
     return float(np.nanmean(np.nanmean(values_of_labels(json.loads(file.read_text()))["dice"], 0)))
 
 
