@@ -50,11 +50,13 @@ def test_commands_suggest_and_print_no_usage(capsys, command):
 
 
 @pytest.mark.parametrize("command, missing", [
-    ("mix", "--id"), ("complete -d 1 --id 2", "--model"), ("check", "-d/--dataset")])
+    ("mix", "the following arguments are required: --id"),
+    ("check", "the following arguments are required: -d/--dataset"),
+    ("complete -d 1 --id 2", "one of the arguments --model --watershed is required")])
 def test_what_is_missing_is_told_in_two_lines(capsys, command, missing):
     with pytest.raises(SystemExit) as end:
         cli.main(command.split())
     prog = f"confkd {command.split()[0]}"
     assert end.value.code == 2
-    assert capsys.readouterr().err == (f"{prog}: the following arguments are required: {missing}\n"
+    assert capsys.readouterr().err == (f"{prog}: {missing}\n"
                                        f"'{prog} --help' shows an example and all options.\n")

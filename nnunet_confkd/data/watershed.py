@@ -33,7 +33,8 @@ def spread(image: np.ndarray, labels: np.ndarray, hints: np.ndarray, inside: np.
         steps: As of :func:`coarse_steps`. None: those of a patch of this size.
 
     Returns:
-        int16, `(*spatial)`: label + 1; 0 outside of the image, and everywhere if nothing is annotated.
+        int16, `(*spatial)`: label + 1; 0 outside of the image, and everywhere if no background is annotated: the
+        foreground would fill the image.
 
     Examples:
         >>> image = np.array([[[0., 0., 0., 0., 9., 9.]]])  # one channel, with an edge
@@ -41,7 +42,7 @@ def spread(image: np.ndarray, labels: np.ndarray, hints: np.ndarray, inside: np.
         >>> spread(image, labels, hints).tolist()
         [[1, 1, 1, 1, 3, 3]]
     """
-    if not hints.any():
+    if not (hints & (labels == 0)).any():
         return np.zeros(labels.shape, np.int16)
     steps = coarse_steps(labels.shape) if steps is None else steps
     seeds = np.where(hints, labels + 1, 0).astype(np.int16)

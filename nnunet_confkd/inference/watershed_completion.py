@@ -33,7 +33,7 @@ def complete_by_watershed(source: int | str, dataset_id: int, *, name: str | Non
     """Write a copy of a data set in which a watershed has labelled the ignored voxels.
 
     Annotated voxels stay as they are, and so do fully annotated and unlabelled cases. Volumes of thick slices are
-    flooded slice by slice. There, slices without any annotation stay ignored.
+    flooded slice by slice. There, nothing is spread in slices without annotated background.
 
     Args:
         source: The id or the name of the data set.
@@ -124,11 +124,17 @@ class _Flood:
         label = picture.voxels[0].astype(np.int16)
         hints = label != self.ignore
         image = np.concatenate([read(of_channel).voxels for of_channel in self.images]).astype(np.float32)
+        # else the channel of the largest numbers would decide alone
+        image /= np.maximum(image.std(tuple(range(1, image.ndim)), keepdims=True), 1e-8)
         spacing = picture.geometry.spacing[::-1]
-        thick = label.ndim == 3 and spacing[0] >= THICK * max(spacing[1:])
+        across = int(np.argmax(spacing)) if label.ndim == 3 else 0
+        thick = label.ndim == 3 and spacing[across] >= THICK * max(np.delete(spacing, across))
+        # the slices of the thickest axis come first
+        label, hints, image = (np.moveaxis(array, across + array.ndim - label.ndim, array.ndim - label.ndim)
+                               for array in (label, hints, image))
         patch_size = label.shape[1:] if thick else label.shape
-        found = spread_volume(image, np.where(hints, label, 0), hints, np.ones(label.shape, bool), patch_size, MOST)
-        label = np.where(found > 0, found - 1, self.ignore)
+        found = spread_volume(image, label, hints, np.ones(label.shape, bool), patch_size, MOST)
+        label = np.moveaxis(np.where(found > 0, found - 1, label), 0, across)
         return Picture(label.astype(np.uint16 if label.max() > 255 else np.uint8)[None], picture.geometry)
 
     def count(self, file: Path) -> dict[str, int] | None:

@@ -101,12 +101,18 @@ def choose_network(settings: Settings, annotations: Annotations, regions: bool =
         reason = "the labels are regions" if regions else "some cases are not annotated for all classes"
         raise InputError(f'confkd: hint_watershed is true, but {reason}; set "hint_watershed": false')
     # A watershed without seeds of the background would fill the image with foreground.
-    watershed = background and not regions and not annotations.hidden
+    watershed = few_lack_background(annotations) and not regions and not annotations.hidden
     return replace(settings, weight_teacher=teacher,
                    hint_reach=reach if settings.hint_reach is None else settings.hint_reach,
                    hint_watershed=watershed if settings.hint_watershed is None else settings.hint_watershed,
                    weight_kl=(WEIGHT_KL if teacher else 0.0) if kl is None else kl,
                    weight_entropy=(WEIGHT_ENTROPY if teacher else 0.0) if entropy is None else entropy)
+
+
+def few_lack_background(annotations: Annotations) -> bool:
+    """Whether at least nine of ten partially annotated cases annotate background."""
+    partial = annotations.of(annotations.background, PARTIAL)
+    return bool(partial) and 10 * sum(voxels > 0 for voxels in partial) >= 9 * len(partial)
 
 
 def choose(settings: Settings, annotations: Annotations, batch_size: int, ignore_label: bool,

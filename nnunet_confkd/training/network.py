@@ -196,11 +196,14 @@ class TwoBranchUNet(nn.Module):
                 skips = self.encoder(x if teach_all else x[:num_full])
         elif not self.teacher_trains_encoder:
             skips = [skip.detach() for skip in skips]
-        if hints is None:
+        of_hints, of_spread = self.teacher_decoder.hints, self.teacher_decoder.spread_hints
+        unused = [of_hints] if hints is None else []
+        if of_spread is not None and getattr(hints, "spread", None) is None:
+            unused.append(of_spread)
+        if unused:
             # DDP fails on parameters without gradient. The sum of nothing gives the weights of the hints a gradient of
             # zero at no cost.
-            parts = self.teacher_decoder.hints, self.teacher_decoder.spread_hints
-            anchor = sum(p.flatten()[:0].sum() for part in parts if part is not None for p in part.parameters())
+            anchor = sum(p.flatten()[:0].sum() for part in unused for p in part.parameters())
             skips = [*skips[:-1], skips[-1] + anchor]
         return student, self.run_teacher(skips, hints, student, num_full, teach_all)
 

@@ -115,9 +115,10 @@ class Settings:
                                       "Null means 4 if partially annotated cases annotate background, else 0")
 
     hint_watershed: bool | None = _setting("teacher", None, (), "whether the teacher also sees the annotations spread "
-                                           "over the whole image by a watershed. Null means true if partially "
-                                           "annotated cases annotate background. It must be false with regions, and "
-                                           "if some cases are not annotated for all classes; null means false then")
+                                           "over the whole image by a watershed. Null means true if nine of ten "
+                                           "partially annotated cases annotate background. It must be false with "
+                                           "regions, and if some cases are not annotated for all classes; null means "
+                                           "false then")
 
     teacher_trains_encoder: bool | None = _setting("teacher", None, (),
                                                    "whether L_s also updates the encoder, as in the papers. If not, "

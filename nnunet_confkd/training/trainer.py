@@ -704,9 +704,9 @@ class ConfKDTrainer(nnUNetTrainer):
                 raise
             raise InputError(
                 f"{filename_or_checkpoint}: holds another network than the plans ask for. If the training is of "
-                f"version 0.1, add \"weight_teacher\": 1 and \"teacher_width\": 1 to the confkd block of "
-                f"{self.configuration_name} in {self.plans_manager.plans_name}.json of the preprocessed data set. Else "
-                f"undo what you changed in the plans or in the data set.") from error
+                f"version 0.1, add \"weight_teacher\": 1, \"teacher_width\": 1 and \"hint_watershed\": false to the "
+                f"confkd block of {self.configuration_name} in {self.plans_manager.plans_name}.json of the "
+                f"preprocessed data set. Else undo what you changed in the plans or in the data set.") from error
         self.continued = True
         self._add_missing_curves()
 

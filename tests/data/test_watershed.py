@@ -51,8 +51,21 @@ def test_nothing_is_spread_where_nothing_is_annotated_and_outside_of_the_image()
     assert not spread(image, truth.astype(int), hints & False).any()
     inside = np.zeros(truth.shape, bool)
     inside[:, :50] = True
+    hints[3, 3] = True  # background
     found = spread(image, truth.astype(int), hints & inside, inside)
-    assert (hints & inside).any() and (found[inside] > 0).all() and not found[~inside].any()
+    assert (hints & inside).sum() == 2 and (found[inside] > 0).all() and not found[~inside].any()
+
+
+@pytest.mark.parametrize("ndim", (2, 3))
+def test_nothing_is_spread_without_annotated_background(ndim):
+    """Else the foreground would fill the image. In a 2-D network's volume each slice counts for itself."""
+    image, truth, hints = ball(ndim)
+    only = hints & truth
+    assert only.any() and not spread(image, truth.astype(int), only).any()
+    both = np.stack((only, hints))
+    found = spread_volume(np.stack((image, image), 1), np.stack((truth, truth)).astype(int), both,
+                          np.ones(both.shape, bool), truth.shape) if ndim == 2 else None
+    assert found is None or (not found[0].any() and (found[1] > 0).all())
 
 
 def test_nothing_flows_round_the_image():
@@ -61,8 +74,8 @@ def test_nothing_flows_round_the_image():
     inside[:, 4] = False
     hints = np.zeros((4, 9), bool)
     hints[2, 1] = True
-    found = spread(np.zeros((1, 4, 9)), np.full((4, 9), 2), hints, inside)
-    assert (found[:, :4] == 3).all() and not found[:, 4:].any()
+    found = spread(np.zeros((1, 4, 9)), np.zeros((4, 9), int), hints, inside)
+    assert (found[:, :4] == 1).all() and not found[:, 4:].any()
 
 
 def test_a_channel_without_edges_changes_nothing():

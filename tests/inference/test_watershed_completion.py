@@ -10,6 +10,7 @@ from image_files import file_states, read_json, read_voxels, write_image
 
 from nnunet_confkd import cli
 from nnunet_confkd.data.folders import preprocessed_folder, raw_folder
+from nnunet_confkd.inference.watershed_completion import _Flood
 
 IGNORE, SIZE = 2, (6, 40, 44)
 THICK = (1.5, 1.5, 8.0)  # mm, in ITK's order
@@ -94,6 +95,35 @@ def test_volumes_of_thin_slices_are_flooded_as_a_whole(write):
     label = read_voxels(folder / "labelsTr" / "weak.nii.gz")
     assert (label == truth()).mean() > 0.98
     assert read_json(folder / "dataset.json")["supervision"]["weak"] == "full"
+
+
+def test_a_slice_without_annotated_background_is_not_filled_with_foreground(write):
+    label = weak()
+    label[2][label[2] == 0] = IGNORE
+    write(CASES | {"weak": ("partial", label)})
+    assert complete() == 0
+    found = read_voxels(raw_folder() / "Dataset008_Rods_watershed" / "labelsTr" / "weak.nii.gz")
+    assert np.array_equal(found[2], label[2]) and (found[1] == truth()[1]).mean() > 0.98
+
+
+@pytest.mark.parametrize("axis", (1, 2))
+def test_slices_across_any_axis_may_be_thick(tmp_path, axis):
+    """Sagittal and coronal images, too."""
+    label, image = (np.moveaxis(array, 0, axis) for array in (weak(), 3.0 * truth()))
+    order = [1.5, 1.5, 1.5]
+    order[2 - axis] = 8.0  # ITK's order
+    file, channel = (write_image(tmp_path / name, np.ascontiguousarray(array), order)
+                     for name, array in (("label.nii.gz", label), ("image.nii.gz", image.astype(np.float32))))
+    found = np.moveaxis(_Flood((channel,), IGNORE).fill(file).voxels[0], axis, 0)
+    assert (found[[0, 5]] == IGNORE).all() and (found[1:5] == truth()[1:5]).mean() > 0.98
+
+
+def test_a_channel_of_large_numbers_does_not_decide_alone(tmp_path):
+    noise = np.random.default_rng(1).normal(1000, 100, SIZE)
+    label, *channels = (write_image(tmp_path / f"{i}.nii.gz", array, THICK) for i, array in enumerate(
+        (weak(), (3.0 * truth()).astype(np.float32), noise.astype(np.float32))))
+    found = _Flood(tuple(channels), IGNORE).fill(label).voxels[0]
+    assert (found[1:5] == truth()[1:5]).mean() > 0.95
 
 
 def test_small_structures_survive_a_coarser_grid(write, monkeypatch):

@@ -43,10 +43,13 @@ def batch_of(trainer, num_full: int, value: float = 1.0) -> dict:
         else:
             labels = torch.randint(0, heads, ignored.shape, generator=generator, dtype=torch.int16)
             targets.append(torch.where(ignored, trainer.label_manager.ignore_label, labels))
-    return {"data": data, "target": targets, "num_full": num_full, "keys": [f"case_{i}" for i in range(BATCH)],
-            "hint_mask": annotated_voxels(targets[0], trainer.label_manager.ignore_label,
-                                          trainer.label_manager.has_regions)
-            & (torch.rand(BATCH, 1, *patch, generator=generator) < 0.1)}
+    batch = {"data": data, "target": targets, "num_full": num_full, "keys": [f"case_{i}" for i in range(BATCH)],
+             "hint_mask": annotated_voxels(targets[0], trainer.label_manager.ignore_label,
+                                           trainer.label_manager.has_regions)
+             & (torch.rand(BATCH, 1, *patch, generator=generator) < 0.1)}
+    if trainer.settings.hint_watershed:
+        batch["hint_spread"] = torch.randint(1, heads + 1, targets[0].shape, generator=generator, dtype=torch.int16)
+    return batch
 
 
 def weights_of(trainer) -> dict[str, torch.Tensor]:

@@ -121,6 +121,8 @@ def test_a_watershed_needs_annotated_background_and_hints_that_are_labels():
     found = [chosen(data)["hint_watershed"] for data in (SCRIBBLES, ERODED, BLOBS, NO_LABELS)]
     assert found == [True, True, False, False]
     assert chosen(BLOBS, Settings(hint_watershed=True))["hint_watershed"]
+    of_one = replace(BLOBS, background=BLOBS.background | {1: 1})
+    assert chosen(of_one)["hint_reach"] == 4 and not chosen(of_one)["hint_watershed"], "one case alone has background"
     assert not choose_network(Settings(), SCRIBBLES, regions=True).hint_watershed
     one_lacks_classes = replace(SCRIBBLES, hidden=[1])
     assert chosen(one_lacks_classes)["hint_reach"] == 4 and not chosen(one_lacks_classes)["hint_watershed"]

@@ -596,7 +596,8 @@ def test_a_training_of_another_network_is_not_continued_and_the_setting_is_named
     nnunet.configure(HIPPOCAMPUS, "2d_narrow", "2d", {"epochs": 1, "iterations_per_epoch": 5})
     trainer = nnunet.trainer(HIPPOCAMPUS, "2d_narrow", continue_training=True)
     checkpoint = str(hippocampus_model / "fold_0" / "checkpoint_final.pth")
-    with pytest.raises(InputError, match='another network.*"teacher_width": 1 to the confkd block of 2d_narrow in nnU'):
+    with pytest.raises(InputError, match='another network.*"teacher_width": 1 and "hint_watershed": '
+                       'false to the confkd block of 2d_narrow in nnU'):
         trainer.load_checkpoint(checkpoint)
 
 
