@@ -199,6 +199,11 @@ ROWS |= {name: replace(ROWS[of], title=f"{ROWS[of].title}; a watershed spreads t
                        settings=ROWS[of].settings | {"hint_watershed": True})
          for name, of in (("apart_watershed_cost", "apart_reach_cost"),
                           ("apart_corrected_watershed_cost", "apart_corrected_reach_cost"))}
+# The same without KL: a short first stage of two_stages.py, whose teacher completes the labels.
+ROWS |= {name: replace(ROWS[of], title=f"{ROWS[of].title}; no KL, and the teacher trains the encoder", settings={
+    **ROWS[of].settings, "kl_ramp_start": 1.0, "kl_ramp_end": 1.0, "teacher_trains_encoder": True})
+    for name, of in (("teacher_watershed", "apart_watershed_cost"), ("teacher_equal", "equal_cost"),
+                     ("teacher_corrected_watershed", "apart_corrected_watershed_cost"))}
 # What the trainers choose, with a teacher that is not shown the annotations.
 ROWS |= {name.replace("_cost", "_nohints_cost"): replace(ROWS[name], title=f"{ROWS[name].title}; no hints",
                                                          settings=ROWS[name].settings | {"teacher_hints": False})

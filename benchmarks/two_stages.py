@@ -3,7 +3,7 @@
     python benchmarks/two_stages.py --data .../shared/data --work FOLDER --settings erosion --rows confkd_long
     python benchmarks/two_stages.py --report
 
-Half of the cost of a training goes to a first network. It completes the labels of its training cases, as `confkd
+Half of the cost of a training (30 % in the row `teacher`) goes to a first network. It completes the labels of its training cases, as `confkd
 complete` does; a teacher is shown their annotations. The other half goes to a stock network that starts from the
 student's weights (`-pretrained_weights`), and learns from the completed labels. To complete takes time as well, which
 does not grow with the length of the training and is not counted. In the row `watershed` a watershed completes the
@@ -49,12 +49,17 @@ HERE = Path(__file__).resolve().parent
 OUTPUT = HERE / "two_stages"
 FIRST = "_first"  # the name of a first stage is that of the row and this
 # {setting: {row: the first stage, a row of equal_terms.py}}: what the trainers choose there
-FIRST_STAGES = {"scribbles": {"ignore": "ignore_equal_quarter", "confkd": "apart_reach_cost"},
-                "erosion": {"ignore": "ignore_prior_equal_quarter", "confkd": "apart_corrected_reach_cost"},
-                "erosion_foreground": {"ignore": "ignore_quarter", "confkd": "equal_reach_cost"}}
+FIRST_STAGES = {"scribbles": {"ignore": "ignore_equal_quarter", "confkd": "apart_reach_cost",
+                              "teacher": "teacher_watershed"},
+                "erosion": {"ignore": "ignore_prior_equal_quarter", "confkd": "apart_corrected_reach_cost",
+                            "teacher": "teacher_corrected_watershed"},
+                "erosion_foreground": {"ignore": "ignore_quarter", "confkd": "equal_reach_cost",
+                                       "teacher": "teacher_equal"}}
+SHARES = {"teacher": 0.3}  # of the cost that goes to the first stage; that of the others is a half
 SETTINGS = {name: equal_terms.SETTINGS[name] for name in FIRST_STAGES}
 WATERSHED = "watershed"
-TITLES = {"ignore": "our trainer without a teacher", "confkd": "ConfKD with hints", WATERSHED: "none: a watershed"}
+TITLES = {"ignore": "our trainer without a teacher", "confkd": "ConfKD with hints", WATERSHED: "none: a watershed",
+          "teacher": "ConfKD without KL, hints spread where there is background, 30 % of the cost"}
 ROWS = [row + length for row in TITLES for length in ("", LONG)]
 
 
@@ -64,12 +69,12 @@ def specs_of(setting: str, draw: int, rows: list[str], seeds: list[int]) -> list
     for seed in seeds:
         for name in rows:
             row = name.removesuffix(LONG)
-            total, cost = table.iterations * (LONGER if name.endswith(LONG) else 1), COST if row == "confkd" else 1.0
+            total, cost = table.iterations * (LONGER if name.endswith(LONG) else 1), 1.0 if row == "ignore" else COST
             if row == WATERSHED:
                 stock = Row("stock nnU-Net on the labels that a watershed completed", "nnUNetTrainer", "completed")
                 specs.append(spec_of(table, name, full, seed, "cpu", total, "validation", stock))
                 continue
-            iterations = int(total / 2 / cost / table.epoch) * table.epoch
+            iterations = int(total * SHARES.get(row, 0.5) / cost / table.epoch) * table.epoch
             rest = int((total - iterations * cost) / table.epoch) * table.epoch
             first = equal_terms.ROWS[FIRST_STAGES[setting][row]]
             second = Row(f"{TITLES[row]}, then stock nnU-Net on the completed labels", "nnUNetTrainer", "completed")
