@@ -72,8 +72,8 @@ WORDS = {"scribbles": "ACDC, scribbles", "erosion": "ACDC, eroded masks with bac
 
 # The questions that the pages answer: the setting, what all are compared with, and the rows.
 QUESTIONS = {
-    "hints": ("erosion_foreground", "decoders", ("decoders", "entropy_0.1", "paper_kl", "paper_0.1", "kl", "hints_kl",
-                                                 "confkd")),
+    "hints": ("erosion_foreground", "decoders", ("decoders", "entropy_0.01", "entropy_0.1", "entropy_0.3", "paper_kl",
+                                                 "paper_0.01", "paper_0.1", "paper_0.3", "kl", "hints_kl", "confkd")),
     "hints with scribbles": ("scribbles", "ignore_equal", ("ignore_equal", "apart_nohints_cost", "apart_cost")),
     "hints with eroded masks": ("erosion", "ignore_prior_equal", ("ignore_prior_equal", "apart_corrected_nohints_cost",
                                                                   "apart_corrected_margins_cost")),

@@ -44,6 +44,7 @@ def with_lists(batch: dict, classes: int) -> dict:
     import torch
     listed = torch.rand(len(batch["data"]), classes, generator=torch.Generator().manual_seed(1)) < 0.5
     listed[:, 0] = True
+    batch = {name: values for name, values in batch.items() if name != "hint_spread"}  # a watershed needs whole labels
     return {**batch, "listed": listed, "hint_listed": listed}
 
 
@@ -100,7 +101,7 @@ def losses_of(trainers: dict, batches: dict) -> dict:
     arriving = [torch.ones_like(skip) for skip in features]
 
     def hints():
-        hinted = network.teacher_decoder.hints(features, ours._hints(batch, batch["target"][0]))
+        hinted = network.hinted(features, ours._hints(batch, batch["target"][0]))
         torch.autograd.backward(hinted, arriving)
 
     everything = "teacher", "student", "kl", "entropy"

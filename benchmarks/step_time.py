@@ -206,7 +206,7 @@ def parts_of(trainer, batch: dict, device: str, repetitions: int) -> dict[str, f
             with torch.no_grad():
                 narrowed = network.narrowed(skips)
                 timed("hints into skips (of the teacher's decoder)",
-                      lambda: network.teacher_decoder.hints(narrowed, hints))
+                      lambda: network.hinted(narrowed, hints))
             loss, _ = timed("loss", lambda: trainer.loss(student, teacher, batch["target"], num_full))
         timed("backward", loss.backward)
         timed(

@@ -43,7 +43,7 @@ COMMANDS = {  # name: (module and function, text of the help, an example), in or
                  "confkd evaluate --truth LABELS --prediction PREDICTIONS -d 27"),
     "report": ("commands.report:main", "a page of what a trained model does: figures, cases, calibration, curves",
                "confkd report --model MODEL"),
-    "complete": ("commands.complete:main", "the labels of partly labelled cases, completed by a model",
+    "complete": ("commands.complete:main", "the labels of partly labelled cases, completed by a model or a watershed",
                  "confkd complete -d 27 --model MODEL --id 127"),
     "export": ("commands.export:main", "a trained model as a stock nnU-Net one",
                "confkd export --model MODEL --output STOCK_MODEL"),

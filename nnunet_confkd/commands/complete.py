@@ -27,15 +27,15 @@ def main(argv: list[str]) -> None:
                          "must be annotated, too")
     parser.add_argument("--id", required=True, type=int, help="id of the data set to write")
     parser.add_argument("--name", help="its name; default: that of the source and _completed, or _watershed")
-    parser.add_argument("--branch", choices=BRANCHES, default="student",
-                        help="the teacher is shown the annotations, where it was trained with hints (the default of "
-                             "ConfKDTrainer)")
+    parser.add_argument("--branch", choices=BRANCHES,
+                        help="default: student. The teacher is shown the annotations, where it was trained with hints "
+                             "(the default of ConfKDTrainer)")
     parser.add_argument("--confidence", type=float, metavar="P",
                         help="label only voxels whose winning probability is above P; the others stay ignored. "
                              "Default: all")
     parser.add_argument("--fold", "--folds", nargs="+", metavar="F",
                         help="folds whose mean predicts; default: all that are trained")
-    parser.add_argument("-chk", "--checkpoint", default="checkpoint_final.pth", metavar="NAME",
+    parser.add_argument("-chk", "--checkpoint", metavar="NAME",
                         help="default: checkpoint_final.pth")
     parser.add_argument("-device", choices=("cuda", "cpu", "mps"), help=OPTION_HELP)
     parser.add_argument("--processes", type=int, default=PROCESSES)
@@ -47,9 +47,10 @@ def main(argv: list[str]) -> None:
         return _spread(args, parser)
     require_model(args.model)
     from nnunet_confkd.data.raw_format import summary
-    from nnunet_confkd.inference.completion import KEY, TrainedModel, complete
+    from nnunet_confkd.inference.completed_dataset import KEY
+    from nnunet_confkd.inference.completion import CHECKPOINT, TrainedModel, complete
 
-    model = TrainedModel(args.model, args.branch, args.fold, args.checkpoint, args.device)
+    model = TrainedModel(args.model, args.branch or "student", args.fold, args.checkpoint or CHECKPOINT, args.device)
     folder = complete(args.d, model, args.id, confidence=args.confidence, name=args.name, processes=args.processes,
                       link=args.link)
     described = json.loads((folder / "dataset.json").read_text(encoding="utf-8"))
@@ -66,11 +67,11 @@ def main(argv: list[str]) -> None:
 def _spread(args, parser: Parser) -> None:
     """Complete the labels by a watershed."""
     of_model = [f"--{name}" for name in ("branch", "confidence", "fold", "checkpoint", "device")
-                if getattr(args, name) != parser.get_default(name)]
+                if getattr(args, name) is not None]
     if of_model:
         parser.error(f"{', '.join(of_model)}: only with --model")
     from nnunet_confkd.data.raw_format import summary
-    from nnunet_confkd.inference.completion import KEY
+    from nnunet_confkd.inference.completed_dataset import KEY
     from nnunet_confkd.inference.watershed_completion import complete_by_watershed
 
     folder = complete_by_watershed(args.d, args.id, name=args.name, processes=args.processes, link=args.link)

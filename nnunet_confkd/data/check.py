@@ -120,7 +120,7 @@ def check_dataset(dataset: int | str, processes: int = PROCESSES, patient_patter
 
 
 def _predicted_cases(described: dict) -> set[str]:
-    """The cases whose labels `confkd complete` has predicted."""
+    """The cases whose labels `confkd complete` has completed."""
     return {case for run in described.get("completed", ()) for case in run["cases"]}
 
 

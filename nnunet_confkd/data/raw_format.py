@@ -220,7 +220,7 @@ def summary(folder: Path) -> str:
         text = (f"no split was written. The trainer makes one if enough cases are annotated in all of their voxels: "
                 f"confkd check -d {number} names its folds")
     else:
-        completed = " (labels that a model has completed do not count)" if "completed" in described else ""
+        completed = " (completed labels do not count)" if "completed" in described else ""
         text = (f"no split was written{completed}: it takes two fully annotated patients to spare one for "
                 f"validation. Train on fold 'all': confkd train {number} CONFIGURATION all")
     return (f"{folder}: {len(kinds)} training cases ({kinds_summary(kinds)})\n{text}\n"

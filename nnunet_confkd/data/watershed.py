@@ -18,7 +18,7 @@ import scipy  # its modules are loaded when they are used, and so are skimage's
 import skimage
 
 SMOOTH = 1.0  # voxels: standard deviation of the Gaussian derivatives that find edges
-MOST = 300_000  # voxels; a larger patch of a volume is flooded on a coarser grid
+MOST = 300_000  # voxels; a larger patch is flooded on a coarser grid
 
 
 def spread(image: np.ndarray, labels: np.ndarray, hints: np.ndarray, inside: np.ndarray | None = None,
@@ -81,8 +81,7 @@ def spread_volume(image: np.ndarray, labels: np.ndarray, hints: np.ndarray, insi
 def coarse_steps(patch_size: Sequence[int], most: int | None = None) -> list[int]:
     """Choose the grid that is flooded: how many voxels one of its voxels covers along each axis.
 
-    Large patches of volumes are flooded on a coarser grid, because that would take a second. Their longest axes are
-    halved. Slices are flooded as they are.
+    Large patches are flooded on a coarser grid, because that would take a second. Their longest axes are halved.
 
     Args:
         patch_size: That of the network.
@@ -93,7 +92,7 @@ def coarse_steps(patch_size: Sequence[int], most: int | None = None) -> list[int
         ([2, 2, 2], [1, 2, 2], [1, 1])
     """
     steps, most = [1] * len(patch_size), MOST if most is None else most
-    while len(patch_size) > 2 and np.prod(sizes := [-(-size // step) for size, step in zip(patch_size, steps)]) > most:
+    while np.prod(sizes := [-(-size // step) for size, step in zip(patch_size, steps)]) > most:
         steps[int(np.argmax(sizes))] *= 2
     return steps
 

@@ -1,21 +1,24 @@
-"""One case whose label a model completes: what is known of its voxels, and what becomes of its prediction.
+"""One case whose label is completed: what is known of its voxels, and what becomes of its prediction.
 
 This module does not import PyTorch, so that the processes which check and write cases start quickly.
 """
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
-from nnunet_confkd.data.images import Picture, count_voxels, read
+from nnunet_confkd.data.images import Picture, count_voxels, read, write
 from nnunet_confkd.data.raw_format import Case
 from nnunet_confkd.data.supervision import kind_of
+from nnunet_confkd.data.watershed import spread_volume
 from nnunet_confkd.errors import InputError
 from nnunet_confkd.inference.review import case_score, map_ending
 
+THICK = 3  # slices are flooded one by one if they are so many times thicker than wide, as nnU-Net resamples them
+MOST = 20_000_000  # voxels: a larger image is flooded on a coarser grid, because that takes 20 to 35 bytes a voxel
 # Folders in the raw folder of the new data set
 CONFIDENCE, PREDICTED, ROWS = "confidence", ".predicted", ".predicted/rows"
 
@@ -43,6 +46,10 @@ class KnownLabel:
         for value in (*self.possible, *(() if self.ignore is None else (self.ignore,))):
             found |= label == value  # np.isin sorts all voxels where a value does not fit their type
         return found
+
+    def has_background(self) -> bool:
+        """Read the label: whether any voxel is annotated as background."""
+        return bool((read(self.file).voxels == 0).any())
 
     def agrees(self, before: np.ndarray, after: np.ndarray) -> bool:
         """Return whether the voxels that can have some values have one of these in a completed label."""
@@ -81,6 +88,8 @@ class CompletedCase:
         file_ending: That of the data set.
         ignore: The value of ignored voxels; None: all voxels are filled.
         threshold: Only voxels with a confidence above it are filled. None: all.
+        fills_all: Whether all are filled if there is no threshold. If not, those that are predicted to be ignored stay
+            ignored.
     """
     case: str
     known: KnownLabel
@@ -88,6 +97,7 @@ class CompletedCase:
     file_ending: str
     ignore: int | None
     threshold: float | None
+    fills_all: bool = True
 
     def fill(self, file: Path) -> Picture:
         """Read the label `file` and fill what is missing; what the model is not sure of becomes ignored."""
@@ -125,6 +135,36 @@ class CompletedCase:
                 "mean_confidence": float(confidence.mean(dtype=np.float64, where=missing)) if missing.any() else None,
                 "agreement_with_annotations": agreement}
 
+    def flood(self, images: Sequence[Path]) -> dict:
+        """Spread the annotations by a watershed, and write what it finds where the prediction of a model would be.
+
+        Voxels that it does not reach are predicted to be ignored. A volume of thick slices is flooded slice by slice.
+
+        Args:
+            images: The files of the channels.
+
+        Returns:
+            The "kind" that the case becomes, and how many voxels are annotated, filled and left.
+        """
+        picture = read(self.known.file)
+        label = picture.voxels[0].astype(np.int16)
+        hints = label != self.known.ignore
+        image = np.concatenate([read(of_channel).voxels for of_channel in images]).astype(np.float32)
+        # else the channel of the largest numbers would decide alone
+        image /= np.maximum(image.std(tuple(range(1, image.ndim)), keepdims=True), 1e-8)
+        spacing = picture.geometry.spacing[::-1]
+        across = int(np.argmax(spacing)) if label.ndim == 3 else 0
+        thick = label.ndim == 3 and spacing[across] >= THICK * max(np.delete(spacing, across))
+        # the slices of the thickest axis come first
+        image, label, hints = (np.moveaxis(array, across - label.ndim, -label.ndim) for array in (image, label, hints))
+        patch_size = label.shape[1:] if thick else label.shape
+        found = spread_volume(image, label, hints, np.ones(label.shape, bool), patch_size, MOST)
+        found = np.moveaxis(np.where(found > 0, found - 1, self.known.ignore), 0, across).astype(np.int16)
+        write(self.target / PREDICTED / f"{self.case}{self.file_ending}", found, picture.geometry)
+        annotated, left = int(np.count_nonzero(hints)), int(np.count_nonzero(found == self.known.ignore))
+        return {"kind": kind_of({self.known.ignore: left, 0: found.size - left}, self.known.ignore),
+                "annotated_voxels": annotated, "filled_voxels": found.size - annotated - left, "ignored_voxels": left}
+
     def is_wrong(self) -> bool:
         """Read back what was written: whether an annotation has changed, or a voxel that had to be filled was not."""
         before = read(self.known.file).voxels[0]
@@ -132,7 +172,8 @@ class CompletedCase:
         annotated = ~self.known.missing(before)
         kept = np.array_equal(before[annotated], after[annotated])
         unsure = (after == self.ignore) if self.threshold is not None else np.zeros(after.shape, bool)
-        left = self.threshold is None and self.ignore is not None and bool((after == self.ignore).any())
+        must_fill = self.fills_all and self.threshold is None and self.ignore is not None
+        left = must_fill and bool((after == self.ignore).any())
         return not kept or left or not self.known.agrees(before[~unsure], after[~unsure])
 
     def _predicted(self, folder: str, ending: str, shape: tuple[int, ...]) -> np.ndarray:

@@ -4,9 +4,8 @@ Both ignored voxels and classes that a case is not annotated for ("annotated_cla
 """
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,44 +13,35 @@ from typing import Any
 import numpy as np
 import torch
 from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
-from nnunetv2.utilities.label_handling.label_handling import LabelManager
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
-from nnunet_confkd import __version__
-from nnunet_confkd.data.annotated_classes import CLASSES_KEY, Listed, annotated_classes, possible_values
-from nnunet_confkd.data.folders import find_dataset, folder_name, new_dataset, preprocessed_folder, raw_folder
-from nnunet_confkd.data.images import Volume
-from nnunet_confkd.data.json_files import read_description, read_folds, read_json, read_plans
-from nnunet_confkd.data.patients import patients_of, split_full_cases
-from nnunet_confkd.data.raw_format import Case, Dataset, raw_dataset, with_ignore, write_into
+from nnunet_confkd.data.annotated_classes import Listed
+from nnunet_confkd.data.folders import folder_name, new_dataset, raw_folder
+from nnunet_confkd.data.json_files import read_description, read_json, read_plans
+from nnunet_confkd.data.raw_format import Case, with_ignore
 from nnunet_confkd.data.resampling import KeepAnnotations
 from nnunet_confkd.data.supervision import (
     OUTSIDE,
     PARTIAL,
-    TABLE_KEY,
-    UNLABELLED,
-    check_labels,
-    decide_kinds,
-    kind_of,
 )
 from nnunet_confkd.data.watershed import spread_volume
 from nnunet_confkd.device import choose_device
 from nnunet_confkd.discovery import make_findable
-from nnunet_confkd.errors import InputError, counted, some
+from nnunet_confkd.errors import InputError
 from nnunet_confkd.files import write_json
 from nnunet_confkd.inference.checkpoints import fold_folders, load_checkpoint, require_teacher
-from nnunet_confkd.inference.completed_case import CONFIDENCE, PREDICTED, ROWS, CompletedCase, KnownLabel, check_case
+from nnunet_confkd.inference.completed_case import CONFIDENCE, PREDICTED, ROWS, CompletedCase
+from nnunet_confkd.inference.completed_dataset import CompletedDataset
 from nnunet_confkd.inference.expected_time import prediction_text
-from nnunet_confkd.inference.known_labels import export_as_known, require_possible
+from nnunet_confkd.inference.known_labels import export_as_known
 from nnunet_confkd.inference.prediction import ExportingPredictor, normalised_entropy
 from nnunet_confkd.inference.review import map_ending, write_review_list
 from nnunet_confkd.inference.uncertainty import write_map
-from nnunet_confkd.processes import PROCESSES, parallel
+from nnunet_confkd.processes import PROCESSES
 from nnunet_confkd.training.batches import real_hints
 from nnunet_confkd.training.hints import image_hints
 from nnunet_confkd.training.network import has_teacher, predicting, unwrap
 
-KEY = "completed"  # in dataset.json: a list with one entry per run, because a completed data set can be completed again
 CHECKPOINT = "checkpoint_final.pth"
 EXPORT_PROCESSES = 3  # nnU-Net's default, because each process holds the logits of a whole image
 NOTE = ("Voxels of these cases that nobody had annotated have labels predicted by the model: do not take them for "
@@ -114,60 +104,30 @@ def complete(source: int | str, model: TrainedModel, dataset_id: int, *, confide
     """
     if confidence is not None and not 0 <= confidence < 1:
         raise InputError(f"--confidence: a probability from 0 to below 1, not {confidence}")
-    source = find_dataset(source)
-    folder = raw_folder() / source
-    dataset = raw_dataset(folder, name or f"{source[11:]}_completed")
-    described = read_description(folder / "dataset.json")
-    dataset.patient_pattern = described.get("patient_pattern")
+    completed = CompletedDataset.of(source, name, "completed")
     predictor, folds = _load_predictor(model)
-    _require_same_data(folder, described, model.folder, predictor)
+    _require_same_data(completed.folder, completed.described, model.folder, predictor)
     two_branches = has_teacher(predictor.list_of_parameters[0])
     hints = two_branches and model.branch != "student" and _uses_hints(model.folder, folds)
-    about = {"source": source, "model": model.folder.resolve().name,
+    about = {"model": model.folder.resolve().name,
              "model_dataset": predictor.plans_manager.dataset_name, "branch": model.branch if two_branches else None,
-             "hints": hints, "folds": folds, "checkpoint": model.checkpoint, "confidence": confidence,
-             "nnunet_confkd": __version__, "note": NOTE}
+             "hints": hints, "folds": folds, "checkpoint": model.checkpoint, "confidence": confidence, "note": NOTE}
+    dataset = completed.dataset
     with new_dataset(dataset_id, dataset.name) as (target, preprocessed):
-        known, kinds, hidden = check_cases(folder, described, dataset, processes)
-        incomplete = [case for case in dataset.training if case.name in known]
-        splits = splits_of(source, kinds, dataset.patient_pattern, known)
+        completed.check(processes)
+        incomplete = [case for case in dataset.training if case.name in completed.known]
         if confidence is not None:
             dataset.labels = with_ignore(dataset.labels)  # for voxels of which the model is not that sure
         ignore: Any = dataset.labels.get("ignore")
-        completions = [CompletedCase(case.name, known[case.name], target, dataset.file_ending, ignore, confidence)
-                       for case in incomplete]
+        completions = [CompletedCase(case.name, completed.known[case.name], target, dataset.file_ending, ignore,
+                                     confidence) for case in incomplete]
         predictor.completions = {completion.case: completion for completion in completions}
-        _predict(predictor, incomplete, target / PREDICTED, processes, hidden, hints)
-        rows = [read_json(target / ROWS / f"{case.name}.json") | {"kind_before": kinds[case.name]}
+        _predict(predictor, incomplete, target / PREDICTED, processes, completed.hidden, hints)
+        rows = [read_json(target / ROWS / f"{case.name}.json") | {"kind_before": completed.kinds[case.name]}
                 for case in incomplete]
-        _replace_labels(dataset, kinds, completions, rows)
-        reported = ("kind_before", "annotated_voxels", "filled_voxels", "ignored_voxels")
-        cases = {row["case"]: {key: row[key] for key in reported} for row in rows}
-        dataset.more[KEY] = [*dataset.more.get(KEY, []), {**about, "cases": cases}]
-        write_into(target, preprocessed, dataset, processes, link)
-        _require_annotations(completions, processes)
-        if splits is None:
-            (preprocessed / "splits_final.json").unlink(missing_ok=True)  # no fold may validate on predicted labels
-        else:
-            write_json(preprocessed / "splits_final.json", splits)
+        about = completed.write(target, preprocessed, completions, rows, about, processes, link)
         write_review_list(target, rows, about)
-        shutil.rmtree(target / PREDICTED)
     return raw_folder() / folder_name(dataset_id, dataset.name)
-
-
-def _replace_labels(dataset: Dataset, kinds: dict[str, str], completions: list[CompletedCase],
-                    rows: list[dict]) -> None:
-    """Give each training case its kind, and the incomplete ones their completed label."""
-    completed = {completion.case: (completion, row) for completion, row in zip(completions, rows)}
-    training = []
-    for case in dataset.training:
-        if case.name in completed:
-            completion, row = completed[case.name]
-            training.append(replace(case, kind=row["kind"], label=Volume(case.label.file, reader=completion.fill)))
-        else:
-            training.append(replace(case, kind=kinds[case.name]))
-    dataset.training, dataset.annotated_classes = training, {}
-    dataset.test = [replace(case, values={value: value for value in dataset.values}) for case in dataset.test]
 
 
 # ---- the model ------------------------------------------------------------------------------------------------------
@@ -304,6 +264,9 @@ def _predict(predictor: _CompletingPredictor, cases: list[Case], folder: Path, p
         manager = predictor.label_manager
         sets = manager.has_regions or hidden  # otherwise hints are labels, in one channel
         watershed = network.teacher_decoder.spread_hints is not None
+        if watershed and sets:
+            print("note: the teacher was trained with annotations that a watershed spreads. Here they are not spread, "
+                  "because some cases are not annotated for all classes")
         network.hints_in_input = manager.num_segmentation_heads + 1 if sets else 1 + watershed
         labels = [str(case.label.file) for case in cases]
         predictor.predict_from_data_iterator(_with_hints(predictor, sources, labels, outputs, hidden,
@@ -336,78 +299,3 @@ def _with_hints(predictor: _CompletingPredictor, sources: list[list[str]], label
         hints = image_hints(target, mask, manager, listed, spread)
         yield {"data": torch.cat((torch.from_numpy(data).float(), hints.float())), "data_properties": properties,
                "ofile": output}
-
-
-# ---- the data -------------------------------------------------------------------------------------------------------
-
-def check_cases(folder: Path, described: dict, dataset: Dataset,
-                 processes: int) -> tuple[dict[str, KnownLabel], dict[str, str], dict[str, Listed]]:
-    """Read all training cases, so that all problems are found before the prediction.
-
-    Returns:
-        What is known of each case that is to be completed; the kind of each case; and for each head whether a case is
-        annotated for it, of cases that lack some.
-    """
-    check_labels(described)
-    labels = LabelManager(described["labels"], described.get("regions_class_order"))
-    if not labels.has_ignore_label and not described.get(CLASSES_KEY):
-        raise InputError(f"{folder / 'dataset.json'}: the labels have no \"ignore\", so every voxel has a label "
-                         f"already; there is nothing to complete")
-    allowed = sorted(dataset.values)
-    checked = parallel(check_case, [(case, allowed, len(dataset.channel_names)) for case in dataset.training],
-                       processes, "reading cases")
-    problems = [problem for found, _ in checked for problem in found]
-    names = {case.name for case in dataset.training}
-    if "dataset" not in described and (folder / "labelsTr").is_dir():
-        ending = described["file_ending"]
-        problems += [f"{file}: has no image in {folder / 'imagesTr'}"
-                     for file in sorted((folder / "labelsTr").glob(f"*{ending}"))
-                     if file.name[:-len(ending)] not in names and not file.name.startswith(".")]
-    if problems:
-        raise InputError(f"{folder}: {len(problems)} problems; nothing was written:\n  " + "\n  ".join(problems))
-    counts = {case.name: count for case, (_, count) in zip(dataset.training, checked)}
-    hidden = annotated_classes(described, counts)
-    kinds = decide_kinds(counts, labels, described.get(TABLE_KEY), hidden)
-    possible = {case: possible_values(described["labels"], listed) for case, listed in hidden.items()}
-    for of_case in possible.values():
-        require_possible(labels, of_case)
-    ignore = labels.ignore_label
-    known = {case.name: KnownLabel(case.label.file, ignore, possible.get(case.name, {}))
-             for case in dataset.training if possible.get(case.name) or counts[case.name].get(ignore)}
-    unused = [case for case in known if kinds[case] == UNLABELLED and kind_of(counts[case], ignore) != UNLABELLED]
-    if unused:  # their annotations may be wrong, and stay in a completed label
-        print(f"left as they are: {counted(len(unused), 'case')} that \"{TABLE_KEY}\" in dataset.json declares "
-              f"unlabelled, though annotated: {some(unused, 5)}. To complete them, fill their labels with the ignore "
-              f"label, or take them out of \"{TABLE_KEY}\"")
-    known = {case: label for case, label in known.items() if case not in unused}
-    if not known:
-        raise InputError(f"{folder}: no training case has an ignored voxel or lacks classes; there is nothing to "
-                         f"complete")
-    return known, kinds, hidden
-
-
-def splits_of(source: str, kinds: dict[str, str], pattern: str | None,
-              known: dict[str, KnownLabel]) -> list[dict] | None:
-    """Return the folds of the source if they validate on none of the completed cases, which are `known`.
-
-    Otherwise, return folds that validate on the cases that were fully annotated before, or None if they are too few.
-    """
-    file = preprocessed_folder() / source / "splits_final.json"
-    splits = read_folds(file) if file.is_file() else []
-    unknown = sorted({case for fold in splits for case in [*fold["train"], *fold["val"]]} - set(kinds))
-    if unknown:
-        raise InputError(f"{file}: names cases that {source} does not have: {', '.join(unknown[:10])}")
-    if splits and not any(case in known for fold in splits for case in fold["val"]):
-        return splits
-    try:
-        return split_full_cases(kinds, patients_of(kinds, pattern))
-    except InputError:
-        return None
-
-
-def _require_annotations(completions: list[CompletedCase], processes: int) -> None:
-    """Raise RuntimeError unless all annotated voxels are unchanged and all others are filled that had to be."""
-    wrong = parallel(CompletedCase.is_wrong, [(completion,) for completion in completions], processes, "reading back")
-    if any(wrong):
-        raise RuntimeError("labels were not written as they should be: "
-                           + ", ".join(completion.case for completion, is_wrong in zip(completions, wrong) if is_wrong))

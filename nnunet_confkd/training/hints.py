@@ -200,15 +200,17 @@ class HintSampler:
 
         With `watershed` also add `hint_spread`, the spread annotations, int16 `(B, 1, *spatial)`.
         """
-        target = batch["target"][0] if isinstance(batch["target"], list) else batch["target"]
-        rng = rng_of_batch()
-        batch = {**batch, "hint_mask": self.draw(batch["data"], target, batch["inside"], batch["num_full"], rng)}
+        batch = self._with_mask(batch)
         if self.watershed:
             images, masks = batch["data"][:, :self.image_channels].numpy(), (batch["hint_mask"], batch["inside"])
-            batch["hint_spread"] = torch.from_numpy(np.stack([
-                spread(*of_image) for of_image in zip(images, class_map(target, self.regions), *(
-                    mask[:, 0].numpy() for mask in masks))]))[:, None]
+            labels = class_map(_highest(batch["target"]), self.regions)
+            batch["hint_spread"] = torch.from_numpy(np.stack([spread(*of_image) for of_image in zip(
+                images, labels, *(mask[:, 0].numpy() for mask in masks))]))[:, None]
         return batch
+
+    def _with_mask(self, batch: dict) -> dict:
+        mask = self.draw(batch["data"], _highest(batch["target"]), batch["inside"], batch["num_full"], rng_of_batch())
+        return {**batch, "hint_mask": mask}
 
     @property
     def has_seen_enough(self) -> bool:
@@ -225,7 +227,7 @@ class HintSampler:
         np.random.seed(12345)
         for _ in range(4 * KEPT):
             if not self.has_seen_enough:
-                self(next(loader))
+                self._with_mask(next(loader))
         np.random.set_state(before)
 
     def draw_volume(self, data: np.ndarray, target: Tensor, inside: np.ndarray, patch_size: Sequence[int],
@@ -366,6 +368,11 @@ class HintSampler:
         not_by_slices = self.images["annotated"] - self.images["by slices"]
         share_of_annotated = self.with_class["annotated"][label] / not_by_slices
         return share_of_annotated / (self.with_class["full"][label] / self.images["full"])
+
+
+def _highest(target: Tensor | list[Tensor]) -> Tensor:
+    """The target of the highest resolution."""
+    return target[0] if isinstance(target, list) else target
 
 
 def rng_of_batch() -> np.random.Generator:

@@ -246,16 +246,19 @@ class TwoBranchUNet(nn.Module):
 
     def _teach(self, skips: list[Tensor], hints: Tensor | HintMap | None):
         skips = self.narrowed(skips)
-        if hints is not None:
-            skips = self.teacher_decoder.hints(skips, hints)
-            if isinstance(hints, HintMap) and hints.spread is not None:
-                skips = self.teacher_decoder.spread_hints(skips, HintMap(hints.spread))
-        return self.teacher_decoder(skips)
+        return self.teacher_decoder(skips if hints is None else self.hinted(skips, hints))
 
     def narrowed(self, skips: list[Tensor]) -> list[Tensor]:
         """Return the encoder's features with as many channels as the teacher has, without hints."""
         layers = self.teacher_decoder.narrowing
         return [layer(skip) for layer, skip in zip(layers, skips)] if layers else skips
+
+    def hinted(self, skips: list[Tensor], hints: Tensor | HintMap) -> list[Tensor]:
+        """Return the teacher's features, which are :meth:`narrowed`, with the hints, and with what spreads them."""
+        skips = self.teacher_decoder.hints(skips, hints)
+        if isinstance(hints, HintMap) and hints.spread is not None:
+            skips = self.teacher_decoder.spread_hints(skips, HintMap(hints.spread))
+        return skips
 
 
 def check_unet(unet):

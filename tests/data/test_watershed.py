@@ -104,6 +104,6 @@ def test_a_volume_is_flooded_slice_by_slice_for_a_2d_network_and_on_the_grid_of_
 
 
 @pytest.mark.parametrize("size, steps", [((128, 128, 128), [2, 2, 2]), ((64, 64, 64), [1, 1, 1]),
-                                         ((8, 320, 320), [1, 2, 2]), ((1024, 1024), [1, 1])])
+                                         ((8, 320, 320), [1, 2, 2]), ((1024, 1024), [2, 2]), ((512, 512), [1, 1])])
 def test_the_longest_axes_of_large_patches_are_halved(size, steps):
     assert coarse_steps(size) == steps

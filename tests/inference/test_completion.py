@@ -20,7 +20,9 @@ from image_files import read_json, read_voxels
 from nnunet_confkd import cli
 from nnunet_confkd.data import folders, raw_format
 from nnunet_confkd.errors import InputError
+from nnunet_confkd.inference import completed_dataset
 from nnunet_confkd.inference import completion as module
+from nnunet_confkd.inference.completed_case import CompletedCase, KnownLabel
 from nnunet_confkd.inference.completion import CHECKPOINT, TrainedModel
 from nnunet_confkd.inference.export import export
 from nnunet_confkd.training.network import predicting
@@ -263,7 +265,7 @@ def test_no_fold_validates_on_completed_voxels(nnunet, few, model, no_network):
 def test_a_case_that_lacks_a_class_may_have_no_voxel_of_it(tmp_path):
     """The class that it is annotated for fills the image."""
     label = np.ones((2, 3, 3), np.uint8)
-    case = module.CompletedCase("case", module.KnownLabel(tmp_path, None, {0: (0, 2)}), tmp_path, ".nii.gz", None, None)
+    case = CompletedCase("case", KnownLabel(tmp_path, None, {0: (0, 2)}), tmp_path, ".nii.gz", None, None)
     row = case.review(label, label, np.full(label.shape, 0.9, np.float32), np.zeros(label.shape, np.float32))
     assert row["mean_confidence"] is None and row["filled_voxels"] == 0 and row["agreement_with_annotations"] == 1
     json.dumps(row, allow_nan=False)
@@ -298,12 +300,12 @@ def test_what_goes_to_other_processes_can_go_there(completed, model, monkeypatch
             there, task = pickle.loads(pickle.dumps((function, task)))
             results.append(there(*task))
         return pickle.loads(pickle.dumps(results))
-    monkeypatch.setattr(module, "parallel", pickling)
+    monkeypatch.setattr(completed_dataset, "parallel", pickling)
     folder = complete(6, model, 63, name="Pickled")
     assert _files(folder / "labelsTr") == _files(completed / "labelsTr")
     predictor = module._CompletingPredictor(device=torch.device("cpu"))
-    known = module.KnownLabel(Path("label"), 3, {0: (0, 2)})
-    predictor.completions = {"case": module.CompletedCase("case", known, Path("target"), ".nii.gz", 3, 0.5)}
+    known = KnownLabel(Path("label"), 3, {0: (0, 2)})
+    predictor.completions = {"case": CompletedCase("case", known, Path("target"), ".nii.gz", 3, 0.5)}
     there = pickle.loads(pickle.dumps(predictor.exporter()))
     assert there.func is module._export and there.args == (predictor.completions,)
 
@@ -414,7 +416,8 @@ def test_what_the_model_is_not_sure_of_becomes_ignored(few, lacking, model, thre
 
 def test_no_fold_validates_on_completed_labels(nnunet, few, lacking, model, no_network, monkeypatch):
     """The folds of the source do, in cases that lack classes; three full cases validate instead."""
-    monkeypatch.setattr(module, "_require_annotations", lambda *_: None)  # the copied predictions are of other labels
+    # the copied predictions are of other labels
+    monkeypatch.setattr(completed_dataset, "_require_annotations", lambda *_: None)
     file = nnunet.preprocessed("Dataset007_Spoilt") / "splits_final.json"
     file.parent.mkdir()
     try:
@@ -497,8 +500,8 @@ def test_regions_that_no_value_can_tell_are_not_completed(few, lacking_regions, 
     for file in (lacking_regions / "labelsTr").iterdir():
         _label(file, lambda label: np.where(label == IGNORE, 5, label).astype(np.uint8))
     with pytest.raises(InputError, match=r"known to have one of the values 1, 4 could get 2 by"):
-        module.check_cases(lacking_regions, read_json(lacking_regions / "dataset.json"),
-                            module.raw_dataset(lacking_regions, "x"), 1)
+        completed_dataset.check_cases(lacking_regions, read_json(lacking_regions / "dataset.json"),
+                                      raw_format.raw_dataset(lacking_regions, "x"), 1)
 
 
 # ---- hints ----------------------------------------------------------------------------------------------------------
@@ -723,7 +726,7 @@ def test_the_processes_that_read_and_write_cases_do_not_import_pytorch(few, mode
         tasks.extend((function, task) for task in of_function)
         return [function(*task) for task in of_function]
 
-    for sender in (module, raw_format):
+    for sender in (completed_dataset, raw_format):
         monkeypatch.setattr(sender, "parallel", recorded)
     complete(6, model, 173)
     (tmp_path / "tasks").write_bytes(pickle.dumps(tasks))
@@ -735,11 +738,12 @@ def test_the_processes_that_read_and_write_cases_do_not_import_pytorch(few, mode
 
 # ---- interruption ---------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("where", ["_predict", "_replace_labels", "_require_annotations", "write_review_list"])
+@pytest.mark.parametrize("where", ["completion._predict", "completed_dataset.CompletedDataset._replace_labels",
+                                   "completed_dataset._require_annotations", "completion.write_review_list"])
 def test_an_interruption_leaves_nothing_behind(few, model, nnunet, no_network, monkeypatch, where):
     def interrupt(*_, **__):
         raise KeyboardInterrupt
-    monkeypatch.setattr(f"nnunet_confkd.inference.completion.{where}", interrupt)
+    monkeypatch.setattr(f"nnunet_confkd.inference.{where}", interrupt)
     before = sorted(nnunet.raw("").rglob("*")), sorted(nnunet.preprocessed("").rglob("*"))
     with pytest.raises(KeyboardInterrupt):
         complete(6, model, 72)
@@ -762,7 +766,7 @@ def test_a_label_that_comes_back_changed_is_never_kept(few, model, nnunet, no_ne
     def spoiling(target, *args):
         write_into(target, *args)
         _label(target / "labelsTr" / f"{few.partial[0]}.nii.gz", spoil)
-    monkeypatch.setattr(module, "write_into", spoiling)
+    monkeypatch.setattr(completed_dataset, "write_into", spoiling)
     before = sorted(nnunet.raw("").iterdir())
     with pytest.raises(RuntimeError, match=f"not written as they should be: {few.partial[0]}$"):
         complete(6, model, 73)

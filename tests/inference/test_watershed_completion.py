@@ -10,7 +10,7 @@ from image_files import file_states, read_json, read_voxels, write_image
 
 from nnunet_confkd import cli
 from nnunet_confkd.data.folders import preprocessed_folder, raw_folder
-from nnunet_confkd.inference.watershed_completion import _Flood
+from nnunet_confkd.inference.completed_case import PREDICTED, CompletedCase, KnownLabel
 
 IGNORE, SIZE = 2, (6, 40, 44)
 THICK = (1.5, 1.5, 8.0)  # mm, in ITK's order
@@ -56,6 +56,14 @@ def write(tmp_path, monkeypatch):
 
 def complete(*options: str) -> int:
     return cli.main(["complete", "-d", "7", "--watershed", "--id", "8", "--processes", "1", *options])
+
+
+def flooded(label, *channels):
+    """The completed label of one case."""
+    (label.parent / PREDICTED).mkdir()
+    case = CompletedCase("case", KnownLabel(label, IGNORE), label.parent, ".nii.gz", IGNORE, None, fills_all=False)
+    case.flood(channels)
+    return case.fill(label).voxels[0]
 
 
 CASES = {"full": ("full", truth()), "other": ("full", truth()), "weak": ("partial", weak()),
@@ -114,7 +122,7 @@ def test_slices_across_any_axis_may_be_thick(tmp_path, axis):
     order[2 - axis] = 8.0  # ITK's order
     file, channel = (write_image(tmp_path / name, np.ascontiguousarray(array), order)
                      for name, array in (("label.nii.gz", label), ("image.nii.gz", image.astype(np.float32))))
-    found = np.moveaxis(_Flood((channel,), IGNORE).fill(file).voxels[0], axis, 0)
+    found = np.moveaxis(flooded(file, channel), axis, 0)
     assert (found[[0, 5]] == IGNORE).all() and (found[1:5] == truth()[1:5]).mean() > 0.98
 
 
@@ -122,12 +130,12 @@ def test_a_channel_of_large_numbers_does_not_decide_alone(tmp_path):
     noise = np.random.default_rng(1).normal(1000, 100, SIZE)
     label, *channels = (write_image(tmp_path / f"{i}.nii.gz", array, THICK) for i, array in enumerate(
         (weak(), (3.0 * truth()).astype(np.float32), noise.astype(np.float32))))
-    found = _Flood(tuple(channels), IGNORE).fill(label).voxels[0]
+    found = flooded(label, *channels)
     assert (found[1:5] == truth()[1:5]).mean() > 0.95
 
 
 def test_small_structures_survive_a_coarser_grid(write, monkeypatch):
-    monkeypatch.setattr("nnunet_confkd.inference.watershed_completion.MOST", 3000)
+    monkeypatch.setattr("nnunet_confkd.inference.completed_case.MOST", 3000)
     write(CASES, spacing=(1.5, 1.5, 2))
     assert complete() == 0
     label = read_voxels(raw_folder() / "Dataset008_Rods_watershed" / "labelsTr" / "weak.nii.gz")
@@ -149,6 +157,7 @@ def test_what_cannot_be_spread_is_told_and_nothing_written(write, capsys, cases,
 
 @pytest.mark.parametrize("options, text", [
     (("--model", "somewhere"), "not allowed with"), (("--branch", "teacher"), "--branch: only with --model"),
+    (("--branch", "student", "-chk", "checkpoint_final.pth"), "--branch, --checkpoint: only with --model"),
     (("--confidence", "0.5", "--fold", "0"), "--confidence, --fold: only with --model")])
 def test_options_of_a_model_are_refused(write, capsys, options, text):
     write(CASES)

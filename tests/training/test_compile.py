@@ -30,7 +30,7 @@ def network_of(architecture, ndim: int) -> TwoBranchUNet:
         kernel_sizes=3, strides=[1, 2, 2, 2], num_classes=CHANNELS, n_conv_per_stage_decoder=1, conv_bias=True,
         nonlin=nn.LeakyReLU,
         norm_op={2: nn.InstanceNorm2d, 3: nn.InstanceNorm3d}[ndim], norm_op_kwargs={"eps": 1e-5, "affine": True},
-        nonlin_kwargs={"inplace": True}, deep_supervision=True, **{blocks: 1}))
+        nonlin_kwargs={"inplace": True}, deep_supervision=True, **{blocks: 1}), watershed=True)
 
 
 def objective_of(ndim: int, regions: bool, hints: bool) -> ConfKDLoss:
@@ -69,7 +69,8 @@ class Training:
         if self.hints and self.regions:
             hints = torch.zeros(BATCH, CHANNELS + 1, *images.shape[2:])
         elif self.hints:
-            hints = HintMap(torch.randint(0, CHANNELS + 1, images.shape))
+            hints = HintMap(torch.randint(0, CHANNELS + 1, images.shape), None,
+                            torch.randint(0, CHANNELS + 1, images.shape))
         self.loss(*self.network(images, num_full, hints, self.hints), targets, num_full)[0].backward()
 
     @torch.no_grad()
@@ -117,15 +118,16 @@ def test_compiled_gradients_are_those_of_the_plain_network(ndim):
     images = torch.randn(BATCH, 1, *ndim * [SIDE])
     hints = (torch.rand(BATCH, CHANNELS + 1, *ndim * [SIDE]) < 0.1).float()
     labels, found = torch.randint(0, CHANNELS + 1, images.shape), []
-    listed = torch.rand(BATCH, CHANNELS) < 0.5
+    listed, spread = torch.rand(BATCH, CHANNELS) < 0.5, torch.randint(1, CHANNELS + 1, images.shape)
     for called in (network, torch.compile(network, backend="aot_eager")):
         network.zero_grad()
-        for form in (hints, HintMap(labels), HintMap(labels, listed)):
+        for form in (hints, HintMap(labels), HintMap(labels, listed), HintMap(labels, None, spread)):
             student, teacher = called(images, 2, form, True)
             sum(output.square().mean() for output in (*student, *teacher)).backward()
         found.append({name: p.grad.clone() for name, p in network.named_parameters()})
     plain, compiled_ones = found
-    assert plain["teacher_decoder.hints.seg_layers.0.weight"].abs().max() > 0
+    for part in ("hints", "spread_hints"):
+        assert plain[f"teacher_decoder.{part}.seg_layers.0.weight"].abs().max() > 0
     for name, gradient in plain.items():
         torch.testing.assert_close(compiled_ones[name], gradient, rtol=1e-4, atol=1e-6,
                                    msg=lambda text: f"{name}: {text}")
