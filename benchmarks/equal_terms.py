@@ -72,8 +72,10 @@ WORDS = {"scribbles": "ACDC, scribbles", "erosion": "ACDC, eroded masks with bac
 
 # The questions that the pages answer: the setting, what all are compared with, and the rows.
 QUESTIONS = {
-    "hints": ("erosion_foreground", "decoders", ("decoders", "entropy_0.01", "entropy_0.1", "entropy_0.3", "paper_kl",
-                                                 "paper_0.01", "paper_0.1", "paper_0.3", "kl", "hints_kl", "confkd")),
+    "hints": ("erosion_foreground", "decoders", ("decoders", "entropy_0.1", "paper_kl", "paper_0.1", "kl", "hints_kl",
+                                                 "confkd")),
+    "other entropy": ("erosion_foreground", "decoders", ("decoders", "entropy_0.01", "entropy_0.3", "paper_0.01",
+                                                         "paper_0.3")),
     "hints with scribbles": ("scribbles", "ignore_equal", ("ignore_equal", "apart_nohints_cost", "apart_cost")),
     "hints with eroded masks": ("erosion", "ignore_prior_equal", ("ignore_prior_equal", "apart_corrected_nohints_cost",
                                                                   "apart_corrected_margins_cost")),
@@ -87,7 +89,7 @@ QUESTIONS = {
 }
 
 # of the questions that are not on the page of the results
-PAGES = (dict.fromkeys(("hints with scribbles", "hints with eroded masks"), "hints") | {"points": "tried"}
+PAGES = (dict.fromkeys(("hints with scribbles", "hints with eroded masks"), "hints") | {"points": "tried", "other entropy": "tried"}
          | dict.fromkeys(("longer", "longer erosion", "unlabelled", "more points"), "weights_and_batches"))
 
 # A step takes this many of the rival's, on average over a training: for a plain 2-D U-Net and half of a batch full,

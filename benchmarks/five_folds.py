@@ -63,8 +63,12 @@ ROWS: dict[str, Row] = {
     "confkd": Row("ConfKD with hints"),
     "confkd_cost": Row("ConfKD with hints, at equal cost", steps=1 / COST),
     "confkd_cutmix_cost": Row("ConfKD, at equal cost", settings={"weight_kl": 3.0}, steps=1 / COST_CUTMIX),
+    "two_stages_cost": Row("first a teacher without KL that completes the labels, then stock nnU-Net, at equal cost",
+                           "nnUNetTrainer", "completed"),
     "all": replace(USUAL_ROWS["all"], title="everything annotated"),
 }
+# the first stage of the row two_stages_cost: what the trainer chooses, but for these settings
+FIRST = Row("ConfKD without KL", settings={"kl_ramp_start": 1.0, "kl_ramp_end": 1.0, "teacher_trains_encoder": True})
 USUAL = ("full_only", "ignore_uniform", "ignore", "confkd_cost", "all")
 ALSO_LONGER = ("full_only", "ignore", "confkd_cost", "all")
 ROWS |= longer(ROWS, ALSO_LONGER)
@@ -74,7 +78,7 @@ RIVAL = dict.fromkeys(("unlabelled", *NO_TEACHER), "full_only")
 ROWS_OF = dict.fromkeys(SETTINGS, USUAL) | dict.fromkeys(NO_TEACHER, ("full_only", "ignore_uniform", "ignore", "all"))
 ROWS_OF |= {
     "scribbles": tuple(name for name in ROWS if name != "confkd_cutmix_cost"),
-    "erosion": (*USUAL, *(name + LONG for name in ALSO_LONGER)),
+    "erosion": (*USUAL, "two_stages_cost", *(name + LONG for name in ALSO_LONGER)),
     "erosion_foreground": tuple(name for name in ROWS if "cutmix" not in name),
     "unlabelled": ("full_only", "full_cutmix", "confkd_cutmix_cost", "all")}
 
@@ -91,13 +95,15 @@ def work_folder(root: Path, setting: str, fold: int) -> Path:
 
 def home_of(setting: str, row: str) -> str:
     """The setting in which a row is run: that of the setting, unless it does not depend on weak labels."""
-    if ROWS[row].labels == "mixed":
+    if ROWS[row].labels in ("mixed", "completed"):
         return setting
     return next((same[0] for same in SAME_IMAGES if setting in same), setting)
 
 
 def specs_of(setting: str, fold: int, rows: Iterable[str], seeds: list[int]) -> list[dict]:
     """The runs of some rows. Rows that are compared with fewer full patients are run for the first number alone."""
+    import two_stages  # which imports this module
+
     table, specs = table_of(setting, fold), []
     for seed in seeds:
         for name in rows:
@@ -106,7 +112,13 @@ def specs_of(setting: str, fold: int, rows: Iterable[str], seeds: list[int]) -> 
             row = ROWS[name]
             numbers = (0,) if row.labels == "all" else table.full if name in USUAL else table.full[:1]
             iterations = round(table.iterations * row.steps / table.epoch) * table.epoch
-            specs += [spec_of(table, name, full, seed, "cpu", iterations, "test", row) for full in numbers]
+            if row.labels == "completed":
+                before, iterations = two_stages.lengths(table, table.iterations, two_stages.SHARES["teacher"], COST)
+            of_row = [spec_of(table, name, full, seed, "cpu", iterations, "test", row) for full in numbers]
+            if row.labels == "completed":
+                of_row = [spec | {"first": spec_of(table, name + two_stages.FIRST, spec["full"], seed, "cpu", before,
+                                                   "validation", FIRST)} for spec in of_row]
+            specs += of_row
     return specs
 
 
@@ -302,8 +314,11 @@ def main() -> None:
         return prepare(table, args.data / table.data,
                        args.data / "acdc_scribbles" if table.style == "scribbles" else None, args.work)
     if args.run:
-        return print(run(json.loads(args.run), args.work, args.output,
-                         measured=partial(measured, folder=args.work / "predictions")))
+        spec, measure = json.loads(args.run), partial(measured, folder=args.work / "predictions")
+        if "first" in spec:
+            import two_stages
+            return print(two_stages.run_both(spec, args.work, args.output, measure))
+        return print(run(spec, args.work, args.output, measured=measure))
     if not args.report:
         measure_all(args, __file__, specs_of, work_folder)
     text = report(args.output)

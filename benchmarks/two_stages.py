@@ -75,8 +75,7 @@ def specs_of(setting: str, draw: int, rows: list[str], seeds: list[int]) -> list
                 stock = Row("stock nnU-Net on the labels that a watershed completed", "nnUNetTrainer", "completed")
                 specs.append(spec_of(table, name, full, seed, "cpu", total, "validation", stock))
                 continue
-            iterations = int(total * SHARES.get(row, 0.5) / cost / table.epoch) * table.epoch
-            rest = int((total - iterations * cost) / table.epoch) * table.epoch
+            iterations, rest = lengths(table, total, SHARES.get(row, 0.5), cost)
             first = equal_terms.ROWS[FIRST_STAGES[setting][row]]
             second = Row(f"{TITLES[row]}, then stock nnU-Net on the completed labels", "nnUNetTrainer", "completed")
             specs.append(spec_of(table, name, full, seed, "cpu", rest, "validation", second) | {
@@ -84,11 +83,35 @@ def specs_of(setting: str, draw: int, rows: list[str], seeds: list[int]) -> list
     return specs
 
 
+def lengths(table: equal_terms.Table, total: int, share: float, cost: float) -> tuple[int, int]:
+    """How many iterations the two stages have, in whole epochs.
+
+    Args:
+        table: The table.
+        total: What both may cost, in iterations of the second stage.
+        share: Of it that the first stage may cost.
+        cost: Of an iteration of the first stage.
+    """
+    first = int(total * share / cost / table.epoch) * table.epoch
+    return first, int((total - first * cost) / table.epoch) * table.epoch
+
+
 # ---- one run --------------------------------------------------------------------------------------------------------
 
-def run_both(spec: dict, work: Path, output: Path) -> str:
-    """Run both stages; a finished first stage is not run again. Returns a line to print."""
-    dataset_id = 950 + 10 * spec["seed"] + ROWS.index(spec["name"])
+def run_both(spec: dict, work: Path, output: Path, measured_last: Callable[..., dict] | None = None) -> str:
+    """Run both stages; a finished first stage is not run again. Returns a line to print.
+
+    Args:
+        spec: Of :func:`specs_of`.
+        work: The folder of the data and trainings.
+        output: The folder of the JSON files. With `measured_last` that of the first stage is in the folder `first` of
+            `work`.
+        measured_last: What measures the second stage, see :func:`accuracy.run`. Its "completed" becomes what the first
+            stage has completed. None: as in equal_terms.py.
+    """
+    dataset_id = 950 + 10 * spec["seed"] + (ROWS.index(spec["name"]) if spec["name"] in ROWS else len(ROWS))
+    of_first = work / "first" if measured_last else output
+    of_first.mkdir(exist_ok=True)
     name, weights = f"Dataset{dataset_id:03d}_Completed{dataset_id}", work / f"{run_name(spec)}.pth"
 
     def remove() -> None:
@@ -111,12 +134,18 @@ def run_both(spec: dict, work: Path, output: Path) -> str:
 
     if "first" not in spec:
         return run_on_watershed(spec, work, output, dataset_id, remove)
-    if not (output / f"{run_name(spec['first'])}.json").is_file():
+    first = of_first / f"{run_name(spec['first'])}.json"
+    if not first.is_file():
         remove()  # of a first stage that was cut off
-        print(run(spec["first"], work, output, measured=complete), flush=True)
+        print(run(spec["first"], work, of_first, measured=complete), flush=True)
     if not (work / "preprocessed" / name / "nnUNetPlans.json").is_file():
         planned(equal_terms.Table(**spec["table"]), [dataset_id])
-    text = run(spec, work, output, teacher=False, dataset_id=dataset_id, begin=from_student)
+
+    def with_completed(*of_run) -> dict:
+        return measured_last(*of_run) | {KEY: json.loads(first.read_text())[KEY]}
+
+    text = run(spec, work, output, teacher=False, dataset_id=dataset_id, begin=from_student,
+               measured=with_completed if measured_last else None)
     remove()
     os.remove(weights)
     return text

@@ -24,7 +24,6 @@ ALLOWED_SIZES = {
     "nnunet_confkd/demo/synthetic.py: _draw": "not split yet",
     "nnunet_confkd/demo/synthetic.py: generate_dataset": OPTIONS,
     "nnunet_confkd/evaluation/evaluate.py: evaluate_folders": OPTIONS,
-    "nnunet_confkd/inference/completion.py: complete": OPTIONS,
     "dataset_conversion/acdc.py: convert": OPTIONS,
 }
 ALLOWED_REPETITIONS: dict[str, str] = {}
