@@ -62,7 +62,7 @@ class Row:
 
 
 EARLIER = {"weight_kl": 3.0, "full_share": 0.5, "equal_kinds": False, "teacher_trains_encoder": True, "hint_reach": 0,
-           "hint_watershed": False}
+           "hint_watershed": False, "complete_at": 0.0}
 
 
 def with_earlier_defaults(rows: Mapping[str, Row]) -> dict[str, Row]:
@@ -541,7 +541,7 @@ def predictions(trainer, cases: list[str], teacher: bool = True) -> Iterator[tup
 
     trainer.set_deep_supervision_enabled(False)
     trainer.network.eval()
-    both = teacher and getattr(trainer, "two_branches", False)
+    both = teacher and getattr(trainer, "two_branches", False) and not getattr(trainer, "student_alone", False)
     predict = CasePredictor(trainer, ["student", "teacher"] if both else ["student"])
     dataset = trainer.dataset_class(trainer.preprocessed_dataset_folder, cases)
     reader = trainer.plans_manager.image_reader_writer_class()

@@ -89,7 +89,8 @@ QUESTIONS = {
 }
 
 # of the questions that are not on the page of the results
-PAGES = (dict.fromkeys(("hints with scribbles", "hints with eroded masks"), "hints") | {"points": "tried", "other entropy": "tried"}
+PAGES = (dict.fromkeys(("hints with scribbles", "hints with eroded masks"), "hints")
+         | dict.fromkeys(("points", "other entropy"), "tried")
          | dict.fromkeys(("longer", "longer erosion", "unlabelled", "more points"), "weights_and_batches"))
 
 # A step takes this many of the rival's, on average over a training: for a plain 2-D U-Net and half of a batch full,
@@ -97,6 +98,9 @@ PAGES = (dict.fromkeys(("hints with scribbles", "hints with eroded masks"), "hin
 # cost" has fewer. With CutMix half of the steps have one more pass through the encoder, which is a tenth of a step.
 COST = 0.2 * 1.146 + 0.8 * 1.171
 COST_CUTMIX = COST + 0.5 * 0.1
+# With a second stage the teacher is run in a quarter of the training, and there is no KL. To complete the labels takes
+# time as well, which does not grow with the length of the training and is not counted.
+COST_COMPLETES = 0.25 * 1.146 + 0.75
 COST_WIDE = 0.2 * 1.345 + 0.8 * 1.456
 
 ROWS: dict[str, Row] = with_earlier_defaults({
@@ -201,6 +205,12 @@ ROWS |= {name: replace(ROWS[of], title=f"{ROWS[of].title}; a watershed spreads t
                        settings=ROWS[of].settings | {"hint_watershed": True})
          for name, of in (("apart_watershed_cost", "apart_reach_cost"),
                           ("apart_corrected_watershed_cost", "apart_corrected_reach_cost"))}
+# A second stage, in which the student alone learns from labels that the teacher has completed.
+ROWS |= {name: replace(ROWS[of], title=f"{ROWS[of].title}; the teacher completes the labels, after a quarter",
+                       settings=ROWS[of].settings | {"complete_at": 0.25, "teacher_trains_encoder": True},
+                       steps=1 / COST_COMPLETES)
+         for name, of in (("completes_cost", "apart_watershed_cost"), ("completes_equal_cost", "equal_cost"),
+                          ("completes_corrected_cost", "apart_corrected_watershed_cost"))}
 # The same without KL: a short first stage of two_stages.py, whose teacher completes the labels.
 ROWS |= {name: replace(ROWS[of], title=f"{ROWS[of].title}; no KL, and the teacher trains the encoder", settings={
     **ROWS[of].settings, "kl_ramp_start": 1.0, "kl_ramp_end": 1.0, "teacher_trains_encoder": True})

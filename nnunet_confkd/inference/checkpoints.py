@@ -15,6 +15,7 @@ from torch.serialization import safe_globals
 
 from nnunet_confkd.errors import InputError
 from nnunet_confkd.inference.model_folder import require_model
+from nnunet_confkd.training.names import TEACHER_CHECKPOINT
 from nnunet_confkd.training.network import TEACHER_PREFIX, add_teacher, has_narrow_teacher, has_teacher
 
 # Besides tensors, numbers and text, nnU-Net's checkpoints hold single NumPy numbers, in the curves. NumPy 1 and NumPy 2
@@ -64,6 +65,11 @@ def require_teacher(path: str | Path, checkpoint: dict, option: str) -> None:
     """Raise InputError if a checkpoint has no teacher, because the option that chooses a branch has no effect then."""
     if not has_teacher(checkpoint["network_weights"]):
         raise InputError(f"{path}: holds no teacher, so {option} has nothing to choose from")
+    init = checkpoint["init_args"]
+    settings = init["plans"]["configurations"][init["configuration"]].get("confkd", {})
+    if settings.get("complete_at") and Path(path).name != TEACHER_CHECKPOINT:
+        raise InputError(f"{path}: was trained further without its teacher ({option}). The teacher is in "
+                         f"{TEACHER_CHECKPOINT} beside it: add -chk {TEACHER_CHECKPOINT}")
 
 
 @contextmanager

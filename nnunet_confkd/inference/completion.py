@@ -24,7 +24,6 @@ from nnunet_confkd.data.supervision import (
     OUTSIDE,
     PARTIAL,
 )
-from nnunet_confkd.data.watershed import spread_volume
 from nnunet_confkd.device import choose_device
 from nnunet_confkd.discovery import make_findable
 from nnunet_confkd.errors import InputError
@@ -39,7 +38,7 @@ from nnunet_confkd.inference.review import map_ending, write_review_list
 from nnunet_confkd.inference.uncertainty import write_map
 from nnunet_confkd.processes import PROCESSES
 from nnunet_confkd.training.batches import real_hints
-from nnunet_confkd.training.hints import image_hints
+from nnunet_confkd.training.hints import whole_image_hints
 from nnunet_confkd.training.network import has_teacher, predicting, unwrap
 
 CHECKPOINT = "checkpoint_final.pth"
@@ -289,13 +288,11 @@ def _with_hints(predictor: _CompletingPredictor, sources: list[list[str]], label
         data, seg, properties = KeepAnnotations(verbose=False).run_case(images, label, plans, configuration, described)
         properties.pop("class_locations", None)
         target, mask = map(torch.from_numpy, real_hints(seg, manager.ignore_label))
-        listed, spread = None, None
+        listed = None
         if hidden:  # all cases then have sets of classes as hints, and the same number of channels
             of_case = hidden.get(Path(output).name, (True,) * manager.num_segmentation_heads)
             listed = torch.tensor(of_case)[None]
-        if watershed:
-            spread = spread_volume(data, target[0].numpy(), mask[0].numpy(), seg[0] != OUTSIDE,
-                                   configuration.patch_size)
-        hints = image_hints(target, mask, manager, listed, spread)
+        hints = whole_image_hints(data, target, mask, torch.from_numpy(seg[0] != OUTSIDE), manager,
+                                  configuration.patch_size, watershed, listed)
         yield {"data": torch.cat((torch.from_numpy(data).float(), hints.float())), "data_properties": properties,
                "ofile": output}

@@ -155,7 +155,7 @@ def choose(settings: Settings, annotations: Annotations, batch_size: int, ignore
     # Without annotated background the student would learn too much foreground, unless the KL acts on these images.
     equal_kinds = apart and unless_set("equal_kinds", dense and not annotations.hidden
                                        and (background or settings.kl_on_non_full))
-    trains_encoder = unless_set("teacher_trains_encoder", not settings.weight_student
+    trains_encoder = unless_set("teacher_trains_encoder", not settings.weight_student or settings.complete_at > 0
                                 or settings.weight_teacher > 0 and not (equal_kinds and background))
     corrected = ignore_label and annotations.of(annotations.foreground, PARTIAL, hidden=False)
     prior_correction = unless_set("prior_correction", float(annotations.foreground_is_sparser))

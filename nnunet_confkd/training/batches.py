@@ -401,6 +401,13 @@ def start_augmenter(loader: nnUNetDataLoader, processes: int, cached: int, pin_m
                                         num_cached=cached, seeds=seeds, pin_memory=pin_memory, wait_time=0.002)
 
 
+def finish_augmenters(*augmenters) -> None:
+    """End the processes of :func:`start_augmenter`."""
+    for augmenter in augmenters:
+        if isinstance(augmenter, NonDetMultiThreadedAugmenter):
+            augmenter._finish()
+
+
 def set_seed(seed: int) -> None:
     """Seed the random numbers of Python, NumPy and PyTorch."""
     seed %= 2 ** 32

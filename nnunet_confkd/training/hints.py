@@ -20,7 +20,7 @@ from batchgeneratorsv2.transforms.utils.seg_to_regions import ConvertSegmentatio
 from nnunetv2.utilities.label_handling.label_handling import LabelManager
 from torch import Tensor
 
-from nnunet_confkd.data.watershed import spread
+from nnunet_confkd.data.watershed import spread, spread_volume
 from nnunet_confkd.training.hint_patterns import (
     KEPT,
     Cloud,
@@ -119,6 +119,29 @@ def image_hints(label: Tensor, hint_mask: Tensor, label_manager: LabelManager, l
     target = regions_of(label, label_manager)[None]
     return hint_channels(target, hint_mask[None], label_manager.num_segmentation_heads, label_manager.has_regions,
                          listed)[0]
+
+
+def whole_image_hints(data: np.ndarray, label: Tensor, hint_mask: Tensor, inside: Tensor, label_manager: LabelManager,
+                      patch_size: Sequence[int], watershed: bool = False, listed: Tensor | None = None) -> Tensor:
+    """Make the channels that give the hints to the network, of a whole image.
+
+    Args:
+        data: The image without a prediction of a previous stage, `(channels, *spatial)`.
+        label: As of :func:`image_hints`.
+        hint_mask: As of :func:`image_hints`.
+        inside: Bool, `(*spatial)`: where the image is.
+        label_manager: As of :func:`image_hints`.
+        patch_size: That of the network.
+        watershed: Whether the teacher also sees what a watershed makes of the hints.
+        listed: As of :func:`image_hints`.
+
+    Returns:
+        As of :func:`image_hints`.
+    """
+    spread = None
+    if watershed:
+        spread = spread_volume(data, label[0].numpy(), hint_mask[0].numpy(), inside.numpy(), patch_size)
+    return image_hints(label, hint_mask, label_manager, listed, spread)
 
 
 def regions_of(label: Tensor, label_manager: LabelManager) -> Tensor:

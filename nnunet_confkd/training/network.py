@@ -161,7 +161,7 @@ class TwoBranchUNet(nn.Module):
             decoder.deep_supervision = enabled
 
     def forward(self, x: Tensor, num_full: int | None = None, hints: Tensor | HintMap | None = None,
-                teach_all: bool = False, mixed: Tensor | None = None):
+                teach_all: bool = False, mixed: Tensor | None = None, with_teacher: bool = True):
         """Compute logits, or a list of logits, highest resolution first, with deep supervision.
 
         Args:
@@ -173,10 +173,12 @@ class TwoBranchUNet(nn.Module):
                 `teach_resolutions = "highest"` it is, on these, at the highest resolution alone.
             mixed: In training the images that the student sees instead, `(B, C, *spatial)`. The teacher then does not
                 update the encoder, which saves time. None: those that the teacher sees.
+            with_teacher: In training whether the teacher is run at all.
 
         Returns:
             In predictions the output of the branch that predicts (`self.branch`). In training two outputs: the
             student's on all images, and the teacher's on the fully annotated ones, with `teach_all` on all of them.
+            Without the teacher the second is None.
         """
         if self.hints_in_input:
             x, last = x.tensor_split([x.shape[1] - self.hints_in_input], 1)
@@ -191,6 +193,8 @@ class TwoBranchUNet(nn.Module):
             return teacher if self.branch == "teacher" else _combine(self.decoder(skips), teacher, self.branch)
         skips = self.encoder(x if mixed is None else mixed)
         student = self.decoder(skips)
+        if not with_teacher:
+            return _anchored(student, self.teacher_decoder), None
         if mixed is not None:
             with torch.no_grad():
                 skips = self.encoder(x if teach_all else x[:num_full])
@@ -201,10 +205,7 @@ class TwoBranchUNet(nn.Module):
         if of_spread is not None and getattr(hints, "spread", None) is None:
             unused.append(of_spread)
         if unused:
-            # DDP fails on parameters without gradient. The sum of nothing gives the weights of the hints a gradient of
-            # zero at no cost.
-            anchor = sum(p.flatten()[:0].sum() for part in unused for p in part.parameters())
-            skips = [*skips[:-1], skips[-1] + anchor]
+            skips = [*skips[:-1], *_anchored(skips[-1:], *unused)]
         return student, self.run_teacher(skips, hints, student, num_full, teach_all)
 
     def run_teacher(self, skips: list[Tensor], hints: Tensor | HintMap | None, student, num_full: int,
@@ -259,6 +260,20 @@ class TwoBranchUNet(nn.Module):
         if isinstance(hints, HintMap) and hints.spread is not None:
             skips = self.teacher_decoder.spread_hints(skips, HintMap(hints.spread))
         return skips
+
+
+def _anchored(outputs: Any, *parts: nn.Module) -> Any:
+    """Give the parameters of some parts a gradient of zero at no cost. DDP fails on parameters without gradient.
+
+    Args:
+        outputs: A tensor, or a list of tensors.
+        parts: The parts of the network that are not used.
+
+    Returns:
+        The outputs, which depend on the sum of nothing.
+    """
+    anchor = sum(p.flatten()[:0].sum() for part in parts for p in part.parameters())
+    return outputs + anchor if torch.is_tensor(outputs) else [output + anchor for output in outputs]
 
 
 def check_unet(unet):

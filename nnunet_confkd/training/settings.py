@@ -19,9 +19,9 @@ REMOVED: dict[str, Any] = {
     "entropy_ramp_start": 0.0, "entropy_ramp_end": 0.0}
 
 # Settings that came later, and what earlier trainings did. A model of theirs still loads.
-ADDED: dict[str, Any] = {"class_share": 0.0, "cutmix": 0.0, "cutmix_full": 0.0, "equal_kinds": False, "hint_reach": 0,
-                         "hint_watershed": False, "prior_correction": 0.0, "teacher_trains_encoder": True,
-                         "teacher_width": 1.0}
+ADDED: dict[str, Any] = {"class_share": 0.0, "complete_at": 0.0, "cutmix": 0.0, "cutmix_full": 0.0,
+                         "equal_kinds": False, "hint_reach": 0, "hint_watershed": False, "prior_correction": 0.0,
+                         "teacher_trains_encoder": True, "teacher_width": 1.0}
 
 
 def without_removed(block: Mapping[str, Any]) -> dict[str, Any]:
@@ -126,6 +126,11 @@ class Settings:
                                                    "both kinds of images have equal weights in L_w (`equal_kinds`) "
                                                    "and partially annotated cases annotate background; else true")
 
+    complete_at: float = _setting("teacher", 0.0, (0, 0.95),
+                                  "share of the epochs after which the teacher completes the labels of the partially "
+                                  "annotated training cases. From then on the student alone is trained, on these "
+                                  "labels, and there is no KL at all. The learning rate falls to zero twice. 0: never")
+
     cutmix: float | None = _setting("batches", None, SHARES,
                                     "share of the iterations in which the student's images exchange boxes, with their "
                                     "labels and the teacher's probabilities. Null means 0.5 if all training cases "
@@ -178,6 +183,9 @@ class Settings:
         if self.cutmix and self.equal_kinds:
             raise InputError("confkd: cutmix above 0 mixes fully annotated images with others, and equal_kinds needs "
                              "them apart; set \"cutmix\": 0 or \"equal_kinds\": false")
+        if self.complete_at and self.weight_student == 0:
+            raise InputError("confkd: weight_student is 0, but complete_at is above 0: the student would learn nothing "
+                             "from the completed labels")
         if self.kl_ramp_end < self.kl_ramp_start:
             raise InputError(f"confkd: kl_ramp_end ({self.kl_ramp_end}) lies before kl_ramp_start "
                              f"({self.kl_ramp_start})")
@@ -235,8 +243,10 @@ class Settings:
             progress: Share of the iterations that are done, from 0 to 1.
 
         Returns:
-            From 0 to 1.
+            From 0 to 1. 0 if the student learns from completed labels instead (`complete_at`).
         """
+        if self.complete_at:
+            return 0.0
         start, end = self.kl_ramp_start, self.kl_ramp_end
         if progress >= end:
             return 1.0

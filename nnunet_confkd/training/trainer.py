@@ -56,6 +56,7 @@ from nnunet_confkd.training.batches import (
     StratifiedLoader,
     TrainingCases,
     class_probabilities,
+    finish_augmenters,
     label_padding,
     rounding_text,
     set_seed,
@@ -76,11 +77,13 @@ from nnunet_confkd.training.curves import CURVES, plot_curves
 from nnunet_confkd.training.cutmix import CutMix, FullCutMix, Mix, mixed
 from nnunet_confkd.training.hints import HintSampler, hint_channels, hint_map
 from nnunet_confkd.training.losses import TERMS, ConfKDLoss, PartialSupervision, annotated_voxels, confidence
+from nnunet_confkd.training.names import TEACHER_CHECKPOINT
 from nnunet_confkd.training.network import HintMap, TwoBranchUNet, check_unet, narrower, unwrap
 from nnunet_confkd.training.pseudo_dice import COUNTS, dice, hard_counts
 from nnunet_confkd.training.ranks import first_rank_first, gather
 from nnunet_confkd.training.record import write_record
 from nnunet_confkd.training.recovery import Divergence, explain_stop, set_aside_earlier
+from nnunet_confkd.training.second_stage import FOLDER, CompletedCases, TwoStageLR, check_second_stage, complete_labels
 from nnunet_confkd.training.settings import Settings
 from nnunet_confkd.training.validation import check_first_stage, validate
 
@@ -143,6 +146,9 @@ class ConfKDTrainer(nnUNetTrainer):
         self.continued = False  # -> load_checkpoint
         self.record: dict = {}  # -> get_tr_and_val_datasets
         self.first_epoch = 0  # of this process; -> on_train_start
+        share = self.settings.complete_at
+        self.second_stage = max(1, round(share * self.num_epochs)) if share else None  # the epoch in which it begins
+        self.student_alone = False  # in the second stage
         self.divergence = Divergence(self.settings.max_nonfinite_steps)
         self._add_missing_curves()
 
@@ -199,6 +205,12 @@ class ConfKDTrainer(nnUNetTrainer):
         network.teach_resolutions = settings.extra_resolutions
         network.teacher_decoder.hints.reach = settings.hint_reach or 0
         return network
+
+    def configure_optimizers(self):
+        optimizer, learning_rate = super().configure_optimizers()
+        if self.second_stage is not None:
+            learning_rate = TwoStageLR(optimizer, self.initial_lr, self.num_epochs, self.second_stage)
+        return optimizer, learning_rate
 
     @property
     def two_branches(self) -> bool:
@@ -295,6 +307,8 @@ class ConfKDTrainer(nnUNetTrainer):
             raise InputError(f"splits_final.json names cases that are not preprocessed: {', '.join(missing)}")
         training = {case: kinds[case] for case in train}
         self._require_supervision(training)
+        if self.second_stage is not None:
+            check_second_stage(self, training.values())
         self.print_to_log_file(f"Training cases: {summary(training)}")
         command = f"confkd train {int(self.plans_manager.dataset_name[7:10])} {self.configuration_name} all"
         pattern = self.dataset_json.get("patient_pattern")
@@ -381,8 +395,8 @@ class ConfKDTrainer(nnUNetTrainer):
         if loader_class is StratifiedLoader:
             strata = self._strata(cases.identifiers)
             chosen = self._choose(cases.identifiers)
-            options |= dict(kinds=strata, full_share=chosen.full_share if FULL in strata.values() else 0,
-                            unlabelled_share=chosen.unlabelled_share)
+            options = dict(kinds=strata, full_share=chosen.full_share if FULL in strata.values() else 0,
+                           unlabelled_share=chosen.unlabelled_share) | options
             if self.hidden:
                 options["probabilities"] = class_probabilities(strata, self.hidden, self.settings.class_share,
                                                                self.label_manager.has_regions)
@@ -456,26 +470,17 @@ class ConfKDTrainer(nnUNetTrainer):
         chosen = self._choose(dataset_tr.identifiers)
         if text := rounding_text(self.batch_size, chosen.full_share, chosen.cutmix, self.is_ddp):
             self.print_to_log_file(text)
-        self.loss.equal_kinds = chosen.equal_kinds
+        self.loss.equal_kinds = chosen.equal_kinds and not self.student_alone
         if self.two_branches:
             unwrap(self.network).teacher_trains_encoder = chosen.teacher_trains_encoder
-        complete: list = []  # in this order: hints are simulated on exchanged images
-        for name, share, mixer in (("cutmix_full", chosen.cutmix_full, FullCutMix),
-                                   ("cutmix", chosen.cutmix, CutMix)):
-            if not share:
-                continue
-            if self.hidden:
-                raise InputError(f'confkd: {name} is above 0, but some cases are not annotated for all classes '
-                                 f'(dataset.json, "annotated_classes"), and cannot be mixed; set "{name}": 0')
-            complete.append(mixer(share))
-        if self.settings.uses_hints and any(self.kinds[case] == PARTIAL for case in dataset_tr.identifiers):
-            complete.append(self._hint_sampler())
-        if chosen.prior_correction:
-            complete.append(self._class_prior(chosen.prior_correction))
+        if self.student_alone:
+            dataset_tr, options = self._completed_cases(dataset_tr)
+        else:
+            options = {"complete": self._completing(dataset_tr.identifiers, chosen)}
         dl_tr = self._loader(dataset_tr, self.batch_size, initial_patch_size, tr_transforms, offset=self.local_rank,
-                             complete=complete)
+                             **options)
         if validates_full:
-            hints = [deepcopy(self.validation_hints)] if self.validation_hints else []
+            hints = [deepcopy(self.validation_hints)] if self.validation_hints and not self.student_alone else []
             dl_val = self._loader(dataset_val, self.batch_size, patch_size, val_transforms, complete=hints)
         else:
             dl_val = self._loader(dataset_val, self.batch_size, patch_size, val_transforms, nnUNetDataLoader)
@@ -492,6 +497,55 @@ class ConfKDTrainer(nnUNetTrainer):
         for loader in loaders:
             next(loader)
         return loaders
+
+    def _completing(self, cases, chosen: Settings) -> list:
+        """What each training batch gets in turn; in this order, because hints are simulated on exchanged images."""
+        complete: list = []
+        for name, share, mixer in (("cutmix_full", chosen.cutmix_full, FullCutMix),
+                                   ("cutmix", chosen.cutmix, CutMix)):
+            if not share:
+                continue
+            if self.hidden:
+                raise InputError(f'confkd: {name} is above 0, but some cases are not annotated for all classes '
+                                 f'(dataset.json, "annotated_classes"), and cannot be mixed; set "{name}": 0')
+            complete.append(mixer(share))
+        if self.settings.uses_hints and any(self.kinds[case] == PARTIAL for case in cases):
+            complete.append(self._hint_sampler())
+        if chosen.prior_correction:
+            complete.append(self._class_prior(chosen.prior_correction))
+        return complete
+
+    # ---- the second stage -------------------------------------------------------------------------------------------
+
+    def _completed_cases(self, cases: TrainingCases) -> tuple[CompletedCases, dict]:
+        """The training cases with the labels that the teacher has completed, without unlabelled ones; and the options
+        of their loader."""
+        partial = [case for case in cases.identifiers if self.kinds[case] == PARTIAL]
+        full = [case for case in cases.identifiers if self.kinds[case] == FULL]
+        dataset = self.dataset_class(self.preprocessed_dataset_folder, full + partial)
+        completed = CompletedCases(dataset, partial, join(self.output_folder, FOLDER))
+        return completed, {"kinds": dict.fromkeys(full + partial, FULL), "full_share": 1.0}
+
+    def on_epoch_start(self):
+        if self.current_epoch == self.second_stage and not self.student_alone:
+            self._begin_second_stage()
+        super().on_epoch_start()
+
+    def _begin_second_stage(self) -> None:
+        """Keep the teacher, let it complete the labels, and go on with the student alone."""
+        self.current_epoch -= 1  # of the last epoch, from which --c goes on
+        self.save_checkpoint(join(self.output_folder, TEACHER_CHECKPOINT))
+        self.current_epoch += 1
+        train, _ = self.do_split()
+        complete_labels(self, [case for case in train if self.kinds.get(case) == PARTIAL])
+        finish_augmenters(self.dataloader_train, self.dataloader_val)
+        self._leave_teacher_out()
+        self.optimizer.state.clear()  # the momentum of the first stage
+        self.dataloader_train, self.dataloader_val = self.get_dataloaders()
+
+    def _leave_teacher_out(self) -> None:
+        self.student_alone = True
+        self.loss.weights |= dict.fromkeys(("teacher", "kl", "entropy"), 0.0)
 
     # ---- training ---------------------------------------------------------------------------------------------------
 
@@ -519,7 +573,8 @@ class ConfKDTrainer(nnUNetTrainer):
         with self._autocast():
             student, teacher = self._forward(data, num_full, batch.get("mix"),
                                              hints=self._hints(batch, highest_target),
-                                             teach_all=self.loss.teaches_all and kl_ramp > 0)
+                                             teach_all=self.loss.teaches_all and kl_ramp > 0,
+                                             with_teacher=not self.student_alone)
             shift = batch.get("prior_shift")
             loss, terms = self.loss(student, teacher, target, num_full, kl_ramp,
                                     None if shift is None else shift.to(self.device, non_blocking=True),
@@ -618,14 +673,15 @@ class ConfKDTrainer(nnUNetTrainer):
         with self._autocast():
             highest_target = target[0] if self.enable_deep_supervision else target
             hints = self._hints(batch, highest_target) if self.two_branches else None
-            student, teacher = self._forward(data, data.shape[0], hints=hints)
+            student, teacher = self._forward(data, data.shape[0], hints=hints, with_teacher=not self.student_alone)
             if not self.enable_deep_supervision:
                 student, teacher, target = [student], [teacher], [target]
+            teacher = [None] if teacher is None else teacher
             loss = sum(weight * self.loss.supervised(s, t, listed)
                        for weight, s, t in zip(self.loss.resolution_weights, student, target) if weight)
         labels = self.label_manager.ignore_label, self.label_manager.has_regions, listed
         result = {"loss": loss.cpu().numpy(), **hard_counts(student[0], highest_target, *labels)}
-        if self.two_branches:
+        if teacher[0] is not None:
             result |= {f"teacher_{k}": v for k, v in hard_counts(teacher[0], highest_target, *labels).items()}
         return result
 
@@ -656,7 +712,8 @@ class ConfKDTrainer(nnUNetTrainer):
         self.print_to_log_file("terms", {term: last(f"loss_{term}") for term in TERMS}, "| student's confidence",
                                last("student_confidence"), "| annotated share", last("annotated_share"))
         with_hints = " (with simulated hints)" if self.validation_hints else ""
-        self.print_to_log_file(f"Pseudo dice of the teacher{with_hints}", last("teacher_dice_per_class_or_region"))
+        if not self.student_alone:
+            self.print_to_log_file(f"Pseudo dice of the teacher{with_hints}", last("teacher_dice_per_class_or_region"))
         super().on_epoch_end()
         curves = self.logger.local_logger.my_fantastic_logging
         if self.local_rank == 0:
@@ -708,6 +765,8 @@ class ConfKDTrainer(nnUNetTrainer):
                 f"confkd block of {self.configuration_name} in {self.plans_manager.plans_name}.json of the "
                 f"preprocessed data set. Else undo what you changed in the plans or in the data set.") from error
         self.continued = True
+        if self.second_stage is not None and self.current_epoch > self.second_stage:
+            self._leave_teacher_out()
         self._add_missing_curves()
 
     def _add_missing_curves(self) -> None:

@@ -34,11 +34,10 @@ from nnunetv2.utilities.label_handling.label_handling import convert_labelmap_to
 
 from nnunet_confkd.data.json_files import read_folds, read_json
 from nnunet_confkd.data.supervision import FULL, OUTSIDE
-from nnunet_confkd.data.watershed import spread_volume
 from nnunet_confkd.errors import InputError, TrainingError, some
 from nnunet_confkd.files import written_whole
 from nnunet_confkd.training.batches import label_outside
-from nnunet_confkd.training.hints import image_hints, regions_of
+from nnunet_confkd.training.hints import regions_of, whole_image_hints
 from nnunet_confkd.training.names import VALIDATION_FOLDERS
 from nnunet_confkd.training.network import TwoBranchUNet, unwrap
 from nnunet_confkd.training.prediction_maps import StreamingExport
@@ -168,11 +167,9 @@ def simulated_hints(trainer, case: str, data: np.ndarray, seg: np.ndarray) -> to
     mask, listed = sampler.draw_volume(data, regions_of(label, labels)[None], seg[0] != OUTSIDE,
                                        trainer.configuration_manager.patch_size,
                                        np.random.default_rng(crc32(case.encode())))
-    spread = None
-    if trainer.settings.hint_watershed:
-        spread = spread_volume(data[:sampler.image_channels], label[0].numpy(), mask[0, 0].numpy(),
-                               seg[0] != OUTSIDE, trainer.configuration_manager.patch_size)
-    return image_hints(label, mask[0], labels, None if listed is None or listed.all() else listed, spread)
+    return whole_image_hints(data[:sampler.image_channels], label, mask[0], torch.from_numpy(seg[0] != OUTSIDE), labels,
+                             trainer.configuration_manager.patch_size, bool(trainer.settings.hint_watershed),
+                             None if listed is None or listed.all() else listed)
 
 
 # ---- writing in other processes -------------------------------------------------------------------------------------
@@ -279,7 +276,8 @@ def validate(trainer, save_probabilities: bool) -> None:
     trainer.find_supervision()  # with --val nothing has done so yet
     trainer.set_deep_supervision_enabled(False)
     trainer.network.eval()
-    branches = ["student", "teacher"] if isinstance(unwrap(trainer.network), TwoBranchUNet) else ["student"]
+    has_teacher = isinstance(unwrap(trainer.network), TwoBranchUNet) and not trainer.student_alone
+    branches = ["student", "teacher"] if has_teacher else ["student"]
     folders = {branch: join(trainer.output_folder, VALIDATION_FOLDERS[branch]) for branch in branches}
     for folder in folders.values():
         maybe_mkdir_p(folder)

@@ -1,0 +1,147 @@
+"""The second stage of a training: the student alone learns, from labels that the teacher has completed.
+
+In the first stage the teacher learns on the fully annotated images to complete annotations, its hints. Then it
+completes the label of each partially annotated training case, once. Annotated voxels stay as they are. From then on the
+student is trained as nnU-Net trains on fully annotated images. In each stage the learning rate falls to zero, because a
+teacher whose learning rate is still high completes labels worse.
+
+A student that learns from the labels of a teacher is self-training (D.-H. Lee, "Pseudo-label", ICML workshop 2013). A
+teacher that is shown weak labels and completes them is known for points (Kim et al., "The devil is in the points:
+weakly semi-supervised instance segmentation via point-guided mask representation", CVPR 2023, arXiv 2303.15062).
+"""
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from batchgenerators.utilities.file_and_folder_operations import load_pickle, write_pickle
+from nnunetv2.preprocessing.preprocessors.default_preprocessor import DefaultPreprocessor
+from nnunetv2.training.lr_scheduler.polylr import PolyLRScheduler
+
+from nnunet_confkd.data.supervision import OUTSIDE, PARTIAL
+from nnunet_confkd.errors import InputError, some
+from nnunet_confkd.training.batches import TrainingCases, real_hints
+from nnunet_confkd.training.hints import whole_image_hints
+from nnunet_confkd.training.validation import CasePredictor
+
+FOLDER = "completed_labels"  # in the folder of the fold
+
+
+class TwoStageLR(PolyLRScheduler):
+    """nnU-Net's learning rate, which falls to zero twice.
+
+    Args:
+        optimizer: The optimiser.
+        initial_lr: The learning rate at the start of each stage.
+        max_steps: The number of epochs.
+        begin: The epoch in which the second stage begins.
+
+    Examples:
+        >>> rates = TwoStageLR(torch.optim.SGD([torch.zeros(1)], 0.1), 0.1, max_steps=10, begin=4)
+        >>> [rates.at(epoch) == 0.1 for epoch in (0, 3, 4, 9)]
+        [True, False, True, False]
+    """
+
+    def __init__(self, optimizer, initial_lr: float, max_steps: int, begin: int):
+        self.begin = begin
+        super().__init__(optimizer, initial_lr, max_steps)
+
+    def at(self, epoch: int) -> float:
+        """Return the learning rate in an epoch."""
+        first, last = (0, self.begin) if epoch < self.begin else (self.begin, self.max_steps)
+        return self.initial_lr * (1 - (epoch - first) / (last - first)) ** self.exponent
+
+    def step(self, current_step: int | None = None) -> None:
+        """Set the learning rate of an epoch."""
+        super().step(current_step)
+        rate = self.at(self.ctr - 1 if current_step is None or current_step == -1 else current_step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self._last_lr = [rate] * len(self.optimizer.param_groups)
+
+
+class CompletedCases(TrainingCases):
+    """nnU-Net's data set, in which some cases have the labels that the teacher has completed.
+
+    Args:
+        dataset: nnU-Net's data set.
+        completed: The cases that have been completed.
+        folder: The folder of their labels.
+
+    Raises:
+        InputError: The label of a case is missing. The text names it.
+    """
+
+    def __init__(self, dataset, completed: Iterable[str], folder: str):
+        super().__init__(dataset)
+        self.completed, self.folder = set(completed), folder
+        missing = sorted(case for case in self.completed if not os.path.isfile(os.path.join(folder, f"{case}.pkl")))
+        if missing:
+            raise InputError(f"{folder}: lacks the completed labels of {some(missing)}. To complete them again, make a "
+                             f"copy of checkpoint_teacher.pth with the name checkpoint_latest.pth, move "
+                             f"checkpoint_final.pth away if there is one, and go on with --c")
+        self.labels = type(dataset)(dataset.source_folder, list(self.completed), folder)
+
+    def load_case(self, case: str):
+        """Load a case as nnU-Net's data set does."""
+        if case not in self.completed:
+            return super().load_case(case)
+        data, _, label, properties = self.labels.load_case(case)
+        return data, label, None, {**properties, **load_pickle(os.path.join(self.folder, f"{case}.pkl"))}
+
+
+def check_second_stage(trainer, kinds: Iterable[str]) -> None:
+    """Raise InputError if a training cannot have a second stage.
+
+    Args:
+        trainer: The trainer.
+        kinds: Those of the training cases.
+    """
+    reasons = {"no training case is partially annotated": PARTIAL not in kinds,
+               "some cases are not annotated for all classes": bool(trainer.hidden),
+               "this is the second stage of a cascade": trainer.is_cascaded,
+               "the teacher sees no hints": not trainer.settings.uses_hints}
+    for reason, holds in reasons.items():
+        if holds:
+            raise InputError(f'confkd: complete_at is above 0, but {reason}; set "complete_at": 0')
+
+
+@torch.no_grad()
+def complete_labels(trainer, cases: Iterable[str]) -> None:
+    """Let the teacher complete the labels of preprocessed cases. With DDP each rank takes its share.
+
+    Args:
+        trainer: The trainer.
+        cases: Names of partially annotated cases.
+    """
+    folder, manager = os.path.join(trainer.output_folder, FOLDER), trainer.label_manager
+    os.makedirs(folder, exist_ok=True)
+    cases = sorted(cases)[trainer.local_rank::dist.get_world_size() if trainer.is_ddp else 1]
+    trainer.print_to_log_file(f"The teacher completes the labels of {len(cases)} training cases")
+    trainer.set_deep_supervision_enabled(False)
+    trainer.network.eval()
+    predict, dataset = CasePredictor(trainer, ["teacher"]), trainer.dataset_class(
+        trainer.preprocessed_dataset_folder, cases)
+    # what nnU-Net's preprocessing collects: places of each class, and annotated ones, from which patches are drawn
+    collected = [*(manager.foreground_regions if manager.has_regions else manager.foreground_labels),
+                 [OUTSIDE, *manager.all_labels]]
+    for case in cases:
+        data, seg, _, _ = dataset.load_case(case)
+        data, seg = np.asarray(data[:]), np.asarray(seg[:])
+        target, mask = map(torch.from_numpy, real_hints(seg.astype(np.int16), manager.ignore_label))
+        hints = whole_image_hints(data, target, mask, torch.from_numpy(seg[0] != OUTSIDE), manager,
+                                  trainer.configuration_manager.patch_size, bool(trainer.settings.hint_watershed))
+        found = manager.convert_logits_to_segmentation(predict(data, None, hints)["teacher"]).numpy()
+        label = np.where(seg == manager.ignore_label, found[None], seg).astype(seg.dtype)
+        file = os.path.join(folder, case)
+        trainer.dataset_class.save_seg(label, file)
+        # last: a case is complete if it is there
+        write_pickle({"class_locations": DefaultPreprocessor._sample_foreground_locations(label, collected)},
+                     f"{file}.pkl")
+    trainer.set_deep_supervision_enabled(trainer.enable_deep_supervision)
+    trainer.network.train()
+    if trainer.is_ddp:
+        dist.barrier()

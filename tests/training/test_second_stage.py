@@ -1,0 +1,159 @@
+"""The second stage of a training, in which the student learns from labels that the teacher has completed."""
+from __future__ import annotations
+
+import shutil
+
+import numpy as np
+import pytest
+import torch
+
+from nnunet_confkd import cli
+from nnunet_confkd.data.supervision import OUTSIDE, PARTIAL
+from nnunet_confkd.errors import InputError
+from nnunet_confkd.training.network import TEACHER_PREFIX, unwrap
+from nnunet_confkd.training.second_stage import FOLDER
+
+HIPPOCAMPUS = "Dataset004_Hippocampus"
+TWO_STAGES = {"complete_at": 0.5, "epochs": 4, "iterations_per_epoch": 2, "seed": 0, "hint_watershed": True}
+SMALL = {"max_patch": 56, "batch_size": 2, "features": (2, 4, 4)}
+
+
+@pytest.fixture(scope="module", params=("2d", "3d_fullres"))
+def trained(request, nnunet, hippocampus):
+    """A whole training: the folder of the fold, and of each iteration the epoch, the rate and what the batch holds."""
+    from nnunet_confkd.training.trainer import ConfKDTrainer
+    steps, train_step = [], ConfKDTrainer.train_step
+
+    def recorded(trainer, batch):
+        ignored = (batch["target"][0] == trainer.label_manager.ignore_label).flatten(1).any(1)
+        result = train_step(trainer, batch)
+        steps.append((trainer.current_epoch, trainer.optimizer.param_groups[0]["lr"], batch["num_full"],
+                      ignored.tolist(), "hint_mask" in batch, {k: float(v) for k, v in result.items()},
+                      list(map(str, batch["keys"]))))
+        return result
+
+    name = nnunet.configure(HIPPOCAMPUS, f"stages_{request.param}", request.param, TWO_STAGES, **SMALL)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ConfKDTrainer, "train_step", recorded)
+        fold = nnunet.train(HIPPOCAMPUS, name)
+    return name, fold, steps
+
+
+def test_the_student_alone_learns_from_whole_labels_in_the_second_stage(trained, hippocampus):
+    _, _, steps = trained
+    first, second = ([step for step in steps if (step[0] >= 2) == late] for late in (False, True))
+    assert len(first) == len(second) == 4
+    for _, _, num_full, ignored, hinted, losses, _ in first:
+        assert (num_full, ignored, hinted) == (1, [False, True], True)
+        assert losses["loss_teacher"] > 0 and losses["loss_kl"] == 0
+    for _, _, num_full, ignored, hinted, losses, _ in second:
+        assert (num_full, ignored, hinted) == (2, [False, False], False)
+        assert losses["loss_teacher"] == losses["loss_kl"] == losses["loss_entropy"] == 0
+        assert losses["loss"] == losses["loss_student"] and losses["annotated_share"] == 1
+    drawn = {case for *_, keys in second for case in keys}
+    assert drawn & set(hippocampus["partial"]) and not drawn & set(hippocampus["unlabelled"])
+
+
+def test_the_learning_rate_falls_to_zero_in_each_stage(trained):
+    rates = dict(step[:2] for step in trained[2])
+    assert rates[0] == rates[2] == 0.01 and rates[1] == rates[3] == pytest.approx(0.01 * 0.5 ** 0.9)
+
+
+def test_the_labels_of_all_partially_annotated_cases_are_completed_once(trained, nnunet, hippocampus):
+    name, fold, _ = trained
+    trainer = nnunet.trainer(HIPPOCAMPUS, name, continue_training=True)
+    kinds, ignore = trainer.find_supervision(), trainer.label_manager.ignore_label
+    train, _ = trainer.do_split()
+    partial = sorted(case for case in train if kinds[case] == PARTIAL)
+    assert len(partial) == 30 and sorted(file.stem for file in (fold / FOLDER).glob("*.pkl")) == partial
+    dataset = trainer.dataset_class(trainer.preprocessed_dataset_folder, partial, str(fold / FOLDER))
+    classes = 0
+    for case in partial:
+        _, seg, label, _ = dataset.load_case(case)
+        seg, label = np.asarray(seg[:]), np.asarray(label[:])
+        known = seg != ignore
+        assert label.dtype == seg.dtype and np.array_equal(label[known], seg[known]) and known.mean() < 0.9
+        assert not (label == ignore).any() and ((label == OUTSIDE) == (seg == OUTSIDE)).all()
+        classes = max(classes, len(np.unique(label[~known])))
+    assert classes > 1, "the teacher has predicted different classes"
+
+
+def test_the_student_alone_is_validated_and_the_teacher_is_kept_beside_it(trained):
+    _, fold, _ = trained
+    before, after = (torch.load(fold / f"checkpoint_{name}.pth", map_location="cpu", weights_only=False)
+                     for name in ("teacher", "final"))
+    assert (before["current_epoch"], after["current_epoch"]) == (2, 4)
+    weights = before["network_weights"], after["network_weights"]
+    assert weights[0].keys() == weights[1].keys() and any(name.startswith(TEACHER_PREFIX) for name in weights[0])
+    assert not torch.equal(*(of["encoder.stages.0.0.convs.0.conv.weight"] for of in weights))
+    assert (fold / "validation" / "summary.json").is_file() and not (fold / "validation_teacher").exists()
+
+
+def test_the_teacher_predicts_from_its_own_checkpoint_alone(trained, nnunet, hippocampus, tmp_path, capsys):
+    name, fold, _ = trained
+    images = tmp_path / "images"
+    images.mkdir()
+    case = hippocampus["validation"][0]
+    shutil.copy(nnunet.raw(HIPPOCAMPUS) / "imagesTr" / f"{case}_0000.nii.gz", images)
+    command = ["predict", "-d", "4", "-i", str(images), "-o", str(tmp_path / "out"), "-c", name, "-f", "0", "-device",
+               "cpu", "-npp", "1", "-nps", "1", "--branch", "teacher"]
+    assert cli.main(command) == 1
+    assert "without its teacher (--branch). The teacher is in checkpoint_teacher.pth" in capsys.readouterr().err
+    assert cli.main([*command, "-chk", "checkpoint_teacher.pth"]) == 0
+    assert (tmp_path / "out" / f"{case}.nii.gz").is_file()
+
+
+def test_a_training_goes_on_in_either_stage(trained, nnunet, tmp_path):
+    name, fold, _ = trained
+
+    def continued(checkpoint: str):
+        trainer = nnunet.trainer(HIPPOCAMPUS, name, continue_training=True)
+        trainer.initialize()
+        trainer.load_checkpoint(str(fold / checkpoint))
+        return trainer
+
+    early, late = continued("checkpoint_teacher.pth"), continued("checkpoint_final.pth")
+    assert (early.current_epoch, early.student_alone) == (2, False)
+    assert (late.current_epoch, late.student_alone) == (4, True)
+    early.output_folder = str(tmp_path / "fold_0")
+    (tmp_path / "fold_0").mkdir()
+    early.on_train_start()
+    assert next(early.dataloader_train)["num_full"] == 1
+    early.on_epoch_start()  # completes the labels again, with the same teacher
+    assert early.student_alone and next(early.dataloader_train)["num_full"] == 2
+    first, again = (sorted((folder / FOLDER).glob("*.b2nd")) for folder in (fold, tmp_path / "fold_0"))
+    assert len(first) == len(again) > 0
+    for files in zip(first, again):
+        import blosc2
+        assert np.array_equal(*(blosc2.open(str(file))[:] for file in files))
+    late.output_folder = str(tmp_path / "empty")
+    with pytest.raises(InputError, match="empty/completed_labels: lacks the completed labels of .*checkpoint_teacher"):
+        late.get_dataloaders()
+
+
+def test_without_the_teacher_the_students_gradient_is_that_of_a_plain_network(nnunet, hippocampus):
+    name = nnunet.configure(HIPPOCAMPUS, "stages_step", "2d", TWO_STAGES, **SMALL)
+    trainer = nnunet.trainer(HIPPOCAMPUS, name)
+    trainer.initialize()
+    network, images = unwrap(trainer.network), torch.randn(2, 1, 56, 56)
+    student, teacher = network(images, 2, with_teacher=False)
+    assert teacher is None
+    sum(logits.square().sum() for logits in student).backward()
+    found = {key: p.grad.clone() for key, p in network.named_parameters()}  # DDP needs a gradient of each
+    network.zero_grad()
+    sum(logits.square().sum() for logits in network.decoder(network.encoder(images))).backward()
+    for key, p in network.named_parameters():
+        expected = torch.zeros_like(p) if key.startswith(TEACHER_PREFIX) else p.grad
+        assert torch.equal(found[key], expected), key
+
+
+@pytest.mark.parametrize("settings, keep, text", [
+    ({}, lambda kind: kind != PARTIAL, "no training case is partially annotated"),
+    ({"teacher_hints": False}, lambda kind: True, "the teacher sees no hints")])
+def test_what_cannot_be_completed_is_told_before_the_training(nnunet, hippocampus, settings, keep, text):
+    name = nnunet.configure(HIPPOCAMPUS, f"stages_{len(settings)}", "2d", TWO_STAGES | settings, **SMALL)
+    trainer = nnunet.trainer(HIPPOCAMPUS, name)
+    kinds, split = trainer.find_supervision(), trainer.do_split()
+    trainer.do_split = lambda: ([case for case in split[0] if keep(kinds[case])], split[1])
+    with pytest.raises(InputError, match=f'complete_at is above 0, but {text}; set "complete_at": 0'):
+        trainer.get_dataloaders()
