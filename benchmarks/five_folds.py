@@ -22,7 +22,7 @@ from accuracy import FOLDS, TABLES, Row, Table, largest_components, predictions,
 from accuracy import ROWS as USUAL_ROWS
 from accuracy_report import gain_text as text_of_gain
 from accuracy_report import patients_in, read_runs
-from equal_terms import COST, COST_CUTMIX, HOW, LONG, choice_of, longer, measure_all, parsed
+from equal_terms import COST, COST_COMPLETES, COST_CUTMIX, HOW, LONG, choice_of, longer, measure_all, parsed
 from equal_terms import ROWS as EQUAL_ROWS
 from step_time import insert
 
@@ -63,12 +63,10 @@ ROWS: dict[str, Row] = {
     "confkd": Row("ConfKD with hints"),
     "confkd_cost": Row("ConfKD with hints, at equal cost", steps=1 / COST),
     "confkd_cutmix_cost": Row("ConfKD, at equal cost", settings={"weight_kl": 3.0}, steps=1 / COST_CUTMIX),
-    "two_stages_cost": Row("first a teacher without KL that completes the labels, then stock nnU-Net, at equal cost",
-                           "nnUNetTrainer", "completed"),
+    "completes_cost": Row("ConfKD, the teacher completes the labels, at equal cost",
+                          settings={"complete_at": 0.25, "teacher_trains_encoder": True}, steps=1 / COST_COMPLETES),
     "all": replace(USUAL_ROWS["all"], title="everything annotated"),
 }
-# the first stage of the row two_stages_cost: what the trainer chooses, but for these settings
-FIRST = Row("ConfKD without KL", settings={"kl_ramp_start": 1.0, "kl_ramp_end": 1.0, "teacher_trains_encoder": True})
 USUAL = ("full_only", "ignore_uniform", "ignore", "confkd_cost", "all")
 ALSO_LONGER = ("full_only", "ignore", "confkd_cost", "all")
 ROWS |= longer(ROWS, ALSO_LONGER)
@@ -78,7 +76,7 @@ RIVAL = dict.fromkeys(("unlabelled", *NO_TEACHER), "full_only")
 ROWS_OF = dict.fromkeys(SETTINGS, USUAL) | dict.fromkeys(NO_TEACHER, ("full_only", "ignore_uniform", "ignore", "all"))
 ROWS_OF |= {
     "scribbles": tuple(name for name in ROWS if name != "confkd_cutmix_cost"),
-    "erosion": (*USUAL, "two_stages_cost", *(name + LONG for name in ALSO_LONGER)),
+    "erosion": (*USUAL, "completes_cost", *(name + LONG for name in ALSO_LONGER)),
     "erosion_foreground": tuple(name for name in ROWS if "cutmix" not in name),
     "unlabelled": ("full_only", "full_cutmix", "confkd_cutmix_cost", "all")}
 
@@ -95,15 +93,13 @@ def work_folder(root: Path, setting: str, fold: int) -> Path:
 
 def home_of(setting: str, row: str) -> str:
     """The setting in which a row is run: that of the setting, unless it does not depend on weak labels."""
-    if ROWS[row].labels in ("mixed", "completed"):
+    if ROWS[row].labels == "mixed":
         return setting
     return next((same[0] for same in SAME_IMAGES if setting in same), setting)
 
 
 def specs_of(setting: str, fold: int, rows: Iterable[str], seeds: list[int]) -> list[dict]:
     """The runs of some rows. Rows that are compared with fewer full patients are run for the first number alone."""
-    import two_stages  # which imports this module
-
     table, specs = table_of(setting, fold), []
     for seed in seeds:
         for name in rows:
@@ -112,13 +108,7 @@ def specs_of(setting: str, fold: int, rows: Iterable[str], seeds: list[int]) -> 
             row = ROWS[name]
             numbers = (0,) if row.labels == "all" else table.full if name in USUAL else table.full[:1]
             iterations = round(table.iterations * row.steps / table.epoch) * table.epoch
-            if row.labels == "completed":
-                before, iterations = two_stages.lengths(table, table.iterations, two_stages.SHARES["teacher"], COST)
-            of_row = [spec_of(table, name, full, seed, "cpu", iterations, "test", row) for full in numbers]
-            if row.labels == "completed":
-                of_row = [spec | {"first": spec_of(table, name + two_stages.FIRST, spec["full"], seed, "cpu", before,
-                                                   "validation", FIRST)} for spec in of_row]
-            specs += of_row
+            specs += [spec_of(table, name, full, seed, "cpu", iterations, "test", row) for full in numbers]
     return specs
 
 
@@ -314,11 +304,8 @@ def main() -> None:
         return prepare(table, args.data / table.data,
                        args.data / "acdc_scribbles" if table.style == "scribbles" else None, args.work)
     if args.run:
-        spec, measure = json.loads(args.run), partial(measured, folder=args.work / "predictions")
-        if "first" in spec:
-            import two_stages
-            return print(two_stages.run_both(spec, args.work, args.output, measure))
-        return print(run(spec, args.work, args.output, measured=measure))
+        return print(run(json.loads(args.run), args.work, args.output,
+                         measured=partial(measured, folder=args.work / "predictions")))
     if not args.report:
         measure_all(args, __file__, specs_of, work_folder)
     text = report(args.output)

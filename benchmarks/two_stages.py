@@ -4,11 +4,10 @@
     python benchmarks/two_stages.py --report
 
 Half of the cost of a training (30 % in the row `teacher`) goes to a first network. It completes the labels of its
-training cases, as `confkd complete` does; a teacher is shown their annotations. The other half goes to a stock
-network that starts from the student's weights (`-pretrained_weights`), and learns from the completed labels. To
-complete takes time as well, which does not grow with the length of the training and is not counted. In the row
-`watershed` a watershed completes the labels (`confkd complete --watershed`), and a stock network learns from them for
-the whole time.
+training cases, as `confkd complete` does; a teacher is shown their annotations. The other half goes to a stock network that starts from the
+student's weights (`-pretrained_weights`), and learns from the completed labels. To complete takes time as well, which
+does not grow with the length of the training and is not counted. In the row `watershed` a watershed completes the
+labels (`confkd complete --watershed`), and a stock network learns from them for the whole time.
 
 The protocol is that of equal_terms.py: validation patients, raw and after post-processing. The rivals are its trainings
 of the same length. Each run writes the JSON files of both stages into benchmarks/two_stages/SETTING_DRAW/. `--report`
@@ -75,7 +74,8 @@ def specs_of(setting: str, draw: int, rows: list[str], seeds: list[int]) -> list
                 stock = Row("stock nnU-Net on the labels that a watershed completed", "nnUNetTrainer", "completed")
                 specs.append(spec_of(table, name, full, seed, "cpu", total, "validation", stock))
                 continue
-            iterations, rest = lengths(table, total, SHARES.get(row, 0.5), cost)
+            iterations = int(total * SHARES.get(row, 0.5) / cost / table.epoch) * table.epoch
+            rest = int((total - iterations * cost) / table.epoch) * table.epoch
             first = equal_terms.ROWS[FIRST_STAGES[setting][row]]
             second = Row(f"{TITLES[row]}, then stock nnU-Net on the completed labels", "nnUNetTrainer", "completed")
             specs.append(spec_of(table, name, full, seed, "cpu", rest, "validation", second) | {
@@ -83,35 +83,11 @@ def specs_of(setting: str, draw: int, rows: list[str], seeds: list[int]) -> list
     return specs
 
 
-def lengths(table: equal_terms.Table, total: int, share: float, cost: float) -> tuple[int, int]:
-    """How many iterations the two stages have, in whole epochs.
-
-    Args:
-        table: The table.
-        total: What both may cost, in iterations of the second stage.
-        share: Of it that the first stage may cost.
-        cost: Of an iteration of the first stage.
-    """
-    first = int(total * share / cost / table.epoch) * table.epoch
-    return first, int((total - first * cost) / table.epoch) * table.epoch
-
-
 # ---- one run --------------------------------------------------------------------------------------------------------
 
-def run_both(spec: dict, work: Path, output: Path, measured_last: Callable[..., dict] | None = None) -> str:
-    """Run both stages; a finished first stage is not run again. Returns a line to print.
-
-    Args:
-        spec: Of :func:`specs_of`.
-        work: The folder of the data and trainings.
-        output: The folder of the JSON files. With `measured_last` that of the first stage is in the folder `first` of
-            `work`.
-        measured_last: What measures the second stage, see :func:`accuracy.run`. Its "completed" becomes what the first
-            stage has completed. None: as in equal_terms.py.
-    """
-    dataset_id = 950 + 10 * spec["seed"] + (ROWS.index(spec["name"]) if spec["name"] in ROWS else len(ROWS))
-    of_first = work / "first" if measured_last else output
-    of_first.mkdir(exist_ok=True)
+def run_both(spec: dict, work: Path, output: Path) -> str:
+    """Run both stages; a finished first stage is not run again. Returns a line to print."""
+    dataset_id = 950 + 10 * spec["seed"] + ROWS.index(spec["name"])
     name, weights = f"Dataset{dataset_id:03d}_Completed{dataset_id}", work / f"{run_name(spec)}.pth"
 
     def remove() -> None:
@@ -134,18 +110,12 @@ def run_both(spec: dict, work: Path, output: Path, measured_last: Callable[..., 
 
     if "first" not in spec:
         return run_on_watershed(spec, work, output, dataset_id, remove)
-    first = of_first / f"{run_name(spec['first'])}.json"
-    if not first.is_file():
+    if not (output / f"{run_name(spec['first'])}.json").is_file():
         remove()  # of a first stage that was cut off
-        print(run(spec["first"], work, of_first, measured=complete), flush=True)
+        print(run(spec["first"], work, output, measured=complete), flush=True)
     if not (work / "preprocessed" / name / "nnUNetPlans.json").is_file():
         planned(equal_terms.Table(**spec["table"]), [dataset_id])
-
-    def with_completed(*of_run) -> dict:
-        return measured_last(*of_run) | {KEY: json.loads(first.read_text())[KEY]}
-
-    text = run(spec, work, output, teacher=False, dataset_id=dataset_id, begin=from_student,
-               measured=with_completed if measured_last else None)
+    text = run(spec, work, output, teacher=False, dataset_id=dataset_id, begin=from_student)
     remove()
     os.remove(weights)
     return text

@@ -45,10 +45,8 @@ def test_rows_that_do_not_depend_on_weak_labels_are_run_once(module):
     names = {setting: [(spec["name"], spec["full"]) for spec in module.specs_of(setting, 0, module.ROWS, [0])]
              for setting in module.SETTINGS}
     assert ("all", 0) in names["scribbles"] and ("full_only", 7) in names["scribbles"]
-    assert names["erosion"] == [("ignore_uniform", 3), ("ignore", 3), ("confkd_cost", 3), ("two_stages_cost", 3),
+    assert names["erosion"] == [("ignore_uniform", 3), ("ignore", 3), ("confkd_cost", 3), ("completes_cost", 3),
                                 ("ignore_long", 3), ("confkd_cost_long", 3)]
-    both = next(spec for spec in module.specs_of("erosion", 0, ["two_stages_cost"], [0]))
-    assert (both["first"]["iterations"], both["iterations"]) == (1500, 4250) and both["first"]["on"] == "validation"
     assert names["unlabelled"] == [("confkd_cutmix_cost", 3)] and ("paper", 1) not in names["scribbles"]
     assert ("full_cutmix", 3) in names["scribbles"], "the unlabelled setting compares with it"
     long = {spec["name"]: spec["iterations"] for spec in module.specs_of("scribbles", 0, module.ROWS, [0])}
