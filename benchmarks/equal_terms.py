@@ -207,7 +207,8 @@ ROWS |= {name: replace(ROWS[of], title=f"{ROWS[of].title}; a watershed spreads t
                           ("apart_corrected_watershed_cost", "apart_corrected_reach_cost"))}
 # A second stage, in which the student alone learns from labels that the teacher has completed.
 ROWS |= {name: replace(ROWS[of], title=f"{ROWS[of].title}; the teacher completes the labels, after a quarter",
-                       settings=ROWS[of].settings | {"complete_at": 0.25, "teacher_trains_encoder": True},
+                       settings=ROWS[of].settings | {"complete_at": 0.25, "weight_kl": 0.0,
+                                                        "teacher_trains_encoder": True},
                        steps=1 / COST_COMPLETES)
          for name, of in (("completes_cost", "apart_watershed_cost"), ("completes_equal_cost", "equal_cost"),
                           ("completes_corrected_cost", "apart_corrected_watershed_cost"))}

@@ -4,10 +4,11 @@
     python benchmarks/two_stages.py --report
 
 Half of the cost of a training (30 % in the row `teacher`) goes to a first network. It completes the labels of its
-training cases, as `confkd complete` does; a teacher is shown their annotations. The other half goes to a stock network that starts from the
-student's weights (`-pretrained_weights`), and learns from the completed labels. To complete takes time as well, which
-does not grow with the length of the training and is not counted. In the row `watershed` a watershed completes the
-labels (`confkd complete --watershed`), and a stock network learns from them for the whole time.
+training cases, as `confkd complete` does; a teacher is shown their annotations. The other half goes to a stock
+network that starts from the student's weights (`-pretrained_weights`), and learns from the completed labels. To
+complete takes time as well, which does not grow with the length of the training and is not counted. In the row
+`watershed` a watershed completes the labels (`confkd complete --watershed`), and a stock network learns from them for
+the whole time.
 
 The protocol is that of equal_terms.py: validation patients, raw and after post-processing. The rivals are its trainings
 of the same length. Each run writes the JSON files of both stages into benchmarks/two_stages/SETTING_DRAW/. `--report`

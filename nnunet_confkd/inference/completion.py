@@ -234,8 +234,8 @@ def _uses_hints(model: Path, folds: list[str]) -> bool:
         record = read_json(file)
         try:
             settings = record["settings"]  # may be of another version of this package
-            found.append(settings["teacher_hints"] and settings["weight_kl"] != 0 and settings["kl_images"] != "full"
-                         and PARTIAL in record["supervision"].values())
+            uses = settings["weight_kl"] != 0 and settings["kl_images"] != "full" or settings.get("complete_at")
+            found.append(bool(settings["teacher_hints"] and uses and PARTIAL in record["supervision"].values()))
         except (AttributeError, KeyError, TypeError) as error:
             raise InputError(f"{file}: is not the record of a ConfKD training; train again, or use --branch "
                              "student") from error

@@ -89,8 +89,9 @@ class CompletedCases(TrainingCases):
         """Load a case as nnU-Net's data set does."""
         if case not in self.completed:
             return super().load_case(case)
-        data, _, label, properties = self.labels.load_case(case)
-        return data, label, None, {**properties, **load_pickle(os.path.join(self.folder, f"{case}.pkl"))}
+        data, _, seg_prev, properties = super().load_case(case)
+        _, _, label, _ = self.labels.load_case(case)
+        return data, label, seg_prev, {**properties, **load_pickle(os.path.join(self.folder, f"{case}.pkl"))}
 
 
 def check_second_stage(trainer, kinds: Iterable[str]) -> None:
@@ -102,7 +103,6 @@ def check_second_stage(trainer, kinds: Iterable[str]) -> None:
     """
     reasons = {"no training case is partially annotated": PARTIAL not in kinds,
                "some cases are not annotated for all classes": bool(trainer.hidden),
-               "this is the second stage of a cascade": trainer.is_cascaded,
                "the teacher sees no hints": not trainer.settings.uses_hints}
     for reason, holds in reasons.items():
         if holds:
@@ -123,18 +123,19 @@ def complete_labels(trainer, cases: Iterable[str]) -> None:
     trainer.print_to_log_file(f"The teacher completes the labels of {len(cases)} training cases")
     trainer.set_deep_supervision_enabled(False)
     trainer.network.eval()
-    predict, dataset = CasePredictor(trainer, ["teacher"]), trainer.dataset_class(
-        trainer.preprocessed_dataset_folder, cases)
+    dataset = trainer.dataset_class(trainer.preprocessed_dataset_folder, cases,
+                                    folder_with_segs_from_previous_stage=trainer.folder_with_segs_from_previous_stage)
+    predict = CasePredictor(trainer, ["teacher"])
     # what nnU-Net's preprocessing collects: places of each class, and annotated ones, from which patches are drawn
     collected = [*(manager.foreground_regions if manager.has_regions else manager.foreground_labels),
                  [OUTSIDE, *manager.all_labels]]
     for case in cases:
-        data, seg, _, _ = dataset.load_case(case)
-        data, seg = np.asarray(data[:]), np.asarray(seg[:])
+        data, seg, seg_prev, _ = dataset.load_case(case)
+        data, seg, seg_prev = (values if values is None else np.asarray(values[:]) for values in (data, seg, seg_prev))
         target, mask = map(torch.from_numpy, real_hints(seg.astype(np.int16), manager.ignore_label))
         hints = whole_image_hints(data, target, mask, torch.from_numpy(seg[0] != OUTSIDE), manager,
                                   trainer.configuration_manager.patch_size, bool(trainer.settings.hint_watershed))
-        found = manager.convert_logits_to_segmentation(predict(data, None, hints)["teacher"]).numpy()
+        found = manager.convert_logits_to_segmentation(predict(data, seg_prev, hints)["teacher"]).numpy()
         label = np.where(seg == manager.ignore_label, found[None], seg).astype(seg.dtype)
         file = os.path.join(folder, case)
         trainer.dataset_class.save_seg(label, file)

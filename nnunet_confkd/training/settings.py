@@ -76,7 +76,8 @@ class Settings:
     weight_student: float = _setting("losses", 1.0, WEIGHTS, "weight of L_w, the student's supervised loss")
     weight_kl: float | None = _setting("losses", None, WEIGHTS,
                                        "weight of L_kd, the distillation from teacher to student. Null means 3, but 0 "
-                                       "without a teacher")
+                                       "without a teacher, and if the student learns from completed labels "
+                                       "instead (`complete_at`)")
     weight_entropy: float | None = _setting("losses", None, WEIGHTS,
                                             "weight of L_ent, the student's entropy. Null means 0.01, but 0 without a "
                                             "teacher")
@@ -108,7 +109,7 @@ class Settings:
     teacher_hints: bool = _setting("teacher", True, (),
                                    "whether the teacher also sees annotated voxels: real annotations on partially "
                                    "annotated images, simulated ones on fully annotated images. It does so only if "
-                                   "the KL acts on images that are not fully annotated")
+                                   "the KL acts on images that are not fully annotated, or if it completes labels")
 
     hint_reach: int | None = _setting("teacher", None, (0, 100), "how many voxels a hint reaches at each of the lower "
                                       "resolutions, where it fades with the distance. 0: the annotated voxels alone. "
@@ -126,10 +127,12 @@ class Settings:
                                                    "both kinds of images have equal weights in L_w (`equal_kinds`) "
                                                    "and partially annotated cases annotate background; else true")
 
-    complete_at: float = _setting("teacher", 0.0, (0, 0.95),
-                                  "share of the epochs after which the teacher completes the labels of the partially "
-                                  "annotated training cases. From then on the student alone is trained, on these "
-                                  "labels, and there is no KL at all. The learning rate falls to zero twice. 0: never")
+    complete_at: float | None = _setting("teacher", None, (0, 0.95),
+                                         "share of the epochs after which the teacher completes the labels of the "
+                                         "partially annotated training cases. From then on the student alone is "
+                                         "trained, on these labels. The learning rate falls to zero twice. 0: never. "
+                                         "Null means 0.25 if the teacher sees hints that a watershed spreads and "
+                                         "`weight_kl` is null, too, which then means 0; else 0")
 
     cutmix: float | None = _setting("batches", None, SHARES,
                                     "share of the iterations in which the student's images exchange boxes, with their "
@@ -233,8 +236,8 @@ class Settings:
 
     @property
     def uses_hints(self) -> bool:
-        """Whether the teacher learns to use hints."""
-        return self.teacher_hints and self.kl_on_non_full
+        """Whether the teacher learns to use hints, or may do so if settings are null."""
+        return self.teacher_hints and (self.kl_on_non_full or bool(self.complete_at and self.weight_teacher))
 
     def kl_ramp(self, progress: float) -> float:
         """Compute the factor of the KL's weight, which rises linearly from `kl_ramp_start` to `kl_ramp_end`.
@@ -243,10 +246,8 @@ class Settings:
             progress: Share of the iterations that are done, from 0 to 1.
 
         Returns:
-            From 0 to 1. 0 if the student learns from completed labels instead (`complete_at`).
+            From 0 to 1.
         """
-        if self.complete_at:
-            return 0.0
         start, end = self.kl_ramp_start, self.kl_ramp_end
         if progress >= end:
             return 1.0

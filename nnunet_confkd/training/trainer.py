@@ -146,8 +146,7 @@ class ConfKDTrainer(nnUNetTrainer):
         self.continued = False  # -> load_checkpoint
         self.record: dict = {}  # -> get_tr_and_val_datasets
         self.first_epoch = 0  # of this process; -> on_train_start
-        share = self.settings.complete_at
-        self.second_stage = max(1, round(share * self.num_epochs)) if share else None  # the epoch in which it begins
+        self.second_stage: int | None = None  # the epoch in which it begins; -> initialize
         self.student_alone = False  # in the second stage
         self.divergence = Divergence(self.settings.max_nonfinite_steps)
         self._add_missing_curves()
@@ -157,6 +156,7 @@ class ConfKDTrainer(nnUNetTrainer):
     def initialize(self):
         if not self.was_initialized:
             self.choose_network()
+            self._choose_second_stage()
         if self.settings.seed is not None:
             set_seed(self.settings.seed)  # equal on all ranks, which start from equal weights
         super().initialize()
@@ -517,12 +517,21 @@ class ConfKDTrainer(nnUNetTrainer):
 
     # ---- the second stage -------------------------------------------------------------------------------------------
 
+    def _choose_second_stage(self) -> None:
+        """Choose the epoch in which the second stage begins, if there is one."""
+        share = self.settings.complete_at
+        if share and self.asked.complete_at is None:  # a fold may have no partially annotated training case
+            kinds, (train, _) = self.find_supervision(), self.do_split()
+            share *= PARTIAL in (kinds.get(case) for case in train)
+        self.second_stage = max(1, round(share * self.num_epochs)) if share else None
+
     def _completed_cases(self, cases: TrainingCases) -> tuple[CompletedCases, dict]:
         """The training cases with the labels that the teacher has completed, without unlabelled ones; and the options
         of their loader."""
         partial = [case for case in cases.identifiers if self.kinds[case] == PARTIAL]
         full = [case for case in cases.identifiers if self.kinds[case] == FULL]
-        dataset = self.dataset_class(self.preprocessed_dataset_folder, full + partial)
+        dataset = self.dataset_class(self.preprocessed_dataset_folder, full + partial,
+                                     folder_with_segs_from_previous_stage=self.folder_with_segs_from_previous_stage)
         completed = CompletedCases(dataset, partial, join(self.output_folder, FOLDER))
         return completed, {"kinds": dict.fromkeys(full + partial, FULL), "full_share": 1.0}
 

@@ -14,7 +14,8 @@ from nnunet_confkd.training.network import TEACHER_PREFIX, unwrap
 from nnunet_confkd.training.second_stage import FOLDER
 
 HIPPOCAMPUS = "Dataset004_Hippocampus"
-TWO_STAGES = {"complete_at": 0.5, "epochs": 4, "iterations_per_epoch": 2, "seed": 0, "hint_watershed": True}
+TWO_STAGES = {"complete_at": 0.5, "weight_kl": 0.0, "epochs": 4, "iterations_per_epoch": 2, "seed": 0,
+              "hint_watershed": True}
 SMALL = {"max_patch": 56, "batch_size": 2, "features": (2, 4, 4)}
 
 
@@ -155,5 +156,6 @@ def test_what_cannot_be_completed_is_told_before_the_training(nnunet, hippocampu
     trainer = nnunet.trainer(HIPPOCAMPUS, name)
     kinds, split = trainer.find_supervision(), trainer.do_split()
     trainer.do_split = lambda: ([case for case in split[0] if keep(kinds[case])], split[1])
+    trainer.initialize()
     with pytest.raises(InputError, match=f'complete_at is above 0, but {text}; set "complete_at": 0'):
         trainer.get_dataloaders()
