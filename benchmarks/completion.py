@@ -53,8 +53,7 @@ def measured(trainer, *choice, dataset_id: int = ID, keep: bool = False) -> dict
     """
     from filelock import FileLock
 
-    from nnunet_confkd.inference.completion import CHECKPOINT, TrainedModel, complete
-    from nnunet_confkd.training.names import TEACHER_CHECKPOINT
+    from nnunet_confkd.inference.completion import TrainedModel, complete
 
     source = raw_folder() / trainer.plans_manager.dataset_name
     if PARTIAL not in read_json(source / "dataset.json").get(TABLE_KEY, {}).values():
@@ -63,8 +62,7 @@ def measured(trainer, *choice, dataset_id: int = ID, keep: bool = False) -> dict
     branch = "teacher" if getattr(trainer, "two_branches", False) else "student"
     model, cases = Path(trainer.output_folder).parent, {}
     with FileLock(source.with_suffix(".lock")):  # runs that end at once take turns
-        checkpoint = TEACHER_CHECKPOINT if getattr(trainer, "student_alone", False) else CHECKPOINT
-        folder = complete(source.name, TrainedModel(model, branch, checkpoint=checkpoint, device="cpu"), dataset_id,
+        folder = complete(source.name, TrainedModel(model, branch, device="cpu"), dataset_id,
                           name=f"Completed{dataset_id}", processes=1, link=True)
         for case in read_json(folder / "dataset.json")[KEY][-1]["cases"]:
             file = f"{case}{trainer.dataset_json['file_ending']}"

@@ -28,7 +28,7 @@ from nnunet_confkd.arguments import unknown_arguments
 from nnunet_confkd.device import OPTION_HELP, choose_device, cpu_threads
 from nnunet_confkd.discovery import make_findable
 from nnunet_confkd.errors import InputError, some
-from nnunet_confkd.training.names import BRANCHES
+from nnunet_confkd.training.names import BRANCHES, TEACHER_CHECKPOINT
 
 DEFAULT_TRAINER = "ConfKDTrainer"
 ENTRY_POINTS = {
@@ -507,6 +507,8 @@ def predict(argv: list[str], afterwards: Callable[[Any], object] = lambda predic
         args.tr = args.tr or DEFAULT_TRAINER
         argv = with_options(argv, "-tr", args.tr)
     model = check_model(args)
+    if own.branch == "teacher" and "-chk" not in argv and (model / f"fold_{args.f[0]}" / TEACHER_CHECKPOINT).is_file():
+        args.chk, argv = TEACHER_CHECKPOINT, with_options(argv, "-chk", TEACHER_CHECKPOINT)
     if own.branch != "student":
         _require_teacher(model / f"fold_{args.f[0]}" / args.chk)
 

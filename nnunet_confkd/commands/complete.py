@@ -36,7 +36,8 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--fold", "--folds", nargs="+", metavar="F",
                         help="folds whose mean predicts; default: all that are trained")
     parser.add_argument("-chk", "--checkpoint", metavar="NAME",
-                        help="default: checkpoint_final.pth")
+                        help="default: checkpoint_final.pth; with --branch teacher checkpoint_teacher.pth, if there is "
+                             "one")
     parser.add_argument("-device", choices=("cuda", "cpu", "mps"), help=OPTION_HELP)
     parser.add_argument("--processes", type=int, default=PROCESSES)
     parser.add_argument("--link", action="store_true",
@@ -48,9 +49,9 @@ def main(argv: list[str]) -> None:
     require_model(args.model)
     from nnunet_confkd.data.raw_format import summary
     from nnunet_confkd.inference.completed_dataset import KEY
-    from nnunet_confkd.inference.completion import CHECKPOINT, TrainedModel, complete
+    from nnunet_confkd.inference.completion import TrainedModel, complete
 
-    model = TrainedModel(args.model, args.branch or "student", args.fold, args.checkpoint or CHECKPOINT, args.device)
+    model = TrainedModel(args.model, args.branch or "student", args.fold, args.checkpoint, args.device)
     folder = complete(args.d, model, args.id, confidence=args.confidence, name=args.name, processes=args.processes,
                       link=args.link)
     described = json.loads((folder / "dataset.json").read_text(encoding="utf-8"))

@@ -61,13 +61,19 @@ def load_checkpoint(path: str | Path) -> dict:
     return checkpoint
 
 
+def teacher_predicts(path: str | Path, checkpoint: dict) -> bool:
+    """Whether a checkpoint has a teacher that predicts: if it has completed labels, the encoder has left it behind."""
+    init = checkpoint["init_args"]
+    settings = init["plans"]["configurations"][init["configuration"]].get("confkd", {})
+    return has_teacher(checkpoint["network_weights"]) and (
+        not settings.get("complete_at") or Path(path).name == TEACHER_CHECKPOINT)
+
+
 def require_teacher(path: str | Path, checkpoint: dict, option: str) -> None:
     """Raise InputError if a checkpoint has no teacher, because the option that chooses a branch has no effect then."""
     if not has_teacher(checkpoint["network_weights"]):
         raise InputError(f"{path}: holds no teacher, so {option} has nothing to choose from")
-    init = checkpoint["init_args"]
-    settings = init["plans"]["configurations"][init["configuration"]].get("confkd", {})
-    if settings.get("complete_at") and Path(path).name != TEACHER_CHECKPOINT:
+    if not teacher_predicts(path, checkpoint):
         raise InputError(f"{path}: was trained further without its teacher ({option}). The teacher is in "
                          f"{TEACHER_CHECKPOINT} beside it: add -chk {TEACHER_CHECKPOINT}")
 

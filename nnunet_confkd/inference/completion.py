@@ -39,6 +39,7 @@ from nnunet_confkd.inference.uncertainty import write_map
 from nnunet_confkd.processes import PROCESSES
 from nnunet_confkd.training.batches import real_hints
 from nnunet_confkd.training.hints import whole_image_hints
+from nnunet_confkd.training.names import TEACHER_CHECKPOINT
 from nnunet_confkd.training.network import has_teacher, predicting, unwrap
 
 CHECKPOINT = "checkpoint_final.pth"
@@ -56,7 +57,7 @@ class TrainedModel:
         branch: "student", "teacher" or "mean" (of the logits). A teacher that was trained with hints
             (:mod:`nnunet_confkd.training.hints`) gets the annotations of the case as its hints.
         folds: The folds whose logits are averaged. None: all that have the checkpoint.
-        checkpoint: The name of the checkpoint.
+        checkpoint: The name of the checkpoint. None: the final one; for the teacher that of its own, if it has one.
         device: "cuda", "cpu" or "mps". None: cuda where there is one.
 
     Examples:
@@ -66,8 +67,15 @@ class TrainedModel:
     folder: Path
     branch: str = "student"
     folds: list[str] | None = None
-    checkpoint: str = CHECKPOINT
+    checkpoint: str | None = None
     device: str | None = None
+
+    @property
+    def checkpoint_name(self) -> str:
+        """The name of the checkpoint that predicts."""
+        kept = self.branch == "teacher" and any((fold / TEACHER_CHECKPOINT).is_file()
+                                                for fold in fold_folders(self.folder))
+        return self.checkpoint or (TEACHER_CHECKPOINT if kept else CHECKPOINT)
 
 
 def complete(source: int | str, model: TrainedModel, dataset_id: int, *, confidence: float | None = None,
@@ -110,7 +118,8 @@ def complete(source: int | str, model: TrainedModel, dataset_id: int, *, confide
     hints = two_branches and model.branch != "student" and _uses_hints(model.folder, folds)
     about = {"model": model.folder.resolve().name,
              "model_dataset": predictor.plans_manager.dataset_name, "branch": model.branch if two_branches else None,
-             "hints": hints, "folds": folds, "checkpoint": model.checkpoint, "confidence": confidence, "note": NOTE}
+             "hints": hints, "folds": folds, "checkpoint": model.checkpoint_name, "confidence": confidence,
+             "note": NOTE}
     dataset = completed.dataset
     with new_dataset(dataset_id, dataset.name) as (target, preprocessed):
         completed.check(processes)
@@ -166,7 +175,7 @@ def _load_predictor(model: TrainedModel) -> tuple[_CompletingPredictor, list[str
     folds = _choose_folds(model)
     make_findable()
     for fold in folds:
-        file = model.folder / f"fold_{fold}" / model.checkpoint
+        file = model.folder / f"fold_{fold}" / model.checkpoint_name
         checkpoint = load_checkpoint(file)
         if model.branch != "student":
             require_teacher(file, checkpoint, f"--branch {model.branch}")
@@ -185,20 +194,21 @@ def _load_predictor(model: TrainedModel) -> tuple[_CompletingPredictor, list[str
     predictor.completions = {}
     try:
         with predicting(model.branch):
-            predictor.initialize_from_trained_model_folder(str(model.folder), folds, model.checkpoint)
+            predictor.initialize_from_trained_model_folder(str(model.folder), folds, model.checkpoint_name)
     except RuntimeError as error:
-        raise InputError(f"{model.folder}: the weights of {model.checkpoint} do not fit the network of plans.json: "
-                         f"{error}") from error
+        raise InputError(f"{model.folder}: the weights of {model.checkpoint_name} do not fit the network of "
+                         f"plans.json: {error}") from error
     return predictor, folds
 
 
 def _choose_folds(model: TrainedModel) -> list[str]:
     """Return the folds that were asked for, or all that have the checkpoint; "all" only if there is no other."""
-    trained = [fold.name[len("fold_"):] for fold in fold_folders(model.folder) if (fold / model.checkpoint).is_file()]
+    trained = [fold.name[len("fold_"):] for fold in fold_folders(model.folder)
+               if (fold / model.checkpoint_name).is_file()]
     folds = [str(fold) for fold in model.folds or [fold for fold in trained if fold != "all"] or trained]
     missing = sorted(set(folds) - set(trained))
     if missing or not folds:
-        raise InputError(f"{model.folder}: has no {model.checkpoint} of "
+        raise InputError(f"{model.folder}: has no {model.checkpoint_name} of "
                          + (f"fold {', '.join(missing)}" if folds else "any fold")
                          + "; train first, or choose other --folds or another --checkpoint")
     return folds

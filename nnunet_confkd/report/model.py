@@ -13,8 +13,7 @@ from nnunet_confkd.data.annotated_classes import CLASSES_KEY, annotated_classes,
 from nnunet_confkd.data.json_files import read_description, read_json, read_plans, read_record, split_of_fold
 from nnunet_confkd.data.supervision import FULL, TABLE_KEY, annotation_counts, decide_kinds
 from nnunet_confkd.errors import InputError
-from nnunet_confkd.inference.checkpoints import fold_folders, load_checkpoint
-from nnunet_confkd.training.network import has_teacher
+from nnunet_confkd.inference.checkpoints import fold_folders, load_checkpoint, teacher_predicts
 
 
 @dataclass
@@ -143,7 +142,7 @@ class Model:
         """Read the record, the curves and the cases of a fold. Raises InputError."""
         checkpoint = load_checkpoint(folder / self.checkpoint_name)
         record = read_record(folder / "confkd.json") if (folder / "confkd.json").is_file() else None
-        branches = ["student", "teacher"] if has_teacher(checkpoint["network_weights"]) else ["student"]
+        branches = ["student", "teacher"] if teacher_predicts(self.checkpoint_name, checkpoint) else ["student"]
         fold = Fold(folder.name, checkpoint["trainer_name"], checkpoint["current_epoch"], checkpoint["logging"], record,
                     branches)
         if record is not None:

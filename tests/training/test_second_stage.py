@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ import torch
 from nnunet_confkd import cli
 from nnunet_confkd.data.supervision import OUTSIDE, PARTIAL
 from nnunet_confkd.errors import InputError
+from nnunet_confkd.inference.completion import TrainedModel, _load_predictor, _uses_hints
 from nnunet_confkd.training.network import TEACHER_PREFIX, unwrap
 from nnunet_confkd.training.second_stage import FOLDER
 
@@ -97,11 +99,18 @@ def test_the_teacher_predicts_from_its_own_checkpoint_alone(trained, nnunet, hip
     case = hippocampus["validation"][0]
     shutil.copy(nnunet.raw(HIPPOCAMPUS) / "imagesTr" / f"{case}_0000.nii.gz", images)
     command = ["predict", "-d", "4", "-i", str(images), "-o", str(tmp_path / "out"), "-c", name, "-f", "0", "-device",
-               "cpu", "-npp", "1", "-nps", "1", "--branch", "teacher"]
-    assert cli.main(command) == 1
-    assert "without its teacher (--branch). The teacher is in checkpoint_teacher.pth" in capsys.readouterr().err
-    assert cli.main([*command, "-chk", "checkpoint_teacher.pth"]) == 0
+               "cpu", "-npp", "1", "-nps", "1", "--branch"]
+    for options in (["mean"], ["teacher", "-chk", "checkpoint_final.pth"]):
+        assert cli.main([*command, *options]) == 1
+        assert "without its teacher (--branch). The teacher is in checkpoint_teacher.pth" in capsys.readouterr().err
+    assert cli.main([*command, "teacher"]) == 0
     assert (tmp_path / "out" / f"{case}.nii.gz").is_file()
+    model = TrainedModel(fold.parent, "teacher")
+    assert (model.checkpoint_name, TrainedModel(fold.parent).checkpoint_name) == (
+        "checkpoint_teacher.pth", "checkpoint_final.pth")
+    with pytest.raises(InputError, match="without its teacher"):
+        _load_predictor(TrainedModel(fold.parent, "teacher", checkpoint="checkpoint_final.pth", device="cpu"))
+    assert _load_predictor(replace(model, device="cpu"))[1] == ["0"] and _uses_hints(fold.parent, ["0"])
 
 
 def test_a_training_goes_on_in_either_stage(trained, nnunet, tmp_path):
