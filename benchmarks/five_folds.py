@@ -63,7 +63,8 @@ ROWS: dict[str, Row] = {
     "confkd": Row("ConfKD with hints"),
     "confkd_cost": Row("ConfKD with hints, at equal cost", steps=1 / COST),
     "confkd_cutmix_cost": Row("ConfKD, at equal cost", settings={"weight_kl": 3.0}, steps=1 / COST_CUTMIX),
-    "completes_cost": Row("ConfKD, the teacher completes the labels, at equal cost", steps=1 / COST_COMPLETES),
+    "completes_cost": Row("ConfKD, the teacher completes the labels, at equal cost", settings={"complete_at": 0.25},
+                          steps=1 / COST_COMPLETES),
     "all": replace(USUAL_ROWS["all"], title="everything annotated"),
 }
 USUAL = ("full_only", "ignore_uniform", "ignore", "confkd_cost", "all")

@@ -507,7 +507,8 @@ def predict(argv: list[str], afterwards: Callable[[Any], object] = lambda predic
         args.tr = args.tr or DEFAULT_TRAINER
         argv = with_options(argv, "-tr", args.tr)
     model = check_model(args)
-    if own.branch == "teacher" and "-chk" not in argv and (model / f"fold_{args.f[0]}" / TEACHER_CHECKPOINT).is_file():
+    kept = [(model / f"fold_{fold}" / TEACHER_CHECKPOINT).is_file() for fold in args.f]
+    if own.branch == "teacher" and "-chk" not in argv and all(kept):
         args.chk, argv = TEACHER_CHECKPOINT, with_options(argv, "-chk", TEACHER_CHECKPOINT)
     if own.branch != "student":
         _require_teacher(model / f"fold_{args.f[0]}" / args.chk)

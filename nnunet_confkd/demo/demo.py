@@ -69,7 +69,6 @@ def run(folder: Path, data: Path | None, epochs: int, iterations: int, seed: int
     from nnunet_confkd.device import choose_device
     from nnunet_confkd.discovery import make_findable
     from nnunet_confkd.nnunet_commands import predict
-    from nnunet_confkd.training.names import TEACHER_CHECKPOINT
 
     start = time.time()
 
@@ -102,11 +101,10 @@ def run(folder: Path, data: Path | None, epochs: int, iterations: int, seed: int
     say(4, "prediction of held-back images (nnU-Net's predictor), student and teacher")
     model = folder / "results" / name / f"ConfKDTrainer__{PLANS}__{CONFIGURATION}"
     images = folder / "raw" / name / "imagesTs"
-    kept = [] if not (model / "fold_0" / TEACHER_CHECKPOINT).is_file() else ["-chk", TEACHER_CHECKPOINT]
-    for branch, options in (("student", []), ("teacher", kept)):
+    for branch in ("student", "teacher"):
         # -npp 0 -nps 0: in this process, because starting two pools takes longer than a few small images
         predict(["-i", str(images), "-o", str(folder / branch), "-d", str(DATASET_ID), "-c", CONFIGURATION, "-f", "0",
-                 "-device", device, "-npp", "0", "-nps", "0", "--disable_progress_bar", "--branch", branch, *options])
+                 "-device", device, "-npp", "0", "-nps", "0", "--disable_progress_bar", "--branch", branch])
 
     say(5, "evaluation")
     dice = {branch: evaluate(raw / "labelsTs", folder / branch) for branch in ("student", "teacher")}

@@ -16,7 +16,13 @@ from torch.serialization import safe_globals
 from nnunet_confkd.errors import InputError
 from nnunet_confkd.inference.model_folder import require_model
 from nnunet_confkd.training.names import TEACHER_CHECKPOINT
-from nnunet_confkd.training.network import TEACHER_PREFIX, add_teacher, has_narrow_teacher, has_teacher
+from nnunet_confkd.training.network import (
+    TEACHER_PREFIX,
+    add_teacher,
+    has_narrow_teacher,
+    has_teacher,
+    teacher_was_left,
+)
 
 # Besides tensors, numbers and text, nnU-Net's checkpoints hold single NumPy numbers, in the curves. NumPy 1 and NumPy 2
 # use different names for the function that makes them.
@@ -61,21 +67,19 @@ def load_checkpoint(path: str | Path) -> dict:
     return checkpoint
 
 
-def teacher_predicts(path: str | Path, checkpoint: dict) -> bool:
-    """Whether a checkpoint has a teacher that predicts: if it has completed labels, the encoder has left it behind."""
-    init = checkpoint["init_args"]
-    settings = init["plans"]["configurations"][init["configuration"]].get("confkd", {})
-    return has_teacher(checkpoint["network_weights"]) and (
-        not settings.get("complete_at") or Path(path).name == TEACHER_CHECKPOINT)
-
-
 def require_teacher(path: str | Path, checkpoint: dict, option: str) -> None:
-    """Raise InputError if a checkpoint has no teacher, because the option that chooses a branch has no effect then."""
+    """Raise InputError if a checkpoint has no teacher, or one that the encoder no longer fits.
+
+    Args:
+        path: The checkpoint, for the text.
+        checkpoint: What it holds.
+        option: The option that chooses a branch, for the text.
+    """
     if not has_teacher(checkpoint["network_weights"]):
         raise InputError(f"{path}: holds no teacher, so {option} has nothing to choose from")
-    if not teacher_predicts(path, checkpoint):
-        raise InputError(f"{path}: was trained further without its teacher ({option}). The teacher is in "
-                         f"{TEACHER_CHECKPOINT} beside it: add -chk {TEACHER_CHECKPOINT}")
+    if teacher_was_left(checkpoint["network_weights"]):
+        raise InputError(f"{path}: its teacher has completed labels, and the encoder was trained without it after "
+                         f"that, so {option} has no use. The teacher as it was is in {TEACHER_CHECKPOINT} beside it")
 
 
 @contextmanager
@@ -94,6 +98,8 @@ def pretrained_for_both_branches(path: str | Path, build: Callable[[], Module]) 
         InputError: It is no checkpoint of a U-Net.
     """
     weights = load_checkpoint(path)["network_weights"]
+    if teacher_was_left(weights):
+        weights = {name: w for name, w in weights.items() if not name.startswith(TEACHER_PREFIX)}
     if not any(name.startswith("decoder.") for name in weights):
         raise InputError(f"{path}: has no 'decoder.*' weights, so it is no U-Net that ConfKDTrainer could start from")
     teacher = {name: w for name, w in build().state_dict().items() if name.startswith(TEACHER_PREFIX)}

@@ -73,7 +73,7 @@ class TrainedModel:
     @property
     def checkpoint_name(self) -> str:
         """The name of the checkpoint that predicts."""
-        kept = self.branch == "teacher" and any((fold / TEACHER_CHECKPOINT).is_file()
+        kept = self.branch == "teacher" and all((fold / TEACHER_CHECKPOINT).is_file()
                                                 for fold in fold_folders(self.folder))
         return self.checkpoint or (TEACHER_CHECKPOINT if kept else CHECKPOINT)
 

@@ -23,7 +23,7 @@ from nnunet_confkd.data.json_files import read_description, read_plans
 from nnunet_confkd.data.supervision import KINDS, TABLE_KEY
 from nnunet_confkd.errors import InputError
 from nnunet_confkd.files import new_folder, write_json
-from nnunet_confkd.inference.checkpoints import fold_folders, load_checkpoint
+from nnunet_confkd.inference.checkpoints import fold_folders, load_checkpoint, require_teacher
 from nnunet_confkd.training.names import VALIDATION_FOLDERS
 from nnunet_confkd.training.network import branch_weights, has_narrow_teacher, has_teacher
 
@@ -134,6 +134,8 @@ def _require_branch(path: Path, checkpoint: dict, branch: str) -> None:
                              f"nnUNetv2_export_model_to_zip")
         if branch == "teacher":
             raise InputError(f"{path}: was written by {trainer} and holds no teacher; leave out --branch teacher")
+    if branch == "teacher":
+        require_teacher(path, checkpoint, "--branch teacher")
     if branch == "teacher" and has_narrow_teacher(checkpoint["network_weights"]):
         raise InputError(
             f"{path}: its teacher is narrower than the student, so no stock network can hold it. Use it with "

@@ -13,7 +13,8 @@ from nnunet_confkd.data.annotated_classes import CLASSES_KEY, annotated_classes,
 from nnunet_confkd.data.json_files import read_description, read_json, read_plans, read_record, split_of_fold
 from nnunet_confkd.data.supervision import FULL, TABLE_KEY, annotation_counts, decide_kinds
 from nnunet_confkd.errors import InputError
-from nnunet_confkd.inference.checkpoints import fold_folders, load_checkpoint, teacher_predicts
+from nnunet_confkd.inference.checkpoints import fold_folders, load_checkpoint
+from nnunet_confkd.training.network import has_teacher, teacher_was_left
 
 
 @dataclass
@@ -142,7 +143,8 @@ class Model:
         """Read the record, the curves and the cases of a fold. Raises InputError."""
         checkpoint = load_checkpoint(folder / self.checkpoint_name)
         record = read_record(folder / "confkd.json") if (folder / "confkd.json").is_file() else None
-        branches = ["student", "teacher"] if teacher_predicts(self.checkpoint_name, checkpoint) else ["student"]
+        weights = checkpoint["network_weights"]
+        branches = ["student", "teacher"] if has_teacher(weights) and not teacher_was_left(weights) else ["student"]
         fold = Fold(folder.name, checkpoint["trainer_name"], checkpoint["current_epoch"], checkpoint["logging"], record,
                     branches)
         if record is not None:

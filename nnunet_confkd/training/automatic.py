@@ -16,12 +16,11 @@ from nnunet_confkd.training.settings import Settings
 DENSE = 0.055
 WEIGHT_KL, WEIGHT_ENTROPY = 3.0, 0.01
 HINT_REACH = 4  # voxels
-COMPLETE_AT = 0.25  # of the training
 WEIGHTS = ("weight_teacher", "weight_kl", "weight_entropy")
-# They follow from the cases of all folds, so that the trainings of all folds are alike.
-OF_NETWORK = (*WEIGHTS, "hint_reach", "hint_watershed", "complete_at")
+# They follow from the cases of all folds, so that the networks of all folds are alike.
+OF_NETWORK = (*WEIGHTS, "hint_reach", "hint_watershed")
 AUTOMATIC = (*WEIGHTS, "full_share", "equal_kinds", "teacher_trains_encoder", "hint_reach", "hint_watershed",
-             "complete_at", "prior_correction", "cutmix", "unlabelled_share")
+             "prior_correction", "cutmix", "unlabelled_share")
 
 
 @dataclass(frozen=True)
@@ -90,7 +89,7 @@ def choose_network(settings: Settings, annotations: Annotations, regions: bool =
     kinds = set(annotations.kinds.values())
     # With few annotations or none, the student does better without a teacher.
     few = FULL in kinds and kinds != {FULL} and annotations.part < DENSE and not annotations.hidden
-    needed = settings.weight_kl is not None or not settings.weight_student
+    needed = settings.weight_kl is not None or not settings.weight_student or settings.complete_at > 0
     teacher, kl, entropy = (getattr(settings, name) for name in WEIGHTS)
     teacher = float(needed or not few) if teacher is None else teacher
     # Without annotated background, nothing tells how far from a border real annotations stay. Simulated ones come
@@ -102,14 +101,10 @@ def choose_network(settings: Settings, annotations: Annotations, regions: bool =
         raise InputError(f'confkd: hint_watershed is true, but {reason}; set "hint_watershed": false')
     # A watershed without seeds of the background would fill the image with foreground.
     watershed = few_lack_background(annotations) and not regions and not annotations.hidden
-    watershed = watershed if settings.hint_watershed is None else settings.hint_watershed
-    completes = settings.complete_at
-    if completes is None:
-        wanted = kl is None and settings.uses_hints and settings.weight_student
-        completes = COMPLETE_AT if teacher and watershed and wanted and not few else 0.0
-    return replace(settings, weight_teacher=teacher, complete_at=completes,
-                   hint_reach=reach if settings.hint_reach is None else settings.hint_reach, hint_watershed=watershed,
-                   weight_kl=(WEIGHT_KL if teacher and not completes else 0.0) if kl is None else kl,
+    return replace(settings, weight_teacher=teacher,
+                   hint_reach=reach if settings.hint_reach is None else settings.hint_reach,
+                   hint_watershed=watershed if settings.hint_watershed is None else settings.hint_watershed,
+                   weight_kl=(WEIGHT_KL if teacher and not settings.complete_at else 0.0) if kl is None else kl,
                    weight_entropy=(WEIGHT_ENTROPY if teacher else 0.0) if entropy is None else entropy)
 
 
@@ -159,7 +154,7 @@ def choose(settings: Settings, annotations: Annotations, batch_size: int, ignore
     # Without annotated background the student would learn too much foreground, unless the KL acts on these images.
     equal_kinds = apart and unless_set("equal_kinds", dense and not annotations.hidden
                                        and (background or settings.kl_on_non_full))
-    trains_encoder = unless_set("teacher_trains_encoder", not settings.weight_student or bool(settings.complete_at)
+    trains_encoder = unless_set("teacher_trains_encoder", not settings.weight_student or settings.complete_at > 0
                                 or settings.weight_teacher > 0 and not (equal_kinds and background))
     corrected = ignore_label and annotations.of(annotations.foreground, PARTIAL, hidden=False)
     prior_correction = unless_set("prior_correction", float(annotations.foreground_is_sparser))

@@ -113,6 +113,8 @@ class TwoBranchUNet(nn.Module):
         narrow: A network of the same plans with fewer features. Its decoder becomes the teacher, which costs less time
             and memory. None: the teacher has the shape of the student.
         watershed: Whether the teacher also sees the annotations spread over the image (`HintMap.spread`).
+        completes: Whether the teacher completes labels, and is not trained any more after that. The weights then tell
+            in which epoch that was (`teacher_decoder.left_in_epoch`; 0: it has not been yet).
 
     Raises:
         InputError: The network has other parts. The text names its architecture.
@@ -122,7 +124,7 @@ class TwoBranchUNet(nn.Module):
     decoder: Any  # modules with the attributes of a UNetDecoder
     teacher_decoder: Any
 
-    def __init__(self, unet, narrow=None, watershed: bool = False):
+    def __init__(self, unet, narrow=None, watershed: bool = False, completes: bool = False):
         super().__init__()
         check_unet(unet)
         self.encoder = unet.encoder
@@ -144,6 +146,8 @@ class TwoBranchUNet(nn.Module):
         self.teacher_decoder.hints = Hints(convolution, channels, unet.decoder.num_classes)
         self.teacher_decoder.spread_hints = (Hints(convolution, channels, unet.decoder.num_classes) if watershed
                                              else None)
+        if completes:
+            self.teacher_decoder.register_buffer("left_in_epoch", torch.zeros(1))
         self.find_batch_norms()
         self.branch = _predicted_branch.get()
         self.hints_in_input = 0
@@ -433,6 +437,11 @@ def has_teacher(weights: dict) -> bool:
         False
     """
     return any(name.startswith(TEACHER_PREFIX) for name in weights)
+
+
+def teacher_was_left(weights: dict) -> bool:
+    """Whether the teacher of a state dict has completed labels, after which the encoder was trained without it."""
+    return bool(weights.get(f"{TEACHER_PREFIX}left_in_epoch", torch.zeros(1)) > 0)
 
 
 def branch_weights(weights: dict[str, Tensor], branch: str) -> dict[str, Tensor]:

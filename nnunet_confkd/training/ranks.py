@@ -41,16 +41,18 @@ def gather(value) -> list:
     return values
 
 
+def patient_group() -> Any:
+    """A process group that waits for days. nccl gives up every wait after 10 minutes. All ranks must call this."""
+    return dist.new_group(backend="gloo", timeout=timedelta(days=7))
+
+
 @contextmanager
 def first_rank_first() -> Iterator[None]:
-    """Let the first rank run a block before the others, however long it takes.
-
-    The wait has its own process group, because nccl gives up every wait after 10 minutes.
-    """
+    """Let the first rank run a block before the others, however long it takes."""
     if not several():
         yield
         return
-    group: Any = dist.new_group(backend="gloo", timeout=timedelta(days=7))
+    group = patient_group()
     if dist.get_rank() != 0:
         dist.barrier(group)
     yield

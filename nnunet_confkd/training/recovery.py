@@ -8,6 +8,7 @@ from datetime import datetime
 from pathlib import Path
 
 from nnunet_confkd.errors import TrainingError
+from nnunet_confkd.training.names import COMPLETED_LABELS
 from nnunet_confkd.training.record import RECORD
 
 
@@ -70,9 +71,9 @@ class Divergence:
 def set_aside_earlier(folder: str | Path) -> str | None:
     """Move what an earlier training has left out of the way of a new one, which would overwrite it.
 
-    These are its checkpoints, its validation and its record, and the post-processing that nnU-Net has determined with
-    it. Without this, the validation of the earlier network would be taken for that of the new one until this is
-    validated, too.
+    These are its checkpoints, its validation, its record and the labels that it has completed, and the
+    post-processing that nnU-Net has determined with it. Without this, the validation of the earlier network would be
+    taken for that of the new one until this is validated, too.
 
     Args:
         folder: Folder of the fold.
@@ -86,7 +87,7 @@ def set_aside_earlier(folder: str | Path) -> str | None:
     written = datetime.fromtimestamp(max(path.stat().st_mtime for path in found))
     target = Path(folder, f"earlier_{written:%Y%m%d_%H%M%S}")
     target.mkdir(exist_ok=True)
-    for path in (*found, *Path(folder).glob(RECORD)):
+    for path in (*found, *Path(folder).glob(RECORD), *Path(folder).glob(COMPLETED_LABELS)):
         path.replace(target / path.name)
     model = Path(folder).parent  # what nnU-Net has found out from the validation of this and of other folds
     for path in (path for pattern in ("crossval_results_folds_*", "postprocessing.*") for path in model.glob(pattern)):

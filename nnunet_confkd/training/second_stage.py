@@ -12,22 +12,49 @@ weakly semi-supervised instance segmentation via point-guided mask representatio
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
+import blosc2
 import numpy as np
 import torch
 import torch.distributed as dist
 from batchgenerators.utilities.file_and_folder_operations import load_pickle, write_pickle
 from nnunetv2.preprocessing.preprocessors.default_preprocessor import DefaultPreprocessor
+from nnunetv2.training.dataloading.nnunet_dataset import comp_blosc2_params, nnUNetDatasetBlosc2
 from nnunetv2.training.lr_scheduler.polylr import PolyLRScheduler
 
-from nnunet_confkd.data.supervision import OUTSIDE, PARTIAL
+from nnunet_confkd.data.supervision import OUTSIDE, PARTIAL, unreadable
 from nnunet_confkd.errors import InputError, some
 from nnunet_confkd.training.batches import TrainingCases, real_hints
 from nnunet_confkd.training.hints import whole_image_hints
+from nnunet_confkd.training.names import COMPLETED_LABELS, TEACHER_CHECKPOINT
+from nnunet_confkd.training.ranks import patient_group
 from nnunet_confkd.training.validation import CasePredictor
 
-FOLDER = "completed_labels"  # in the folder of the fold
+
+def begin_of_second_stage(share: float, epochs: int) -> int | None:
+    """Compute the epoch in which the second stage begins.
+
+    Args:
+        share: Of the epochs that the first stage has.
+        epochs: The number of epochs.
+
+    Returns:
+        From 1 to the last epoch; None if the share is 0.
+
+    Raises:
+        InputError: There is one epoch alone.
+
+    Examples:
+        >>> begin_of_second_stage(0.25, 1000), begin_of_second_stage(0.1, 2), begin_of_second_stage(0.0, 1000)
+        (250, 1, None)
+    """
+    if not share:
+        return None
+    if epochs < 2:
+        raise InputError('confkd: complete_at is above 0, but there is one epoch alone, and each of the two stages '
+                         'needs one; set "complete_at": 0')
+    return min(max(1, round(share * epochs)), epochs - 1)
 
 
 class TwoStageLR(PolyLRScheduler):
@@ -81,17 +108,37 @@ class CompletedCases(TrainingCases):
         missing = sorted(case for case in self.completed if not os.path.isfile(os.path.join(folder, f"{case}.pkl")))
         if missing:
             raise InputError(f"{folder}: lacks the completed labels of {some(missing)}. To complete them again, make a "
-                             f"copy of checkpoint_teacher.pth with the name checkpoint_latest.pth, move "
+                             f"copy of {TEACHER_CHECKPOINT} with the name checkpoint_latest.pth, move "
                              f"checkpoint_final.pth away if there is one, and go on with --c")
-        self.labels = type(dataset)(dataset.source_folder, list(self.completed), folder)
 
     def load_case(self, case: str):
         """Load a case as nnU-Net's data set does."""
         if case not in self.completed:
             return super().load_case(case)
         data, _, seg_prev, properties = super().load_case(case)
-        _, _, label, _ = self.labels.load_case(case)
-        return data, label, seg_prev, {**properties, **load_pickle(os.path.join(self.folder, f"{case}.pkl"))}
+        file = os.path.join(self.folder, case)
+        try:
+            label = _open_label(self.dataset, file)
+            properties = {**properties, **load_pickle(f"{file}.pkl")}
+        except Exception as error:  # whatever the broken bytes lead to
+            raise unreadable(self.folder, case, error) from error
+        return data, label, seg_prev, properties
+
+
+def _open_label(dataset, file: str):
+    """Open a label as the data set opens those of its cases. `file` has no ending."""
+    if isinstance(dataset, nnUNetDatasetBlosc2):
+        return blosc2.open(urlpath=f"{file}.b2nd", mode="r", dparams={"nthreads": 1}, **dataset.mmap_kwargs)
+    return np.load(f"{file}.npz")["seg"]
+
+
+def _save_label(dataset, label: np.ndarray, file: str, patch_size: Sequence[int]) -> None:
+    """Write a label as the data set opens it, so that patches are read fast."""
+    if isinstance(dataset, nnUNetDatasetBlosc2):
+        blocks, chunks = comp_blosc2_params(label.shape, tuple(patch_size), label.itemsize)
+        dataset.save_seg(label, file, chunks_seg=chunks, blocks_seg=blocks)
+    else:
+        dataset.save_seg(label, file)
 
 
 def check_second_stage(trainer, kinds: Iterable[str]) -> None:
@@ -102,8 +149,7 @@ def check_second_stage(trainer, kinds: Iterable[str]) -> None:
         kinds: Those of the training cases.
     """
     reasons = {"no training case is partially annotated": PARTIAL not in kinds,
-               "some cases are not annotated for all classes": bool(trainer.hidden),
-               "the teacher sees no hints": not trainer.settings.uses_hints}
+               "some cases are not annotated for all classes": bool(trainer.hidden)}
     for reason, holds in reasons.items():
         if holds:
             raise InputError(f'confkd: complete_at is above 0, but {reason}; set "complete_at": 0')
@@ -117,19 +163,22 @@ def complete_labels(trainer, cases: Iterable[str]) -> None:
         trainer: The trainer.
         cases: Names of partially annotated cases.
     """
-    folder, manager = os.path.join(trainer.output_folder, FOLDER), trainer.label_manager
+    folder, manager = os.path.join(trainer.output_folder, COMPLETED_LABELS), trainer.label_manager
     os.makedirs(folder, exist_ok=True)
-    cases = sorted(cases)[trainer.local_rank::dist.get_world_size() if trainer.is_ddp else 1]
+    group, cases = patient_group() if trainer.is_ddp else None, sorted(cases)
     trainer.print_to_log_file(f"The teacher completes the labels of {len(cases)} training cases")
+    cases = cases[trainer.local_rank::dist.get_world_size() if trainer.is_ddp else 1]
     trainer.set_deep_supervision_enabled(False)
     trainer.network.eval()
-    dataset = trainer.dataset_class(trainer.preprocessed_dataset_folder, cases,
-                                    folder_with_segs_from_previous_stage=trainer.folder_with_segs_from_previous_stage)
+    dataset = TrainingCases(trainer.dataset_class(
+        trainer.preprocessed_dataset_folder, cases,
+        folder_with_segs_from_previous_stage=trainer.folder_with_segs_from_previous_stage))
     predict = CasePredictor(trainer, ["teacher"])
     # what nnU-Net's preprocessing collects: places of each class, and annotated ones, from which patches are drawn
     collected = [*(manager.foreground_regions if manager.has_regions else manager.foreground_labels),
                  [OUTSIDE, *manager.all_labels]]
     for case in cases:
+        trainer.print_to_log_file(f"completing {case}")
         data, seg, seg_prev, _ = dataset.load_case(case)
         data, seg, seg_prev = (values if values is None else np.asarray(values[:]) for values in (data, seg, seg_prev))
         target, mask = map(torch.from_numpy, real_hints(seg.astype(np.int16), manager.ignore_label))
@@ -138,11 +187,11 @@ def complete_labels(trainer, cases: Iterable[str]) -> None:
         found = manager.convert_logits_to_segmentation(predict(data, seg_prev, hints)["teacher"]).numpy()
         label = np.where(seg == manager.ignore_label, found[None], seg).astype(seg.dtype)
         file = os.path.join(folder, case)
-        trainer.dataset_class.save_seg(label, file)
+        _save_label(dataset.dataset, label, file, trainer.configuration_manager.patch_size)
         # last: a case is complete if it is there
         write_pickle({"class_locations": DefaultPreprocessor._sample_foreground_locations(label, collected)},
                      f"{file}.pkl")
     trainer.set_deep_supervision_enabled(trainer.enable_deep_supervision)
     trainer.network.train()
     if trainer.is_ddp:
-        dist.barrier()
+        dist.barrier(group)

@@ -72,12 +72,12 @@ class Settings:
                                             "weight of L_s, the teacher's supervised loss; with 0 there is no teacher. "
                                             "Null means 1, but 0 if `weight_kl` is null, too, and the cases that are "
                                             "not fully annotated have few annotations (less than for `equal_kinds`) or "
-                                            "none, because the student then does better alone")
+                                            "none, because the student then does better alone. If "
+                                            "the teacher completes labels (`complete_at`), it means 1")
     weight_student: float = _setting("losses", 1.0, WEIGHTS, "weight of L_w, the student's supervised loss")
     weight_kl: float | None = _setting("losses", None, WEIGHTS,
                                        "weight of L_kd, the distillation from teacher to student. Null means 3, but 0 "
-                                       "without a teacher, and if the student learns from completed labels "
-                                       "instead (`complete_at`)")
+                                       "without a teacher, and if the teacher completes labels (`complete_at`)")
     weight_entropy: float | None = _setting("losses", None, WEIGHTS,
                                             "weight of L_ent, the student's entropy. Null means 0.01, but 0 without a "
                                             "teacher")
@@ -109,7 +109,8 @@ class Settings:
     teacher_hints: bool = _setting("teacher", True, (),
                                    "whether the teacher also sees annotated voxels: real annotations on partially "
                                    "annotated images, simulated ones on fully annotated images. It does so only if "
-                                   "the KL acts on images that are not fully annotated, or if it completes labels")
+                                   "the KL acts on images that are not fully annotated, or if the teacher completes "
+                                   "labels")
 
     hint_reach: int | None = _setting("teacher", None, (0, 100), "how many voxels a hint reaches at each of the lower "
                                       "resolutions, where it fades with the distance. 0: the annotated voxels alone. "
@@ -125,14 +126,14 @@ class Settings:
                                                    "whether L_s also updates the encoder, as in the papers. If not, "
                                                    "the fully annotated images weigh less in it. Null means false if "
                                                    "both kinds of images have equal weights in L_w (`equal_kinds`) "
-                                                   "and partially annotated cases annotate background; else true")
+                                                   "and partially annotated cases annotate background, unless the "
+                                                   "teacher completes labels (`complete_at`); else true")
 
-    complete_at: float | None = _setting("teacher", None, (0, 0.95),
-                                         "share of the epochs after which the teacher completes the labels of the "
-                                         "partially annotated training cases. From then on the student alone is "
-                                         "trained, on these labels. The learning rate falls to zero twice. 0: never. "
-                                         "Null means 0.25 if the teacher sees hints that a watershed spreads and "
-                                         "`weight_kl` is null, too, which then means 0; else 0")
+    complete_at: float = _setting("teacher", 0.0, (0, 0.95),
+                                  "share of the epochs after which the teacher completes the labels of the partially "
+                                  "annotated training cases. From then on the student alone is trained, on these "
+                                  "labels. The learning rate falls to zero twice. There is no KL, unless `weight_kl` "
+                                  "is set. 0: never")
 
     cutmix: float | None = _setting("batches", None, SHARES,
                                     "share of the iterations in which the student's images exchange boxes, with their "
@@ -186,9 +187,11 @@ class Settings:
         if self.cutmix and self.equal_kinds:
             raise InputError("confkd: cutmix above 0 mixes fully annotated images with others, and equal_kinds needs "
                              "them apart; set \"cutmix\": 0 or \"equal_kinds\": false")
-        if self.complete_at and self.weight_student == 0:
-            raise InputError("confkd: weight_student is 0, but complete_at is above 0: the student would learn nothing "
-                             "from the completed labels")
+        for name in ("weight_student", "weight_teacher", "teacher_hints") if self.complete_at else ():
+            if getattr(self, name) in (0, False):
+                raise InputError(f"confkd: complete_at is above 0, but {name} is {shown(getattr(self, name))}: a "
+                                 f"teacher that sees hints completes the labels, and the student learns from them; "
+                                 f"set \"complete_at\": 0")
         if self.kl_ramp_end < self.kl_ramp_start:
             raise InputError(f"confkd: kl_ramp_end ({self.kl_ramp_end}) lies before kl_ramp_start "
                              f"({self.kl_ramp_start})")
@@ -237,7 +240,7 @@ class Settings:
     @property
     def uses_hints(self) -> bool:
         """Whether the teacher learns to use hints, or may do so if settings are null."""
-        return self.teacher_hints and (self.kl_on_non_full or bool(self.complete_at and self.weight_teacher))
+        return self.teacher_hints and (self.kl_on_non_full or self.complete_at > 0)
 
     def kl_ramp(self, progress: float) -> float:
         """Compute the factor of the KL's weight, which rises linearly from `kl_ramp_start` to `kl_ramp_end`.

@@ -11,6 +11,7 @@ from contextlib import nullcontext
 from copy import deepcopy
 from functools import cached_property
 from time import time
+from typing import Any
 
 import numpy as np
 import torch
@@ -77,13 +78,19 @@ from nnunet_confkd.training.curves import CURVES, plot_curves
 from nnunet_confkd.training.cutmix import CutMix, FullCutMix, Mix, mixed
 from nnunet_confkd.training.hints import HintSampler, hint_channels, hint_map
 from nnunet_confkd.training.losses import TERMS, ConfKDLoss, PartialSupervision, annotated_voxels, confidence
-from nnunet_confkd.training.names import TEACHER_CHECKPOINT
+from nnunet_confkd.training.names import COMPLETED_LABELS, TEACHER_CHECKPOINT
 from nnunet_confkd.training.network import HintMap, TwoBranchUNet, check_unet, narrower, unwrap
 from nnunet_confkd.training.pseudo_dice import COUNTS, dice, hard_counts
 from nnunet_confkd.training.ranks import first_rank_first, gather
 from nnunet_confkd.training.record import write_record
 from nnunet_confkd.training.recovery import Divergence, explain_stop, set_aside_earlier
-from nnunet_confkd.training.second_stage import FOLDER, CompletedCases, TwoStageLR, check_second_stage, complete_labels
+from nnunet_confkd.training.second_stage import (
+    CompletedCases,
+    TwoStageLR,
+    begin_of_second_stage,
+    check_second_stage,
+    complete_labels,
+)
 from nnunet_confkd.training.settings import Settings
 from nnunet_confkd.training.validation import check_first_stage, validate
 
@@ -156,7 +163,7 @@ class ConfKDTrainer(nnUNetTrainer):
     def initialize(self):
         if not self.was_initialized:
             self.choose_network()
-            self._choose_second_stage()
+            self.second_stage = begin_of_second_stage(self.settings.complete_at, self.num_epochs)
         if self.settings.seed is not None:
             set_seed(self.settings.seed)  # equal on all ranks, which start from equal weights
         super().initialize()
@@ -201,7 +208,7 @@ class ConfKDTrainer(nnUNetTrainer):
             return build(configuration_manager)
         unet, width = check_unet(build(configuration_manager)), settings.teacher_width
         network = TwoBranchUNet(unet, build(narrower(configuration_manager, width)) if width < 1 else None,
-                                bool(settings.hint_watershed))
+                                bool(settings.hint_watershed), settings.complete_at > 0)
         network.teach_resolutions = settings.extra_resolutions
         network.teacher_decoder.hints.reach = settings.hint_reach or 0
         return network
@@ -216,6 +223,10 @@ class ConfKDTrainer(nnUNetTrainer):
     def two_branches(self) -> bool:
         """Whether the network has a teacher."""
         return isinstance(unwrap(self.network), TwoBranchUNet)
+
+    @property
+    def _teacher(self) -> Any:
+        return unwrap(self.network).teacher_decoder
 
     def set_deep_supervision_enabled(self, enabled: bool):
         super().set_deep_supervision_enabled(enabled)
@@ -331,6 +342,8 @@ class ConfKDTrainer(nnUNetTrainer):
         settings = self._choose(cases)
         chosen = {name: getattr(settings, name) for name in AUTOMATIC
                   if settings.weight_teacher or not name.startswith(("teacher", "hint"))}
+        if self.student_alone:  # these settings were those of the first stage
+            return chosen
         if part := self._annotations(cases).part:
             self.print_to_log_file("A partially annotated case has on average about "
                                    f"{part:.2g} of the annotated foreground of a fully annotated one")
@@ -468,7 +481,8 @@ class ConfKDTrainer(nnUNetTrainer):
         val_transforms = self._with_padding(
             self.get_validation_transforms(deep_supervision_scales, **self._label_options), validates_full)
         chosen = self._choose(dataset_tr.identifiers)
-        if text := rounding_text(self.batch_size, chosen.full_share, chosen.cutmix, self.is_ddp):
+        text = rounding_text(self.batch_size, chosen.full_share, chosen.cutmix, self.is_ddp)
+        if text and not self.student_alone:
             self.print_to_log_file(text)
         self.loss.equal_kinds = chosen.equal_kinds and not self.student_alone
         if self.two_branches:
@@ -480,7 +494,7 @@ class ConfKDTrainer(nnUNetTrainer):
         dl_tr = self._loader(dataset_tr, self.batch_size, initial_patch_size, tr_transforms, offset=self.local_rank,
                              **options)
         if validates_full:
-            hints = [deepcopy(self.validation_hints)] if self.validation_hints and not self.student_alone else []
+            hints = [] if self.student_alone or not self.validation_hints else [deepcopy(self.validation_hints)]
             dl_val = self._loader(dataset_val, self.batch_size, patch_size, val_transforms, complete=hints)
         else:
             dl_val = self._loader(dataset_val, self.batch_size, patch_size, val_transforms, nnUNetDataLoader)
@@ -517,14 +531,6 @@ class ConfKDTrainer(nnUNetTrainer):
 
     # ---- the second stage -------------------------------------------------------------------------------------------
 
-    def _choose_second_stage(self) -> None:
-        """Choose the epoch in which the second stage begins, if there is one."""
-        share = self.settings.complete_at
-        if share and self.asked.complete_at is None:  # a fold may have no partially annotated training case
-            kinds, (train, _) = self.find_supervision(), self.do_split()
-            share *= PARTIAL in (kinds.get(case) for case in train)
-        self.second_stage = max(1, round(share * self.num_epochs)) if share else None
-
     def _completed_cases(self, cases: TrainingCases) -> tuple[CompletedCases, dict]:
         """The training cases with the labels that the teacher has completed, without unlabelled ones; and the options
         of their loader."""
@@ -532,7 +538,7 @@ class ConfKDTrainer(nnUNetTrainer):
         full = [case for case in cases.identifiers if self.kinds[case] == FULL]
         dataset = self.dataset_class(self.preprocessed_dataset_folder, full + partial,
                                      folder_with_segs_from_previous_stage=self.folder_with_segs_from_previous_stage)
-        completed = CompletedCases(dataset, partial, join(self.output_folder, FOLDER))
+        completed = CompletedCases(dataset, partial, join(self.output_folder, COMPLETED_LABELS))
         return completed, {"kinds": dict.fromkeys(full + partial, FULL), "full_share": 1.0}
 
     def on_epoch_start(self):
@@ -542,12 +548,15 @@ class ConfKDTrainer(nnUNetTrainer):
 
     def _begin_second_stage(self) -> None:
         """Keep the teacher, let it complete the labels, and go on with the student alone."""
-        self.current_epoch -= 1  # of the last epoch, from which --c goes on
-        self.save_checkpoint(join(self.output_folder, TEACHER_CHECKPOINT))
+        finish_augmenters(self.dataloader_train, self.dataloader_val)  # the memory is needed for whole images
+        self.current_epoch -= 1  # --c goes on from the last epoch
+        for name in (TEACHER_CHECKPOINT, "checkpoint_latest.pth"):
+            self.save_checkpoint(join(self.output_folder, name))
         self.current_epoch += 1
         train, _ = self.do_split()
         complete_labels(self, [case for case in train if self.kinds.get(case) == PARTIAL])
-        finish_augmenters(self.dataloader_train, self.dataloader_val)
+        self.print_to_log_file(f"From epoch {self.current_epoch} on the student alone is trained, on these labels")
+        self._teacher.left_in_epoch.fill_(self.current_epoch)
         self._leave_teacher_out()
         self.optimizer.state.clear()  # the momentum of the first stage
         self.dataloader_train, self.dataloader_val = self.get_dataloaders()
@@ -560,6 +569,8 @@ class ConfKDTrainer(nnUNetTrainer):
 
     def on_train_start(self):
         super().on_train_start()
+        if self.second_stage is not None and not self.continued:
+            self._teacher.left_in_epoch.zero_()  # of pretrained weights
         if self.local_rank == 0:  # not before all is ready: a start that fails must leave an earlier training alone
             if not self.continued and (warning := set_aside_earlier(self.output_folder)):
                 self.print_to_log_file(warning)
@@ -653,9 +664,9 @@ class ConfKDTrainer(nnUNetTrainer):
             # Python handler.
             with nullcontext() if self.is_ddp else terminable():
                 super().run_training()
-        except InputError:
-            raise  # nothing had begun
         except BaseException as error:
+            if isinstance(error, InputError) and not self.iteration:
+                raise  # nothing had begun
             stopped, reason = explain_stop(error, self.output_folder, self.current_epoch)
             self.print_to_log_file(stopped)
             if reason:
@@ -774,7 +785,8 @@ class ConfKDTrainer(nnUNetTrainer):
                 f"confkd block of {self.configuration_name} in {self.plans_manager.plans_name}.json of the "
                 f"preprocessed data set. Else undo what you changed in the plans or in the data set.") from error
         self.continued = True
-        if self.second_stage is not None and self.current_epoch > self.second_stage:
+        if self.second_stage is not None and (began := int(self._teacher.left_in_epoch)):
+            self.second_stage = self.lr_scheduler.begin = began  # also if the number of epochs has changed since
             self._leave_teacher_out()
         self._add_missing_curves()
 

@@ -23,7 +23,7 @@ class ConfKDTrainer_noKL(ConfKDTrainer):
         0.0
     """
 
-    fixed_settings = {"weight_kl": 0.0}
+    fixed_settings = {"weight_kl": 0.0, "complete_at": 0.0}
 
 
 class ConfKDTrainer_partialOnly(ConfKDTrainer):
@@ -34,13 +34,14 @@ class ConfKDTrainer_partialOnly(ConfKDTrainer):
         0.0
     """
 
-    fixed_settings = {"weight_teacher": 0.0, "weight_student": 1.0, "weight_kl": 0.0, "weight_entropy": 0.0}
+    fixed_settings = {"weight_teacher": 0.0, "weight_student": 1.0, "weight_kl": 0.0, "weight_entropy": 0.0,
+                      "complete_at": 0.0}
 
 
 class ConfKDTrainer_MedIA2023(ConfKDTrainer):
     """The journal paper's objective with weights of order 1: the KL acts on fully annotated images alone; no hints, no
     class-prior correction, no CutMix, no equal weights of both kinds of images, and a teacher of the student's width
-    that updates the encoder.
+    that updates the encoder and completes no labels.
 
     Examples:
         >>> ConfKDTrainer_MedIA2023.settings_of({}).kl_images
@@ -49,7 +50,7 @@ class ConfKDTrainer_MedIA2023(ConfKDTrainer):
 
     fixed_settings = {"weight_kl": 1.0, "kl_images": "full", "kl_ramp_start": 0.0, "kl_ramp_end": 0.0,
                       "extra_resolutions": "all", "prior_correction": 0.0, "teacher_width": 1.0, "cutmix": 0.0,
-                      "cutmix_full": 0.0, "equal_kinds": False, "teacher_trains_encoder": True}
+                      "cutmix_full": 0.0, "equal_kinds": False, "teacher_trains_encoder": True, "complete_at": 0.0}
 
 
 class ConfKDTrainer_1epoch(ConfKDTrainer):

@@ -40,7 +40,7 @@ def all_settings() -> list[dict]:
               {"kl_images": "full", "weight_student": 0.0},
               {"equal_kinds": True, "teacher_trains_encoder": False},
               {"kl_images": "full", "teacher_trains_encoder": False},
-              {"kl_images": "full", "teacher_hints": False, "weight_entropy": 0.0}]
+              {"kl_images": "full", "teacher_hints": False, "weight_entropy": 0.0}, {"complete_at": 0.5}]
     common = {"iterations_per_epoch": 50, "epochs": 2, "cutmix": 0.0, "weight_kl": 3.0}
     found = [common | settings for settings in found]
     return [settings for settings in found if legal(settings)]
@@ -57,7 +57,7 @@ def name_of(number: int, base: str) -> str:
 def work(rank: int, folder: Path) -> None:
     from nnunetv2.run.run_training import get_trainer_from_args
     from nnunetv2.training.nnUNetTrainer import nnUNetTrainer as stock
-    from test_amp import batch_of
+    from test_amp import BATCH, batch_of
 
     from nnunet_confkd.discovery import make_findable
     from nnunet_confkd.training.trainer import ConfKDTrainer
@@ -78,6 +78,9 @@ def work(rank: int, folder: Path) -> None:
             del batch["hint_mask"]
         try:
             losses = [float(trainer.train_step(batch)["loss"]) for _ in range(2)]
+            if trainer.second_stage:
+                trainer._leave_teacher_out()
+                losses = [float(trainer.train_step({**batch, "num_full": BATCH})["loss"]) for _ in losses]
             results.append((base, settings, losses, None))
         except RuntimeError as error:
             results.append((base, settings, [], str(error)))

@@ -12,12 +12,14 @@ from nnunet_confkd import cli
 from nnunet_confkd.data.supervision import OUTSIDE, PARTIAL
 from nnunet_confkd.errors import InputError
 from nnunet_confkd.inference.completion import TrainedModel, _load_predictor, _uses_hints
-from nnunet_confkd.training.network import TEACHER_PREFIX, unwrap
-from nnunet_confkd.training.second_stage import FOLDER
+from nnunet_confkd.training.names import COMPLETED_LABELS
+from nnunet_confkd.training.network import TEACHER_PREFIX, teacher_was_left, unwrap
+from nnunet_confkd.training.settings import Settings
 
 HIPPOCAMPUS = "Dataset004_Hippocampus"
-TWO_STAGES = {"complete_at": 0.5, "weight_kl": 0.0, "epochs": 4, "iterations_per_epoch": 2, "seed": 0,
+TWO_STAGES = {"complete_at": 0.5, "weight_kl": None, "epochs": 4, "iterations_per_epoch": 2, "seed": 0,
               "hint_watershed": True}
+BASE = {"stages_2d": "2d", "stages_3d": "3d_fullres"}
 SMALL = {"max_patch": 56, "batch_size": 2, "features": (2, 4, 4)}
 
 
@@ -35,7 +37,8 @@ def trained(request, nnunet, hippocampus):
                       list(map(str, batch["keys"]))))
         return result
 
-    name = nnunet.configure(HIPPOCAMPUS, f"stages_{request.param}", request.param, TWO_STAGES, **SMALL)
+    name = nnunet.configure(HIPPOCAMPUS, next(name for name, base in BASE.items() if base == request.param),
+                            request.param, TWO_STAGES, **SMALL)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ConfKDTrainer, "train_step", recorded)
         fold = nnunet.train(HIPPOCAMPUS, name)
@@ -68,8 +71,8 @@ def test_the_labels_of_all_partially_annotated_cases_are_completed_once(trained,
     kinds, ignore = trainer.find_supervision(), trainer.label_manager.ignore_label
     train, _ = trainer.do_split()
     partial = sorted(case for case in train if kinds[case] == PARTIAL)
-    assert len(partial) == 30 and sorted(file.stem for file in (fold / FOLDER).glob("*.pkl")) == partial
-    dataset = trainer.dataset_class(trainer.preprocessed_dataset_folder, partial, str(fold / FOLDER))
+    assert len(partial) == 30 and sorted(file.stem for file in (fold / COMPLETED_LABELS).glob("*.pkl")) == partial
+    dataset = trainer.dataset_class(trainer.preprocessed_dataset_folder, partial, str(fold / COMPLETED_LABELS))
     classes = 0
     for case in partial:
         _, seg, label, _ = dataset.load_case(case)
@@ -87,6 +90,7 @@ def test_the_student_alone_is_validated_and_the_teacher_is_kept_beside_it(traine
                      for name in ("teacher", "final"))
     assert (before["current_epoch"], after["current_epoch"]) == (2, 4)
     weights = before["network_weights"], after["network_weights"]
+    assert [teacher_was_left(of) for of in weights] == [False, True]
     assert weights[0].keys() == weights[1].keys() and any(name.startswith(TEACHER_PREFIX) for name in weights[0])
     assert not torch.equal(*(of["encoder.stages.0.0.convs.0.conv.weight"] for of in weights))
     assert (fold / "validation" / "summary.json").is_file() and not (fold / "validation_teacher").exists()
@@ -102,13 +106,13 @@ def test_the_teacher_predicts_from_its_own_checkpoint_alone(trained, nnunet, hip
                "cpu", "-npp", "1", "-nps", "1", "--branch"]
     for options in (["mean"], ["teacher", "-chk", "checkpoint_final.pth"]):
         assert cli.main([*command, *options]) == 1
-        assert "without its teacher (--branch). The teacher is in checkpoint_teacher.pth" in capsys.readouterr().err
+        assert "so --branch has no use. The teacher as it was is in checkpoint_teacher.pth" in capsys.readouterr().err
     assert cli.main([*command, "teacher"]) == 0
     assert (tmp_path / "out" / f"{case}.nii.gz").is_file()
     model = TrainedModel(fold.parent, "teacher")
     assert (model.checkpoint_name, TrainedModel(fold.parent).checkpoint_name) == (
         "checkpoint_teacher.pth", "checkpoint_final.pth")
-    with pytest.raises(InputError, match="without its teacher"):
+    with pytest.raises(InputError, match="so --branch teacher has no use"):
         _load_predictor(TrainedModel(fold.parent, "teacher", checkpoint="checkpoint_final.pth", device="cpu"))
     assert _load_predictor(replace(model, device="cpu"))[1] == ["0"] and _uses_hints(fold.parent, ["0"])
 
@@ -131,11 +135,15 @@ def test_a_training_goes_on_in_either_stage(trained, nnunet, tmp_path):
     assert next(early.dataloader_train)["num_full"] == 1
     early.on_epoch_start()  # completes the labels again, with the same teacher
     assert early.student_alone and next(early.dataloader_train)["num_full"] == 2
-    first, again = (sorted((folder / FOLDER).glob("*.b2nd")) for folder in (fold, tmp_path / "fold_0"))
+    first, again = (sorted((folder / COMPLETED_LABELS).glob("*.b2nd")) for folder in (fold, tmp_path / "fold_0"))
     assert len(first) == len(again) > 0
     for files in zip(first, again):
         import blosc2
         assert np.array_equal(*(blosc2.open(str(file))[:] for file in files))
+    longer = nnunet.configure(HIPPOCAMPUS, f"{name}_longer", BASE[name], TWO_STAGES | {"epochs": 20}, **SMALL)
+    trainer = nnunet.trainer(HIPPOCAMPUS, longer, continue_training=True)
+    trainer.load_checkpoint(str(fold / "checkpoint_final.pth"))
+    assert trainer.student_alone and trainer.second_stage == trainer.lr_scheduler.begin == 2, "as it has begun"
     late.output_folder = str(tmp_path / "empty")
     with pytest.raises(InputError, match="empty/completed_labels: lacks the completed labels of .*checkpoint_teacher"):
         late.get_dataloaders()
@@ -157,14 +165,37 @@ def test_without_the_teacher_the_students_gradient_is_that_of_a_plain_network(nn
         assert torch.equal(found[key], expected), key
 
 
-@pytest.mark.parametrize("settings, keep, text", [
-    ({}, lambda kind: kind != PARTIAL, "no training case is partially annotated"),
-    ({"teacher_hints": False}, lambda kind: True, "the teacher sees no hints")])
-def test_what_cannot_be_completed_is_told_before_the_training(nnunet, hippocampus, settings, keep, text):
-    name = nnunet.configure(HIPPOCAMPUS, f"stages_{len(settings)}", "2d", TWO_STAGES | settings, **SMALL)
+def test_what_cannot_be_completed_is_told_before_the_training(nnunet, hippocampus):
+    name = nnunet.configure(HIPPOCAMPUS, "stages_none", "2d", TWO_STAGES, **SMALL)
     trainer = nnunet.trainer(HIPPOCAMPUS, name)
-    kinds, split = trainer.find_supervision(), trainer.do_split()
-    trainer.do_split = lambda: ([case for case in split[0] if keep(kinds[case])], split[1])
     trainer.initialize()
-    with pytest.raises(InputError, match=f'complete_at is above 0, but {text}; set "complete_at": 0'):
+    kinds, split = trainer.find_supervision(), trainer.do_split()
+    trainer.do_split = lambda: ([case for case in split[0] if kinds[case] != PARTIAL], split[1])
+    with pytest.raises(InputError, match='but no training case is partially annotated; set "complete_at": 0'):
         trainer.get_dataloaders()
+    name = nnunet.configure(HIPPOCAMPUS, "stages_short", "2d", TWO_STAGES | {"epochs": 1}, **SMALL)
+    with pytest.raises(InputError, match="there is one epoch alone"):
+        nnunet.trainer(HIPPOCAMPUS, name).initialize()
+
+
+@pytest.mark.parametrize("name, value", [("teacher_hints", False), ("weight_teacher", 0.0), ("weight_student", 0.0)])
+def test_a_setting_that_leaves_nobody_to_complete_or_to_learn_is_refused(name, value):
+    with pytest.raises(InputError, match=rf'complete_at is above 0, but {name} is .*set "complete_at": 0'):
+        Settings(complete_at=0.25, **{name: value})
+
+
+def test_labels_that_are_regions_are_completed_with_values_of_the_data_set(nnunet, regions):
+    name = nnunet.configure(regions, "stages", "3d_fullres", TWO_STAGES | {
+        "epochs": 2, "iterations_per_epoch": 1, "hint_watershed": False}, **SMALL)
+    fold = nnunet.train(regions, name)
+    trainer = nnunet.trainer(regions, name)
+    ignore, folder = trainer.label_manager.ignore_label, fold / COMPLETED_LABELS
+    cases = sorted(file.stem for file in folder.glob("*.pkl"))
+    trainer.find_supervision()
+    dataset = trainer.dataset_class(trainer.preprocessed_dataset_folder, cases, str(folder))
+    for case in cases:
+        _, seg, label, _ = dataset.load_case(case)
+        seg, label = np.asarray(seg[:]), np.asarray(label[:])
+        assert np.array_equal(label[seg != ignore], seg[seg != ignore])
+        assert set(np.unique(label)) <= {OUTSIDE, *trainer.label_manager.all_labels}
+    assert cases and (fold / "validation" / "summary.json").is_file()
