@@ -402,11 +402,16 @@ def _require_folds(model: Path, folds: list[str], checkpoint: str, train: str) -
     raise InputError(f"{model}: {which} no {checkpoint}; {remedy}")
 
 
-def _require_teacher(checkpoint: Path) -> None:
-    """Raise InputError for a model without a teacher, because --branch would have no effect."""
+def _with_checkpoint(branch: str, folds: list[Path], argv: list[str], args: argparse.Namespace) -> list[str]:
+    """Choose the teacher's own checkpoint if there is one. Raise InputError if a branch has no teacher to predict."""
     from nnunet_confkd.inference.checkpoints import load_checkpoint, require_teacher
 
-    require_teacher(checkpoint, load_checkpoint(checkpoint), "--branch")
+    if branch == "student":
+        return argv
+    if branch == "teacher" and "-chk" not in argv and all((fold / TEACHER_CHECKPOINT).is_file() for fold in folds):
+        args.chk, argv = TEACHER_CHECKPOINT, with_options(argv, "-chk", TEACHER_CHECKPOINT)
+    require_teacher(folds[0] / args.chk, load_checkpoint(folds[0] / args.chk), "--branch")
+    return argv
 
 
 # ---- the commands ---------------------------------------------------------------------------------------------------
@@ -507,11 +512,7 @@ def predict(argv: list[str], afterwards: Callable[[Any], object] = lambda predic
         args.tr = args.tr or DEFAULT_TRAINER
         argv = with_options(argv, "-tr", args.tr)
     model = check_model(args)
-    kept = [(model / f"fold_{fold}" / TEACHER_CHECKPOINT).is_file() for fold in args.f]
-    if own.branch == "teacher" and "-chk" not in argv and all(kept):
-        args.chk, argv = TEACHER_CHECKPOINT, with_options(argv, "-chk", TEACHER_CHECKPOINT)
-    if own.branch != "student":
-        _require_teacher(model / f"fold_{args.f[0]}" / args.chk)
+    argv = _with_checkpoint(own.branch, [model / f"fold_{fold}" for fold in args.f], argv, args)
 
     from nnunet_confkd.data.json_files import read_description
     from nnunet_confkd.inference import postprocessing

@@ -18,7 +18,6 @@ import blosc2
 import numpy as np
 import torch
 import torch.distributed as dist
-from batchgenerators.utilities.file_and_folder_operations import load_pickle, write_pickle
 from nnunetv2.preprocessing.preprocessors.default_preprocessor import DefaultPreprocessor
 from nnunetv2.training.dataloading.nnunet_dataset import comp_blosc2_params, nnUNetDatasetBlosc2
 from nnunetv2.training.lr_scheduler.polylr import PolyLRScheduler
@@ -30,6 +29,8 @@ from nnunet_confkd.training.hints import whole_image_hints
 from nnunet_confkd.training.names import COMPLETED_LABELS, TEACHER_CHECKPOINT
 from nnunet_confkd.training.ranks import patient_group
 from nnunet_confkd.training.validation import CasePredictor
+
+PLACES = "_places.npz"  # of each class, from which patches are drawn; the ending of a file beside each label
 
 
 def begin_of_second_stage(share: float, epochs: int) -> int | None:
@@ -44,10 +45,6 @@ def begin_of_second_stage(share: float, epochs: int) -> int | None:
 
     Raises:
         InputError: There is one epoch alone.
-
-    Examples:
-        >>> begin_of_second_stage(0.25, 1000), begin_of_second_stage(0.1, 2), begin_of_second_stage(0.0, 1000)
-        (250, 1, None)
     """
     if not share:
         return None
@@ -65,11 +62,6 @@ class TwoStageLR(PolyLRScheduler):
         initial_lr: The learning rate at the start of each stage.
         max_steps: The number of epochs.
         begin: The epoch in which the second stage begins.
-
-    Examples:
-        >>> rates = TwoStageLR(torch.optim.SGD([torch.zeros(1)], 0.1), 0.1, max_steps=10, begin=4)
-        >>> [rates.at(epoch) == 0.1 for epoch in (0, 3, 4, 9)]
-        [True, False, True, False]
     """
 
     def __init__(self, optimizer, initial_lr: float, max_steps: int, begin: int):
@@ -105,7 +97,7 @@ class CompletedCases(TrainingCases):
     def __init__(self, dataset, completed: Iterable[str], folder: str):
         super().__init__(dataset)
         self.completed, self.folder = set(completed), folder
-        missing = sorted(case for case in self.completed if not os.path.isfile(os.path.join(folder, f"{case}.pkl")))
+        missing = sorted(case for case in self.completed if not os.path.isfile(os.path.join(folder, f"{case}{PLACES}")))
         if missing:
             raise InputError(f"{folder}: lacks the completed labels of {some(missing)}. To complete them again, make a "
                              f"copy of {TEACHER_CHECKPOINT} with the name checkpoint_latest.pth, move "
@@ -119,7 +111,9 @@ class CompletedCases(TrainingCases):
         file = os.path.join(self.folder, case)
         try:
             label = _open_label(self.dataset, file)
-            properties = {**properties, **load_pickle(f"{file}.pkl")}
+            with np.load(f"{file}{PLACES}") as places:
+                classes = properties["class_locations"]  # the same ones in the same order
+                properties = {**properties, "class_locations": dict(zip(classes, places.values(), strict=True))}
         except Exception as error:  # whatever the broken bytes lead to
             raise unreadable(self.folder, case, error) from error
         return data, label, seg_prev, properties
@@ -189,8 +183,7 @@ def complete_labels(trainer, cases: Iterable[str]) -> None:
         file = os.path.join(folder, case)
         _save_label(dataset.dataset, label, file, trainer.configuration_manager.patch_size)
         # last: a case is complete if it is there
-        write_pickle({"class_locations": DefaultPreprocessor._sample_foreground_locations(label, collected)},
-                     f"{file}.pkl")
+        np.savez(f"{file}{PLACES}", *DefaultPreprocessor._sample_foreground_locations(label, collected).values())
     trainer.set_deep_supervision_enabled(trainer.enable_deep_supervision)
     trainer.network.train()
     if trainer.is_ddp:

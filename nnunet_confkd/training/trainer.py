@@ -224,9 +224,9 @@ class ConfKDTrainer(nnUNetTrainer):
         """Whether the network has a teacher."""
         return isinstance(unwrap(self.network), TwoBranchUNet)
 
-    @property
-    def _teacher(self) -> Any:
-        return unwrap(self.network).teacher_decoder
+    def _left_in_epoch(self) -> torch.Tensor:  # no property: nnU-Net reads all of them for its debug information
+        network: Any = unwrap(self.network)
+        return network.teacher_decoder.left_in_epoch
 
     def set_deep_supervision_enabled(self, enabled: bool):
         super().set_deep_supervision_enabled(enabled)
@@ -556,7 +556,7 @@ class ConfKDTrainer(nnUNetTrainer):
         train, _ = self.do_split()
         complete_labels(self, [case for case in train if self.kinds.get(case) == PARTIAL])
         self.print_to_log_file(f"From epoch {self.current_epoch} on the student alone is trained, on these labels")
-        self._teacher.left_in_epoch.fill_(self.current_epoch)
+        self._left_in_epoch().fill_(self.current_epoch)
         self._leave_teacher_out()
         self.optimizer.state.clear()  # the momentum of the first stage
         self.dataloader_train, self.dataloader_val = self.get_dataloaders()
@@ -570,7 +570,7 @@ class ConfKDTrainer(nnUNetTrainer):
     def on_train_start(self):
         super().on_train_start()
         if self.second_stage is not None and not self.continued:
-            self._teacher.left_in_epoch.zero_()  # of pretrained weights
+            self._left_in_epoch().zero_()  # of pretrained weights
         if self.local_rank == 0:  # not before all is ready: a start that fails must leave an earlier training alone
             if not self.continued and (warning := set_aside_earlier(self.output_folder)):
                 self.print_to_log_file(warning)
@@ -785,7 +785,7 @@ class ConfKDTrainer(nnUNetTrainer):
                 f"confkd block of {self.configuration_name} in {self.plans_manager.plans_name}.json of the "
                 f"preprocessed data set. Else undo what you changed in the plans or in the data set.") from error
         self.continued = True
-        if self.second_stage is not None and (began := int(self._teacher.left_in_epoch)):
+        if self.second_stage is not None and (began := int(self._left_in_epoch())):
             self.second_stage = self.lr_scheduler.begin = began  # also if the number of epochs has changed since
             self._leave_teacher_out()
         self._add_missing_curves()

@@ -14,6 +14,7 @@ from nnunet_confkd.errors import InputError
 from nnunet_confkd.inference.completion import TrainedModel, _load_predictor, _uses_hints
 from nnunet_confkd.training.names import COMPLETED_LABELS
 from nnunet_confkd.training.network import TEACHER_PREFIX, teacher_was_left, unwrap
+from nnunet_confkd.training.second_stage import PLACES, TwoStageLR, begin_of_second_stage
 from nnunet_confkd.training.settings import Settings
 
 HIPPOCAMPUS = "Dataset004_Hippocampus"
@@ -45,6 +46,18 @@ def trained(request, nnunet, hippocampus):
     return name, fold, steps
 
 
+def cases_in(fold) -> list[str]:
+    return sorted(file.name.removesuffix(PLACES) for file in (fold / COMPLETED_LABELS).glob(f"*{PLACES}"))
+
+
+@pytest.mark.parametrize("share, epochs, begin", [(0.25, 1000, 250), (0.1, 2, 1), (0.95, 3, 2), (0.0, 1000, None)])
+def test_each_stage_has_an_epoch(share, epochs, begin):
+    assert begin_of_second_stage(share, epochs) == begin
+    if begin:
+        rates = TwoStageLR(torch.optim.SGD([torch.zeros(1)], 0.1), 0.1, epochs, begin)
+        assert [rates.at(epoch) == 0.1 for epoch in (0, begin, epochs - 1)] == [True, True, begin == epochs - 1]
+
+
 def test_the_student_alone_learns_from_whole_labels_in_the_second_stage(trained, hippocampus):
     _, _, steps = trained
     first, second = ([step for step in steps if (step[0] >= 2) == late] for late in (False, True))
@@ -71,7 +84,7 @@ def test_the_labels_of_all_partially_annotated_cases_are_completed_once(trained,
     kinds, ignore = trainer.find_supervision(), trainer.label_manager.ignore_label
     train, _ = trainer.do_split()
     partial = sorted(case for case in train if kinds[case] == PARTIAL)
-    assert len(partial) == 30 and sorted(file.stem for file in (fold / COMPLETED_LABELS).glob("*.pkl")) == partial
+    assert len(partial) == 30 and cases_in(fold) == partial
     dataset = trainer.dataset_class(trainer.preprocessed_dataset_folder, partial, str(fold / COMPLETED_LABELS))
     classes = 0
     for case in partial:
@@ -190,7 +203,7 @@ def test_labels_that_are_regions_are_completed_with_values_of_the_data_set(nnune
     fold = nnunet.train(regions, name)
     trainer = nnunet.trainer(regions, name)
     ignore, folder = trainer.label_manager.ignore_label, fold / COMPLETED_LABELS
-    cases = sorted(file.stem for file in folder.glob("*.pkl"))
+    cases = cases_in(fold)
     trainer.find_supervision()
     dataset = trainer.dataset_class(trainer.preprocessed_dataset_folder, cases, str(folder))
     for case in cases:
