@@ -40,7 +40,7 @@ class CandidateHints(HintSampler):
         self.samplers: dict[Lists, HintSampler] = {}
         self.seen: Counter[tuple[Lists, bool]] = Counter()  # lists of images, and whether all voxels are annotated
 
-    def __call__(self, batch: dict) -> dict:
+    def _with_mask(self, batch: dict) -> dict:
         """Add `hint_mask` and `hint_listed` to a batch of the stratified loader, which holds `inside` and `listed`."""
         target = batch["target"][0] if isinstance(batch["target"], list) else batch["target"]
         mask = (annotated_voxels(target, self.ignore_label, self.regions) & batch["inside"]).clone()

@@ -232,6 +232,7 @@ class HintSampler:
         return batch
 
     def _with_mask(self, batch: dict) -> dict:
+        """Add `hint_mask` to a batch, and learn from it."""
         mask = self.draw(batch["data"], _highest(batch["target"]), batch["inside"], batch["num_full"], rng_of_batch())
         return {**batch, "hint_mask": mask}
 
