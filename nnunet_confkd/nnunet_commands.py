@@ -404,11 +404,11 @@ def _require_folds(model: Path, folds: list[str], checkpoint: str, train: str) -
 
 def _with_checkpoint(branch: str, folds: list[Path], argv: list[str], args: argparse.Namespace) -> list[str]:
     """Choose the teacher's own checkpoint if there is one. Raise InputError if a branch has no teacher to predict."""
-    from nnunet_confkd.inference.checkpoints import load_checkpoint, require_teacher
+    from nnunet_confkd.inference.checkpoints import has_own_teacher, load_checkpoint, require_teacher
 
     if branch == "student":
         return argv
-    if branch == "teacher" and "-chk" not in argv and all((fold / TEACHER_CHECKPOINT).is_file() for fold in folds):
+    if "-chk" not in argv and has_own_teacher(branch, folds):
         args.chk, argv = TEACHER_CHECKPOINT, with_options(argv, "-chk", TEACHER_CHECKPOINT)
     require_teacher(folds[0] / args.chk, load_checkpoint(folds[0] / args.chk), "--branch")
     return argv

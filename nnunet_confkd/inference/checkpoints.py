@@ -4,7 +4,7 @@ from __future__ import annotations
 import pickle
 import re
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -65,6 +65,11 @@ def load_checkpoint(path: str | Path) -> dict:
     if not isinstance(checkpoint, dict) or "network_weights" not in checkpoint:
         raise InputError(f"{path}: is no nnU-Net checkpoint (it has no 'network_weights')")
     return checkpoint
+
+
+def has_own_teacher(branch: str, folds: Iterable[Path]) -> bool:
+    """Whether a branch predicts with the checkpoint of a teacher that has completed labels, in all of these folds."""
+    return branch == "teacher" and all((fold / TEACHER_CHECKPOINT).is_file() for fold in folds)
 
 
 def require_teacher(path: str | Path, checkpoint: dict, option: str) -> None:

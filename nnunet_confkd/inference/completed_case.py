@@ -47,10 +47,6 @@ class KnownLabel:
             found |= label == value  # np.isin sorts all voxels where a value does not fit their type
         return found
 
-    def has_background(self) -> bool:
-        """Read the label: whether any voxel is annotated as background."""
-        return bool((read(self.file).voxels == 0).any())
-
     def agrees(self, before: np.ndarray, after: np.ndarray) -> bool:
         """Return whether the voxels that can have some values have one of these in a completed label."""
         return all(np.isin(after[before == value], others).all() for value, others in self.possible.items())

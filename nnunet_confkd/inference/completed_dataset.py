@@ -35,6 +35,7 @@ class CompletedDataset:
         described: Its dataset.json.
         dataset: What will be written.
         known: What is known of each case that is to be completed. This and what follows are found by :meth:`check`.
+        counts: The voxels of each label in each case.
         kinds: The kind of each case.
         hidden: {case: for each head whether the case is annotated for it}, of cases that lack some.
         splits: The folds that will be written. None: none.
@@ -44,6 +45,7 @@ class CompletedDataset:
     described: dict
     dataset: Dataset
     known: dict[str, KnownLabel] = field(default_factory=dict)
+    counts: dict[str, dict[int, int]] = field(default_factory=dict)
     kinds: dict[str, str] = field(default_factory=dict)
     hidden: dict[str, Listed] = field(default_factory=dict)
     splits: list[dict] | None = None
@@ -74,7 +76,8 @@ class CompletedDataset:
             InputError: There is nothing to complete, or labels cannot be read or have other values. All problems of
                 the cases are listed at once.
         """
-        self.known, self.kinds, self.hidden = check_cases(self.folder, self.described, self.dataset, processes)
+        self.known, self.counts, self.kinds, self.hidden = check_cases(self.folder, self.described, self.dataset,
+                                                                       processes)
         self.splits = _splits_of(self.source, self.kinds, self.dataset.patient_pattern, self.known)
 
     def write(self, target: Path, preprocessed: Path, completions: list[CompletedCase], rows: list[dict], about: dict,
@@ -124,12 +127,13 @@ class CompletedDataset:
 
 
 def check_cases(folder: Path, described: dict, dataset: Dataset,
-                 processes: int) -> tuple[dict[str, KnownLabel], dict[str, str], dict[str, Listed]]:
+                 processes: int) -> tuple[dict[str, KnownLabel], dict[str, dict[int, int]], dict[str, str],
+                                          dict[str, Listed]]:
     """Read all training cases, so that all problems are found before the prediction.
 
     Returns:
-        What is known of each case that is to be completed; the kind of each case; and for each head whether a case is
-        annotated for it, of cases that lack some.
+        What is known of each case that is to be completed; the voxels of each label in each case; the kind of each
+        case; and for each head whether a case is annotated for it, of cases that lack some.
     """
     check_labels(described)
     labels = LabelManager(described["labels"], described.get("regions_class_order"))
@@ -166,7 +170,7 @@ def check_cases(folder: Path, described: dict, dataset: Dataset,
     if not known:
         raise InputError(f"{folder}: no training case has an ignored voxel or lacks classes; there is nothing to "
                          f"complete")
-    return known, kinds, hidden
+    return known, counts, kinds, hidden
 
 
 def _splits_of(source: str, kinds: dict[str, str], pattern: str | None,

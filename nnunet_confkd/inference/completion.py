@@ -28,7 +28,7 @@ from nnunet_confkd.device import choose_device
 from nnunet_confkd.discovery import make_findable
 from nnunet_confkd.errors import InputError
 from nnunet_confkd.files import write_json
-from nnunet_confkd.inference.checkpoints import fold_folders, load_checkpoint, require_teacher
+from nnunet_confkd.inference.checkpoints import fold_folders, has_own_teacher, load_checkpoint, require_teacher
 from nnunet_confkd.inference.completed_case import CONFIDENCE, PREDICTED, ROWS, CompletedCase
 from nnunet_confkd.inference.completed_dataset import CompletedDataset
 from nnunet_confkd.inference.expected_time import prediction_text
@@ -73,9 +73,10 @@ class TrainedModel:
     @property
     def checkpoint_name(self) -> str:
         """The name of the checkpoint that predicts."""
-        kept = self.branch == "teacher" and all((fold / TEACHER_CHECKPOINT).is_file()
-                                                for fold in fold_folders(self.folder))
-        return self.checkpoint or (TEACHER_CHECKPOINT if kept else CHECKPOINT)
+        if self.checkpoint is not None:
+            return self.checkpoint
+        folds = [self.folder / f"fold_{fold}" for fold in self.folds] if self.folds else fold_folders(self.folder)
+        return TEACHER_CHECKPOINT if has_own_teacher(self.branch, folds) else CHECKPOINT
 
 
 def complete(source: int | str, model: TrainedModel, dataset_id: int, *, confidence: float | None = None,
@@ -203,12 +204,12 @@ def _load_predictor(model: TrainedModel) -> tuple[_CompletingPredictor, list[str
 
 def _choose_folds(model: TrainedModel) -> list[str]:
     """Return the folds that were asked for, or all that have the checkpoint; "all" only if there is no other."""
-    trained = [fold.name[len("fold_"):] for fold in fold_folders(model.folder)
-               if (fold / model.checkpoint_name).is_file()]
+    name = model.checkpoint_name
+    trained = [fold.name[len("fold_"):] for fold in fold_folders(model.folder) if (fold / name).is_file()]
     folds = [str(fold) for fold in model.folds or [fold for fold in trained if fold != "all"] or trained]
     missing = sorted(set(folds) - set(trained))
     if missing or not folds:
-        raise InputError(f"{model.folder}: has no {model.checkpoint_name} of "
+        raise InputError(f"{model.folder}: has no {name} of "
                          + (f"fold {', '.join(missing)}" if folds else "any fold")
                          + "; train first, or choose other --folds or another --checkpoint")
     return folds
@@ -302,7 +303,7 @@ def _with_hints(predictor: _CompletingPredictor, sources: list[list[str]], label
         if hidden:  # all cases then have sets of classes as hints, and the same number of channels
             of_case = hidden.get(Path(output).name, (True,) * manager.num_segmentation_heads)
             listed = torch.tensor(of_case)[None]
-        hints = whole_image_hints(data, target, mask, torch.from_numpy(seg[0] != OUTSIDE), manager,
+        hints = whole_image_hints(data, target, mask, seg[0] != OUTSIDE, manager,
                                   configuration.patch_size, watershed, listed)
         yield {"data": torch.cat((torch.from_numpy(data).float(), hints.float())), "data_properties": properties,
                "ofile": output}

@@ -10,7 +10,7 @@ from nnunet_confkd.data.annotated_classes import CLASSES_KEY
 from nnunet_confkd.data.folders import folder_name, new_dataset, raw_folder
 from nnunet_confkd.data.supervision import PARTIAL
 from nnunet_confkd.errors import InputError, some
-from nnunet_confkd.inference.completed_case import PREDICTED, CompletedCase, KnownLabel
+from nnunet_confkd.inference.completed_case import PREDICTED, CompletedCase
 from nnunet_confkd.inference.completed_dataset import CompletedDataset
 from nnunet_confkd.processes import PROCESSES, parallel
 
@@ -53,13 +53,11 @@ def complete_by_watershed(source: int | str, dataset_id: int, *, name: str | Non
                       if case.name in completed.known and completed.kinds[case.name] == PARTIAL}
         if not incomplete:
             raise InputError(f"{folder}: no training case is partially annotated; there is nothing to spread")
-        known = [completed.known[name] for name in incomplete]
-        found = parallel(KnownLabel.has_background, [(label,) for label in known], processes, "reading labels")
-        if bad := [name for name, has_background in zip(incomplete, found) if not has_background]:
+        if bad := [name for name in incomplete if not completed.counts[name][0]]:
             raise InputError(f"{folder / 'labelsTr'}: {some(bad, 5)}: no annotated background, so that a watershed "
                              f"would fill the image with foreground; complete them by a model: --model")
-        completions = [CompletedCase(name, label, target, dataset.file_ending, label.ignore, None, fills_all=False)
-                       for name, label in zip(incomplete, known)]
+        completions = [CompletedCase(name, completed.known[name], target, dataset.file_ending,
+                                     completed.known[name].ignore, None, fills_all=False) for name in incomplete]
         (target / PREDICTED).mkdir(parents=True)
         counts = parallel(CompletedCase.flood, [(completion, tuple(volume.file for volume in case.images)) for
                                                 completion, case in zip(completions, incomplete.values())], processes,

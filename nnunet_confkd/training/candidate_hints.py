@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from nnunet_confkd.training.hint_patterns import KEPT
-from nnunet_confkd.training.hints import HintSampler, class_map, rng_of_batch
+from nnunet_confkd.training.hints import HintSampler, class_map, highest, rng_of_batch
 from nnunet_confkd.training.losses import annotated_voxels, hide_unlisted
 
 Lists = tuple[bool, ...]  # for each head, whether an image is annotated for it
@@ -42,7 +42,7 @@ class CandidateHints(HintSampler):
 
     def _with_mask(self, batch: dict) -> dict:
         """Add `hint_mask` and `hint_listed` to a batch of the stratified loader, which holds `inside` and `listed`."""
-        target = batch["target"][0] if isinstance(batch["target"], list) else batch["target"]
+        target = highest(batch["target"])
         mask = (annotated_voxels(target, self.ignore_label, self.regions) & batch["inside"]).clone()
         images, hinted = batch["data"][:, :self.image_channels].numpy(), batch["listed"].clone()
         rng, num_full = rng_of_batch(), batch["num_full"]

@@ -14,6 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from nnunet_confkd.training.hints import highest
 from nnunet_confkd.training.losses import annotated_voxels
 
 # The logarithms are bounded. The background of masks of the organ alone is never annotated, and log(0) would remove it
@@ -50,7 +51,7 @@ class ClassPrior:
         Returns:
             The batch with "prior_shift", float32 `(heads,)`, which is 0 until both kinds of images have been counted.
         """
-        target = batch["target"][0] if isinstance(batch["target"], list) else batch["target"]
+        target = highest(batch["target"])
         full = torch.arange(len(target)) < batch["num_full"]
         whole = batch["listed"].all(1) if "listed" in batch else torch.ones_like(full)
         for i, images in enumerate((full & whole, ~full & whole)):

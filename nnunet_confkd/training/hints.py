@@ -121,8 +121,9 @@ def image_hints(label: Tensor, hint_mask: Tensor, label_manager: LabelManager, l
                          listed)[0]
 
 
-def whole_image_hints(data: np.ndarray, label: Tensor, hint_mask: Tensor, inside: Tensor, label_manager: LabelManager,
-                      patch_size: Sequence[int], watershed: bool = False, listed: Tensor | None = None) -> Tensor:
+def whole_image_hints(data: np.ndarray, label: Tensor, hint_mask: Tensor, inside: np.ndarray,
+                      label_manager: LabelManager, patch_size: Sequence[int], watershed: bool = False,
+                      listed: Tensor | None = None) -> Tensor:
     """Make the channels that give the hints to the network, of a whole image.
 
     Args:
@@ -140,7 +141,7 @@ def whole_image_hints(data: np.ndarray, label: Tensor, hint_mask: Tensor, inside
     """
     spread = None
     if watershed:
-        spread = spread_volume(data, label[0].numpy(), hint_mask[0].numpy(), inside.numpy(), patch_size)
+        spread = spread_volume(data, label[0].numpy(), hint_mask[0].numpy(), inside, patch_size)
     return image_hints(label, hint_mask, label_manager, listed, spread)
 
 
@@ -226,14 +227,14 @@ class HintSampler:
         batch = self._with_mask(batch)
         if self.watershed:
             images, masks = batch["data"][:, :self.image_channels].numpy(), (batch["hint_mask"], batch["inside"])
-            labels = class_map(_highest(batch["target"]), self.regions)
+            labels = class_map(highest(batch["target"]), self.regions)
             batch["hint_spread"] = torch.from_numpy(np.stack([spread(*of_image) for of_image in zip(
                 images, labels, *(mask[:, 0].numpy() for mask in masks))]))[:, None]
         return batch
 
     def _with_mask(self, batch: dict) -> dict:
         """Add `hint_mask` to a batch, and learn from it."""
-        mask = self.draw(batch["data"], _highest(batch["target"]), batch["inside"], batch["num_full"], rng_of_batch())
+        mask = self.draw(batch["data"], highest(batch["target"]), batch["inside"], batch["num_full"], rng_of_batch())
         return {**batch, "hint_mask": mask}
 
     @property
@@ -394,8 +395,8 @@ class HintSampler:
         return share_of_annotated / (self.with_class["full"][label] / self.images["full"])
 
 
-def _highest(target: Tensor | list[Tensor]) -> Tensor:
-    """The target of the highest resolution."""
+def highest(target: Tensor | list[Tensor]) -> Tensor:
+    """The target of the highest resolution, with deep supervision or without."""
     return target[0] if isinstance(target, list) else target
 
 

@@ -2,8 +2,8 @@
 
 In the first stage the teacher learns on the fully annotated images to complete annotations, its hints. Then it
 completes the label of each partially annotated training case, once. Annotated voxels stay as they are. From then on the
-student is trained as nnU-Net trains on fully annotated images. In each stage the learning rate falls to zero, because a
-teacher whose learning rate is still high completes labels worse.
+student is trained as nnU-Net trains on fully annotated images. In each stage the learning rate falls to zero, so the
+labels are completed at the end of a whole schedule.
 
 A student that learns from the labels of a teacher is self-training (D.-H. Lee, "Pseudo-label", ICML workshop 2013). A
 teacher that is shown weak labels and completes them is known for points (Kim et al., "The devil is in the points:
@@ -176,7 +176,7 @@ def complete_labels(trainer, cases: Iterable[str]) -> None:
         data, seg, seg_prev, _ = dataset.load_case(case)
         data, seg, seg_prev = (values if values is None else np.asarray(values[:]) for values in (data, seg, seg_prev))
         target, mask = map(torch.from_numpy, real_hints(seg.astype(np.int16), manager.ignore_label))
-        hints = whole_image_hints(data, target, mask, torch.from_numpy(seg[0] != OUTSIDE), manager,
+        hints = whole_image_hints(data, target, mask, seg[0] != OUTSIDE, manager,
                                   trainer.configuration_manager.patch_size, bool(trainer.settings.hint_watershed))
         found = manager.convert_logits_to_segmentation(predict(data, seg_prev, hints)["teacher"]).numpy()
         label = np.where(seg == manager.ignore_label, found[None], seg).astype(seg.dtype)

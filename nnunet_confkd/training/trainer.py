@@ -490,7 +490,7 @@ class ConfKDTrainer(nnUNetTrainer):
         if self.student_alone:
             dataset_tr, options = self._completed_cases(dataset_tr)
         else:
-            options = {"complete": self._completing(dataset_tr.identifiers, chosen)}
+            options = {"complete": self._batch_steps(dataset_tr.identifiers, chosen)}
         dl_tr = self._loader(dataset_tr, self.batch_size, initial_patch_size, tr_transforms, offset=self.local_rank,
                              **options)
         if validates_full:
@@ -512,7 +512,7 @@ class ConfKDTrainer(nnUNetTrainer):
             next(loader)
         return loaders
 
-    def _completing(self, cases, chosen: Settings) -> list:
+    def _batch_steps(self, cases, chosen: Settings) -> list:
         """What each training batch gets in turn; in this order, because hints are simulated on exchanged images."""
         complete: list = []
         for name, share, mixer in (("cutmix_full", chosen.cutmix_full, FullCutMix),

@@ -167,7 +167,7 @@ def simulated_hints(trainer, case: str, data: np.ndarray, seg: np.ndarray) -> to
     mask, listed = sampler.draw_volume(data, regions_of(label, labels)[None], seg[0] != OUTSIDE,
                                        trainer.configuration_manager.patch_size,
                                        np.random.default_rng(crc32(case.encode())))
-    return whole_image_hints(data[:sampler.image_channels], label, mask[0], torch.from_numpy(seg[0] != OUTSIDE), labels,
+    return whole_image_hints(data[:sampler.image_channels], label, mask[0], seg[0] != OUTSIDE, labels,
                              trainer.configuration_manager.patch_size, bool(trainer.settings.hint_watershed),
                              None if listed is None or listed.all() else listed)
 

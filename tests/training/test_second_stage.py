@@ -212,3 +212,11 @@ def test_labels_that_are_regions_are_completed_with_values_of_the_data_set(nnune
         assert np.array_equal(label[seg != ignore], seg[seg != ignore])
         assert set(np.unique(label)) <= {OUTSIDE, *trainer.label_manager.all_labels}
     assert cases and (fold / "validation" / "summary.json").is_file()
+
+
+def test_the_teachers_own_checkpoint_is_looked_for_in_the_folds_that_are_asked_for(tmp_path):
+    for file in ("fold_0/checkpoint_teacher.pth", "fold_0/checkpoint_final.pth", "fold_1/checkpoint_final.pth"):
+        (tmp_path / file).parent.mkdir(exist_ok=True)
+        (tmp_path / file).touch()
+    names = [TrainedModel(tmp_path, "teacher", folds).checkpoint_name for folds in (["0"], ["0", "1"])]
+    assert names == ["checkpoint_teacher.pth", "checkpoint_final.pth"]
