@@ -98,10 +98,17 @@ PAGES = (dict.fromkeys(("hints with scribbles", "hints with eroded masks"), "hin
 # cost" has fewer. With CutMix half of the steps have one more pass through the encoder, which is a tenth of a step.
 COST = 0.2 * 1.146 + 0.8 * 1.171
 COST_CUTMIX = COST + 0.5 * 0.1
-# With a second stage the teacher is run in a quarter of the training, and there is no KL. To complete the labels takes
-# time as well, which does not grow with the length of the training and is not counted.
-COST_COMPLETES = 0.25 * 1.146 + 0.75
 COST_WIDE = 0.2 * 1.345 + 0.8 * 1.456
+
+
+def cost_completes(share: float) -> float:
+    """The cost of a mean iteration if the first of two stages has this share of them.
+
+    The teacher is run in the first stage alone, and there is no KL. To complete the labels takes time as well, which
+    does not grow with the length of the training and is not counted.
+    """
+    return share * 1.146 + 1 - share
+
 
 ROWS: dict[str, Row] = with_earlier_defaults({
     "full_only": USUAL_ROWS["full_only"],
@@ -206,12 +213,14 @@ ROWS |= {name: replace(ROWS[of], title=f"{ROWS[of].title}; a watershed spreads t
          for name, of in (("apart_watershed_cost", "apart_reach_cost"),
                           ("apart_corrected_watershed_cost", "apart_corrected_reach_cost"))}
 # A second stage, in which the student alone learns from labels that the teacher has completed.
-ROWS |= {name: replace(ROWS[of], title=f"{ROWS[of].title}; the teacher completes the labels, after a quarter",
-                       settings=ROWS[of].settings | {"complete_at": 0.25, "weight_kl": 0.0,
-                                                        "teacher_trains_encoder": True},
-                       steps=1 / COST_COMPLETES)
-         for name, of in (("completes_cost", "apart_watershed_cost"), ("completes_equal_cost", "equal_cost"),
-                          ("completes_corrected_cost", "apart_corrected_watershed_cost"))}
+COMPLETES = {"": (0.25, "a quarter"), "late_": (0.4, "two fifths")}
+ROWS |= {name.replace("_cost", f"_{when}cost"): replace(
+    ROWS[of], title=f"{ROWS[of].title}; the teacher completes the labels, after {words}",
+    settings=ROWS[of].settings | {"complete_at": share, "weight_kl": 0.0, "teacher_trains_encoder": True},
+    steps=1 / cost_completes(share))
+    for when, (share, words) in COMPLETES.items()
+    for name, of in (("completes_cost", "apart_watershed_cost"), ("completes_equal_cost", "equal_cost"),
+                     ("completes_corrected_cost", "apart_corrected_watershed_cost"))}
 # The same without KL: a short first stage of two_stages.py, whose teacher completes the labels.
 ROWS |= {name: replace(ROWS[of], title=f"{ROWS[of].title}; no KL, and the teacher trains the encoder", settings={
     **ROWS[of].settings, "kl_ramp_start": 1.0, "kl_ramp_end": 1.0, "teacher_trains_encoder": True})

@@ -22,7 +22,7 @@ from accuracy import FOLDS, TABLES, Row, Table, largest_components, predictions,
 from accuracy import ROWS as USUAL_ROWS
 from accuracy_report import gain_text as text_of_gain
 from accuracy_report import patients_in, read_runs
-from equal_terms import COST, COST_COMPLETES, COST_CUTMIX, HOW, LONG, choice_of, longer, measure_all, parsed
+from equal_terms import COST, COST_CUTMIX, HOW, LONG, choice_of, cost_completes, longer, measure_all, parsed
 from equal_terms import ROWS as EQUAL_ROWS
 from step_time import insert
 
@@ -64,7 +64,7 @@ ROWS: dict[str, Row] = {
     "confkd_cost": Row("ConfKD with hints, at equal cost", steps=1 / COST),
     "confkd_cutmix_cost": Row("ConfKD, at equal cost", settings={"weight_kl": 3.0}, steps=1 / COST_CUTMIX),
     "completes_cost": Row("ConfKD, the teacher completes the labels, at equal cost", settings={"complete_at": 0.25},
-                          steps=1 / COST_COMPLETES),
+                          steps=1 / cost_completes(0.25)),
     "all": replace(USUAL_ROWS["all"], title="everything annotated"),
 }
 USUAL = ("full_only", "ignore_uniform", "ignore", "confkd_cost", "all")
