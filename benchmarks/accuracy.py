@@ -688,7 +688,8 @@ def differences(before: dict, now: dict) -> list[str]:
                             ("weight_entropy", 0.0 if few else 0.01)):
             if settings.get(name, 0) is None:
                 settings[name] = value
-        background = spec["table"].get("background", True) and spec["row"]["labels"] != "listed"
+        background = (spec["table"].get("background", True) and spec["table"]["style"] != "none"
+                      and spec["row"]["labels"] != "listed")
         for name, value in (("hint_reach", HINT_REACH if background else 0), ("hint_watershed", background)):
             if settings.get(name, 0) is None:
                 settings[name] = value
