@@ -11,6 +11,7 @@ import SimpleITK as sitk
 
 from nnunet_confkd import cli
 from nnunet_confkd.errors import InputError
+from nnunet_confkd.training.names import COMPLETED_LABELS
 
 DATASET = "Dataset301_Recipe"
 SHORT = {"epochs": 1, "iterations_per_epoch": 2, "seed": 0}
@@ -113,6 +114,14 @@ def test_a_cascade_trains_after_all_folds_of_its_first_stage(own):
     assert (folder / "validation" / "summary.json").is_file()
     assert "fully annotated training case(s) with a network that was trained" not in log_of(folder)
     assert "3 partially annotated or unlabelled training case(s) validate in no fold" in log_of(folder)
+
+    plans_file = own.preprocessed(DATASET) / "nnUNetPlans.json"
+    plans = json.loads(plans_file.read_text())
+    plans["configurations"]["3d_cascade_fullres"]["confkd"] |= {"epochs": 2, "complete_at": 0.5, "weight_kl": None}
+    plans_file.write_text(json.dumps(plans))
+    folder = own.train(DATASET, "3d_cascade_fullres", fold=1)  # its teacher sees the predictions of the first stage
+    assert sorted(file.name for file in (folder / COMPLETED_LABELS).glob("*.b2nd")) == ["partial0.b2nd", "partial1.b2nd"]
+    assert (folder / "checkpoint_teacher.pth").is_file() and (folder / "validation" / "summary.json").is_file()
 
 
 # ---- what a cascade asks of its first stage ------------------------------------------------------------------------
