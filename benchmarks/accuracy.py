@@ -677,20 +677,23 @@ def still_to_do(specs: list[dict], output: Path) -> list[dict]:
 
 def differences(before: dict, now: dict) -> list[str]:
     """Entries in which two runs differ: settings of terms of weight 0 decide nothing, and a row's title does not."""
-    from nnunet_confkd.training.automatic import HINT_REACH
+    from nnunet_confkd.training.automatic import COMPLETE_AT, HINT_REACH
     from nnunet_confkd.training.settings import ADDED, without_removed
 
     def effective(spec: dict) -> dict:
         settings = ADDED | without_removed(spec["settings"]) if spec["settings"] else {}
         # what null means for these tables
-        few = spec["table"]["style"] in ("points", "none") and settings.get("weight_kl") is None
+        no_kl_asked = settings.get("weight_kl") is None
+        few = spec["table"]["style"] in ("points", "none") and no_kl_asked
         for name, value in (("weight_teacher", float(not few)), ("weight_kl", 0.0 if few else 3.0),
                             ("weight_entropy", 0.0 if few else 0.01)):
             if settings.get(name, 0) is None:
                 settings[name] = value
         background = (spec["table"].get("background", True) and spec["table"]["style"] != "none"
                       and spec["row"]["labels"] != "listed")
-        for name, value in (("hint_reach", HINT_REACH if background else 0), ("hint_watershed", background)):
+        completes = spec["table"]["style"] == "erosion" and background and no_kl_asked
+        for name, value in (("hint_reach", HINT_REACH if background else 0), ("hint_watershed", background),
+                            ("complete_at", COMPLETE_AT if completes else 0.0)):
             if settings.get(name, 0) is None:
                 settings[name] = value
         off = [term for term in ("kl", "entropy") if not settings.get(f"weight_{term}")]

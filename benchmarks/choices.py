@@ -26,9 +26,9 @@ TRAINERS = {"ConfKDTrainer": "`ConfKDTrainer`", "ConfKDTrainer_partialOnly": "`_
 WORDS = five_folds.WORDS | {"unlabelled": "ACDC, unlabelled"}
 SHOWN = {"weight_kl": "weight of the KL", "full_share": "share of full images", "equal_kinds": "equal weights",
          "teacher_trains_encoder": "teacher trains the encoder", "hint_reach": "reach of hints",
-         "hint_watershed": "watershed of hints",
+         "hint_watershed": "watershed of hints", "complete_at": "labels completed after",
          "prior_correction": "class-prior correction", "cutmix": "CutMix"}
-OF_TEACHER = ("teacher_trains_encoder", "weight_kl", "hint_reach", "hint_watershed")
+OF_TEACHER = ("teacher_trains_encoder", "weight_kl", "hint_reach", "hint_watershed", "complete_at")
 
 
 def choices_of(table: Table, full: int) -> dict:
@@ -36,7 +36,8 @@ def choices_of(table: Table, full: int) -> dict:
     found: dict = {}
     for name in TRAINERS:
         row = Row("choices", name)
-        spec = spec_of(table, "choices", full, 0, "cpu", table.epoch, "validation", row)
+        # two epochs, so that a training could have two stages
+        spec = spec_of(table, "choices", full, 0, "cpu", 2 * table.epoch, "validation", row)
         trainer = build_trainer(table, spec)
         trainer.choose_network()
         train, _ = trainer.do_split()

@@ -59,10 +59,9 @@ RIVALS = dict.fromkeys(SETTINGS, "ignore_prior") | {"unlabelled": "full_only", "
 STOCK = "ignore_uniform"
 MORE = ("ignore", "ignore_prior", "ignore_quarter", "ignore_prior_quarter", "ignore_three_quarters", "cutmix_full",
         "ignore_equal", "ignore_equal_quarter", "ignore_prior_equal_quarter")
-# ConfKD's row, the last, has the settings that its trainer chooses from these data, but for
-# `hint_reach`, which is 0 in all of them, and `hint_watershed`, which is false. With points there is no teacher.
-SHORT = {"scribbles": ("ignore_equal_quarter", "apart_cost"),
-         "erosion": ("ignore_prior_equal_quarter", "apart_corrected_margins_cost"),
+# ConfKD's row, the last, has the settings that its trainer chooses from these data. With points there is no teacher.
+SHORT = {"scribbles": ("ignore_equal_quarter", "apart_watershed_cost"),
+         "erosion": ("ignore_prior_equal_quarter", "completes_corrected_cost"),
          "erosion_foreground": ("ignore_quarter", "equal_cost"),
          "unlabelled": ("full_only", "full_cutmix", "cutmix_three_quarters_cost"),
          "points_5": ("full_only", "ignore"), "points_10": ("full_only", "ignore_three_quarters")}
@@ -244,7 +243,8 @@ def longer(rows: Mapping[str, Row], names: Iterable[str]) -> dict[str, Row]:
 
 
 ROWS |= longer(ROWS, ("ignore_equal_quarter", "equal_cost", "full_cutmix", "cutmix_three_quarters_cost",
-                      "ignore_prior_equal_quarter", "apart_corrected_reach_cost", "ignore_quarter", "equal_reach_cost"))
+                      "ignore_prior_equal_quarter", "apart_corrected_reach_cost", "ignore_quarter", "equal_reach_cost",
+                      "completes_corrected_cost"))
 
 
 def table_of(setting: str, draw: int) -> Table:

@@ -52,6 +52,7 @@ WORDS = equal_terms.WORDS | {"scribbles_sparse": "ACDC, scribbles in a quarter o
 SAME_IMAGES = (("scribbles", "scribbles_sparse", "erosion_foreground", "erosion", "unlabelled"),
                ("points", "points_sparse"))
 
+KL = {"complete_at": 0.0}  # with eroded masks that annotate background, the trainer would choose to complete labels
 ROWS: dict[str, Row] = {
     "full_only": replace(USUAL_ROWS["full_only"], title="the full patients alone"),
     "full_cutmix": replace(EQUAL_ROWS["full_cutmix"], title="the full patients alone, with CutMix",
@@ -60,8 +61,8 @@ ROWS: dict[str, Row] = {
     "ignore": Row("our trainer without a teacher", "ConfKDTrainer_partialOnly"),
     "paper": Row("the paper's objective", "ConfKDTrainer_MedIA2023"),
     "kl": Row("KL without hints", settings={"teacher_hints": False}),
-    "confkd": Row("ConfKD with hints"),
-    "confkd_cost": Row("ConfKD with hints, at equal cost", steps=1 / COST),
+    "confkd": Row("ConfKD with hints", settings=KL),
+    "confkd_cost": Row("ConfKD with hints, at equal cost", settings=KL, steps=1 / COST),
     "confkd_cutmix_cost": Row("ConfKD, at equal cost", settings={"weight_kl": 3.0}, steps=1 / COST_CUTMIX),
     "completes_cost": Row("ConfKD, the teacher completes the labels, at equal cost", settings={"complete_at": 0.25},
                           steps=1 / cost_completes(0.25)),

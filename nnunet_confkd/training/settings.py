@@ -129,11 +129,14 @@ class Settings:
                                                    "and partially annotated cases annotate background, unless the "
                                                    "teacher completes labels (`complete_at`); else true")
 
-    complete_at: float = _setting("teacher", 0.0, (0, 0.95),
-                                  "share of the epochs after which the teacher completes the labels of the partially "
-                                  "annotated training cases. From then on the student alone is trained, on these "
-                                  "labels. The learning rate falls to zero twice. There is no KL, unless `weight_kl` "
-                                  "is set. 0: never")
+    complete_at: float | None = _setting("teacher", None, (0, 0.95),
+                                         "share of the epochs after which the teacher completes the labels of the "
+                                         "partially annotated training cases. From then on the student alone is "
+                                         "trained, on these labels. The learning rate falls to zero twice. There is no "
+                                         "KL, unless `weight_kl` is set. 0: never. Null means 0.25 if partially "
+                                         "annotated cases have enough annotations (as for `equal_kinds`), and annotate "
+                                         "the background at least 4 times as densely as the foreground, as eroded "
+                                         "masks do. Else, and with a `weight_kl` or a single epoch, it means 0")
 
     cutmix: float | None = _setting("batches", None, SHARES,
                                     "share of the iterations in which the student's images exchange boxes, with their "
@@ -240,7 +243,9 @@ class Settings:
     @property
     def uses_hints(self) -> bool:
         """Whether the teacher learns to use hints, or may do so if settings are null."""
-        return self.teacher_hints and (self.kl_on_non_full or self.complete_at > 0)
+        may_complete = self.weight_kl is None and self.weight_teacher != 0
+        completes = may_complete if self.complete_at is None else self.complete_at > 0
+        return self.teacher_hints and (self.kl_on_non_full or completes)
 
     def kl_ramp(self, progress: float) -> float:
         """Compute the factor of the KL's weight, which rises linearly from `kl_ramp_start` to `kl_ramp_end`.

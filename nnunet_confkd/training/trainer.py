@@ -163,7 +163,7 @@ class ConfKDTrainer(nnUNetTrainer):
     def initialize(self):
         if not self.was_initialized:
             self.choose_network()
-            self.second_stage = begin_of_second_stage(self.settings.complete_at, self.num_epochs)
+            self.second_stage = begin_of_second_stage(self.settings.complete_at or 0, self.num_epochs)
         if self.settings.seed is not None:
             set_seed(self.settings.seed)  # equal on all ranks, which start from equal weights
         super().initialize()
@@ -176,7 +176,7 @@ class ConfKDTrainer(nnUNetTrainer):
             return
         self.find_supervision()
         self.settings = choose_network(self.settings, self._annotations(self._cases_that_train()),
-                                       self.label_manager.has_regions)
+                                       self.label_manager.has_regions, self.num_epochs)
         self._put_settings_into_plans()
         if self.settings.weight_teacher or self.asked.weight_teacher == 0:
             return
@@ -208,7 +208,7 @@ class ConfKDTrainer(nnUNetTrainer):
             return build(configuration_manager)
         unet, width = check_unet(build(configuration_manager)), settings.teacher_width
         network = TwoBranchUNet(unet, build(narrower(configuration_manager, width)) if width < 1 else None,
-                                bool(settings.hint_watershed), settings.complete_at > 0)
+                                bool(settings.hint_watershed), bool(settings.complete_at))
         network.teach_resolutions = settings.extra_resolutions
         network.teacher_decoder.hints.reach = settings.hint_reach or 0
         return network
@@ -341,7 +341,7 @@ class ConfKDTrainer(nnUNetTrainer):
         """Log the settings that are chosen from the annotations of the training cases, and return them."""
         settings = self._choose(cases)
         chosen = {name: getattr(settings, name) for name in AUTOMATIC
-                  if settings.weight_teacher or not name.startswith(("teacher", "hint"))}
+                  if settings.weight_teacher or not name.startswith(("teacher", "hint", "complete"))}
         if self.student_alone:  # these settings were those of the first stage
             return chosen
         if part := self._annotations(cases).part:
@@ -781,9 +781,10 @@ class ConfKDTrainer(nnUNetTrainer):
                 raise
             raise InputError(
                 f"{filename_or_checkpoint}: holds another network than the plans ask for. If the training is of "
-                f"version 0.1, add \"weight_teacher\": 1, \"teacher_width\": 1 and \"hint_watershed\": false to the "
-                f"confkd block of {self.configuration_name} in {self.plans_manager.plans_name}.json of the "
-                f"preprocessed data set. Else undo what you changed in the plans or in the data set.") from error
+                f"version 0.1, add \"weight_teacher\": 1, \"teacher_width\": 1, \"hint_watershed\": false and "
+                f"\"complete_at\": 0 to the confkd block of {self.configuration_name} in "
+                f"{self.plans_manager.plans_name}.json of the preprocessed data set. Else undo what you changed in the "
+                f"plans or in the data set.") from error
         self.continued = True
         if self.second_stage is not None and (began := int(self._left_in_epoch())):
             self.second_stage = self.lr_scheduler.begin = began  # also if the number of epochs has changed since

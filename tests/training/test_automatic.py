@@ -7,7 +7,7 @@ import pytest
 
 from nnunet_confkd.data.supervision import FULL, PARTIAL, UNLABELLED
 from nnunet_confkd.errors import InputError
-from nnunet_confkd.training.automatic import AUTOMATIC, Annotations, choose, choose_network
+from nnunet_confkd.training.automatic import AUTOMATIC, COMPLETE_AT, Annotations, choose, choose_network
 from nnunet_confkd.training.settings import Settings
 
 BASELINE = Settings(weight_teacher=0.0, weight_kl=0.0, weight_entropy=0.0)
@@ -35,16 +35,16 @@ def chosen(data: Annotations, settings: Settings = Settings(), batch_size: int =
     return {name: getattr(found, name) for name in AUTOMATIC}
 
 
-TEACHER, ALONE = (1, 3, 0.01), (0, 0, 0)
+TEACHER, COMPLETES, ALONE = (1, 3, 0.01), (1, 0, 0.01), (0, 0, 0)
 
 
 @pytest.mark.parametrize("data, with_teacher, without", [
-    (SCRIBBLES, (*TEACHER, 0.5, True, False, 4, True, 0, 0, 0.25), (0.25, True, 0)),
-    (ERODED, (*TEACHER, 0.5, True, False, 4, True, 1, 0, 0.25), (0.25, True, 1)),
-    (BLOBS, (*TEACHER, 0.5, True, True, 0, False, 0, 0, 0.25), (0.25, False, 0)),
-    (POINTS, (*ALONE, 0.75, False, False, 4, True, 0, 0, 0), (0.75, False, 0)),
-    (NO_LABELS, (*ALONE, 1, False, False, 0, False, 0, 0.5, 0), (1, False, 0)),
-    (annotations(unlabelled=0), (*TEACHER, 1, False, True, 0, False, 0, 0, 0.25), (1, False, 0))],
+    (SCRIBBLES, (*TEACHER, 0.5, True, False, 4, True, 0, 0, 0, 0.25), (0.25, True, 0)),
+    (ERODED, (*COMPLETES, 0.5, True, True, 4, True, 0.25, 1, 0, 0.25), (0.25, True, 1)),
+    (BLOBS, (*TEACHER, 0.5, True, True, 0, False, 0, 0, 0, 0.25), (0.25, False, 0)),
+    (POINTS, (*ALONE, 0.75, False, False, 4, True, 0, 0, 0, 0), (0.75, False, 0)),
+    (NO_LABELS, (*ALONE, 1, False, False, 0, False, 0, 0, 0.5, 0), (1, False, 0)),
+    (annotations(unlabelled=0), (*TEACHER, 1, False, True, 0, False, 0, 0, 0, 0.25), (1, False, 0))],
     ids=("scribbles", "eroded", "blobs", "points", "no labels", "all full"))
 def test_each_kind_of_labels_gets_its_settings(data, with_teacher, without):
     assert chosen(data) == dict(zip(AUTOMATIC, with_teacher))
@@ -53,8 +53,8 @@ def test_each_kind_of_labels_gets_its_settings(data, with_teacher, without):
 
 
 @pytest.mark.parametrize("data", [SCRIBBLES, ERODED, BLOBS, POINTS], ids=("scribbles", "eroded", "blobs", "points"))
-@pytest.mark.parametrize("values", [(1.0, 2.0, 0.1, 0.3, False, True, 2, True, 0.5, 0.0, 0.2),
-                                    (1.0, 0.0, 0.0, 0.4, True, False, 0, False, 0.0, 0.0, 0.0)], ids=str)
+@pytest.mark.parametrize("values", [(1.0, 2.0, 0.1, 0.3, False, True, 2, True, 0.5, 0.5, 0.0, 0.2),
+                                    (1.0, 0.0, 0.0, 0.4, True, False, 0, False, 0.0, 0.0, 0.0, 0.0)], ids=str)
 def test_what_is_set_is_kept(data, values):
     block = dict(zip(AUTOMATIC, values))
     assert chosen(data, Settings(**block)) == block
@@ -136,6 +136,22 @@ def test_a_teacher_that_completes_labels_needs_no_kl_and_trains_the_encoder():
         found = chosen(data, Settings(complete_at=0.25))
         assert (found["weight_teacher"], found["weight_kl"], found["teacher_trains_encoder"]) == (1, 0, True)
         assert chosen(data, Settings(complete_at=0.25, weight_kl=2.0))["weight_kl"] == 2, "in the first stage"
+
+
+def test_the_teacher_completes_eroded_masks_unless_a_setting_is_against_it():
+    assert chosen(ERODED)["complete_at"] == COMPLETE_AT
+    denser = {density: annotations(partial=[100] * 5, background=density * 900) for density in (1, 3, 4)}
+    assert [data.background_density for data in denser.values()] == pytest.approx([1, 3, 4])
+    assert [chosen(data)["complete_at"] for data in denser.values()] == [0, 0, COMPLETE_AT]
+    for name, value in (("weight_kl", 0.0), ("weight_kl", 1.0), ("weight_student", 0.0), ("weight_teacher", 0.0),
+                        ("teacher_hints", False), ("complete_at", 0.0)):
+        assert chosen(ERODED, Settings(**{name: value}))["complete_at"] == 0, name
+    assert chosen(ERODED, Settings(complete_at=0.0))["weight_kl"] == 3
+    assert chosen(ERODED, Settings(hint_watershed=False))["complete_at"] == COMPLETE_AT
+    assert not choose_network(Settings(), ERODED, epochs=1).complete_at, "each of the two stages needs an epoch"
+    assert not choose_network(Settings(), ERODED, regions=True).complete_at
+    few = annotations(partial=[30] * 5, background=7000)
+    assert (few.part < 0.055, chosen(few)["complete_at"]) == (True, 0)
 
 
 def test_an_encoder_that_only_the_teacher_could_train_is_trained_by_it():

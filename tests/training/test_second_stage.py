@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from nnunet_confkd import cli
-from nnunet_confkd.data.supervision import OUTSIDE, PARTIAL
+from nnunet_confkd.data.supervision import FULL, OUTSIDE, PARTIAL
 from nnunet_confkd.errors import InputError
 from nnunet_confkd.inference.completion import TrainedModel, _load_predictor, _uses_hints
+from nnunet_confkd.training.automatic import COMPLETE_AT
 from nnunet_confkd.training.names import COMPLETED_LABELS
 from nnunet_confkd.training.network import TEACHER_PREFIX, teacher_was_left, unwrap
 from nnunet_confkd.training.second_stage import PLACES, TwoStageLR, begin_of_second_stage
@@ -189,6 +190,26 @@ def test_what_cannot_be_completed_is_told_before_the_training(nnunet, hippocampu
     name = nnunet.configure(HIPPOCAMPUS, "stages_short", "2d", TWO_STAGES | {"epochs": 1}, **SMALL)
     with pytest.raises(InputError, match="there is one epoch alone"):
         nnunet.trainer(HIPPOCAMPUS, name).initialize()
+
+
+@pytest.mark.parametrize("density, epochs, begin", [(10, 8, 2), (10, 1, None), (1, 8, None)])
+def test_by_default_eroded_masks_are_completed(nnunet, hippocampus, density, epochs, begin):
+    name = nnunet.configure(HIPPOCAMPUS, f"stages_of_{density}_{epochs}", "2d", TWO_STAGES | {
+        "complete_at": None, "epochs": epochs}, **SMALL)
+    trainer = nnunet.trainer(HIPPOCAMPUS, name)
+    kinds = trainer.find_supervision()
+    full = next(case for case in kinds if kinds[case] == FULL)
+    background = trainer.background[full] / trainer.foreground[full]
+    for case in kinds:  # a fifth of the foreground of a fully annotated case, and of the background more
+        if kinds[case] != FULL:
+            trainer.foreground[case] = trainer.foreground[full] // 5
+            trainer.background[case] = int(density * background * trainer.foreground[case])
+        else:
+            trainer.foreground[case], trainer.background[case] = trainer.foreground[full], trainer.background[full]
+    trainer.initialize()
+    block = trainer.plans_manager.plans["configurations"][name]["confkd"]
+    assert trainer.second_stage == begin and bool(begin) == hasattr(trainer.network.teacher_decoder, "left_in_epoch")
+    assert (block["complete_at"], block["weight_kl"]) == ((COMPLETE_AT, 0) if begin else (0, 3))
 
 
 @pytest.mark.parametrize("name, value", [("teacher_hints", False), ("weight_teacher", 0.0), ("weight_student", 0.0)])
