@@ -683,22 +683,21 @@ def differences(before: dict, now: dict) -> list[str]:
     def effective(spec: dict) -> dict:
         settings = ADDED | without_removed(spec["settings"]) if spec["settings"] else {}
         # what null means for these tables
-        no_kl_asked = settings.get("weight_kl") is None
-        few = spec["table"]["style"] in ("points", "none") and no_kl_asked
-        for name, value in (("weight_teacher", float(not few)), ("weight_kl", 0.0 if few else 3.0),
-                            ("weight_entropy", 0.0 if few else 0.01)):
-            if settings.get(name, 0) is None:
-                settings[name] = value
+        few = spec["table"]["style"] in ("points", "none") and settings.get("weight_kl") is None
         background = (spec["table"].get("background", True) and spec["table"]["style"] != "none"
                       and spec["row"]["labels"] != "listed")
-        completes = spec["table"]["style"] == "erosion" and background and no_kl_asked
-        for name, value in (("hint_reach", HINT_REACH if background else 0), ("hint_watershed", background),
-                            ("complete_at", COMPLETE_AT if completes else 0.0)):
+        completes = (spec["table"]["style"] == "erosion" and background and settings.get("weight_kl") is None
+                     and settings.get("teacher_hints", True))
+        for name, value in (("complete_at", COMPLETE_AT if completes else 0.0), ("weight_teacher", float(not few)),
+                            ("weight_entropy", 0.0 if few else 0.01),
+                            ("hint_reach", HINT_REACH if background else 0), ("hint_watershed", background)):
             if settings.get(name, 0) is None:
                 settings[name] = value
+        if settings.get("weight_kl", 0) is None:
+            settings["weight_kl"] = 0.0 if few or settings.get("complete_at") else 3.0
         off = [term for term in ("kl", "entropy") if not settings.get(f"weight_{term}")]
         unused = tuple(f"{term}_" for term in off)
-        if "kl" in off:
+        if "kl" in off and not settings.get("complete_at"):
             unused += ("teacher_hints", "hint_", "average_decay")
         if len(off) == 2:
             unused += ("extra_resolutions",)
@@ -713,7 +712,8 @@ def differences(before: dict, now: dict) -> list[str]:
         table = {"background": True, "fraction": None, "draw": 0, "fold": None, "epoch": 50,
                  "bfloat16": False} | spec["table"]
         settings = {key: value for key, value in settings.items() if not key.startswith(unused)}
-        return {**spec, "table": table, "row": row, "settings": settings}
+        first = {"first": effective(spec["first"])} if spec.get("first") else {}  # of two_stages.py
+        return {**spec, "table": table, "row": row, "settings": settings, **first}
 
     before, now = effective(before), effective(now)
     return [key for key in now if before.get(key) != now[key]]

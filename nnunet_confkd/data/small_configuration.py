@@ -108,7 +108,8 @@ def add_quick_configuration(plans_file: Path, configuration: str, keep: bool = F
         return base, name
     dimensions = len(parent["patch_size"])
     new = _small(parent, base, **SIZES[dimensions])
-    new |= {"confkd": parent.get("confkd", {}) | LENGTHS[dimensions], WRITTEN_BY: MARK}
+    # to complete the labels would take longer than this training
+    new |= {"confkd": {"complete_at": 0.0} | parent.get("confkd", {}) | LENGTHS[dimensions], WRITTEN_BY: MARK}
     if new != before:
         plans["configurations"][name] = new
         write_json(plans_file, plans, indent=4)

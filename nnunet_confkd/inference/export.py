@@ -24,7 +24,7 @@ from nnunet_confkd.data.supervision import KINDS, TABLE_KEY
 from nnunet_confkd.errors import InputError
 from nnunet_confkd.files import new_folder, write_json
 from nnunet_confkd.inference.checkpoints import fold_folders, load_checkpoint, require_teacher
-from nnunet_confkd.training.names import VALIDATION_FOLDERS
+from nnunet_confkd.training.names import TEACHER_CHECKPOINT, VALIDATION_FOLDERS
 from nnunet_confkd.training.network import branch_weights, has_narrow_teacher, has_teacher
 
 ORIGIN_FILE = "confkd_export.json"
@@ -62,14 +62,14 @@ def export(model: str | Path, output: str | Path | None = None, branch: str = "s
     model = Path(model)
     folds = fold_folders(model)
     plans, dataset_json = read_plans(model / "plans.json"), read_description(model / "dataset.json")
-    first = min(folds[0].glob("checkpoint_*.pth"))
+    checkpoints = {path: name for fold in folds for path, name in _checkpoints(fold, branch).items()}
+    first = min(checkpoints)
     checkpoint = load_checkpoint(first)
     _require_branch(first, checkpoint, branch)
     configuration, trainer = checkpoint["init_args"]["configuration"], checkpoint["trainer_name"]
     _require_configuration(first, configuration, plans)
     stock_plans = _stock_plans(plans, trainer, branch)
     stock_dataset_json = {key: value for key, value in dataset_json.items() if key in EXPORTED}
-    checkpoints = [path for fold in folds for path in sorted(fold.glob("checkpoint_*.pth"))]
     origin = {"model": model.name, "trainer": trainer, "plans": plans["plans_name"], "configuration": configuration,
               "branch": branch, "settings": plans["configurations"][configuration].get("confkd"),
               "nnunet_confkd": __version__, "declared_supervision": _kinds(dataset_json),
@@ -83,10 +83,10 @@ def export(model: str | Path, output: str | Path | None = None, branch: str = "s
             _copy_if_there(fold / "progress.png", unfinished / fold.name)
             if install:
                 _copy_cases(fold, unfinished / fold.name, branch)
-        for path in checkpoints:
+        for path, name in checkpoints.items():
             print(f"{path.parent.name}/{path.name}")
             stock = _stock_checkpoint(path, network, branch, stock_plans, stock_dataset_json)
-            torch.save(stock, unfinished / path.parent.name / path.name)
+            torch.save(stock, unfinished / path.parent.name / name)
         write_json(unfinished / "plans.json", stock_plans)
         write_json(unfinished / "dataset.json", stock_dataset_json)
         write_json(unfinished / ORIGIN_FILE, origin)
@@ -123,6 +123,14 @@ def _targets(output: str | Path | None, install: bool, plans: dict, configuratio
 def _require_configuration(path: Path, configuration: str, plans: dict) -> None:
     if configuration not in plans["configurations"]:
         raise InputError(f"{path}: is of the configuration {configuration}, which plans.json does not have")
+
+
+def _checkpoints(fold: Path, branch: str) -> dict[Path, str]:
+    """The checkpoints of a fold, and their names in the exported model. A teacher that was left has its own alone."""
+    own = fold / TEACHER_CHECKPOINT
+    if branch == "teacher" and own.is_file():
+        return {own: "checkpoint_final.pth"}
+    return {path: path.name for path in sorted(fold.glob("checkpoint_*.pth")) if path != own}
 
 
 def _require_branch(path: Path, checkpoint: dict, branch: str) -> None:

@@ -16,8 +16,8 @@ from nnunet_confkd.training.settings import Settings
 DENSE = 0.055
 WEIGHT_KL, WEIGHT_ENTROPY = 3.0, 0.01
 HINT_REACH = 4  # voxels
-# If the background is annotated so many times as densely as the foreground, the teacher completes the labels after this
-# share of the epochs. In our data it is 7 to 31 times with eroded masks, and far below 1 with scribbles and points.
+# If the background is annotated at least this many times as densely as the foreground, the teacher completes the labels
+# after this share of the epochs. In our data it is 7 to 31 times with eroded masks, and less than once with scribbles.
 DENSER_BACKGROUND, COMPLETE_AT = 4, 0.25
 WEIGHTS = ("weight_teacher", "weight_kl", "weight_entropy")
 # They follow from the cases of all folds, so that the networks of all folds are alike.
@@ -82,14 +82,15 @@ class Annotations:
         return self.background_density > 1
 
 
-def choose_network(settings: Settings, annotations: Annotations, regions: bool = False, epochs: int = 1000) -> Settings:
+def choose_network(settings: Settings, annotations: Annotations, regions: bool = False,
+                   two_stages: bool = True) -> Settings:
     """Replace each of `OF_NETWORK` that is null; with the weights it is decided whether there is a teacher.
 
     Args:
         settings: Those of the plans and the trainer.
         annotations: Those of all cases, or of the training cases if none of these settings is null any more.
         regions: Whether the labels are regions, which may overlap.
-        epochs: The number of epochs.
+        two_stages: Whether the training may have two stages.
 
     Returns:
         Settings of which no one of `OF_NETWORK` is null.
@@ -114,7 +115,7 @@ def choose_network(settings: Settings, annotations: Annotations, regions: bool =
     watershed = few_lack_background(annotations) and not regions and not annotations.hidden
     completes = settings.complete_at
     if completes is None:
-        completes = COMPLETE_AT if teacher and watershed and epochs > 1 and may_complete(settings, annotations) else 0.0
+        completes = COMPLETE_AT if teacher and watershed and two_stages and may_complete(settings, annotations) else 0.0
     return replace(settings, weight_teacher=teacher, complete_at=completes,
                    hint_reach=reach if settings.hint_reach is None else settings.hint_reach,
                    hint_watershed=watershed if settings.hint_watershed is None else settings.hint_watershed,
@@ -125,10 +126,11 @@ def choose_network(settings: Settings, annotations: Annotations, regions: bool =
 def may_complete(settings: Settings, annotations: Annotations) -> bool:
     """Whether a teacher completes labels in place of the KL, if `complete_at` is null.
 
-    It does so with masks whose inside is annotated less densely than the background, such as eroded ones. A KL that the
-    user asks for stays.
+    It does so with masks whose inside is annotated less densely than the background, such as eroded ones. A KL, some of
+    its images or CutMix that the user asks for stay.
     """
-    return (settings.weight_kl is None and settings.weight_student > 0 and settings.teacher_hints
+    return (settings.weight_kl is None and settings.kl_images == "all" and not settings.cutmix
+            and settings.weight_student > 0 and settings.teacher_hints
             and annotations.part >= DENSE and annotations.background_density >= DENSER_BACKGROUND)
 
 

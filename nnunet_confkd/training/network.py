@@ -24,6 +24,7 @@ from nnunet_confkd.errors import InputError
 from nnunet_confkd.training.names import BRANCHES
 
 TEACHER_PREFIX = "teacher_decoder."
+LEFT_IN_EPOCH = f"{TEACHER_PREFIX}left.seg_layers.in_epoch"  # a buffer of networks whose teacher completes labels
 FADE = 0.8  # what is left of a hint one voxel further, at a lower resolution
 
 _predicted_branch: ContextVar[str] = ContextVar("predicted_branch", default="student")
@@ -114,7 +115,7 @@ class TwoBranchUNet(nn.Module):
             and memory. None: the teacher has the shape of the student.
         watershed: Whether the teacher also sees the annotations spread over the image (`HintMap.spread`).
         completes: Whether the teacher completes labels, and is not trained any more after that. The weights then tell
-            in which epoch that was (`teacher_decoder.left_in_epoch`; 0: it has not been yet).
+            in which epoch that was (`LEFT_IN_EPOCH`; 0: it has not been yet).
 
     Raises:
         InputError: The network has other parts. The text names its architecture.
@@ -147,7 +148,7 @@ class TwoBranchUNet(nn.Module):
         self.teacher_decoder.spread_hints = (Hints(convolution, channels, unet.decoder.num_classes) if watershed
                                              else None)
         if completes:
-            self.teacher_decoder.register_buffer("left_in_epoch", torch.zeros(1))
+            self.teacher_decoder.left = _Left()
         self.find_batch_norms()
         self.branch = _predicted_branch.get()
         self.hints_in_input = 0
@@ -326,6 +327,15 @@ def _unchanged(batch_norms: list[_BatchNorm]) -> Iterator[None]:
             layer.track_running_stats = True
 
 
+class _Left(nn.Module):
+    """In which epoch the teacher was left. -pretrained_weights leaves it out, because of its name (:class:`Hints`)."""
+
+    def __init__(self):
+        super().__init__()
+        self.seg_layers = nn.Module()
+        self.seg_layers.register_buffer("in_epoch", torch.zeros(1))
+
+
 class Hints(nn.Module):
     """Adds the hints to the features that the teacher gets.
 
@@ -441,7 +451,7 @@ def has_teacher(weights: dict) -> bool:
 
 def teacher_was_left(weights: dict) -> bool:
     """Whether the teacher of a state dict has completed labels, after which the encoder was trained without it."""
-    return bool(weights.get(f"{TEACHER_PREFIX}left_in_epoch", torch.zeros(1)) > 0)
+    return bool(weights.get(LEFT_IN_EPOCH, torch.zeros(1)) > 0)
 
 
 def branch_weights(weights: dict[str, Tensor], branch: str) -> dict[str, Tensor]:

@@ -171,8 +171,8 @@ def complete_labels(trainer, cases: Iterable[str]) -> None:
     # what nnU-Net's preprocessing collects: places of each class, and annotated ones, from which patches are drawn
     collected = [*(manager.foreground_regions if manager.has_regions else manager.foreground_labels),
                  [OUTSIDE, *manager.all_labels]]
-    for case in cases:
-        trainer.print_to_log_file(f"completing {case}")
+    for number, case in enumerate(cases, 1):
+        trainer.print_to_log_file(f"completing {case} ({number} of {len(cases)})")
         data, seg, seg_prev, _ = dataset.load_case(case)
         data, seg, seg_prev = (values if values is None else np.asarray(values[:]) for values in (data, seg, seg_prev))
         target, mask = map(torch.from_numpy, real_hints(seg.astype(np.int16), manager.ignore_label))

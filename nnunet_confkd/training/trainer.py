@@ -176,7 +176,7 @@ class ConfKDTrainer(nnUNetTrainer):
             return
         self.find_supervision()
         self.settings = choose_network(self.settings, self._annotations(self._cases_that_train()),
-                                       self.label_manager.has_regions, self.num_epochs)
+                                       self.label_manager.has_regions, self._may_have_two_stages())
         self._put_settings_into_plans()
         if self.settings.weight_teacher or self.asked.weight_teacher == 0:
             return
@@ -226,7 +226,7 @@ class ConfKDTrainer(nnUNetTrainer):
 
     def _left_in_epoch(self) -> torch.Tensor:  # no property: nnU-Net reads all of them for its debug information
         network: Any = unwrap(self.network)
-        return network.teacher_decoder.left_in_epoch
+        return network.teacher_decoder.left.seg_layers.in_epoch
 
     def set_deep_supervision_enabled(self, enabled: bool):
         super().set_deep_supervision_enabled(enabled)
@@ -376,13 +376,21 @@ class ConfKDTrainer(nnUNetTrainer):
         return Annotations(self._strata(cases), self.foreground, self.background, self.hidden,
                            self._strata(self._cases_that_train()))
 
-    def _cases_that_train(self) -> list[str]:
-        """The cases that train in some fold. The masks of those that are held back must not decide anything."""
+    def _training_cases_of_folds(self) -> list[list[str]]:
         file = join(self.preprocessed_dataset_folder_base, "splits_final.json")
         if self.fold == "all" or not isfile(file):  # in a split that this class writes, each case trains in some fold
-            return list(self.kinds)
-        training = {case for fold in read_folds(file) for case in fold["train"]}
+            return [list(self.kinds)]
+        return [fold["train"] for fold in read_folds(file)]
+
+    def _cases_that_train(self) -> list[str]:
+        """The cases that train in some fold. The masks of those that are held back must not decide anything."""
+        training = {case for fold in self._training_cases_of_folds() for case in fold}
         return [case for case in self.kinds if case in training] or list(self.kinds)
+
+    def _may_have_two_stages(self) -> bool:
+        """Whether each stage has an epoch, and each fold has labels to complete."""
+        return self.num_epochs > 1 and all(any(self.kinds.get(case) == PARTIAL for case in fold)
+                                           for fold in self._training_cases_of_folds())
 
     def _choose(self, cases) -> Settings:
         """The settings with what is chosen from the annotations of some cases."""
@@ -542,7 +550,7 @@ class ConfKDTrainer(nnUNetTrainer):
         return completed, {"kinds": dict.fromkeys(full + partial, FULL), "full_share": 1.0}
 
     def on_epoch_start(self):
-        if self.current_epoch == self.second_stage and not self.student_alone:
+        if self.second_stage is not None and self.current_epoch >= self.second_stage and not self.student_alone:
             self._begin_second_stage()
         super().on_epoch_start()
 
@@ -555,7 +563,11 @@ class ConfKDTrainer(nnUNetTrainer):
         self.current_epoch += 1
         train, _ = self.do_split()
         complete_labels(self, [case for case in train if self.kinds.get(case) == PARTIAL])
-        self.print_to_log_file(f"From epoch {self.current_epoch} on the student alone is trained, on these labels")
+        left_out = sum(self.kinds.get(case) == UNLABELLED for case in train)
+        self.print_to_log_file(f"From epoch {self.current_epoch} on the student alone is trained, on these labels"
+                               + (f"; {counted(left_out, 'unlabelled case')} left out" if left_out else ""))
+        # later than planned if the training was made shorter meanwhile
+        self.second_stage = self.lr_scheduler.begin = self.current_epoch
         self._left_in_epoch().fill_(self.current_epoch)
         self._leave_teacher_out()
         self.optimizer.state.clear()  # the momentum of the first stage
@@ -742,8 +754,10 @@ class ConfKDTrainer(nnUNetTrainer):
         if left:
             started = curves["epoch_start_timestamps"][self.first_epoch:][-5:]
             took = np.median(np.diff([*started, time()]))  # nnU-Net's epoch time leaves out checkpoints and pictures
+            to_complete = self.second_stage is not None and not self.student_alone
             self.print_to_log_file(f"Time left: {duration(left * took)} for {left} of "
-                                   f"{counted(self.num_epochs, 'epoch')}, and then the validation")
+                                   f"{counted(self.num_epochs, 'epoch')}, "
+                                   f"{'the completion of the labels ' if to_complete else ''}and then the validation")
 
     def print_to_log_file(self, *args, **options):
         """nnU-Net's method, with lists of numbers as Python prints them: 0.7, and not np.float32(0.7)."""

@@ -144,12 +144,15 @@ def test_the_teacher_completes_eroded_masks_unless_a_setting_is_against_it():
     assert [data.background_density for data in denser.values()] == pytest.approx([1, 3, 4])
     assert [chosen(data)["complete_at"] for data in denser.values()] == [0, 0, COMPLETE_AT]
     for name, value in (("weight_kl", 0.0), ("weight_kl", 1.0), ("weight_student", 0.0), ("weight_teacher", 0.0),
-                        ("teacher_hints", False), ("complete_at", 0.0)):
+                        ("teacher_hints", False), ("complete_at", 0.0), ("kl_images", "full"), ("cutmix", 0.5)):
         assert chosen(ERODED, Settings(**{name: value}))["complete_at"] == 0, name
     assert chosen(ERODED, Settings(complete_at=0.0))["weight_kl"] == 3
     assert chosen(ERODED, Settings(hint_watershed=False))["complete_at"] == COMPLETE_AT
-    assert not choose_network(Settings(), ERODED, epochs=1).complete_at, "each of the two stages needs an epoch"
+    assert not choose_network(Settings(), ERODED, two_stages=False).complete_at
     assert not choose_network(Settings(), ERODED, regions=True).complete_at
+    four_of_five = replace(ERODED, background=ERODED.background | {1: 0})
+    assert four_of_five.background_density > 4 and not chosen(four_of_five)["complete_at"]
+    assert not chosen(replace(ERODED, hidden=[1]))["complete_at"]
     few = annotations(partial=[30] * 5, background=7000)
     assert (few.part < 0.055, chosen(few)["complete_at"]) == (True, 0)
 

@@ -14,7 +14,7 @@ from nnunet_confkd.errors import InputError
 from nnunet_confkd.inference.completion import TrainedModel, _load_predictor, _uses_hints
 from nnunet_confkd.training.automatic import COMPLETE_AT
 from nnunet_confkd.training.names import COMPLETED_LABELS
-from nnunet_confkd.training.network import TEACHER_PREFIX, teacher_was_left, unwrap
+from nnunet_confkd.training.network import LEFT_IN_EPOCH, TEACHER_PREFIX, teacher_was_left, unwrap
 from nnunet_confkd.training.second_stage import PLACES, TwoStageLR, begin_of_second_stage
 from nnunet_confkd.training.settings import Settings
 
@@ -163,6 +163,51 @@ def test_a_training_goes_on_in_either_stage(trained, nnunet, tmp_path):
         late.get_dataloaders()
 
 
+def test_a_first_stage_that_is_made_shorter_ends_at_once(trained, nnunet, tmp_path, monkeypatch):
+    name, fold, _ = trained
+    options = TWO_STAGES | {"epochs": 3, "complete_at": 0.3}
+    shorter = nnunet.configure(HIPPOCAMPUS, f"{name}_shorter", BASE[name], options, **SMALL)
+    trainer = nnunet.trainer(HIPPOCAMPUS, shorter, continue_training=True)
+    trainer.load_checkpoint(str(fold / "checkpoint_teacher.pth"))
+    assert (trainer.current_epoch, trainer.second_stage) == (2, 1), "it should have begun before"
+    trainer.output_folder = str(tmp_path)
+    shutil.copytree(fold / COMPLETED_LABELS, tmp_path / COMPLETED_LABELS)
+    monkeypatch.setattr("nnunet_confkd.training.trainer.complete_labels", lambda *args: None)
+    trainer.on_train_start()
+    trainer.on_epoch_start()
+    assert trainer.student_alone and trainer.second_stage == trainer.lr_scheduler.begin == 2
+    assert trainer.lr_scheduler.at(2) == 0.01 and next(trainer.dataloader_train)["num_full"] == 2
+    assert teacher_was_left(unwrap(trainer.network).state_dict())
+
+
+def test_weights_of_any_training_start_one_whose_teacher_completes_labels(trained, nnunet, tmp_path):
+    from nnunetv2.run.load_pretrained_weights import load_pretrained_weights
+    name, fold, _ = trained
+    one_stage = nnunet.trainer(HIPPOCAMPUS, nnunet.configure(HIPPOCAMPUS, f"{name}_kl", BASE[name], TWO_STAGES | {
+        "complete_at": 0.0, "weight_kl": 3.0, "hint_watershed": False}, **SMALL))
+    one_stage.initialize()
+    torch.save({"network_weights": one_stage.network.state_dict()}, tmp_path / "kl.pth")
+    trainer = nnunet.trainer(HIPPOCAMPUS, name)
+    trainer.initialize()
+    for file in (tmp_path / "kl.pth", fold / "checkpoint_final.pth", fold / "checkpoint_teacher.pth"):
+        load_pretrained_weights(trainer.network, str(file))
+        weights = torch.load(file, weights_only=False)["network_weights"]
+        found = trainer.network.state_dict()
+        key = "encoder.stages.0.0.convs.0.conv.weight"
+        assert torch.equal(found[key], weights[key]) and not teacher_was_left(found)
+
+
+def test_each_branch_of_two_stages_is_exported_from_its_own_checkpoint(trained, nnunet, tmp_path):
+    from nnunet_confkd.inference.export import _checkpoints, export
+    _, fold, _ = trained
+    student = export(fold.parent, tmp_path / "student")
+    assert sorted(file.name for file in (student / fold.name).glob("*.pth")) == [
+        "checkpoint_best.pth", "checkpoint_final.pth"]
+    assert _checkpoints(fold, "teacher") == {fold / "checkpoint_teacher.pth": "checkpoint_final.pth"}
+    with pytest.raises(InputError, match="checkpoint_teacher.pth: its teacher is narrower"):
+        export(fold.parent, tmp_path / "teacher", branch="teacher")
+
+
 def test_without_the_teacher_the_students_gradient_is_that_of_a_plain_network(nnunet, hippocampus):
     name = nnunet.configure(HIPPOCAMPUS, "stages_step", "2d", TWO_STAGES, **SMALL)
     trainer = nnunet.trainer(HIPPOCAMPUS, name)
@@ -208,8 +253,20 @@ def test_by_default_eroded_masks_are_completed(nnunet, hippocampus, density, epo
             trainer.foreground[case], trainer.background[case] = trainer.foreground[full], trainer.background[full]
     trainer.initialize()
     block = trainer.plans_manager.plans["configurations"][name]["confkd"]
-    assert trainer.second_stage == begin and bool(begin) == hasattr(trainer.network.teacher_decoder, "left_in_epoch")
+    assert trainer._may_have_two_stages() == (epochs > 1)
+    assert trainer.second_stage == begin and bool(begin) == (LEFT_IN_EPOCH in trainer.network.state_dict())
     assert (block["complete_at"], block["weight_kl"]) == ((COMPLETE_AT, 0) if begin else (0, 3))
+
+
+def test_all_folds_complete_labels_or_none(nnunet, hippocampus, split):
+    trainer = nnunet.trainer(HIPPOCAMPUS, nnunet.configure(HIPPOCAMPUS, "stages_folds", "2d", TWO_STAGES | {
+        "complete_at": None}, **SMALL))
+    kinds = trainer.find_supervision()
+    full, partial = ([case for case in kinds if kinds[case] == kind] for kind in (FULL, PARTIAL))
+    split([{"train": full[1:] + partial, "val": full[:1]}, {"train": [full[0], partial[0]], "val": full[1:]}])
+    assert trainer._may_have_two_stages()
+    split([{"train": full[1:] + partial, "val": full[:1]}, {"train": full[:1], "val": full[1:]}])
+    assert not trainer._may_have_two_stages()
 
 
 @pytest.mark.parametrize("name, value", [("teacher_hints", False), ("weight_teacher", 0.0), ("weight_student", 0.0)])
