@@ -133,10 +133,12 @@ class Settings:
                                          "share of the epochs after which the teacher completes the labels of the "
                                          "partially annotated training cases. From then on the student alone is "
                                          "trained, on these labels. The learning rate falls to zero twice. There is no "
-                                         "KL, unless `weight_kl` is set. 0: never. Null means 0.25 if partially "
-                                         "annotated cases have enough annotations (as for `equal_kinds`), and annotate "
-                                         "the background at least 4 times as densely as the foreground, as eroded "
-                                         "masks do. Else, and with a `weight_kl` or a single epoch, it means 0")
+                                         "KL, unless `weight_kl` is set. 0: never. Null means 0.25 where "
+                                         "`hint_watershed` null means true, if partially annotated cases have enough "
+                                         "annotations (as for `equal_kinds`), and annotate the background at least 4 "
+                                         "times as densely as the foreground, as eroded masks do. It means 0 in all "
+                                         "other cases, with one epoch, and if `weight_kl`, `kl_images` or `cutmix` is "
+                                         "set")
 
     cutmix: float | None = _setting("batches", None, SHARES,
                                     "share of the iterations in which the student's images exchange boxes, with their "
@@ -146,7 +148,8 @@ class Settings:
                                   "share of the iterations in which the fully annotated images exchange boxes among "
                                   "themselves, with their labels, for both branches")
     full_share: float | None = _setting("batches", None, (0.01, 1),
-                                        "share of fully annotated images in a training batch. Null means the share "
+                                        "share of fully annotated images in a training batch, until the teacher "
+                                        "completes labels. Null means the share "
                                         "of such cases if the others have enough annotations (as for `equal_kinds`), "
                                         "and else their share of all annotated foreground voxels. It is then at least "
                                         "0.5 (without a teacher 0.25) and at most 0.75. It is 0.75 if the others are "
