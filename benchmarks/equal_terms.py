@@ -84,7 +84,8 @@ QUESTIONS = {
     "longer": ("scribbles", "ignore_equal_quarter", ("ignore_equal_quarter", "equal_cost", "ignore_equal_quarter_long",
                                                      "equal_cost_long")),
     "longer erosion": ("erosion", "ignore_prior_equal_quarter_long", ("ignore_prior_equal_quarter_long",
-                                                                      "apart_corrected_reach_cost_long")),
+                                                                      "apart_corrected_reach_cost_long",
+                                                                      "completes_corrected_cost_long")),
 }
 
 # of the questions that are not on the page of the results
@@ -212,9 +213,10 @@ ROWS |= {name: replace(ROWS[of], title=f"{ROWS[of].title}; a watershed spreads t
          for name, of in (("apart_watershed_cost", "apart_reach_cost"),
                           ("apart_corrected_watershed_cost", "apart_corrected_reach_cost"))}
 # A second stage, in which the student alone learns from labels that the teacher has completed.
+APART = "a teacher that does not train the encoder, "  # it does in the first stage
 COMPLETES = {"": (0.25, "a quarter"), "late_": (0.4, "two fifths")}
 ROWS |= {name.replace("_cost", f"_{when}cost"): replace(
-    ROWS[of], title=f"{ROWS[of].title}; the teacher completes the labels, after {words}",
+    ROWS[of], title=f"{ROWS[of].title.replace(APART, '')}; the teacher completes the labels, after {words}",
     settings=ROWS[of].settings | {"complete_at": share, "weight_kl": 0.0, "teacher_trains_encoder": True},
     steps=1 / cost_completes(share))
     for when, (share, words) in COMPLETES.items()
