@@ -33,7 +33,9 @@ ID = 990  # of the completed data set, which is removed
 KEY = "completed"  # in the JSON files of five_folds.py, and in the dataset.json of a completed data set
 HERE = Path(__file__).resolve().parent
 FOLDERS = HERE / "five_folds", HERE / "completion"
-ROWS = ("ignore_uniform", "ignore", "confkd_cost")
+ROWS = ("ignore_uniform", "ignore", "confkd_cost", "completes_cost")
+TEACHERS = {"confkd_cost": "the teacher, shown the annotations",
+            "completes_cost": "the same after the first of two stages, a quarter of the training"}
 
 
 # ---- one run --------------------------------------------------------------------------------------------------------
@@ -114,7 +116,7 @@ def table(*folders: Path) -> str:
             gains = ["" if row == "ignore" else gain_text(gain(folds, runs.get((setting, "ignore", full), {}), name))
                      for name in ("dice", "dice_pp")]
             teacher = all(run["branch"] == "teacher" for run in folds.values())  # with points there is none
-            title = "the teacher, shown the annotations" if teacher else TITLES[row].title
+            title = TEACHERS[row] if teacher else TITLES[row].title
             lines.append(f"| {WORDS[setting]} | {title} (`{row}`) | {before:.3f} | {after:.3f} | "
                          f"{' / '.join(f'{dice:.3f}' for dice in classes)} | {nsd:.3f} | {' | '.join(gains)} | "
                          f"{len(folds)} |")
