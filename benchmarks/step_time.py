@@ -82,7 +82,7 @@ def build(case: Case, trainer_class, folder: Path, device: str, settings: dict |
             "patch_size": list(case.patch), "spacing": [1.0] * d, "normalization_schemes": ["ZScoreNormalization"],
             "use_mask_for_norm": [False], "batch_dice": d == 2,
             "confkd": {"full_share": case.full_share, "weight_teacher": 1.0, "weight_kl": 3.0, "weight_entropy": 0.01,
-                       "hint_reach": 4, "hint_watershed": True, **(settings or {})},
+                       "hint_reach": 4, "hint_watershed": True, "complete_at": 0.0, **(settings or {})},
             "architecture": {
                 "network_class_name": f"dynamic_network_architectures.architectures.unet.{case.network}",
                 "arch_kwargs": {

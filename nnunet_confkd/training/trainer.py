@@ -795,8 +795,8 @@ class ConfKDTrainer(nnUNetTrainer):
                 raise
             raise InputError(
                 f"{filename_or_checkpoint}: holds another network than the plans ask for. If the training is of "
-                f"version 0.1, add \"weight_teacher\": 1, \"teacher_width\": 1, \"hint_watershed\": false and "
-                f"\"complete_at\": 0 to the confkd block of {self.configuration_name} in "
+                f"version 0.1, add \"weight_teacher\": 1, \"complete_at\": 0, \"teacher_width\": 1 and "
+                f"\"hint_watershed\": false to the confkd block of {self.configuration_name} in "
                 f"{self.plans_manager.plans_name}.json of the preprocessed data set. Else undo what you changed in the "
                 f"plans or in the data set.") from error
         self.continued = True

@@ -32,8 +32,8 @@ def test_the_quick_form_is_small_and_keeps_other_settings(tmp_path):
     small = found["2d_quick"]
     assert small["patch_size"] == [96, 96] and small["batch_size"] == 4 and small["inherits_from"] == "2d"
     assert small["architecture"]["arch_kwargs"]["features_per_stage"] == [16, 32, 64, 128]
-    assert small["confkd"] == {"seed": 5, "epochs": 12, "iterations_per_epoch": 200}
-    assert found["3d_fullres_quick"]["confkd"] == {"epochs": 12, "iterations_per_epoch": 50}
+    assert small["confkd"] == {"seed": 5, "epochs": 12, "iterations_per_epoch": 200, "complete_at": 0.0}
+    assert found["3d_fullres_quick"]["confkd"] == {"epochs": 12, "iterations_per_epoch": 50, "complete_at": 0.0}
     assert found["3d_fullres_quick"]["patch_size"] == [24, 48, 48] and found["3d_fullres_quick"]["batch_size"] == 2
     assert found["2d"]["patch_size"] == [320, 250] and found["2d"]["architecture"]["arch_kwargs"]["n_stages"] == 6
 

@@ -371,7 +371,7 @@ def test_settings_are_recorded_with_the_model(hippocampus_model):
     block = plans["configurations"]["2d_export"]["confkd"]
     assert block["seed"] == 3 and block["weight_teacher"] == 1.0 and block["full_share"] is None
     record = json.loads((hippocampus_model / "fold_0" / "confkd.json").read_text())
-    asked = dict.fromkeys(("weight_teacher", "weight_entropy", "hint_reach", "hint_watershed"))
+    asked = dict.fromkeys(("weight_teacher", "weight_entropy", "hint_reach", "hint_watershed", "complete_at"))
     assert record["settings"] == block | asked, "the plans say what follows from the data"
     assert (block["weight_entropy"], block["hint_reach"], block["hint_watershed"]) == (0.01, 4, True)
     assert set(record["supervision"].values()) == {"full", "partial", "unlabelled"}
