@@ -18,9 +18,10 @@ from five_folds import HERE, NO_TEACHER, SETTINGS, WORDS, gain_text, home_of, in
 OURS, STOCK, EVERYTHING = "ConfKD with hints", "nnU-Net's ignore label", "everything annotated"
 ALONE = "our trainer, no teacher"
 COLUMNS = {"full patients alone": ("full_only", "full_cutmix"), STOCK: ("ignore_uniform",),
-           ALONE: ("ignore",), OURS: ("confkd_cost",), EVERYTHING: ("all",)}
+           ALONE: ("ignore",), OURS: (), EVERYTHING: ("all",)}
 # what ConfKD's trainer chooses; of unlabelled images it would choose none
-OUR_ROW = {"erosion": "completes_cost", "unlabelled": "confkd_cutmix_cost"}
+OUR_ROW = (dict.fromkeys(SETTINGS, "confkd_cost") | dict.fromkeys(NO_TEACHER, "ignore")
+           | {"erosion": "completes_cost", "unlabelled": "confkd_cutmix_cost"})
 RIVALS = tuple(COLUMNS)[:3]
 COLOURS = dict(zip(COLUMNS, ("0.65", "tab:orange", "tab:blue", "tab:red", "0.3")))
 
@@ -41,8 +42,7 @@ def lines_of(folder: Path, metric: str = "dice_pp") -> list[dict]:
     for setting, table in SETTINGS.items():
         for full in table.full:
             rows: dict[str, dict[str, dict[int, dict]]] = {column: {} for column in COLUMNS}
-            ours = COLUMNS[ALONE] if setting in NO_TEACHER else (OUR_ROW.get(setting, "confkd_cost"),)
-            for column, names in (COLUMNS | {OURS: ours}).items():
+            for column, names in (COLUMNS | {OURS: (OUR_ROW[setting],)}).items():
                 for row in names:
                     of = runs.get((home_of(setting, row), row, 0 if column == EVERYTHING else full))
                     if of and not (setting != "unlabelled" and "cutmix" in row):

@@ -23,7 +23,7 @@ from nnunet_confkd.data.json_files import read_description, read_plans
 from nnunet_confkd.data.supervision import KINDS, TABLE_KEY
 from nnunet_confkd.errors import InputError
 from nnunet_confkd.files import new_folder, write_json
-from nnunet_confkd.inference.checkpoints import fold_folders, load_checkpoint, require_teacher
+from nnunet_confkd.inference.checkpoints import fold_folders, has_own_teacher, load_checkpoint, require_teacher
 from nnunet_confkd.training.names import TEACHER_CHECKPOINT, VALIDATION_FOLDERS
 from nnunet_confkd.training.network import branch_weights, has_narrow_teacher, has_teacher
 
@@ -127,10 +127,9 @@ def _require_configuration(path: Path, configuration: str, plans: dict) -> None:
 
 def _checkpoints(fold: Path, branch: str) -> dict[Path, str]:
     """The checkpoints of a fold, and their names in the exported model. A teacher that was left has its own alone."""
-    own = fold / TEACHER_CHECKPOINT
-    if branch == "teacher" and own.is_file():
-        return {own: "checkpoint_final.pth"}
-    return {path: path.name for path in sorted(fold.glob("checkpoint_*.pth")) if path != own}
+    if has_own_teacher(branch, [fold]):
+        return {fold / TEACHER_CHECKPOINT: "checkpoint_final.pth"}
+    return {path: path.name for path in sorted(fold.glob("checkpoint_*.pth")) if path.name != TEACHER_CHECKPOINT}
 
 
 def _require_branch(path: Path, checkpoint: dict, branch: str) -> None:

@@ -246,9 +246,7 @@ class Settings:
     @property
     def uses_hints(self) -> bool:
         """Whether the teacher learns to use hints, or may do so if settings are null."""
-        may_complete = self.weight_kl is None and self.weight_teacher != 0
-        completes = may_complete if self.complete_at is None else self.complete_at > 0
-        return self.teacher_hints and (self.kl_on_non_full or completes)
+        return self.teacher_hints and (self.kl_on_non_full or bool(self.complete_at))
 
     def kl_ramp(self, progress: float) -> float:
         """Compute the factor of the KL's weight, which rises linearly from `kl_ramp_start` to `kl_ramp_end`.

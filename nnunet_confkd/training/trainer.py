@@ -566,14 +566,14 @@ class ConfKDTrainer(nnUNetTrainer):
         left_out = sum(self.kinds.get(case) == UNLABELLED for case in train)
         self.print_to_log_file(f"From epoch {self.current_epoch} on the student alone is trained, on these labels"
                                + (f"; {counted(left_out, 'unlabelled case')} left out" if left_out else ""))
-        # later than planned if the training was made shorter meanwhile
-        self.second_stage = self.lr_scheduler.begin = self.current_epoch
         self._left_in_epoch().fill_(self.current_epoch)
-        self._leave_teacher_out()
+        self._leave_teacher_out(self.current_epoch)
         self.optimizer.state.clear()  # the momentum of the first stage
         self.dataloader_train, self.dataloader_val = self.get_dataloaders()
 
-    def _leave_teacher_out(self) -> None:
+    def _leave_teacher_out(self, epoch: int) -> None:
+        # not always the epoch that was planned: the number of epochs may have changed meanwhile
+        self.second_stage = self.lr_scheduler.begin = epoch
         self.student_alone = True
         self.loss.weights |= dict.fromkeys(("teacher", "kl", "entropy"), 0.0)
 
@@ -801,8 +801,7 @@ class ConfKDTrainer(nnUNetTrainer):
                 f"plans or in the data set.") from error
         self.continued = True
         if self.second_stage is not None and (began := int(self._left_in_epoch())):
-            self.second_stage = self.lr_scheduler.begin = began  # also if the number of epochs has changed since
-            self._leave_teacher_out()
+            self._leave_teacher_out(began)
         self._add_missing_curves()
 
     def _add_missing_curves(self) -> None:

@@ -176,8 +176,7 @@ def test_the_tables_and_the_text_show_the_runs_that_are_here(module):
     gains = [f"{abs(np.concatenate(line['gains'][rival]).mean()):.3f}" for line, rival in zip(lines, rivals)]
     runs = completion.read_all(*completion.FOLDERS, values=completion.values_of_run)
     for setting in ("erosion", "scribbles"):  # of completed labels
-        ours = headline.OUR_ROW.get(setting, "confkd_cost")
-        teacher, alone = (runs[setting, row, 3] for row in (ours, "ignore"))
+        teacher, alone = (runs[setting, row, 3] for row in (headline.OUR_ROW[setting], "ignore"))
         gains.append(f"{np.concatenate(module.gain(teacher, alone, 'dice_pp')).mean():.3f}")
     for text in (results.split("**In short.**")[1].split("\n\n")[0],
                  readme.split("**What you gain**")[1].split("\n- **Do")[0]):
