@@ -79,7 +79,7 @@ def work(rank: int, folder: Path) -> None:
         try:
             losses = [float(trainer.train_step(batch)["loss"]) for _ in range(2)]
             if trainer.second_stage:
-                trainer._leave_teacher_out()
+                trainer._leave_teacher_out(trainer.current_epoch)
                 losses = [float(trainer.train_step({**batch, "num_full": BATCH})["loss"]) for _ in losses]
             results.append((base, settings, losses, None))
         except RuntimeError as error:
