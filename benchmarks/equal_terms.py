@@ -51,9 +51,10 @@ SETTINGS: dict[str, tuple[Table, int]] = {
 DRAWS, SEEDS = (0, 1), (0, 1)
 # largest components that are kept: none, of the foreground, of each class, or of the foreground and then each class
 HOW = ("", "_foreground", "_class", "_both")
-# what a row is compared with
-RIVALS = dict.fromkeys(SETTINGS, "ignore_prior") | {"unlabelled": "full_only", "points_5": "ignore",
-                                                    "points_10": "full_only"}
+# What a row is compared with: what the trainer without a teacher chooses from these data, or the full patients alone.
+RIVALS = {"scribbles": "ignore_equal_quarter", "erosion": "ignore_prior_equal_quarter",
+          "erosion_foreground": "ignore_quarter", "unlabelled": "full_only", "points_5": "ignore",
+          "points_10": "full_only"}
 # The rows of the short table: rivals, of which the best counts, and the trainer's defaults. CutMix is one of them
 # where all other images are unlabelled. The rivals of `MORE` count where they were run as often.
 STOCK = "ignore_uniform"
@@ -426,7 +427,8 @@ def report(folder: Path, rivals: Mapping[str, str] = RIVALS, rows: Mapping[str, 
         of_setting = runs_of(runs, setting)
         if of_setting:
             names = dict.fromkeys([*rows, *(key[1] for key in of_setting)])
-            parts.append(f"**{setting}**\n\n{table_of_rows(of_setting, rival, names, rows)}")
+            parts.append(f"**{setting}**\n\nGains are over `{rival}`.\n\n"
+                         f"{table_of_rows(of_setting, rival, names, rows)}")
     return "\n\n".join(parts)
 
 

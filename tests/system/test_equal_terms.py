@@ -48,14 +48,15 @@ def write_run(folder: Path, row: str, seed: int, dice: float) -> None:
 
 
 def test_the_report_pairs_draws_and_seeds(module, tmp_path):
+    rival = module.RIVALS["scribbles"]
     for seed in (0, 1):
-        write_run(tmp_path / "scribbles_0", "ignore_prior", seed, 0.5)
+        write_run(tmp_path / "scribbles_0", rival, seed, 0.5)
         write_run(tmp_path / "scribbles_0", "confkd", seed, 0.6)
     write_run(tmp_path / "scribbles_1", "confkd", 0, 0.0)  # without a rival: in the means, not in the gain
     lines = module.report(tmp_path).splitlines()
-    assert lines[0] == "**scribbles**"
-    title = module.ROWS["ignore_prior"].title  # that of today, and not that of the run
-    assert f"| {title} (`ignore_prior`) | 0.500 | 0.700 | 10.0 | 10.0 |  |  | 2 |" in lines
+    assert lines[0] == "**scribbles**" and lines[2] == f"Gains are over `{rival}`."
+    title = module.ROWS[rival].title  # that of today, and not that of the run
+    assert f"| {title} (`{rival}`) | 0.500 | 0.700 | 10.0 | 10.0 |  |  | 2 |" in lines
     ours = next(line for line in lines if "(`confkd`)" in line)
     assert ours.startswith("| ConfKD (`confkd`) | 0.400 | 0.600 | ") and ours.count("+0.100 [+0.100, +0.100]") == 2
     assert ours.endswith("| 3 |")
