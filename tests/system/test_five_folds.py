@@ -188,6 +188,9 @@ def test_the_tables_and_the_text_show_the_runs_that_are_here(module):
     with_background = next(line for line in lines if line["setting"] == "erosion")
     over_stock = np.concatenate(with_background["gains"]["nnU-Net's ignore label"]).mean()
     assert f"eroded masks without background, and {over_stock:.2f} with background" in readme
+    for line in (eroded, with_background):
+        over_alone = np.concatenate(line["gains"]["full patients alone"]).mean()
+        assert f"over those it is {over_alone:.2f} with eroded masks of both kinds" in readme
     over_stock = np.concatenate(lines[-1]["gains"]["nnU-Net's ignore label"]).mean()
     assert lines[-1]["setting"] == "points" and f"With points on Hippocampus it is {over_stock:.2f}" in readme
 
