@@ -51,10 +51,6 @@ SETTINGS: dict[str, tuple[Table, int]] = {
 DRAWS, SEEDS = (0, 1), (0, 1)
 # largest components that are kept: none, of the foreground, of each class, or of the foreground and then each class
 HOW = ("", "_foreground", "_class", "_both")
-# What a row is compared with: what the trainer without a teacher chooses from these data, or the full patients alone.
-RIVALS = {"scribbles": "ignore_equal_quarter", "erosion": "ignore_prior_equal_quarter",
-          "erosion_foreground": "ignore_quarter", "unlabelled": "full_only", "points_5": "ignore",
-          "points_10": "full_only"}
 # The rows of the short table: rivals, of which the best counts, and the trainer's defaults. CutMix is one of them
 # where all other images are unlabelled. The rivals of `MORE` count where they were run as often.
 STOCK = "ignore_uniform"
@@ -66,6 +62,8 @@ SHORT = {"scribbles": ("ignore_equal_quarter", "apart_watershed_cost"),
          "erosion_foreground": ("ignore_quarter", "equal_cost"),
          "unlabelled": ("full_only", "full_cutmix", "cutmix_three_quarters_cost"),
          "points_5": ("full_only", "ignore"), "points_10": ("full_only", "ignore_three_quarters")}
+# What a row is compared with: what the trainer without a teacher chooses from these data, or the full patients alone.
+RIVALS = {setting: rows[0] for setting, rows in SHORT.items()} | {"points_5": "ignore"}
 WORDS = {"scribbles": "ACDC, scribbles", "erosion": "ACDC, eroded masks with background",
          "erosion_foreground": "ACDC, eroded masks without background", "unlabelled": "ACDC, unlabelled images used",
          "points_5": "Hippocampus, points", "points_10": "Hippocampus, points"}
