@@ -226,8 +226,9 @@ def main() -> None:
     parser.add_argument("--full", nargs="+", type=int, choices=SCRIBBLES.full, default=[LEAST])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--iterations", type=int, default=SCRIBBLES.iterations, help=f"in epochs of {EPOCH}")
-    parser.add_argument("--cost", type=float, default=1.17, help="a step of ConfKD, in steps of nnU-Net, as step_time.py "
-                        "--device cuda measures it on this GPU (default: that of a CPU)")
+    parser.add_argument("--cost", type=float, default=1.17,
+                        help="a step of ConfKD, in steps of nnU-Net, as step_time.py --device cuda measures it on this "
+                             "GPU (default: that of a CPU)")
     parser.add_argument("--minutes", type=float, default=9.0, help="stop after this time")
     parser.add_argument("--processes", type=int, default=1, help="trainings at once")
     parser.add_argument("--workers", type=int, default=12, help="processes that load data, for each training on a GPU")
