@@ -81,7 +81,7 @@ QUESTIONS = {
     "points": ("points_5", "ignore", ("full_only", "ignore", "confkd_cost")),
     "more points": ("points_10", "full_only", ("full_only", "today_cost", "ignore_three_quarters")),
     "longer": ("scribbles", "ignore_equal_quarter", ("ignore_equal_quarter", "equal_cost", "ignore_equal_quarter_long",
-                                                     "equal_cost_long")),
+                                                     "equal_cost_long", "completes_cost_long")),
     "longer erosion": ("erosion", "ignore_prior_equal_quarter_long", ("ignore_prior_equal_quarter_long",
                                                                       "apart_corrected_reach_cost_long",
                                                                       "completes_corrected_cost_long")),
