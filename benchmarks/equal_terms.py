@@ -68,6 +68,11 @@ WORDS = {"scribbles": "ACDC, scribbles", "erosion": "ACDC, eroded masks with bac
          "erosion_foreground": "ACDC, eroded masks without background", "unlabelled": "ACDC, unlabelled images used",
          "points_5": "Hippocampus, points", "points_10": "Hippocampus, points"}
 
+# Rows of method.md: labels that the teacher completes, and the KL.
+COMPLETED = {"erosion": ("completes_corrected_cost", "apart_corrected_watershed_cost"),
+             "scribbles": ("completes_cost", "apart_watershed_cost"),
+             "erosion_foreground": ("completes_equal_cost", "equal_cost")}
+
 # The questions that the pages answer: the setting, what all are compared with, and the rows.
 QUESTIONS = {
     "hints": ("erosion_foreground", "decoders", ("decoders", "entropy_0.1", "paper_kl", "paper_0.1", "kl", "hints_kl",
@@ -88,7 +93,7 @@ QUESTIONS = {
 }
 
 # of the questions that are not on the page of the results
-PAGES = (dict.fromkeys(("hints with scribbles", "hints with eroded masks"), "hints")
+PAGES = ({"completed": "method"} | dict.fromkeys(("hints with scribbles", "hints with eroded masks"), "hints")
          | dict.fromkeys(("points", "other entropy"), "tried")
          | dict.fromkeys(("longer", "longer erosion", "unlabelled", "more points"), "weights_and_batches"))
 
@@ -470,6 +475,23 @@ def answers(folder: Path) -> dict[str, str]:
     return found
 
 
+def completed_table(folder: Path) -> str:
+    """Dice raw and after post-processing of each pair of `COMPLETED`, of the draws and seeds that both have."""
+    lines, runs = ["| | labels completed | KL | draws, seeds |", "|---|---|---|---|"], read_all(folder)
+    for setting, pair in COMPLETED.items():
+        of_setting = runs_of(runs, setting)
+        common = set.intersection(*({key[::2] for key in of_setting if key[1] == row} for row in pair))
+
+        def mean(row: str, metric: str) -> float:
+            return float(np.mean([np.nanmean(np.nanmean(of_setting[draw, row, seed][metric], 0))
+                                  for draw, seed in common]))
+
+        cells = [f"{mean(row, 'dice'):.3f}, {mean(row, 'dice_pp'):.3f}" for row in pair]
+        draws, seeds = (len(set(of)) for of in zip(*common))
+        lines.append(f"| {WORDS[setting].removeprefix('ACDC, ')} | {' | '.join(cells)} | {draws}, {seeds} |")
+    return "\n".join(lines)
+
+
 def page_of(section: str) -> Path:
     """The page that has the table."""
     return HERE.parent / "docs" / "explanation" / f"{PAGES.get(section, 'results')}.md"
@@ -519,7 +541,8 @@ def main() -> None:
     text = report(args.output)
     if args.output == OUTPUT:
         insert(HERE / "README.md", "equal terms", text)
-        for section, table in {"equal terms": short_table(args.output), **answers(args.output)}.items():
+        for section, table in {"equal terms": short_table(args.output), "completed": completed_table(args.output),
+                               **answers(args.output)}.items():
             insert(page_of(section), section, table)
     else:
         print(text)

@@ -109,6 +109,7 @@ def test_the_tables_show_the_runs_that_are_here(module):
     results = ROOT / "docs" / "explanation" / "results.md"
     assert between(results, "equal terms") == module.short_table(module.OUTPUT), "--report writes it anew"
     assert between(ROOT / "benchmarks" / "README.md", "equal terms") == module.report(module.OUTPUT)
+    assert between(module.page_of("completed"), "completed") == module.completed_table(module.OUTPUT)
     for question, table in module.answers(module.OUTPUT).items():
         assert between(module.page_of(question), question) == table and table.count("\n") > 2
 
