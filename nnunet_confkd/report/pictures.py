@@ -158,9 +158,11 @@ def _legend(axis: plt.Axes, labels: dict[str, str]) -> None:
 def _curves_in_words(title: str, folds: dict[str, dict[str, list]], lines: dict[str, str]) -> str:
     parts = []
     for label, key in lines.items():
-        ends = [(v[0], v[-1]) for v in (np.asarray(c.get(key) or [], float) for c in folds.values()) if len(v)]
-        parts.append(f"{label} from {np.nanmean([e[0] for e in ends]):.3g} to {np.nanmean([e[1] for e in ends]):.3g}"
-                     if np.isfinite(np.asarray(ends)).any() else label)
+        values = [np.asarray(curves.get(key) or [], float) for curves in folds.values()]
+        # a teacher that has completed the labels has no values from then on
+        finite = [of_fold[np.isfinite(of_fold)] for of_fold in values if np.isfinite(of_fold).any()]
+        parts.append(f"{label} from {np.mean([of_fold[0] for of_fold in finite]):.3g} to "
+                     f"{np.mean([of_fold[-1] for of_fold in finite]):.3g}" if finite else label)
     means = f" (means of {len(folds)} folds)" if len(folds) > 1 else ""
     return f"{title} over the epochs: {', '.join(parts)}{means}."
 
