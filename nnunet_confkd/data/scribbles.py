@@ -17,7 +17,7 @@ SMALL = 0.5  # of the median volume of solid masks
 FILLED = 0.2  # of its bounding box: a small object fills more than a scribble
 FOREGROUND = 0.02  # of the image: scribbles cover less
 SLAB = 2 ** 20  # how many voxels are looked at at once
-SAMPLED = 2 ** 21  # voxels of a label of which every slice is looked at; see _step
+SAMPLED = 2 ** 21  # how many voxels tell the centers of the classes
 FLAT = 2.0  # slices that are so many times as thick as pixels are wide have been annotated one by one
 
 
@@ -29,8 +29,7 @@ class Shape:
         size: Voxels of the image.
         volumes: {class: voxels} of the classes that it holds, without background.
         filled: {class: share of the class's bounding box that it fills}.
-        inner: {axis: {class: share of its voxels that an erosion with a 3x3 square across this axis leaves}}. Of large
-            labels a part of the slices counts.
+        inner: {axis: {class: share of its voxels that an erosion with a 3x3 square across this axis leaves}}.
         every_nth: Distance of the annotated slices, where no two of them are neighbours and they lie at equal
             distances.
         centers: {class: mean index of its voxels along each axis}. Of large labels a part of the voxels counts.
@@ -62,6 +61,7 @@ def shape_of(label: np.ndarray, spacing: Iterable[float]) -> Shape:
     whole = tuple(slice(min(box[axis].start for box in found.values()), max(box[axis].stop for box in found.values()))
                   for axis in range(3))
     flat = max(spacing) >= FLAT * min(spacing)
+    left = {axis: np.zeros(len(boxes) + 1, np.int64) for axis in ([int(np.argmax(spacing))] if flat else range(3))}
     histogram = np.zeros(len(boxes) + 1, np.int64)
     occupied = [np.zeros(side.stop - side.start, bool) for side in whole]
     for start, part in _slabs(label[whole]):
@@ -71,14 +71,12 @@ def shape_of(label: np.ndarray, spacing: Iterable[float]) -> Shape:
         for axis, present in enumerate(occupied):
             of_part = foreground.any(axis=tuple({0, 1, 2} - {axis}))
             present[start if axis == 0 else slice(None)] |= of_part
+        for axis, counts in left.items():
+            counts += np.bincount(_inside(np.moveaxis(part if axis else part[1:-1], axis, 0)), minlength=len(counts))
     volumes = {value: int(histogram[value]) for value in found}
     filled = {value: volumes[value] / np.prod([side.stop - side.start for side in box]) for value, box in found.items()}
-    inner = {axis: _inner(label[whole], found, axis, _step(label))
-             for axis in ([int(np.argmax(spacing))] if flat else range(3))}
-    for axis, shares in inner.items():
-        for value in found.keys() - shares.keys():  # none of the slices held it
-            shares |= _inner(np.where(label[found[value]] == value, label[found[value]], 0),
-                             {value: found[value]}, axis, 1)
+    inner = {axis: {value: counts[value] / volume for value, volume in volumes.items()}
+             for axis, counts in left.items()}
     return Shape(size, volumes, filled, inner, _every_nth(occupied), _centers(label, found, dimensions))
 
 
@@ -100,7 +98,7 @@ def leaves_a_margin(label: np.ndarray, ignore: int) -> bool:
 
 
 def _centers(label: np.ndarray, boxes: Mapping[int, tuple[slice, ...]], dimensions: int) -> dict[int, tuple]:
-    step = _step(label)
+    step = int(np.ceil((label.size / SAMPLED) ** (1 / 3)))
     sample = label[::step, ::step, ::step]
     places = np.nonzero(sample)
     values = sample[places]
@@ -109,31 +107,6 @@ def _centers(label: np.ndarray, boxes: Mapping[int, tuple[slice, ...]], dimensio
     centers = {value: step * sums[:, value] / counts[value] if counts[value] else
                np.array([(side.start + side.stop - 1) / 2 for side in box]) for value, box in boxes.items()}
     return {value: tuple(center[-dimensions:].tolist()) for value, center in centers.items()}
-
-
-def _step(label: np.ndarray) -> int:
-    """The distance of the slices that are looked at, so that about `SAMPLED` voxels lie in such slices of all axes."""
-    return int(np.ceil((label.size / SAMPLED) ** (1 / 3)))
-
-
-def _inner(label: np.ndarray, boxes: Mapping[int, tuple[slice, ...]], axis: int, step: int) -> dict[int, float]:
-    """{class: share of its voxels that an erosion leaves in the slices}.
-
-    Args:
-        label: Of three dimensions; the background outside all boxes may be cut off.
-        boxes: {class: its box}.
-        axis: Across the slices.
-        step: Every so many slices one is looked at.
-    """
-    number = max(boxes) + 1
-    seen, left = np.zeros(number, np.int64), np.zeros(number, np.int64)
-    for start, part in _slabs(label):
-        first = 1 if axis else 1 + -start.start % step
-        slices = np.moveaxis(part, axis, 0)[first:-1:step]
-        centre = slices[:, 1:-1, 1:-1]
-        seen += np.bincount(centre[centre > 0], minlength=number)
-        left += np.bincount(centre[_inside(slices) & (centre > 0)], minlength=number)
-    return {value: left[value] / seen[value] for value in boxes if seen[value]}
 
 
 def _slabs(label: np.ndarray) -> Iterator[tuple[slice, np.ndarray]]:
@@ -147,10 +120,12 @@ def _slabs(label: np.ndarray) -> Iterator[tuple[slice, np.ndarray]]:
 
 
 def _inside(label: np.ndarray) -> np.ndarray:
-    """Whether the eight neighbours in the slice (the last two axes) have the same label; without the margin."""
+    """The labels of the voxels whose eight neighbours in the slice (the last two axes) have the same label."""
     across, down = label[:, :, 1:] == label[:, :, :-1], label[:, 1:] == label[:, :-1]
     row = across[:, :, 1:] & across[:, :, :-1]  # equal to the voxels to the left and to the right
-    return row[:, 1:-1] & row[:, :-2] & row[:, 2:] & down[:, 1:, 1:-1] & down[:, :-1, 1:-1]
+    same = row[:, 1:-1] & row[:, :-2] & row[:, 2:] & down[:, 1:, 1:-1] & down[:, :-1, 1:-1]
+    centre = label[:, 1:-1, 1:-1]
+    return centre[same & (centre > 0)]
 
 
 def _every_nth(occupied: list[np.ndarray]) -> int | None:

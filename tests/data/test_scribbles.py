@@ -304,23 +304,3 @@ def test_the_centers_of_large_labels_come_from_a_part_of_the_voxels(monkeypatch)
     assert coarse != exact and coarse[3] == exact[3]
     assert all(np.abs(np.subtract(coarse[value], exact[value])).max() < 1 for value in exact)
     assert shape_of(label[4], SPACING[1:]).centers[1] == pytest.approx(tuple(np.argwhere(label[4] == 1).mean(0)))
-
-
-@pytest.mark.parametrize("slab", [1, 5000, 2 ** 20])
-def test_of_large_labels_the_erosion_counts_a_part_of_the_slices(monkeypatch, slab):
-    label = np.zeros((40, 44, 48), np.uint8)
-    for axis, value in enumerate((1, 2, 3)):
-        place = np.s_[3 + 12 * axis:13 + 12 * axis, 5:35, 6:40]
-        label[place] = value
-    label[7, ::2] = 0  # lines in a slice that is looked at, the second one of class 1
-    label[39, 41:44, 45:48] = 4  # in no slice of axis 0 and 1 that is looked at, and no neighbour of anything
-    label[37:40, 1:4, 46] = 5
-    whole = shape_of(label, (1.0, 1.0, 1.0)).inner
-    monkeypatch.setattr(scribbles_module, "SAMPLED", label.size // 64)
-    monkeypatch.setattr(scribbles_module, "SLAB", slab)
-    part = shape_of(label, (1.0, 1.0, 1.0)).inner
-    assert part[0][4] == whole[0][4] == 1 / 9 and part[2][5] == whole[2][5] == 1 / 9
-    for axis, shares in whole.items():
-        assert shares.keys() == part[axis].keys() == {1, 2, 3, 4, 5}
-        assert all(part[axis][value] == pytest.approx(share, abs=0.25) for value, share in shares.items() if value < 4)
-    assert part[0][1] < whole[0][1] - 0.1 and part[0][2] == whole[0][2]
