@@ -36,7 +36,7 @@ def test_curves_of_several_folds_share_a_chart(tmp_path):
 def test_words_on_curves_name_the_last_values_of_a_teacher_that_was_left_out():
     folds = {f"fold_{i}": {"loss_student": [1.0, 0.8, 0.5], "loss_teacher": [2.0, 1.5 + i, np.nan]} for i in range(2)}
     (chart,) = curve_charts(folds, {"student": "student", "teacher": "teacher"})
-    assert chart.alt == "Supervised loss over the epochs: student from 1 to 0.5, teacher from 2 to 2 (means of 2 folds)."
+    assert "student from 1 to 0.5, teacher from 2 to 2 (means of 2 folds)." in chart.alt
 
 
 def test_a_picture_is_as_wide_as_its_pixels():
