@@ -25,8 +25,8 @@ FILE = HERE / "effort.json"
 IGNORE, FOREGROUND = 4, (1, 2, 3)  # of the published scribbles
 MINUTES = (2.0, 0.5)  # of a slice with full masks, and of one with scribbles: an assumption
 ROWS = {"full patients alone": "full_only", ALONE: "ignore", OURS: OUR_ROW["scribbles"]}
-# how the other patients are annotated: the setting of five_folds.py, the share of their slices, and the rows of ROWS
 MIXED = tuple(ROWS.values())[1:]
+# how the other patients are annotated: the setting of five_folds.py, the share of their slices, and the rows of ROWS
 OTHERS = {"not used": ("scribbles", 0.0, ("full_only",)), "scribbled": ("scribbles", 1.0, MIXED),
           "scribbled in about a quarter of the slices": ("scribbles_sparse", 0.25, MIXED)}
 
@@ -72,9 +72,9 @@ def table(cases: dict[str, dict], runs: Path, minutes: tuple[float, float] = MIN
     for full in sorted(SETTINGS["scribbles"].full):
         of = effort(cases, full)
         for others, (setting, share, rows) in OTHERS.items():
-            dice = [found.get((setting, row, full)) if row in rows else None for row in ROWS.values()]
-            if setting != "scribbles" and not any(dice):
+            if full not in SETTINGS[setting].full:
                 continue
+            dice = [found.get((setting, row, full)) if row in rows else None for row in ROWS.values()]
             hours = (of["full slices"] * minutes[0] + share * of["scribbled slices"] * minutes[1]) / 60
             means = [f"{np.concatenate(of_patients(folds, 'dice_pp')).mean():.3f}" if folds else "" for folds in dice]
             text.append(f"| {full} | {others} | {of['full slices']:.0f} | {share * of['scribbled slices']:.0f} | "

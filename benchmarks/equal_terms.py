@@ -380,6 +380,16 @@ def runs_of(runs: dict, setting: str) -> dict[tuple[int, str, int], dict]:
     return {(draw, *key): run for (name, draw), found in runs.items() if name == setting for key, run in found.items()}
 
 
+def runs_of_all(of_setting: dict[tuple[int, str, int], dict], rows: Iterable[str]) -> set[tuple[int, int]]:
+    """The (draw, seed) that all of the rows have been run with."""
+    return set.intersection(*({(draw, seed) for draw, name, seed in of_setting if name == row} for row in rows))
+
+
+def mean_of(runs: Iterable[dict], metric: str) -> float:
+    """The mean over runs, classes and cases, in this order from outside."""
+    return float(np.mean([np.nanmean(np.nanmean(run[metric], 0)) for run in runs]))
+
+
 def short_table(folder: Path) -> str:
     """A line for each setting, of the draws and seeds that all of its rows have been run with."""
     lines = ["| other images | full patients | full patients alone | nnU-Net's ignore label | "
@@ -452,8 +462,7 @@ def table_of_rows(runs: dict[tuple[int, str, int], dict], rival: str, names: Ite
                           for wanted in (row, rival))
         if not chosen:
             continue
-        means = [np.mean([np.nanmean(np.nanmean(run[metric], 0)) for run in chosen.values()])
-                 for metric in ("dice", "dice_pp", "hd95_mm", "hd95_mm_pp")]
+        means = [mean_of(chosen.values(), metric) for metric in ("dice", "dice_pp", "hd95_mm", "hd95_mm_pp")]
         first = next(iter(chosen.values()))
         gains = ["" if row == rival else gain_text(paired_gain(
             *({key: run[metric] for key, run in of.items()} for of in (chosen, others)), first["patients"]))
@@ -469,7 +478,7 @@ def answers(folder: Path) -> dict[str, str]:
     runs, found = read_all(folder), {}
     for question, (setting, rival, rows) in QUESTIONS.items():
         of_setting = runs_of(runs, setting)
-        common = set.intersection(*({(draw, seed) for draw, name, seed in of_setting if name == row} for row in rows))
+        common = runs_of_all(of_setting, rows)
         of_setting = {key: run for key, run in of_setting.items() if key[::2] in common}
         found[question] = table_of_rows(of_setting, rival, rows)
     return found
@@ -480,13 +489,9 @@ def completed_table(folder: Path) -> str:
     lines, runs = ["| | labels completed | KL | draws, seeds |", "|---|---|---|---|"], read_all(folder)
     for setting, pair in COMPLETED.items():
         of_setting = runs_of(runs, setting)
-        common = set.intersection(*({key[::2] for key in of_setting if key[1] == row} for row in pair))
-
-        def mean(row: str, metric: str) -> float:
-            return float(np.mean([np.nanmean(np.nanmean(of_setting[draw, row, seed][metric], 0))
-                                  for draw, seed in common]))
-
-        cells = [f"{mean(row, 'dice'):.3f}, {mean(row, 'dice_pp'):.3f}" for row in pair]
+        common = runs_of_all(of_setting, pair)
+        cells = [", ".join(f"{mean_of((of_setting[draw, row, seed] for draw, seed in common), metric):.3f}"
+                           for metric in ("dice", "dice_pp")) for row in pair]
         draws, seeds = (len(set(of)) for of in zip(*common))
         lines.append(f"| {WORDS[setting].removeprefix('ACDC, ')} | {' | '.join(cells)} | {draws}, {seeds} |")
     return "\n".join(lines)

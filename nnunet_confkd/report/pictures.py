@@ -158,9 +158,9 @@ def _legend(axis: plt.Axes, labels: dict[str, str]) -> None:
 def _curves_in_words(title: str, folds: dict[str, dict[str, list]], lines: dict[str, str]) -> str:
     parts = []
     for label, key in lines.items():
-        values = [np.asarray(curves.get(key) or [], float) for curves in folds.values()]
+        values = [np.asarray(curves[key], float) for curves in folds.values() if _any_finite(curves.get(key))]
         # a teacher that has completed the labels has no values from then on
-        finite = [of_fold[np.isfinite(of_fold)] for of_fold in values if np.isfinite(of_fold).any()]
+        finite = [of_fold[np.isfinite(of_fold)] for of_fold in values]
         parts.append(f"{label} from {np.mean([of_fold[0] for of_fold in finite]):.3g} to "
                      f"{np.mean([of_fold[-1] for of_fold in finite]):.3g}" if finite else label)
     means = f" (means of {len(folds)} folds)" if len(folds) > 1 else ""

@@ -137,6 +137,16 @@ def test_the_text_on_kl_without_hints_has_the_figures_of_its_tables(module):
     assert re.findall(r"\d\.\d{3}", text.split("\n\n")[0]) == expected
 
 
+def test_the_text_on_predicted_volumes_has_those_of_the_runs(module):
+    text = (ROOT / "docs" / "explanation" / "method.md").read_text().split("without the correction predicts")[1]
+    expected = []
+    for draw in module.DRAWS:
+        cases = json.loads((module.OUTPUT / f"erosion_{draw}" / "ignore_M3_s0.json").read_text())["cases"].values()
+        expected += [f"{100 * np.divide(*(sum(case['student'][value][key] for case in cases) for key in keys)):.0f}"
+                     for value in "123" for keys in [("predicted_ml", "truth_ml")]]
+    assert re.findall(r"\d+", text.split("(row")[0]) == expected
+
+
 def test_the_text_on_longer_trainings_has_the_figures_of_its_tables(module):
     text = (ROOT / "docs" / "explanation" / "results.md").read_text().split("## Three times as long")[1]
     answers = {question: [line.strip("| ").split(" | ") for line in table.splitlines()[2:]]

@@ -257,7 +257,9 @@ def test_what_annotating_costs_is_counted_on_the_real_labels(module, test_data, 
     assert 6 * few["full slices"] < many["full slices"] and few["scribbled slices"] > many["scribbled slices"]
     write_run(tmp_path / "scribbles_0", "full_only", 3, 0.5, range(20))
     write_run(tmp_path / "scribbles_0", "confkd_cost", 3, 0.7, range(20))
-    alone, both = (line.split("|") for line in effort.table(cases, tmp_path).splitlines() if line.startswith("| 3 |"))
+    alone, both, sparse = (line.split("|") for line in effort.table(cases, tmp_path).splitlines()
+                           if line.startswith("| 3 |"))
+    assert float(alone[6]) < float(sparse[6]) < float(both[6]) and not "".join(sparse[7:]).strip()
     assert alone[-4] == " 0.500 " and both[-2] == " 0.700 " and float(both[6]) > float(alone[6]) > 0
 
 
