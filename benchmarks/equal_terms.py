@@ -235,6 +235,18 @@ ROWS |= {name: replace(ROWS[of], title=f"{ROWS[of].title}; no KL, and the teache
 ROWS |= {name.replace("_cost", "_nohints_cost"): replace(ROWS[name], title=f"{ROWS[name].title}; no hints",
                                                          settings=ROWS[name].settings | {"teacher_hints": False})
          for name in ("apart_cost", "apart_corrected_cost")}
+ROWS["equal_nohints_cost"] = replace(ROWS["equal_cost"], title=f"{ROWS['equal_cost'].title}; no hints",
+                                     settings=ROWS["equal_cost"].settings | {"teacher_hints": False})
+# The same weights without KL and entropy, with as many iterations as ConfKD at equal cost. The teacher trains the
+# encoder here: else, it would change nothing of the student.
+ROWS |= {name.replace("_cost", "_decoders_cost"): replace(
+    ROWS[name], title=f"two decoders, no KL, no entropy, {words}; as many iterations as ConfKD at equal cost",
+    settings=ROWS[name].settings | {"weight_kl": 0.0, "weight_entropy": 0.0})
+    for name, words in (("equal_cost", "equal weights"), ("equal_corrected_cost", "equal weights, the correction"))}
+# What the trainers choose, with as many iterations as the rival.
+ROWS |= {name.removesuffix("_cost"): replace(
+    ROWS[name], title=ROWS[name].title.replace("equal cost", "equal iterations"), steps=1.0)
+    for name in ("apart_watershed_cost", "completes_corrected_cost", "equal_cost")}
 # Rows that are made once without bfloat16, to check that it changes nothing.
 FLOAT32 = "_float32"
 ROWS |= {name + FLOAT32: replace(ROWS[name], title=f"{ROWS[name].title}; float32")
