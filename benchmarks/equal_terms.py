@@ -68,10 +68,19 @@ WORDS = {"scribbles": "ACDC, scribbles", "erosion": "ACDC, eroded masks with bac
          "erosion_foreground": "ACDC, eroded masks without background", "unlabelled": "ACDC, unlabelled images used",
          "points_5": "Hippocampus, points", "points_10": "Hippocampus, points"}
 
-# Rows of method.md: labels that the teacher completes, and the KL.
-COMPLETED = {"erosion": ("completes_corrected_cost", "apart_corrected_watershed_cost"),
-             "scribbles": ("completes_cost", "apart_watershed_cost"),
-             "erosion_foreground": ("completes_equal_cost", "equal_cost")}
+# Tables with a line for each setting: titles of the columns, the pairs of columns of which the gain is shown, and the
+# rows of each setting.
+COLUMNS = {
+    "completed": (("labels completed", "KL"), ((0, 1),), {
+        "erosion": ("completes_corrected_cost", "apart_corrected_watershed_cost"),
+        "scribbles": ("completes_cost", "apart_watershed_cost"),
+        "erosion_foreground": ("completes_equal_cost", "equal_cost")}),
+    "hints and KL": (("no teacher", "two decoders", "KL without hints", "KL with hints"), ((3, 1), (3, 2)), {
+        "scribbles": ("ignore_equal_quarter", "equal_decoders_cost", "apart_nohints_cost", "apart_watershed_cost"),
+        "erosion": ("ignore_prior_equal_quarter", "equal_corrected_decoders_cost", "apart_corrected_nohints_cost",
+                    "apart_corrected_watershed_cost"),
+        "erosion_foreground": ("ignore_quarter", "equal_decoders_cost", "equal_nohints_cost", "equal_cost")}),
+}
 
 # The questions that the pages answer: the setting, what all are compared with, and the rows.
 QUESTIONS = {
@@ -79,9 +88,6 @@ QUESTIONS = {
                                                  "confkd")),
     "other entropy": ("erosion_foreground", "decoders", ("decoders", "entropy_0.01", "entropy_0.3", "paper_0.01",
                                                          "paper_0.3")),
-    "hints with scribbles": ("scribbles", "ignore_equal", ("ignore_equal", "apart_nohints_cost", "apart_cost")),
-    "hints with eroded masks": ("erosion", "ignore_prior_equal", ("ignore_prior_equal", "apart_corrected_nohints_cost",
-                                                                  "apart_corrected_margins_cost")),
     "unlabelled": ("unlabelled", "full_only", ("full_only", "full_cutmix", "cutmix_three_quarters_cost")),
     "points": ("points_5", "ignore", ("full_only", "ignore", "confkd_cost")),
     "more points": ("points_10", "full_only", ("full_only", "today_cost", "ignore_three_quarters")),
@@ -93,7 +99,7 @@ QUESTIONS = {
 }
 
 # of the questions that are not on the page of the results
-PAGES = ({"completed": "method"} | dict.fromkeys(("hints with scribbles", "hints with eroded masks"), "hints")
+PAGES = ({"completed": "method", "hints and KL": "hints"}
          | dict.fromkeys(("points", "other entropy"), "tried")
          | dict.fromkeys(("longer", "longer erosion", "unlabelled", "more points"), "weights_and_batches"))
 
@@ -117,8 +123,8 @@ def cost_completes(share: float) -> float:
 ROWS: dict[str, Row] = with_earlier_defaults({
     "full_only": USUAL_ROWS["full_only"],
     "ignore_uniform": USUAL_ROWS["ignore_uniform"],
-    "ignore": USUAL_ROWS["ignore"],
-    "ignore_prior": Row("the ignore label with the class-prior correction", "ConfKDTrainer_partialOnly"),
+    "ignore": replace(USUAL_ROWS["ignore"], title="no teacher, stratified batches"),
+    "ignore_prior": Row("no teacher, the class-prior correction", "ConfKDTrainer_partialOnly"),
     "decoders": USUAL_ROWS["decoders"],
     "kl": Row("KL on all images, no hints, no entropy", settings={"teacher_hints": False, "weight_entropy": 0.0}),
     "confkd": Row("ConfKD"),
@@ -128,15 +134,15 @@ ROWS: dict[str, Row] = with_earlier_defaults({
     "corrected_cost": Row("ConfKD with the class-prior correction, at equal cost", settings={"prior_correction": 1.0},
                           steps=1 / COST),
     # a quarter of each batch fully annotated, and not a half; the step is cheaper then, which is not counted
-    "ignore_quarter": Row("the ignore label, a quarter of each batch full", "ConfKDTrainer_partialOnly",
+    "ignore_quarter": Row("no teacher, a quarter of each batch full", "ConfKDTrainer_partialOnly",
                           settings={"prior_correction": 0.0, "full_share": 0.25}),
-    "ignore_prior_quarter": Row("the ignore label with the class-prior correction, a quarter of each batch full",
+    "ignore_prior_quarter": Row("no teacher, the class-prior correction, a quarter of each batch full",
                                 "ConfKDTrainer_partialOnly", settings={"full_share": 0.25}),
     "quarter_cost": Row("ConfKD, a quarter of each batch full, at equal cost", settings={"full_share": 0.25},
                         steps=1 / COST),
-    "ignore_three_quarters": Row("the ignore label, three quarters of each batch full", "ConfKDTrainer_partialOnly",
+    "ignore_three_quarters": Row("no teacher, three quarters of each batch full", "ConfKDTrainer_partialOnly",
                                  settings={"prior_correction": 0.0, "full_share": 0.75}),
-    "cutmix_full": Row("the ignore label, full images exchange boxes", "ConfKDTrainer_partialOnly",
+    "cutmix_full": Row("no teacher, full images exchange boxes", "ConfKDTrainer_partialOnly",
                        settings={"prior_correction": 0.0, "cutmix_full": 0.5}),
     "cutmix_full_cost": Row("ConfKD, full images exchange boxes, at equal cost", settings={"cutmix_full": 0.5},
                             steps=1 / COST),
@@ -155,14 +161,14 @@ ROWS: dict[str, Row] = with_earlier_defaults({
     "equal_corrected_kl_partial_cost": Row("ConfKD, equal weights, the correction, KL on the others alone, equal cost",
                                            settings={"equal_kinds": True, "prior_correction": 1.0,
                                                      "kl_images": "partial"}, steps=1 / COST),
-    "ignore_equal": Row("the ignore label, equal weights of both kinds", "ConfKDTrainer_partialOnly",
+    "ignore_equal": Row("no teacher, equal weights of both kinds", "ConfKDTrainer_partialOnly",
                         settings={"prior_correction": 0.0, "equal_kinds": True}),
-    "ignore_equal_quarter": Row("the ignore label, equal weights of both kinds, a quarter of each batch full",
+    "ignore_equal_quarter": Row("no teacher, equal weights of both kinds, a quarter of each batch full",
                                 "ConfKDTrainer_partialOnly",
                                 settings={"prior_correction": 0.0, "equal_kinds": True, "full_share": 0.25}),
-    "ignore_prior_equal": Row("the ignore label with the correction, equal weights", "ConfKDTrainer_partialOnly",
+    "ignore_prior_equal": Row("no teacher, the correction, equal weights", "ConfKDTrainer_partialOnly",
                               settings={"equal_kinds": True}),
-    "ignore_prior_equal_quarter": Row("the ignore label with the correction, equal weights, a quarter full",
+    "ignore_prior_equal_quarter": Row("no teacher, the correction, equal weights, a quarter full",
                                       "ConfKDTrainer_partialOnly", settings={"equal_kinds": True, "full_share": 0.25}),
     # the teacher's supervised loss updates its decoder alone
     "apart_cost": Row("ConfKD, equal weights, a teacher that does not train the encoder, at equal cost",
@@ -243,10 +249,9 @@ ROWS |= {name.replace("_cost", "_decoders_cost"): replace(
     ROWS[name], title=f"two decoders, no KL, no entropy, {words}; as many iterations as ConfKD at equal cost",
     settings=ROWS[name].settings | {"weight_kl": 0.0, "weight_entropy": 0.0})
     for name, words in (("equal_cost", "equal weights"), ("equal_corrected_cost", "equal weights, the correction"))}
-# What the trainers choose, with as many iterations as the rival.
-ROWS |= {name.removesuffix("_cost"): replace(
-    ROWS[name], title=ROWS[name].title.replace("equal cost", "equal iterations"), steps=1.0)
-    for name in ("apart_watershed_cost", "completes_corrected_cost", "equal_cost")}
+# What the trainer chooses for scribbles, with as many iterations as the rival.
+ROWS["apart_watershed"] = replace(ROWS["apart_watershed_cost"], steps=1.0,
+                                  title=ROWS["apart_watershed_cost"].title.replace("equal cost", "equal iterations"))
 # Rows that are made once without bfloat16, to check that it changes nothing.
 FLOAT32 = "_float32"
 ROWS |= {name + FLOAT32: replace(ROWS[name], title=f"{ROWS[name].title}; float32")
@@ -405,7 +410,7 @@ def mean_of(runs: Iterable[dict], metric: str) -> float:
 def short_table(folder: Path) -> str:
     """A line for each setting, of the draws and seeds that all of its rows have been run with."""
     lines = ["| other images | full patients | full patients alone | nnU-Net's ignore label | "
-             "our trainer, no teacher | **ConfKD with hints** | gain | trainings |", "|" + "---|" * 8]
+             "our trainer, no teacher | **ConfKD** | gain | trainings |", "|" + "---|" * 8]
     runs = read_all(folder)
     for setting, (table, full) in SETTINGS.items():
         of_setting = runs_of(runs, setting)
@@ -496,14 +501,28 @@ def answers(folder: Path) -> dict[str, str]:
     return found
 
 
-def completed_table(folder: Path) -> str:
-    """Dice raw and after post-processing of each pair of `COMPLETED`, of the draws and seeds that both have."""
-    lines, runs = ["| | labels completed | KL | draws, seeds |", "|---|---|---|---|"], read_all(folder)
-    for setting, pair in COMPLETED.items():
+def columns_table(folder: Path, section: str) -> str:
+    """A line for each setting: Dice raw and after post-processing, of the draws and seeds that all of its rows have.
+
+    Args:
+        folder: Of the runs.
+        section: One of `COLUMNS`. Its gains are after post-processing.
+    """
+    titles, pairs, rows_of = COLUMNS[section]
+    gains = [f"gain of {titles[ours]} over {titles[rival]}" for ours, rival in pairs]
+    lines = ["| | " + " | ".join((*titles, *gains, "draws, seeds")) + " |",
+             "|" + "---|" * (len(titles) + len(gains) + 2)]
+    runs = read_all(folder)
+    for setting, rows in rows_of.items():
         of_setting = runs_of(runs, setting)
-        common = runs_of_all(of_setting, pair)
-        cells = [", ".join(f"{mean_of((of_setting[draw, row, seed] for draw, seed in common), metric):.3f}"
-                           for metric in ("dice", "dice_pp")) for row in pair]
+        if not (common := runs_of_all(of_setting, rows)):
+            continue
+        of_rows = [{(draw, seed): of_setting[draw, row, seed] for draw, seed in common} for row in rows]
+        cells = [", ".join(f"{mean_of(of_row.values(), metric):.3f}" for metric in ("dice", "dice_pp"))
+                 for of_row in of_rows]
+        after = [{key: run["dice_pp"] for key, run in of_row.items()} for of_row in of_rows]
+        patients = next(iter(of_setting.values()))["patients"]
+        cells += [gain_text(paired_gain(after[ours], after[rival], patients)) for ours, rival in pairs]
         draws, seeds = (len(set(of)) for of in zip(*common))
         lines.append(f"| {WORDS[setting].removeprefix('ACDC, ')} | {' | '.join(cells)} | {draws}, {seeds} |")
     return "\n".join(lines)
@@ -558,8 +577,8 @@ def main() -> None:
     text = report(args.output)
     if args.output == OUTPUT:
         insert(HERE / "README.md", "equal terms", text)
-        for section, table in {"equal terms": short_table(args.output), "completed": completed_table(args.output),
-                               **answers(args.output)}.items():
+        for section, table in {"equal terms": short_table(args.output), **answers(args.output),
+                               **{name: columns_table(args.output, name) for name in COLUMNS}}.items():
             insert(page_of(section), section, table)
     else:
         print(text)

@@ -61,10 +61,10 @@ ROWS: dict[str, Row] = {
     "ignore": Row("our trainer without a teacher", "ConfKDTrainer_partialOnly"),
     "paper": Row("the paper's objective", "ConfKDTrainer_MedIA2023"),
     "kl": Row("KL without hints", settings={"teacher_hints": False}),
-    "confkd": Row("ConfKD with hints", settings=KL),
-    "confkd_cost": Row("ConfKD with hints, at equal cost", settings=KL, steps=1 / COST),
+    "confkd": Row("ConfKD with the KL", settings=KL),
+    "confkd_cost": Row("ConfKD with the KL, at equal cost", settings=KL, steps=1 / COST),
     "confkd_cutmix_cost": Row("ConfKD, at equal cost", settings={"weight_kl": 3.0}, steps=1 / COST_CUTMIX),
-    "completes_cost": Row("ConfKD, the teacher completes the labels, at equal cost", settings={"complete_at": 0.25},
+    "completes_cost": Row("ConfKD with completed labels, at equal cost", settings={"complete_at": 0.25},
                           steps=1 / cost_completes(0.25)),
     "all": replace(USUAL_ROWS["all"], title="everything annotated"),
 }

@@ -1,7 +1,7 @@
 """The headline table and its figure, from the runs of five_folds.py.
 
 A line is one kind of labels and one number of fully annotated patients. The columns are what a reader compares: the
-fully annotated patients alone, nnU-Net's own ignore label, our trainer without a teacher, ConfKD with hints, and
+fully annotated patients alone, nnU-Net's own ignore label, our trainer without a teacher, ConfKD, and
 everything annotated. Of several rows in a column the best counts, so that the rivals get the benefit of every doubt.
 ConfKD has one row, its default at equal cost. With points it has no teacher by default, so its trainings are those of
 our trainer without a teacher. A row that was run in fewer folds than another one of its column is left out.
@@ -15,7 +15,7 @@ import numpy as np
 from accuracy import patient_of
 from five_folds import HERE, NO_TEACHER, SETTINGS, WORDS, gain_text, home_of, interval, of_patients, read_all
 
-OURS, STOCK, EVERYTHING = "ConfKD with hints", "nnU-Net's ignore label", "everything annotated"
+OURS, STOCK, EVERYTHING = "ConfKD", "nnU-Net's ignore label", "everything annotated"
 ALONE = "our trainer, no teacher"
 COLUMNS = {"full patients alone": ("full_only", "full_cutmix"), STOCK: ("ignore_uniform",),
            ALONE: ("ignore",), OURS: (), EVERYTHING: ("all",)}

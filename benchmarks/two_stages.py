@@ -59,7 +59,7 @@ FIRST_STAGES = {"scribbles": {"ignore": "ignore_equal_quarter", "confkd": "apart
 SHARES = {"teacher": 0.3}  # of the cost that goes to the first stage; that of the others is a half
 SETTINGS = {name: equal_terms.SETTINGS[name] for name in FIRST_STAGES}
 WATERSHED = "watershed"
-TITLES = {"ignore": "our trainer without a teacher", "confkd": "ConfKD with hints", WATERSHED: "none: a watershed",
+TITLES = {"ignore": "our trainer without a teacher", "confkd": "ConfKD with the KL", WATERSHED: "none: a watershed",
           "teacher": "ConfKD without KL, hints spread where there is background, 30 % of the cost"}
 ROWS = [row + length for row in TITLES for length in ("", LONG)]
 

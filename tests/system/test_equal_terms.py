@@ -109,7 +109,8 @@ def test_the_tables_show_the_runs_that_are_here(module):
     results = ROOT / "docs" / "explanation" / "results.md"
     assert between(results, "equal terms") == module.short_table(module.OUTPUT), "--report writes it anew"
     assert between(ROOT / "benchmarks" / "README.md", "equal terms") == module.report(module.OUTPUT)
-    assert between(module.page_of("completed"), "completed") == module.completed_table(module.OUTPUT)
+    for section in module.COLUMNS:
+        assert between(module.page_of(section), section) == module.columns_table(module.OUTPUT, section)
     for question, table in module.answers(module.OUTPUT).items():
         assert between(module.page_of(question), question) == table and table.count("\n") > 2
 
@@ -130,11 +131,32 @@ def test_the_text_on_hints_has_the_means_of_the_rows(module):
 
 def test_the_text_on_kl_without_hints_has_the_figures_of_its_tables(module):
     text = (ROOT / "docs" / "explanation" / "results.md").read_text().split("**Without hints it does harm**")[1]
-    expected = []
-    for question in ("hints with scribbles", "hints with eroded masks"):
-        rows = [line.split(" | ") for line in module.answers(module.OUTPUT)[question].splitlines()[3:]]
-        expected += [cells[2] for cells in rows]  # without hints, and with
+    lines = module.columns_table(module.OUTPUT, "hints and KL").splitlines()[2:]
+    cells = [[cell.split(", ")[-1] for cell in line.strip("| ").split(" | ")] for line in lines]
+    assert len(cells) == 3
+    expected = [dice for _, _, _, without, hints, *_ in cells for dice in (without, hints)]
     assert re.findall(r"\d\.\d{3}", text.split("\n\n")[0]) == expected
+
+
+def test_a_table_of_columns_has_the_draws_and_seeds_that_all_rows_have(module, tmp_path):
+    rows = module.COLUMNS["completed"][2]["scribbles"]
+    for draw, ours, rival in ((0, 0.6, 0.5), (1, 0.7, None)):  # the rival of draw 1 has not been run
+        for row, dice in zip(rows, (ours, rival)):
+            if dice is not None:
+                write_run(tmp_path / f"scribbles_{draw}", row, 0, dice)
+    assert module.columns_table(tmp_path, "completed").splitlines()[2:] == [
+        "| scribbles | 0.600, 0.800 | 0.500, 0.700 | +0.100 [+0.100, +0.100] | 1, 1 |"]
+
+
+def test_the_text_on_the_number_of_trials_counts_the_runs(module):
+    text = (ROOT / "benchmarks" / "README.md").read_text().split("**Care for the baseline.**")[1].split("A baseline")[0]
+    expected = []
+    for setting in ("scribbles", "erosion", "erosion_foreground"):
+        runs = module.runs_of(module.read_all(module.OUTPUT), setting)
+        for trainer in ("ConfKDTrainer_partialOnly", "ConfKDTrainer"):
+            rows = [row for _, row, _ in runs if module.ROWS[row].trainer == trainer]
+            expected += [len(set(rows)), len(rows)]
+    assert [int(number) for number in re.findall(r"\d+", text)] == expected
 
 
 def test_the_text_on_predicted_volumes_has_those_of_the_runs(module):
