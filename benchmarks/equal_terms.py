@@ -75,7 +75,7 @@ COLUMNS = {
         "erosion": ("completes_corrected_cost", "apart_corrected_watershed_cost"),
         "scribbles": ("completes_cost", "apart_watershed_cost"),
         "erosion_foreground": ("completes_equal_cost", "equal_cost")}),
-    "hints and KL": (("no teacher", "two decoders", "KL without hints", "KL with hints"), ((3, 1), (3, 2)), {
+    "hints and KL": (("no teacher", "two decoders", "KL without hints", "KL with hints"), ((2, 1), (3, 1), (3, 2)), {
         "scribbles": ("ignore_equal_quarter", "equal_decoders_cost", "apart_nohints_cost", "apart_watershed_cost"),
         "erosion": ("ignore_prior_equal_quarter", "equal_corrected_decoders_cost", "apart_corrected_nohints_cost",
                     "apart_corrected_watershed_cost"),

@@ -178,11 +178,21 @@ def test_the_tables_and_the_text_show_the_runs_that_are_here(module):
     for setting in ("erosion", "scribbles"):  # of completed labels
         teacher, alone = (runs[setting, row, 3] for row in (headline.OUR_ROW[setting], "ignore"))
         gains.append(f"{np.concatenate(module.gain(teacher, alone, 'dice_pp')).mean():.3f}")
-    for text in (results.split("**In short.**")[1].split("\n\n")[0],
-                 readme.split("**Which trainer")[1].split("\n## ")[0]):
-        assert re.findall(r"\d\.\d{3}", text) == gains
+    assert re.findall(r"\d\.\d{3}", results.split("**In short.**")[1].split("\n\n")[0]) == gains
+    advice = readme.split("**Which trainer")[1].split("\n## ")[0]
+    found = [re.search(r"\d\.\d{3}.*", row.strip(" |"))[0] for row in advice.splitlines()
+             if row.startswith("|") and re.search(r"\d\.\d{3}", row)]
+    assert len(found) == len(lines)
+    for text, line, rival in zip(found, lines, rivals):
+        mean, (low, high) = np.concatenate(line["gains"][rival]).mean(), module.interval(line["gains"][rival])
+        assert text.startswith(f"{abs(mean):.3f} {'worse' if mean < 0 else 'better'}")
+        assert ("(not certain)" in re.split("[;,]", text)[0]) == (low <= 0 <= high)
+    before = np.concatenate(raw[0]["gains"][rivals[0]]).mean()
+    assert f"; before post-processing {before:.3f} better" in found[0]
+    assert re.findall(r"\d\.\d{3}", advice.split("**Complete your labels.**")[1]) == gains[-2:]
     eroded = next(line for line in lines if line["setting"] == "erosion_foreground")
-    assert {title: round(eroded["means"][title], 3) for title in STORED} == STORED
+    # with these labels ConfKD has the KL and hints
+    assert {title: round(eroded["means"][title.removesuffix(" with hints")], 3) for title in STORED} == STORED
     over_stock = np.concatenate(eroded["gains"]["nnU-Net's ignore label"]).mean()
     assert f"**What you gain** over nnU-Net's own ignore label: {over_stock:.2f} Dice" in readme
     with_background = next(line for line in lines if line["setting"] == "erosion")
