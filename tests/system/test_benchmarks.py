@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -41,6 +42,19 @@ def test_step_time_measures_steps_parts_and_predictions(folders, network):
     assert row.count("|") == head.count("|") and f"| {bound:.3f} |" in row
     assert parts.count("|") == names.count("|") and "teacher's decoder" in names and parts.count(" + ") == 4
     assert step_time.peak_memory(case, "cpu", "confkd", folders) > 0
+
+
+@pytest.mark.parametrize("file", ["step_time_cpu_narrow.json", "step_time_cpu_watershed.json"])
+def test_the_text_on_a_step_has_the_ratios_of_its_files(file):
+    (run,) = json.loads((BENCHMARKS / file).read_text())["runs"]
+    low, whole, high = run["step"]["confkd"]["ratios"]
+    before_low, before, before_high = run["step"]["before the KL"]["ratios"]
+    text = (BENCHMARKS.parent / "docs" / "explanation" / "performance.md").read_text().split(f"`benchmarks/{file}`")[1]
+    numbers = [float(number) for number in re.findall(r"\d\.\d{2,3}", text)]
+    bounds = [round(flops / run["flops"]["stock"], 3) for flops in run["flops"].values()]
+    numbers = [number for number in numbers if number not in bounds]
+    assert numbers[:7] == [round(number, 3) for number in (whole, low, high, before, before_low, before_high)] + [
+        round(0.2 * before + 0.8 * whole, 2)]
 
 
 def test_many_classes_measures_the_rows_that_are_asked_for_and_keeps_the_others(folders, monkeypatch):
