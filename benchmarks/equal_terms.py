@@ -255,7 +255,7 @@ ROWS["apart_watershed"] = replace(ROWS["apart_watershed_cost"], steps=1.0,
 # Rows that are made once without bfloat16, to check that it changes nothing.
 FLOAT32 = "_float32"
 ROWS |= {name + FLOAT32: replace(ROWS[name], title=f"{ROWS[name].title}; float32")
-         for name in ("ignore", "confkd_cost")}
+         for name in ("full_only", "ignore", "confkd_cost")}
 LONG, LONGER = "_long", 3
 
 
