@@ -161,6 +161,14 @@ def test_the_text_on_the_number_of_trials_counts_the_runs(module):
     assert [int(number) for number in re.findall(r"\d+", text)] == expected
 
 
+def test_the_text_on_bfloat16_has_the_figures_of_its_runs(module):
+    text = (ROOT / "benchmarks" / "README.md").read_text().split("One pair of runs compares them")[1]
+    runs = module.read_all(module.OUTPUT)["scribbles", 0]
+    expected = [f"{module.mean_of([runs[row, 0]], metric):.3f}" for row in ("ignore", "ignore_float32")
+                for metric in ("dice", "dice_pp")]
+    assert re.findall(r"\d\.\d{3}", text.split("Seeds")[0]) == expected
+
+
 def test_the_text_on_predicted_volumes_has_those_of_the_runs(module):
     text = (ROOT / "docs" / "explanation" / "method.md").read_text().split("without the correction predicts")[1]
     expected = []
