@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from accuracy import ROWS as USUAL_ROWS
@@ -68,14 +69,27 @@ WORDS = {"scribbles": "ACDC, scribbles", "erosion": "ACDC, eroded masks with bac
          "erosion_foreground": "ACDC, eroded masks without background", "unlabelled": "ACDC, unlabelled images used",
          "points_5": "Hippocampus, points", "points_10": "Hippocampus, points"}
 
-# Tables with a line for each setting: titles of the columns, the pairs of columns of which the gain is shown, and the
-# rows of each setting.
+
+class Columns(NamedTuple):
+    """A table with a line for each setting.
+
+    Attributes:
+        titles: Of the columns.
+        gains: Numbers of columns, ours and the rival's, of which the gain is shown.
+        rows: {setting: row of each column}
+    """
+    titles: tuple[str, ...]
+    gains: tuple[tuple[int, int], ...]
+    rows: dict[str, tuple[str, ...]]
+
+
 COLUMNS = {
-    "completed": (("labels completed", "KL"), ((0, 1),), {
+    "completed": Columns(("labels completed", "KL"), ((0, 1),), {
         "erosion": ("completes_corrected_cost", "apart_corrected_watershed_cost"),
         "scribbles": ("completes_cost", "apart_watershed_cost"),
         "erosion_foreground": ("completes_equal_cost", "equal_cost")}),
-    "hints and KL": (("no teacher", "two decoders", "KL without hints", "KL with hints"), ((2, 1), (3, 1), (3, 2)), {
+    "hints and KL": Columns(("no teacher", "two decoders", "KL without hints", "KL with hints"),
+                            ((2, 1), (3, 1), (3, 2)), {
         "scribbles": ("ignore_equal_quarter", "equal_decoders_cost", "apart_nohints_cost", "apart_watershed_cost"),
         "erosion": ("ignore_prior_equal_quarter", "equal_corrected_decoders_cost", "apart_corrected_nohints_cost",
                     "apart_corrected_watershed_cost"),
@@ -240,11 +254,9 @@ ROWS |= {name: replace(ROWS[of], title=f"{ROWS[of].title}; no KL, and the teache
 # What the trainers choose, with a teacher that is not shown the annotations.
 ROWS |= {name.replace("_cost", "_nohints_cost"): replace(ROWS[name], title=f"{ROWS[name].title}; no hints",
                                                          settings=ROWS[name].settings | {"teacher_hints": False})
-         for name in ("apart_cost", "apart_corrected_cost")}
-ROWS["equal_nohints_cost"] = replace(ROWS["equal_cost"], title=f"{ROWS['equal_cost'].title}; no hints",
-                                     settings=ROWS["equal_cost"].settings | {"teacher_hints": False})
+         for name in ("apart_cost", "apart_corrected_cost", "equal_cost")}
 # The same weights without KL and entropy, with as many iterations as ConfKD at equal cost. The teacher trains the
-# encoder here: else, it would change nothing of the student.
+# encoder here. Otherwise it would change nothing of the student.
 ROWS |= {name.replace("_cost", "_decoders_cost"): replace(
     ROWS[name], title=f"two decoders, no KL, no entropy, {words}; as many iterations as ConfKD at equal cost",
     settings=ROWS[name].settings | {"weight_kl": 0.0, "weight_entropy": 0.0})
@@ -255,7 +267,7 @@ ROWS["apart_watershed"] = replace(ROWS["apart_watershed_cost"], steps=1.0,
 # Rows that are made once without bfloat16, to check that it changes nothing.
 FLOAT32 = "_float32"
 ROWS |= {name + FLOAT32: replace(ROWS[name], title=f"{ROWS[name].title}; float32")
-         for name in ("full_only", "ignore", "confkd_cost")}
+         for name in ("ignore", "confkd_cost")}
 LONG, LONGER = "_long", 3
 
 

@@ -112,7 +112,7 @@ def test_the_tables_show_the_runs_that_are_here(module):
     for section in module.COLUMNS:
         table = module.columns_table(module.OUTPUT, section)
         assert between(module.page_of(section), section) == table
-        assert table.count("\n") == 1 + len(module.COLUMNS[section][2])
+        assert table.count("\n") == 1 + len(module.COLUMNS[section].rows)
     for question, table in module.answers(module.OUTPUT).items():
         assert between(module.page_of(question), question) == table and table.count("\n") > 2
 
@@ -141,7 +141,7 @@ def test_the_text_on_kl_without_hints_has_the_figures_of_its_tables(module):
 
 
 def test_a_table_of_columns_has_the_draws_and_seeds_that_all_rows_have(module, tmp_path):
-    rows = module.COLUMNS["completed"][2]["scribbles"]
+    rows = module.COLUMNS["completed"].rows["scribbles"]
     for draw, ours, rival in ((0, 0.6, 0.5), (1, 0.7, None)):  # the rival of draw 1 has not been run
         for row, dice in zip(rows, (ours, rival)):
             if dice is not None:
