@@ -279,7 +279,7 @@ def longer(rows: Mapping[str, Row], names: Iterable[str]) -> dict[str, Row]:
 
 ROWS |= longer(ROWS, ("ignore_equal_quarter", "equal_cost", "full_cutmix", "cutmix_three_quarters_cost",
                       "ignore_prior_equal_quarter", "apart_corrected_reach_cost", "ignore_quarter", "equal_reach_cost",
-                      "completes_corrected_cost", "completes_cost"))
+                      "completes_corrected_cost", "completes_cost", "apart_watershed_cost"))
 
 
 def table_of(setting: str, draw: int) -> Table:
