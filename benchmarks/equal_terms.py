@@ -428,25 +428,24 @@ def short_table(folder: Path) -> str:
         of_setting = runs_of(runs, setting)
         *others, own = SHORT[setting]
         rows = dict.fromkeys(row for row in (STOCK, *MORE, *others) if row != own)
-        after = {row: {(draw, seed): run["dice_pp"] for (draw, name, seed), run in of_setting.items() if name == row}
-                 for row in (*rows, own)}
-        common = set.intersection(*(set(after[row]) for row in SHORT[setting]))
+        of_row = {row: {(draw, seed): run for (draw, name, seed), run in of_setting.items() if name == row}
+                  for row in (*rows, own)}
+        common = set.intersection(*(set(of_row[row]) for row in SHORT[setting]))
         if not common:
             continue
-        after = {row: of for row, of in after.items() if common <= set(of)}
-        means = {row: np.mean([np.nanmean(np.nanmean(of[key], 0)) for key in common]) for row, of in after.items()}
-        *rivals, ours = after
+        of_row = {row: {key: of[key] for key in common} for row, of in of_row.items() if common <= set(of)}
+        means = {row: mean_of(of.values(), "dice_pp") for row, of in of_row.items()}
+        *rivals, ours = of_row
         best = max(rivals, key=means.__getitem__)
-        gain = paired_gain(*({key: after[row][key] for key in common} for row in (ours, best)),
+        gain = paired_gain(*({key: run["dice_pp"] for key, run in of_row[row].items()} for row in (ours, best)),
                            next(iter(of_setting.values()))["patients"])
-        ours_without_teacher = [means[row] for row in after if row in MORE]
+        ours_without_teacher = [means[row] for row in of_row if row in MORE]
         if ours_without_teacher:
             # the same patients, whatever the labels of the others are
             same = [name for name, (other, number) in SETTINGS.items() if (other.data, number) == (table.data, full)]
-            alone = [run["dice_pp"] for name in same
-                     for key, run in runs_of(runs, name).items() if key[1] == "full_only" and key[::2] in common]
-            whole = len(alone) == len(common)
-            first = np.mean([np.nanmean(np.nanmean(dice, 0)) for dice in alone]) if whole else None
+            alone = [run for name in same for key, run in runs_of(runs, name).items()
+                     if key[1] == "full_only" and key[::2] in common]
+            first = mean_of(alone, "dice_pp") if len(alone) == len(common) else None
         else:
             first = means[best]
         columns = (first, means.get(STOCK), max(ours_without_teacher, default=None), means[ours])
