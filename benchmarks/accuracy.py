@@ -62,7 +62,7 @@ class Row:
 
 
 EARLIER = {"weight_kl": 3.0, "full_share": 0.5, "equal_kinds": False, "teacher_trains_encoder": True, "hint_reach": 0,
-           "hint_watershed": False, "complete_at": 0.0}
+           "hint_watershed": False, "complete_at": 0.0, "remove_stray_pieces": False}
 
 
 def with_earlier_defaults(rows: Mapping[str, Row]) -> dict[str, Row]:

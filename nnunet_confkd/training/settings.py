@@ -21,7 +21,7 @@ REMOVED: dict[str, Any] = {
 # Settings that came later, and what earlier trainings did. A model of theirs still loads.
 ADDED: dict[str, Any] = {"class_share": 0.0, "complete_at": 0.0, "cutmix": 0.0, "cutmix_full": 0.0,
                          "equal_kinds": False, "hint_reach": 0, "hint_watershed": False, "prior_correction": 0.0,
-                         "teacher_trains_encoder": True, "teacher_width": 1.0}
+                         "remove_stray_pieces": False, "teacher_trains_encoder": True, "teacher_width": 1.0}
 
 
 def without_removed(block: Mapping[str, Any]) -> dict[str, Any]:
@@ -139,6 +139,12 @@ class Settings:
                                          "times as densely as the foreground, as eroded masks do. It means 0 in all "
                                          "other cases, with one epoch, and if `weight_kl`, `kl_images` or `cutmix` is "
                                          "set")
+
+    remove_stray_pieces: bool = _setting("teacher", True, (),
+                                         "whether pieces that can be no part of a structure become background in the "
+                                         "completed labels. If the whole foreground, or a class, is in one piece in "
+                                         "each fully annotated training case, its largest component stays, and so does "
+                                         "each one with an annotated voxel of it")
 
     cutmix: float | None = _setting("batches", None, SHARES,
                                     "share of the iterations in which the student's images exchange boxes, with their "
