@@ -60,7 +60,7 @@ MORE = ("ignore", "ignore_prior", "ignore_quarter", "ignore_prior_quarter", "ign
 # ConfKD's row, the last, has the settings that its trainer chooses from these data. With points there is no teacher.
 SHORT = {"scribbles": ("ignore_equal_quarter", "apart_watershed_cost"),
          "erosion": ("ignore_prior_equal_quarter", "completes_corrected_cost"),
-         "erosion_foreground": ("ignore_quarter", "equal_cost"),
+         "erosion_foreground": ("ignore_quarter", "completes_foreground_cost"),
          "unlabelled": ("full_only", "full_cutmix", "cutmix_three_quarters_cost"),
          "points_5": ("full_only", "ignore"), "points_10": ("full_only", "ignore_three_quarters")}
 # What a row is compared with: what the trainer without a teacher chooses from these data, or the full patients alone.
@@ -87,7 +87,7 @@ COLUMNS = {
     "completed": Columns(("labels completed", "KL"), ((0, 1),), {
         "erosion": ("completes_corrected_cost", "apart_corrected_watershed_cost"),
         "scribbles": ("completes_cost", "apart_watershed_cost"),
-        "erosion_foreground": ("completes_equal_cost", "equal_cost")}),
+        "erosion_foreground": ("completes_foreground_cost", "equal_cost")}),
     "hints and KL": Columns(("no teacher", "two decoders", "KL without hints", "KL with hints"),
                             ((2, 1), (3, 1), (3, 2)), {
         "scribbles": ("ignore_equal_quarter", "equal_decoders_cost", "apart_nohints_cost", "apart_watershed_cost"),

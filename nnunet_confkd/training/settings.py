@@ -102,7 +102,8 @@ class Settings:
                                         "it is one loss over all annotated voxels. Null means true if a partially "
                                         "annotated case has on average at least 0.055 of the annotated foreground "
                                         "voxels of a fully annotated one, and all cases are annotated for the same "
-                                        "classes; without the KL on these cases they must also annotate background")
+                                        "classes. If these cases annotate no background, the KL must also act on them, "
+                                        "or the teacher must complete their labels")
 
     teacher_width: float = _setting("teacher", 0.5, (0.05, 1), "features of the teacher's decoder, as a share of the "
                                     "student's; a narrow teacher costs less time and memory")
@@ -133,12 +134,13 @@ class Settings:
                                          "share of the epochs after which the teacher completes the labels of the "
                                          "partially annotated training cases. From then on the student alone is "
                                          "trained, on these labels. The learning rate falls to zero twice. There is no "
-                                         "KL, unless `weight_kl` is set. 0: never. Null means 0.25 where "
-                                         "`hint_watershed` null means true, if partially annotated cases have enough "
-                                         "annotations (as for `equal_kinds`), and annotate the background at least 4 "
-                                         "times as densely as the foreground, as eroded masks do. It means 0 in all "
-                                         "other cases, with one epoch, and if `weight_kl`, `kl_images` or `cutmix` is "
-                                         "set")
+                                         "KL, unless `weight_kl` is set. 0: never. Null means 0.25 or 0.5 with masks "
+                                         "such as eroded ones, if partially annotated cases have enough annotations "
+                                         "(as for `equal_kinds`). It means 0.25 if nine of ten of these cases annotate "
+                                         "background, at least 4 times as densely as the foreground. It means 0.5 if "
+                                         "none of them annotates background. It means 0 in all other cases, with "
+                                         "regions, where cases lack classes, with one epoch, and if `weight_kl`, "
+                                         "`kl_images` or `cutmix` is set")
 
     remove_stray_pieces: bool = _setting("teacher", True, (),
                                          "whether pieces that can be no part of a structure become background in the "
