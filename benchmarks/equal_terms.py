@@ -125,13 +125,13 @@ COST_CUTMIX = COST + 0.5 * 0.1
 COST_WIDE = 0.2 * 1.345 + 0.8 * 1.456
 
 
-def cost_completes(share: float) -> float:
+def cost_completes(share: float, kl: bool = False) -> float:
     """The cost of a mean iteration if the first of two stages has this share of them.
 
-    The teacher is run in the first stage alone, and there is no KL. To complete the labels takes time as well, which
-    does not grow with the length of the training and is not counted.
+    The teacher is run in the first stage alone. There is no KL, or one that begins after a fifth of all iterations. To
+    complete the labels takes time as well, which does not grow with the length of the training and is not counted.
     """
-    return share * 1.146 + 1 - share
+    return share * 1.146 + 1 - share + (1.171 - 1.146) * max(0, share - 0.2) * kl
 
 
 ROWS: dict[str, Row] = with_earlier_defaults({
@@ -248,9 +248,9 @@ ROWS |= {name.replace("_cost", f"_{when}cost"): replace(
                      ("completes_corrected_cost", "apart_corrected_watershed_cost"))}
 # Stray pieces of the completed labels become background: today's defaults of eroded masks.
 ROWS["completes_foreground_cost"] = replace(
-    ROWS["equal_cost"], title="ConfKD, equal weights, at equal cost; the teacher completes the labels, after half; "
+    ROWS["equal_cost"], title="ConfKD, equal weights, at equal cost; both branches complete the labels, after half; "
     "stray pieces become background", settings=ROWS["equal_cost"].settings | {
-        "complete_at": 0.5, "weight_kl": 0.0, "remove_stray_pieces": True}, steps=1 / cost_completes(0.5))
+        "complete_at": 0.5, "remove_stray_pieces": True}, steps=1 / cost_completes(0.5, kl=True))
 ROWS["completes_corrected_pieces_cost"] = replace(
     ROWS["completes_corrected_cost"], title=f"{ROWS['completes_corrected_cost'].title}; stray pieces become background",
     settings=ROWS["completes_corrected_cost"].settings | {"remove_stray_pieces": True})

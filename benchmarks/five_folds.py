@@ -68,7 +68,7 @@ ROWS: dict[str, Row] = {
     "completes_cost": Row("ConfKD with completed labels, at equal cost", steps=1 / cost_completes(0.25),
                           settings={"complete_at": 0.25, "remove_stray_pieces": False}),
     "completes_half_cost": Row("ConfKD with labels completed after half, at equal cost", settings={"complete_at": 0.5},
-                               steps=1 / cost_completes(0.5)),
+                               steps=1 / cost_completes(0.5, kl=True)),
     "all": replace(USUAL_ROWS["all"], title="everything annotated"),
 }
 USUAL = ("full_only", "ignore_uniform", "ignore", "confkd_cost", "all")

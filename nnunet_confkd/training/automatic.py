@@ -19,7 +19,7 @@ HINT_REACH = 4  # voxels
 # If the background is annotated at least this many times as densely as the foreground, the teacher completes the labels
 # after this share of the epochs. In our data it is 7 to 31 times with eroded masks, and less than once with scribbles.
 DENSER_BACKGROUND, COMPLETE_AT = 4, 0.25
-# The share if no background is annotated. The teacher then needs longer to learn where a class ends.
+# The share if no background is annotated. There the KL comes first, and both branches complete the labels.
 COMPLETE_FOREGROUND_AT = 0.5
 WEIGHTS = ("weight_teacher", "weight_kl", "weight_entropy")
 # They follow from the cases of all folds, so that the networks of all folds are alike.
@@ -118,18 +118,20 @@ def choose_network(settings: Settings, annotations: Annotations, regions: bool =
     completes = settings.complete_at
     if completes is None:
         completes = complete_at(settings, annotations, regions) if teacher and two_stages else 0.0
+    # Without annotated background the teacher alone completes labels worse than both branches do after a KL.
+    by_teacher = completes and background
     return replace(settings, weight_teacher=teacher, complete_at=completes,
                    hint_reach=reach if settings.hint_reach is None else settings.hint_reach,
                    hint_watershed=watershed if settings.hint_watershed is None else settings.hint_watershed,
-                   weight_kl=(WEIGHT_KL if teacher and not completes else 0.0) if kl is None else kl,
+                   weight_kl=(WEIGHT_KL if teacher and not by_teacher else 0.0) if kl is None else kl,
                    weight_entropy=(WEIGHT_ENTROPY if teacher else 0.0) if entropy is None else entropy)
 
 
 def complete_at(settings: Settings, annotations: Annotations, regions: bool) -> float:
-    """Choose when the teacher completes labels in place of the KL, if `complete_at` is null.
+    """Choose when labels are completed, if `complete_at` is null.
 
-    It does so with masks whose inside is annotated less densely than the background, such as eroded ones, and if the
-    foreground alone is annotated. A KL, some of its images or CutMix that the user asks for stay.
+    They are completed with masks whose inside is annotated less densely than the background, such as eroded ones, and
+    if the foreground alone is annotated. A KL, some of its images or CutMix that the user asks for stay.
 
     Returns:
         The share of the epochs; 0 means never.
@@ -187,10 +189,9 @@ def choose(settings: Settings, annotations: Annotations, batch_size: int, ignore
     mixes = unlabelled and not only_full_images and settings.weight_student
     cutmix = unless_set("cutmix", 0.5 if mixes else 0.0)
     apart = {FULL, PARTIAL} <= kinds and batch_size > 1 and not cutmix
-    # Without annotated background the student would learn too much foreground, unless the KL acts on these images. If
-    # the teacher completes labels, what the student has learnt until then matters little.
-    equal_kinds = apart and unless_set("equal_kinds", dense and not annotations.hidden and (
-        background or settings.kl_on_non_full or bool(settings.complete_at)))
+    # Without annotated background the student would learn too much foreground, unless the KL acts on these images.
+    equal_kinds = apart and unless_set("equal_kinds", dense and not annotations.hidden
+                                       and (background or settings.kl_on_non_full))
     trains_encoder = unless_set("teacher_trains_encoder", not settings.weight_student or bool(settings.complete_at)
                                 or settings.weight_teacher > 0 and not (equal_kinds and background))
     corrected = ignore_label and annotations.of(annotations.foreground, PARTIAL, hidden=False)

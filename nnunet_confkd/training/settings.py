@@ -77,7 +77,8 @@ class Settings:
     weight_student: float = _setting("losses", 1.0, WEIGHTS, "weight of L_w, the student's supervised loss")
     weight_kl: float | None = _setting("losses", None, WEIGHTS,
                                        "weight of L_kd, the distillation from teacher to student. Null means 3, but 0 "
-                                       "without a teacher, and if the teacher completes labels (`complete_at`)")
+                                       "without a teacher, and if the teacher completes labels (`complete_at`) of "
+                                       "cases that annotate background")
     weight_entropy: float | None = _setting("losses", None, WEIGHTS,
                                             "weight of L_ent, the student's entropy. Null means 0.01, but 0 without a "
                                             "teacher")
@@ -102,8 +103,7 @@ class Settings:
                                         "it is one loss over all annotated voxels. Null means true if a partially "
                                         "annotated case has on average at least 0.055 of the annotated foreground "
                                         "voxels of a fully annotated one, and all cases are annotated for the same "
-                                        "classes. If these cases annotate no background, the KL must also act on them, "
-                                        "or the teacher must complete their labels")
+                                        "classes; without the KL on these cases they must also annotate background")
 
     teacher_width: float = _setting("teacher", 0.5, (0.05, 1), "features of the teacher's decoder, as a share of the "
                                     "student's; a narrow teacher costs less time and memory")
@@ -133,12 +133,13 @@ class Settings:
     complete_at: float | None = _setting("teacher", None, (0, 0.95),
                                          "share of the epochs after which the teacher completes the labels of the "
                                          "partially annotated training cases. From then on the student alone is "
-                                         "trained, on these labels. The learning rate falls to zero twice. There is no "
-                                         "KL, unless `weight_kl` is set. 0: never. Null means 0.25 or 0.5 with masks "
-                                         "such as eroded ones, if partially annotated cases have enough annotations "
-                                         "(as for `equal_kinds`). It means 0.25 if nine of ten of these cases annotate "
-                                         "background, at least 4 times as densely as the foreground. It means 0.5 if "
-                                         "none of them annotates background. It means 0 in all other cases, with "
+                                         "trained, on these labels. The learning rate falls to zero twice. If there is "
+                                         "a KL (`weight_kl`), it acts until then, and both branches complete the "
+                                         "labels together: the mean of their logits. 0: never. Null means 0.25 or 0.5 "
+                                         "with masks such as eroded ones, if partially annotated cases have enough "
+                                         "annotations (as for `equal_kinds`). It means 0.25 if nine of ten of these "
+                                         "cases annotate background, at least 4 times as densely as the foreground. It "
+                                         "means 0.5 if none of them annotates background. It means 0 in all other cases, with "
                                          "regions, where cases lack classes, with one epoch, and if `weight_kl`, "
                                          "`kl_images` or `cutmix` is set")
 

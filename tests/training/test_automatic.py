@@ -48,7 +48,7 @@ TEACHER, COMPLETES, ALONE = (1, 3, 0.01), (1, 0, 0.01), (0, 0, 0)
 @pytest.mark.parametrize("data, with_teacher, without", [
     (SCRIBBLES, (*TEACHER, 0.5, True, False, 4, True, 0, 0, 0, 0.25), (0.25, True, 0)),
     (ERODED, (*COMPLETES, 0.5, True, True, 4, True, 0.25, 1, 0, 0.25), (0.25, True, 1)),
-    (BLOBS, (*COMPLETES, 0.5, True, True, 0, False, 0.5, 0, 0, 0.25), (0.25, False, 0)),
+    (BLOBS, (*TEACHER, 0.5, True, True, 0, False, 0.5, 0, 0, 0.25), (0.25, False, 0)),
     (POINTS, (*ALONE, 0.75, False, False, 4, True, 0, 0, 0, 0), (0.75, False, 0)),
     (NO_LABELS, (*ALONE, 1, False, False, 0, False, 0, 0, 0.5, 0), (1, False, 0)),
     (annotations(unlabelled=0), (*TEACHER, 1, False, True, 0, False, 0, 0, 0, 0.25), (1, False, 0))],
