@@ -251,6 +251,11 @@ ROWS["completes_foreground_cost"] = replace(
     ROWS["equal_cost"], title="ConfKD, equal weights, at equal cost; both branches complete the labels, after half; "
     "stray pieces become background", settings=ROWS["equal_cost"].settings | {
         "complete_at": 0.5, "remove_stray_pieces": True}, steps=1 / cost_completes(0.5, kl=True))
+# The same without a KL before, so that the teacher alone completes the labels.
+ROWS["completes_foreground_teacher_cost"] = replace(
+    ROWS["equal_cost"], title="ConfKD, equal weights, at equal cost; no KL, the teacher alone completes the labels, "
+    "after half; stray pieces become background", steps=1 / cost_completes(0.5),
+    settings=ROWS["completes_foreground_cost"].settings | {"weight_kl": 0.0})
 ROWS["completes_corrected_pieces_cost"] = replace(
     ROWS["completes_corrected_cost"], title=f"{ROWS['completes_corrected_cost'].title}; stray pieces become background",
     settings=ROWS["completes_corrected_cost"].settings | {"remove_stray_pieces": True})

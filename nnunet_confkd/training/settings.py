@@ -139,9 +139,9 @@ class Settings:
                                          "with masks such as eroded ones, if partially annotated cases have enough "
                                          "annotations (as for `equal_kinds`). It means 0.25 if nine of ten of these "
                                          "cases annotate background, at least 4 times as densely as the foreground. It "
-                                         "means 0.5 if none of them annotates background. It means 0 in all other cases, with "
-                                         "regions, where cases lack classes, with one epoch, and if `weight_kl`, "
-                                         "`kl_images` or `cutmix` is set")
+                                         "means 0.5 if none of them annotates background. It means 0 in all other "
+                                         "cases, with regions, where cases lack classes, with one epoch, and if "
+                                         "`weight_kl`, `kl_images` or `cutmix` is set")
 
     remove_stray_pieces: bool = _setting("teacher", True, (),
                                          "whether pieces that can be no part of a structure become background in the "
