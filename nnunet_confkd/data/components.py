@@ -27,12 +27,6 @@ def in_one_piece(label_maps: Iterable[np.ndarray], classes: Sequence[int]) -> li
 
     Returns:
         The labels of each such structure, the whole foreground first, as :func:`without_stray_pieces` takes them.
-
-    Examples:
-        >>> in_one_piece([np.array([[1, 0, 2], [1, 2, 0], [0, 0, 0]])], classes=[1, 2])
-        [(1, 2), (1,), (2,)]
-        >>> in_one_piece([np.array([[1, 0, 2], [1, 0, 2]])], classes=[1, 2])
-        [(1,), (2,)]
     """
     structures = dict.fromkeys([tuple(classes), *((label,) for label in classes)], False)
     for label in label_maps:
@@ -58,11 +52,6 @@ def without_stray_pieces(label: np.ndarray, annotated: np.ndarray, structures: I
 
     Returns:
         A new label map.
-
-    Examples:
-        >>> label, annotated = np.array([1, 1, 0, 1, 0, 1]), np.array([False, False, False, False, False, True])
-        >>> without_stray_pieces(label, annotated, [(1,)]).tolist()
-        [1, 1, 0, 0, 0, 1]
     """
     label, boxes = label.copy(), scipy.ndimage.find_objects(label)
     for structure in structures:
