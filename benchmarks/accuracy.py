@@ -62,7 +62,7 @@ class Row:
 
 
 EARLIER = {"weight_kl": 3.0, "full_share": 0.5, "equal_kinds": False, "teacher_trains_encoder": True, "hint_reach": 0,
-           "hint_watershed": False, "complete_at": 0.0, "remove_stray_pieces": False}
+           "hint_watershed": False, "complete_at": 0.0}
 
 
 def with_earlier_defaults(rows: Mapping[str, Row]) -> dict[str, Row]:
@@ -677,7 +677,7 @@ def still_to_do(specs: list[dict], output: Path) -> list[dict]:
 
 def differences(before: dict, now: dict) -> list[str]:
     """Entries in which two runs differ: settings of terms of weight 0 decide nothing, and a row's title does not."""
-    from nnunet_confkd.training.automatic import COMPLETE_AT, COMPLETE_FOREGROUND_AT, HINT_REACH
+    from nnunet_confkd.training.automatic import COMPLETE_AT, HINT_REACH
     from nnunet_confkd.training.settings import ADDED, without_removed
 
     def effective(spec: dict) -> dict:
@@ -686,10 +686,9 @@ def differences(before: dict, now: dict) -> list[str]:
         few = spec["table"]["style"] in ("points", "none") and settings.get("weight_kl") is None
         background = (spec["table"].get("background", True) and spec["table"]["style"] != "none"
                       and spec["row"]["labels"] != "listed")
-        completes = (spec["table"]["style"] == "erosion" and settings.get("weight_kl") is None
+        completes = (spec["table"]["style"] == "erosion" and background and settings.get("weight_kl") is None
                      and settings.get("teacher_hints", True))
-        complete_at = COMPLETE_AT if background else COMPLETE_FOREGROUND_AT
-        for name, value in (("complete_at", complete_at if completes else 0.0), ("weight_teacher", float(not few)),
+        for name, value in (("complete_at", COMPLETE_AT if completes else 0.0), ("weight_teacher", float(not few)),
                             ("weight_entropy", 0.0 if few else 0.01),
                             ("hint_reach", HINT_REACH if background else 0), ("hint_watershed", background)):
             if settings.get(name, 0) is None:
@@ -702,8 +701,6 @@ def differences(before: dict, now: dict) -> list[str]:
             unused += ("teacher_hints", "hint_", "average_decay")
         if len(off) == 2:
             unused += ("extra_resolutions",)
-        if not settings.get("complete_at"):
-            unused += ("remove_stray_pieces",)
         if not settings.get("weight_teacher"):
             unused += ("teacher_",)
         if spec["row"]["labels"] != "listed":

@@ -60,7 +60,7 @@ MORE = ("ignore", "ignore_prior", "ignore_quarter", "ignore_prior_quarter", "ign
 # ConfKD's row, the last, has the settings that its trainer chooses from these data. With points there is no teacher.
 SHORT = {"scribbles": ("ignore_equal_quarter", "apart_watershed_cost"),
          "erosion": ("ignore_prior_equal_quarter", "completes_corrected_cost"),
-         "erosion_foreground": ("ignore_quarter", "completes_foreground_cost"),
+         "erosion_foreground": ("ignore_quarter", "equal_cost"),
          "unlabelled": ("full_only", "full_cutmix", "cutmix_three_quarters_cost"),
          "points_5": ("full_only", "ignore"), "points_10": ("full_only", "ignore_three_quarters")}
 # What a row is compared with: what the trainer without a teacher chooses from these data, or the full patients alone.
@@ -87,7 +87,7 @@ COLUMNS = {
     "completed": Columns(("labels completed", "KL"), ((0, 1),), {
         "erosion": ("completes_corrected_cost", "apart_corrected_watershed_cost"),
         "scribbles": ("completes_cost", "apart_watershed_cost"),
-        "erosion_foreground": ("completes_foreground_cost", "equal_cost")}),
+        "erosion_foreground": ("completes_equal_cost", "equal_cost")}),
     "hints and KL": Columns(("no teacher", "two decoders", "KL without hints", "KL with hints"),
                             ((2, 1), (3, 1), (3, 2)), {
         "scribbles": ("ignore_equal_quarter", "equal_decoders_cost", "apart_nohints_cost", "apart_watershed_cost"),
@@ -125,13 +125,13 @@ COST_CUTMIX = COST + 0.5 * 0.1
 COST_WIDE = 0.2 * 1.345 + 0.8 * 1.456
 
 
-def cost_completes(share: float, kl: bool = False) -> float:
+def cost_completes(share: float) -> float:
     """The cost of a mean iteration if the first of two stages has this share of them.
 
-    The teacher is run in the first stage alone. There is no KL, or one that begins after a fifth of all iterations. To
-    complete the labels takes time as well, which does not grow with the length of the training and is not counted.
+    The teacher is run in the first stage alone, and there is no KL. To complete the labels takes time as well, which
+    does not grow with the length of the training and is not counted.
     """
-    return share * 1.146 + 1 - share + (1.171 - 1.146) * max(0, share - 0.2) * kl
+    return share * 1.146 + 1 - share
 
 
 ROWS: dict[str, Row] = with_earlier_defaults({
@@ -246,19 +246,6 @@ ROWS |= {name.replace("_cost", f"_{when}cost"): replace(
     for when, (share, words) in COMPLETES.items()
     for name, of in (("completes_cost", "apart_watershed_cost"), ("completes_equal_cost", "equal_cost"),
                      ("completes_corrected_cost", "apart_corrected_watershed_cost"))}
-# Stray pieces of the completed labels become background: today's defaults of eroded masks.
-ROWS["completes_foreground_cost"] = replace(
-    ROWS["equal_cost"], title="ConfKD, equal weights, at equal cost; both branches complete the labels, after half; "
-    "stray pieces become background", settings=ROWS["equal_cost"].settings | {
-        "complete_at": 0.5, "remove_stray_pieces": True}, steps=1 / cost_completes(0.5, kl=True))
-# The same without a KL before, so that the teacher alone completes the labels.
-ROWS["completes_foreground_teacher_cost"] = replace(
-    ROWS["equal_cost"], title="ConfKD, equal weights, at equal cost; no KL, the teacher alone completes the labels, "
-    "after half; stray pieces become background", steps=1 / cost_completes(0.5),
-    settings=ROWS["completes_foreground_cost"].settings | {"weight_kl": 0.0})
-ROWS["completes_corrected_pieces_cost"] = replace(
-    ROWS["completes_corrected_cost"], title=f"{ROWS['completes_corrected_cost'].title}; stray pieces become background",
-    settings=ROWS["completes_corrected_cost"].settings | {"remove_stray_pieces": True})
 # The same without KL: a short first stage of two_stages.py, whose teacher completes the labels.
 ROWS |= {name: replace(ROWS[of], title=f"{ROWS[of].title}; no KL, and the teacher trains the encoder", settings={
     **ROWS[of].settings, "kl_ramp_start": 1.0, "kl_ramp_end": 1.0, "teacher_trains_encoder": True})

@@ -64,11 +64,8 @@ ROWS: dict[str, Row] = {
     "confkd": Row("ConfKD with the KL", settings=KL),
     "confkd_cost": Row("ConfKD with the KL, at equal cost", settings=KL, steps=1 / COST),
     "confkd_cutmix_cost": Row("ConfKD, at equal cost", settings={"weight_kl": 3.0}, steps=1 / COST_CUTMIX),
-    # this one was run before stray pieces were removed
-    "completes_cost": Row("ConfKD with completed labels, at equal cost", steps=1 / cost_completes(0.25),
-                          settings={"complete_at": 0.25, "remove_stray_pieces": False}),
-    "completes_half_cost": Row("ConfKD with labels completed after half, at equal cost", settings={"complete_at": 0.5},
-                               steps=1 / cost_completes(0.5, kl=True)),
+    "completes_cost": Row("ConfKD with completed labels, at equal cost", settings={"complete_at": 0.25},
+                          steps=1 / cost_completes(0.25)),
     "all": replace(USUAL_ROWS["all"], title="everything annotated"),
 }
 USUAL = ("full_only", "ignore_uniform", "ignore", "confkd_cost", "all")

@@ -21,8 +21,7 @@ COLUMNS = {"full patients alone": ("full_only", "full_cutmix"), STOCK: ("ignore_
            ALONE: ("ignore",), OURS: (), EVERYTHING: ("all",)}
 # what ConfKD's trainer chooses; of unlabelled images it would choose none
 OUR_ROW = (dict.fromkeys(SETTINGS, "confkd_cost") | dict.fromkeys(NO_TEACHER, "ignore")
-           | {"erosion": "completes_cost", "erosion_foreground": "completes_half_cost",
-              "unlabelled": "confkd_cutmix_cost"})
+           | {"erosion": "completes_cost", "unlabelled": "confkd_cutmix_cost"})
 RIVALS = tuple(COLUMNS)[:3]
 COLOURS = dict(zip(COLUMNS, ("0.65", "tab:orange", "tab:blue", "tab:red", "0.3")))
 

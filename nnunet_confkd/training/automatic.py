@@ -19,8 +19,6 @@ HINT_REACH = 4  # voxels
 # If the background is annotated at least this many times as densely as the foreground, the teacher completes the labels
 # after this share of the epochs. In our data it is 7 to 31 times with eroded masks, and less than once with scribbles.
 DENSER_BACKGROUND, COMPLETE_AT = 4, 0.25
-# The share if no background is annotated. There the KL comes first, and both branches complete the labels.
-COMPLETE_FOREGROUND_AT = 0.5
 WEIGHTS = ("weight_teacher", "weight_kl", "weight_entropy")
 # They follow from the cases of all folds, so that the networks of all folds are alike.
 OF_NETWORK = (*WEIGHTS, "hint_reach", "hint_watershed", "complete_at")
@@ -117,33 +115,23 @@ def choose_network(settings: Settings, annotations: Annotations, regions: bool =
     watershed = few_lack_background(annotations) and not regions and not annotations.hidden
     completes = settings.complete_at
     if completes is None:
-        completes = complete_at(settings, annotations, regions) if teacher and two_stages else 0.0
-    # Without annotated background the teacher alone completes labels worse than both branches do after a KL.
-    by_teacher = completes and background
+        completes = COMPLETE_AT if teacher and watershed and two_stages and may_complete(settings, annotations) else 0.0
     return replace(settings, weight_teacher=teacher, complete_at=completes,
                    hint_reach=reach if settings.hint_reach is None else settings.hint_reach,
                    hint_watershed=watershed if settings.hint_watershed is None else settings.hint_watershed,
-                   weight_kl=(WEIGHT_KL if teacher and not by_teacher else 0.0) if kl is None else kl,
+                   weight_kl=(WEIGHT_KL if teacher and not completes else 0.0) if kl is None else kl,
                    weight_entropy=(WEIGHT_ENTROPY if teacher else 0.0) if entropy is None else entropy)
 
 
-def complete_at(settings: Settings, annotations: Annotations, regions: bool) -> float:
-    """Choose when labels are completed, if `complete_at` is null.
+def may_complete(settings: Settings, annotations: Annotations) -> bool:
+    """Whether a teacher completes labels in place of the KL, if `complete_at` is null.
 
-    They are completed with masks whose inside is annotated less densely than the background, such as eroded ones, and
-    if the foreground alone is annotated. A KL, some of its images or CutMix that the user asks for stay.
-
-    Returns:
-        The share of the epochs; 0 means never.
+    It does so with masks whose inside is annotated less densely than the background, such as eroded ones. A KL, some of
+    its images or CutMix that the user asks for stay.
     """
-    allowed = (settings.weight_kl is None and settings.kl_images == "all" and not settings.cutmix
-               and settings.weight_student > 0 and settings.teacher_hints)
-    if not allowed or annotations.part < DENSE or annotations.hidden or regions:
-        return 0.0
-    if not any(annotations.of(annotations.background, PARTIAL)):
-        return COMPLETE_FOREGROUND_AT
-    return COMPLETE_AT if few_lack_background(annotations) \
-        and annotations.background_density >= DENSER_BACKGROUND else 0.0
+    return (settings.weight_kl is None and settings.kl_images == "all" and not settings.cutmix
+            and settings.weight_student > 0 and settings.teacher_hints
+            and annotations.part >= DENSE and annotations.background_density >= DENSER_BACKGROUND)
 
 
 def few_lack_background(annotations: Annotations) -> bool:

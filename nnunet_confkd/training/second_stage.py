@@ -1,10 +1,9 @@
 """The second stage of a training: the student alone learns, from labels that the teacher has completed.
 
 In the first stage the teacher learns on the fully annotated images to complete annotations, its hints. Then it
-completes the label of each partially annotated training case, once. If the student has followed it, by a KL, both
-complete it together. Annotated voxels stay as they are. Pieces that can be no part of a structure become background
-(see :mod:`nnunet_confkd.data.components`). From then on the student is trained as nnU-Net trains on fully annotated
-images. In each stage the learning rate falls to zero, so the labels are completed at the end of a whole schedule.
+completes the label of each partially annotated training case, once. Annotated voxels stay as they are. From then on the
+student is trained as nnU-Net trains on fully annotated images. In each stage the learning rate falls to zero, so the
+labels are completed at the end of a whole schedule.
 
 A student that learns from the labels of a teacher is self-training (D.-H. Lee, "Pseudo-label", ICML workshop 2013). A
 teacher that is shown weak labels and completes them is known for points (Kim et al., "The devil is in the points:
@@ -23,17 +22,14 @@ from nnunetv2.preprocessing.preprocessors.default_preprocessor import DefaultPre
 from nnunetv2.training.dataloading.nnunet_dataset import comp_blosc2_params, nnUNetDatasetBlosc2
 from nnunetv2.training.lr_scheduler.polylr import PolyLRScheduler
 
-from nnunet_confkd.data.components import in_one_piece, without_stray_pieces
 from nnunet_confkd.data.supervision import OUTSIDE, PARTIAL, unreadable
 from nnunet_confkd.errors import InputError, some
 from nnunet_confkd.training.batches import TrainingCases, real_hints
 from nnunet_confkd.training.hints import whole_image_hints
 from nnunet_confkd.training.names import COMPLETED_LABELS, TEACHER_CHECKPOINT
 from nnunet_confkd.training.ranks import patient_group
-from nnunet_confkd.training.settings import Settings
 from nnunet_confkd.training.validation import CasePredictor
 
-MOST_EXAMPLES = 100  # fully annotated cases that tell which structures are in one piece
 PLACES = "_places.npz"  # of each class, from which patches are drawn; the ending of a file beside each label
 
 
@@ -153,60 +149,25 @@ def check_second_stage(trainer, kinds: Iterable[str]) -> None:
             raise InputError(f'confkd: complete_at is above 0, but {reason}; set "complete_at": 0')
 
 
-def completing_branch(settings: Settings) -> str:
-    """The branch that completes labels: the mean of both if the student has learnt from the teacher, by the KL."""
-    return "mean" if settings.kl_on_non_full and settings.kl_ramp(settings.complete_at or 0) else "teacher"
-
-
-def structures_in_one_piece(trainer, full: Sequence[str]) -> list[tuple[int, ...]]:
-    """Find the structures that have one component in each of the fully annotated cases, and log them.
-
-    Args:
-        trainer: The trainer.
-        full: Names of fully annotated cases. Of more than `MOST_EXAMPLES` so many are read, at equal distances.
-
-    Returns:
-        Those of :func:`nnunet_confkd.data.components.in_one_piece`.
-    """
-    dataset, names = _cases_of(trainer, full), {value: name for name, value in trainer.dataset_json["labels"].items()
-                                                if isinstance(value, int)}
-    read = (np.asarray(dataset.load_case(case)[1][:])[0].astype(np.int16)
-            for case in sorted(full)[::-(-len(full) // MOST_EXAMPLES)])
-    foreground = [value for value in trainer.label_manager.all_labels if value]
-    found = in_one_piece(read, foreground)
-    trainer.print_to_log_file("In one piece in each fully annotated case: " + (", ".join(
-        names.get(labels[0], str(labels[0])) if len(labels) == 1 else "the whole foreground" for labels in found)
-        or "no class, nor the whole foreground"))
-    return found
-
-
-def _cases_of(trainer, cases: Sequence[str]) -> TrainingCases:
-    return TrainingCases(trainer.dataset_class(
-        trainer.preprocessed_dataset_folder, cases,
-        folder_with_segs_from_previous_stage=trainer.folder_with_segs_from_previous_stage))
-
-
 @torch.no_grad()
-def complete_labels(trainer, cases: Iterable[str], full: Sequence[str]) -> None:
+def complete_labels(trainer, cases: Iterable[str]) -> None:
     """Let the teacher complete the labels of preprocessed cases. With DDP each rank takes its share.
 
     Args:
         trainer: The trainer.
         cases: Names of partially annotated cases.
-        full: Names of fully annotated training cases.
     """
     folder, manager = os.path.join(trainer.output_folder, COMPLETED_LABELS), trainer.label_manager
     os.makedirs(folder, exist_ok=True)
     group, cases = patient_group() if trainer.is_ddp else None, sorted(cases)
-    who = "The teacher completes" if completing_branch(trainer.settings) == "teacher" else "Both branches complete"
-    trainer.print_to_log_file(f"{who} the labels of {len(cases)} training cases")
+    trainer.print_to_log_file(f"The teacher completes the labels of {len(cases)} training cases")
     cases = cases[trainer.local_rank::dist.get_world_size() if trainer.is_ddp else 1]
-    pieces = structures_in_one_piece(trainer, full) if trainer.settings.remove_stray_pieces else []
     trainer.set_deep_supervision_enabled(False)
     trainer.network.eval()
-    dataset = _cases_of(trainer, cases)
-    branch = completing_branch(trainer.settings)
-    predict = CasePredictor(trainer, [branch])
+    dataset = TrainingCases(trainer.dataset_class(
+        trainer.preprocessed_dataset_folder, cases,
+        folder_with_segs_from_previous_stage=trainer.folder_with_segs_from_previous_stage))
+    predict = CasePredictor(trainer, ["teacher"])
     # what nnU-Net's preprocessing collects: places of each class, and annotated ones, from which patches are drawn
     collected = [*(manager.foreground_regions if manager.has_regions else manager.foreground_labels),
                  [OUTSIDE, *manager.all_labels]]
@@ -217,9 +178,8 @@ def complete_labels(trainer, cases: Iterable[str], full: Sequence[str]) -> None:
         target, mask = map(torch.from_numpy, real_hints(seg.astype(np.int16), manager.ignore_label))
         hints = whole_image_hints(data, target, mask, seg[0] != OUTSIDE, manager,
                                   trainer.configuration_manager.patch_size, bool(trainer.settings.hint_watershed))
-        found = manager.convert_logits_to_segmentation(predict(data, seg_prev, hints)[branch]).numpy()
+        found = manager.convert_logits_to_segmentation(predict(data, seg_prev, hints)["teacher"]).numpy()
         label = np.where(seg == manager.ignore_label, found[None], seg).astype(seg.dtype)
-        label[0] = without_stray_pieces(label[0], seg[0] != manager.ignore_label, pieces)
         file = os.path.join(folder, case)
         _save_label(dataset.dataset, label, file, trainer.configuration_manager.patch_size)
         # last: a case is complete if it is there

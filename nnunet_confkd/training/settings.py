@@ -21,7 +21,7 @@ REMOVED: dict[str, Any] = {
 # Settings that came later, and what earlier trainings did. A model of theirs still loads.
 ADDED: dict[str, Any] = {"class_share": 0.0, "complete_at": 0.0, "cutmix": 0.0, "cutmix_full": 0.0,
                          "equal_kinds": False, "hint_reach": 0, "hint_watershed": False, "prior_correction": 0.0,
-                         "remove_stray_pieces": False, "teacher_trains_encoder": True, "teacher_width": 1.0}
+                         "teacher_trains_encoder": True, "teacher_width": 1.0}
 
 
 def without_removed(block: Mapping[str, Any]) -> dict[str, Any]:
@@ -77,8 +77,7 @@ class Settings:
     weight_student: float = _setting("losses", 1.0, WEIGHTS, "weight of L_w, the student's supervised loss")
     weight_kl: float | None = _setting("losses", None, WEIGHTS,
                                        "weight of L_kd, the distillation from teacher to student. Null means 3, but 0 "
-                                       "without a teacher, and if the teacher completes labels (`complete_at`) of "
-                                       "cases that annotate background")
+                                       "without a teacher, and if the teacher completes labels (`complete_at`)")
     weight_entropy: float | None = _setting("losses", None, WEIGHTS,
                                             "weight of L_ent, the student's entropy. Null means 0.01, but 0 without a "
                                             "teacher")
@@ -133,21 +132,13 @@ class Settings:
     complete_at: float | None = _setting("teacher", None, (0, 0.95),
                                          "share of the epochs after which the teacher completes the labels of the "
                                          "partially annotated training cases. From then on the student alone is "
-                                         "trained, on these labels. The learning rate falls to zero twice. If there is "
-                                         "a KL (`weight_kl`), it acts until then, and both branches complete the "
-                                         "labels together: the mean of their logits. 0: never. Null means 0.25 or 0.5 "
-                                         "with masks such as eroded ones, if partially annotated cases have enough "
-                                         "annotations (as for `equal_kinds`). It means 0.25 if nine of ten of these "
-                                         "cases annotate background, at least 4 times as densely as the foreground. It "
-                                         "means 0.5 if none of them annotates background. It means 0 in all other "
-                                         "cases, with regions, where cases lack classes, with one epoch, and if "
-                                         "`weight_kl`, `kl_images` or `cutmix` is set")
-
-    remove_stray_pieces: bool = _setting("teacher", True, (),
-                                         "whether pieces that can be no part of a structure become background in the "
-                                         "completed labels. If the whole foreground, or a class, is in one piece in "
-                                         "each fully annotated training case, its largest component stays, and so does "
-                                         "each one with an annotated voxel of it")
+                                         "trained, on these labels. The learning rate falls to zero twice. There is no "
+                                         "KL, unless `weight_kl` is set. 0: never. Null means 0.25 where "
+                                         "`hint_watershed` null means true, if partially annotated cases have enough "
+                                         "annotations (as for `equal_kinds`), and annotate the background at least 4 "
+                                         "times as densely as the foreground, as eroded masks do. It means 0 in all "
+                                         "other cases, with one epoch, and if `weight_kl`, `kl_images` or `cutmix` is "
+                                         "set")
 
     cutmix: float | None = _setting("batches", None, SHARES,
                                     "share of the iterations in which the student's images exchange boxes, with their "

@@ -562,8 +562,7 @@ class ConfKDTrainer(nnUNetTrainer):
             self.save_checkpoint(join(self.output_folder, name))
         self.current_epoch += 1
         train, _ = self.do_split()
-        partial, full = ([case for case in train if self.kinds.get(case) == kind] for kind in (PARTIAL, FULL))
-        complete_labels(self, partial, full)
+        complete_labels(self, [case for case in train if self.kinds.get(case) == PARTIAL])
         left_out = sum(self.kinds.get(case) == UNLABELLED for case in train)
         self.print_to_log_file(f"From epoch {self.current_epoch} on the student alone is trained, on these labels"
                                + (f"; {counted(left_out, 'unlabelled case')} left out" if left_out else ""))

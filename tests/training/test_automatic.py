@@ -7,14 +7,7 @@ import pytest
 
 from nnunet_confkd.data.supervision import FULL, PARTIAL, UNLABELLED
 from nnunet_confkd.errors import InputError
-from nnunet_confkd.training.automatic import (
-    AUTOMATIC,
-    COMPLETE_AT,
-    COMPLETE_FOREGROUND_AT,
-    Annotations,
-    choose,
-    choose_network,
-)
+from nnunet_confkd.training.automatic import AUTOMATIC, COMPLETE_AT, Annotations, choose, choose_network
 from nnunet_confkd.training.settings import Settings
 
 BASELINE = Settings(weight_teacher=0.0, weight_kl=0.0, weight_entropy=0.0)
@@ -48,7 +41,7 @@ TEACHER, COMPLETES, ALONE = (1, 3, 0.01), (1, 0, 0.01), (0, 0, 0)
 @pytest.mark.parametrize("data, with_teacher, without", [
     (SCRIBBLES, (*TEACHER, 0.5, True, False, 4, True, 0, 0, 0, 0.25), (0.25, True, 0)),
     (ERODED, (*COMPLETES, 0.5, True, True, 4, True, 0.25, 1, 0, 0.25), (0.25, True, 1)),
-    (BLOBS, (*TEACHER, 0.5, True, True, 0, False, 0.5, 0, 0, 0.25), (0.25, False, 0)),
+    (BLOBS, (*TEACHER, 0.5, True, True, 0, False, 0, 0, 0, 0.25), (0.25, False, 0)),
     (POINTS, (*ALONE, 0.75, False, False, 4, True, 0, 0, 0, 0), (0.75, False, 0)),
     (NO_LABELS, (*ALONE, 1, False, False, 0, False, 0, 0, 0.5, 0), (1, False, 0)),
     (annotations(unlabelled=0), (*TEACHER, 1, False, True, 0, False, 0, 0, 0, 0.25), (1, False, 0))],
@@ -161,22 +154,6 @@ def test_the_teacher_completes_eroded_masks_unless_a_setting_is_against_it():
     assert four_of_five.background_density > 4 and not chosen(four_of_five)["complete_at"]
     assert not chosen(replace(ERODED, hidden=[1]))["complete_at"]
     few = annotations(partial=[30] * 5, background=7000)
-    assert (few.part < 0.055, chosen(few)["complete_at"]) == (True, 0)
-
-
-def test_the_teacher_completes_masks_of_the_foreground_alone_later():
-    assert chosen(BLOBS)["complete_at"] == COMPLETE_FOREGROUND_AT > COMPLETE_AT
-    for name, value in (("weight_kl", 1.0), ("weight_student", 0.0), ("weight_teacher", 0.0), ("teacher_hints", False),
-                        ("complete_at", 0.0), ("kl_images", "full"), ("cutmix", 0.5)):
-        assert chosen(BLOBS, Settings(**{name: value}))["complete_at"] == 0, name
-    with_kl = chosen(BLOBS, Settings(complete_at=0.0))
-    assert (with_kl["weight_kl"], with_kl["equal_kinds"], with_kl["teacher_trains_encoder"]) == (3, True, True)
-    assert not choose_network(Settings(), BLOBS, two_stages=False).complete_at
-    assert not choose_network(Settings(), BLOBS, regions=True).complete_at
-    assert not chosen(replace(BLOBS, hidden=[1]))["complete_at"]
-    one_annotates_background = replace(BLOBS, background=BLOBS.background | {1: 10})
-    assert not chosen(one_annotates_background)["complete_at"]
-    few = annotations(partial=[30] * 5, background=0)
     assert (few.part < 0.055, chosen(few)["complete_at"]) == (True, 0)
 
 

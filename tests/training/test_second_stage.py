@@ -3,29 +3,19 @@ from __future__ import annotations
 
 import shutil
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
-import scipy
 import torch
 
 from nnunet_confkd import cli
 from nnunet_confkd.data.supervision import FULL, OUTSIDE, PARTIAL
 from nnunet_confkd.errors import InputError
 from nnunet_confkd.inference.completion import TrainedModel, _load_predictor, _uses_hints
-from nnunet_confkd.training import second_stage
 from nnunet_confkd.training.automatic import COMPLETE_AT
 from nnunet_confkd.training.names import COMPLETED_LABELS
 from nnunet_confkd.training.network import LEFT_IN_EPOCH, TEACHER_PREFIX, teacher_was_left, unwrap
-from nnunet_confkd.training.second_stage import (
-    PLACES,
-    TwoStageLR,
-    begin_of_second_stage,
-    complete_labels,
-    completing_branch,
-    structures_in_one_piece,
-)
+from nnunet_confkd.training.second_stage import PLACES, TwoStageLR, begin_of_second_stage
 from nnunet_confkd.training.settings import Settings
 
 HIPPOCAMPUS = "Dataset004_Hippocampus"
@@ -106,53 +96,6 @@ def test_the_labels_of_all_partially_annotated_cases_are_completed_once(trained,
         assert not (label == ignore).any() and ((label == OUTSIDE) == (seg == OUTSIDE)).all()
         classes = max(classes, len(np.unique(label[~known])))
     assert classes > 1, "the teacher has predicted different classes"
-
-
-def test_stray_pieces_of_completed_labels_are_background(trained, nnunet, hippocampus):
-    name, fold, _ = trained
-    trainer = nnunet.trainer(HIPPOCAMPUS, name, continue_training=True)
-    kinds = trainer.find_supervision()
-    full = [case for case in trainer.do_split()[0] if kinds[case] == FULL]
-    found = structures_in_one_piece(trainer, full)
-    assert (1,) in found and (2,) in found
-    log = next(fold.glob("training_log*")).read_text()
-    assert "In one piece in each fully annotated case: the whole foreground, label_1, label_2" in log
-    dataset = trainer.dataset_class(trainer.preprocessed_dataset_folder, cases_in(fold), str(fold / COMPLETED_LABELS))
-    for case in cases_in(fold):
-        _, seg, label, _ = dataset.load_case(case)
-        annotated, label = np.asarray(seg[:])[0] != trainer.label_manager.ignore_label, np.asarray(label[:])[0]
-        for value in (1, 2):
-            numbers, number = scipy.ndimage.label(label == value, np.ones((3, 3, 3)))
-            with_annotations = set(numbers[annotated & (label == value)])
-            assert number - len(with_annotations) <= 1, f"{case}: more than the largest piece"
-
-
-def test_a_student_that_has_not_followed_the_teacher_yet_does_not_complete_labels():
-    early, late = (Settings(weight_kl=3.0, complete_at=share) for share in (0.2, 0.5))
-    assert [completing_branch(settings) for settings in (early, late)] == ["teacher", "mean"]
-    assert completing_branch(replace(late, kl_images="full")) == "teacher"
-
-
-@pytest.mark.parametrize("kl, branch, words", [(0.0, "teacher", "The teacher completes"),
-                                               (1.0, "mean", "Both branches complete")])
-def test_after_a_kl_both_branches_complete_the_labels(nnunet, hippocampus, monkeypatch, kl, branch, words):
-    name = nnunet.configure(HIPPOCAMPUS, f"stages_kl_{kl:g}", "2d", TWO_STAGES | {
-        "weight_kl": kl, "epochs": 2, "iterations_per_epoch": 1}, **SMALL)
-    trainer = nnunet.trainer(HIPPOCAMPUS, name)
-    trainer.initialize()
-    used, predict = [], second_stage.CasePredictor.__call__
-
-    def recorded(predictor, *args):
-        used.append((predictor.branches, args[2] is not None))
-        return predict(predictor, *args)
-
-    monkeypatch.setattr(second_stage.CasePredictor, "__call__", recorded)
-    kinds = trainer.find_supervision()
-    partial, full = ([case for case in kinds if kinds[case] == kind][:3] for kind in (PARTIAL, FULL))
-    complete_labels(trainer, partial, full)
-    assert used == [([branch], True)] * 3, "the hints are shown"
-    log = next(Path(trainer.output_folder).glob("training_log*")).read_text()
-    assert f"{words} the labels of 3 training cases" in log
 
 
 def test_the_student_alone_is_validated_and_the_teacher_is_kept_beside_it(trained):

@@ -168,7 +168,7 @@ def test_the_table_has_a_row_for_every_setting_under_the_heading_of_its_group():
     cells = {name: of for group in groups.values() for name, of in group.items()}
     assert list(cells) == [f.name for f in fields(Settings)]
     assert groups["teacher"].keys() == {"teacher_width", "teacher_hints", "hint_reach", "hint_watershed", "complete_at",
-                                        "teacher_trains_encoder", "remove_stray_pieces"}
+                                        "teacher_trains_encoder"}
     assert cells["weight_student"][:2] == ["1", "0 to 1000000"]
     assert cells["teacher_hints"][:2] == ["true", "`true`, `false`"]
     assert cells["seed"][0] == "null"
