@@ -189,6 +189,14 @@ def test_the_text_on_longer_trainings_has_the_figures_of_its_tables(module):
     assert re.findall(r"\d\.\d{3}", text.split("\n## ")[0]) == expected
 
 
+def test_the_text_on_todays_default_three_times_as_long_has_the_figures_of_its_runs(module):
+    text = (ROOT / "docs" / "explanation" / "weights_and_batches.md").read_text()
+    runs = module.read_all(module.OUTPUT)["scribbles", 1]
+    expected = [f"{module.mean_of([runs[row, 0]], metric):.3f}" for metric in ("dice_pp", "dice")
+                for row in ("apart_watershed_cost_long", "ignore_equal_quarter_long")]
+    assert re.findall(r"\d\.\d{3}", text.split("(`apart_watershed_cost_long`)")[1].split("\n")[0]) == expected
+
+
 def test_confkds_row_in_the_readme_has_the_settings_that_its_trainer_chooses(module):
     from choices import OF_TEACHER, TRAINERS, of_folds, table_text
     choices = json.loads((ROOT / "benchmarks" / "choices.json").read_text())
