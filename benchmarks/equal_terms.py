@@ -61,7 +61,7 @@ MORE = ("ignore", "ignore_prior", "ignore_quarter", "ignore_prior_quarter", "ign
 SHORT = {"scribbles": ("ignore_equal_quarter", "apart_watershed_cost"),
          "erosion": ("ignore_prior_equal_quarter", "completes_corrected_cost"),
          "erosion_foreground": ("ignore_quarter", "equal_cost"),
-         "unlabelled": ("full_only", "full_cutmix", "cutmix_three_quarters_cost"),
+         "unlabelled": ("full_only", "full_cutmix", "labels_itself"),
          "points_5": ("full_only", "ignore"), "points_10": ("full_only", "ignore_three_quarters")}
 # What a row is compared with: what the trainer without a teacher chooses from these data, or the full patients alone.
 RIVALS = {setting: rows[0] for setting, rows in SHORT.items()} | {"points_5": "ignore"}
@@ -102,7 +102,10 @@ QUESTIONS = {
                                                  "confkd")),
     "other entropy": ("erosion_foreground", "decoders", ("decoders", "entropy_0.01", "entropy_0.3", "paper_0.01",
                                                          "paper_0.3")),
-    "unlabelled": ("unlabelled", "full_only", ("full_only", "full_cutmix", "cutmix_three_quarters_cost")),
+    "unlabelled": ("unlabelled", "full_cutmix", ("full_only", "full_cutmix", "cutmix_three_quarters_cost",
+                                                 "labels_itself")),
+    "longer unlabelled": ("unlabelled", "full_cutmix_long", ("full_cutmix_long", "cutmix_three_quarters_cost_long",
+                                                             "labels_itself_long")),
     "points": ("points_5", "ignore", ("full_only", "ignore", "confkd_cost")),
     "more points": ("points_10", "full_only", ("full_only", "today_cost", "ignore_three_quarters")),
     "longer": ("scribbles", "ignore_equal_quarter", ("ignore_equal_quarter", "equal_cost", "ignore_equal_quarter_long",
@@ -115,7 +118,8 @@ QUESTIONS = {
 # of the questions that are not on the page of the results
 PAGES = ({"completed": "method", "hints and KL": "hints"}
          | dict.fromkeys(("points", "other entropy"), "tried")
-         | dict.fromkeys(("longer", "longer erosion", "unlabelled", "more points"), "weights_and_batches"))
+         | dict.fromkeys(("unlabelled", "longer unlabelled"), "unlabelled")
+         | dict.fromkeys(("longer", "longer erosion", "more points"), "weights_and_batches"))
 
 # A step takes this many of the rival's, on average over a training: for a plain 2-D U-Net and half of a batch full,
 # before the KL has a weight and from then on (step_time.py on a CPU; bounds by FLOPs 1.091 and 1.121). A row "at equal
@@ -219,6 +223,9 @@ ROWS: dict[str, Row] = with_earlier_defaults({
 ROWS["today_cost"] = Row("ConfKD with the KL, and the share chosen from the data, at equal cost",
                          settings={"weight_kl": 3.0, "equal_kinds": False, "prior_correction": 0.0,
                                    "teacher_trains_encoder": True}, steps=1 / COST)
+# The network labels the unlabelled images itself. There is no teacher, so that it costs as much as without them.
+ROWS["labels_itself"] = Row("ConfKD, which labels the unlabelled images itself",
+                            settings={"complete_at": 0.4, "cutmix": 0.5})
 # What is chosen for scribbles and for eroded masks, with a weaker or a stronger KL.
 ROWS |= {f"{name}_kl{weight}": replace(ROWS[name], title=f"{ROWS[name].title}; KL of weight {weight}",
                                        settings=ROWS[name].settings | {"weight_kl": float(weight)})
@@ -279,7 +286,7 @@ def longer(rows: Mapping[str, Row], names: Iterable[str]) -> dict[str, Row]:
 
 ROWS |= longer(ROWS, ("ignore_equal_quarter", "equal_cost", "full_cutmix", "cutmix_three_quarters_cost",
                       "ignore_prior_equal_quarter", "apart_corrected_reach_cost", "ignore_quarter", "equal_reach_cost",
-                      "completes_corrected_cost", "completes_cost", "apart_watershed_cost"))
+                      "completes_corrected_cost", "completes_cost", "apart_watershed_cost", "labels_itself"))
 
 
 def table_of(setting: str, draw: int) -> Table:

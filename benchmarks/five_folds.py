@@ -64,22 +64,25 @@ ROWS: dict[str, Row] = {
     "confkd": Row("ConfKD with the KL", settings=KL),
     "confkd_cost": Row("ConfKD with the KL, at equal cost", settings=KL, steps=1 / COST),
     "confkd_cutmix_cost": Row("ConfKD, at equal cost", settings={"weight_kl": 3.0}, steps=1 / COST_CUTMIX),
+    "labels_itself": Row("ConfKD, which labels the unlabelled images itself", settings={"complete_at": 0.4}),
     "completes_cost": Row("ConfKD with completed labels, at equal cost", settings={"complete_at": 0.25},
                           steps=1 / cost_completes(0.25)),
     "all": replace(USUAL_ROWS["all"], title="everything annotated"),
 }
 USUAL = ("full_only", "ignore_uniform", "ignore", "confkd_cost", "all")
 ALSO_LONGER = ("full_only", "ignore", "confkd_cost", "all")
-ROWS |= longer(ROWS, ALSO_LONGER)
+LONGER_UNLABELLED = ("full_cutmix", "labels_itself")
+ROWS |= longer(ROWS, ALSO_LONGER + LONGER_UNLABELLED)
 NO_TEACHER = tuple(name for name in SETTINGS if name.startswith("points"))  # there ConfKD is the row "ignore"
 # What all rows of a table are compared with, in the rows of the same length; else "ignore".
-RIVAL = dict.fromkeys(("unlabelled", *NO_TEACHER), "full_only")
+RIVAL = dict.fromkeys(NO_TEACHER, "full_only") | {"unlabelled": "full_cutmix"}
 ROWS_OF = dict.fromkeys(SETTINGS, USUAL) | dict.fromkeys(NO_TEACHER, ("full_only", "ignore_uniform", "ignore", "all"))
 ROWS_OF |= {
-    "scribbles": tuple(name for name in ROWS if name != "confkd_cutmix_cost"),
+    "scribbles": tuple(name for name in ROWS if name != "confkd_cutmix_cost" and "itself" not in name),
     "erosion": (*USUAL, "completes_cost", *(name + LONG for name in ALSO_LONGER)),
-    "erosion_foreground": tuple(name for name in ROWS if "cutmix" not in name),
-    "unlabelled": ("full_only", "full_cutmix", "confkd_cutmix_cost", "all")}
+    "erosion_foreground": tuple(name for name in ROWS if "cutmix" not in name and "itself" not in name),
+    "unlabelled": ("full_only", "full_cutmix", "confkd_cutmix_cost", "labels_itself", "all",
+                   *(name + LONG for name in LONGER_UNLABELLED))}
 
 
 def table_of(setting: str, fold: int) -> Table:

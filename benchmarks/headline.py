@@ -4,24 +4,27 @@ A line is one kind of labels and one number of fully annotated patients. The col
 fully annotated patients alone, nnU-Net's own ignore label, our trainer without a teacher, ConfKD, and
 everything annotated. Of several rows in a column the best counts, so that the rivals get the benefit of every doubt.
 ConfKD has one row, its default at equal cost. With points it has no teacher by default, so its trainings are those of
-our trainer without a teacher. A row that was run in fewer folds than another one of its column is left out.
+our trainer without a teacher. A row that was run in fewer folds than another one of its column is left out. Where our
+row was also run three times as long, there is a second line, in which all columns were.
 """
 from __future__ import annotations
 
 import json
+from itertools import product
 from pathlib import Path
 
 import numpy as np
 from accuracy import patient_of
-from five_folds import HERE, NO_TEACHER, SETTINGS, WORDS, gain_text, home_of, interval, of_patients, read_all
+from equal_terms import LONG
+from five_folds import HERE, NO_TEACHER, ROWS, SETTINGS, WORDS, gain_text, home_of, interval, of_patients, read_all
 
 OURS, STOCK, EVERYTHING = "ConfKD", "nnU-Net's ignore label", "everything annotated"
 ALONE = "our trainer, no teacher"
 COLUMNS = {"full patients alone": ("full_only", "full_cutmix"), STOCK: ("ignore_uniform",),
            ALONE: ("ignore",), OURS: (), EVERYTHING: ("all",)}
-# what ConfKD's trainer chooses; of unlabelled images it would choose none
+# what ConfKD's trainer chooses
 OUR_ROW = (dict.fromkeys(SETTINGS, "confkd_cost") | dict.fromkeys(NO_TEACHER, "ignore")
-           | {"erosion": "completes_cost", "unlabelled": "confkd_cutmix_cost"})
+           | {"erosion": "completes_cost", "unlabelled": "labels_itself"})
 RIVALS = tuple(COLUMNS)[:3]
 COLOURS = dict(zip(COLUMNS, ("0.65", "tab:orange", "tab:blue", "tab:red", "0.3")))
 
@@ -34,16 +37,16 @@ def lines_of(folder: Path, metric: str = "dice_pp") -> list[dict]:
         metric: "dice", or "dice_pp" after post-processing.
 
     Returns:
-        For each line "setting", "full", "folds", "means" and "intervals" of the columns, the "rival", which is the
-        best of `RIVALS` that are other trainings, the "gains" over each rival (one array of differences by patient for
-        each fold), and the names of these "patients". All are of the folds that all columns have.
+        For each line "setting", "words", "full", "folds", "means" and "intervals" of the columns, the "rival" (the best
+        of `RIVALS` that are other trainings), the "gains" over each rival (one array of differences by patient for each
+        fold), and the names of these "patients". All are of the folds that all columns have.
     """
     runs, found = read_all(folder), []
     for setting, table in SETTINGS.items():
-        for full in table.full:
+        for full, length in product(table.full, ("", LONG)):
             rows: dict[str, dict[str, dict[int, dict]]] = {column: {} for column in COLUMNS}
             for column, names in (COLUMNS | {OURS: (OUR_ROW[setting],)}).items():
-                for row in names:
+                for row in (name + length for name in names if name + length in ROWS):
                     of = runs.get((home_of(setting, row), row, 0 if column == EVERYTHING else full))
                     if of and not (setting != "unlabelled" and "cutmix" in row):
                         rows[column][row] = of
@@ -61,7 +64,8 @@ def lines_of(folder: Path, metric: str = "dice_pp") -> list[dict]:
             means = {column: float(np.concatenate(of).mean()) for column, of in patients.items()}
             rivals = [rival for rival in RIVALS
                       if rival in means and rows[rival].keys() != rows[OURS].keys()]  # else the same trainings
-            found.append({"setting": setting, "full": full, "folds": sorted(folds), "means": means,
+            words = WORDS[setting] + (", three times as long" if length else "")
+            found.append({"setting": setting, "words": words, "full": full, "folds": sorted(folds), "means": means,
                           "intervals": {column: interval(of) for column, of in patients.items()},
                           "rival": max(rivals, key=means.__getitem__),
                           "gains": {rival: [ours - theirs for ours, theirs in zip(patients[OURS], patients[rival])]
@@ -72,17 +76,17 @@ def lines_of(folder: Path, metric: str = "dice_pp") -> list[dict]:
 
 def table(folder: Path) -> str:
     """The headline table: means after post-processing, and the gains over nnU-Net's ignore label and the best rival."""
-    raw = {(line["setting"], line["full"]): line for line in lines_of(folder, "dice")}
+    raw = {(line["words"], line["full"]): line for line in lines_of(folder, "dice")}
     text = ["| other images | full patients | "
             + " | ".join(f"**{column}**" if column == OURS else column for column in COLUMNS)
             + f" | gain over {STOCK} | gain over the best rival | the same before post-processing | folds |",
             "|" + "---|" * (len(COLUMNS) + 6)]
     for line in lines_of(folder):
-        before = raw[line["setting"], line["full"]]
+        before = raw[line["words"], line["full"]]
         cells = [f"{line['means'][column]:.3f}" if column in line["means"] else "" for column in COLUMNS]
         cells.append(gain_text(line["gains"][STOCK]) if STOCK in line["gains"] else "")
         cells += [gain_text(of["gains"][of["rival"]]) for of in (line, before)]
-        text.append(f"| {WORDS[line['setting']]} | {line['full']} | {' | '.join(cells)} | {len(line['folds'])} |")
+        text.append(f"| {line['words']} | {line['full']} | {' | '.join(cells)} | {len(line['folds'])} |")
     return "\n".join(text)
 
 
@@ -99,7 +103,7 @@ def by_fold(folder: Path) -> str:
         others = [of[[name not in decided for name in names]] for of, names in zip(gains, line["patients"])]
         cells = [f"{of.mean():+.3f}" for of in gains] + [""] * (most - len(gains))
         cells += [f"{(np.concatenate(gains) > 0).mean():.0%}", gain_text(others)]
-        text.append(f"| {WORDS[line['setting']]} | {line['rival']} | {' | '.join(cells)} |")
+        text.append(f"| {line['words']} | {line['rival']} | {' | '.join(cells)} |")
     return "\n".join(text)
 
 
@@ -116,7 +120,7 @@ def draw(folder: Path, file: Path) -> None:
             height = place + 0.12 * (2 - number)
             axis.plot(line["intervals"][column], (height, height), color=COLOURS[column])
             axis.plot(mean, height, "o", color=COLOURS[column], label=column if place == len(lines) - 1 else None)
-    axis.set_yticks(range(len(lines)), [f"{WORDS[line['setting']]}\n{line['full']} fully annotated patients"
+    axis.set_yticks(range(len(lines)), [f"{line['words']}\n{line['full']} fully annotated patients"
                                         for line in lines])
     axis.set_xlabel("mean Dice of test patients after post-processing, with 95 % interval")
     axis.grid(axis="x", alpha=0.3)

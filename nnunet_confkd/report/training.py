@@ -101,8 +101,9 @@ def _plans(model: Model, folds: list[Fold]) -> str:
     features = manager.network_arch_init_kwargs.get("features_per_stage")
     classes = ", ".join(f"{name} ({' '.join(map(str, values))})" for name, values in model.classes.items())
     architecture = manager.network_arch_class_name.rpartition(".")[2]
-    two_stages = configuration.get("confkd", {}).get("complete_at")  # then the teacher is in a checkpoint of its own
-    decoders = "2 decoders" if len(folds[0].branches) > 1 or two_stages else "1 decoder"
+    block = configuration.get("confkd", {})
+    own_teacher = block.get("complete_at") and block.get("weight_teacher") != 0  # it is in a checkpoint of its own
+    decoders = "2 decoders" if len(folds[0].branches) > 1 or own_teacher else "1 decoder"
     channels = described.get("channel_names") or described["modality"]
     rows = [["data set", model.plans_manager.dataset_name],
             ["configuration", f"{model.configuration} of {model.plans['plans_name']}"],

@@ -19,6 +19,7 @@ HINT_REACH = 4  # voxels
 # If the background is annotated at least this many times as densely as the foreground, the teacher completes the labels
 # after this share of the epochs. In our data it is 7 to 31 times with eroded masks, and less than once with scribbles.
 DENSER_BACKGROUND, COMPLETE_AT = 4, 0.25
+LABEL_AT = 0.4  # If all other cases are unlabelled, the network labels them after this share of the epochs.
 WEIGHTS = ("weight_teacher", "weight_kl", "weight_entropy")
 # They follow from the cases of all folds, so that the networks of all folds are alike.
 OF_NETWORK = (*WEIGHTS, "hint_reach", "hint_watershed", "complete_at")
@@ -101,7 +102,9 @@ def choose_network(settings: Settings, annotations: Annotations, regions: bool =
     kinds = set(annotations.kinds.values())
     # With few annotations or none, the student does better without a teacher.
     few = FULL in kinds and kinds != {FULL} and annotations.part < DENSE and not annotations.hidden
-    needed = settings.weight_kl is not None or not settings.weight_student or bool(settings.complete_at)
+    unlabelled = kinds == {FULL, UNLABELLED} and not annotations.hidden
+    needed = (settings.weight_kl is not None or not settings.weight_student
+              or bool(settings.complete_at) and not unlabelled)
     teacher, kl, entropy = (getattr(settings, name) for name in WEIGHTS)
     teacher = float(needed or not few) if teacher is None else teacher
     # Without annotated background, nothing tells how far from a border real annotations stay. Simulated ones come
@@ -116,6 +119,8 @@ def choose_network(settings: Settings, annotations: Annotations, regions: bool =
     completes = settings.complete_at
     if completes is None:
         completes = COMPLETE_AT if teacher and watershed and two_stages and may_complete(settings, annotations) else 0.0
+        if unlabelled and not teacher and two_stages and settings.unlabelled_share:
+            completes = LABEL_AT
     return replace(settings, weight_teacher=teacher, complete_at=completes,
                    hint_reach=reach if settings.hint_reach is None else settings.hint_reach,
                    hint_watershed=watershed if settings.hint_watershed is None else settings.hint_watershed,
@@ -180,8 +185,8 @@ def choose(settings: Settings, annotations: Annotations, batch_size: int, ignore
     # Without annotated background the student would learn too much foreground, unless the KL acts on these images.
     equal_kinds = apart and unless_set("equal_kinds", dense and not annotations.hidden
                                        and (background or settings.kl_on_non_full))
-    trains_encoder = unless_set("teacher_trains_encoder", not settings.weight_student or bool(settings.complete_at)
-                                or settings.weight_teacher > 0 and not (equal_kinds and background))
+    trains_encoder = unless_set("teacher_trains_encoder", not settings.weight_student or settings.weight_teacher > 0
+                                and (bool(settings.complete_at) or not (equal_kinds and background)))
     corrected = ignore_label and annotations.of(annotations.foreground, PARTIAL, hidden=False)
     prior_correction = unless_set("prior_correction", float(annotations.foreground_is_sparser))
     others_teach = kinds & ({PARTIAL, UNLABELLED} if unlabelled_teach else {PARTIAL})

@@ -10,9 +10,9 @@ import matplotlib.pyplot as plt  # noqa: E402  (the backend must be chosen first
 
 from nnunet_confkd.files import written_whole  # noqa: E402
 
-# One value per epoch, the unweighted mean over the epoch.
+# One value per epoch, the unweighted mean over the epoch. "second_stage" is 1 in the second stage, else 0.
 CURVES = ("loss_teacher", "loss_student", "loss_kl", "loss_entropy", "student_confidence", "annotated_share",
-          "teacher_mean_fg_dice", "teacher_dice_per_class_or_region")
+          "teacher_mean_fg_dice", "teacher_dice_per_class_or_region", "second_stage")
 PANELS = {
     "supervised loss": {"teacher": "loss_teacher", "student": "loss_student"},
     "KL and entropy [nats]": {"KL": "loss_kl", "entropy": "loss_entropy"},

@@ -1,9 +1,12 @@
-"""The second stage of a training: the student alone learns, from labels that the teacher has completed.
+"""The second stage of a training: the student alone learns, from labels that have been completed.
 
 In the first stage the teacher learns on the fully annotated images to complete annotations, its hints. Then it
 completes the label of each partially annotated training case, once. Annotated voxels stay as they are. From then on the
 student is trained as nnU-Net trains on fully annotated images. In each stage the learning rate falls to zero, so the
 labels are completed at the end of a whole schedule.
+
+If all other cases are unlabelled there is no teacher. The network itself labels these cases, after it has learnt from
+the fully annotated ones. It keeps the largest component alone of structures that are one piece (components.py).
 
 A student that learns from the labels of a teacher is self-training (D.-H. Lee, "Pseudo-label", ICML workshop 2013). A
 teacher that is shown weak labels and completes them is known for points (Kim et al., "The devil is in the points:
@@ -22,14 +25,17 @@ from nnunetv2.preprocessing.preprocessors.default_preprocessor import DefaultPre
 from nnunetv2.training.dataloading.nnunet_dataset import comp_blosc2_params, nnUNetDatasetBlosc2
 from nnunetv2.training.lr_scheduler.polylr import PolyLRScheduler
 
-from nnunet_confkd.data.supervision import OUTSIDE, PARTIAL, unreadable
+from nnunet_confkd.data.supervision import FULL, OUTSIDE, PARTIAL, UNLABELLED, unreadable
 from nnunet_confkd.errors import InputError, some
 from nnunet_confkd.training.batches import TrainingCases, real_hints
+from nnunet_confkd.training.components import Structure, largest_components, structures_of_one_piece
 from nnunet_confkd.training.hints import whole_image_hints
 from nnunet_confkd.training.names import COMPLETED_LABELS, TEACHER_CHECKPOINT
 from nnunet_confkd.training.ranks import patient_group
 from nnunet_confkd.training.validation import CasePredictor
 
+WORDS = {PARTIAL: "partially annotated", UNLABELLED: "unlabelled"}
+FULL_SHARE = 0.25  # at least, of the draws beside cases that the network has labelled itself
 PLACES = "_places.npz"  # of each class, from which patches are drawn; the ending of a file beside each label
 
 
@@ -83,7 +89,7 @@ class TwoStageLR(PolyLRScheduler):
 
 
 class CompletedCases(TrainingCases):
-    """nnU-Net's data set, in which some cases have the labels that the teacher has completed.
+    """nnU-Net's data set, in which some cases have completed labels.
 
     Args:
         dataset: nnU-Net's data set.
@@ -135,6 +141,25 @@ def _save_label(dataset, label: np.ndarray, file: str, patch_size: Sequence[int]
         dataset.save_seg(label, file)
 
 
+def completed_kind(trainer) -> str:
+    """Return the kind of the cases whose labels are completed: a network without a teacher labels unlabelled ones."""
+    return PARTIAL if trainer.settings.weight_teacher else UNLABELLED
+
+
+def draw_probabilities(full: Sequence[str], labelled: Sequence[str]) -> dict[str, float]:
+    """Compute how likely each case is drawn in the second stage, if the network has labelled the unlabelled ones.
+
+    Args:
+        full: The fully annotated cases. They are at least `FULL_SHARE` of the draws.
+        labelled: The cases that the network has labelled.
+
+    Returns:
+        {case: probability}
+    """
+    share = max(FULL_SHARE, len(full) / (len(full) + len(labelled)))
+    return dict.fromkeys(full, share / len(full)) | dict.fromkeys(labelled, (1 - share) / len(labelled))
+
+
 def check_second_stage(trainer, kinds: Iterable[str]) -> None:
     """Raise InputError if a training cannot have a second stage.
 
@@ -142,43 +167,67 @@ def check_second_stage(trainer, kinds: Iterable[str]) -> None:
         trainer: The trainer.
         kinds: Those of the training cases.
     """
-    reasons = {"no training case is partially annotated": PARTIAL not in kinds,
+    kinds, completed = set(kinds), completed_kind(trainer)
+    reasons = {"weight_teacher is 0, and nobody else completes partially annotated cases":
+                   completed == UNLABELLED and PARTIAL in kinds,
+               f"no training case is {WORDS[completed]}": completed not in kinds,
                "some cases are not annotated for all classes": bool(trainer.hidden)}
     for reason, holds in reasons.items():
         if holds:
             raise InputError(f'confkd: complete_at is above 0, but {reason}; set "complete_at": 0')
 
 
+def _structures_of_one_piece(trainer) -> list[Structure]:
+    """The structures that are one piece in all fully annotated training cases; none of regions, which may overlap."""
+    if trainer.label_manager.has_regions:
+        return []
+    full = [case for case in trainer.do_split()[0] if trainer.kinds.get(case) == FULL]
+    dataset = TrainingCases(trainer.dataset_class(trainer.preprocessed_dataset_folder, full))
+    found = structures_of_one_piece((np.asarray(dataset.load_case(case)[1][0]) for case in full),
+                                    trainer.label_manager.foreground_labels)
+    trainer.print_to_log_file("One piece in all fully annotated training cases, so that of the labels below only the "
+                              f"largest component is kept: {', '.join(map(str, found)) or 'nothing'}")
+    return found
+
+
 @torch.no_grad()
 def complete_labels(trainer, cases: Iterable[str]) -> None:
-    """Let the teacher complete the labels of preprocessed cases. With DDP each rank takes its share.
+    """Complete the labels of preprocessed cases. With DDP each rank takes its share.
+
+    The teacher completes partially annotated cases. Without a teacher the network labels unlabelled ones.
 
     Args:
         trainer: The trainer.
-        cases: Names of partially annotated cases.
+        cases: Names of cases of the kind :func:`completed_kind`.
     """
     folder, manager = os.path.join(trainer.output_folder, COMPLETED_LABELS), trainer.label_manager
     os.makedirs(folder, exist_ok=True)
     group, cases = patient_group() if trainer.is_ddp else None, sorted(cases)
-    trainer.print_to_log_file(f"The teacher completes the labels of {len(cases)} training cases")
+    branch = "teacher" if trainer.settings.weight_teacher else "student"
+    trainer.print_to_log_file(f"The {branch} completes the labels of {len(cases)} training cases")
     cases = cases[trainer.local_rank::dist.get_world_size() if trainer.is_ddp else 1]
     trainer.set_deep_supervision_enabled(False)
     trainer.network.eval()
     dataset = TrainingCases(trainer.dataset_class(
         trainer.preprocessed_dataset_folder, cases,
-        folder_with_segs_from_previous_stage=trainer.folder_with_segs_from_previous_stage))
-    predict = CasePredictor(trainer, ["teacher"])
+        folder_with_segs_from_previous_stage=trainer.folder_with_segs_from_previous_stage),
+        cases if branch == "student" else (), manager.ignore_label)
+    predict = CasePredictor(trainer, [branch])
     # what nnU-Net's preprocessing collects: places of each class, and annotated ones, from which patches are drawn
     collected = [*(manager.foreground_regions if manager.has_regions else manager.foreground_labels),
                  [OUTSIDE, *manager.all_labels]]
+    structures = _structures_of_one_piece(trainer) if branch == "student" else ()
     for number, case in enumerate(cases, 1):
         trainer.print_to_log_file(f"completing {case} ({number} of {len(cases)})")
         data, seg, seg_prev, _ = dataset.load_case(case)
         data, seg, seg_prev = (values if values is None else np.asarray(values[:]) for values in (data, seg, seg_prev))
-        target, mask = map(torch.from_numpy, real_hints(seg.astype(np.int16), manager.ignore_label))
-        hints = whole_image_hints(data, target, mask, seg[0] != OUTSIDE, manager,
-                                  trainer.configuration_manager.patch_size, bool(trainer.settings.hint_watershed))
-        found = manager.convert_logits_to_segmentation(predict(data, seg_prev, hints)["teacher"]).numpy()
+        hints = None
+        if branch == "teacher":
+            target, mask = map(torch.from_numpy, real_hints(seg.astype(np.int16), manager.ignore_label))
+            hints = whole_image_hints(data, target, mask, seg[0] != OUTSIDE, manager,
+                                      trainer.configuration_manager.patch_size, bool(trainer.settings.hint_watershed))
+        found = manager.convert_logits_to_segmentation(predict(data, seg_prev, hints)[branch]).numpy()
+        found = largest_components(found, structures)
         label = np.where(seg == manager.ignore_label, found[None], seg).astype(seg.dtype)
         file = os.path.join(folder, case)
         _save_label(dataset.dataset, label, file, trainer.configuration_manager.patch_size)

@@ -130,15 +130,17 @@ class Settings:
                                                    "teacher completes labels (`complete_at`); else true")
 
     complete_at: float | None = _setting("teacher", None, (0, 0.95),
-                                         "share of the epochs after which the teacher completes the labels of the "
-                                         "partially annotated training cases. From then on the student alone is "
-                                         "trained, on these labels. The learning rate falls to zero twice. There is no "
-                                         "KL, unless `weight_kl` is set. 0: never. Null means 0.25 where "
+                                         "share of the epochs after which labels are completed: those of the partially "
+                                         "annotated training cases by the teacher. If there is no teacher, the network "
+                                         "labels the unlabelled cases. From then on the student alone is trained, on "
+                                         "these labels. The learning rate falls to zero twice. There is no KL, unless "
+                                         "`weight_kl` is set. 0: never. Null means 0.25 where "
                                          "`hint_watershed` null means true, if partially annotated cases have enough "
                                          "annotations (as for `equal_kinds`), and annotate the background at least 4 "
-                                         "times as densely as the foreground, as eroded masks do. It means 0 in all "
-                                         "other cases, with one epoch, and if `weight_kl`, `kl_images` or `cutmix` is "
-                                         "set")
+                                         "times as densely as the foreground, as eroded masks do; but 0 if "
+                                         "`weight_kl`, `kl_images` or `cutmix` is set. Null means 0.4 without a "
+                                         "teacher, if all cases that are not fully annotated are unlabelled. It means "
+                                         "0 in all other cases, and with one epoch")
 
     cutmix: float | None = _setting("batches", None, SHARES,
                                     "share of the iterations in which the student's images exchange boxes, with their "
@@ -193,7 +195,9 @@ class Settings:
         if self.cutmix and self.equal_kinds:
             raise InputError("confkd: cutmix above 0 mixes fully annotated images with others, and equal_kinds needs "
                              "them apart; set \"cutmix\": 0 or \"equal_kinds\": false")
-        for name in ("weight_student", "weight_teacher", "teacher_hints") if self.complete_at else ():
+        # without a teacher the student labels unlabelled cases (see second_stage.py)
+        for name in ("weight_student", *(("teacher_hints",) if self.weight_teacher != 0 else ())) \
+                if self.complete_at else ():
             if getattr(self, name) in (0, False):
                 raise InputError(f"confkd: complete_at is above 0, but {name} is {shown(getattr(self, name))}: a "
                                  f"teacher that sees hints completes the labels, and the student learns from them; "
@@ -246,7 +250,7 @@ class Settings:
     @property
     def uses_hints(self) -> bool:
         """Whether the teacher learns to use hints, or may do so if settings are null."""
-        return self.teacher_hints and (self.kl_on_non_full or bool(self.complete_at))
+        return self.teacher_hints and self.weight_teacher != 0 and (self.kl_on_non_full or bool(self.complete_at))
 
     def kl_ramp(self, progress: float) -> float:
         """Compute the factor of the KL's weight, which rises linearly from `kl_ramp_start` to `kl_ramp_end`.

@@ -90,6 +90,8 @@ from nnunet_confkd.training.second_stage import (
     begin_of_second_stage,
     check_second_stage,
     complete_labels,
+    completed_kind,
+    draw_probabilities,
 )
 from nnunet_confkd.training.settings import Settings
 from nnunet_confkd.training.validation import check_first_stage, validate
@@ -185,9 +187,10 @@ class ConfKDTrainer(nnUNetTrainer):
                                    " student learns from the labels alone. For a teacher, set \"weight_kl\": 3 in the "
                                    "confkd block of the plans")
         else:
-            self.print_to_log_file("All cases that are not fully annotated are unlabelled. They are left out, because "
-                                   "in our tests the student was worse with them. To use them, set \"weight_kl\": 3 in "
-                                   "the confkd block of the plans")
+            self.print_to_log_file("All cases that are not fully annotated are unlabelled, so there is no teacher. " + (
+                "The network labels them after a part of the epochs (complete_at), and then learns from these labels, "
+                "too. To leave them out, set \"complete_at\": 0 in the confkd block of the plans"
+                if self.settings.complete_at else "They are left out"))
 
     def _put_settings_into_plans(self) -> None:
         """The plans travel with the model, and the settings that it is trained with travel in them."""
@@ -227,6 +230,13 @@ class ConfKDTrainer(nnUNetTrainer):
     def _left_in_epoch(self) -> torch.Tensor:  # no property: nnU-Net reads all of them for its debug information
         network: Any = unwrap(self.network)
         return network.teacher_decoder.left.seg_layers.in_epoch
+
+    def _begin_of_loaded_stage(self) -> int:
+        """The epoch in which the second stage of a loaded checkpoint began; 0 if it had not begun."""
+        if self.two_branches:
+            return int(self._left_in_epoch())
+        alone = self.logger.local_logger.my_fantastic_logging["second_stage"]
+        return alone.index(1.0) if 1.0 in alone else 0
 
     def set_deep_supervision_enabled(self, enabled: bool):
         super().set_deep_supervision_enabled(enabled)
@@ -341,7 +351,7 @@ class ConfKDTrainer(nnUNetTrainer):
         """Log the settings that are chosen from the annotations of the training cases, and return them."""
         settings = self._choose(cases)
         chosen = {name: getattr(settings, name) for name in AUTOMATIC
-                  if settings.weight_teacher or not name.startswith(("teacher", "hint", "complete"))}
+                  if settings.weight_teacher or not name.startswith(("teacher", "hint"))}
         if self.student_alone:  # these settings were those of the first stage
             return chosen
         if part := self._annotations(cases).part:
@@ -389,7 +399,8 @@ class ConfKDTrainer(nnUNetTrainer):
 
     def _may_have_two_stages(self) -> bool:
         """Whether each stage has an epoch, and each fold has labels to complete."""
-        return self.num_epochs > 1 and all(any(self.kinds.get(case) == PARTIAL for case in fold)
+        kind = PARTIAL if PARTIAL in self.kinds.values() else UNLABELLED
+        return self.num_epochs > 1 and all(any(self.kinds.get(case) == kind for case in fold)
                                            for fold in self._training_cases_of_folds())
 
     def _choose(self, cases) -> Settings:
@@ -496,7 +507,7 @@ class ConfKDTrainer(nnUNetTrainer):
         if self.two_branches:
             unwrap(self.network).teacher_trains_encoder = chosen.teacher_trains_encoder
         if self.student_alone:
-            dataset_tr, options = self._completed_cases(dataset_tr)
+            dataset_tr, options = self._completed_cases(dataset_tr, chosen.cutmix)
         else:
             options = {"complete": self._batch_steps(dataset_tr.identifiers, chosen)}
         dl_tr = self._loader(dataset_tr, self.batch_size, initial_patch_size, tr_transforms, offset=self.local_rank,
@@ -539,15 +550,22 @@ class ConfKDTrainer(nnUNetTrainer):
 
     # ---- the second stage -------------------------------------------------------------------------------------------
 
-    def _completed_cases(self, cases: TrainingCases) -> tuple[CompletedCases, dict]:
-        """The training cases with the labels that the teacher has completed, without unlabelled ones; and the options
-        of their loader."""
-        partial = [case for case in cases.identifiers if self.kinds[case] == PARTIAL]
+    def _to_complete(self, cases) -> list[str]:
+        """The cases whose labels are completed between the stages."""
+        return [case for case in cases if self.kinds.get(case) == completed_kind(self)]
+
+    def _completed_cases(self, cases: TrainingCases, cutmix: float) -> tuple[CompletedCases, dict]:
+        """The training cases with whole labels, also those that have been completed; and the options of their
+        loader."""
+        completed = self._to_complete(cases.identifiers)
         full = [case for case in cases.identifiers if self.kinds[case] == FULL]
-        dataset = self.dataset_class(self.preprocessed_dataset_folder, full + partial,
+        dataset = self.dataset_class(self.preprocessed_dataset_folder, full + completed,
                                      folder_with_segs_from_previous_stage=self.folder_with_segs_from_previous_stage)
-        completed = CompletedCases(dataset, partial, join(self.output_folder, COMPLETED_LABELS))
-        return completed, {"kinds": dict.fromkeys(full + partial, FULL), "full_share": 1.0}
+        options = {"kinds": dict.fromkeys(full + completed, FULL), "full_share": 1.0,
+                   "complete": [CutMix(cutmix)] if cutmix else []}
+        if not self.settings.weight_teacher:
+            options["probabilities"] = draw_probabilities(full, completed)
+        return CompletedCases(dataset, completed, join(self.output_folder, COMPLETED_LABELS)), options
 
     def on_epoch_start(self):
         if self.second_stage is not None and self.current_epoch >= self.second_stage and not self.student_alone:
@@ -555,18 +573,20 @@ class ConfKDTrainer(nnUNetTrainer):
         super().on_epoch_start()
 
     def _begin_second_stage(self) -> None:
-        """Keep the teacher, let it complete the labels, and go on with the student alone."""
+        """Keep the network, let it complete the labels, and go on with the student alone."""
         finish_augmenters(self.dataloader_train, self.dataloader_val)  # the memory is needed for whole images
         self.current_epoch -= 1  # --c goes on from the last epoch
         for name in (TEACHER_CHECKPOINT, "checkpoint_latest.pth"):
             self.save_checkpoint(join(self.output_folder, name))
         self.current_epoch += 1
         train, _ = self.do_split()
-        complete_labels(self, [case for case in train if self.kinds.get(case) == PARTIAL])
-        left_out = sum(self.kinds.get(case) == UNLABELLED for case in train)
+        completed = self._to_complete(train)
+        complete_labels(self, completed)
+        left_out = sum(self.kinds.get(case) == UNLABELLED for case in train if case not in completed)
         self.print_to_log_file(f"From epoch {self.current_epoch} on the student alone is trained, on these labels"
                                + (f"; {counted(left_out, 'unlabelled case')} left out" if left_out else ""))
-        self._left_in_epoch().fill_(self.current_epoch)
+        if self.two_branches:
+            self._left_in_epoch().fill_(self.current_epoch)
         self._leave_teacher_out(self.current_epoch)
         self.optimizer.state.clear()  # the momentum of the first stage
         self.dataloader_train, self.dataloader_val = self.get_dataloaders()
@@ -581,7 +601,7 @@ class ConfKDTrainer(nnUNetTrainer):
 
     def on_train_start(self):
         super().on_train_start()
-        if self.second_stage is not None and not self.continued:
+        if self.second_stage is not None and self.two_branches and not self.continued:
             self._left_in_epoch().zero_()  # of pretrained weights
         if self.local_rank == 0:  # not before all is ready: a start that fails must leave an earlier training alone
             if not self.continued and (warning := set_aside_earlier(self.output_folder)):
@@ -695,6 +715,7 @@ class ConfKDTrainer(nnUNetTrainer):
         for key in outputs:
             if key != "loss":
                 self.logger.log(key, float(np.mean(gather(np.mean(outputs[key])))), self.current_epoch)
+        self.logger.log("second_stage", float(self.student_alone), self.current_epoch)
 
     # ---- validation -------------------------------------------------------------------------------------------------
 
@@ -800,9 +821,9 @@ class ConfKDTrainer(nnUNetTrainer):
                 f"{self.plans_manager.plans_name}.json of the preprocessed data set. Else undo what you changed in the "
                 f"plans or in the data set.") from error
         self.continued = True
-        if self.second_stage is not None and (began := int(self._left_in_epoch())):
-            self._leave_teacher_out(began)
         self._add_missing_curves()
+        if self.second_stage is not None and (began := self._begin_of_loaded_stage()):
+            self._leave_teacher_out(began)
 
     def _add_missing_curves(self) -> None:
         """Add our curves, as long as nnU-Net's (a checkpoint of another version may lack some)."""

@@ -283,9 +283,9 @@ def test_it_says_that_unlabelled_images_are_left_out_if_nothing_is_partially_ann
         return " ".join(check_dataset(7, 1).text().split())
 
     kinds = {case: found["kind"] for case, found in check_dataset(7, 1).cases.items()}
-    assert "partial" in kinds.values() and "leaves them out" not in text()
+    assert "partial" in kinds.values() and "the network labels them" not in text()
     data.describe(supervision=kinds | {case: "unlabelled" for case, kind in kinds.items() if kind == "partial"})
-    assert "by default the training leaves them out; to use them, set \"weight_kl\": 3" in text()
+    assert "by default the network labels them after a part" in text() and "set \"complete_at\": 0 in" in text()
 
 
 def test_other_cases_use_the_ignore_label_and_then_nothing_is_said(data):

@@ -43,7 +43,7 @@ TEACHER, COMPLETES, ALONE = (1, 3, 0.01), (1, 0, 0.01), (0, 0, 0)
     (ERODED, (*COMPLETES, 0.5, True, True, 4, True, 0.25, 1, 0, 0.25), (0.25, True, 1)),
     (BLOBS, (*TEACHER, 0.5, True, True, 0, False, 0, 0, 0, 0.25), (0.25, False, 0)),
     (POINTS, (*ALONE, 0.75, False, False, 4, True, 0, 0, 0, 0), (0.75, False, 0)),
-    (NO_LABELS, (*ALONE, 1, False, False, 0, False, 0, 0, 0.5, 0), (1, False, 0)),
+    (NO_LABELS, (*ALONE, 1, False, False, 0, False, 0.4, 0, 0.5, 0), (1, False, 0)),
     (annotations(unlabelled=0), (*TEACHER, 1, False, True, 0, False, 0, 0, 0, 0.25), (1, False, 0))],
     ids=("scribbles", "eroded", "blobs", "points", "no labels", "all full"))
 def test_each_kind_of_labels_gets_its_settings(data, with_teacher, without):

@@ -1,6 +1,7 @@
 """The second stage of a training, in which the student learns from labels that the teacher has completed."""
 from __future__ import annotations
 
+import json
 import shutil
 from dataclasses import replace
 
@@ -9,13 +10,13 @@ import pytest
 import torch
 
 from nnunet_confkd import cli
-from nnunet_confkd.data.supervision import FULL, OUTSIDE, PARTIAL
+from nnunet_confkd.data.supervision import FULL, OUTSIDE, PARTIAL, UNLABELLED
 from nnunet_confkd.errors import InputError
 from nnunet_confkd.inference.completion import TrainedModel, _load_predictor, _uses_hints
 from nnunet_confkd.training.automatic import COMPLETE_AT
 from nnunet_confkd.training.names import COMPLETED_LABELS
 from nnunet_confkd.training.network import LEFT_IN_EPOCH, TEACHER_PREFIX, teacher_was_left, unwrap
-from nnunet_confkd.training.second_stage import PLACES, TwoStageLR, begin_of_second_stage
+from nnunet_confkd.training.second_stage import PLACES, TwoStageLR, begin_of_second_stage, draw_probabilities
 from nnunet_confkd.training.settings import Settings
 
 HIPPOCAMPUS = "Dataset004_Hippocampus"
@@ -269,7 +270,7 @@ def test_all_folds_complete_labels_or_none(nnunet, hippocampus, split):
     assert not trainer._may_have_two_stages()
 
 
-@pytest.mark.parametrize("name, value", [("teacher_hints", False), ("weight_teacher", 0.0), ("weight_student", 0.0)])
+@pytest.mark.parametrize("name, value", [("teacher_hints", False), ("weight_student", 0.0)])
 def test_a_setting_that_leaves_nobody_to_complete_or_to_learn_is_refused(name, value):
     with pytest.raises(InputError, match=rf'complete_at is above 0, but {name} is .*set "complete_at": 0'):
         Settings(complete_at=0.25, **{name: value})
@@ -298,3 +299,78 @@ def test_the_teachers_own_checkpoint_is_looked_for_in_the_folds_that_are_asked_f
         (tmp_path / file).touch()
     names = [TrainedModel(tmp_path, "teacher", folds).checkpoint_name for folds in (["0"], ["0", "1"])]
     assert names == ["checkpoint_teacher.pth", "checkpoint_final.pth"]
+
+
+# ---- unlabelled cases, which a network without a teacher labels -----------------------------------------------------
+
+LABELS_ITSELF = {"weight_kl": None, "epochs": 5, "iterations_per_epoch": 4, "seed": 0}
+
+
+@pytest.mark.parametrize("full, others, share", [(3, 57, 0.25), (30, 30, 0.5)])
+def test_a_quarter_of_the_draws_at_least_is_fully_annotated(full, others, share):
+    found = draw_probabilities([f"f{i}" for i in range(full)], [f"u{i}" for i in range(others)])
+    assert sum(found.values()) == pytest.approx(1) and len(set(found.values())) == (2 if share == 0.25 else 1)
+    assert sum(value for case, value in found.items() if case[0] == "f") == pytest.approx(share)
+
+
+def declare_unlabelled(workspace, cases) -> None:
+    for folder in (workspace.raw(HIPPOCAMPUS), workspace.preprocessed(HIPPOCAMPUS)):
+        file = folder / "dataset.json"
+        described = json.loads(file.read_text())
+        file.write_text(json.dumps(described | {"supervision": dict.fromkeys(cases, UNLABELLED)}))
+
+
+def test_without_a_teacher_the_network_labels_the_unlabelled_cases(own_hippocampus, hippocampus, monkeypatch):
+    from nnunet_confkd.training.trainer import ConfKDTrainer
+    declare_unlabelled(own_hippocampus, hippocampus["partial"])
+    name = own_hippocampus.configure(HIPPOCAMPUS, "itself", "2d", LABELS_ITSELF, **SMALL)
+    batches, train_step = [], ConfKDTrainer.train_step
+
+    def recorded(trainer, batch):
+        ignored = bool((batch["target"][0] == trainer.label_manager.ignore_label).any())
+        batches.append((trainer.current_epoch, set(map(str, batch["keys"])), ignored, "mix" in batch,
+                        trainer.optimizer.param_groups[0]["lr"]))
+        return train_step(trainer, batch)
+
+    monkeypatch.setattr(ConfKDTrainer, "train_step", recorded)
+    fold = own_hippocampus.train(HIPPOCAMPUS, name)
+    trainer = own_hippocampus.trainer(HIPPOCAMPUS, name, continue_training=True)
+    unlabelled = set(hippocampus["partial"] + hippocampus["unlabelled"])
+    stages = [[batch for batch in batches if (batch[0] >= 2) == late] for late in (False, True)]
+    drawn = [set().union(*(keys for _, keys, *_ in stage)) for stage in stages]
+    assert (len(stages[0]), len(stages[1])) == (8, 12) and not any(batch[2] for batch in batches)
+    assert not drawn[0] & unlabelled and drawn[1] & unlabelled and drawn[1] & set(hippocampus["full"])
+    assert all(any(mix for *_, mix, _ in stage) for stage in stages)
+    rates = {epoch: rate for epoch, *_, rate in batches}
+    assert rates[0] == rates[2] == 0.01 > rates[1] and rates[3] > rates[4]
+    assert cases_in(fold) == sorted(unlabelled & set(trainer.do_split()[0]))
+
+    # what was annotated in a case that is declared unlabelled does not reach its label
+    dataset = trainer.dataset_class(trainer.preprocessed_dataset_folder, hippocampus["partial"],
+                                    str(fold / COMPLETED_LABELS))
+    kept = []
+    for case in set(hippocampus["partial"]) & set(cases_in(fold)):
+        _, seg, label, _ = dataset.load_case(case)
+        seg, label = np.asarray(seg[:]), np.asarray(label[:])
+        annotated = (seg > 0) & (seg != trainer.label_manager.ignore_label)
+        kept.append((label[annotated] == seg[annotated]).mean())
+        assert not (label == trainer.label_manager.ignore_label).any()
+    assert np.mean(kept) < 0.9
+
+    for checkpoint, began in (("checkpoint_teacher.pth", None), ("checkpoint_final.pth", 2)):
+        trainer = own_hippocampus.trainer(HIPPOCAMPUS, name, continue_training=True)
+        trainer.initialize()
+        trainer.load_checkpoint(str(fold / checkpoint))
+        assert not trainer.two_branches and trainer.student_alone == bool(began)
+        assert trainer.second_stage == 2 and trainer.current_epoch == (5 if began else 2)
+    log = "".join(file.read_text() for file in fold.glob("training_log_*.txt"))
+    assert "complete_at 0.4" in log and f"The student completes the labels of {len(cases_in(fold))} training" in log
+
+
+def test_partially_annotated_cases_are_not_completed_without_a_teacher(nnunet, hippocampus):
+    name = nnunet.configure(HIPPOCAMPUS, "stages_alone", "2d", LABELS_ITSELF | {
+        "complete_at": 0.4, "weight_teacher": 0.0, "weight_kl": 0.0}, **SMALL)
+    trainer = nnunet.trainer(HIPPOCAMPUS, name)
+    trainer.initialize()
+    with pytest.raises(InputError, match='complete_at is above 0, but weight_teacher is 0.*set "complete_at": 0'):
+        trainer.get_dataloaders()

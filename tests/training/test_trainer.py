@@ -227,8 +227,9 @@ def test_with_few_annotations_there_is_no_teacher(nnunet, started):
     assert isinstance(started(HIPPOCAMPUS, asked).network, TwoBranchUNet)
 
 
-def test_unlabelled_cases_alone_are_left_out(nnunet, hippocampus, monkeypatch, started):
-    configuration = nnunet.configure(HIPPOCAMPUS, "alone", "2d", SHORT | {"weight_kl": None, "full_share": None})
+def test_unlabelled_cases_alone_are_left_out_if_they_are_not_labelled(nnunet, hippocampus, monkeypatch, started):
+    configuration = nnunet.configure(HIPPOCAMPUS, "alone", "2d", SHORT | {"weight_kl": None, "full_share": None,
+                                                                          "complete_at": 0.0})
     trainer = nnunet.trainer(HIPPOCAMPUS, configuration)
     trainer.find_supervision()
     monkeypatch.setattr(trainer, "kinds", {case: "unlabelled" if kind == "partial" else kind
