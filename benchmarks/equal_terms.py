@@ -66,7 +66,7 @@ SHORT = {"scribbles": ("ignore_equal_quarter", "apart_watershed_cost"),
 # What a row is compared with: what the trainer without a teacher chooses from these data, or the full patients alone.
 RIVALS = {setting: rows[0] for setting, rows in SHORT.items()} | {"points_5": "ignore"}
 WORDS = {"scribbles": "ACDC, scribbles", "erosion": "ACDC, eroded masks with background",
-         "erosion_foreground": "ACDC, eroded masks without background", "unlabelled": "ACDC, unlabelled images used",
+         "erosion_foreground": "ACDC, eroded masks without background", "unlabelled": "ACDC, unlabelled images",
          "points_5": "Hippocampus, points", "points_10": "Hippocampus, points"}
 
 

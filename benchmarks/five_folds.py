@@ -279,8 +279,15 @@ def report(folder: Path) -> str:
             lines += [f"**{WORDS[setting]}, {full} full patients**", "",
                       "| row | Dice raw | Dice after | of each class | HD95 raw, mm | HD95 after, mm | NSD after | "
                       "gain raw | gain after | folds |", "|" + "---|" * 10]
-            lines += [line_of(setting, row, shown) for row in shown] + [""]
+            # a longer row alone, which was run for another setting, would be compared with nothing
+            lines += [line_of(setting, row, shown) for row in shown
+                      if not row.endswith(LONG) or rival_of(setting, row) in shown] + [""]
     return "\n".join(lines).rstrip()
+
+
+def rival_of(setting: str, row: str) -> str:
+    """The row of the same length that a row is compared with."""
+    return RIVAL.get(setting, "ignore") + (LONG if row.endswith(LONG) else "")
 
 
 def line_of(setting: str, row: str, shown: dict[str, dict[int, dict]]) -> str:
@@ -292,7 +299,7 @@ def line_of(setting: str, row: str, shown: dict[str, dict[int, dict]]) -> str:
 
     raw, after = (np.concatenate(of_patients(folds, metric)).mean() for metric in ("dice", "dice_pp"))
 
-    rival = RIVAL.get(setting, "ignore") + (LONG if row.endswith(LONG) else "")
+    rival = rival_of(setting, row)
     gains = ["" if row == rival else gain_text(gain(folds, shown.get(rival, {}), metric))
              for metric in ("dice", "dice_pp")]
     classes = " / ".join(f"{value:.3f}" for value in of_classes("dice_pp"))

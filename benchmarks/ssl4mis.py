@@ -58,13 +58,12 @@ ROWS: dict[str, tuple[str, Row, str | None]] = {
     "all": ("scribbles", Row("everything annotated, nnU-Net", "nnUNetTrainer", "all"), "ignore"),
     "full_cutmix": ("scribbles", Row("fully annotated patients alone, with CutMix", BASELINE, "full",
                                      settings={"cutmix": 0.5}), "full_only"),
-    "unlabelled_cost": ("unlabelled", Row("and unlabelled, ConfKD, at equal cost", settings={"weight_kl": 3.0}),
-                        "full_cutmix"),
+    "labels_itself": ("unlabelled", Row("and unlabelled, ConfKD, which labels them itself"), "full_cutmix"),
     "ignore_prior": ("scribbles", Row("and scribbles, the ignore label with the class-prior correction", BASELINE,
                                       settings={"prior_correction": 1.0}), "ignore"),
     "confkd": ("scribbles", Row("and scribbles, ConfKD"), "ignore"),
 }
-USUAL = ("full_only", "ignore", "confkd_cost", "all", "full_cutmix", "unlabelled_cost")
+USUAL = ("full_only", "ignore", "confkd_cost", "all", "full_cutmix", "labels_itself")
 
 
 def shrink(data: Path, target: Path) -> None:

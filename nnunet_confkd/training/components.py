@@ -24,10 +24,6 @@ def structures_of_one_piece(labels: Iterable[np.ndarray], classes: Sequence[int]
     Returns:
         The whole foreground, as the tuple of its classes, if it is one piece; and the classes that are. A class that
         does not occur is none of them.
-
-    Examples:
-        >>> structures_of_one_piece([np.array([[1, 1, 2, 3, 3, 0, 3]])], classes=(1, 2, 3))
-        [1, 2]
     """
     found: list[Structure] = [tuple(classes), *classes]
     seen: set[Structure] = set()
@@ -55,10 +51,6 @@ def largest_components(label: np.ndarray, structures: Sequence[Structure]) -> np
 
     Returns:
         A new label map.
-
-    Examples:
-        >>> largest_components(np.array([[1, 1, 0, 1, 2, 0, 2]]), [1])
-        array([[1, 1, 0, 0, 2, 0, 2]])
     """
     for structure in structures:
         label = remove_all_but_largest_component_from_segmentation(label, [structure])

@@ -184,9 +184,10 @@ def _structures_of_one_piece(trainer) -> list[Structure]:
     full = [case for case in trainer.do_split()[0] if trainer.kinds.get(case) == FULL]
     dataset = TrainingCases(trainer.dataset_class(trainer.preprocessed_dataset_folder, full))
     found = structures_of_one_piece((np.asarray(dataset.load_case(case)[1][0]) for case in full),
-                                    trainer.label_manager.foreground_labels)
-    trainer.print_to_log_file("One piece in all fully annotated training cases, so that of the labels below only the "
-                              f"largest component is kept: {', '.join(map(str, found)) or 'nothing'}")
+                                    [int(label) for label in trainer.label_manager.foreground_labels])
+    words = ["the whole foreground" if isinstance(structure, tuple) else f"label {structure}" for structure in found]
+    trainer.print_to_log_file("One piece in all fully annotated training cases, so that only the largest component is "
+                              f"kept: {', '.join(words) or 'nothing'}")
     return found
 
 

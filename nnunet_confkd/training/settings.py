@@ -196,8 +196,8 @@ class Settings:
             raise InputError("confkd: cutmix above 0 mixes fully annotated images with others, and equal_kinds needs "
                              "them apart; set \"cutmix\": 0 or \"equal_kinds\": false")
         # without a teacher the student labels unlabelled cases (see second_stage.py)
-        for name in ("weight_student", *(("teacher_hints",) if self.weight_teacher != 0 else ())) \
-                if self.complete_at else ():
+        needed = ("weight_student", "teacher_hints") if self.weight_teacher != 0 else ("weight_student",)
+        for name in needed if self.complete_at else ():
             if getattr(self, name) in (0, False):
                 raise InputError(f"confkd: complete_at is above 0, but {name} is {shown(getattr(self, name))}: a "
                                  f"teacher that sees hints completes the labels, and the student learns from them; "

@@ -47,7 +47,8 @@ def test_rows_that_do_not_depend_on_weak_labels_are_run_once(module):
     assert ("all", 0) in names["scribbles"] and ("full_only", 7) in names["scribbles"]
     assert names["erosion"] == [("ignore_uniform", 3), ("ignore", 3), ("confkd_cost", 3), ("completes_cost", 3),
                                 ("ignore_long", 3), ("confkd_cost_long", 3)]
-    assert names["unlabelled"] == [("confkd_cutmix_cost", 3)] and ("paper", 1) not in names["scribbles"]
+    assert names["unlabelled"] == [(name, 3) for name in ("confkd_cutmix_cost", "labels_itself", "labels_itself_long")]
+    assert ("paper", 1) not in names["scribbles"]
     assert ("full_cutmix", 3) in names["scribbles"], "the unlabelled setting compares with it"
     long = {spec["name"]: spec["iterations"] for spec in module.specs_of("scribbles", 0, module.ROWS, [0])}
     assert long["all_long"] == 3 * long["all"]
@@ -124,20 +125,25 @@ def test_the_headline_compares_with_the_rivals_and_is_drawn(module, tmp_path):
         for row, full, dice in (("full_only", 3, 0.4), ("full_cutmix", 3, 0.99), ("ignore", 3, 0.6),
                                 ("ignore_uniform", 3, 0.5), ("confkd_cost", 3, 0.65 + 0.1 * fold), ("all", 0, 0.9)):
             write_run(tmp_path / f"scribbles_{fold}", row, full, dice, patients)
-        write_run(tmp_path / f"unlabelled_{fold}", "confkd_cutmix_cost", 3, 0.95, patients)
+        write_run(tmp_path / f"unlabelled_{fold}", "labels_itself", 3, 0.95, patients)
+        write_run(tmp_path / f"unlabelled_{fold}", "labels_itself_long", 3, 0.97, patients)
+        write_run(tmp_path / f"scribbles_{fold}", "full_cutmix_long", 3, 0.96, patients)
     write_run(tmp_path / "scribbles_2", "confkd_cost", 3, 0.1, range(220, 230))  # no rival has this fold yet
     lines = headline.table(tmp_path).splitlines()
     assert lines[2] == ("| ACDC, scribbles | 3 | 0.400 | 0.500 | 0.600 | 0.700 | 0.900 | +0.200 [+0.150, +0.250] | "
                         "+0.100 [+0.050, +0.150] | +0.100 [+0.050, +0.150] | 2 |")
     # the full patients alone are run in the setting of the scribbles; CutMix is a rival of unlabelled images alone
-    assert lines[3] == ("| ACDC, unlabelled images used | 3 | 0.990 |  |  | 0.950 | 0.900 |  | "
+    assert lines[3] == ("| ACDC, unlabelled images | 3 | 0.990 |  |  | 0.950 | 0.900 |  | "
                         "-0.040 [-0.040, -0.040] | -0.040 [-0.040, -0.040] | 2 |")
-    assert len(lines) == 4
+    assert lines[4] == ("| ACDC, unlabelled images, three times as long | 3 | 0.960 |  |  | 0.970 |  |  | "
+                        "+0.010 [+0.010, +0.010] | +0.010 [+0.010, +0.010] | 2 |")
+    assert len(lines) == 5
     headline.draw(tmp_path, tmp_path / "figure.png")
     assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
-    first, second = headline.by_fold(tmp_path).splitlines()[2:]
+    first, second, longer = headline.by_fold(tmp_path).splitlines()[2:]
     assert first == ("| ACDC, scribbles | our trainer, no teacher | +0.050 | +0.150 | 100% | +0.100 [+0.050, +0.150] |")
-    assert second.startswith("| ACDC, unlabelled images used | full patients alone | -0.040 | -0.040 | 0% |")
+    assert second.startswith("| ACDC, unlabelled images | full patients alone | -0.040 | -0.040 | 0% |")
+    assert longer.startswith("| ACDC, unlabelled images, three times as long | full patients alone | +0.010 | +0.010 |")
 
 
 def test_a_row_that_was_run_in_fewer_folds_than_another_of_its_column_is_left_out(module, tmp_path):
@@ -145,7 +151,7 @@ def test_a_row_that_was_run_in_fewer_folds_than_another_of_its_column_is_left_ou
     for fold in (0, 1):
         patients = range(10 * fold, 10 * fold + 10)
         write_run(tmp_path / f"scribbles_{fold}", "full_only", 3, 0.4, patients)
-        write_run(tmp_path / f"unlabelled_{fold}", "confkd_cutmix_cost", 3, 0.5, patients)
+        write_run(tmp_path / f"unlabelled_{fold}", "labels_itself", 3, 0.5, patients)
     write_run(tmp_path / "scribbles_0", "full_cutmix", 3, 0.9, range(10))  # better, but not run in both
     (line,) = headline.lines_of(tmp_path)
     assert line["folds"] == [0, 1] and line["means"]["full patients alone"] == pytest.approx(0.4)

@@ -364,7 +364,8 @@ def test_without_a_teacher_the_network_labels_the_unlabelled_cases(own_hippocamp
         assert not trainer.two_branches and trainer.student_alone == bool(began)
         assert trainer.second_stage == 2 and trainer.current_epoch == (5 if began else 2)
     log = "".join(file.read_text() for file in fold.glob("training_log_*.txt"))
-    assert "complete_at 0.4" in log and f"The student completes the labels of {len(cases_in(fold))} training" in log
+    assert "component is kept: the whole foreground, label 1, label 2" in log and "complete_at 0.4" in log
+    assert f"The student completes the labels of {len(cases_in(fold))} training" in log
 
 
 def test_partially_annotated_cases_are_not_completed_without_a_teacher(nnunet, hippocampus):
