@@ -119,7 +119,8 @@ def choose_network(settings: Settings, annotations: Annotations, regions: bool =
     completes = settings.complete_at
     if completes is None:
         completes = COMPLETE_AT if teacher and watershed and two_stages and may_complete(settings, annotations) else 0.0
-        if unlabelled and not teacher and two_stages and settings.unlabelled_share:
+        if unlabelled and two_stages and not settings.weight_entropy and settings.unlabelled_share \
+                and settings.weight_teacher is None and not teacher:
             completes = LABEL_AT
     return replace(settings, weight_teacher=teacher, complete_at=completes,
                    hint_reach=reach if settings.hint_reach is None else settings.hint_reach,

@@ -146,17 +146,18 @@ def completed_kind(trainer) -> str:
     return PARTIAL if trainer.settings.weight_teacher else UNLABELLED
 
 
-def draw_probabilities(full: Sequence[str], labelled: Sequence[str]) -> dict[str, float]:
+def draw_probabilities(full: Sequence[str], labelled: Sequence[str], share: float | None = None) -> dict[str, float]:
     """Compute how likely each case is drawn in the second stage, if the network has labelled the unlabelled ones.
 
     Args:
-        full: The fully annotated cases. They are at least `FULL_SHARE` of the draws.
+        full: The fully annotated cases.
         labelled: The cases that the network has labelled.
+        share: The least share of the draws that are of fully annotated cases. None: `FULL_SHARE`.
 
     Returns:
         {case: probability}
     """
-    share = max(FULL_SHARE, len(full) / (len(full) + len(labelled)))
+    share = max(FULL_SHARE if share is None else share, len(full) / (len(full) + len(labelled)))
     return dict.fromkeys(full, share / len(full)) | dict.fromkeys(labelled, (1 - share) / len(labelled))
 
 
@@ -172,14 +173,17 @@ def check_second_stage(trainer, kinds: Iterable[str]) -> None:
                    completed == UNLABELLED and PARTIAL in kinds,
                f"no training case is {WORDS[completed]}": completed not in kinds,
                "some cases are not annotated for all classes": bool(trainer.hidden)}
+    other = ""
+    if completed == PARTIAL and kinds <= {FULL, UNLABELLED}:
+        other = ', or "weight_teacher": 0 and "weight_kl": 0, so that the network labels the unlabelled cases'
     for reason, holds in reasons.items():
         if holds:
-            raise InputError(f'confkd: complete_at is above 0, but {reason}; set "complete_at": 0')
+            raise InputError(f'confkd: complete_at is above 0, but {reason}; set "complete_at": 0{other}')
 
 
 def _structures_of_one_piece(trainer) -> list[Structure]:
     """The structures that are one piece in all fully annotated training cases; none of regions, which may overlap."""
-    if trainer.label_manager.has_regions:
+    if trainer.label_manager.has_regions or not trainer.settings.largest_components:
         return []
     full = [case for case in trainer.do_split()[0] if trainer.kinds.get(case) == FULL]
     dataset = TrainingCases(trainer.dataset_class(trainer.preprocessed_dataset_folder, full))

@@ -20,7 +20,8 @@ REMOVED: dict[str, Any] = {
 
 # Settings that came later, and what earlier trainings did. A model of theirs still loads.
 ADDED: dict[str, Any] = {"class_share": 0.0, "complete_at": 0.0, "cutmix": 0.0, "cutmix_full": 0.0,
-                         "equal_kinds": False, "hint_reach": 0, "hint_watershed": False, "prior_correction": 0.0,
+                         "equal_kinds": False, "hint_reach": 0, "hint_watershed": False, "largest_components": True,
+                         "prior_correction": 0.0,
                          "teacher_trains_encoder": True, "teacher_width": 1.0}
 
 
@@ -141,6 +142,12 @@ class Settings:
                                          "`weight_kl`, `kl_images` or `cutmix` is set. Null means 0.4 without a "
                                          "teacher, if all cases that are not fully annotated are unlabelled. It means "
                                          "0 in all other cases, and with one epoch")
+
+    largest_components: bool = _setting("batches", True, (),
+                                        "whether a network that labels unlabelled cases (`complete_at`) keeps the "
+                                        "largest component alone of structures that are one piece in all fully "
+                                        "annotated training cases, such as a heart. Set it to false for lesions, of "
+                                        "which other cases may have several")
 
     cutmix: float | None = _setting("batches", None, SHARES,
                                     "share of the iterations in which the student's images exchange boxes, with their "

@@ -182,7 +182,7 @@ class ConfKDTrainer(nnUNetTrainer):
         self._put_settings_into_plans()
         if self.settings.weight_teacher or self.asked.weight_teacher == 0:
             return
-        if PARTIAL in self.kinds.values():
+        if PARTIAL in (self.kinds[case] for case in self._cases_that_train()):
             self.print_to_log_file("The partially annotated cases have so few annotations that there is no teacher: the"
                                    " student learns from the labels alone. For a teacher, set \"weight_kl\": 3 in the "
                                    "confkd block of the plans")
@@ -190,7 +190,7 @@ class ConfKDTrainer(nnUNetTrainer):
             self.print_to_log_file("All cases that are not fully annotated are unlabelled, so there is no teacher. " + (
                 "The network labels them after a part of the epochs (complete_at), and then learns from these labels, "
                 "too. To leave them out, set \"complete_at\": 0 in the confkd block of the plans"
-                if self.settings.complete_at else "They are left out"))
+                if self.settings.complete_at else "They are left out (complete_at is 0)"))
 
     def _put_settings_into_plans(self) -> None:
         """The plans travel with the model, and the settings that it is trained with travel in them."""
@@ -399,9 +399,9 @@ class ConfKDTrainer(nnUNetTrainer):
 
     def _may_have_two_stages(self) -> bool:
         """Whether each stage has an epoch, and each fold has labels to complete."""
-        kind = PARTIAL if PARTIAL in self.kinds.values() else UNLABELLED
-        return self.num_epochs > 1 and all(any(self.kinds.get(case) == kind for case in fold)
-                                           for fold in self._training_cases_of_folds())
+        folds = [{self.kinds.get(case) for case in fold} for fold in self._training_cases_of_folds()]
+        kind = PARTIAL if any(PARTIAL in kinds for kinds in folds) else UNLABELLED
+        return self.num_epochs > 1 and all(kind in kinds for kinds in folds)
 
     def _choose(self, cases) -> Settings:
         """The settings with what is chosen from the annotations of some cases."""
@@ -561,10 +561,10 @@ class ConfKDTrainer(nnUNetTrainer):
         full = [case for case in cases.identifiers if self.kinds[case] == FULL]
         dataset = self.dataset_class(self.preprocessed_dataset_folder, full + completed,
                                      folder_with_segs_from_previous_stage=self.folder_with_segs_from_previous_stage)
-        options = {"kinds": dict.fromkeys(full + completed, FULL), "full_share": 1.0,
-                   "complete": [CutMix(cutmix)] if cutmix else []}
+        options: dict[str, Any] = {"kinds": dict.fromkeys(full + completed, FULL), "full_share": 1.0}
         if not self.settings.weight_teacher:
-            options["probabilities"] = draw_probabilities(full, completed)
+            options["probabilities"] = draw_probabilities(full, completed, self.settings.full_share)
+            options["complete"] = [CutMix(cutmix)] if cutmix else []
         return CompletedCases(dataset, completed, join(self.output_folder, COMPLETED_LABELS)), options
 
     def on_epoch_start(self):

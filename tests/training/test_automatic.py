@@ -7,7 +7,7 @@ import pytest
 
 from nnunet_confkd.data.supervision import FULL, PARTIAL, UNLABELLED
 from nnunet_confkd.errors import InputError
-from nnunet_confkd.training.automatic import AUTOMATIC, COMPLETE_AT, Annotations, choose, choose_network
+from nnunet_confkd.training.automatic import AUTOMATIC, COMPLETE_AT, LABEL_AT, Annotations, choose, choose_network
 from nnunet_confkd.training.settings import Settings
 
 BASELINE = Settings(weight_teacher=0.0, weight_kl=0.0, weight_entropy=0.0)
@@ -157,6 +157,20 @@ def test_the_teacher_completes_eroded_masks_unless_a_setting_is_against_it():
     assert (few.part < 0.055, chosen(few)["complete_at"]) == (True, 0)
 
 
+@pytest.mark.parametrize("settings, expected", [
+    ({}, LABEL_AT), ({"complete_at": 0.2}, 0.2), ({"complete_at": 0.0}, 0), ({"cutmix": 0.0}, LABEL_AT),
+    ({"full_share": 0.5}, LABEL_AT), ({"weight_teacher": 0.0}, 0), ({"weight_kl": 3.0}, 0), ({"weight_kl": 0.0}, 0),
+    ({"weight_entropy": 0.1}, 0), ({"unlabelled_share": 0.0}, 0), ({"weight_student": 0.0}, 0)])
+def test_the_network_labels_unlabelled_cases_unless_a_setting_is_against_it(settings, expected):
+    found = chosen(NO_LABELS, Settings(**settings))
+    assert found["complete_at"] == expected
+    if expected:
+        assert found["weight_teacher"] == found["weight_kl"] == 0
+        assert found["full_share"] == settings.get("full_share", 1)
+    assert settings or not chosen(replace(NO_LABELS, hidden=[1]))["complete_at"]
+    assert not choose_network(Settings(), NO_LABELS, two_stages=False).complete_at
+
+
 def test_an_encoder_that_only_the_teacher_could_train_is_trained_by_it():
     assert chosen(SCRIBBLES, Settings(weight_student=0.0))["teacher_trains_encoder"]
     assert chosen(POINTS, Settings(weight_student=0.0))["teacher_trains_encoder"]
@@ -170,7 +184,8 @@ def test_with_few_annotations_or_none_there_is_a_teacher_only_if_a_kl_is_asked_f
         assert [asked[name] for name in AUTOMATIC[:3]] == [1, 1, 0.01] and asked["teacher_trains_encoder"]
         assert (asked["full_share"], asked["unlabelled_share"]) == (0.75, 0.25)
         assert [unset[name] for name in AUTOMATIC[:3]] == [0, 0, 0]
-        assert unset == chosen(data, BASELINE), "it is the trainer without a teacher"
+        itself = {"complete_at": LABEL_AT} if data is NO_LABELS else {}
+        assert unset == chosen(data, BASELINE) | itself, "it is the trainer without a teacher"
         assert chosen(data, Settings(weight_kl=0.0))["weight_teacher"] == 1, "an ablation of the KL has two decoders"
         assert chosen(data, Settings(weight_student=0.0))["weight_teacher"] == 1, "somebody must learn"
         assert chosen(data, Settings(weight_teacher=2.0))["weight_kl"] == 3

@@ -12,11 +12,18 @@ import torch
 from nnunet_confkd import cli
 from nnunet_confkd.data.supervision import FULL, OUTSIDE, PARTIAL, UNLABELLED
 from nnunet_confkd.errors import InputError
+from nnunet_confkd.inference.checkpoints import require_teacher
 from nnunet_confkd.inference.completion import TrainedModel, _load_predictor, _uses_hints
 from nnunet_confkd.training.automatic import COMPLETE_AT
 from nnunet_confkd.training.names import COMPLETED_LABELS
 from nnunet_confkd.training.network import LEFT_IN_EPOCH, TEACHER_PREFIX, teacher_was_left, unwrap
-from nnunet_confkd.training.second_stage import PLACES, TwoStageLR, begin_of_second_stage, draw_probabilities
+from nnunet_confkd.training.second_stage import (
+    PLACES,
+    TwoStageLR,
+    _structures_of_one_piece,
+    begin_of_second_stage,
+    draw_probabilities,
+)
 from nnunet_confkd.training.settings import Settings
 
 HIPPOCAMPUS = "Dataset004_Hippocampus"
@@ -357,6 +364,14 @@ def test_without_a_teacher_the_network_labels_the_unlabelled_cases(own_hippocamp
         assert not (label == trainer.label_manager.ignore_label).any()
     assert np.mean(kept) < 0.9
 
+    longer = own_hippocampus.configure(HIPPOCAMPUS, "itself_longer", "2d", LABELS_ITSELF | {"epochs": 8}, **SMALL)
+    trainer = own_hippocampus.trainer(HIPPOCAMPUS, longer, continue_training=True)
+    trainer.initialize()
+    trainer.output_folder = str(fold)
+    trainer.load_checkpoint(str(fold / "checkpoint_final.pth"))
+    trainer.on_train_start()  # as --c does
+    assert (trainer.current_epoch, trainer.second_stage) == (5, 2), "as it has begun"
+    assert set().union(*(map(str, next(trainer.dataloader_train)["keys"]) for _ in range(8))) & unlabelled
     for checkpoint, began in (("checkpoint_teacher.pth", None), ("checkpoint_final.pth", 2)):
         trainer = own_hippocampus.trainer(HIPPOCAMPUS, name, continue_training=True)
         trainer.initialize()
@@ -366,6 +381,59 @@ def test_without_a_teacher_the_network_labels_the_unlabelled_cases(own_hippocamp
     log = "".join(file.read_text() for file in fold.glob("training_log_*.txt"))
     assert "component is kept: the whole foreground, label 1, label 2" in log and "complete_at 0.4" in log
     assert f"The student completes the labels of {len(cases_in(fold))} training" in log
+
+
+def test_what_is_labelled_depends_on_the_cases_that_train(own_hippocampus, hippocampus):
+    declare_unlabelled(own_hippocampus, hippocampus["partial"][1:])  # one is partially annotated
+    training = {case: [*hippocampus["full"], *hippocampus["unlabelled"], *more] for case, more in (
+        ("held back", []), ("training", hippocampus["partial"][:1]))}
+    for words, train in training.items():
+        name = own_hippocampus.configure(HIPPOCAMPUS, words.replace(" ", "_"), "2d", LABELS_ITSELF, **SMALL)
+        split = [{"train": train, "val": hippocampus["validation"]}]
+        (own_hippocampus.preprocessed(HIPPOCAMPUS) / "splits_final.json").write_text(json.dumps(split))
+        trainer = own_hippocampus.trainer(HIPPOCAMPUS, name)
+        trainer.initialize()
+        assert not trainer.two_branches and trainer.second_stage == (2 if words == "held back" else None)
+        log = open(trainer.log_file).read()
+        assert ("The network labels them" in log) == (words == "held back")
+        assert ("partially annotated cases have so few" in log) == (words == "training")
+
+
+def test_the_labels_of_regions_keep_all_components(regions, nnunet):
+    trainer = nnunet.trainer(regions, nnunet.configure(regions, "pieces", "3d_fullres", LABELS_ITSELF, **SMALL))
+    assert trainer.find_supervision() and _structures_of_one_piece(trainer) == []
+
+
+def test_components_stay_if_the_setting_says_so(nnunet, hippocampus):
+    kept = []
+    for largest in (True, False):
+        name = nnunet.configure(HIPPOCAMPUS, f"pieces_{largest}", "2d", LABELS_ITSELF | {
+            "largest_components": largest}, **SMALL)
+        trainer = nnunet.trainer(HIPPOCAMPUS, name)
+        trainer.find_supervision()
+        kept.append(_structures_of_one_piece(trainer))
+    assert kept == [[(1, 2), 1, 2], []]
+
+
+def test_the_full_share_that_is_set_is_that_of_the_second_stage(nnunet, hippocampus, monkeypatch):
+    name = nnunet.configure(HIPPOCAMPUS, "share_of_second", "2d", LABELS_ITSELF | {
+        "weight_teacher": 0.0, "weight_kl": 0.0, "weight_entropy": 0.0, "full_share": 0.6, "cutmix": 0.0}, **SMALL)
+    trainer = nnunet.trainer(HIPPOCAMPUS, name)
+    trainer.find_supervision()
+    monkeypatch.setattr("nnunet_confkd.training.trainer.CompletedCases", lambda dataset, *args: dataset)
+    train = trainer.dataset_class(trainer.preprocessed_dataset_folder,
+                                  [*hippocampus["full"], *hippocampus["unlabelled"]])
+    _, options = trainer._completed_cases(train, 0.0)
+    assert sum(options["probabilities"][case] for case in hippocampus["full"]) == pytest.approx(0.6)
+    assert options["complete"] == []
+
+
+def test_a_network_that_labels_cases_has_no_teacher_to_predict_with(tmp_path):
+    for file, words in (("checkpoint_teacher.pth", "it is the network that labelled"),
+                        ("checkpoint_final.pth", "no teacher, so")):
+        with pytest.raises(InputError, match=f"{file}: holds no teacher.*--branch has nothing") as error:
+            require_teacher(tmp_path / file, {"network_weights": {"encoder.weight": torch.zeros(1)}}, "--branch")
+        assert words in str(error.value)
 
 
 def test_partially_annotated_cases_are_not_completed_without_a_teacher(nnunet, hippocampus):
