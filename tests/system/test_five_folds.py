@@ -319,3 +319,13 @@ if __name__ == "__main__":
         assert any(0 < of["dice_pp"] < 1 for case in completed["cases"].values() for of in case.values())
     everything = json.loads((tmp_path / "runs" / "scribbles_1" / "all_s0.json").read_text())
     assert everything["completed"] == {}, "nothing was left to complete"
+
+
+def test_the_page_on_unlabelled_images_has_the_gains_of_the_headline(module):
+    import headline
+    page = (ROOT / "docs" / "explanation" / "unlabelled.md").read_text().split("On test patients")[1].split("\n")[0]
+    gains = [headline.gain_text(line["gains"]["full patients alone"]) for metric in ("dice_pp", "dice")
+             for line in headline.lines_of(module.OUTPUT, metric) if line["setting"] == "unlabelled"]
+    assert len(gains) == 4 and all(gain in page for gain in gains)
+    section = (ROOT / "docs" / "explanation" / "results.md").read_text().split("## Unlabelled images\n")[1]
+    assert all(gain in section.split("\n## ")[0] for gain in gains[:2])
