@@ -111,8 +111,8 @@ class Report:
             lines.append(f"{counted(hidden, 'case')} declared unlabelled: training does not see the annotated voxels")
         if {kind for kind, total in self.totals.items() if total["cases"]} == {FULL, UNLABELLED, "all"}:
             lines.append("all cases that are not fully annotated are unlabelled: by default the network labels them "
-                         "after a part of the epochs, and then learns from these labels, too; to leave them out, set "
-                         "\"complete_at\": 0 in the confkd block of the plans")
+                         "after a part of the epochs, unless the training is short, and then learns from these labels, "
+                         "too; to leave them out, set \"complete_at\": 0 in the confkd block of the plans")
         lines += [f"fold {k}: trains on {_kinds_text(fold['train'])}; validates on {_kinds_text(fold['val'])}"
                   for k, fold in enumerate(self.split["folds"])]
         return lines

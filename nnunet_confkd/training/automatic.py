@@ -19,7 +19,9 @@ HINT_REACH = 4  # voxels
 # If the background is annotated at least this many times as densely as the foreground, the teacher completes the labels
 # after this share of the epochs. In our data it is 7 to 31 times with eroded masks, and less than once with scribbles.
 DENSER_BACKGROUND, COMPLETE_AT = 4, 0.25
-LABEL_AT = 0.4  # If all other cases are unlabelled, the network labels them after this share of the epochs.
+# If all other cases are unlabelled, the network labels them after this share of the epochs, in trainings of at least so
+# many iterations. A network that has learnt for a shorter time makes poor labels.
+LABEL_AT, LABEL_FROM = 0.4, 18_000
 WEIGHTS = ("weight_teacher", "weight_kl", "weight_entropy")
 # They follow from the cases of all folds, so that the networks of all folds are alike.
 OF_NETWORK = (*WEIGHTS, "hint_reach", "hint_watershed", "complete_at")

@@ -140,8 +140,9 @@ class Settings:
                                          "annotations (as for `equal_kinds`), and annotate the background at least 4 "
                                          "times as densely as the foreground, as eroded masks do; but 0 if "
                                          "`weight_kl`, `kl_images` or `cutmix` is set. Null means 0.4 without a "
-                                         "teacher, if all cases that are not fully annotated are unlabelled. It means "
-                                         "0 in all other cases, and with one epoch")
+                                         "teacher, if all cases that are not fully annotated are unlabelled and there "
+                                         "are at least 18,000 iterations. It means 0 in all other cases, and with one "
+                                         "epoch")
 
     largest_components: bool = _setting("batches", True, (),
                                         "whether a network that labels unlabelled cases (`complete_at`) keeps the "

@@ -51,7 +51,7 @@ from nnunet_confkd.errors import InputError, TrainingError, counted
 from nnunet_confkd.files import write_json, written_whole
 from nnunet_confkd.output import duration
 from nnunet_confkd.processes import terminable
-from nnunet_confkd.training.automatic import AUTOMATIC, OF_NETWORK, Annotations, choose, choose_network
+from nnunet_confkd.training.automatic import AUTOMATIC, LABEL_FROM, OF_NETWORK, Annotations, choose, choose_network
 from nnunet_confkd.training.batches import (
     ListedClasses,
     StratifiedLoader,
@@ -190,7 +190,8 @@ class ConfKDTrainer(nnUNetTrainer):
             self.print_to_log_file("All cases that are not fully annotated are unlabelled, so there is no teacher. " + (
                 "The network labels them after a part of the epochs (complete_at), and then learns from these labels, "
                 "too. To leave them out, set \"complete_at\": 0 in the confkd block of the plans"
-                if self.settings.complete_at else "They are left out (complete_at is 0)"))
+                if self.settings.complete_at else "They are left out (complete_at is 0). By default the network labels "
+                f"them in trainings of at least {LABEL_FROM} iterations"))
 
     def _put_settings_into_plans(self) -> None:
         """The plans travel with the model, and the settings that it is trained with travel in them."""
@@ -398,10 +399,11 @@ class ConfKDTrainer(nnUNetTrainer):
         return [case for case in self.kinds if case in training] or list(self.kinds)
 
     def _may_have_two_stages(self) -> bool:
-        """Whether each stage has an epoch, and each fold has labels to complete."""
+        """Whether each stage has an epoch, and each fold has labels to complete, and enough time to learn to do so."""
         folds = [{self.kinds.get(case) for case in fold} for fold in self._training_cases_of_folds()]
         kind = PARTIAL if any(PARTIAL in kinds for kinds in folds) else UNLABELLED
-        return self.num_epochs > 1 and all(kind in kinds for kinds in folds)
+        long_enough = kind == PARTIAL or self.num_epochs * self.num_iterations_per_epoch >= LABEL_FROM
+        return self.num_epochs > 1 and long_enough and all(kind in kinds for kinds in folds)
 
     def _choose(self, cases) -> Settings:
         """The settings with what is chosen from the annotations of some cases."""

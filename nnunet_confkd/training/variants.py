@@ -27,8 +27,9 @@ class ConfKDTrainer_noKL(ConfKDTrainer):
 
 
 class ConfKDTrainer_partialOnly(ConfKDTrainer):
-    """Fair baseline: nnU-Net's network of one branch and its loss with the ignore label, on the same batches. Unlabelled
-    images are left out.
+    """Fair baseline: nnU-Net's network of one branch and its loss with the ignore label, on the same batches.
+
+    Unlabelled images are left out.
 
     Examples:
         >>> ConfKDTrainer_partialOnly.settings_of({}).weight_teacher

@@ -310,7 +310,7 @@ def test_the_teachers_own_checkpoint_is_looked_for_in_the_folds_that_are_asked_f
 
 # ---- unlabelled cases, which a network without a teacher labels -----------------------------------------------------
 
-LABELS_ITSELF = {"weight_kl": None, "epochs": 5, "iterations_per_epoch": 4, "seed": 0}
+LABELS_ITSELF = {"weight_kl": None, "epochs": 5, "iterations_per_epoch": 4, "seed": 0, "complete_at": 0.4}
 
 
 @pytest.mark.parametrize("full, others, share", [(3, 57, 0.25), (30, 30, 0.5)])
@@ -383,20 +383,23 @@ def test_without_a_teacher_the_network_labels_the_unlabelled_cases(own_hippocamp
     assert f"The student completes the labels of {len(cases_in(fold))} training" in log
 
 
-def test_what_is_labelled_depends_on_the_cases_that_train(own_hippocampus, hippocampus):
+def test_what_is_labelled_depends_on_the_cases_that_train_and_on_the_length(own_hippocampus, hippocampus, monkeypatch):
     declare_unlabelled(own_hippocampus, hippocampus["partial"][1:])  # one is partially annotated
-    training = {case: [*hippocampus["full"], *hippocampus["unlabelled"], *more] for case, more in (
-        ("held back", []), ("training", hippocampus["partial"][:1]))}
-    for words, train in training.items():
-        name = own_hippocampus.configure(HIPPOCAMPUS, words.replace(" ", "_"), "2d", LABELS_ITSELF, **SMALL)
-        split = [{"train": train, "val": hippocampus["validation"]}]
+    for name, partial, least, expected in (("held_back", [], 20, 2), ("short", [], 21, None),
+                                           ("partial", hippocampus["partial"][:1], 20, None)):
+        monkeypatch.setattr("nnunet_confkd.training.trainer.LABEL_FROM", least)
+        own_hippocampus.configure(HIPPOCAMPUS, name, "2d", LABELS_ITSELF | {"complete_at": None}, **SMALL)
+        split = [{"train": [*hippocampus["full"], *hippocampus["unlabelled"], *partial],
+                  "val": hippocampus["validation"]}]
         (own_hippocampus.preprocessed(HIPPOCAMPUS) / "splits_final.json").write_text(json.dumps(split))
         trainer = own_hippocampus.trainer(HIPPOCAMPUS, name)
         trainer.initialize()
-        assert not trainer.two_branches and trainer.second_stage == (2 if words == "held back" else None)
-        log = open(trainer.log_file).read()
-        assert ("The network labels them" in log) == (words == "held back")
-        assert ("partially annotated cases have so few" in log) == (words == "training")
+        assert not trainer.two_branches and trainer.second_stage == expected, name
+        with open(trainer.log_file) as log:
+            text = log.read()
+        assert ("The network labels them" in text) == (name == "held_back")
+        assert (f"in trainings of at least {least} iterations" in text) == (name == "short")
+        assert ("partially annotated cases have so few" in text) == (name == "partial")
 
 
 def test_the_labels_of_regions_keep_all_components(regions, nnunet):
