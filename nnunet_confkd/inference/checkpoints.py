@@ -81,8 +81,9 @@ def require_teacher(path: str | Path, checkpoint: dict, option: str) -> None:
         option: The option that chooses a branch, for the text.
     """
     if not has_teacher(checkpoint["network_weights"]):
-        labelled = ": it is the network that labelled the unlabelled cases" * (Path(path).name == TEACHER_CHECKPOINT)
-        raise InputError(f"{path}: holds no teacher{labelled}, so {option} has nothing to choose from")
+        what = "it is the network that labelled the unlabelled cases"
+        reason = f": {what}" if Path(path).name == TEACHER_CHECKPOINT else ""
+        raise InputError(f"{path}: holds no teacher{reason}, so {option} has nothing to choose from")
     if teacher_was_left(checkpoint["network_weights"]):
         raise InputError(f"{path}: its teacher has completed labels, and the encoder was trained without it after "
                          f"that, so {option} has no use. The teacher as it was is in {TEACHER_CHECKPOINT} beside it")

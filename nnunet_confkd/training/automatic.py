@@ -80,6 +80,11 @@ class Annotations:
         return partial_background * full / (partial * full_background) if partial * full_background else float("inf")
 
     @property
+    def others_are_unlabelled(self) -> bool:
+        """Whether all training cases that are not fully annotated are unlabelled, and there are some."""
+        return set(self.kinds.values()) == {FULL, UNLABELLED} and not self.hidden
+
+    @property
     def foreground_is_sparser(self) -> bool:
         """Whether partially annotated cases annotate the foreground less densely than the background."""
         return self.background_density > 1
@@ -104,9 +109,8 @@ def choose_network(settings: Settings, annotations: Annotations, regions: bool =
     kinds = set(annotations.kinds.values())
     # With few annotations or none, the student does better without a teacher.
     few = FULL in kinds and kinds != {FULL} and annotations.part < DENSE and not annotations.hidden
-    unlabelled = kinds == {FULL, UNLABELLED} and not annotations.hidden
     needed = (settings.weight_kl is not None or not settings.weight_student
-              or bool(settings.complete_at) and not unlabelled)
+              or bool(settings.complete_at) and not annotations.others_are_unlabelled)
     teacher, kl, entropy = (getattr(settings, name) for name in WEIGHTS)
     teacher = float(needed or not few) if teacher is None else teacher
     # Without annotated background, nothing tells how far from a border real annotations stay. Simulated ones come
@@ -120,10 +124,9 @@ def choose_network(settings: Settings, annotations: Annotations, regions: bool =
     watershed = few_lack_background(annotations) and not regions and not annotations.hidden
     completes = settings.complete_at
     if completes is None:
-        completes = COMPLETE_AT if teacher and watershed and two_stages and may_complete(settings, annotations) else 0.0
-        if unlabelled and two_stages and not settings.weight_entropy and settings.unlabelled_share \
-                and settings.weight_teacher is None and not teacher:
-            completes = LABEL_AT
+        by_teacher = teacher and watershed and may_complete(settings, annotations)
+        itself = not teacher and may_label(settings, annotations)
+        completes = (COMPLETE_AT if by_teacher else LABEL_AT if itself else 0.0) if two_stages else 0.0
     return replace(settings, weight_teacher=teacher, complete_at=completes,
                    hint_reach=reach if settings.hint_reach is None else settings.hint_reach,
                    hint_watershed=watershed if settings.hint_watershed is None else settings.hint_watershed,
@@ -140,6 +143,15 @@ def may_complete(settings: Settings, annotations: Annotations) -> bool:
     return (settings.weight_kl is None and settings.kl_images == "all" and not settings.cutmix
             and settings.weight_student > 0 and settings.teacher_hints
             and annotations.part >= DENSE and annotations.background_density >= DENSER_BACKGROUND)
+
+
+def may_label(settings: Settings, annotations: Annotations) -> bool:
+    """Whether a network without a teacher labels the unlabelled cases, if `complete_at` is null.
+
+    It does not if the user asks for no teacher, or lets unlabelled images teach in another way or not at all.
+    """
+    return (annotations.others_are_unlabelled and settings.weight_teacher is None and not settings.weight_entropy
+            and settings.unlabelled_share > 0)
 
 
 def few_lack_background(annotations: Annotations) -> bool:
@@ -180,9 +192,8 @@ def choose(settings: Settings, annotations: Annotations, batch_size: int, ignore
     dense = annotations.part >= DENSE
     only_full_images = settings.weight_kl and settings.kl_images == "full"
     unlabelled_teach = settings.weight_entropy or settings.kl_on_non_full
-    unlabelled = kinds == {FULL, UNLABELLED} and not annotations.hidden
     # a mixed step teaches the encoder through the student alone
-    mixes = unlabelled and not only_full_images and settings.weight_student
+    mixes = annotations.others_are_unlabelled and not only_full_images and settings.weight_student
     cutmix = unless_set("cutmix", 0.5 if mixes else 0.0)
     apart = {FULL, PARTIAL} <= kinds and batch_size > 1 and not cutmix
     # Without annotated background the student would learn too much foreground, unless the KL acts on these images.

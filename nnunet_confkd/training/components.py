@@ -76,10 +76,10 @@ def largest_components(label: np.ndarray, structures: Sequence[Structure]) -> np
     Returns:
         A new label map.
     """
-    label = label.copy()
+    label, boxes = label.copy(), _boxes(label)
     for structure in structures:
         if isinstance(structure, tuple):
             label = remove_all_but_largest_component_from_segmentation(label, [structure])
-        elif box := _boxes(label).get(structure):
+        elif box := boxes.get(structure):
             label[box] = remove_all_but_largest_component_from_segmentation(label[box], [structure])
     return label

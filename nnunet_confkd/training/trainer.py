@@ -554,7 +554,8 @@ class ConfKDTrainer(nnUNetTrainer):
 
     def _to_complete(self, cases) -> list[str]:
         """The cases whose labels are completed between the stages."""
-        return [case for case in cases if self.kinds.get(case) == completed_kind(self)]
+        kind = completed_kind(self)
+        return [case for case in cases if self.kinds.get(case) == kind]
 
     def _completed_cases(self, cases: TrainingCases, cutmix: float) -> tuple[CompletedCases, dict]:
         """The training cases with whole labels, also those that have been completed; and the options of their
@@ -582,9 +583,8 @@ class ConfKDTrainer(nnUNetTrainer):
             self.save_checkpoint(join(self.output_folder, name))
         self.current_epoch += 1
         train, _ = self.do_split()
-        completed = self._to_complete(train)
-        complete_labels(self, completed)
-        left_out = sum(self.kinds.get(case) == UNLABELLED for case in train if case not in completed)
+        complete_labels(self, self._to_complete(train))
+        left_out = sum(self.kinds.get(case) == UNLABELLED != completed_kind(self) for case in train)
         self.print_to_log_file(f"From epoch {self.current_epoch} on the student alone is trained, on these labels"
                                + (f"; {counted(left_out, 'unlabelled case')} left out" if left_out else ""))
         if self.two_branches:
