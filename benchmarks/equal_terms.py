@@ -112,13 +112,15 @@ QUESTIONS = {
     "longer erosion": ("erosion", "ignore_prior_equal_quarter_long", ("ignore_prior_equal_quarter_long",
                                                                       "apart_corrected_reach_cost_long",
                                                                       "completes_corrected_cost_long")),
+    "longer foreground": ("erosion_foreground", "ignore_quarter_long", ("ignore_quarter_long", "equal_cost_long",
+                                                                        "together_cost_long")),
 }
 
 # of the questions that are not on the page of the results
 PAGES = ({"completed": "method", "hints and KL": "hints"}
          | dict.fromkeys(("points", "other entropy"), "tried")
          | dict.fromkeys(("unlabelled", "longer unlabelled"), "unlabelled")
-         | dict.fromkeys(("longer", "longer erosion", "more points"), "weights_and_batches"))
+         | dict.fromkeys(("longer", "longer erosion", "longer foreground", "more points"), "weights_and_batches"))
 
 # A step takes this many of the rival's, on average over a training: for a plain 2-D U-Net and half of a batch full,
 # before the KL has a weight and from then on (step_time.py on a CPU; bounds by FLOPs 1.091 and 1.121). A row "at equal
@@ -128,13 +130,13 @@ COST_CUTMIX = COST + 0.5 * 0.1
 COST_WIDE = 0.2 * 1.345 + 0.8 * 1.456
 
 
-def cost_completes(share: float) -> float:
+def cost_completes(share: float, kl: bool = False) -> float:
     """The cost of a mean iteration if the first of two stages has this share of them.
 
-    The teacher is run in the first stage alone, and there is no KL. To complete the labels takes time as well, which
-    does not grow with the length of the training and is not counted.
+    The teacher is run in the first stage alone. There is no KL, or one that begins after a fifth of all iterations. To
+    complete the labels takes time as well, which does not grow with the length of the training and is not counted.
     """
-    return share * 1.146 + 1 - share
+    return share * 1.146 + 1 - share + (1.171 - 1.146) * max(0, share - 0.2) * kl
 
 
 ROWS: dict[str, Row] = with_earlier_defaults({
@@ -252,6 +254,10 @@ ROWS |= {name.replace("_cost", f"_{when}cost"): replace(
     for when, (share, words) in COMPLETES.items()
     for name, of in (("completes_cost", "apart_watershed_cost"), ("completes_equal_cost", "equal_cost"),
                      ("completes_corrected_cost", "apart_corrected_watershed_cost"))}
+# Without annotated background the KL comes first, and both branches complete the labels.
+ROWS["together_cost"] = replace(
+    ROWS["equal_cost"], title=f"{ROWS['equal_cost'].title}; both branches complete the labels, after half",
+    settings=ROWS["equal_cost"].settings | {"complete_at": 0.5}, steps=1 / cost_completes(0.5, kl=True))
 # The same without KL: a short first stage of two_stages.py, whose teacher completes the labels.
 ROWS |= {name: replace(ROWS[of], title=f"{ROWS[of].title}; no KL, and the teacher trains the encoder", settings={
     **ROWS[of].settings, "kl_ramp_start": 1.0, "kl_ramp_end": 1.0, "teacher_trains_encoder": True})
@@ -285,7 +291,8 @@ def longer(rows: Mapping[str, Row], names: Iterable[str]) -> dict[str, Row]:
 
 ROWS |= longer(ROWS, ("ignore_equal_quarter", "equal_cost", "full_cutmix", "cutmix_three_quarters_cost",
                       "ignore_prior_equal_quarter", "apart_corrected_reach_cost", "ignore_quarter", "equal_reach_cost",
-                      "completes_corrected_cost", "completes_cost", "apart_watershed_cost", "labels_itself"))
+                      "completes_corrected_cost", "completes_cost", "apart_watershed_cost", "labels_itself",
+                      "together_cost"))
 
 
 def table_of(setting: str, draw: int) -> Table:

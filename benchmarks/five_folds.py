@@ -67,18 +67,20 @@ ROWS: dict[str, Row] = {
     "labels_itself": Row("ConfKD, which labels the unlabelled images itself", settings={"complete_at": 0.4}),
     "completes_cost": Row("ConfKD with completed labels, at equal cost", settings={"complete_at": 0.25},
                           steps=1 / cost_completes(0.25)),
+    "together_cost": Row("ConfKD with labels that both branches complete, at equal cost", settings={"complete_at": 0.5},
+                         steps=1 / cost_completes(0.5, kl=True)),
     "all": replace(USUAL_ROWS["all"], title="everything annotated"),
 }
 USUAL = ("full_only", "ignore_uniform", "ignore", "confkd_cost", "all")
 ALSO_LONGER = ("full_only", "ignore", "confkd_cost", "all")
 LONGER_UNLABELLED = ("full_cutmix", "labels_itself")
-ROWS |= longer(ROWS, ALSO_LONGER + LONGER_UNLABELLED)
+ROWS |= longer(ROWS, (*ALSO_LONGER, *LONGER_UNLABELLED, "together_cost"))
 NO_TEACHER = tuple(name for name in SETTINGS if name.startswith("points"))  # there ConfKD is the row "ignore"
 # What all rows of a table are compared with, in the rows of the same length; else "ignore".
 RIVAL = dict.fromkeys(NO_TEACHER, "full_only") | {"unlabelled": "full_cutmix"}
 ROWS_OF = dict.fromkeys(SETTINGS, USUAL) | dict.fromkeys(NO_TEACHER, ("full_only", "ignore_uniform", "ignore", "all"))
 ROWS_OF |= {
-    "scribbles": tuple(name for name in ROWS if name != "confkd_cutmix_cost" and "itself" not in name),
+    "scribbles": tuple(name for name in ROWS if not name.startswith(("confkd_cutmix", "labels_itself", "together"))),
     "erosion": (*USUAL, "completes_cost", *(name + LONG for name in ALSO_LONGER)),
     "erosion_foreground": tuple(name for name in ROWS if "cutmix" not in name and "itself" not in name),
     "unlabelled": ("full_only", "full_cutmix", "confkd_cutmix_cost", "labels_itself", "all",

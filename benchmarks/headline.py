@@ -25,6 +25,7 @@ COLUMNS = {"full patients alone": ("full_only", "full_cutmix"), STOCK: ("ignore_
 # what ConfKD's trainer chooses
 OUR_ROW = (dict.fromkeys(SETTINGS, "confkd_cost") | dict.fromkeys(NO_TEACHER, "ignore")
            | {"erosion": "completes_cost", "unlabelled": "labels_itself"})
+OUR_LONG_ROW = OUR_ROW | {"erosion_foreground": "together_cost"}
 RIVALS = tuple(COLUMNS)[:3]
 COLOURS = dict(zip(COLUMNS, ("0.65", "tab:orange", "tab:blue", "tab:red", "0.3")))
 
@@ -45,7 +46,8 @@ def lines_of(folder: Path, metric: str = "dice_pp") -> list[dict]:
     for setting, table in SETTINGS.items():
         for full, length in product(table.full, ("", LONG)):
             rows: dict[str, dict[str, dict[int, dict]]] = {column: {} for column in COLUMNS}
-            for column, names in (COLUMNS | {OURS: (OUR_ROW[setting],)}).items():
+            ours = (OUR_LONG_ROW if length else OUR_ROW)[setting]
+            for column, names in (COLUMNS | {OURS: (ours,)}).items():
                 for row in (name + length for name in names if name + length in ROWS):
                     of = runs.get((home_of(setting, row), row, 0 if column == EVERYTHING else full))
                     if of and not (setting != "unlabelled" and "cutmix" in row):

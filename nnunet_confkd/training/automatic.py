@@ -19,9 +19,10 @@ HINT_REACH = 4  # voxels
 # If the background is annotated at least this many times as densely as the foreground, the teacher completes the labels
 # after this share of the epochs. In our data it is 7 to 31 times with eroded masks, and less than once with scribbles.
 DENSER_BACKGROUND, COMPLETE_AT = 4, 0.25
-# If all other cases are unlabelled, the network labels them after this share of the epochs, in trainings of at least so
-# many iterations. A network that has learnt for a shorter time makes poor labels.
-LABEL_AT, LABEL_FROM = 0.4, 18_000
+# If partially annotated cases annotate no background, both branches complete the labels after this share of the epochs.
+# If all other cases are unlabelled, the network labels them. Both need trainings of at least so many iterations: a
+# network that has learnt for a shorter time makes poor labels.
+TOGETHER_AT, LABEL_AT, LONG = 0.5, 0.4, 18_000
 WEIGHTS = ("weight_teacher", "weight_kl", "weight_entropy")
 # They follow from the cases of all folds, so that the networks of all folds are alike.
 OF_NETWORK = (*WEIGHTS, "hint_reach", "hint_watershed", "complete_at")
@@ -91,7 +92,7 @@ class Annotations:
 
 
 def choose_network(settings: Settings, annotations: Annotations, regions: bool = False,
-                   two_stages: bool = True) -> Settings:
+                   two_stages: bool = True, long: bool = True) -> Settings:
     """Replace each of `OF_NETWORK` that is null; with the weights it is decided whether there is a teacher.
 
     Args:
@@ -99,6 +100,7 @@ def choose_network(settings: Settings, annotations: Annotations, regions: bool =
         annotations: Those of all cases, or of the training cases if none of these settings is null any more.
         regions: Whether the labels are regions, which may overlap.
         two_stages: Whether the training may have two stages.
+        long: Whether it has at least `LONG` iterations.
 
     Returns:
         Settings of which no one of `OF_NETWORK` is null.
@@ -124,25 +126,31 @@ def choose_network(settings: Settings, annotations: Annotations, regions: bool =
     watershed = few_lack_background(annotations) and not regions and not annotations.hidden
     completes = settings.complete_at
     if completes is None:
-        by_teacher = teacher and watershed and may_complete(settings, annotations)
-        itself = not teacher and may_label(settings, annotations)
-        completes = (COMPLETE_AT if by_teacher else LABEL_AT if itself else 0.0) if two_stages else 0.0
+        completes = 0.0
+        if two_stages and not teacher and long and may_label(settings, annotations):
+            completes = LABEL_AT
+        elif two_stages and teacher and may_complete(settings, annotations) and not regions:
+            completes = COMPLETE_AT if watershed else TOGETHER_AT if long and not background else 0.0
+    # Without annotated background a teacher does not know where a class ends, so a KL comes first, and both branches
+    # complete the labels.
+    by_teacher = completes and background
     return replace(settings, weight_teacher=teacher, complete_at=completes,
                    hint_reach=reach if settings.hint_reach is None else settings.hint_reach,
                    hint_watershed=watershed if settings.hint_watershed is None else settings.hint_watershed,
-                   weight_kl=(WEIGHT_KL if teacher and not completes else 0.0) if kl is None else kl,
+                   weight_kl=(WEIGHT_KL if teacher and not by_teacher else 0.0) if kl is None else kl,
                    weight_entropy=(WEIGHT_ENTROPY if teacher else 0.0) if entropy is None else entropy)
 
 
 def may_complete(settings: Settings, annotations: Annotations) -> bool:
-    """Whether a teacher completes labels in place of the KL, if `complete_at` is null.
+    """Whether the labels of partially annotated cases are completed, if `complete_at` is null.
 
-    It does so with masks whose inside is annotated less densely than the background, such as eroded ones. A KL, some of
-    its images or CutMix that the user asks for stay.
+    They are with masks whose inside is annotated less densely than the background, such as eroded ones, and with masks
+    that annotate no background. A KL, some of its images or CutMix that the user asks for stay.
     """
+    density = annotations.background_density
     return (settings.weight_kl is None and settings.kl_images == "all" and not settings.cutmix
-            and settings.weight_student > 0 and settings.teacher_hints
-            and annotations.part >= DENSE and annotations.background_density >= DENSER_BACKGROUND)
+            and settings.weight_student > 0 and settings.teacher_hints and not annotations.hidden
+            and annotations.part >= DENSE and (not density or density >= DENSER_BACKGROUND))
 
 
 def may_label(settings: Settings, annotations: Annotations) -> bool:

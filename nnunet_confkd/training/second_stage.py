@@ -5,8 +5,9 @@ completes the label of each partially annotated training case, once. Annotated v
 student is trained as nnU-Net trains on fully annotated images. In each stage the learning rate falls to zero, so the
 labels are completed at the end of a whole schedule.
 
-If all other cases are unlabelled there is no teacher. The network itself labels these cases, after it has learnt from
-the fully annotated ones. It keeps the largest component alone of structures that are one piece (components.py).
+If the first stage has a KL, both branches complete the labels together. If all other cases are unlabelled there is no
+teacher. The network itself labels these cases, after it has learnt from the fully annotated ones. Labels that the
+student has a part in keep the largest component alone of structures that are one piece (components.py).
 
 A student that learns from the labels of a teacher is self-training (D.-H. Lee, "Pseudo-label", ICML workshop 2013). A
 teacher that is shown weak labels and completes them is known for points (Kim et al., "The devil is in the points:
@@ -32,6 +33,7 @@ from nnunet_confkd.training.components import Structure, largest_components, str
 from nnunet_confkd.training.hints import whole_image_hints
 from nnunet_confkd.training.names import COMPLETED_LABELS, TEACHER_CHECKPOINT
 from nnunet_confkd.training.ranks import patient_group
+from nnunet_confkd.training.settings import Settings
 from nnunet_confkd.training.validation import CasePredictor
 
 WORDS = {PARTIAL: "partially annotated", UNLABELLED: "unlabelled"}
@@ -146,6 +148,13 @@ def completed_kind(trainer) -> str:
     return PARTIAL if trainer.settings.weight_teacher else UNLABELLED
 
 
+def completing_branch(settings: Settings) -> str:
+    """Return which branch completes the labels: "student", "teacher" or the "mean" of both."""
+    if not settings.weight_teacher:
+        return "student"
+    return "mean" if settings.weight_kl else "teacher"
+
+
 def draw_probabilities(full: Sequence[str], labelled: Sequence[str], share: float | None = None) -> dict[str, float]:
     """Compute how likely each case is drawn in the second stage, if the network has labelled the unlabelled ones.
 
@@ -199,7 +208,8 @@ def _structures_of_one_piece(trainer) -> list[Structure]:
 def complete_labels(trainer, cases: Iterable[str]) -> None:
     """Complete the labels of preprocessed cases. With DDP each rank takes its share.
 
-    The teacher completes partially annotated cases. Without a teacher the network labels unlabelled ones.
+    The teacher, or both branches after a KL, complete partially annotated cases. Without a teacher the network labels
+    unlabelled ones.
 
     Args:
         trainer: The trainer.
@@ -208,8 +218,9 @@ def complete_labels(trainer, cases: Iterable[str]) -> None:
     folder, manager = os.path.join(trainer.output_folder, COMPLETED_LABELS), trainer.label_manager
     os.makedirs(folder, exist_ok=True)
     group, cases = patient_group() if trainer.is_ddp else None, sorted(cases)
-    branch = "teacher" if trainer.settings.weight_teacher else "student"
-    trainer.print_to_log_file(f"The {branch} completes the labels of {len(cases)} training cases")
+    branch = completing_branch(trainer.settings)
+    who = "Both branches complete" if branch == "mean" else f"The {branch} completes"
+    trainer.print_to_log_file(f"{who} the labels of {len(cases)} training cases")
     cases = cases[trainer.local_rank::dist.get_world_size() if trainer.is_ddp else 1]
     trainer.set_deep_supervision_enabled(False)
     trainer.network.eval()
@@ -221,19 +232,20 @@ def complete_labels(trainer, cases: Iterable[str]) -> None:
     # what nnU-Net's preprocessing collects: places of each class, and annotated ones, from which patches are drawn
     collected = [*(manager.foreground_regions if manager.has_regions else manager.foreground_labels),
                  [OUTSIDE, *manager.all_labels]]
-    structures = _structures_of_one_piece(trainer) if branch == "student" else ()
+    structures = () if branch == "teacher" else _structures_of_one_piece(trainer)
     for number, case in enumerate(cases, 1):
         trainer.print_to_log_file(f"completing {case} ({number} of {len(cases)})")
         data, seg, seg_prev, _ = dataset.load_case(case)
         data, seg, seg_prev = (values if values is None else np.asarray(values[:]) for values in (data, seg, seg_prev))
         hints = None
-        if branch == "teacher":
+        if branch != "student":
             target, mask = map(torch.from_numpy, real_hints(seg.astype(np.int16), manager.ignore_label))
             hints = whole_image_hints(data, target, mask, seg[0] != OUTSIDE, manager,
                                       trainer.configuration_manager.patch_size, bool(trainer.settings.hint_watershed))
         found = manager.convert_logits_to_segmentation(predict(data, seg_prev, hints)[branch]).numpy()
-        found = largest_components(found, structures)
-        label = np.where(seg == manager.ignore_label, found[None], seg).astype(seg.dtype)
+        missing = seg == manager.ignore_label
+        found = largest_components(np.where(missing, found, seg)[0], structures)
+        label = np.where(missing, found[None], seg).astype(seg.dtype)
         file = os.path.join(folder, case)
         _save_label(dataset.dataset, label, file, trainer.configuration_manager.patch_size)
         # last: a case is complete if it is there

@@ -51,7 +51,7 @@ from nnunet_confkd.errors import InputError, TrainingError, counted
 from nnunet_confkd.files import write_json, written_whole
 from nnunet_confkd.output import duration
 from nnunet_confkd.processes import terminable
-from nnunet_confkd.training.automatic import AUTOMATIC, LABEL_FROM, OF_NETWORK, Annotations, choose, choose_network
+from nnunet_confkd.training.automatic import AUTOMATIC, LONG, OF_NETWORK, Annotations, choose, choose_network
 from nnunet_confkd.training.batches import (
     ListedClasses,
     StratifiedLoader,
@@ -178,7 +178,8 @@ class ConfKDTrainer(nnUNetTrainer):
             return
         self.find_supervision()
         self.settings = choose_network(self.settings, self._annotations(self._cases_that_train()),
-                                       self.label_manager.has_regions, self._may_have_two_stages())
+                                       self.label_manager.has_regions, self._may_have_two_stages(),
+                                       self.num_epochs * self.num_iterations_per_epoch >= LONG)
         self._put_settings_into_plans()
         if self.settings.weight_teacher or self.asked.weight_teacher == 0:
             return
@@ -191,7 +192,7 @@ class ConfKDTrainer(nnUNetTrainer):
                 "The network labels them after a part of the epochs (complete_at), and then learns from these labels, "
                 "too. To leave them out, set \"complete_at\": 0 in the confkd block of the plans"
                 if self.settings.complete_at else "They are left out (complete_at is 0). By default the network labels "
-                f"them in trainings of at least {LABEL_FROM} iterations"))
+                f"them in trainings of at least {LONG} iterations"))
 
     def _put_settings_into_plans(self) -> None:
         """The plans travel with the model, and the settings that it is trained with travel in them."""
@@ -399,11 +400,10 @@ class ConfKDTrainer(nnUNetTrainer):
         return [case for case in self.kinds if case in training] or list(self.kinds)
 
     def _may_have_two_stages(self) -> bool:
-        """Whether each stage has an epoch, and each fold has labels to complete, and enough time to learn to do so."""
+        """Whether each stage has an epoch, and each fold has labels to complete."""
         folds = [{self.kinds.get(case) for case in fold} for fold in self._training_cases_of_folds()]
         kind = PARTIAL if any(PARTIAL in kinds for kinds in folds) else UNLABELLED
-        long_enough = kind == PARTIAL or self.num_epochs * self.num_iterations_per_epoch >= LABEL_FROM
-        return self.num_epochs > 1 and long_enough and all(kind in kinds for kinds in folds)
+        return self.num_epochs > 1 and all(kind in kinds for kinds in folds)
 
     def _choose(self, cases) -> Settings:
         """The settings with what is chosen from the annotations of some cases."""

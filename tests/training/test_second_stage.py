@@ -387,7 +387,7 @@ def test_what_is_labelled_depends_on_the_cases_that_train_and_on_the_length(own_
     declare_unlabelled(own_hippocampus, hippocampus["partial"][1:])  # one is partially annotated
     for name, partial, least, expected in (("held_back", [], 20, 2), ("short", [], 21, None),
                                            ("partial", hippocampus["partial"][:1], 20, None)):
-        monkeypatch.setattr("nnunet_confkd.training.trainer.LABEL_FROM", least)
+        monkeypatch.setattr("nnunet_confkd.training.trainer.LONG", least)
         own_hippocampus.configure(HIPPOCAMPUS, name, "2d", LABELS_ITSELF | {"complete_at": None}, **SMALL)
         split = [{"train": [*hippocampus["full"], *hippocampus["unlabelled"], *partial],
                   "val": hippocampus["validation"]}]
