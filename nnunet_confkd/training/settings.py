@@ -78,7 +78,7 @@ class Settings:
     weight_student: float = _setting("losses", 1.0, WEIGHTS, "weight of L_w, the student's supervised loss")
     weight_kl: float | None = _setting("losses", None, WEIGHTS,
                                        "weight of L_kd, the distillation from teacher to student. Null means 3, but 0 "
-                                       "without a teacher, and if the teacher completes labels (`complete_at`)")
+                                       "without a teacher, and if the teacher alone completes labels (`complete_at`)")
     weight_entropy: float | None = _setting("losses", None, WEIGHTS,
                                             "weight of L_ent, the student's entropy. Null means 0.01, but 0 without a "
                                             "teacher")
@@ -132,20 +132,25 @@ class Settings:
 
     complete_at: float | None = _setting("teacher", None, (0, 0.95),
                                          "share of the epochs after which labels are completed: those of the partially "
-                                         "annotated training cases by the teacher. If there is no teacher, the network "
+                                         "annotated training cases by the teacher, or by both branches together if there "
+                                         "is a KL. If there is no teacher, the network "
                                          "labels the unlabelled cases. From then on the student alone is trained, on "
-                                         "these labels. The learning rate falls to zero twice. There is no KL, unless "
-                                         "`weight_kl` is set. 0: never. Null means 0.25 where "
+                                         "these labels. The learning rate falls to zero twice. There is no KL if these "
+                                         "cases annotate background, unless `weight_kl` is set. 0: never. Null means "
+                                         "0.25 where "
                                          "`hint_watershed` null means true, if partially annotated cases have enough "
                                          "annotations (as for `equal_kinds`), and annotate the background at least 4 "
                                          "times as densely as the foreground, as eroded masks do; but 0 if "
-                                         "`weight_kl`, `kl_images` or `cutmix` is set. Null means 0.4 without a "
+                                         "`weight_kl`, `kl_images` or `cutmix` is set. Null means 0.5 if they annotate no "
+                                         "background and have as many annotations, but not with regions, and if there "
+                                         "are at least 18,000 iterations. Null means 0.4 without a "
                                          "teacher, if all cases that are not fully annotated are unlabelled and there "
                                          "are at least 18,000 iterations. It means 0 in all other cases, and with one "
                                          "epoch")
 
     largest_components: bool = _setting("batches", True, (),
-                                        "whether a network that labels unlabelled cases (`complete_at`) keeps the "
+                                        "whether a network that labels unlabelled cases (`complete_at`), or both "
+                                        "branches that complete labels, keep the "
                                         "largest component alone of structures that are one piece in all fully "
                                         "annotated training cases, such as a heart. Set it to false for lesions, of "
                                         "which other cases may have several")

@@ -7,7 +7,16 @@ import pytest
 
 from nnunet_confkd.data.supervision import FULL, PARTIAL, UNLABELLED
 from nnunet_confkd.errors import InputError
-from nnunet_confkd.training.automatic import AUTOMATIC, COMPLETE_AT, LABEL_AT, Annotations, choose, choose_network
+from nnunet_confkd.training.automatic import (
+    AUTOMATIC,
+    COMPLETE_AT,
+    LABEL_AT,
+    TOGETHER_AT,
+    Annotations,
+    choose,
+    choose_network,
+)
+from nnunet_confkd.training.second_stage import completing_branch
 from nnunet_confkd.training.settings import Settings
 
 BASELINE = Settings(weight_teacher=0.0, weight_kl=0.0, weight_entropy=0.0)
@@ -41,7 +50,7 @@ TEACHER, COMPLETES, ALONE = (1, 3, 0.01), (1, 0, 0.01), (0, 0, 0)
 @pytest.mark.parametrize("data, with_teacher, without", [
     (SCRIBBLES, (*TEACHER, 0.5, True, False, 4, True, 0, 0, 0, 0.25), (0.25, True, 0)),
     (ERODED, (*COMPLETES, 0.5, True, True, 4, True, 0.25, 1, 0, 0.25), (0.25, True, 1)),
-    (BLOBS, (*TEACHER, 0.5, True, True, 0, False, 0, 0, 0, 0.25), (0.25, False, 0)),
+    (BLOBS, (*TEACHER, 0.5, True, True, 0, False, 0.5, 0, 0, 0.25), (0.25, False, 0)),
     (POINTS, (*ALONE, 0.75, False, False, 4, True, 0, 0, 0, 0), (0.75, False, 0)),
     (NO_LABELS, (*ALONE, 1, False, False, 0, False, 0.4, 0, 0.5, 0), (1, False, 0)),
     (annotations(unlabelled=0), (*TEACHER, 1, False, True, 0, False, 0, 0, 0, 0.25), (1, False, 0))],
@@ -155,6 +164,25 @@ def test_the_teacher_completes_eroded_masks_unless_a_setting_is_against_it():
     assert not chosen(replace(ERODED, hidden=[1]))["complete_at"]
     few = annotations(partial=[30] * 5, background=7000)
     assert (few.part < 0.055, chosen(few)["complete_at"]) == (True, 0)
+
+
+def test_both_branches_complete_blobs_in_long_trainings_unless_a_setting_is_against_it():
+    found = choose_network(Settings(), BLOBS)
+    assert (found.complete_at, found.weight_kl, completing_branch(found)) == (TOGETHER_AT, 3, "mean")
+    for reason in ("long", "two_stages", "regions"):
+        found = choose_network(Settings(), BLOBS, **{reason: reason == "regions"})
+        assert (found.complete_at, found.weight_kl) == (0, 3), reason
+    for name, value in (("weight_kl", 0.0), ("weight_kl", 1.0), ("weight_student", 0.0), ("weight_teacher", 0.0),
+                        ("teacher_hints", False), ("complete_at", 0.0), ("kl_images", "full"), ("cutmix", 0.5)):
+        assert chosen(BLOBS, Settings(**{name: value}))["complete_at"] == 0, name
+    assert not chosen(replace(BLOBS, hidden=[1]))["complete_at"]
+    assert not chosen(replace(BLOBS, background=BLOBS.background | {1: 1}))["complete_at"], "one case has background"
+    assert not chosen(annotations(partial=[40] * 5, background=0))["complete_at"], "too few annotations"
+    asked = choose_network(Settings(complete_at=0.3), BLOBS, long=False)
+    assert (asked.complete_at, asked.weight_kl) == (0.3, 3)
+    teacher = choose_network(Settings(), ERODED)
+    assert (completing_branch(teacher), completing_branch(choose_network(Settings(), NO_LABELS))) == (
+        "teacher", "student")
 
 
 @pytest.mark.parametrize("settings, expected", [

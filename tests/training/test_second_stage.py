@@ -22,6 +22,7 @@ from nnunet_confkd.training.second_stage import (
     TwoStageLR,
     _structures_of_one_piece,
     begin_of_second_stage,
+    complete_labels,
     draw_probabilities,
 )
 from nnunet_confkd.training.settings import Settings
@@ -264,6 +265,51 @@ def test_by_default_eroded_masks_are_completed(nnunet, hippocampus, density, epo
     assert trainer._may_have_two_stages() == (epochs > 1)
     assert trainer.second_stage == begin and bool(begin) == (LEFT_IN_EPOCH in trainer.network.state_dict())
     assert (block["complete_at"], block["weight_kl"]) == ((COMPLETE_AT, 0) if begin else (0, 3))
+
+
+@pytest.mark.parametrize("epochs, begin", [(9000, 4500), (8999, None)])
+def test_by_default_long_trainings_complete_masks_without_background(nnunet, hippocampus, epochs, begin):
+    name = nnunet.configure(HIPPOCAMPUS, f"stages_together_{epochs}", "2d", TWO_STAGES | {
+        "complete_at": None, "hint_watershed": None, "epochs": epochs}, **SMALL)  # two iterations each
+    trainer = nnunet.trainer(HIPPOCAMPUS, name)
+    kinds = trainer.find_supervision()
+    trainer.foreground = dict.fromkeys(kinds, 100) | {case: 20 for case in kinds if kinds[case] == PARTIAL}
+    trainer.background |= {case: 0 for case in kinds if kinds[case] == PARTIAL}
+    trainer.initialize()
+    block = trainer.plans_manager.plans["configurations"][name]["confkd"]
+    assert (trainer.second_stage, block["complete_at"]) == (begin, 0.5 if begin else 0)
+    assert (block["weight_kl"], block["hint_watershed"]) == (3, False)
+
+
+@pytest.mark.parametrize("weight_kl, branch", [(None, "teacher"), (3.0, "mean")])
+def test_labels_that_both_branches_complete_keep_the_largest_component(nnunet, hippocampus, monkeypatch, tmp_path,
+                                                                       weight_kl, branch):
+    name = nnunet.configure(HIPPOCAMPUS, f"stages_by_{branch}", "2d", TWO_STAGES | {"weight_kl": weight_kl}, **SMALL)
+    trainer = nnunet.trainer(HIPPOCAMPUS, name)
+    trainer.initialize()
+    trainer.find_supervision()
+    trainer.output_folder = str(tmp_path)
+    calls = []
+
+    def predictor(trainer, branches):
+        def predict(data, seg_prev, hints):
+            logits = torch.zeros(trainer.label_manager.num_segmentation_heads, *data.shape[1:])
+            logits[0] = 0.5
+            logits[1, :, :9, :9] = logits[1, :, -3:, -3:] = 1  # two pieces, in opposite corners
+            calls.append((branches, hints is not None))
+            return {branches[0]: logits}
+        return predict
+
+    monkeypatch.setattr("nnunet_confkd.training.second_stage.CasePredictor", predictor)
+    case = hippocampus["partial"][0]
+    complete_labels(trainer, [case])
+    dataset = trainer.dataset_class(trainer.preprocessed_dataset_folder, [case], str(tmp_path / COMPLETED_LABELS))
+    _, seg, label, _ = dataset.load_case(case)
+    seg, label = np.asarray(seg[0]), np.asarray(label[0])
+    known = seg != trainer.label_manager.ignore_label
+    assert calls == [([branch], True)] and np.array_equal(label[known], seg[known])
+    large, small = (label[corner][~known[corner]] for corner in (np.s_[:, :9, :9], np.s_[:, -3:, -3:]))
+    assert len(large) > len(small) > 0 and (large == 1).all() and (small == (branch == "teacher")).all()
 
 
 def test_all_folds_complete_labels_or_none(nnunet, hippocampus, split):
