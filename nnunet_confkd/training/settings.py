@@ -132,28 +132,25 @@ class Settings:
 
     complete_at: float | None = _setting("teacher", None, (0, 0.95),
                                          "share of the epochs after which labels are completed: those of the partially "
-                                         "annotated training cases by the teacher, or by both branches together if there "
-                                         "is a KL. If there is no teacher, the network "
-                                         "labels the unlabelled cases. From then on the student alone is trained, on "
-                                         "these labels. The learning rate falls to zero twice. There is no KL if these "
-                                         "cases annotate background, unless `weight_kl` is set. 0: never. Null means "
-                                         "0.25 where "
+                                         "annotated training cases by the teacher, or by both branches together if "
+                                         "there is a KL. If there is no teacher, the network labels the unlabelled "
+                                         "cases. From then on the student alone is trained, on these labels. The "
+                                         "learning rate falls to zero twice. There is no KL if these cases annotate "
+                                         "background, unless `weight_kl` is set. 0: never. Null means 0.25 where "
                                          "`hint_watershed` null means true, if partially annotated cases have enough "
                                          "annotations (as for `equal_kinds`), and annotate the background at least 4 "
                                          "times as densely as the foreground, as eroded masks do; but 0 if "
-                                         "`weight_kl`, `kl_images` or `cutmix` is set. Null means 0.5 if they annotate no "
-                                         "background and have as many annotations, but not with regions, and if there "
-                                         "are at least 18,000 iterations. Null means 0.4 without a "
-                                         "teacher, if all cases that are not fully annotated are unlabelled and there "
-                                         "are at least 18,000 iterations. It means 0 in all other cases, and with one "
-                                         "epoch")
+                                         "`weight_kl`, `kl_images` or `cutmix` is set. Null means 0.5 if they annotate "
+                                         "no background and have as many annotations, but not with regions, and if "
+                                         "there are at least 18,000 iterations. Null means 0.4 without a teacher, if "
+                                         "all cases that are not fully annotated are unlabelled and there are at least "
+                                         "18,000 iterations. It means 0 in all other cases, and with one epoch")
 
     largest_components: bool = _setting("batches", True, (),
                                         "whether a network that labels unlabelled cases (`complete_at`), or both "
-                                        "branches that complete labels, keep the "
-                                        "largest component alone of structures that are one piece in all fully "
-                                        "annotated training cases, such as a heart. Set it to false for lesions, of "
-                                        "which other cases may have several")
+                                        "branches that complete labels, keep the largest component alone of "
+                                        "structures that are one piece in all fully annotated training cases, such as "
+                                        "a heart. Set it to false for lesions, of which other cases may have several")
 
     cutmix: float | None = _setting("batches", None, SHARES,
                                     "share of the iterations in which the student's images exchange boxes, with their "
