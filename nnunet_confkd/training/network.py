@@ -430,10 +430,14 @@ def _combine(student, teacher, how: str):
     return torch.cat((student, teacher), 1) if how == "both" else (student + teacher) / 2
 
 
+def without_ddp(network: nn.Module) -> nn.Module:
+    """The module inside DDP, which a rank can run alone. DDP's first pass sends buffers, and waits for all ranks."""
+    return network.module if isinstance(network, DistributedDataParallel) else network
+
+
 def unwrap(network: nn.Module) -> nn.Module:
     """The module inside DDP and torch.compile."""
-    if isinstance(network, DistributedDataParallel):
-        network = network.module
+    network = without_ddp(network)
     return network._orig_mod if isinstance(network, OptimizedModule) else network
 
 

@@ -109,7 +109,8 @@ class CompletedCases(TrainingCases):
         if missing:
             raise InputError(f"{folder}: lacks the completed labels of {some(missing)}. To complete them again, make a "
                              f"copy of {TEACHER_CHECKPOINT} with the name checkpoint_latest.pth, move "
-                             f"checkpoint_final.pth away if there is one, and go on with --c")
+                             f"checkpoint_final.pth away if there is one, and go on with --c. To validate alone, "
+                             f"give --val")
 
     def load_case(self, case: str):
         """Load a case as nnU-Net's data set does."""

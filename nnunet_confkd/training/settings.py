@@ -158,7 +158,8 @@ class Settings:
                                     "that are not fully annotated are unlabelled, else 0")
     cutmix_full: float = _setting("batches", 0.0, SHARES,
                                   "share of the iterations in which the fully annotated images exchange boxes among "
-                                  "themselves, with their labels, for both branches")
+                                  "themselves, with their labels, for both branches. It has no effect with one of "
+                                  "them in a batch, nor after labels have been completed")
     full_share: float | None = _setting("batches", None, (0.01, 1),
                                         "share of fully annotated images in a training batch, until the teacher "
                                         "completes labels. Null means the share "
@@ -212,6 +213,10 @@ class Settings:
                 raise InputError(f"confkd: complete_at is above 0, but {name} is {shown(getattr(self, name))}: a "
                                  f"teacher that sees hints completes the labels, and the student learns from them; "
                                  f"set \"complete_at\": 0")
+        if self.weight_kl and self.complete_at and self.complete_at <= self.kl_ramp_start:
+            raise InputError(f"confkd: the KL would never act, because complete_at ({self.complete_at}) is not above "
+                             f"kl_ramp_start ({self.kl_ramp_start}); raise complete_at, lower kl_ramp_start, or set "
+                             f"\"weight_kl\": 0")
         if self.kl_ramp_end < self.kl_ramp_start:
             raise InputError(f"confkd: kl_ramp_end ({self.kl_ramp_end}) lies before kl_ramp_start "
                              f"({self.kl_ramp_start})")

@@ -188,11 +188,15 @@ class ConfKDTrainer(nnUNetTrainer):
                                    " student learns from the labels alone. For a teacher, set \"weight_kl\": 3 in the "
                                    "confkd block of the plans")
         else:
-            self.print_to_log_file("All cases that are not fully annotated are unlabelled, so there is no teacher. " + (
-                "The network labels them after a part of the epochs (complete_at), and then learns from these labels, "
-                "too. To leave them out, set \"complete_at\": 0 in the confkd block of the plans"
-                if self.settings.complete_at else "They are left out (complete_at is 0). By default the network labels "
-                f"them in trainings of at least {LONG} iterations"))
+            how = ("They are left out (complete_at is 0). By default the network labels them in trainings of at least "
+                   f"{LONG} iterations")
+            if self.settings.complete_at:
+                how = ("The network labels them after a part of the epochs (complete_at), and then learns from these "
+                       "labels, too. To leave them out, set \"complete_at\": 0 in the confkd block of the plans")
+            elif self.settings.weight_entropy:
+                how = "They teach by their entropy alone (weight_entropy)"
+            self.print_to_log_file(f"All cases that are not fully annotated are unlabelled, so there is no teacher. "
+                                   f"{how}")
 
     def _put_settings_into_plans(self) -> None:
         """The plans travel with the model, and the settings that it is trained with travel in them."""

@@ -39,7 +39,7 @@ from nnunet_confkd.files import written_whole
 from nnunet_confkd.training.batches import label_outside
 from nnunet_confkd.training.hints import regions_of, whole_image_hints
 from nnunet_confkd.training.names import VALIDATION_FOLDERS
-from nnunet_confkd.training.network import TwoBranchUNet, unwrap
+from nnunet_confkd.training.network import TwoBranchUNet, unwrap, without_ddp
 from nnunet_confkd.training.prediction_maps import StreamingExport
 from nnunet_confkd.training.record import RECORD
 
@@ -91,9 +91,10 @@ class CasePredictor:
         self.predictor = nnUNetPredictor(tile_step_size=0.5, use_gaussian=True, use_mirroring=True,
                                          perform_everything_on_device=True, device=trainer.device, verbose=False,
                                          verbose_preprocessing=False, allow_tqdm=False)
-        self.predictor.manual_initialization(trainer.network, trainer.plans_manager, trainer.configuration_manager,
-                                             None, trainer.dataset_json, type(trainer).__name__,
-                                             trainer.inference_allowed_mirroring_axes)
+        # a rank without a case does not predict
+        self.predictor.manual_initialization(without_ddp(trainer.network), trainer.plans_manager,
+                                             trainer.configuration_manager, None, trainer.dataset_json,
+                                             type(trainer).__name__, trainer.inference_allowed_mirroring_axes)
         self.heads = trainer.label_manager.num_segmentation_heads
 
     @contextmanager

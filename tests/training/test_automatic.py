@@ -180,6 +180,8 @@ def test_both_branches_complete_blobs_in_long_trainings_unless_a_setting_is_agai
     assert not chosen(annotations(partial=[40] * 5, background=0))["complete_at"], "too few annotations"
     asked = choose_network(Settings(complete_at=0.3), BLOBS, long=False)
     assert (asked.complete_at, asked.weight_kl) == (0.3, 3)
+    with pytest.raises(InputError, match=r"never act, because complete_at \(0.2\) is not above kl_ramp_start"):
+        choose_network(Settings(complete_at=0.2), BLOBS)
     teacher = choose_network(Settings(), ERODED)
     assert (completing_branch(teacher), completing_branch(choose_network(Settings(), NO_LABELS))) == (
         "teacher", "student")

@@ -446,6 +446,15 @@ def test_what_is_labelled_depends_on_the_cases_that_train_and_on_the_length(own_
         assert ("The network labels them" in text) == (name == "held_back")
         assert (f"in trainings of at least {least} iterations" in text) == (name == "short")
         assert ("partially annotated cases have so few" in text) == (name == "partial")
+    own_hippocampus.configure(HIPPOCAMPUS, "entropy", "2d", LABELS_ITSELF | {
+        "complete_at": None, "weight_entropy": 0.1}, **SMALL)
+    split = [{"train": [*hippocampus["full"], *hippocampus["unlabelled"]], "val": hippocampus["validation"]}]
+    (own_hippocampus.preprocessed(HIPPOCAMPUS) / "splits_final.json").write_text(json.dumps(split))
+    trainer = own_hippocampus.trainer(HIPPOCAMPUS, "entropy")
+    trainer.initialize()
+    with open(trainer.log_file) as log:
+        text = log.read()
+    assert "They teach by their entropy alone" in text and "They are left out" not in text
 
 
 def test_the_labels_of_regions_keep_all_components(regions, nnunet):

@@ -47,6 +47,24 @@ def trained(nnunet, hippocampus_model):
     return trainer
 
 
+def test_a_rank_that_predicts_alone_does_not_wait_for_the_others(trained, hippocampus, monkeypatch):
+    """DDP's first pass sends the buffers, of which a network whose teacher completes labels has one."""
+    class Ranks(torch.nn.Module):
+        def __init__(self, module):
+            super().__init__()
+            self.module = module
+
+        def forward(self, *args, **options):
+            raise AssertionError("all ranks take part in this pass")
+
+    monkeypatch.setattr("nnunet_confkd.training.network.DistributedDataParallel", Ranks)
+    trained.network = Ranks(trained.network)
+    case = hippocampus["validation"][0]
+    data = trained.dataset_class(trained.preprocessed_dataset_folder, [case]).load_case(case)[0]
+    predicted = CasePredictor(trained, ["student", "teacher"])(data, None)
+    assert predicted["student"].shape == predicted["teacher"].shape
+
+
 def test_both_branches_are_validated_as_nnunet_does(hippocampus_model, hippocampus):
     """The student's files are nnU-Net's: one for each case, with probabilities, and a summary."""
     dice = {}
