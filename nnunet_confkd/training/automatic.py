@@ -126,11 +126,7 @@ def choose_network(settings: Settings, annotations: Annotations, regions: bool =
     watershed = few_lack_background(annotations) and not regions and not annotations.hidden
     completes = settings.complete_at
     if completes is None:
-        completes = 0.0
-        if two_stages and not teacher and long and may_label(settings, annotations):
-            completes = LABEL_AT
-        elif two_stages and teacher and may_complete(settings, annotations) and not regions:
-            completes = COMPLETE_AT if watershed else TOGETHER_AT if long and not background else 0.0
+        completes = _complete_at(settings, annotations, bool(teacher), watershed, regions, long) if two_stages else 0.0
     # Without annotated background a teacher does not know where a class ends, so a KL comes first, and both branches
     # complete the labels.
     by_teacher = completes and background
@@ -139,6 +135,18 @@ def choose_network(settings: Settings, annotations: Annotations, regions: bool =
                    hint_watershed=watershed if settings.hint_watershed is None else settings.hint_watershed,
                    weight_kl=(WEIGHT_KL if teacher and not by_teacher else 0.0) if kl is None else kl,
                    weight_entropy=(WEIGHT_ENTROPY if teacher else 0.0) if entropy is None else entropy)
+
+
+def _complete_at(settings: Settings, annotations: Annotations, teacher: bool, watershed: bool, regions: bool,
+                 long: bool) -> float:
+    """Choose the share of the epochs after which labels are completed; 0: never."""
+    if not teacher:
+        return LABEL_AT if long and may_label(settings, annotations) else 0.0
+    if regions or not may_complete(settings, annotations):
+        return 0.0
+    if annotations.background_density:
+        return COMPLETE_AT if watershed else 0.0
+    return TOGETHER_AT if long else 0.0
 
 
 def may_complete(settings: Settings, annotations: Annotations) -> bool:
