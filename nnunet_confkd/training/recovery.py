@@ -98,13 +98,14 @@ def set_aside_earlier(folder: str | Path) -> str | None:
             f"post-processing, if it had one. To go on with a training, give --c; to validate it again, --val.")
 
 
-def explain_stop(error: BaseException, folder: str | Path, epoch: int) -> tuple[str, str | None]:
+def explain_stop(error: BaseException, folder: str | Path, epoch: int, begun: bool = True) -> tuple[str, str | None]:
     """Say where a training has stopped, and from which checkpoint it can be continued.
 
     Args:
         error: What has ended the training.
         folder: Folder of the fold.
         epoch: Number of the epoch.
+        begun: Whether the training had begun or was continued. If not, a checkpoint is that of an earlier training.
 
     Returns:
         The text, and the reason of an error that :class:`TrainingError` should carry, or None for any other.
@@ -113,6 +114,10 @@ def explain_stop(error: BaseException, folder: str | Path, epoch: int) -> tuple[
     left = next((name for name in names if Path(folder, name).is_file()), None)
     stopped = f"The training stopped in epoch {epoch}. " + (
         f"{left} is whole: --c goes on from it." if left else "There is no checkpoint to go on from yet.")
+    if not begun:
+        stopped = "The training stopped before its first step."
+        if left:
+            stopped += f" {left} is that of an earlier training, which is left as it was."
     if isinstance(error, TrainingError):
         return stopped, str(error)
     if isinstance(error, RuntimeError) and "background workers" in str(error):

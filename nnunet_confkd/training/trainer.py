@@ -705,7 +705,8 @@ class ConfKDTrainer(nnUNetTrainer):
         except BaseException as error:
             if isinstance(error, InputError) and not self.iteration:
                 raise  # nothing had begun
-            stopped, reason = explain_stop(error, self.output_folder, self.current_epoch)
+            stopped, reason = explain_stop(error, self.output_folder, self.current_epoch,
+                                           begun=self.iteration > 0 or self.continued)
             self.print_to_log_file(stopped)
             if reason:
                 raise TrainingError(f"{reason} {stopped}") from error

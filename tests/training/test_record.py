@@ -38,6 +38,24 @@ def test_cases_that_were_trained_on_before_stay_in_the_record(tmp_path):
     assert write_cases(None, {"c": "full"})[1]["supervision"] == {"c": "full"}, "it begins anew"
 
 
+def test_other_kinds_of_cases_and_other_choices_from_the_data_are_told_and_kept(tmp_path):
+    def write_chosen(epoch, kind, chosen, settings=OLD) -> tuple[str | None, dict]:
+        content = {"settings": settings, "chosen": chosen, "supervision": {"a": "full", "b": kind}}
+        return write_record(tmp_path, content, epoch), json.loads((tmp_path / RECORD).read_text())
+
+    chosen = {"full_share": 0.5, "weight_kl": 3.0}
+    _, first = write_chosen(None, "partial", chosen)
+    assert write_chosen(2, "partial", chosen)[0] is None
+    changed, second = write_chosen(4, "full", {**chosen, "full_share": 1.0})
+    assert "settings and cases than before: full_share: 0.5 -> 1.0, 1 training case of another kind (b)." in changed
+    assert second["chosen"]["full_share"] == 1.0 and second["supervision"]["b"] == "full"
+    assert second["history"] == [{"until_epoch": 4, "nnunet_confkd": first["nnunet_confkd"], "settings": OLD,
+                                  "chosen": chosen, "supervision": {"b": "partial"}}]
+    changed, _ = write_chosen(5, "full", {"full_share": 1.0, "weight_kl": 1.5, "cutmix": 0.5}, NEW)
+    assert changed.count("weight_kl") == 1, "a setting that was set is told once"
+    assert "cutmix" not in changed, "an earlier version did not choose it"
+
+
 def test_a_training_that_begins_anew_forgets_the_earlier_settings(tmp_path):
     write(tmp_path, OLD)
     changed, record = write(tmp_path, NEW)

@@ -612,8 +612,10 @@ def test_a_training_that_begins_anew_keeps_the_earlier_one(nnunet, hippocampus, 
     with monkeypatch.context() as patch:
         patch.setattr(trainer, "_loader", lambda *_, **__: 1 / 0)
         with pytest.raises(ZeroDivisionError):
-            trainer.on_train_start()
+            trainer.run_training()
     assert {name: (fold / name).read_bytes() for name in before} == before, "a start that fails leaves all as it was"
+    log = Path(trainer.log_file).read_text()
+    assert "before its first step. checkpoint_final.pth is that of an earlier training" in log and "--c" not in log
     rules = fold.parent / "crossval_results_folds_0" / "postprocessing.json"  # of nnUNetv2_find_best_configuration
     rules.parent.mkdir()
     rules.write_text("{}")
