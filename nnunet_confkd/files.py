@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from glob import escape
 from pathlib import Path
+from secrets import token_hex
 
 
 @contextmanager
@@ -34,7 +35,8 @@ def written_whole(file: str | Path, sole_writer: bool = False) -> Iterator[Path]
     if sole_writer:
         for left in file.parent.glob(f".[0-9]*.{escape(file.name)}"):
             left.unlink(missing_ok=True)
-    aside = file.with_name(f".{os.getpid()}.{file.name}")
+    # The number of the process is not unique: those of several containers may share a folder.
+    aside = file.with_name(f".{os.getpid()}.{token_hex(4)}.{file.name}")
     try:
         yield aside
         with open(aside, "r+b") as written:  # Windows flushes only what is open for writing

@@ -32,6 +32,14 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path):
     assert contents(tmp_path) == {"file": "second"}
 
 
+def test_processes_of_one_number_do_not_write_into_each_others_files(tmp_path):
+    """Such as processes of two containers that share a folder."""
+    with written_whole(tmp_path / "file") as first, written_whole(tmp_path / "file") as second:
+        first.write_text("first")
+        second.write_text("second, which is longer")
+    assert contents(tmp_path) == {"file": "first"}, "the one that ends last counts, and is whole"
+
+
 @pytest.mark.parametrize("sole_writer", (True, False))
 def test_what_killed_processes_have_left_of_a_file_is_removed_by_its_sole_writer(tmp_path, sole_writer):
     """Checkpoints are large, and a training may be killed often."""

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import numpy as np
 
-from nnunet_confkd.data.grids import Fitting, fitted
+from nnunet_confkd.data.grids import Fitting, fitted, lost_header
 from nnunet_confkd.data.images import (
+    ITK,
     TIFF,
     Geometry,
     Picture,
@@ -137,9 +138,9 @@ def _write_image(volume: Volume, picture: Picture, grid: Geometry, name: tuple[s
     `name` is the name of the case and the number of the first file. Return how many files were written.
     """
     case, first = name
-    # nnU-Net refuses spacings that differ a little between channels, and .nii files of several channels
+    # nnU-Net refuses spacings that differ a little between channels. With 4-D files it cannot write predictions.
     as_it_is = (_can_be_copied(volume, target) and np.allclose(picture.geometry.spacing, grid.spacing)
-                and (len(picture.voxels) == 1 or target.file_ending.lower() != ".nii"))
+                and (len(picture.voxels) == 1 or target.file_ending.lower() not in ITK))
     if as_it_is:
         carry_over(volume.file, target.images / f"{case}_{first:04d}{target.file_ending}", target.link)
         return 1
@@ -190,6 +191,10 @@ def _write_label(case: Case, target: Target, grid: Geometry | None) -> list[str]
     for value in values:
         mapped[label == value] = allowed[value]
     if not same_grid:
+        if lost_header(picture.geometry, grid):
+            return [f"{case.label.file}: is as large as its image, but without a place. Its header was probably lost "
+                    f"when it was saved. If its voxels lie on those of the image, copy the header, with SimpleITK in "
+                    f"Python: label.CopyInformation(image)"]
         try:
             mapped = fitted(mapped, picture.geometry, grid, case.fitting)
         except InputError as error:

@@ -6,13 +6,14 @@ from __future__ import annotations
 
 import hashlib
 import re
+from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
 from nnunet_confkd.data.check_report import Report
-from nnunet_confkd.data.images import TIFF, Geometry, count_voxels, ending_of, read, spacing_file
+from nnunet_confkd.data.images import ITK, TIFF, Geometry, count_voxels, ending_of, read, spacing_file
 from nnunet_confkd.data.raw_format import name_problem
 from nnunet_confkd.data.scribbles import Shape, leaves_a_margin, shape_of
 from nnunet_confkd.errors import InputError, counted, some
@@ -76,7 +77,7 @@ def training_files(folder: Path, described: dict, report: Report) -> dict[str, C
     if "dataset" in described:
         from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
 
-        listed = get_filenames_of_train_images_and_targets(str(folder), described)
+        listed = get_filenames_of_train_images_and_targets(str(folder), deepcopy(described))  # it changes its argument
         files = {case: CaseFiles(tuple(map(Path, entry["images"])), tuple(range(len(entry["images"]))),
                                  Path(entry["label"])) for case, entry in sorted(listed.items())}
     else:
@@ -162,6 +163,10 @@ def _examine_images(files: CaseFiles, content: CaseContent) -> None:
             content.channels = None
             continue
         voxels = picture.voxels
+        if len(voxels) > 1 and ending_of(file, ITK):
+            content.errors.append(f"{file}: holds {len(voxels)} channels. nnU-Net would train on it, and then could "
+                                  f"not write predictions: split it into a file for each channel (CASE_0000, "
+                                  f"CASE_0001, ...)")
         digest.update(f"{voxels.shape}".encode())
         bad, ranges = _scan(voxels, digest)
         if bad:

@@ -9,12 +9,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from nnunet_confkd.data.json_files import read_json
 from nnunet_confkd.errors import InputError, some
+from nnunet_confkd.files import write_json
 from nnunet_confkd.processes import terminable
 
 WRITTEN_BY = "written_by"  # the key in dataset.json by which confkd mix knows its own data sets
-CLOCK = 2.0  # seconds between the times of files that were written together, by clocks that differ
-ARRIVAL = 60.0  # seconds that all files of a data set may take to be copied, or to get other permissions
+WRITTEN_FILES = ".confkd_files.json"  # {file: [bytes, time of its content in ns]} of a data set as it was written
 
 
 def raw_folder() -> Path:
@@ -114,15 +115,21 @@ def new_dataset(dataset_id: int, name: str, overwrite: bool = False) -> Iterator
     try:
         with terminable(), _claim(_lock_file(raw)):
             _finish_replacing(raw, preprocessed)
+            for left in (_old(folder) for folder in (raw, preprocessed)):
+                if os.path.lexists(left):
+                    raise InputError(f"{left}: is left of a data set that was replaced, and cannot be removed; remove "
+                                     f"it yourself")
             replaced = overwrite and raw.exists()
             if replaced:
-                _require_replaceable(raw)
+                _require_replaceable(raw, preprocessed)
             _require_free(raw, preprocessed, replaced)
             for folder in (raw.parent, preprocessed.parent):  # what a killed process has left could fill the disk
                 for left in folder.glob(f".Dataset{dataset_id:03d}_*.part*"):
                     shutil.rmtree(left, ignore_errors=True)
             with _two_new_folders(raw, preprocessed) as parts:
                 yield parts[0], parts[1]
+                if _is_ours(parts[0]):
+                    write_json(parts[0] / WRITTEN_FILES, _written_files(parts[0]), indent=None)
                 _require_free(raw, preprocessed, replaced)
                 try:
                     _exchange(raw, preprocessed, parts)
@@ -142,24 +149,32 @@ def _require_free(raw: Path, preprocessed: Path, replaced: bool) -> None:
     require_free_id(int(raw.name[7:10]), (raw, preprocessed) if replaced else ())
 
 
-def _require_replaceable(raw: Path) -> None:
-    """Raise InputError if `confkd mix` did not write a data set, or something in it was added or changed since."""
-    file = raw / "dataset.json"
+def _written_files(folder: Path) -> dict[str, list[int]]:
+    """Return {file: [bytes, time of its content in ns]} of all files but hidden ones."""
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file() and not path.name.startswith(".")
+             and path.name.lower() not in ("thumbs.db", "desktop.ini")]
+    return {path.relative_to(folder).as_posix(): [path.stat().st_size, path.stat().st_mtime_ns] for path in files}
+
+
+def _is_ours(raw: Path) -> bool:
+    """Whether dataset.json says that `confkd mix` wrote it."""
     try:
-        ours = WRITTEN_BY in json.loads(file.read_text(encoding="utf-8"))
-        written = file.stat().st_mtime
+        return WRITTEN_BY in json.loads((raw / "dataset.json").read_text(encoding="utf-8"))
     except (OSError, ValueError, TypeError):
-        ours = False
-    if not ours:
+        return False
+
+
+def _require_replaceable(raw: Path, preprocessed: Path) -> None:
+    """Raise InputError if `confkd mix` did not write a data set, or something in it was added or changed since."""
+    link = next((folder for folder in (raw, preprocessed) if folder.is_symlink()), None)
+    if link is not None:
+        raise InputError(f"{link}: is a link, which --overwrite does not replace; remove it yourself, or choose "
+                         f"another --id")
+    if not _is_ours(raw) or not (raw / WRITTEN_FILES).is_file():
         raise InputError(f"{raw}: was not written by confkd mix, or by an early version of it, so --overwrite "
                          f"does not replace it; choose another --id, or remove it yourself")
-    files = [path for path in sorted(raw.rglob("*")) if path.is_file() and not path.name.startswith(".")
-             and path.name.lower() not in ("thumbs.db", "desktop.ini")]
-    # A copy may have the time of its original, and then differs from all other files in the time of its arrival.
-    arrived = max(path.stat().st_ctime for path in files if path.parent != raw / "labelsTr") + ARRIVAL
-    changed = [path.relative_to(raw).as_posix() for path in files if path.stat().st_mtime > written + CLOCK
-               or path.parent == raw / "labelsTr" and path.stat().st_ctime > arrived
-               or path != file and path.parent not in (raw / "imagesTr", raw / "labelsTr")]
+    written = read_json(raw / WRITTEN_FILES)
+    changed = [name for name, of_file in _written_files(raw).items() if written.get(name) != of_file]
     if changed:
         raise InputError(f"{raw}: these files were added or changed after the data set was written: {some(changed)}; "
                          f"copy what you need, and remove the folder yourself")

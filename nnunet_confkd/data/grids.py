@@ -1,12 +1,15 @@
 """Bring a label onto the grid of its image: pad it, or resample it."""
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 
 from nnunet_confkd.data.images import ORIGIN_TOLERANCE, Geometry
 from nnunet_confkd.errors import InputError
+
+PART = 2 ** 20  # voxels that are looked at together
 
 
 @dataclass(frozen=True)
@@ -116,6 +119,7 @@ def _padded(label: np.ndarray, offset: np.ndarray, grid: Geometry, outside: int)
 def _resampled(label: np.ndarray, own: Geometry, grid: Geometry, fitting: Fitting) -> np.ndarray:
     import SimpleITK as sitk
 
+    _require_inside(label, own, grid, fitting.outside)
     image = sitk.GetImageFromArray(label)
     image.SetSpacing(own.spacing)
     image.SetOrigin(own.origin)
@@ -130,18 +134,49 @@ def _resampled(label: np.ndarray, own: Geometry, grid: Geometry, fitting: Fittin
     resampled = sitk.GetArrayFromImage(resampler.Execute(image))
     if fitting.kept:
         _keep_annotations(resampled, label, own, grid, fitting.outside)
-    drawn = (label != fitting.outside).any()
-    if drawn and not (resampled != fitting.outside).any():
-        raise InputError("nothing of it lies in the image; is it the label of another image?")
     return resampled
+
+
+def _require_inside(label: np.ndarray, own: Geometry, grid: Geometry, outside: int) -> None:
+    """Raise InputError if more than a hundredth of the drawn voxels lies outside of the grid, or all of them do."""
+    drawn = np.flatnonzero(label.reshape(-1) != outside)
+    # half a voxel of the image belongs to it, and half of a voxel of the label may stand out; the rest is for rounding
+    margin = 0.501 + 0.5 * max(own.spacing) / np.reshape(grid.spacing, (-1, 1))
+    lost = 0
+    for index in _indices_of(drawn, label.shape):
+        found = _indices_in(grid, index, own)
+        lost += np.count_nonzero(((found < -margin) | (found > np.reshape(grid.size, (-1, 1)) - 1 + margin)).any(0))
+    if len(drawn) and lost == len(drawn):
+        raise InputError("nothing of it lies in the image; is it the label of another image?")
+    if 100 * lost > len(drawn):
+        raise InputError(f"{100 * lost / len(drawn):.0f} % of what is drawn in it lies outside of the image. Is it the "
+                         f"label of another image, or was its header lost? If it is right, cut it to the image "
+                         f"yourself, with SimpleITK in Python: sitk.Resample(label, image, sitk.Transform(), "
+                         f"sitk.sitkNearestNeighbor)")
+
+
+def lost_header(label: Geometry, image: Geometry) -> bool:
+    """Whether a label is as large as its image, and has the place and the spacing of a file without any.
+
+    Args:
+        label: The grid of the label, which differs from that of the image.
+        image: That of its image.
+    """
+    return label.size == image.size and not any(label.origin) and all(edge == 1 for edge in label.spacing)
+
+
+def _indices_of(voxels: np.ndarray, shape: tuple[int, ...]) -> Iterator[np.ndarray]:
+    """Yield the places of voxels, given by their numbers, as (x, y, z) by voxels, in parts."""
+    for start in range(0, len(voxels), PART):
+        yield np.stack(np.unravel_index(voxels[start:start + PART], shape)[::-1])
 
 
 def _keep_annotations(resampled: np.ndarray, label: np.ndarray, own: Geometry, grid: Geometry, outside: int) -> None:
     """Annotate the voxels in which an annotated voxel lies that nearest neighbours have passed over, in place."""
     flat = label.reshape(-1)
     drawn = np.flatnonzero(flat != outside)
-    for part in (drawn[start:start + 2 ** 20] for start in range(0, len(drawn), 2 ** 20)):
-        index = np.stack(np.unravel_index(part, label.shape)[::-1])  # x, y, z
+    for start, index in zip(range(0, len(drawn), PART), _indices_of(drawn, label.shape)):
+        part = drawn[start:start + PART]
         found = np.rint(_indices_in(grid, index, own)).astype(int)
         inside = ((found >= 0) & (found < np.reshape(grid.size, (-1, 1)))).all(0)
         where = tuple(found[::-1, inside])

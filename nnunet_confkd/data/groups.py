@@ -89,9 +89,11 @@ def _by_depth(root: Path, units: Iterable[Path]) -> dict[int, list[Path]]:
 def _flat_pattern(unit: Path) -> str:
     name = stem(unit)
     match = CHANNEL.fullmatch(name)
-    core = without_affixes(match[1] if match else name)[-1]
-    rest = name.replace(core, CASE, 1) if not match else name[:-4].replace(core, CASE, 1) + "*"
-    return rest + unit.name[len(name):]
+    names = without_affixes(match[1] if match else name)
+    # each word was taken off the beginning or the end, so the core need not be the first place where its letters occur
+    start = sum(len(longer) - len(shorter) for longer, shorter in zip(names, names[1:]) if longer.endswith(shorter))
+    end = start + len(names[-1])
+    return name[:start] + CASE + (name[end:] if not match else name[end:-4] + "*") + unit.name[len(name):]
 
 
 def _patient_patterns(root: Path, units: list[Path]) -> dict[Path, str] | None:

@@ -12,8 +12,9 @@ from pathlib import Path
 from nnunet_confkd.arguments import Parser
 from nnunet_confkd.data.case_files import is_placed_by_image
 from nnunet_confkd.data.folders import require_free_id
+from nnunet_confkd.data.grids import lost_header
 from nnunet_confkd.data.groups import Group, grouped_files, units_below
-from nnunet_confkd.data.images import ENDINGS, Geometry
+from nnunet_confkd.data.images import ENDINGS
 from nnunet_confkd.data.measures import (
     EMPTY,
     FRACTIONS,
@@ -322,7 +323,7 @@ def checked(words: list[str], groups: list[Group], processes: int) -> tuple[list
                  and not measures[case.label.file].named and _differs(measures, case)]
     other_grid = [case.label.file for case in differing]
     lost = [case.label.file for case in differing
-            if _lost_header(measures[case.label.file].geometry, measures[case.images[0].file].geometry)]
+            if lost_header(measures[case.label.file].geometry, measures[case.images[0].file].geometry)]
     if lost:
         return words, mixed.notes, [*mixed.dataset.problems, (
             f"labels as large as their image, but without a place: {len(lost)} ({some(lost, 3)}). Their "
@@ -333,12 +334,6 @@ def checked(words: list[str], groups: list[Group], processes: int) -> tuple[list
         notes.append(f"note: labels on another grid than their image: {len(other_grid)} ({some(other_grid, 3)}); "
                      f"look at them: the command resamples them")
     return words, [*mixed.notes, *notes], mixed.dataset.problems
-
-
-def _lost_header(label: Geometry | None, image: Geometry | None) -> bool:
-    """Whether a label is as large as its image, and has the place and the spacing of a file without any."""
-    return bool(label and image and label.size == image.size and not any(label.origin)
-                and all(edge == 1 for edge in label.spacing))
 
 
 def _differs(measures: dict[Path, Measure], case) -> bool:

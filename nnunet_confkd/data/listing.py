@@ -12,7 +12,7 @@ from pathlib import Path
 from nnunet_confkd.data.dicom import is_dicom_file, is_dicom_folder
 from nnunet_confkd.data.images import ENDINGS, ending_of
 from nnunet_confkd.data.names import Named
-from nnunet_confkd.errors import InputError
+from nnunet_confkd.errors import InputError, some
 
 CASE = "{case}"
 
@@ -75,9 +75,18 @@ def _in_folder(folder: Path, labels: bool) -> list[Named]:
     files = [entry for entry in entries if _is_image(entry)]
     dicom = [entry for entry in entries if not entry.is_dir() and not _is_image(entry) and is_dicom_file(entry)]
     if dicom and not labels:
+        if files:
+            raise InputError(f"{folder}: holds images and DICOM files ({some([entry.name for entry in dicom])}); move "
+                             f"each DICOM series into a folder of its own")
         return [Named(folder, folder.name)]  # one series
-    folders = [entry for entry in entries if entry.is_dir()
-               and (is_dicom_folder(entry) or labels and not files and holds_masks(entry))]
+    masks = [entry for entry in entries if labels and entry.is_dir() and not is_dicom_folder(entry)
+             and holds_masks(entry)]
+    if files and masks:
+        raise InputError(f"{folder}: holds label files, and folders of label files "
+                         f"({some([entry.name for entry in masks])}). If these are no labels, give "
+                         f"'{folder.as_posix()}/*{ending_of(files[0])}'; else move either kind into a folder of its "
+                         f"own")
+    folders = [entry for entry in entries if entry in masks or entry.is_dir() and is_dicom_folder(entry)]
     return [Named(entry, stem(entry)) for entry in [*files, *dicom, *folders]]
 
 
@@ -114,7 +123,7 @@ def _by_template(template: str, channel: int = 0) -> list[Named]:
     found = []
     for path in sorted(base.glob(re.sub(r"/+", "/", shell))):
         match = re.fullmatch(expression, path.relative_to(base).as_posix())
-        if match:
+        if match and not match["case"].startswith("."):  # what macOS writes beside files begins with "._"
             found.append(Named(path, composed(match["case"]), exact=True, channel=channel))
     if not found:
         raise InputError(f"{base}: nothing in it fits the pattern {rest!r}")

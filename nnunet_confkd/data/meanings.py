@@ -205,7 +205,8 @@ def missing_ignore_value(contents: Mapping[Path, Content], labels: Labels) -> In
 
 def ignore_value_problem(contents: Mapping[Path, Content], labels: Labels, ignore_value: int) -> str | None:
     """Say that no partial label has the ignore value, so that it is most likely another one; None if some label has."""
-    if not contents or any(ignore_value in content.voxels for content in contents.values()):
+    # the values of a label that holds very many of them are not known here
+    if not contents or any(not content.voxels or ignore_value in content.voxels for content in contents.values()):
         return None
     return (f"{_place(contents)}: no label holds the value {ignore_value}, which is said to mark what is not "
             f"annotated. {_held_text(contents, labels)}")

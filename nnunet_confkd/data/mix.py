@@ -327,7 +327,11 @@ def _channel_names(description: dict, training: list[Case]) -> list[str]:
     """Return the names in dataset.json, or channel_0, channel_1, ... for the channels of the first case."""
     names = description.get("channel_names", description.get("modality", {}))
     if names:
-        return list(map(str, names.values()))
+        try:
+            return [str(names[key]) for key in sorted(names, key=int)]
+        except ValueError as error:
+            raise InputError(f"dataset.json: \"channel_names\" must be the names of the channels by number, "
+                             f"{{\"0\": \"T1\", \"1\": ...}}, got {names}") from error
     count = sum(len(volume.read().voxels) for volume in training[0].images) if training else 1
     return [f"channel_{i}" for i in range(count)]
 

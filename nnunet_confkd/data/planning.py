@@ -406,7 +406,9 @@ def preprocess_keeping_annotations(name: str, plans_name: str, configurations: S
         preprocess_dataset(_id(name), plans_name, [configuration], [number], verbose, show_progress_bar)
     # copies the labels to gt_segmentations, but not the files with the spacing of TIFF
     preprocess_dataset(_id(name), plans_name, [], [], verbose, show_progress_bar)
-    for label in (raw_folder() / name / "labelsTr").iterdir():
+    described = read_json(raw_folder() / name / "dataset.json")
+    for files in get_filenames_of_train_images_and_targets(str(raw_folder() / name), described).values():
+        label = Path(files["label"])
         if ending_of(label, TIFF) and spacing_file(label).is_file():
             shutil.copy(spacing_file(label), preprocessed_folder() / name / "gt_segmentations")
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from nnunet_confkd.data import dicom
-from nnunet_confkd.data.images import Geometry, Picture, ending_of, read, read_layers, values_in
+from nnunet_confkd.data.images import Geometry, Picture, ending_of, read, read_layers, readable, values_in
 from nnunet_confkd.errors import InputError, some
 
 
@@ -42,7 +42,7 @@ def has_segments(path: Path) -> bool:
 
 
 def _names_segments(file: Path) -> bool:
-    with open(file, "rb") as stream:
+    with readable(file), open(file, "rb") as stream:
         return re.search(rb"^Segment\d+_Name\s*:?=", stream.read(2 ** 16), re.MULTILINE) is not None
 
 

@@ -149,7 +149,7 @@ def _fixed_part(place: str) -> str:
     """Return the folder of a file or of a pattern, up to the first part with a wildcard."""
     fixed: list[str] = []
     for part in Path(place).parent.parts:
-        if "{" in part or "*" in part or "?" in part:
+        if any(sign in part for sign in "{*?") or "[" in part and not Path(*fixed, part).exists():
             break
         fixed.append(part)
     return str(Path(*fixed))
@@ -380,11 +380,14 @@ def prefix_pattern(sources: Iterable[Source], pattern: str | None) -> str | None
     prefixes = [re.escape(name) for name in names]
     if not prefixes:
         return pattern
+    pattern = pattern or ".+"
     try:
-        grouped = pattern if pattern is not None and re.compile(pattern).groups else f"({pattern or '.+'})"
+        groups = re.compile(pattern).groups
     except re.error:
         return pattern  # patients_of says what is wrong with it
-    return f"(?:{'|'.join(prefixes)})_(?:{grouped})"
+    flags = re.match(r"(?:\(\?[aimsux]+\))?", pattern)[0]  # such as (?i), which must come first
+    rest = re.sub(r"^(\((?:\?P<\w+>)?)?(?:\^|\\A)", r"\1", pattern[len(flags):])  # names begin with the prefix now
+    return f"{flags}(?:{'|'.join(prefixes)})_(?:{rest if groups else f'({rest})'})"
 
 
 def _of_one_kind(folder: Path, kind: str, layout: Layout, channels: int | None = None) -> tuple[Source, list[str]]:

@@ -250,6 +250,11 @@ def test_files_may_be_listed_in_dataset_json(data, check, monkeypatch):
     assert {case: found["voxels"] for case, found in report["cases"].items()} == {
         case: counted(label) for case, label in data.labels.items()}
 
+    planned = data.folder.parent.parent / "preprocessed" / data.folder.name
+    planned.mkdir(parents=True, exist_ok=True)
+    shutil.copy(data.folder / "dataset.json", planned)
+    check()  # the copy that planning makes is no other description
+
     (elsewhere / "p1_a_0001.nii.gz").unlink()
     data.label("p4_a").unlink()
     check([r"elsewhere/p1_a_0001.nii.gz: there is no such file", r"labelsTr/p4_a.nii.gz: there is no such file"])
@@ -566,6 +571,13 @@ def test_labels_that_are_no_whole_numbers_are_an_error(data, check, value, print
     label[0, 0, 0] = value
     write(data.label("p1_a"), label)
     check([rf"labelsTr/p1_a.nii.gz: holds values that are no whole numbers: {printed}; was it resampled"])
+
+
+def test_an_image_of_several_channels_is_an_error(data, check):
+    image = sitk.ReadImage(str(data.image("p1_a")))
+    sitk.WriteImage(sitk.JoinSeries([image, sitk.ReadImage(str(data.image("p1_a", 1)))]), str(data.image("p1_a")))
+    data.image("p1_a", 1).unlink()
+    check([r"imagesTr/p1_a_0000.nii.gz: holds 2 channels. nnU-Net would .* split it into a file for each channel"])
 
 
 def test_a_label_of_several_channels_is_an_error(data, check):

@@ -317,7 +317,9 @@ def test_a_source_whose_name_begins_another_ones_name_does_not_swallow_it():
         assert set(patients.values()) == {"p0"}
 
 
-@pytest.mark.parametrize("pattern, patient", [(r"(a|r|f)\d", "a"), (r"a|r|f", "a"), (r"[arf]\d", "a1")])
+@pytest.mark.parametrize("pattern, patient", [
+    (r"(a|r|f)\d", "a"), (r"a|r|f", "a"), (r"[arf]\d", "a1"), (r"^(a|r|f)\d", "a"), (r"(^[arf])\d", "a"),
+    (r"(?i)([ARF])\d", "a"), (r"(?i)^[ARF]\d", "a1"), (r"\A(?P<patient>[arf]\d)", "a1")])
 def test_a_patient_pattern_is_that_of_the_names_in_the_folders(folders, nnunet_folders, tmp_path, pattern, patient):
     folders["full"] = make_source(tmp_path / "F", ["a1"], [0, 1, 2, 3])
     described = read_json(mixed(folders, {"full": ["liver", "kidney", "spleen"]}, patient_pattern=pattern)

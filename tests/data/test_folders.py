@@ -1,6 +1,7 @@
 """nnU-Net's folders: a new data set is written completely or not at all, whatever ends the process that writes it."""
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -14,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from nnunet_confkd.data.folders import find_dataset, folder_name, new_dataset, require_free_id
+from nnunet_confkd.data.folders import WRITTEN_FILES, find_dataset, folder_name, new_dataset, require_free_id
 from nnunet_confkd.errors import InputError
 
 EMPTY = {"raw": None, "preprocessed": None, "results": None}
@@ -335,7 +336,7 @@ def _texts(nnunet_folders):
     files = ("raw/Dataset007_Test/labelsTr/a.nii.gz", "preprocessed/Dataset007_Test/splits_final.json")
     assert {path for path in _tree(nnunet_folders) if path.split("/")[1:]} <= {
         *files, "raw/Dataset007_Test", "raw/Dataset007_Test/labelsTr", "raw/Dataset007_Test/dataset.json",
-        "preprocessed/Dataset007_Test"}
+        f"raw/Dataset007_Test/{WRITTEN_FILES}", "preprocessed/Dataset007_Test"}
     return tuple((nnunet_folders / file).read_text() if (nnunet_folders / file).is_file() else None for file in files)
 
 
@@ -396,17 +397,60 @@ def test_files_that_were_added_are_not_lost(nnunet_folders, name):
     assert added.read_text() == "mine"
 
 
-def test_a_copy_with_the_time_of_its_original_is_a_change(nnunet_folders, monkeypatch):
+def test_a_copy_with_the_time_of_its_original_is_a_change(nnunet_folders):
     _own("old")
     raw = nnunet_folders / "raw" / "Dataset007_Test"
-    monkeypatch.setattr("nnunet_confkd.data.folders.ARRIVAL", 0.5)
-    time.sleep(1)
     for file in (raw / "labelsTr").iterdir():
         file.write_text("corrected")
         os.utime(file, (10 ** 9, 10 ** 9))
     with pytest.raises(InputError, match="added or changed after"):
         _own("new", overwrite=True)
     assert (raw / "labelsTr" / "a.nii.gz").read_text() == "corrected"
+
+
+def test_an_edited_description_does_not_hide_other_changes(nnunet_folders):
+    _own("old")
+    raw = nnunet_folders / "raw" / "Dataset007_Test"
+    (raw / "labelsTr" / "a.nii.gz").write_text("corrected")
+    description = json.loads((raw / "dataset.json").read_text())
+    (raw / "dataset.json").write_text(json.dumps(description | {"patient_pattern": "(.)"}))
+    later = time.time() + 60
+    os.utime(raw / "dataset.json", (later, later))
+    with pytest.raises(InputError, match=r"changed after .*written: dataset\.json, labelsTr/a\.nii\.gz; copy"):
+        _own("new", overwrite=True)
+    assert (raw / "labelsTr" / "a.nii.gz").read_text() == "corrected"
+
+
+def test_a_case_that_was_moved_in_is_not_lost(nnunet_folders, tmp_path):
+    _own("old")
+    raw = nnunet_folders / "raw" / "Dataset007_Test"
+    for name in ("imagesTr/b_0000.nii.gz", "labelsTr/b.nii.gz"):
+        (raw / name).parent.mkdir(exist_ok=True)
+        (tmp_path / "moved").write_text("mine")
+        os.utime(tmp_path / "moved", (10 ** 9, 10 ** 9))
+        (tmp_path / "moved").rename(raw / name)
+    with pytest.raises(InputError, match=r"added or changed .*: imagesTr/b_0000\.nii\.gz, labelsTr/b\.nii\.gz"):
+        _own("new", overwrite=True)
+
+
+def test_a_data_set_that_is_a_link_is_not_replaced(nnunet_folders, tmp_path):
+    _own("old")
+    raw = nnunet_folders / "raw" / "Dataset007_Test"
+    raw.rename(tmp_path / "elsewhere")
+    raw.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(InputError, match="Dataset007_Test: is a link, which --overwrite does not replace"):
+        _own("new", overwrite=True)
+    assert (raw / "labelsTr" / "a.nii.gz").read_text() == "old"
+
+
+def test_what_is_left_of_a_replaced_data_set_and_cannot_be_removed_is_named(nnunet_folders, monkeypatch):
+    _own("old")
+    (nnunet_folders / "raw" / ".Dataset007_Test.old").mkdir()
+    # as on a busy network drive
+    monkeypatch.setattr("nnunet_confkd.data.folders.shutil.rmtree", lambda *_, **__: None)
+    with pytest.raises(InputError, match=r"\.Dataset007_Test\.old: is left .* remove it yourself"):
+        _own("new", overwrite=True)
+    assert (nnunet_folders / "raw" / "Dataset007_Test" / "labelsTr" / "a.nii.gz").read_text() == "old"
 
 
 def test_other_permissions_are_no_change(nnunet_folders):

@@ -159,7 +159,8 @@ def test_a_label_of_many_classes_is_no_image(tmp_path):
     (["p1/T1.nii.gz", "p1/seg.nii.gz", "p2/T1.nii.gz", "p3/T1.nii.gz"], ["{case}/T1.nii.gz", "{case}/seg.nii.gz"]),
     (["p1/p1_T1.nii.gz", "p2/p2_T1.nii.gz"], ["{case}/{case}_T1.nii.gz"]),
     (["p1/day1/T1.nii.gz", "p2/day1/T1.nii.gz"], ["{case}/day1/T1.nii.gz"]),
-    (["p1_0000.nii.gz", "p1_0001.nii.gz", "p1_seg.nii.gz"], ["{case}_*.nii.gz", "{case}_seg.nii.gz"])])
+    (["p1_0000.nii.gz", "p1_0001.nii.gz", "p1_seg.nii.gz"], ["{case}_*.nii.gz", "{case}_seg.nii.gz"]),
+    (["a.nii.gz", "mask_a.nii.gz", "s_seg.nii.gz"], ["{case}.nii.gz", "mask_{case}.nii.gz", "{case}_seg.nii.gz"])])
 def test_files_are_grouped_by_place_and_naming(tmp_path, names, places):
     for name in names:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)

@@ -66,3 +66,21 @@ def test_patterns_that_find_the_same_cases_are_channels_and_others_are_not(tmp_p
     assert [(named.name, named.channel) for named in listed(both)] == [("p1", 0), ("p2", 0), ("p1", 1), ("p2", 1)]
     other = [both[0], f"{tmp_path}/{{case}}/t1.nii.gz"]
     assert [(named.name, named.channel) for named in listed(other)] == [("p1", 0), ("p2", 0), ("p3", 0)]
+
+
+def test_two_kinds_of_labels_or_of_images_in_one_folder_are_refused(folder):
+    (folder / "mixed" / "c2").mkdir(parents=True)
+    for name in ("c0.nii.gz", "c1.nii.gz", "c2/liver.nii.gz"):
+        (folder / "mixed" / name).write_bytes(b"")
+    with pytest.raises(InputError, match=r"mixed: holds label files, and folders of label files \(c2\).*mixed/\*\.nii"):
+        listed([folder / "mixed"], labels=True)
+    assert _names([f"{folder}/mixed/*.nii.gz"], labels=True) == ["c0", "c1"]
+    assert _names([folder / "mixed"]) == ["c0", "c1"], "images do not lie in folders of their own"
+    (folder / "mixed" / "localizer").write_bytes(bytes(128) + b"DICM")
+    with pytest.raises(InputError, match=r"mixed: holds images and DICOM files \(localizer\); move"):
+        listed([folder / "mixed"])
+
+
+def test_what_macos_writes_beside_files_is_no_case(folder):
+    (folder / "flat" / "._a.nii.gz").write_bytes(b"")
+    assert _names([f"{folder}/flat/{{case}}.nii.gz"]) == _names([folder / "flat" / "a.nii.gz"]) + ["a_seg"]

@@ -168,6 +168,22 @@ def test_several_channels_by_nnunets_names(folders, nnunet_folders):
     assert read_json(target / "dataset.json")["channel_names"] == {"0": "T1", "1": "T2"}
 
 
+def test_channels_are_named_by_number_whatever_the_order_in_the_description(folders, nnunet_folders):
+    names = {str(number): f"T{number}" for number in range(11)}
+    for folder in (folders["full"] / "images", folders["partial"] / "images", folders["unlabelled"]):
+        for file in list(folder.glob("*.nii.gz")):
+            for channel in range(11):
+                shutil.copy(file, file.with_name(f"{file.name[:-7]}_{channel:04d}.nii.gz"))
+            file.unlink()
+    labels = {"background": 0, "organ": 1, "tumour": 2}
+    description = folders["full"] / "dataset.json"
+    description.write_text(json.dumps({"labels": labels, "channel_names": names}, sort_keys=True))
+    assert read_json(_mix(folders, labels=None) / "dataset.json")["channel_names"] == names
+    description.write_text(json.dumps({"labels": labels, "channel_names": {"T1": 0}}))
+    with pytest.raises(InputError, match='"channel_names" must be the names of the channels by number'):
+        mix(folders["full"], 8, partial=folders["partial"], ignore_value=9, processes=1)
+
+
 def test_numbered_unlabelled_images_are_not_taken_for_channels(folders, nnunet_folders):
     for k, file in enumerate(sorted(folders["unlabelled"].glob("*.nii.gz"))):
         file.rename(file.with_name(f"scan_{k + 1:04d}.nii.gz"))

@@ -35,7 +35,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunet_confkd.commands.plan import main, next_step
 from nnunet_confkd.data import planning
-from nnunet_confkd.data.planning import plan
+from nnunet_confkd.data.planning import plan, preprocess_keeping_annotations
 from nnunet_confkd.data.resampling import KeepAnnotations, _KeepingConfiguration, keep_annotations
 from nnunet_confkd.data.supervision import decide_kinds
 from nnunet_confkd.errors import InputError
@@ -562,6 +562,21 @@ def test_the_original_labels_are_copied_for_the_validation(mixed):
     for case in mixed.cases:
         assert (mixed.preprocessed / "gt_segmentations" / f"{case}.nii.gz").read_bytes() == \
                (mixed.raw / "labelsTr" / f"{case}.nii.gz").read_bytes()
+
+
+def test_labels_may_lie_anywhere_if_dataset_json_lists_them(planned, mixed, tmp_path, monkeypatch):
+    raw, elsewhere = tmp_path / "raw" / MIXED, tmp_path / "elsewhere"
+    shutil.copytree(mixed.raw, raw)
+    (raw / "labelsTr").rename(elsewhere)
+    monkeypatch.setenv("nnUNet_raw", str(tmp_path / "raw"))
+    described = read_json(raw / "dataset.json")
+    listed = {case: {"images": [f"imagesTr/{case}_0000.nii.gz"], "label": str(elsewhere / f"{case}.nii.gz")}
+              for case in mixed.cases}
+    (raw / "dataset.json").write_text(json.dumps(described | {"dataset": listed}))
+    shutil.rmtree(planned / "gt_segmentations")
+    preprocess_keeping_annotations(MIXED, "nnUNetPlans", [], [], verbose=False, show_progress_bar=False)
+    copied = {file.name for file in (planned / "gt_segmentations").iterdir()}
+    assert copied == {f"{case}.nii.gz" for case in mixed.cases}
 
 
 class OtherPreprocessor(DefaultPreprocessor):

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 import tifffile
+from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
 from skimage import io as skio
 
 from nnunet_confkd.data import raw_format
@@ -230,7 +231,8 @@ def _join(file, channels):
     return file
 
 
-def test_a_file_of_several_channels_is_copied_where_nnunet_reads_it_and_split_where_not(source, nnunet_folders):
+def test_a_file_of_several_channels_is_split_because_nnunet_writes_no_predictions_of_it(source, nnunet_folders):
+    nnunet = SimpleITKIO()
     images = [source / "images" / f"{name}.nii.gz" for name in ("a1", "b1")]
     for id_, ending, joined in ((1, ".nii.gz", ".nii.gz"), (2, ".nii", ".nii"), (3, ".nii.gz", ".nrrd")):
         file = _join(source / f"joined{joined}", images)
@@ -238,13 +240,14 @@ def test_a_file_of_several_channels_is_copied_where_nnunet_reads_it_and_split_wh
         folder = write_dataset(_dataset(source, name="D", channel_names=["T1", "T2"], training=[case], validation=[],
                                         file_ending=ending), id_, processes=1)
         names = sorted(os.listdir(folder / "imagesTr"))
-        if joined == ".nii.gz":
-            assert names == ["x_0000.nii.gz"]
-            assert (folder / "imagesTr" / names[0]).read_bytes() == file.read_bytes()
-        else:
-            assert names == [f"x_0000{ending}", f"x_0001{ending}"]
-            for name, image in zip(names, images):
-                np.testing.assert_array_equal(_voxels(folder / "imagesTr" / name), _voxels(image))
+        assert names == [f"x_0000{ending}", f"x_0001{ending}"]
+        for name, image in zip(names, images):
+            np.testing.assert_array_equal(_voxels(folder / "imagesTr" / name), _voxels(image))
+        voxels, properties = nnunet.read_images([str(folder / "imagesTr" / name) for name in names])
+        nnunet.write_seg(voxels[0].astype(np.uint8), str(source / f"prediction{ending}"), properties)
+        voxels, properties = nnunet.read_images([str(file)])
+        with pytest.raises(AssertionError):
+            nnunet.write_seg(voxels[0].astype(np.uint8), str(source / f"prediction{ending}"), properties)
         np.testing.assert_array_equal(
             _voxels(folder / "labelsTr" / f"x{ending}"), _voxels(source / "labels" / "a1.nii.gz")
         )

@@ -276,3 +276,9 @@ def test_classes_on_different_grids_are_refused(total):
 def test_an_empty_class_is_background(total, nnunet_folders):
     target = _mix_total(total, labels=["background", "liver", "spleen"])
     assert np.array_equal(read_voxels(target / "labelsTr" / "s1.nii.gz"), LIVER)
+
+
+def test_a_link_that_leads_nowhere_is_named(tmp_path):
+    (tmp_path / "gone.nrrd").symlink_to(tmp_path / "nowhere.nrrd")
+    with pytest.raises(InputError, match=r"gone\.nrrd: there is no such file"):
+        has_segments(tmp_path / "gone.nrrd")

@@ -440,3 +440,44 @@ def test_a_label_of_another_place_is_refused_even_if_it_may_be_resampled(folders
     write_image(folders / "masks" / "m1_seg.nii.gz", read_voxels(folders / "masks" / "m1_seg.nii.gz"),
                 origin=(500, 0, 0))
     _refused(nnunet_folders, "nothing of it lies in the image", folders, resample_labels=True)
+
+
+@pytest.mark.parametrize("place", ["masks", "scribbles"])
+def test_what_would_be_cut_off_is_told_before_a_label_is_resampled(folders, nnunet_folders, place):
+    """Drawn at half the size, and saved with twice the spacing: only a part of it would lie in the image."""
+    file = next((folders / place).glob("*1*"))
+    write_image(file, read_voxels(file), spacing=(2, 2, 2))
+    _refused(nnunet_folders, f"{file.name}: is on another grid .* % of what is drawn in it lies outside of the image",
+             folders, resample_labels=True)
+
+
+def test_a_label_that_has_lost_its_header_is_not_resampled(folders, nnunet_folders):
+    for file in (folders / "images").iterdir():
+        write_image(file, read_voxels(file), spacing=(0.5, 0.5, 1))
+    for folder in ("masks", "scribbles"):
+        for file in (folders / folder).iterdir():
+            write_image(file, read_voxels(file), spacing=(0.5, 0.5, 1))
+    file = folders / "masks" / "m1_seg.nii.gz"
+    write_image(file, read_voxels(file))
+    _refused(nnunet_folders, r"m1_seg\.nii\.gz: is as large as its image, but without a place.*CopyInformation",
+             folders, resample_labels=True)
+
+
+def test_a_pattern_with_brackets_is_inside_of_its_folder(folders, nnunet_folders):
+    target = mix(None, 7, **_options(folders, images=[f"{folders}/image[s]/*.nii.gz"]))
+    _require_written(target, {case: folders / "scribbles" / f"{case}-scribble.nii.gz" for case in SCRIBBLES})
+
+
+def test_a_partial_label_of_very_many_values_is_not_said_to_lack_the_ignore_value(folders, nnunet_folders):
+    names = ["background", *(f"part_{i}" for i in range(1, 301))]
+    label = np.zeros((10, 6, 5), np.uint16)
+    for case in (*FULL, *SCRIBBLES, *NOTHING):
+        write_image(folders / "images" / f"{case}.nii.gz", np.random.default_rng(0).normal(size=label.shape))
+    label.reshape(-1)[:] = np.arange(300)
+    for case in FULL:
+        write_image(folders / "masks" / f"{case}_seg.nii.gz", label)
+    label.reshape(-1)[270:] = 999
+    for case in SCRIBBLES:
+        write_image(folders / "scribbles" / f"{case}-scribble.nii.gz", label)
+    target = mix(None, 7, **_options(folders, labels=names, ignore_value=999, background_value=None))
+    assert (read_voxels(target / "labelsTr" / "s1.nii.gz") == 301).sum() == 30
