@@ -108,7 +108,7 @@ def table(*folders: Path) -> str:
         full = of_setting.full[0]
         for row in ROWS:
             folds = runs.get((setting, row, full))
-            if not folds:
+            if not folds or (setting, "ignore", full) not in runs:  # there would be nothing to compare
                 continue
             before, after, nsd = (np.concatenate(of_patients(folds, name)).mean() for name in (
                 "dice", "dice_pp", "nsd_pp"))
