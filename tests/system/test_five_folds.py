@@ -249,7 +249,7 @@ def test_a_completed_label_is_measured_as_it_is_and_after_post_processing(module
     assert of == {"dice": 0.6667, "dice_pp": 1.0, "nsd_pp": 1.0}
 
 
-def test_the_text_has_the_hours_of_the_table():
+def test_the_text_has_the_hours_of_the_table(module):
     import effort
     results = (ROOT / "docs" / "explanation" / "results.md").read_text()
     text = results.split("## More full masks")[1].split("\n## ")[0]
