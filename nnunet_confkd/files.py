@@ -99,7 +99,7 @@ def new_folder(target: str | Path, replace: bool = False) -> Iterator[Path]:
         ...     [file.name for file in Path(folder).iterdir()]
         ['result']
     """
-    target = Path(target) if Path(target).name else Path(target).resolve()  # "." has no name
+    target = Path(target).resolve()  # "." has no name, and what a link leads to is meant
     aside, old = (target.with_name(f".{target.name}.{what}{os.getpid()}") for what in ("part", "old"))
     if target.exists() and not replace:
         raise FileExistsError(f"{target}: exists already")

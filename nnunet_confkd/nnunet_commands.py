@@ -121,7 +121,7 @@ def check_training(args: argparse.Namespace) -> Path:
     folder = Path(os.environ["nnUNet_preprocessed"]) / name
     _require_preprocessed(folder, args.p, args.configuration)
     _require_fold(folder, args.fold)
-    _require_trainer(args.tr)
+    require_trainer(args.tr)
     if args.num_gpus > 1:
         import torch
         if args.num_gpus > torch.cuda.device_count():
@@ -155,7 +155,7 @@ def prepare_quick(args: argparse.Namespace) -> str:
     _require_no_contradiction(args)
     _require_preprocessed(folder, args.p, args.configuration)
     _require_fold(folder, args.fold)  # before the plans are changed
-    trainer = _require_trainer(args.tr)
+    trainer = require_trainer(args.tr)
     if not hasattr(trainer, "settings_of"):  # none of ours, which alone read the number of epochs from the plans
         raise InputError(f"--quick: -tr {args.tr} cannot be shortened by it; use {DEFAULT_TRAINER} or a variant of it")
     plans_file = folder / f"{args.p}.json"
@@ -311,7 +311,8 @@ def _require_fold(folder: Path, fold: str) -> None:
         raise InputError(f"there is no fold {fold}; use all, or 0 to {number - 1}, the folds of {splits}")
 
 
-def _require_trainer(name: str) -> type:
+def require_trainer(name: str) -> type:
+    """Return the trainer of this name. Raises InputError if nnU-Net does not find it."""
     from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
 
     try:
@@ -408,9 +409,11 @@ def _with_checkpoint(branch: str, folds: list[Path], argv: list[str], args: argp
 
     if branch == "student":
         return argv
-    if "-chk" not in argv and has_own_teacher(branch, folds):
+    named = any(word == "-chk" or word.startswith("-chk=") for word in argv)
+    if not named and has_own_teacher(branch, folds):
         args.chk, argv = TEACHER_CHECKPOINT, with_options(argv, "-chk", TEACHER_CHECKPOINT)
-    require_teacher(folds[0] / args.chk, load_checkpoint(folds[0] / args.chk), "--branch")
+    for fold in folds:  # in one of them the teacher may have completed labels, and in another one not yet
+        require_teacher(fold / args.chk, load_checkpoint(fold / args.chk), "--branch")
     return argv
 
 
@@ -607,7 +610,7 @@ def expected_training_time(args: argparse.Namespace) -> str | None:
     from nnunet_confkd.data.small_configuration import resolved
     from nnunet_confkd.inference.expected_time import training_text
 
-    trainer, folder = _require_trainer(args.tr), _preprocessed(args)
+    trainer, folder = require_trainer(args.tr), _preprocessed(args)
     if args.val or args.c or not hasattr(trainer, "settings_of"):
         return None
     block = resolved(read_plans(folder / f"{args.p}.json"), args.configuration).get("confkd", {})

@@ -160,3 +160,13 @@ def test_what_a_killed_process_of_the_same_number_has_left_is_removed(tmp_path):
     with new_folder(tmp_path / "folder") as new:
         assert list(new.iterdir()) == []
     assert contents(tmp_path) == {"folder": None}
+
+
+@pytest.mark.skipif(os.name == "nt", reason="links need permissions on Windows")
+def test_a_folder_that_is_a_link_is_written_where_it_leads(tmp_path):
+    (tmp_path / "large disk").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "large disk")
+    with new_folder(tmp_path / "link", replace=True) as folder:
+        (folder / "file").write_text("new")
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "large disk" / "file").read_text() == "new"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["large disk", "link"]

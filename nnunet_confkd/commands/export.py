@@ -3,6 +3,7 @@ from __future__ import annotations
 
 from nnunet_confkd.arguments import Parser
 from nnunet_confkd.inference.model_folder import require_model
+from nnunet_confkd.training.names import CHECKPOINT
 
 
 def main(argv: list[str]) -> None:
@@ -23,7 +24,12 @@ def main(argv: list[str]) -> None:
 
     written = export(args.model, args.output, args.branch, args.install)
     print("written:", written)
-    folds = " ".join(sorted(fold.name.removeprefix("fold_") for fold in written.glob("fold_*")))
+    found = sorted(fold.name.removeprefix("fold_") for fold in written.glob("fold_*"))
+    trained = [fold for fold in found if (written / f"fold_{fold}" / CHECKPOINT).is_file()]
+    if unfinished := [fold for fold in found if fold not in trained]:
+        print(f"the training of fold {', '.join(unfinished)} has not ended: it is in the model, and not in the command "
+              f"below")
+    folds = " ".join([fold for fold in trained if fold != "all"] or trained)
     if args.install:
         trainer, plans, configuration = written.name.split("__")
         print(f"next: nnUNetv2_predict -d {int(written.parent.name[7:10])} -i IMAGES -o PREDICTIONS -tr {trainer} "

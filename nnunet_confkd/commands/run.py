@@ -19,7 +19,7 @@ from nnunet_confkd.data import mix
 from nnunet_confkd.data.annotated_classes import unlisted_classes
 from nnunet_confkd.data.folders import WRITTEN_BY, folder_name, preprocessed_folder, raw_folder
 from nnunet_confkd.data.images import read
-from nnunet_confkd.data.json_files import read_description, read_json, split_of_fold
+from nnunet_confkd.data.json_files import read_description, read_folds, read_json, split_of_fold
 from nnunet_confkd.data.small_configuration import QUICK
 from nnunet_confkd.device import OPTION_HELP
 from nnunet_confkd.errors import InputError, counted, shown, some
@@ -156,8 +156,7 @@ def begin(args: argparse.Namespace, output: Path) -> Work:
                                    "id": _id_to_write(args)})
         work.save()
         return work
-    if not (output / RAW_PREDICTIONS).exists():
-        record["given"]["test"] = given["test"]  # nothing has been predicted yet
+    _take_changes(Work(args, output, record), given)
     changed = [f"{_option(name)}: {shown(record['given'].get(name))} then, {shown(given.get(name))} now"
                for name in {**record["given"], **given} if record["given"].get(name) != given.get(name)]
     changed += [f"{name}: {shown(record['folders'].get(name))} then, {shown(folder)} now"
@@ -170,6 +169,20 @@ def begin(args: argparse.Namespace, output: Path) -> Work:
         raise InputError(f"{raw_folder() / work.name}: is not the data set that this run wrote, but was replaced "
                          f"since; give a new --output to begin anew")
     return work
+
+
+def _take_changes(work: Work, given: dict[str, Any]) -> None:
+    """Take options that may still change: those that nothing depends on that has been done."""
+    record, free = work.record, ["device", "processes"]
+    if not (work.output / RAW_PREDICTIONS).exists():
+        free += ["test", "folds"]
+    if "train" not in record["done"] and not ("trainer" in record and work.model.exists()):
+        free += ["trainer"]
+    if "plan" not in record["done"]:
+        free += ["configuration"]
+    if {"train", "folds"} <= {*record["done"], *free} and record["given"].get("folds") != given["folds"]:
+        record["done"].remove("train")  # which finds the folds that are trained
+    record["given"] |= {name: given[name] for name in free}
 
 
 def _id_to_write(args: argparse.Namespace) -> int:
@@ -227,15 +240,34 @@ def mix_step(work: Work) -> Path:
         words = [word for source in work.args.named for word in source.words]
         work.call("mix", partial(mix.main, written_by=_mark(work.record)), [*words, *nnunet_commands.as_argv(
             parser, args)])
-    if "configuration" not in work.record:
+    return target / "dataset.json"
+
+
+def choose(work: Work) -> None:
+    """Choose configuration, trainer and folds, unless they are given. It takes no time, so it is done every time.
+
+    Raises:
+        InputError: There is no such trainer or fold, or a fold is given twice or beside `all`.
+    """
+    target, splits = raw_folder() / work.name, preprocessed_folder() / work.name / "splits_final.json"
+    if work.args.configuration is None and "configuration" not in work.record:
         image = sorted((target / "imagesTr").glob("*_0000.*"))[0]
         shape = read(image).voxels.shape[1:]
-        flat = len(shape) == 2 or 1 in shape
-        work.record["configuration"] = work.args.configuration or ("2d" if flat else "3d_fullres")
-        work.record["trainer"] = work.args.trainer or plan.trainer_for(read_json(target / "dataset.json"))
-        validated = (preprocessed_folder() / work.name / "splits_final.json").is_file()
-        work.record["folds"] = work.args.folds or ["0" if validated else "all"]
-    return target / "dataset.json"
+        work.record["configuration"] = "2d" if len(shape) == 2 or 1 in shape else "3d_fullres"
+    work.record["configuration"] = work.args.configuration or work.record["configuration"]
+    work.record["trainer"] = work.args.trainer or plan.trainer_for(read_json(target / "dataset.json"))
+    folds = work.args.folds or ["0" if splits.is_file() else "all"]
+    if len(set(folds)) < len(folds) or "all" in folds and len(folds) > 1:
+        raise InputError(f"-f {' '.join(folds)}: give each fold once, or all alone")
+    number = len(read_folds(splits)) if splits.is_file() else None  # without a split, planning may write one
+    if wrong := [fold for fold in folds if fold != "all"
+                 and not (fold.isdigit() and (number is None or int(fold) < number))]:
+        raise InputError(f"-f {' '.join(folds)}: there is no fold {wrong[0]}; use all"
+                         + (f", or 0 to {number - 1}" if number else ""))
+    if work.args.trainer:
+        nnunet_commands.make_findable()
+        nnunet_commands.require_trainer(work.args.trainer)
+    work.record["folds"] = folds
 
 
 def check_step(work: Work) -> Path:
@@ -367,12 +399,16 @@ def carry_out(work: Work) -> None:
                 raise InputError(f"{made}: was made by this run, and is gone; restore it, or begin anew with a new "
                                  f"--output")
             print(f"=== {title}: done")
+            if name == "mix":
+                choose(work)
             if name == "predict":
                 _tell_new_images(work)
             continue
         print(f"\n=== {title}", flush=True)
         try:
             made = function(work)
+            if name == "mix":
+                choose(work)
         except BaseException as error:
             how = "was interrupted. The same command goes on from here"
             if isinstance(error, Exception):

@@ -16,6 +16,7 @@ from nnunet_confkd.data.images import read
 from nnunet_confkd.data.json_files import read_description, read_record, split_of_fold
 from nnunet_confkd.errors import InputError, some
 from nnunet_confkd.evaluation.evaluate import (
+    DISTANCES,
     INTERVALS,
     Evaluation,
     evaluate_folders,
@@ -232,6 +233,7 @@ def compare_models(models: list[str | Path], tolerance_mm: float = TOLERANCE_MM,
     if any(row["n"] > len(common) for row in rows):
         notes.insert(0, "the rows do not have the same cases; every figure is over the "
                         f"{len(common)} that all of them have")
+    notes[:0] = _missed(rows, common)
     notes += _notes_on_truths({of.truth: of.file_ending for of in validations}, common)
     patients = patients_by(patient_pattern or _common_pattern(patterns - {None}), common)
     _add_statistics(rows, common, patients)
@@ -278,7 +280,7 @@ def _common_pattern(patterns: set[str]) -> str | None:
 def _add_statistics(rows: list[dict[str, Any]], common: list[str], patients: dict[str, str]) -> None:
     """Add to each row its statistics over the common cases, and the paired difference of its Dice to the first row."""
     measured = [CaseMeasures(classes=dict.fromkeys(row["classes"], ()), patients=patients,
-                             cases={case: row["cases"][case] for case in common}) for row in rows]
+                             cases={case: _comparable(row, rows, case) for case in common}) for row in rows]
     for row, measures in zip(rows, measured):
         row["statistics"] = {name: {measure: measures.describe(name, measure) for measure in MEASURES}
                              for name in (*row["classes"], FOREGROUND)}
@@ -287,6 +289,24 @@ def _add_statistics(rows: list[dict[str, Any]], common: list[str], patients: dic
         row["difference"] = paired_statistics(measures.values(FOREGROUND, "Dice"), reference, measures.patient_of_each)
     for row, p in zip(rows[1:], holm([row["difference"]["p"] for row in rows[1:]])):
         row["difference"]["p_holm"] = p
+
+
+def _comparable(row: dict[str, Any], rows: list[dict[str, Any]], case: str) -> dict[str, dict[str, float]]:
+    """Return a row's measures of a case, without the distances that some row lacks: it must not gain by a miss."""
+    measures = {name: dict(of_class) for name, of_class in row["cases"][case].items()}
+    for name, of_class in measures.items():
+        of_class |= {distance: math.nan for distance in DISTANCES
+                     if any(math.isnan(other["cases"][case][name][distance]) for other in rows)}
+    return measures
+
+
+def _missed(rows: list[dict[str, Any]], common: list[str]) -> list[str]:
+    """Say of how many classes of the common cases the distances are left out."""
+    missed = {(case, name) for row in rows for case in common for name, of_class in row["cases"][case].items()
+              if of_class["NSD"] == 0 and math.isnan(of_class["HD95_mm"])}
+    cases = sorted({case for case, _ in missed})
+    return [f"HD95 and ASSD leave out {len(missed)} class(es) of {some(cases, 3)} in all rows, because the ground "
+            f"truth or a prediction has none of it"] if missed else []
 
 
 def _short_names(models: list[Path]) -> list[str]:

@@ -3,6 +3,7 @@ pairs."""
 from __future__ import annotations
 
 import csv
+import hashlib
 import io
 import json
 import math
@@ -595,20 +596,26 @@ def write(evaluation: Evaluation, output: str | Path, comparison: dict | None = 
     Examples:
         >>> write(evaluate_folders("labelsTs", "predictions", dataset=27), "predictions")  # doctest: +SKIP
     """
-    with_summary = not (Path(output) / "summary.json").exists() or _wrote_summary(Path(output) / "metrics.json")
-    content = evaluation.as_dict() | {WROTE_SUMMARY: with_summary} | (
+    with_summary = not (Path(output) / "summary.json").exists() or _wrote_summary(Path(output))
+    summary = json.dumps(evaluation.summary(), indent=4, sort_keys=True)
+    content = evaluation.as_dict() | {WROTE_SUMMARY: _digest(summary) if with_summary else None} | (
         {} if comparison is None else {"comparison": without_nan(comparison)})
     files: dict[str, Any] = {"metrics.json": json.dumps(content, indent=1, allow_nan=False) + "\n",
                              "metrics.csv": evaluation.table()}
     if with_summary:
-        files["summary.json"] = json.dumps(evaluation.summary(), indent=4, sort_keys=True)
+        files["summary.json"] = summary
     return write_results(output, MADE_BY, files)
 
 
-def _wrote_summary(metrics: Path) -> bool:
-    """Whether the evaluation that wrote this metrics.json wrote the summary.json beside it, too."""
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode(), usedforsecurity=False).hexdigest()
+
+
+def _wrote_summary(folder: Path) -> bool:
+    """Whether the evaluation that wrote the metrics.json of a folder wrote the summary.json that is there now, too."""
     try:
-        return json.loads(metrics.read_text(encoding="utf-8"))[WROTE_SUMMARY] is True
+        digest = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))[WROTE_SUMMARY]
+        return digest is True or digest == _digest((folder / "summary.json").read_text(encoding="utf-8"))
     except (OSError, ValueError, KeyError, TypeError):
         return False
 

@@ -39,10 +39,9 @@ from nnunet_confkd.inference.uncertainty import write_map
 from nnunet_confkd.processes import PROCESSES
 from nnunet_confkd.training.batches import real_hints
 from nnunet_confkd.training.hints import whole_image_hints
-from nnunet_confkd.training.names import TEACHER_CHECKPOINT
+from nnunet_confkd.training.names import CHECKPOINT, TEACHER_CHECKPOINT
 from nnunet_confkd.training.network import has_teacher, predicting, unwrap
 
-CHECKPOINT = "checkpoint_final.pth"
 EXPORT_PROCESSES = 3  # nnU-Net's default, because each process holds the logits of a whole image
 NOTE = ("Voxels of these cases that nobody had annotated have labels predicted by the model: do not take them for "
         "truth, in validation least of all.")
@@ -75,7 +74,9 @@ class TrainedModel:
         """The name of the checkpoint that predicts."""
         if self.checkpoint is not None:
             return self.checkpoint
-        folds = [self.folder / f"fold_{fold}" for fold in self.folds] if self.folds else fold_folders(self.folder)
+        folds = [self.folder / f"fold_{fold}" for fold in self.folds] if self.folds else [
+            fold for fold in fold_folders(self.folder)
+            if any((fold / name).is_file() for name in (CHECKPOINT, TEACHER_CHECKPOINT))]
         return TEACHER_CHECKPOINT if has_own_teacher(self.branch, folds) else CHECKPOINT
 
 

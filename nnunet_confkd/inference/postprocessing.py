@@ -18,13 +18,12 @@ from nnunetv2.postprocessing.remove_connected_components import (
     load_postprocess_save,
     remove_all_but_largest_component_from_segmentation,
 )
-from nnunetv2.utilities.file_path_utilities import folds_tuple_to_string
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunet_confkd.data.annotated_classes import CLASSES_KEY
 from nnunet_confkd.data.folders import raw_folder
 from nnunet_confkd.data.json_files import read_json, read_plans
-from nnunet_confkd.errors import InputError, shown
+from nnunet_confkd.errors import InputError, shown, some
 from nnunet_confkd.files import new_folder
 from nnunet_confkd.inference.inputs import Predicted
 from nnunet_confkd.processes import PROCESSES, parallel
@@ -47,6 +46,7 @@ class PostProcessing:
         steps: For each step the labels whose union is reduced to its largest component.
         dice: The mean Dice of the validation cases without and with it; None if the file does not tell.
         branch: The branch that predicts, if it is not the student, whose validation nnU-Net has looked at.
+        folds: The folds on which it was determined, if not all of those that predict are among them.
 
     Examples:
         >>> PostProcessing(Path("postprocessing.json"), ((1, 2, 3), (1,)), None).steps[0]  # first all of the foreground
@@ -56,6 +56,7 @@ class PostProcessing:
     steps: tuple[tuple[int, ...], ...]
     dice: tuple[float, float] | None
     branch: str = ""
+    folds: str = ""
 
     def text(self, labels: dict) -> str:
         """Say what it does. labels: as in dataset.json."""
@@ -68,7 +69,8 @@ class PostProcessing:
         gain = f" (mean Dice of the validation cases {self.dice[0]:.3f}, and {self.dice[1]:.3f} with it)" \
             if self.dice else ""
         branch = f"; the student's predictions were looked at for this, not the {self.branch}'s" if self.branch else ""
-        return f"post-processing keeps the largest component {', '.join(parts)} alone{gain}{branch}"
+        folds = f"; it was determined on the validation of folds {self.folds}, and others predict" if self.folds else ""
+        return f"post-processing keeps the largest component {', '.join(parts)} alone{gain}{branch}{folds}"
 
 
 def find(model: Path, folds: Iterable[int | str]) -> PostProcessing | None:
@@ -85,14 +87,17 @@ def find(model: Path, folds: Iterable[int | str]) -> PostProcessing | None:
         >>> find(Path("MODEL"), folds=[0]) is None  # doctest: +SKIP
         True
     """
-    folds = [int(fold) if str(fold).isdigit() else str(fold) for fold in folds]
-    places = [model / f"crossval_results_folds_{folds_tuple_to_string(tuple(folds))}", model]
-    if len(folds) == 1:
-        places.append(model / f"fold_{folds[0]}" / "validation")
-    places += sorted(model.glob("crossval_results_folds_*"))
-    for place in places:
+    predict = {str(fold) for fold in folds}
+    # the same folds first, then more folds, and others last
+    crossvals = [(place, set(place.name.removeprefix("crossval_results_folds_").split("_")))
+                 for place in sorted(model.glob("crossval_results_folds_*"))]
+    crossvals.sort(key=lambda found: (found[1] != predict, not found[1] >= predict, len(found[1])))
+    places = [(place, found) for place, found in crossvals if found == predict] + [(model, predict)]
+    if len(predict) == 1:
+        places.append((model / f"fold_{next(iter(predict))}" / "validation", predict))
+    for place, found in (*places, *crossvals):
         if (place / FILE).is_file() or (place / "postprocessing.pkl").is_file():
-            return read(place)
+            return replace(read(place), folds="" if found >= predict else ", ".join(sorted(found)))
     return None
 
 
@@ -211,6 +216,10 @@ def applied(found: PostProcessing | None, predicted: Predicted, asked: bool) -> 
     Returns:
         The predictions, with the post-processed segmentations where there are any.
     """
+    if not asked and (earlier := [case for case, file in predicted.segmentations.items()
+                                  if (predicted.output / FOLDER / file.name).is_file()]):
+        print(f"WARNING: {predicted.output / FOLDER}: is of earlier predictions of {some(earlier, 3)}; remove it, or "
+              f"predict with --postprocessing")
     if found is None and predicted.described.get(CLASSES_KEY):
         print("these predictions are raw. nnU-Net cannot determine a post-processing here, because it takes "
               "classes that a case is not annotated for as absent")

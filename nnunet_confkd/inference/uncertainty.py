@@ -100,9 +100,9 @@ class EntropyPredictor(ExportingPredictor):
         if overwrite:
             return lists
         endings = [self.dataset_json["file_ending"]] + [".npz"] * save_probabilities
+        # A segmentation that is newer than its score stays: somebody may have corrected it.
         missing = [i for i, file in enumerate(lists[1])
-                   if not all(Path(file + ending).is_file() for ending in endings)
-                   or not _is_of(_score_file(file), Path(file + endings[0]))]
+                   if not all(Path(file + ending).is_file() for ending in endings) or not _score_file(file).is_file()]
         print(f"{len(lists[1]) - len(missing)} of these cases have a prediction and its entropy already; "
               f"{len(missing)} are predicted")
         return tuple([items[i] for i in missing] for items in lists)
@@ -162,7 +162,7 @@ def list_cases(output: Path) -> Path:
     """
     folder, earlier = output / FOLDER, outdated(output)
     if earlier:
-        print(f"left out of the review list, because a later prediction has replaced the segmentations: "
+        print(f"left out of the review list, because their segmentations were corrected or predicted anew since: "
               f"{some([file.stem for file in earlier])}")
     rows = [json.loads(file.read_text(encoding="utf-8")) for file in sorted((folder / SCORES).glob("*.json"))
             if not file.name.startswith(".") and file not in earlier]  # another part may be writing one

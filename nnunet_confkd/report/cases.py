@@ -242,8 +242,9 @@ class Findings:
             InputError: A case or a segmentation is missing or does not match.
         """
         self.model, self.folder, self.predictions = model, folder, predictions
-        self.branches = folds[0].branches
-        self.names = dict(folds[0].names)
+        # the teacher of a fold that has completed labels no longer predicts, that of another fold may
+        self.branches = [branch for branch in folds[0].branches if all(branch in fold.branches for fold in folds)]
+        self.names = {branch: name for branch, name in folds[0].names.items() if branch in self.branches}
         validation = {path: fold.validation or [] for path, fold in zip(model.fold_folders, folds)}
         folds_of = Counter(case for cases in validation.values() for case in cases)
         if predictions is not None:

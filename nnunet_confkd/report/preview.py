@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nnunet_confkd import nnunet_commands
+from nnunet_confkd.errors import InputError
 from nnunet_confkd.report.page_folder import picture_name, require_replaceable, write_page
 
 if TYPE_CHECKING:
@@ -34,7 +35,12 @@ def predict(argv: list[str]) -> None:
         nnunet_commands.predict(argv, more_options=["--preview"])
         return
     parser.add_argument("-o")
-    output = parser.parse_known_args(argv)[0].o
+    parser.add_argument("-num_parts", default="1")
+    output, parts = (getattr(parser.parse_known_args(argv)[0], name) for name in ("o", "num_parts"))
+    if parts != "1":
+        raise InputError("--preview: each part would replace the pictures of the others. Predict all parts without it. "
+                         "Then give the same command with --continue_prediction --preview, and without -num_parts and "
+                         "-part_id")
     if output is not None:  # otherwise nnU-Net's parser says so
         require_replaceable(Path(output, FOLDER), PAGE, "preview", "Move them, or predict to another folder (-o)")
     nnunet_commands.predict(argv, lambda predicted: print("preview:", write(predicted)))

@@ -60,7 +60,8 @@ class Steps:
         (raw / "imagesTr" / "a_0000.nii.gz").write_text("image")
         (raw / "dataset.json").write_text(json.dumps({"file_ending": ".nii.gz", "channel_names": {"0": "x"}} | more))
         preprocessed.mkdir(parents=True)
-        (preprocessed / "splits_final.json").write_text('[{"train": [], "val": ["a"]}]')
+        (preprocessed / "splits_final.json").write_text(
+            '[{"train": [], "val": ["a"]}, {"train": [], "val": ["b"]}]')
 
     def check(self, argv):
         pass
@@ -185,7 +186,8 @@ def test_a_prediction_that_was_being_written_is_made_again(steps):
     (["-f", "1"], '-f: null then, ["1"] now'), (["--test", "others"], '--test: "test" then, "others" now'),
     (["--id", "7"], "--id: null then, 7 now"), (["--labels", "background", "Nödel"], '["background", "Nödel"] now')])
 def test_a_changed_option_is_refused(steps, capsys, change, expected):
-    steps.interrupted, steps.error = ("predict" if "--test" in change else "plan", "after"), KeyboardInterrupt()
+    step = {"--test": "predict", "-f": "predict", "-c": "train"}.get(change[0], "plan")
+    steps.interrupted, steps.error = (step, "after"), KeyboardInterrupt()
     with pytest.raises(SystemExit):
         cli.main(["run", *OPTIONS])
     steps.interrupted = None
@@ -195,6 +197,29 @@ def test_a_changed_option_is_refused(steps, capsys, change, expected):
     err = capsys.readouterr().err
     assert "this run was begun with other options" in err and expected in err and steps.calls == []
     assert cli.main(["run", *OPTIONS]) == 0
+
+
+@pytest.mark.parametrize("wrong, message", [
+    (["-f", "0", "2"], "there is no fold 2; use all, or 0 to 1"), (["-f", "1", "1"], "give each fold once"),
+    (["-f", "0", "all"], "give each fold once, or all alone"), (["-tr", "ConfKDTrainr"], "there is no such trainer")])
+def test_folds_and_trainer_are_checked_before_anything_is_trained_and_can_be_corrected(steps, capsys, wrong, message):
+    assert cli.main(["run", *OPTIONS, *wrong]) == 1 and message in capsys.readouterr().err
+    assert [name for name, _ in steps.calls] == ["mix"]
+    steps.calls.clear()
+    assert cli.main(["run", *OPTIONS, "-f", "1", "0"]) == 0
+    assert [name for name, _ in steps.calls] == ["check", "plan", "train", "train", "predict", "postprocess", "report"]
+
+
+def test_folds_may_change_until_something_is_predicted(steps):
+    steps.interrupted, steps.error = ("predict", "before"), KeyboardInterrupt()
+    with pytest.raises(SystemExit):
+        cli.main(["run", *OPTIONS, "-device", "cpu"])
+    steps.interrupted = None
+    steps.calls.clear()
+    assert cli.main(["run", *OPTIONS, "-f", "0", "1"]) == 0
+    calls = [(name, argv) for name, argv in steps.calls if name in ("train", "predict")]
+    assert calls[0][0] == "train" and calls[0][1][2] == "1" and calls[1][1][-2:] == ["0", "1"], "fold 0 is trained"
+    assert not any("-device" in argv for _, argv in calls)
 
 
 def test_another_folder_or_other_folders_of_nnunets_are_refused(steps, capsys, monkeypatch, tmp_path):

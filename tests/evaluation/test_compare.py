@@ -206,6 +206,19 @@ def test_partly_annotated_validation_cases_are_left_out(models):
     assert len(found["patients"]) == 3 and found["notes"][-1].endswith("only the annotated voxels are measured")
 
 
+def test_a_model_does_not_gain_in_distance_by_what_it_misses(models):
+    """Case 1 is the one with the largest distance, and the second model finds nothing in it."""
+    save(models[0] / "fold_0" / "validation" / "case1.nii.gz", 5)
+    missed = models[1] / "fold_0" / "validation" / "case1.nii.gz"
+    sitk.WriteImage(sitk.GetImageFromArray(np.zeros((6, 16, 16), np.uint8)), str(missed))
+    found = compare_models(models, processes=1)
+    for row in found["rows"]:
+        of_class = row["statistics"]["whole"]
+        assert of_class["Dice"]["n"] == 3 and of_class["HD95_mm"]["n"] == of_class["ASSD_mm"]["n"] == 2
+    assert [row["statistics"]["foreground"]["HD95_mm"]["mean"] for row in found["rows"]] == [1, 2, 4]
+    assert "HD95 and ASSD leave out 2 class(es) of case1 in all rows" in comparison_text(found)
+
+
 def test_patients_are_drawn_and_tested_not_cases(models, tmp_path):
     """The three common cases are those of two patients."""
     for file in sorted(tmp_path.rglob("case*.nii.gz")):

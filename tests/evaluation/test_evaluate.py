@@ -582,6 +582,12 @@ def test_the_summary_follows_predictions_that_have_changed(folders, capsys):
     second = means()
     assert first[0] == pytest.approx(first[1]) != second[0] and second[0] == pytest.approx(second[1])
     assert "kept: " not in capsys.readouterr().out
+    summary = folders / "prediction" / "summary.json"
+    written = summary.read_text()
+    summary.write_text(json.dumps({"mean": {"1": {"Dice": 0.5}}}))
+    assert means() == (0.5, second[1]), "nnU-Net has written it since"
+    assert f"kept: {summary}" in capsys.readouterr().out
+    summary.write_text(written)
     (folders / "prediction" / "metrics.json").unlink()
     (folders / "prediction" / "metrics.csv").unlink()
     save(folders / "prediction" / "case0.nii.gz", label_map())

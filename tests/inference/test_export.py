@@ -257,6 +257,22 @@ def test_a_checkpoint_of_another_trainer_is_refused_and_nothing_is_written(hippo
     assert [f.name for f in tmp_path.iterdir()] == ["model"]
 
 
+@pytest.mark.parametrize("finished, unfinished, named", [
+    (["0", "1"], [], "0 1"), (["0", "all"], ["1"], "0"), (["all"], ["0"], "all")])
+def test_the_command_names_the_folds_whose_training_has_ended(tmp_path, monkeypatch, capsys, finished, unfinished,
+                                                              named):
+    for name, folds in (("checkpoint_final.pth", finished), ("checkpoint_latest.pth", unfinished)):
+        for fold in folds:
+            (tmp_path / f"fold_{fold}").mkdir()
+            (tmp_path / f"fold_{fold}" / name).touch()
+    monkeypatch.setattr("nnunet_confkd.inference.export.export", lambda *_: tmp_path)
+    monkeypatch.setattr("nnunet_confkd.commands.export.require_model", lambda *_: None)
+    assert cli.main(["export", "--model", "model", "--output", "out"]) == 0
+    said = capsys.readouterr().out
+    assert f"-o PREDICTIONS -f {named}   (without" in said
+    assert ("has not ended" in said) == bool(unfinished)
+
+
 def test_a_model_without_a_teacher_is_exported(hippocampus_model, tmp_path):
     """As ConfKDTrainer_partialOnly trains it: the weights are those of the student."""
     model = tmp_path / "model"

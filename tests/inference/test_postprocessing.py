@@ -128,6 +128,15 @@ def test_the_folds_that_predict_decide(model):
     assert postprocessing.find(model, [0, 1, 2, 3, 4]).steps == ((1,),)
     assert postprocessing.find(model, ["0"]).steps == ((2,),)
     assert postprocessing.find(model, ["1", "2"]).steps == ((1,),)
+    for folds, label in (("0_1", 3), ("0", 4), ("0_1_2", 5)):
+        write(model / f"crossval_results_folds_{folds}", [postprocessing.FUNCTION.__name__],
+              [{"labels_or_regions": label}])
+    assert postprocessing.find(model, ["1", "0"]).steps == ((3,),), "the order of the folds does not matter"
+    assert postprocessing.find(model, ["1", "2"]).steps == ((5,),), "as few others as possible"
+    labels = {"background": 0, "organ": 1, "tumour": 4}
+    assert "determined" not in postprocessing.find(model, ["3", "4"]).text(labels)
+    other = postprocessing.find(model, ["all"])
+    assert "it was determined on the validation of folds 0, and others predict" in other.text(labels)
 
 
 @pytest.mark.parametrize("functions, options", [
@@ -155,6 +164,17 @@ def test_without_one_the_user_is_told_how_to_get_one(model, tmp_path, capsys):
     assert f'-ref "$nnUNet_raw"/{model.parent.name}/labelsTr' in said
     with pytest.raises(InputError, match="--postprocessing: there is none for .*nnUNetv2_find_best_configuration"):
         postprocessing.required(model, ["0"], "")
+
+
+def test_post_processed_predictions_of_an_earlier_model_are_named(model, tmp_path, capsys):
+    file = write_image(tmp_path / "a.nii.gz", blobs(0)[1])
+    predicted = Predicted({"a": file}, {"a": file}, tmp_path, model, {"labels": LABELS})
+    postprocessing.applied(None, predicted, False)
+    assert "WARNING" not in capsys.readouterr().out
+    write_image(tmp_path / postprocessing.FOLDER / "a.nii.gz", blobs(0)[0])
+    postprocessing.applied(None, predicted, False)
+    said = capsys.readouterr().out
+    assert f"WARNING: {tmp_path / 'postprocessed'}: is of earlier predictions of a; remove it" in said
 
 
 def test_none_is_proposed_if_cases_lack_classes_which_nnunet_takes_for_absent(model, tmp_path, capsys):

@@ -18,7 +18,7 @@ import torch
 
 from nnunet_confkd import cli
 from nnunet_confkd.inference.review import IN_DOUBT, case_score, map_ending, write_review_list
-from nnunet_confkd.inference.uncertainty import list_cases, outdated, write_map
+from nnunet_confkd.inference.uncertainty import EntropyPredictor, list_cases, outdated, write_map
 
 HIPPOCAMPUS = "Dataset004_Hippocampus"
 BRANCHES = ("student", "teacher", "mean")
@@ -181,6 +181,21 @@ def test_an_entropy_of_an_earlier_prediction_does_not_count(predictions, images,
     (out / f"{first}.nii.gz").unlink()
     predict(images, out, "--save-entropy", "--continue_prediction")
     assert not outdated(out) and review_rows(out) == review_rows(predictions / "student")
+
+
+def test_a_corrected_segmentation_is_not_predicted_again(predictions, images, tmp_path, capsys):
+    out = shutil.copytree(predictions / "student", tmp_path / "out")
+    first, second = (row["case"] for row in review_rows(out))
+    corrected, later = out / f"{first}.nii.gz", time.time() + 5
+    corrected.write_bytes(b"corrected")
+    os.utime(corrected, (later, later))
+    (out / f"{second}.nii.gz").unlink()
+    lists = EntropyPredictor.__new__(EntropyPredictor)
+    lists.dataset_json = {"file_ending": ".nii.gz", "channel_names": {"0": "MRI"}}
+    _, to_predict, _ = lists._manage_input_and_output_lists(str(images), str(out), None, overwrite=False)
+    assert to_predict == [str(out / second)]
+    list_cases(out)
+    assert f"corrected or predicted anew since: {first}" in capsys.readouterr().out
 
 
 def test_an_ensemble_of_folds_has_the_entropy_of_the_mean_logits(hippocampus_model, images, tmp_path, predictions):

@@ -125,3 +125,9 @@ def test_a_mistyped_option_gets_a_suggestion(typed, meant, tmp_path, capsys):
     """Whether it is nnU-Net's option, that of `nnunet_commands.predict`, or that of this module."""
     assert cli.main(["predict", typed, "-i", "x", "-o", str(tmp_path), "-d", "4", "-c", "2d"]) == 1
     assert f"unknown argument '{typed}' (did you mean '{meant}'?)" in capsys.readouterr().err
+
+
+def test_pictures_of_parts_would_replace_each_other(capsys):
+    assert cli.main(["predict", "-i", "images", "-o", "out", "-d", "27", "-c", "2d", "-num_parts", "2",
+                     "--preview"]) == 1
+    assert "--preview: each part would replace the pictures of the others" in capsys.readouterr().err
