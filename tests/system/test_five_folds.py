@@ -218,6 +218,16 @@ def test_the_tables_and_the_text_show_the_runs_that_are_here(module):
     assert lines[-1]["setting"] == "points" and f"With points on Hippocampus it is {over_stock:.2f}" in readme
 
 
+def test_the_text_on_hints_has_the_figures_of_the_runs(module):
+    """Of the KL without hints, the paper's objective, ConfKD and no teacher, in this order."""
+    results = (ROOT / "docs/explanation/results.md").read_text()
+    text = results.split("**Test patients** show the same.")[1].split("\n")[0]
+    runs = module.read_all(module.OUTPUT)
+    means = [f"{np.concatenate(module.of_patients(runs[setting, row, 3], 'dice_pp')).mean():.3f}"
+             for setting in ("scribbles", "erosion_foreground") for row in ("kl", "paper", "confkd_cost", "ignore")]
+    assert re.findall(r"\d\.\d{3}", text) == means
+
+
 def test_completed_labels_are_compared_by_patient_and_fold(module, tmp_path):
     import completion
     for fold in (0, 1):
