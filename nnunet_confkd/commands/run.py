@@ -250,11 +250,12 @@ def choose(work: Work) -> None:
         InputError: There is no such trainer or fold, or a fold is given twice or beside `all`.
     """
     target, splits = raw_folder() / work.name, preprocessed_folder() / work.name / "splits_final.json"
-    if work.args.configuration is None and "configuration" not in work.record:
+    if work.args.configuration is not None:
+        work.record["configuration"] = work.args.configuration
+    elif "plan" not in work.record["done"]:
         image = sorted((target / "imagesTr").glob("*_0000.*"))[0]
         shape = read(image).voxels.shape[1:]
         work.record["configuration"] = "2d" if len(shape) == 2 or 1 in shape else "3d_fullres"
-    work.record["configuration"] = work.args.configuration or work.record["configuration"]
     work.record["trainer"] = work.args.trainer or plan.trainer_for(read_json(target / "dataset.json"))
     folds = work.args.folds or ["0" if splits.is_file() else "all"]
     if len(set(folds)) < len(folds) or "all" in folds and len(folds) > 1:

@@ -210,6 +210,15 @@ def test_folds_and_trainer_are_checked_before_anything_is_trained_and_can_be_cor
     assert [name for name, _ in steps.calls] == ["check", "plan", "train", "train", "predict", "postprocess", "report"]
 
 
+def test_a_mistyped_configuration_can_be_left_out(steps):
+    steps.interrupted, steps.error = ("plan", "before"), run.InputError("no configuration 3d_fulres")
+    assert cli.main(["run", *OPTIONS, "-c", "3d_fulres"]) == 1
+    steps.interrupted = None
+    assert cli.main(["run", *OPTIONS]) == 0
+    name, argv = steps.calls[-5]
+    assert name == "plan" and argv[:4] == ["-d", argv[1], "-c", "3d_fullres"]
+
+
 def test_folds_may_change_until_something_is_predicted(steps):
     steps.interrupted, steps.error = ("predict", "before"), KeyboardInterrupt()
     with pytest.raises(SystemExit):
