@@ -19,49 +19,45 @@ def write_record(folder: str | Path, content: dict, continued_in_epoch: int | No
     Args:
         folder: Folder of the fold.
         content: The record, with the "settings".
-        continued_in_epoch: Number of epochs done if a training is continued, else None. If settings or the kinds of
-            cases have changed, the earlier ones are kept under "history", with the epoch until which they were used.
-            Cases that the training has seen before stay in "supervision".
+        continued_in_epoch: Number of epochs done if a training is continued, else None. If settings, choices from the
+            data or kinds of cases have changed, the earlier ones are kept under "history", with the epoch until which
+            they were used. Cases that the training has seen before stay in "supervision".
 
     Returns:
         What has changed, for the log; None if nothing has.
     """
     file = Path(folder, RECORD)
     history: list[dict] = []
-    changed: list[str] = []
-    cases: list[str] = []
+    changed: dict[str, str] = {}
+    texts: list[str] = []
     if continued_in_epoch is not None and file.is_file():
         before = read_json(file)
-        history, changed = before.get("history", []), _changed_settings(content, before)
-        kinds = {case: kind for case, kind in before.get("supervision", {}).items()
-                 if content["supervision"].get(case, kind) != kind}
-        if changed or kinds:
-            earlier = {name: before[name] for name in ("nnunet_confkd", "chosen") if name in before}
-            earlier["settings"] = without_removed(before.get("settings", {}))
-            if kinds:
-                earlier["supervision"] = kinds
-            history = [*history, {"until_epoch": continued_in_epoch, **earlier}]
-        content, cases = _with_earlier_cases(content, before)
+        history, settings = before.get("history", []), without_removed(before.get("settings", {}))
+        known = {name: value for name, value in ADDED.items() if name in content["settings"]} | settings
+        changed = _changes(content["settings"], known, {*known, *content["settings"]})
+        # what is set is chosen, too: it is told once
+        chosen, was_chosen = content.get("chosen", {}), before.get("chosen", {})
+        choices = _changes(chosen, was_chosen, {*chosen} & {*was_chosen} - {*changed})
+        kinds = _changes(content["supervision"], before.get("supervision", {}),
+                         {*content["supervision"]} & {*before.get("supervision", {})})
+        if changed or choices or kinds:
+            earlier = {"chosen": {name: was_chosen[name] for name in choices},
+                       "supervision": {case: before["supervision"][case] for case in kinds}}
+            history = [*history, {"until_epoch": continued_in_epoch, "nnunet_confkd": before.get("nnunet_confkd"),
+                                  "settings": settings, **{key: values for key, values in earlier.items() if values}}]
+        changed |= choices
+        content, texts = _with_earlier_cases(content, before)
     write_json(file, {"nnunet_confkd": __version__, **content, "history": history})
-    what = " and ".join(["settings"] * bool(changed) + ["cases"] * bool(cases))
-    return (f"this training is continued with other {what} than before: {', '.join([*changed, *cases])}. {file} keeps "
-            f"both." if what else None)
+    what = " and ".join(["settings"] * bool(changed) + ["cases"] * bool(texts))
+    texts = [*(changed[name] for name in sorted(changed)), *texts]
+    return (f"this training is continued with other {what} than before: {', '.join(texts)}. {file} keeps both." if what
+            else None)
 
 
-def _changed_settings(content: dict, before: dict) -> list[str]:
-    """Name the settings that were set or chosen otherwise, each with both values."""
-    settings, earlier = content["settings"], without_removed(before.get("settings", {}))
-    earlier = {name: value for name, value in ADDED.items() if name in settings} | earlier
-    chosen, chosen_earlier = content.get("chosen", {}), before.get("chosen", {})
-
-    def changes(now: dict, then: dict, names) -> dict[str, str]:
-        return {name: f"{name}: {shown(then.get(name))} -> {shown(now.get(name))}"
-                for name in names if then.get(name) != now.get(name)}
-
-    # what the user sets is chosen, too: it is told once
-    found = (changes(chosen, chosen_earlier, {*chosen} & {*chosen_earlier})
-             | changes(settings, earlier, {*settings, *earlier}))
-    return [found[name] for name in sorted(found)]
+def _changes(now: dict, then: dict, names: set[str]) -> dict[str, str]:
+    """{name: text} of the values that differ."""
+    return {name: f"{name}: {shown(then.get(name))} -> {shown(now.get(name))}"
+            for name in names if then.get(name) != now.get(name)}
 
 
 def _with_earlier_cases(content: dict, before: dict) -> tuple[dict, list[str]]:
