@@ -338,7 +338,11 @@ def evaluate_folders(truth: str | Path, prediction: str | Path, *, dataset: int 
     known = classes = segments = None
     lists: dict[str, list[str]] = {}
     if dataset is not None:
-        classes, ignore_label, pattern_of_dataset, lists = _described(dataset)
+        classes, ignore_of_dataset, pattern_of_dataset, lists = _described(dataset)
+        if None not in (ignore_label, ignore_of_dataset) and ignore_label != ignore_of_dataset:
+            raise InputError(f"--ignore {ignore_label}: the ignore label of data set {dataset} is {ignore_of_dataset}; "
+                             f"leave out --ignore")
+        ignore_label = ignore_label if ignore_of_dataset is None else ignore_of_dataset
         of_dataset = classes
         patient_pattern = patient_pattern or pattern_of_dataset
         known = frozenset({0, *(label for values in classes.values() for label in values)})

@@ -173,7 +173,7 @@ def cases_of(images: Path, ending: str) -> dict[str, Path]:
 
 
 def require_other_files(source: Path, images: Path, output: Path, ending: str) -> None:
-    """Raise InputError if a prediction would be written over an image that was given.
+    """Raise InputError if a prediction would be written over an image that was given, or over a file beside it.
 
     Args:
         source: The image or the folder of images that was given.
@@ -181,10 +181,12 @@ def require_other_files(source: Path, images: Path, output: Path, ending: str) -
         output: The folder of the predictions.
         ending: The file ending of images and predictions.
     """
-    given = {file.resolve() for file in ([source] if source.is_file() else source.iterdir())}
+    given = {file.resolve() for file in (source.parent if source.is_file() else source).iterdir()}
     lost = [target for case in cases_of(images, ending) if (target := output / f"{case}{ending}").resolve() in given]
     if lost:
-        raise InputError(f"-o {output}: the predictions would be written over the images themselves: {some(lost)}. "
+        what = "a file beside the image" if source.is_file() and source.resolve() != lost[0].resolve() else (
+            "the images themselves")
+        raise InputError(f"-o {output}: the predictions would be written over {what}: {some(lost)}. "
                          f"Name another folder")
 
 

@@ -193,6 +193,16 @@ def test_without_given_labels_every_case_has_every_label_that_occurs_in_any(fold
     assert found.counts["case0"]["7"]["TN"] == 8 * 20 * 20 and found.as_dict() == given.as_dict()
 
 
+def test_an_ignore_label_beside_a_data_set_is_that_of_the_data_set_or_taken_if_it_has_none(folders, dataset):
+    save(folders / "truth" / "case2.nii.gz", ignored_below(10))
+    labels = {"background": 0, "organ": 1, "tumour": 2}
+    with_ignore = dataset(labels | {"ignore": 3})
+    assert "--ignore 2: the ignore label of data set 27 is 3" in complaint(folders, dataset=with_ignore, ignore_label=2)
+    expected = measured(folders, dataset=with_ignore).cases
+    assert measured(folders, dataset=with_ignore, ignore_label=3).cases == expected
+    assert measured(folders, dataset=dataset(labels), ignore_label=3).cases == expected
+
+
 def test_regions_and_the_ignore_label_come_from_the_data_set(folders, dataset):
     save(folders / "truth" / "case2.nii.gz", ignored_below(10))
     regions = dataset({"background": 0, "whole": [1, 2], "part": 2, "ignore": 3})

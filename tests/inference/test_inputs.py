@@ -184,6 +184,17 @@ def test_a_prediction_is_never_written_over_an_image(tmp_path, source, output):
         require_other_files(folder / source, images, folder / "new", ".nii.gz")
 
 
+def test_a_prediction_of_one_image_is_not_written_over_the_label_beside_it(tmp_path):
+    for name in ("p01_0000", "p01"):
+        sitk.WriteImage(sitk.GetImageFromArray(np.zeros((2, 3, 4), np.float32)), str(tmp_path / f"{name}.nii.gz"))
+    image = tmp_path / "p01_0000.nii.gz"
+    with readable_images(image, ONE_CHANNEL) as images:
+        with pytest.raises(InputError, match=r"written over a file beside the image: .*p01\.nii\.gz"):
+            require_other_files(image, images, tmp_path, ".nii.gz")
+        (tmp_path / "p01.nii.gz").unlink()
+        require_other_files(image, images, tmp_path, ".nii.gz")
+
+
 def test_names_with_channels_leave_room_for_predictions_in_the_same_folder(tmp_path):
     sitk.WriteImage(sitk.GetImageFromArray(np.zeros((2, 3, 4), np.float32)), str(tmp_path / "p01_0000.nii.gz"))
     with readable_images(tmp_path, ONE_CHANNEL) as images:
