@@ -120,7 +120,7 @@ def check_training(args: argparse.Namespace) -> Path:
     name = _dataset_name(args.dataset_name_or_id)
     folder = Path(os.environ["nnUNet_preprocessed"]) / name
     _require_preprocessed(folder, args.p, args.configuration)
-    _require_fold(folder, args.fold)
+    require_fold(folder, args.fold)
     require_trainer(args.tr)
     if args.num_gpus > 1:
         import torch
@@ -154,7 +154,7 @@ def prepare_quick(args: argparse.Namespace) -> str:
     folder = _preprocessed(args)
     _require_no_contradiction(args)
     _require_preprocessed(folder, args.p, args.configuration)
-    _require_fold(folder, args.fold)  # before the plans are changed
+    require_fold(folder, args.fold)  # before the plans are changed
     trainer = require_trainer(args.tr)
     if not hasattr(trainer, "settings_of"):  # none of ours, which alone read the number of epochs from the plans
         raise InputError(f"--quick: -tr {args.tr} cannot be shortened by it; use {DEFAULT_TRAINER} or a variant of it")
@@ -301,8 +301,13 @@ def _require_preprocessed(folder: Path, plans_name: str, configuration: str) -> 
         raise InputError(f"{data}: the configuration {configuration} is not preprocessed; do it first: {plan}")
 
 
-def _require_fold(folder: Path, fold: str) -> None:
-    """Require a number below that of the folds, which are read as nnU-Net reads them; `folder` is as above."""
+def require_fold(folder: Path, fold: str) -> None:
+    """Raise InputError unless a fold is `all`, or a number below that of the folds, as nnU-Net reads them.
+
+    Args:
+        folder: The preprocessed data set.
+        fold: The fold.
+    """
     from nnunet_confkd.data.json_files import number_of_folds
 
     splits = folder / "splits_final.json"

@@ -19,7 +19,7 @@ from nnunet_confkd.data import mix
 from nnunet_confkd.data.annotated_classes import unlisted_classes
 from nnunet_confkd.data.folders import WRITTEN_BY, folder_name, preprocessed_folder, raw_folder
 from nnunet_confkd.data.images import read
-from nnunet_confkd.data.json_files import read_description, read_folds, read_json, split_of_fold
+from nnunet_confkd.data.json_files import read_description, read_json, split_of_fold
 from nnunet_confkd.data.small_configuration import QUICK
 from nnunet_confkd.device import OPTION_HELP
 from nnunet_confkd.errors import InputError, counted, shown, some
@@ -260,11 +260,8 @@ def choose(work: Work) -> None:
     folds = work.args.folds or ["0" if splits.is_file() else "all"]
     if len(set(folds)) < len(folds) or "all" in folds and len(folds) > 1:
         raise InputError(f"-f {' '.join(folds)}: give each fold once, or all alone")
-    number = len(read_folds(splits)) if splits.is_file() else None  # without a split, planning may write one
-    if wrong := [fold for fold in folds if fold != "all"
-                 and not (fold.isdigit() and (number is None or int(fold) < number))]:
-        raise InputError(f"-f {' '.join(folds)}: there is no fold {wrong[0]}; use all"
-                         + (f", or 0 to {number - 1}" if number else ""))
+    for fold in folds:
+        nnunet_commands.require_fold(splits.parent, fold)
     if work.args.trainer:
         nnunet_commands.make_findable()
         nnunet_commands.require_trainer(work.args.trainer)

@@ -79,15 +79,15 @@ def _in_folder(folder: Path, labels: bool) -> list[Named]:
             raise InputError(f"{folder}: holds images and DICOM files ({some([entry.name for entry in dicom])}); move "
                              f"each DICOM series into a folder of its own")
         return [Named(folder, folder.name)]  # one series
-    masks = [entry for entry in entries if labels and entry.is_dir() and not is_dicom_folder(entry)
-             and holds_masks(entry)]
+    inside = [entry for entry in entries if entry.is_dir()]
+    series = {entry for entry in inside if is_dicom_folder(entry)}
+    masks = [entry for entry in inside if labels and entry not in series and holds_masks(entry)]
     if files and masks:
         raise InputError(f"{folder}: holds label files, and folders of label files "
                          f"({some([entry.name for entry in masks])}). If these are no labels, give "
                          f"'{folder.as_posix()}/*{ending_of(files[0])}'; else move either kind into a folder of its "
                          f"own")
-    folders = [entry for entry in entries if entry in masks or entry.is_dir() and is_dicom_folder(entry)]
-    return [Named(entry, stem(entry)) for entry in [*files, *dicom, *folders]]
+    return [Named(entry, stem(entry)) for entry in [*files, *dicom, *sorted([*series, *masks])]]
 
 
 def _by_templates(templates: list[str]) -> dict[str, list[Named]]:

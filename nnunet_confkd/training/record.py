@@ -46,7 +46,7 @@ def write_record(folder: str | Path, content: dict, continued_in_epoch: int | No
             history = [*history, {"until_epoch": continued_in_epoch, "nnunet_confkd": before.get("nnunet_confkd"),
                                   "settings": settings, **{key: values for key, values in earlier.items() if values}}]
         changed |= choices
-        content, texts = _with_earlier_cases(content, before)
+        content, texts = _with_earlier_cases(content, before, sorted(kinds))
     write_json(file, {"nnunet_confkd": __version__, **content, "history": history})
     what = " and ".join(["settings"] * bool(changed) + ["cases"] * bool(texts))
     texts = [*(changed[name] for name in sorted(changed)), *texts]
@@ -60,11 +60,13 @@ def _changes(now: dict, then: dict, names: set[str]) -> dict[str, str]:
             for name in names if then.get(name) != now.get(name)}
 
 
-def _with_earlier_cases(content: dict, before: dict) -> tuple[dict, list[str]]:
-    """Add the cases that a training has been trained on to its record; also return what has changed in the split."""
+def _with_earlier_cases(content: dict, before: dict, other: list[str]) -> tuple[dict, list[str]]:
+    """Add the cases that a training has been trained on to its record; also return what has changed in the split.
+
+    `other` are the cases of another kind than before.
+    """
     now, earlier = content["supervision"], before.get("supervision", {})
     gone, new = sorted(set(earlier) - set(now)), sorted(set(now) - set(earlier))
-    other = sorted(case for case in set(now) & set(earlier) if now[case] != earlier[case])
     lists = {case: listed for case, listed in before.get(CLASSES_KEY, {}).items() if case in gone}
     content = {**content, "supervision": {**earlier, **now}}
     if lists or CLASSES_KEY in content:
